@@ -1,0 +1,9 @@
+"""Batch normalization for CuPy and NumPy arrays: PyTorch's BatchNorm1d, 2d and 3d, and their functional form."""
+
+from cupybn import functional
+from cupybn._tracking import no_stats_update
+from cupybn.batchnorm import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from cupybn.functional import BatchNormGrads
+
+__version__ = "0.1.0"
+__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "BatchNormGrads", "functional", "no_stats_update"]

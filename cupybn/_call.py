@@ -1,0 +1,72 @@
+"""The arguments of one call of batch norm, and whether they fit together."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from cupybn import _checks
+from cupybn._tracking import updates_stats
+
+Array = Any  # numpy.ndarray or cupy.ndarray
+
+
+class Call(NamedTuple):
+    """What `batch_norm` and the layers were called with."""
+
+    input: Array
+    running_mean: Array | None
+    running_var: Array | None
+    weight: Array | None
+    bias: Array | None
+    training: bool
+    momentum: float | None
+    """None is for layers: 1 / num_batches_tracked."""
+    eps: float
+    residual: Array | None
+    activation: str | None
+    channel_axis: int
+    num_batches_tracked: Array | None = None
+
+    def check(self, out: Array | None = None) -> int:
+        """The channel axis counted from the front, if all is well.
+
+        Raises
+        ------
+        TypeError, ValueError
+            What was expected and what was given. Nothing has been changed, and no array on a device has been read.
+        """
+        input = self.input
+        _checks.check_array("input", input)
+        axis = _checks.check_channel_axis(self.channel_axis, input.ndim)
+        _checks.check_activation(self.activation)
+        if (self.running_mean is None) != (self.running_var is None):
+            raise ValueError("running_mean and running_var must either both be None or neither be None")
+        if self.running_mean is None and not self.training:
+            raise ValueError("running_mean and running_var must be given when training=False")
+        _checks.check_vectors(
+            input,
+            axis,
+            {
+                "running_mean": self.running_mean,
+                "running_var": self.running_var,
+                "weight": self.weight,
+                "bias": self.bias,
+            },
+        )
+        _checks.check_eps(self.eps, self.training)
+        if self.training and input.size:
+            _checks.check_more_than_one_value(input.shape, axis)
+        for name, array in ("residual", self.residual), ("out", out):
+            if array is not None:
+                _checks.check_like(name, array, input)
+        written = {"out": out}
+        if self.updates_running():
+            written |= {"running_mean": self.running_mean, "running_var": self.running_var}
+        for name, array in written.items():
+            if array is not None:
+                _checks.check_writeable(name, array)
+        return axis
+
+    def updates_running(self) -> bool:
+        """Whether this call moves the running statistics."""
+        return self.training and self.running_mean is not None and updates_stats()

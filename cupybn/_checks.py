@@ -1,0 +1,91 @@
+"""Everything that can be wrong with the arguments, found before any array is touched or any kernel is launched."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+from cupybn._devices import describe, device_of, kind
+from cupybn._dtypes import FLOATS
+
+ACTIVATIONS = (None, "relu")
+
+
+def check_array(name: str, array: Any, like: Any = None) -> None:
+    """An array of a kind and dtype that batch norm takes, on the device of ``like``."""
+    if kind(array) is None:
+        raise TypeError(f"expected {name} to be a NumPy or CuPy array (got {describe(array)})")
+    if array.dtype.name not in FLOATS:
+        raise TypeError(f"expected {name} of dtype {', '.join(FLOATS)} (got {array.dtype.name})")
+    if like is not None and device_of(array) != device_of(like):
+        raise TypeError(f"expected {name} to be a {describe(like)} like input (got a {describe(array)})")
+
+
+def check_like(name: str, array: Any, input: Any) -> None:
+    """An array of the input's kind, device, dtype and shape."""
+    check_array(name, array, input)
+    if array.dtype.name != input.dtype.name:
+        raise TypeError(f"expected {name} of the input's dtype {input.dtype.name} (got {array.dtype.name})")
+    if array.shape != input.shape:
+        raise ValueError(f"expected {name} of the input's shape {input.shape} (got {array.shape})")
+
+
+def check_writeable(name: str, array: Any) -> None:
+    """An array that may be written to."""
+    if kind(array) == "numpy" and not array.flags.writeable:
+        raise ValueError(f"expected {name} to be writeable (got a read-only array)")
+
+
+def check_channel_axis(channel_axis: int, ndim: int) -> int:
+    """The channel axis counted from the front."""
+    if ndim < 2:
+        raise ValueError(f"expected at least 2D input (got {ndim}D input)")
+    axis = operator.index(channel_axis)
+    if not -ndim <= axis < ndim:
+        raise ValueError(f"expected channel_axis in [{-ndim}, {ndim}) for {ndim}D input (got {axis})")
+    return axis % ndim
+
+
+def check_activation(activation: str | None) -> None:
+    """One of ``ACTIVATIONS``."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"unknown activation {activation!r}: expected one of {', '.join(map(repr, ACTIVATIONS))}")
+
+
+def check_real(name: str, value: Any) -> None:
+    """A number that the host knows."""
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"expected {name} to be a float (got {type(value).__qualname__})")
+
+
+def check_eps(eps: float, training: bool) -> None:
+    """Positive in training, where a variance may be 0; not negative otherwise."""
+    check_real("eps", eps)
+    if training and not eps > 0:
+        raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
+    if not eps >= 0:
+        raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
+
+
+def check_vectors(input: Any, axis: int, vectors: Mapping[str, Any]) -> None:
+    """Per-channel vectors: kind, device, dtype, and one element for each channel."""
+    for name, vector in vectors.items():
+        if vector is not None:
+            check_array(name, vector, input)
+    channels = input.shape[axis]
+    for name, vector in vectors.items():
+        if vector is None:
+            continue
+        if vector.ndim != 1:
+            raise ValueError(f"expected {name} of shape ({channels},) (got {vector.shape})")
+        if vector.shape != (channels,):
+            raise ValueError(f"{name} should contain {channels} elements not {vector.size}")
+
+
+def check_more_than_one_value(shape: tuple[int, ...], axis: int) -> None:
+    """The unbiased variance of a single value is not defined."""
+    if math.prod(shape) == shape[axis]:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape}")

@@ -1,0 +1,108 @@
+"""Kinds of arrays and names of devices. CuPy is imported only when somebody asks for a CUDA device."""
+
+from __future__ import annotations
+
+import functools
+import re
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from cupybn._kernels import kernel_sources
+
+_KNOWN = "'cpu', 'cuda', 'cuda:0', 'cuda:1', ..."
+_INSTALL = "`pip install cupybn[cuda12]` or `cupybn[cuda13]` installs the CuPy for that version of CUDA"
+
+
+def kind(array: object) -> str | None:
+    """``"numpy"``, ``"cupy"``, or None for anything else."""
+    if isinstance(array, np.ndarray):
+        return None if isinstance(array, np.ma.MaskedArray) else "numpy"
+    if type(array).__module__.partition(".")[0] == "cupy" and hasattr(array, "__cuda_array_interface__"):
+        return "cupy"
+    return None
+
+
+def describe(array: object) -> str:
+    """What an error message calls an argument: its kind and where it lives."""
+    known = kind(array)
+    if known == "numpy":
+        return "NumPy array"
+    if known == "cupy":
+        return f"CuPy array on {device_of(array)}"
+    return type(array).__qualname__
+
+
+def device_of(array: Any) -> str:
+    """The device of an array: ``"cpu"`` or ``"cuda:N"``."""
+    return "cpu" if kind(array) == "numpy" else f"cuda:{array.device.id}"
+
+
+def resolve_device(device: str | None) -> str:
+    """``"cpu"`` or ``"cuda:N"`` for the device that the user named; None is the current CUDA device if there is one.
+
+    Raises
+    ------
+    ValueError
+        If this is not the name of a device.
+    RuntimeError
+        If the device is not there: what is missing, and which extra installs it.
+    """
+    if device is None:
+        return f"cuda:{_cupy().cuda.runtime.getDevice()}" if not cuda_missing() else "cpu"
+    match = re.fullmatch(r"cpu|cuda(?::(\d+))?", device) if isinstance(device, str) else None
+    if match is None:
+        raise ValueError(f"unknown device {device!r}: expected one of {_KNOWN}")
+    if device == "cpu":
+        return "cpu"
+    missing = cuda_missing()
+    if missing:
+        raise RuntimeError(f"device {device!r} is not available: {missing}")
+    runtime = _cupy().cuda.runtime
+    index = runtime.getDevice() if match[1] is None else int(match[1])
+    if index >= runtime.getDeviceCount():
+        raise RuntimeError(f"device {device!r} is not available: {runtime.getDeviceCount()} CUDA devices were found")
+    return f"cuda:{index}"
+
+
+@functools.cache
+def cuda_missing() -> str:
+    """Why no CUDA device can be used, and what to do about it; an empty string if one can."""
+    try:
+        cupy = _cupy()
+    except Exception as error:  # a CuPy that cannot be used raises anything: no library, no cache folder, a bad wheel
+        return f"CuPy cannot be imported ({error!r}); {_INSTALL}"
+    if not cupy.cuda.is_available():
+        return f"CuPy finds no CUDA device or driver; {_INSTALL}"
+    if not kernel_sources():
+        return "this version of cupybn has no CUDA kernels yet; use NumPy arrays on 'cpu'"
+    return ""
+
+
+def full(shape: tuple[int, ...], value: float, dtype: np.dtype[Any], device: str) -> Any:
+    """A new array on a device."""
+    if device == "cpu":
+        return np.full(shape, value, dtype)
+    with _cupy().cuda.Device(_index(device)):
+        return _cupy().full(shape, value, dtype)
+
+
+def transfer(array: Any, dtype: np.dtype[Any], device: str) -> Any:
+    """A copy on a device, with a dtype, of anything that ``numpy.asarray`` takes, or of a CuPy array."""
+    if device == "cpu":
+        host = np.asarray(array.get() if kind(array) == "cupy" else array)
+        with np.errstate(all="ignore"):
+            return host.astype(dtype)
+    with _cupy().cuda.Device(_index(device)):
+        return _cupy().array(array if kind(array) == "cupy" else np.asarray(array), dtype)
+
+
+def _index(device: str) -> int:
+    return int(device.removeprefix("cuda:"))
+
+
+def _cupy() -> ModuleType:
+    import cupy
+
+    return cupy  # type: ignore[no-any-return]

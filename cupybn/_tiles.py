@@ -1,0 +1,242 @@
+"""The one place that splits work on NumPy arrays: tiles that stay in cache, run on threads.
+
+A step of batch norm on arrays of shape (N, C, L) is a *core* applied tile by tile. A core gets the tiles of its
+arrays, of shape (n, c, l), and those of its per-channel vectors, of shape (c, 1), so that broadcasting pairs each
+element with its channel. Which tiles there are depends on the shape alone, never on the number of threads, and sums
+are added in the order of the tiles: the same bits with one thread and with sixty-four.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import os
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+
+TILE = 1 << 18
+"""Elements of a tile: 1 MiB of float32. Larger ones leave the cache; smaller ones make threads wait for the interpreter."""
+SHORT = 1 << 9
+"""Rows shorter than this are read several at a time; NumPy's iterator copies operands into buffers of this size, and
+leaves out the copy only where rows are longer."""
+ROW = 1 << 11
+"""Elements of a row that was joined of short ones."""
+SUMMANDS = 1 << 5
+"""Rows that may be added in float32, one after the other, before the sum goes on in float64."""
+MANY = 1 << 6
+"""Positions from which sums go along the row of a channel, not down the lanes."""
+LINE = 1 << 11
+"""Neighbours that may be added in float32, where NumPy and BLAS add in several lanes at once."""
+
+
+class Tile(NamedTuple):
+    """The ranges of a tile along N, C and L."""
+
+    n: slice
+    c: slice
+    l: slice  # noqa: E741 - the axis is called L everywhere
+
+
+def split(size: int, step: int) -> list[slice]:
+    """Ranges of length ``step`` that cover ``range(size)``, the last one shorter."""
+    return [slice(start, min(start + step, size)) for start in range(0, size, step)]
+
+
+def evenly(size: int, most: int) -> int:
+    """The step, at most ``most``, that splits ``size`` into as few ranges of about equal length."""
+    return math.ceil(size / math.ceil(size / most))
+
+
+def tiles(shape: tuple[int, int, int]) -> list[Tile]:
+    """Cut a non-empty (N, C, L) into tiles of about ``TILE`` elements."""
+    N, C, L = shape
+    l = evenly(L, TILE)  # noqa: E741
+    c = evenly(C, max(1, TILE // (l * (1 if L >= SHORT else min(N, SUMMANDS)))))
+    n = evenly(N, max(1, TILE // (l * c)))
+    if L < SHORT and c == C:  # whole super-rows in every tile but the last
+        n = max(n - n % super_row(C * L), 1)
+    return [Tile(*ranges) for ranges in itertools.product(split(N, n), split(C, c), split(L, l))]
+
+
+def super_row(row: int) -> int:
+    """How many rows of this length make one of about ``ROW`` elements: a power of two."""
+    return 1 << max(0, (ROW // row).bit_length() - 1)
+
+
+class Lanes(NamedTuple):
+    """A tile with its short rows joined to long ones, of lanes that keep their channel from row to row.
+
+    The lanes of a joined row are ``repeat`` samples of ``channels`` with ``positions`` each. A tile with long rows, or
+    of an array that is not contiguous, keeps its shape (n, c, l) instead: each of its rows is of one channel.
+    """
+
+    shape: tuple[int, int, int]
+    repeat: int
+    channels: int
+    positions: int
+
+    @classmethod
+    def of(cls, tile: Tile, shape: tuple[int, int, int], contiguous: bool) -> Lanes:
+        """The lanes of a tile of an array of this shape."""
+        n, c, l = (axis.stop - axis.start for axis in tile)  # noqa: E741
+        if not contiguous or l >= SHORT:
+            return cls((n, c, l), 1, c, 1)
+        repeat = math.gcd(n, super_row(c * l)) if c == shape[1] else 1
+        return cls((n // repeat, repeat * c * l, 1), repeat, c, l)
+
+    def expand(self, vector: Array) -> Array:
+        """From one value per channel to a column of one per lane."""
+        if self.positions > 1:
+            vector = np.repeat(vector, self.positions)
+        if self.repeat > 1:
+            vector = np.tile(vector, self.repeat)
+        return vector[:, None]
+
+    def sum(self, *factors: Array) -> Array:
+        """The sum of an array, or of the product of two, over a tile: one per channel, float64.
+
+        Only ``SUMMANDS`` rows, or ``LINE`` neighbours, are added in the dtype of the factors.
+        """
+        if self.shape[2] == 1 and self.positions < MANY:
+            return self._sum_down(*factors)
+        return self._sum_along(*factors)
+
+    def _sum_down(self, *factors: Array) -> Array:
+        """Down each lane, then over the lanes of each channel."""
+        n, lanes, _ = self.shape
+        total = np.zeros(lanes)
+        for rows, count in steps(n, SUMMANDS):
+            parts = [f.reshape(n, lanes)[rows].reshape(-1, count, lanes) for f in factors]
+            sums = np.add.reduce(parts[0], axis=1) if len(parts) == 1 else np.einsum("krw,krw->kw", *parts)
+            total += sums.sum(axis=0, dtype=np.float64)
+        per_channel: Array = total.reshape(self.repeat, self.channels, self.positions).sum(axis=(0, 2))
+        return per_channel
+
+    def _sum_along(self, *factors: Array) -> Array:
+        """Along the positions of each sample of each channel, then over the samples."""
+        n, _, l = self.shape  # noqa: E741
+        shape = (n * self.repeat, self.channels, max(l, self.positions))
+        total = np.zeros(self.channels)
+        for line, count in steps(shape[2], LINE):
+            parts = [f.reshape(shape)[..., line].reshape(*shape[:2], -1, count) for f in factors]
+            sums = np.einsum("nckl->nck", *parts) if len(parts) == 1 else np.vecdot(*parts)
+            total += sums.sum(axis=(0, 2), dtype=np.float64)
+        return total
+
+
+def steps(size: int, step: int) -> list[tuple[slice, int]]:
+    """Cut ``range(size)`` into a part made of whole steps and the rest: their ranges and their step lengths."""
+    rest = size % step
+    parts = [(slice(0, size - rest), step), (slice(size - rest, size), rest)]
+    return [(part, length) for part, length in parts if part.stop > part.start]
+
+
+def tile_map(
+    core: Callable[..., Any], arrays: Sequence[Array | None], vectors: Sequence[Array]
+) -> list[tuple[Tile, list[Array]]]:
+    """Call ``core(*array_tiles, *vector_columns)`` for every tile, on threads.
+
+    Parameters
+    ----------
+    core : callable
+        What to do with a tile. It writes into the tiles of output arrays, or returns what is to be summed per channel:
+        a list of tuples of one or two factors.
+    arrays : sequence of (N, C, L) arrays or None
+        The first is not None and not empty.
+    vectors : sequence of (C,) arrays
+
+    Returns
+    -------
+    list of (Tile, list of sums per channel, float64), in the order of the tiles.
+    """
+    shape = next(a.shape for a in arrays if a is not None)
+    contiguous = all(a.flags.c_contiguous for a in arrays if a is not None)
+    work = tiles(shape)
+
+    @functools.lru_cache(maxsize=4)  # channels-last tiles share one set of columns
+    def columns(start: int, stop: int, lanes: Lanes) -> list[Array]:
+        return [lanes.expand(v[start:stop]) for v in vectors]
+
+    def task(tile: Tile) -> list[Array]:
+        lanes = Lanes.of(tile, shape, contiguous)
+        views = [None if a is None else a[tile.n, tile.c, tile.l].reshape(lanes.shape) for a in arrays]
+        terms = core(*views, *columns(tile.c.start, tile.c.stop, lanes))
+        return [lanes.sum(*factors) for factors in terms or ()]
+
+    return list(zip(work, run(task, work), strict=True))
+
+
+def tile_sums(
+    core: Callable[..., Any], arrays: Sequence[Array | None], vectors: Sequence[Array], count: int
+) -> list[Array]:
+    """The ``count`` sums that ``core`` asks for, of all tiles together: (C,) arrays, float64."""
+    C = next(a.shape[1] for a in arrays if a is not None)
+    totals = [np.zeros(C) for _ in range(count)]
+    for tile, sums in tile_map(core, arrays, vectors):
+        for total, part in zip(totals, sums, strict=True):
+            total[tile.c] += part
+    return totals
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Threads: NumPy releases the interpreter lock inside its loops
+
+
+def num_threads() -> int:
+    """Threads that share the tiles: CUPYBN_NUM_THREADS, else the processors that this process may use."""
+    wanted = os.environ.get("CUPYBN_NUM_THREADS")
+    if wanted is not None:
+        return max(1, int(wanted))
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@functools.cache
+def _pool(size: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(size, thread_name_prefix="cupybn")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork
+
+
+def run(task: Callable[[Tile], Any], work: Sequence[Tile]) -> list[Any]:
+    """``[task(tile) for tile in work]``, shared by the calling thread and helpers. The first error is raised."""
+    results: list[Any] = [None] * len(work)
+    queue = deque(enumerate(work))
+
+    def drain() -> None:
+        with np.errstate(all="ignore"):  # inf and NaN are data here; also brings the buffer size back
+            np.setbufsize(SHORT)
+            while queue:
+                try:
+                    index, tile = queue.popleft()
+                except IndexError:  # another thread took the last one
+                    return
+                results[index] = task(tile)
+
+    helpers = _start(drain, min(num_threads(), len(work) // 4) - 1)
+    try:
+        drain()
+    finally:
+        queue.clear()  # after an error nobody starts another tile
+        for helper in helpers:
+            if not helper.cancel():
+                helper.result()
+    return results
+
+
+def _start(task: Callable[[], None], count: int) -> list[Future[None]]:
+    if count < 1:
+        return []
+    try:
+        return [_pool(count).submit(task) for _ in range(count)]
+    except RuntimeError:  # the interpreter is shutting down: no new threads
+        return []

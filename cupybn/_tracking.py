@@ -1,0 +1,38 @@
+"""Whether forward passes of this thread update running statistics."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+
+
+class _Depth(threading.local):
+    value = 0
+
+
+_depth = _Depth()
+
+
+@contextlib.contextmanager
+def no_stats_update() -> Iterator[None]:
+    """Let forward passes in this context leave running statistics and counters alone.
+
+    They still normalise with the batch in training mode. For passes that only repeat another one: recomputation under
+    checkpointing, warm-up before a graph capture. Holds for the thread that enters it; may be nested.
+
+    Examples
+    --------
+    >>> with cupybn.no_stats_update():
+    ...     y = layer(x)
+    """
+    _depth.value += 1
+    try:
+        yield
+    finally:
+        _depth.value -= 1
+
+
+def updates_stats() -> bool:
+    """Whether running statistics move: False within `no_stats_update`."""
+    return _depth.value == 0

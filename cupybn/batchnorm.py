@@ -1,0 +1,358 @@
+"""The layers: what a batch norm layer holds between calls, and which of it a call uses."""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cupybn import _checks, _devices, _state, functional
+from cupybn._call import Call
+from cupybn._dtypes import parameter_dtype
+from cupybn.functional import VjpFn
+
+Array = Any  # numpy.ndarray or cupy.ndarray
+
+INITIAL = {"weight": 1, "bias": 0, "running_mean": 0, "running_var": 1, "num_batches_tracked": 0}
+"""The arrays of a layer, in the order of its state dict, and the values that they start from."""
+
+
+class _BatchNorm:
+    """Batch normalization with learnable weight and bias and with running statistics.
+
+        y = activation(weight * (x - mean) / sqrt(var + eps) + bias + residual)
+
+    In training mode mean and var are those of the batch (var biased), and the running statistics follow them:
+    running = (1 - momentum) * running + momentum * batch, with the unbiased variance. In eval mode the running
+    statistics are used as they are. A layer without them uses the batch in both modes.
+
+    Parameters
+    ----------
+    num_features : int or None
+        C. None takes it from the first input.
+    eps : float
+        Added to the variance.
+    momentum : float or None
+        The weight of the new batch in the running statistics; None for the plain mean over all batches.
+    affine : bool
+        Whether the layer has a weight, and a bias unless ``bias=False``.
+    track_running_stats : bool
+        Whether the layer has running statistics. Read at every call: setting it to False later freezes them.
+    device : "cpu", "cuda", "cuda:N" or None
+        Where the layer's arrays are. None is the current CUDA device if CuPy finds one, else "cpu".
+    dtype : dtype or None
+        Of weight, bias and running statistics; None is float32, also for inputs of 16 bits.
+    bias : bool
+    channel_axis : int
+        The axis of C, counted from either end; -1 for channels-last data.
+    activation : None or "relu"
+
+    Attributes
+    ----------
+    weight, bias, running_mean, running_var : (C,) arrays or None
+        Start at 1, 0, 0 and 1. Updated in place, never replaced but by `to`.
+    num_batches_tracked : 0-d int64 array or None
+    training : bool
+
+    Raises
+    ------
+    ValueError
+        If num_features is negative, or the activation or the device is unknown.
+    TypeError
+        If num_features is not an integer, or dtype not float16, bfloat16, float32 or float64.
+    RuntimeError
+        If the device is not there.
+    """
+
+    weight: Array | None
+    bias: Array | None
+    running_mean: Array | None
+    running_var: Array | None
+    num_batches_tracked: Array | None
+
+    _ranks: tuple[int, ...]
+
+    def __init__(
+        self,
+        num_features: int | None,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: str | None = None,
+        dtype: npt.DTypeLike | None = None,
+        *,
+        bias: bool = True,
+        channel_axis: int = 1,
+        activation: str | None = None,
+    ) -> None:
+        if num_features is not None and operator.index(num_features) < 0:
+            raise ValueError(f"expected num_features >= 0 (got {num_features})")
+        _checks.check_activation(activation)
+        self.num_features = num_features
+        self.eps = eps
+        self.momentum = momentum
+        self.affine = affine
+        self.track_running_stats = track_running_stats
+        self.dtype = parameter_dtype(np.float32 if dtype is None else dtype)
+        self.channel_axis = channel_axis
+        self.activation = activation
+        self.training = True
+        self._device = _devices.resolve_device(device)
+        has = {"weight": affine, "bias": affine and bias}
+        self._members = tuple(name for name in INITIAL if has.get(name, track_running_stats))
+        for name in INITIAL:
+            setattr(self, name, None)
+        if num_features is not None:
+            self._allocate(num_features)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Calls
+
+    def forward(self, input: Array, residual: Array | None = None) -> Array:
+        """The output; in training mode the running statistics are updated.
+
+        Parameters
+        ----------
+        input : array of a rank that the layer takes, float16, bfloat16, float32 or float64
+            Of the layer's kind and on its device.
+        residual : array of the input's shape and dtype, or None
+            Added before the activation.
+
+        Returns
+        -------
+        array of the input's kind, shape, dtype and memory order
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `cupybn.functional.batch_norm`, and if the rank is wrong. The layer is as it was then.
+        """
+        with self._settled(input):
+            return functional.forward(self._call(input, residual))[0]
+
+    def __call__(self, input: Array, residual: Array | None = None) -> Array:
+        return self.forward(input, residual)
+
+    def vjp(self, input: Array, residual: Array | None = None) -> tuple[Array, VjpFn]:
+        """The output, as `forward`, and the function from the output's gradient to the others.
+
+        Returns
+        -------
+        output : array
+        vjp_fn : callable
+            ``vjp_fn(grad_output) -> BatchNormGrads(input, weight, bias, residual)``; see
+            `cupybn.functional.batch_norm_vjp`.
+        """
+        with self._settled(input):
+            return functional.forward_vjp(self._call(input, residual))
+
+    def _call(self, input: Array, residual: Array | None) -> Call:
+        """Which statistics, which update: torch's table."""
+        has_buffers = self.running_mean is not None or self.running_var is not None
+        if self.momentum is not None:
+            _checks.check_real("momentum", self.momentum)
+            moves = True
+        else:
+            moves = self.num_batches_tracked is not None
+        uses_buffers = not self.training or (self.track_running_stats and moves)
+        call = Call(
+            input,
+            self.running_mean if uses_buffers else None,
+            self.running_var if uses_buffers else None,
+            self.weight,
+            self.bias,
+            self.training or not has_buffers,
+            self.momentum,
+            self.eps,
+            residual,
+            self.activation,
+            self.channel_axis,
+            self.num_batches_tracked,
+        )
+        self._check_channels(call)
+        return call
+
+    def _check_channels(self, call: Call) -> None:
+        """Say which axis was meant if the features stand on another one."""
+        shape, axis = call.input.shape, call.channel_axis % call.input.ndim
+        for name in ("running_mean", "running_var", "weight", "bias"):
+            vector = getattr(call, name)
+            if _devices.kind(vector) and vector.shape != (shape[axis],):
+                message = f"{name} should contain {shape[axis]} elements not {vector.size}"
+                meant = [i for i, size in enumerate(shape) if size == vector.size]
+                if meant:
+                    message += (
+                        f" (axis {axis} of the input of shape {shape} has {shape[axis]}, axis {meant[-1]} has "
+                        f"{vector.size}: did you mean channel_axis={meant[-1]}?)"
+                    )
+                raise ValueError(message)
+
+    @contextlib.contextmanager
+    def _settled(self, input: Array) -> Iterator[None]:
+        """Check the rank and, on the first input, take the number of features from it, unless the call fails."""
+        _checks.check_array("input", input)
+        if input.ndim not in self._ranks:
+            expected = " or ".join(f"{rank}D" for rank in self._ranks)
+            raise ValueError(f"expected {expected} input (got {input.ndim}D input)")
+        axis = _checks.check_channel_axis(self.channel_axis, input.ndim)
+        lazy = self.num_features is None
+        if lazy:
+            self._allocate(input.shape[axis])
+        try:
+            yield
+        except BaseException:
+            if lazy:
+                self._release()
+            raise
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Modes and state
+
+    def train(self, mode: bool = True) -> _BatchNorm:
+        """Training mode, or eval mode with ``mode=False``. Returns the layer."""
+        if not isinstance(mode, bool):
+            raise ValueError(f"expected mode to be a bool (got {type(mode).__qualname__})")
+        self.training = mode
+        return self
+
+    def eval(self) -> _BatchNorm:
+        """Eval mode. Returns the layer."""
+        return self.train(False)
+
+    def reset_running_stats(self) -> None:
+        """Running statistics and counter back to where they start, if the layer tracks them."""
+        if self.track_running_stats:
+            self._reset("running_mean", "running_var", "num_batches_tracked")
+
+    def reset_parameters(self) -> None:
+        """Weight and bias back to where they start, and the running statistics as `reset_running_stats`."""
+        self.reset_running_stats()
+        self._reset("weight", "bias")
+
+    def named_parameters(self) -> Iterator[tuple[str, Array]]:
+        """``("weight", array)`` and ``("bias", array)``, where the layer has them."""
+        return ((name, array) for name, array in self._arrays().items() if name in ("weight", "bias"))
+
+    def parameters(self) -> Iterator[Array]:
+        """Weight and bias, where the layer has them."""
+        return (array for _, array in self.named_parameters())
+
+    def state_dict(self, prefix: str = "") -> dict[str, Array]:
+        """The layer's arrays themselves, not copies, under torch's names and in torch's order."""
+        return {prefix + name: array for name, array in self._arrays().items()}
+
+    def load_state_dict(self, state: Mapping[str, Any], strict: bool = True, prefix: str = "") -> None:
+        """Copy a state dict into the layer's arrays.
+
+        Parameters
+        ----------
+        state : mapping of names to arrays
+            NumPy, CuPy or anything that ``numpy.asarray`` takes. ``num_batches_tracked`` may be missing.
+        strict : bool
+            Whether missing and unexpected keys are errors.
+        prefix : str
+            Keys that do not start with it are ignored.
+
+        Raises
+        ------
+        KeyError
+            If keys are missing or unexpected.
+        ValueError
+            If shapes are wrong, also when not strict.
+        TypeError
+            If a value is not an array of real numbers. Nothing has been loaded then.
+        """
+        own = _state.select(state, prefix)
+        features = self.num_features
+        if features is None:
+            features = next((len(a) for name, a in own.items() if name in self._members and a.ndim == 1), None)
+        names = self._members if self.num_features is None else self._arrays()
+        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(names, (features or 0,))
+        if _state.COUNTER in shapes:
+            shapes[_state.COUNTER] = ()
+        _state.check(own, shapes, strict, prefix)
+        loaded = {
+            name: _devices.transfer(own[name], self._dtype_of(name), self._device) for name in names if name in own
+        }
+        if self.num_features is None and features is not None:
+            self._allocate(features)
+        for name, array in loaded.items():
+            getattr(self, name)[...] = array
+
+    @property
+    def device(self) -> str:
+        """``"cpu"`` or ``"cuda:N"``."""
+        return self._device
+
+    def to(self, device: str) -> _BatchNorm:
+        """Move the layer's arrays to a device: new arrays, if it is another one. Returns the layer."""
+        target = _devices.resolve_device(device)
+        if target != self._device:
+            moved = {name: _devices.transfer(array, array.dtype, target) for name, array in self._arrays().items()}
+            vars(self).update(moved)
+            self._device = target
+        return self
+
+    def __repr__(self) -> str:
+        bias = "bias" in self._members if self.num_features is None else self.bias is not None
+        text = (
+            f"{type(self).__name__}({self.num_features}, eps={self.eps}, momentum={self.momentum}, "
+            f"affine={self.affine}, bias={bias}, track_running_stats={self.track_running_stats}"
+        )
+        if self.channel_axis != 1:
+            text += f", channel_axis={self.channel_axis}"
+        if self.activation is not None:
+            text += f", activation={self.activation!r}"
+        return text + ")"
+
+    def _arrays(self) -> dict[str, Array]:
+        """The arrays that there are, in the order of the state dict."""
+        return {name: getattr(self, name) for name in INITIAL if getattr(self, name) is not None}
+
+    def _allocate(self, num_features: int) -> None:
+        arrays = {
+            name: _devices.full(
+                () if name == _state.COUNTER else (num_features,), INITIAL[name], self._dtype_of(name), self._device
+            )
+            for name in self._members
+        }
+        vars(self).update(arrays, num_features=num_features)
+
+    def _release(self) -> None:
+        vars(self).update(dict.fromkeys(self._members), num_features=None)
+
+    def _reset(self, *names: str) -> None:
+        for name in names:
+            array = getattr(self, name)
+            if array is not None:
+                array[...] = INITIAL[name]
+
+    def _dtype_of(self, name: str) -> np.dtype[Any]:
+        return np.dtype(np.int64) if name == _state.COUNTER else self.dtype
+
+
+class BatchNorm1d(_BatchNorm):
+    """Batch normalization of (N, C) and (N, C, L) arrays."""
+
+    _ranks = (2, 3)
+
+
+class BatchNorm2d(_BatchNorm):
+    """Batch normalization of (N, C, H, W) arrays."""
+
+    _ranks = (4,)
+
+
+class BatchNorm3d(_BatchNorm):
+    """Batch normalization of (N, C, D, H, W) arrays."""
+
+    _ranks = (5,)
+
+
+for _layer in (BatchNorm1d, BatchNorm2d, BatchNorm3d):
+    _layer.__doc__ = f"{_layer.__doc__}\n{(_BatchNorm.__doc__ or '').partition(chr(10))[2]}"

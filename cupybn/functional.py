@@ -1,0 +1,262 @@
+"""Batch normalization as functions of arrays: the flow of one call, from top to bottom.
+
+input -> layout (N, C, L) -> bn_stats -> bn_normalize -> output, bn_update_running
+grad_output -> bn_backward_reduce -> bn_backward_input -> gradients
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from cupybn import _checks, numpy_ops
+from cupybn._call import Call
+from cupybn._devices import kind
+from cupybn._dtypes import accumulation_dtype
+from cupybn._layout import Layout
+from cupybn._moments import Moments
+
+__all__ = ["BatchNormGrads", "batch_norm", "batch_norm_vjp", "moments"]
+
+Array = Any  # numpy.ndarray or cupy.ndarray
+
+
+class BatchNormGrads(NamedTuple):
+    """The gradients that ``vjp_fn`` returns; None for what was not an argument."""
+
+    input: Array
+    weight: Array | None
+    bias: Array | None
+    residual: Array | None
+
+
+VjpFn = Callable[[Array], BatchNormGrads]
+
+
+def batch_norm(
+    input: Array,
+    running_mean: Array | None,
+    running_var: Array | None,
+    weight: Array | None = None,
+    bias: Array | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    residual: Array | None = None,
+    activation: str | None = None,
+    channel_axis: int = 1,
+    out: Array | None = None,
+) -> Array:
+    """Batch normalization: activation(weight * (input - mean) / sqrt(var + eps) + bias + residual).
+
+    Mean and variance are those of each channel: of the batch in training, the running ones otherwise. The arguments
+    stand in the order of ``torch.nn.functional.batch_norm``.
+
+    Parameters
+    ----------
+    input : array of rank >= 2, float16, bfloat16, float32 or float64
+        NumPy or CuPy; all arrays of a call are of one kind and on one device.
+    running_mean, running_var : (C,) arrays or None
+        Updated in place in training: running = (1 - momentum) * running + momentum * batch, with the unbiased variance.
+        Used as they are otherwise.
+    weight, bias : (C,) arrays or None
+        None stands for 1 and 0. These vectors may have any of the dtypes, each its own, and any stride.
+    training : bool
+    momentum : float
+        The weight of the new batch in the running statistics.
+    eps : float
+        Added to the variance. Positive in training, not negative otherwise.
+    residual : array of the input's shape and dtype, or None
+        Added before the activation.
+    activation : None or "relu"
+        ReLU passes NaN on.
+    channel_axis : int
+        The axis of C, counted from either end.
+    out : array of the input's shape and dtype, or None
+        Where the output goes, in any memory order. May be `input` or `residual`.
+
+    Returns
+    -------
+    array of the input's kind, shape, dtype and memory order, or `out`
+        An input that is not dense is read through one contiguous copy.
+
+    Raises
+    ------
+    TypeError
+        If an argument is not an array of the right kind, device and dtype, or momentum is not a number.
+    ValueError
+        If shapes do not match; if training with a single value per channel, whose unbiased variance is not defined; if
+        eps is too small; if one running buffer comes without the other, or none when training is False. Nothing has
+        changed then.
+
+    References
+    ----------
+    Ioffe and Szegedy, "Batch Normalization" (2015), algorithms 1 and 2.
+
+    Examples
+    --------
+    >>> y = batch_norm(x, None, None, weight, bias, training=True, activation="relu")
+    """
+    _checks.check_real("momentum", momentum)
+    call = Call(
+        input, running_mean, running_var, weight, bias, training, momentum, eps, residual, activation, channel_axis
+    )
+    return forward(call, out)[0]
+
+
+def batch_norm_vjp(
+    input: Array,
+    running_mean: Array | None,
+    running_var: Array | None,
+    weight: Array | None = None,
+    bias: Array | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    residual: Array | None = None,
+    activation: str | None = None,
+    channel_axis: int = 1,
+) -> tuple[Array, VjpFn]:
+    """`batch_norm`, and the function that takes the gradient of its output to those of its arguments.
+
+    Parameters
+    ----------
+    As `batch_norm`.
+
+    Returns
+    -------
+    output : array
+        As `batch_norm`.
+    vjp_fn : callable
+        ``vjp_fn(grad_output) -> BatchNormGrads(input, weight, bias, residual)``. The gradients of input and residual
+        have the input's dtype and memory order, those of weight and bias their dtypes. Pure: it may be called again and
+        changes nothing. It holds input, weight, bias and residual by reference, and what it needs of the statistics as
+        a copy: it stays right when the running statistics move on.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `batch_norm`; ``vjp_fn`` if grad_output is not an array of the input's kind, dtype and shape.
+
+    Examples
+    --------
+    >>> y, vjp_fn = batch_norm_vjp(x, None, None, weight, bias, training=True)
+    >>> dx, dweight, dbias, _ = vjp_fn(dy)
+    """
+    _checks.check_real("momentum", momentum)
+    call = Call(
+        input, running_mean, running_var, weight, bias, training, momentum, eps, residual, activation, channel_axis
+    )
+    return forward_vjp(call)
+
+
+def moments(input: Array, *, channel_axis: int = 1) -> tuple[Array, Array]:
+    """Mean and biased variance of each channel.
+
+    Parameters
+    ----------
+    input : array of rank >= 2, not empty
+    channel_axis : int
+
+    Returns
+    -------
+    mean, var : (C,) arrays, float64 for float64 input and float32 otherwise
+
+    Raises
+    ------
+    TypeError
+        If `input` is not an array of a kind and dtype of `batch_norm`.
+    ValueError
+        If `input` is empty, or its rank or `channel_axis` does not fit.
+    """
+    _checks.check_array("input", input)
+    axis = _checks.check_channel_axis(channel_axis, input.ndim)
+    if input.size == 0:
+        raise ValueError(f"expected an input that is not empty (got shape {input.shape})")
+    ops = ops_for(input)
+    statistics = ops.bn_stats(Layout.of(input, axis).view(input))
+    mean, var = ops.mean_and_var(statistics, accumulation_dtype(input.dtype))
+    return mean, var
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The flow
+
+
+def forward_vjp(call: Call) -> tuple[Array, VjpFn]:
+    """The output, and the function that goes back."""
+    output, saved = forward(call)
+    return output, lambda grad_output: backward(saved, grad_output)
+
+
+class Saved(NamedTuple):
+    """What the way back needs of the way forth."""
+
+    call: Call
+    layout: Layout
+    x: Array  # (N, C, L), as residual: views, or copies where the arrays were not dense
+    residual: Array | None
+    statistics: Moments | None  # None for an empty input, which has none
+
+
+def forward(call: Call, out: Array | None = None) -> tuple[Array, Saved]:
+    """The output, and what `backward` needs."""
+    layout = Layout.of(call.input, call.check(out))
+    ops = ops_for(call.input)
+    x = layout.view(call.input)
+    residual = None if call.residual is None else layout.view(call.residual)
+    output = out if out is not None and layout.matches(out) else layout.empty_like(call.input)
+    statistics = None
+
+    if call.input.size > 0:
+        if call.training:
+            statistics = ops.bn_stats(x)
+        else:
+            statistics = ops.constants(call.running_mean, call.running_var)
+        ops.bn_normalize(
+            x, statistics, call.eps, call.weight, call.bias, residual, call.activation, layout.view(output)
+        )
+        if out is not None and output is not out:
+            out[...] = output
+        if call.updates_running():
+            ops.bn_update_running(
+                statistics, call.running_mean, call.running_var, call.momentum, call.num_batches_tracked
+            )
+
+    return output if out is None else out, Saved(call, layout, x, residual, statistics)
+
+
+def backward(saved: Saved, grad_output: Array) -> BatchNormGrads:
+    """The gradients of the arguments, from that of the output."""
+    call, layout, x, residual, statistics = saved
+    _checks.check_like("grad_output", grad_output, call.input)
+    ops = ops_for(call.input)
+    grad_output = layout.conform(grad_output)
+    dinput = layout.empty_like(call.input)
+    dweight = None if call.weight is None else ops.zeros_like(call.weight)
+    dbias = None if call.bias is None else ops.zeros_like(call.bias)
+    dresidual = None
+    if call.residual is not None:  # without an activation its gradient is that of the output
+        dresidual = grad_output if call.activation is None else layout.empty_like(call.input)
+
+    if statistics is not None:
+        forward_args = (x, statistics, call.eps, call.weight, call.bias, residual, call.activation)
+        dy, dx = layout.view(grad_output), layout.view(dinput)
+        sums = None
+        if call.training or dweight is not None or dbias is not None:
+            sums = ops.bn_backward_reduce(dy, *forward_args)
+        inv_count = 1 / statistics.count if call.training else 0.0
+        masked = layout.view(dresidual) if dresidual is not None and call.activation is not None else None
+        ops.bn_backward_input(dy, *forward_args, sums, inv_count, dx, masked, dweight, dbias)
+
+    return BatchNormGrads(dinput, dweight, dbias, dresidual)
+
+
+def ops_for(array: Array) -> ModuleType:
+    """The steps for this kind of array."""
+    if kind(array) == "numpy":
+        return numpy_ops
+    raise NotImplementedError("this version of cupybn has no CUDA kernels yet: expected NumPy arrays (got CuPy arrays)")

@@ -1,0 +1,337 @@
+"""The steps of batch norm on NumPy arrays: the specification of the CUDA kernels, and the fallback without a GPU.
+
+Arrays have shape (N, C, L), where channels-last data is (M, C, 1), vectors shape (C,). Arithmetic is float32 for data
+of 16 or 32 bits and float64 for float64; sums end in float64. Each step walks its arrays tile by tile (`_tiles`).
+
+The mean is never rounded to one float32: with ``center`` the mean so rounded and ``rest = mean - center``,
+
+    (x - mean) * scale + bias  =  (x - center) * scale + (bias - rest * scale)
+
+where ``x - center`` is exact wherever it matters, and the second bracket, ``shift``, is a constant of the channel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from cupybn._dtypes import accumulation_dtype
+from cupybn._moments import Moments
+from cupybn._tiles import tile_map, tile_sums
+
+Array = npt.NDArray[Any]
+Terms = list[tuple[Array, ...]]
+
+_quiet = np.errstate(all="ignore")  # inf and NaN are data here
+
+SAMPLES = 4
+"""Values per channel whose mean is the center of the first sums."""
+
+
+def zeros_like(vector: Array) -> Array:
+    """Zeros of the same shape and dtype."""
+    return np.zeros_like(vector, subok=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Forward
+
+
+@_quiet
+def bn_stats(x: Array) -> Moments:
+    """Count, mean and sum of squared deviations of each channel.
+
+        mean = center + sum(d) / count,   m2 = sum(d * d) - sum(d)^2 / count,   d = x - center
+
+    hold for any center and lose nothing if the center lies within a few standard deviations of the mean. The mean of a
+    few values nearly always does; where it does not, and where float32 cannot hold the squares, the channel is done
+    again in float64, with its mean as the center.
+
+    Parameters
+    ----------
+    x : (N, C, L) array, not empty
+    """
+    center = _sample_mean(x)
+    moments = _moments_about(center, x, accumulation_dtype(x.dtype))
+    trusted = ((moments.mean - center) ** 2 <= 8 * moments.var) & np.isfinite(moments.m2)
+    for channels in _runs(~trusted):
+        pivot = x[0, channels, 0].astype(np.float64)
+        mean = _moments_about(pivot, x[:, channels], np.float64).mean
+        exact = _moments_about(mean, x[:, channels], np.float64)
+        moments.mean[channels], moments.m2[channels] = exact.mean, exact.m2
+    return moments
+
+
+def constants(running_mean: Array, running_var: Array) -> Moments:
+    """Running statistics in the form of moments: copies, so that what used them stays right when they move on."""
+    return Moments(1, running_mean.astype(np.float64), running_var.astype(np.float64))
+
+
+@_quiet
+def mean_and_var(moments: Moments, dtype: npt.DTypeLike) -> tuple[Array, Array]:
+    """Mean and biased variance, rounded to a dtype."""
+    return moments.mean.astype(dtype), moments.var.astype(dtype)
+
+
+def _sample_mean(x: Array) -> Array:
+    """The mean of a few values of each channel, spread over the array: exactly their value if they are all the same."""
+    N, _, L = x.shape
+    along_n = min(N, SAMPLES)
+    along_l = min(L, SAMPLES // along_n)
+    sample = x[N // (2 * along_n) :: -(-N // along_n), :, L // (2 * along_l) :: -(-L // along_l)].astype(np.float64)
+    first = sample[:1, :, :1]
+    mean: Array = (first + (sample - first).mean(axis=(0, 2), keepdims=True))[0, :, 0]
+    return mean
+
+
+def _moments_about(center: Array, x: Array, dtype: npt.DTypeLike) -> Moments:
+    center = center.astype(dtype)
+
+    def core(x: Array, center: Array) -> Terms:
+        d = np.subtract(x, center, dtype=dtype)
+        return [(d,), (d, d)]
+
+    sum_d, sum_dd = tile_sums(core, [x], [center], 2)
+    count = x.shape[0] * x.shape[2]
+    return Moments(count, center + sum_d / count, np.maximum(sum_dd - sum_d**2 / count, 0))
+
+
+@_quiet
+def bn_update_running(
+    moments: Moments,
+    running_mean: Array,
+    running_var: Array,
+    momentum: float | None,
+    num_batches_tracked: Array | None,
+) -> None:
+    """running = (1 - momentum) * running + momentum * batch, in place, with the unbiased variance of the batch.
+
+    ``momentum=None`` stands for 1 / num_batches_tracked, the mean over all batches; the counter counts this one.
+    """
+    if num_batches_tracked is not None:
+        num_batches_tracked += 1
+    if momentum is None:
+        assert num_batches_tracked is not None
+        momentum = 1 / int(num_batches_tracked)
+    for running, batch in (running_mean, moments.mean), (running_var, moments.unbiased_var):
+        running[...] = (1 - momentum) * running.astype(np.float64) + momentum * batch
+
+
+@_quiet
+def bn_normalize(
+    x: Array,
+    moments: Moments,
+    eps: float,
+    weight: Array | None,
+    bias: Array | None,
+    residual: Array | None,
+    activation: str | None,
+    out: Array,
+) -> None:
+    """out = activation(weight * (x - mean) / sqrt(var + eps) + bias + residual).
+
+    Parameters
+    ----------
+    x, residual, out : (N, C, L) arrays; out may be x or residual
+    moments : Moments
+    weight, bias : (C,) arrays or None
+    """
+    affine = _affine(x.dtype, moments, eps, weight, bias)
+    in_place = residual is None or not np.may_share_memory(out, residual)
+
+    def core(x: Array, residual: Array | None, out: Array, *affine: Array) -> None:
+        dtype = affine[0].dtype
+        y = out if in_place and out.dtype == dtype else np.empty(x.shape, dtype)
+        _preactivation(y, x, residual, *affine)
+        if activation == "relu":
+            np.maximum(y, np.zeros(y.shape[1:], dtype), out=y)  # a row of zeros: with a scalar NumPy is slow
+        if y is not out:
+            np.copyto(out, y, casting="unsafe")
+
+    for channels, dtype in affine.precisions():
+        arrays = [None if a is None else a[:, channels] for a in (x, residual, out)]
+        tile_map(core, arrays, [v[channels].astype(dtype) for v in (affine.center, affine.scale, affine.shift)])
+
+
+def _preactivation(y: Array, x: Array, residual: Array | None, center: Array, scale: Array, shift: Array) -> None:
+    """y = (x - center) * scale + shift + residual: the value whose sign decides what ReLU passes."""
+    np.subtract(x, center, out=y, dtype=y.dtype)
+    y *= scale
+    y += shift
+    if residual is not None:
+        np.add(y, residual, out=y, dtype=y.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Backward
+
+
+class Sums(NamedTuple):
+    """What the gradients need of the whole batch: sum(dy) and sum(dy * xhat) of each channel, float64."""
+
+    dy: Array  # (C,)  the gradient of bias
+    dy_xhat: Array  # (C,)  the gradient of weight
+
+
+@_quiet
+def bn_backward_reduce(
+    dy: Array,
+    x: Array,
+    moments: Moments,
+    eps: float,
+    weight: Array | None,
+    bias: Array | None,
+    residual: Array | None,
+    activation: str | None,
+) -> Sums:
+    """sum(dy) and sum(dy * xhat), xhat = (x - mean) / sqrt(var + eps), where activation passed dy.
+
+    Parameters
+    ----------
+    dy, x, residual : (N, C, L) arrays
+    weight, bias : (C,) arrays or None
+        With `residual` they decide what ReLU passed.
+    """
+    affine = _affine(x.dtype, moments, eps, weight, bias)
+
+    def core(dy: Array, x: Array, residual: Array | None, *affine: Array) -> Terms:
+        d = np.subtract(x, affine[0], dtype=affine[0].dtype)
+        dy = _passed(dy, x, residual, affine, activation)
+        return [(dy,), (dy, d)]
+
+    def sums(channels: slice, dtype: npt.DTypeLike) -> tuple[Array, Array]:
+        arrays = [None if a is None else a[:, channels] for a in (dy, x, residual)]
+        vectors = [v[channels].astype(dtype) for v in (affine.center, affine.scale, affine.shift)]
+        sum_dy, sum_dy_d = tile_sums(core, arrays, vectors, 2)
+        return sum_dy, (sum_dy_d - affine.rest[channels] * sum_dy) * affine.rstd[channels]
+
+    result = Sums(*sums(slice(0, x.shape[1]), accumulation_dtype(x.dtype)))
+    for channels in _runs(affine.wide | ~np.isfinite(result.dy) | ~np.isfinite(result.dy_xhat)):
+        result.dy[channels], result.dy_xhat[channels] = sums(channels, np.float64)
+    return result
+
+
+@_quiet
+def bn_backward_input(
+    dy: Array,
+    x: Array,
+    moments: Moments,
+    eps: float,
+    weight: Array | None,
+    bias: Array | None,
+    residual: Array | None,
+    activation: str | None,
+    sums: Sums | None,
+    inv_count: float,
+    dx: Array,
+    dresidual: Array | None,
+    dweight: Array | None,
+    dbias: Array | None,
+) -> None:
+    """dx = (dy - sum(dy) / count - xhat * sum(dy * xhat) / count) * rstd * weight, where activation passed dy.
+
+    Also dresidual = dy where activation passed it, dweight = sum(dy * xhat), dbias = sum(dy).
+
+    Parameters
+    ----------
+    dy, x, residual, dx, dresidual : (N, C, L) arrays
+    weight, bias, dweight, dbias : (C,) arrays or None
+    sums : Sums
+        Of the whole batch. None only if nothing needs them: in eval mode without weight and bias.
+    inv_count : float
+        1 / count in training, 0 in eval mode, whose statistics do not depend on x.
+    """
+    affine = _affine(x.dtype, moments, eps, weight, bias)
+    slope = offset = np.zeros(x.shape[1])
+    if sums is not None:
+        slope = sums.dy_xhat * affine.rstd * inv_count
+        offset = sums.dy * inv_count - slope * affine.rest
+        if dweight is not None:
+            dweight[...] = sums.dy_xhat
+        if dbias is not None:
+            dbias[...] = sums.dy
+
+    def core(dy: Array, x: Array, residual: Array | None, dx: Array, dresidual: Array | None, *vectors: Array) -> None:
+        *affine, slope, offset = vectors
+        dy = _passed(dy, x, residual, affine, activation)
+        if dresidual is not None:
+            np.copyto(dresidual, dy, casting="unsafe")
+        if inv_count == 0:  # without 0 * x: x may be inf
+            d = dy * affine[1]
+        else:
+            d = dx if dx.dtype == slope.dtype else np.empty(x.shape, slope.dtype)
+            np.subtract(x, affine[0], out=d, dtype=d.dtype)
+            d *= slope
+            np.subtract(dy, d, out=d, dtype=d.dtype)
+            d -= offset
+            d *= affine[1]
+        if d is not dx:
+            np.copyto(dx, d, casting="unsafe")
+
+    for channels, dtype in affine.precisions(slope, offset):
+        arrays = [None if a is None else a[:, channels] for a in (dy, x, residual, dx, dresidual)]
+        vectors = (affine.center, affine.scale, affine.shift, slope, offset)
+        tile_map(core, arrays, [v[channels].astype(dtype) for v in vectors])
+
+
+def _passed(dy: Array, x: Array, residual: Array | None, affine: Sequence[Array], activation: str | None) -> Array:
+    """dy in the dtype of the arithmetic, 0 where ReLU stopped it: never 0 * dy, dy may be inf."""
+    dy = dy.astype(affine[0].dtype, copy=False)
+    if activation != "relu":
+        return dy
+    y = np.empty(x.shape, dy.dtype)
+    _preactivation(y, x, residual, *affine)
+    word = np.dtype(f"i{dy.itemsize}")
+    mask = np.negative((y > 0).view(np.int8))  # 0 or all bits set
+    np.bitwise_and(dy.view(word), mask, out=y.view(word), dtype=word)
+    return y
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Per channel
+
+
+class _Affine(NamedTuple):
+    """Batch norm of a channel as (x - center) * scale + shift; (C,) arrays, float64."""
+
+    center: Array
+    rest: Array  # mean - center
+    rstd: Array
+    scale: Array
+    shift: Array
+    wide: Array  # needs float64
+    dtype: np.dtype[Any]  # else this one
+
+    def precisions(self, *more: Array) -> Iterator[tuple[slice, npt.DTypeLike]]:
+        """Ranges of channels and the dtype for each: float32 does not reach where values are near its limits."""
+        wide = self.wide | ~np.all([np.abs(v) < _LARGE for v in more], axis=0) if more else self.wide
+        for channels in _runs(~wide):
+            yield channels, self.dtype
+        for channels in _runs(wide):
+            yield channels, np.dtype(np.float64)
+
+
+_LARGE = 1e30
+_TINY_RSTD = 1e-15
+
+
+def _affine(x_dtype: np.dtype[Any], moments: Moments, eps: float, weight: Array | None, bias: Array | None) -> _Affine:
+    dtype = accumulation_dtype(x_dtype)
+    rstd = 1 / np.sqrt(moments.var + eps)
+    scale = rstd if weight is None else rstd * weight.astype(np.float64)
+    wide = (rstd < _TINY_RSTD) | (np.abs(scale) > _LARGE) | (np.abs(moments.mean) > 1e38)
+    center = np.where(wide, moments.mean, moments.mean.astype(dtype))
+    rest = np.where(np.isfinite(center), moments.mean - center, 0)
+    shift = np.where(rest == 0, 0, -rest * scale)
+    if bias is not None:
+        shift += bias.astype(np.float64)
+    return _Affine(center, rest, rstd, scale, shift, wide, dtype)
+
+
+def _runs(mask: Array) -> Iterator[slice]:
+    """The ranges over which `mask` is true."""
+    edges = np.flatnonzero(np.diff(mask, prepend=False, append=False))
+    return (slice(start, stop) for start, stop in zip(edges[::2], edges[1::2], strict=True))

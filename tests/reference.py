@@ -1,0 +1,56 @@
+"""Batch norm by the textbook, in float64 and independent of the library: what the tests compare with."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Reference(NamedTuple):
+    """All that batch norm yields for one batch, in float64; vectors have shape (C,)."""
+
+    y: np.ndarray
+    mean: np.ndarray
+    var: np.ndarray  # biased
+    dx: np.ndarray | None = None
+    dweight: np.ndarray | None = None
+    dbias: np.ndarray | None = None
+    dresidual: np.ndarray | None = None
+
+
+def batch_norm(
+    x, weight=None, bias=None, *, running=None, eps=1e-5, residual=None, relu=False, channel_axis=1, dy=None
+) -> Reference:
+    """Forward and, with `dy`, backward. `running` is (mean, var) in eval mode and None in training."""
+    x = np.asarray(x, np.float64)
+    axis = channel_axis % x.ndim
+    others = tuple(i for i in range(x.ndim) if i != axis)
+    shape = [-1 if i == axis else 1 for i in range(x.ndim)]
+
+    def column(vector, default):
+        return np.full(shape, default) if vector is None else np.asarray(vector, np.float64).reshape(shape)
+
+    if running is None:
+        first = x.take([0], axis=axis if x.shape[axis] == 0 else others[0]).mean(axis=others, keepdims=True)
+        mean = first + (x - first).mean(axis=others, keepdims=True)
+        var = ((x - mean) ** 2).mean(axis=others, keepdims=True)
+    else:
+        mean, var = (column(v, None) for v in running)
+    rstd = 1 / np.sqrt(var + eps)
+    xhat = (x - mean) * rstd
+    y = xhat * column(weight, 1) + column(bias, 0)
+    if residual is not None:
+        y = y + np.asarray(residual, np.float64)
+    passed = y > 0 if relu else np.ones(y.shape, bool)
+    y = np.where(np.isnan(y) | passed, y, 0)
+    result = Reference(y, mean.ravel(), var.ravel())
+    if dy is None:
+        return result
+    g = np.where(passed, np.asarray(dy, np.float64), 0)
+    dbias, dweight = g.sum(axis=others), (g * xhat).sum(axis=others)
+    dx = g * rstd * column(weight, 1)
+    if running is None:
+        n = x.size // x.shape[axis]
+        dx -= (dbias.reshape(shape) + xhat * dweight.reshape(shape)) / n * rstd * column(weight, 1)
+    return result._replace(dx=dx, dweight=dweight, dbias=dbias, dresidual=g)
