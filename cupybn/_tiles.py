@@ -23,7 +23,7 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 
 TILE = 1 << 18
-"""Elements of a tile: 1 MiB of float32. Larger ones leave the cache; smaller ones make threads wait for the interpreter."""
+"""Elements of a tile, 1 MiB of float32: larger ones leave the cache, smaller ones leave threads waiting for each other."""
 SHORT = 1 << 9
 """Rows shorter than this are read several at a time; NumPy's iterator copies operands into buffers of this size, and
 leaves out the copy only where rows are longer."""

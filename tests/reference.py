@@ -32,8 +32,8 @@ def batch_norm(
         return np.full(shape, default) if vector is None else np.asarray(vector, np.float64).reshape(shape)
 
     if running is None:
-        first = x.take([0], axis=axis if x.shape[axis] == 0 else others[0]).mean(axis=others, keepdims=True)
-        mean = first + (x - first).mean(axis=others, keepdims=True)
+        mean = x.mean(axis=others, keepdims=True)
+        mean = mean + (x - mean).mean(axis=others, keepdims=True)  # so that float64 data has an accurate reference, too
         var = ((x - mean) ** 2).mean(axis=others, keepdims=True)
     else:
         mean, var = (column(v, None) for v in running)
