@@ -23,17 +23,17 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 
 TILE = 1 << 18
-"""Elements of a tile, 1 MiB of float32: larger ones leave the cache, smaller ones leave threads waiting for each other."""
+"""Elements of a tile, 1 MiB of float32: larger ones leave the cache, smaller ones make threads wait for each other."""
 SHORT = 1 << 9
 """Rows shorter than this are read several at a time; NumPy's iterator copies operands into buffers of this size, and
 leaves out the copy only where rows are longer."""
 ROW = 1 << 11
 """Elements of a row that was joined of short ones."""
-SUMMANDS = 1 << 5
+SUMMANDS = 1 << 3
 """Rows that may be added in float32, one after the other, before the sum goes on in float64."""
 MANY = 1 << 6
 """Positions from which sums go along the row of a channel, not down the lanes."""
-LINE = 1 << 11
+LINE = 1 << 9
 """Neighbours that may be added in float32, where NumPy and BLAS add in several lanes at once."""
 
 

@@ -1,0 +1,202 @@
+"""The numbers that the library promises, against float64 on the same data: every bound, every layout, both ways."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import cupybn.functional as F
+from tests import reference
+
+EPS = 1e-5
+LAYOUTS = {  # shape, channel axis, memory order of the axes
+    "NCHW": ((8, 6, 23, 31), 1, (0, 1, 2, 3)),
+    "NHWC": ((8, 23, 31, 6), 3, (0, 1, 2, 3)),
+    "NCHW view of NHWC": ((8, 6, 23, 31), 1, (0, 2, 3, 1)),
+    "long rows": ((3, 4, 9001), 1, (0, 1, 2)),
+    "NC": ((5000, 7), 1, (0, 1)),
+    "few values": ((5, 7), 1, (0, 1)),
+    "wide": ((40, 3000), 1, (0, 1)),
+    "CNL": ((6, 4, 999), 1, (1, 0, 2)),
+}
+RATIOS = [0, 1, 1e2, 1e4, 1e5, 1e6]
+
+
+@pytest.fixture(params=LAYOUTS.values(), ids=LAYOUTS.keys())
+def layout(request):
+    return request.param
+
+
+def fill(layout, values, dtype=np.float32):
+    """An array of this shape and memory order, from a function of the shape (count, C)."""
+    shape, axis, order = layout
+    C = shape[axis]
+    moved = tuple(np.delete(shape, axis))
+    data = np.moveaxis(values((int(np.prod(moved)), C)).reshape(*moved, C), -1, axis)
+    dense = np.empty([shape[i] for i in order], dtype).transpose(np.argsort(order))
+    dense[...] = data
+    return dense
+
+
+def by_channel(array, axis):
+    return np.moveaxis(array, axis, -1).reshape(-1, array.shape[axis])
+
+
+def check_output(y, expected, unit=2.0**-22, floor=1e-6):
+    error = np.abs(y.astype(np.float64) - expected)
+    assert np.all(error <= floor + unit * np.abs(expected)), f"off by {(error - unit * np.abs(expected)).max():.1e}"
+
+
+def check_gradients(grads, expected, x, weight, axis, scale=1.0):
+    """dx within 3e-6 of the larger of itself and |weight| rstd |dy| over its channel; sums within 1e-5 of their terms."""
+    rstd = 1 / np.sqrt(expected.var + EPS)
+    g = by_channel(expected.dresidual, axis)
+    dx, dx0 = by_channel(grads.input.astype(np.float64), axis), by_channel(expected.dx, axis)
+    size = np.maximum(np.abs(dx0).max(0), np.abs(weight) * rstd * np.abs(g).max(0))
+    assert np.all(np.abs(dx - dx0) <= 3e-6 * scale * size)
+    xhat = (by_channel(x.astype(np.float64), axis) - expected.mean) * rstd
+    assert np.all(np.abs(grads.weight - expected.dweight) <= 1e-5 * scale * np.abs(g * xhat).sum(0))
+    assert np.all(np.abs(grads.bias - expected.dbias) <= 1e-5 * scale * np.abs(g).sum(0))
+
+
+def check_all(x, axis, rng, scale=1.0, weight=None):
+    """Training forward, running_var and backward; then eval with the exact statistics."""
+    C, rtol = x.shape[axis], 1e-6 * scale
+    ones, zeros = (np.full(C, v, x.dtype) for v in (1, 0))
+    weight = ones if weight is None else weight
+    dy = rng.standard_normal(x.shape).astype(x.dtype)
+    running_mean, running_var = zeros.copy(), ones.copy()
+    y, vjp_fn = F.batch_norm_vjp(x, running_mean, running_var, weight, zeros, True, 1.0, EPS, channel_axis=axis)
+    expected = reference.batch_norm(x, weight, zeros, eps=EPS, channel_axis=axis, dy=dy)
+    check_output(y, expected.y, 2.0**-22 * scale, 1e-6 * scale)
+    check_gradients(vjp_fn(dy), expected, x, weight, axis, scale)
+    n = x.size // C
+    np.testing.assert_allclose(running_var, expected.var * n / (n - 1), rtol=rtol)
+
+    running = expected.mean.astype(np.float64), expected.var.astype(np.float64)  # a mean that float32 does not hold
+    y, vjp_fn = F.batch_norm_vjp(x, *running, weight, zeros, eps=EPS, channel_axis=axis)
+    expected = reference.batch_norm(x, weight, zeros, running=running, eps=EPS, channel_axis=axis, dy=dy)
+    check_output(y, expected.y, 2.0**-22 * scale, 1e-6 * scale)
+    check_gradients(vjp_fn(dy), expected._replace(mean=running[0], var=running[1]), x, weight, axis, scale)
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_large_means(layout, ratio, rng):
+    x = fill(layout, lambda s: rng.standard_normal(s) + ratio * np.linspace(-1, 1, s[1]))
+    check_all(x, layout[1], rng)
+
+
+@pytest.mark.parametrize("ratio", [0, 1e4, 1e6])
+@pytest.mark.parametrize("place", ["first", "middle", "last", "every sample"])
+@pytest.mark.parametrize("size", [1e1, 1e3, 1e6])
+def test_outliers(layout, ratio, place, size, rng):
+    def values(shape):
+        v = rng.standard_normal(shape) + ratio
+        n = shape[0]
+        rows = {"first": [0], "middle": [n // 2], "last": [n - 1], "every sample": slice(0, n, -(-n // 4))}[place]
+        v[rows] = np.linspace(-size, size, shape[1])
+        return v
+
+    check_all(fill(layout, values), layout[1], rng)
+
+
+def test_padded_with_zeros(layout, rng):
+    def values(shape):
+        v = rng.standard_normal(shape) + 1e4
+        v[: shape[0] // 8 + 1] = 0
+        return v
+
+    check_all(fill(layout, values), layout[1], rng)
+
+
+@pytest.mark.parametrize("low", [0.1, 1e3 + 0.1])
+def test_two_values(layout, low, rng):
+    """Equal summands round alike: errors of long float32 sums do not cancel."""
+    check_all(fill(layout, lambda s: low + 0.3 * rng.integers(0, 2, s)), layout[1], rng)
+
+
+def test_drifting_data(layout, rng):
+    """No few values tell the mean of data that drifts."""
+    check_all(fill(layout, lambda s: np.linspace(-1e3, 1e4, s[0])[:, None] + rng.standard_normal(s)), layout[1], rng)
+
+
+@pytest.mark.parametrize("value", [0, 7, -0.1, 1e4, 1e8 + 8, 3e19, -1e30])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_constant_channel_gives_exactly_bias(layout, value, dtype, rng):
+    x = fill(layout, lambda s: np.full(s, value), dtype)
+    C = x.shape[layout[1]]
+    weight, bias = rng.standard_normal((2, C)).astype(dtype)
+    y = F.batch_norm(x, None, None, weight, bias, True, channel_axis=layout[1])
+    assert np.array_equal(by_channel(y, layout[1]), np.broadcast_to(bias, (x.size // C, C)))
+    mean, var = F.moments(x, channel_axis=layout[1])
+    assert np.all(mean == dtype(value))
+    assert np.all(var == 0)
+
+
+@pytest.mark.parametrize("size", [1e15, 1e19, 1e25, 1e30, 1e37])
+@pytest.mark.parametrize("offset", [0, 10])
+def test_huge_values(layout, size, offset, rng):
+    """Nothing overflows on the way to a y that float32 holds; running_var is inf where it does not."""
+    axis = layout[1]
+    x = fill(layout, lambda s: (rng.standard_normal(s) + offset) * size)
+    dy = rng.standard_normal(x.shape).astype(np.float32) * np.float32(size**0.5)
+    C = x.shape[axis]
+    weight = rng.random(C, np.float32) + 1
+    running_mean, running_var = np.zeros((2, C), np.float32)
+    y, vjp_fn = F.batch_norm_vjp(x, running_mean, running_var, weight, weight, True, 1.0, channel_axis=axis)
+    expected = reference.batch_norm(x, weight, weight, channel_axis=axis, dy=dy)
+    check_output(y, expected.y, 2.0**-21, 4e-6)
+    check_gradients(vjp_fn(dy), expected, x, weight, axis)
+    n = x.size // C
+    var = expected.var * n / (n - 1)
+    np.testing.assert_allclose(running_var, np.where(var > np.finfo(np.float32).max, np.inf, var), rtol=1e-6)
+
+
+@pytest.mark.parametrize("std", [1e-3, 1e-10, 1e-17])
+def test_tiny_values(layout, std, rng):
+    axis = layout[1]
+    x = fill(layout, lambda s: rng.standard_normal(s) * std)
+    expected = reference.batch_norm(x, eps=1e-36, channel_axis=axis)
+    check_output(F.batch_norm(x, None, None, training=True, eps=1e-36, channel_axis=axis), expected.y)
+    np.testing.assert_allclose(F.moments(x, channel_axis=axis)[1], expected.var, rtol=1e-6)
+
+
+def test_one_huge_channel_leaves_the_others_alone(layout, rng):
+    axis = layout[1]
+    x = fill(layout, lambda s: rng.standard_normal(s))
+    odd = x.copy(order="K")
+    np.moveaxis(odd, axis, 0)[2] *= np.float32(1e30)
+    dy = rng.standard_normal(x.shape).astype(np.float32)
+    weight = np.ones(x.shape[axis], np.float32)
+    others = np.arange(x.shape[axis]) != 2
+    for a, b in zip(*(run(v, weight, dy, axis) for v in (x, odd)), strict=True):
+        assert np.array_equal(a[..., others], b[..., others])
+
+
+def run(x, weight, dy, axis):
+    y, vjp_fn = F.batch_norm_vjp(x, None, None, weight, weight, True, activation="relu", channel_axis=axis)
+    grads = vjp_fn(dy)
+    return by_channel(y, axis), by_channel(grads.input, axis), grads.weight, grads.bias
+
+
+@pytest.mark.parametrize("ratio", [0, 1e3])
+def test_float64(layout, ratio, rng):
+    """The same bounds relative to float64's own rounding, where the mean may be rounded to float64."""
+    x = fill(layout, lambda s: rng.standard_normal(s) + ratio, np.float64)
+    check_all(x, layout[1], rng, scale=2.0**-29 * max(1, 4 * ratio))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_16_bit_data_is_rounded_once(layout, dtype, rng):
+    if dtype == "bfloat16":
+        dtype = pytest.importorskip("ml_dtypes").bfloat16
+    axis = layout[1]
+    x = fill(layout, lambda s: rng.standard_normal(s) * 3 + 100, dtype)
+    weight, bias = rng.standard_normal((2, x.shape[axis])).astype(np.float32)
+    residual = rng.standard_normal(x.shape).astype(dtype)
+    y = F.batch_norm(x, None, None, weight, bias, True, residual=residual, activation="relu", channel_axis=axis)
+    assert y.dtype == x.dtype
+    exact = reference.batch_norm(x, weight, bias, residual=residual, relu=True, channel_axis=axis).y
+    # The float32 value before the rounding is within 2e-6 of the exact one, so y lies between the roundings of both.
+    low, high = ((exact + d).astype(dtype) for d in (-2e-6 * (1 + np.abs(exact)), 2e-6 * (1 + np.abs(exact))))
+    assert np.all((y >= np.maximum(low, 0).astype(dtype)) & (y <= high))
