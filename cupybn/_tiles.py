@@ -208,25 +208,31 @@ if hasattr(os, "register_at_fork"):
 
 
 def run(task: Callable[[Tile], Any], work: Sequence[Tile]) -> list[Any]:
-    """``[task(tile) for tile in work]``, shared by the calling thread and helpers. The first error is raised."""
+    """``[task(tile) for tile in work]``, shared by the calling thread and helpers.
+
+    After an error, which is raised here, no other tile is begun.
+    """
     results: list[Any] = [None] * len(work)
     queue = deque(enumerate(work))
 
     def drain() -> None:
-        with np.errstate(all="ignore"):  # inf and NaN are data here; also brings the buffer size back
+        with np.errstate(all="ignore"):  # inf and NaN are data here; on the way out the buffer size comes back, too
             np.setbufsize(SHORT)
             while queue:
                 try:
                     index, tile = queue.popleft()
                 except IndexError:  # another thread took the last one
                     return
-                results[index] = task(tile)
+                try:
+                    results[index] = task(tile)
+                except BaseException:
+                    queue.clear()
+                    raise
 
     helpers = _start(drain, min(num_threads(), len(work) // 4) - 1)
     try:
         drain()
     finally:
-        queue.clear()  # after an error nobody starts another tile
         for helper in helpers:
             if not helper.cancel():
                 helper.result()

@@ -48,7 +48,7 @@ def check_output(y, expected, unit=2.0**-22, floor=1e-6):
 
 
 def check_gradients(grads, expected, x, weight, axis, scale=1.0):
-    """dx within 3e-6 of the larger of itself and |weight| rstd |dy| over its channel; sums within 1e-5 of their terms."""
+    """dx within 3e-6 of the larger of dx and |weight| rstd |dy| over its channel; sums within 1e-5 of their terms."""
     rstd = 1 / np.sqrt(expected.var + EPS)
     g = by_channel(expected.dresidual, axis)
     dx, dx0 = by_channel(grads.input.astype(np.float64), axis), by_channel(expected.dx, axis)

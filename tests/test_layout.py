@@ -1,0 +1,78 @@
+"""Any dense array is (N, C, L) without a copy."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from cupybn._layout import Layout
+
+
+def dense(shape, order):
+    """An array of this shape whose axes lie in memory in this order, slowest first."""
+    return np.arange(np.prod(shape)).reshape([shape[i] for i in order]).transpose(np.argsort(order))
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(4))))
+@pytest.mark.parametrize("axis", range(4))
+def test_every_dense_permutation_is_a_view(order, axis):
+    x = dense((2, 3, 4, 5), order)
+    layout = Layout.of(x, axis)
+    view = layout.view(x)
+    assert layout.matches(x)
+    assert np.shares_memory(view, x)
+    assert view.flags.c_contiguous
+    assert np.array_equal(np.sort(view, axis=None), np.sort(x, axis=None))
+    for c in range(x.shape[axis]):
+        assert set(view[:, c].ravel()) == set(x.take(c, axis).ravel())
+    assert layout.empty_like(x).strides == x.strides
+
+
+@pytest.mark.parametrize(
+    ("shape", "order", "axis", "expected"),
+    [
+        ((2, 3, 4, 5), (0, 1, 2, 3), 1, (2, 3, 20)),  # NCHW
+        ((2, 3, 4, 5), (0, 2, 3, 1), 1, (40, 3, 1)),  # channels-last memory
+        ((2, 4, 5, 3), (0, 1, 2, 3), 3, (40, 3, 1)),  # NHWC
+        ((2, 3, 4, 5), (1, 0, 2, 3), 1, (1, 3, 40)),  # channels slowest
+        ((6, 3), (0, 1), 1, (6, 3, 1)),
+        ((6, 1, 7), (0, 1, 2), 1, (1, 1, 42)),  # a single channel is one row
+        ((1, 3, 1, 5), (0, 1, 2, 3), 1, (1, 3, 5)),
+        ((0, 3, 5), (0, 1, 2), 1, (0, 3, 5)),
+    ],
+)
+def test_shapes(shape, order, axis, expected):
+    x = dense(shape, order)
+    assert Layout.of(x, axis).shape == expected
+    assert Layout.of(x, axis).view(x).shape == expected
+
+
+@pytest.mark.parametrize(
+    "take",
+    [
+        lambda x: x[:, :, 1:],
+        lambda x: x[::2],
+        lambda x: x[:, :, ::-1],
+        lambda x: x[:, :2],
+        lambda x: np.broadcast_to(x[:1], x.shape),
+    ],
+)
+def test_what_is_not_dense_is_copied_once_in_the_same_order(take):
+    x = take(dense((4, 3, 5), (0, 2, 1)))
+    layout = Layout.of(x, 1)
+    view = layout.view(x)
+    assert not layout.matches(x)
+    assert not np.shares_memory(view, x)
+    assert view.flags.c_contiguous
+    assert np.array_equal(layout.conform(x), x)
+    assert layout.matches(layout.conform(x))
+
+
+def test_conform_copies_only_another_order():
+    x, other = dense((4, 3, 5), (0, 1, 2)), dense((4, 3, 5), (0, 2, 1))
+    layout = Layout.of(x, 1)
+    assert layout.conform(x) is x
+    assert np.array_equal(layout.conform(other), other)
+    assert layout.conform(other).strides == x.strides

@@ -1,0 +1,145 @@
+"""The split of the work: every element once, the same sums whatever the number of threads, errors that come through."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+
+from cupybn import _tiles
+
+SHAPES = [  # each cut in another way
+    (1, 1, 1),
+    (3, 5, 7),  # one tile of joined rows
+    (8, 2048, 49),  # short rows, cut along the channels
+    (700, 300, 9),  # short rows, cut along the samples
+    (8, 3, 200_003),  # long rows, each cut, none of a round length
+    (5, 400, 900),  # long rows, several in a tile
+    (100_003, 3, 1),  # channels last, joined rows, a rest
+    (301, 5000, 1),  # channels last, long rows
+    (2, 1_000_003, 1),  # channels last, rows that are cut
+    (70_001, 2, 3),  # short rows, joined, a rest
+]
+
+
+@pytest.fixture(params=["1", "2", "7"])
+def threads(request, monkeypatch):
+    monkeypatch.setenv("CUPYBN_NUM_THREADS", request.param)
+    return int(request.param)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_element_once(shape):
+    seen = np.zeros(shape, np.uint8)
+    for tile in _tiles.tiles(shape):
+        seen[tile.n, tile.c, tile.l] += 1
+    assert np.all(seen == 1)
+    assert max(seen[t.n, t.c, t.l].size for t in _tiles.tiles(shape)) <= _tiles.TILE
+
+
+def doubled(x, y, vector):
+    np.multiply(x, vector, out=y)
+
+
+def products(x, vector):
+    d = x - vector
+    return [(d,), (d, x)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_map_and_sums(shape, contiguous, threads, rng):
+    """Each lane meets the element of the vector that belongs to its channel, on the way in and in the sums."""
+    x = rng.integers(0, 5, shape).astype(np.float32)
+    if not contiguous:
+        x = np.concatenate([x, x], axis=1)[:, : shape[1]]
+    vector = np.arange(shape[1], dtype=np.float32) % 7
+    y = np.full(x.shape, np.nan, np.float32)
+    assert _tiles.tile_map(doubled, [x, y], [vector])[0][1] == []
+    np.testing.assert_array_equal(y, x * vector[:, None])
+
+    d = x.astype(np.float64) - vector[:, None]
+    sum_d, sum_dx = _tiles.tile_sums(products, [x], [vector], 2)
+    assert sum_d.dtype == sum_dx.dtype == np.float64
+    np.testing.assert_array_equal(sum_d, d.sum(axis=(0, 2)))  # small integers: exact
+    np.testing.assert_array_equal(sum_dx, (d * x).sum(axis=(0, 2)))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_same_bits_with_any_number_of_threads(shape, monkeypatch, rng):
+    x = rng.standard_normal(shape).astype(np.float32)
+    vector = rng.standard_normal(shape[1]).astype(np.float32)
+    results = []
+    for count in "1", "2", "5", "2":
+        monkeypatch.setenv("CUPYBN_NUM_THREADS", count)
+        results.append(_tiles.tile_sums(products, [x], [vector], 2))
+    for other in results[1:]:
+        np.testing.assert_array_equal(results[0], other)
+
+
+def test_work_is_shared(monkeypatch):
+    monkeypatch.setenv("CUPYBN_NUM_THREADS", "3")
+    meeting = threading.Barrier(3, timeout=10)
+    names = _tiles.run(lambda _: (meeting.wait(), threading.current_thread().name)[1], [None] * 12)
+    assert len(set(names)) == 3
+
+
+def test_an_error_comes_through_and_ends_the_work(threads):
+    done = []
+
+    def task(index):
+        done.append(index)
+        if index == 3:
+            raise ArithmeticError("tile 3")
+
+    with pytest.raises(ArithmeticError, match="tile 3"):
+        _tiles.run(task, range(1000))
+    assert len(done) < 1000
+
+
+def test_numpy_settings_of_the_caller_stay(rng):
+    x = rng.standard_normal((64, 64, 64)).astype(np.float32)
+    with np.errstate(all="raise"):
+        np.setbufsize(4096)
+        _tiles.tile_map(doubled, [x, np.empty_like(x)], [np.full(64, 3e38, np.float32)])  # overflows, quietly
+        assert np.getbufsize() == 4096
+        assert np.geterr() == dict.fromkeys(("divide", "over", "under", "invalid"), "raise")
+
+
+def test_threads_after_a_fork():
+    """A child process starts threads of its own: those of the parent do not exist in it."""
+    code = """
+import os, sys, warnings
+import numpy as np
+import cupybn.functional as F
+x = np.ones((64, 64, 500), np.float32)
+F.batch_norm(x, None, None, training=True)
+warnings.simplefilter("ignore")  # newer Pythons warn of forks beside threads
+pid = os.fork()
+if pid == 0:
+    F.batch_norm(x, None, None, training=True)
+    os._exit(0)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+    if not hasattr(os, "fork"):
+        pytest.skip("this system has no fork")
+    env = os.environ | {"CUPYBN_NUM_THREADS": "2"}
+    assert subprocess.run([sys.executable, "-c", code], env=env, timeout=60).returncode == 0
+
+
+def test_after_the_last_thread_may_start():
+    """Python starts no thread while it shuts down: the work is done by the one that is left."""
+    code = """
+import atexit
+import numpy as np
+import cupybn.functional as F
+x = np.ones((64, 64, 500), np.float32)
+atexit.register(lambda: print(F.batch_norm(x, None, None, training=True).sum()))
+"""
+    env = os.environ | {"CUPYBN_NUM_THREADS": "2"}
+    result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
+    assert (result.stdout, result.stderr) == ("0.0\n", "")
