@@ -1,0 +1,71 @@
+"""The package as users meet it: what importing costs, what it needs, what a wheel holds."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import cupybn
+
+ROOT = Path(__file__).parent.parent
+
+
+def python(code, **env):
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=os.environ | env, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_import_brings_in_numpy_and_nothing_else():
+    code = (
+        "import sys, json, numpy; a = set(sys.modules); import cupybn; print(json.dumps(sorted(set(sys.modules) - a)))"
+    )
+    own = {name.partition(".")[0] for name in json.loads(python(code))}
+    assert "cupybn" in own
+    assert not own & {"cupy", "ml_dtypes", "scipy", "torch", "matplotlib", "tqdm"}
+
+
+def test_a_broken_cupy_does_no_harm(tmp_path):
+    """`import cupy` may raise anything; it is only tried when a device is asked for."""
+    (tmp_path / "cupy.py").write_text("raise PermissionError('no cache folder')")
+    code = """
+import cupybn, numpy as np
+layer = cupybn.BatchNorm1d(2)
+assert layer.device == "cpu", layer.device
+layer(np.ones((3, 2), np.float32))
+try:
+    layer.to("cuda")
+except RuntimeError as error:
+    print(error)
+"""
+    message = python(code, PYTHONPATH=os.pathsep.join([str(tmp_path), str(Path(cupybn.__file__).parent.parent)]))
+    assert re.search(r"no cache folder.*cuda12.*cuda13", message)
+
+
+def test_public_names():
+    assert set(cupybn.__all__) <= set(dir(cupybn))
+    for name in cupybn.__all__:
+        assert getattr(cupybn, name).__doc__, name
+    for name in cupybn.functional.__all__:
+        assert getattr(cupybn.functional, name).__doc__, name
+    for layer in cupybn.BatchNorm1d, cupybn.BatchNorm2d, cupybn.BatchNorm3d:
+        assert "num_features" in layer.__doc__
+        for name, member in vars(layer.__mro__[1]).items():
+            assert name.startswith("_") or name in layer.__mro__[1].__annotations__ or member.__doc__, name
+
+
+def test_typed():
+    assert (Path(cupybn.__file__).parent / "py.typed").exists()
+
+
+def test_kernel_folder_is_found():
+    from cupybn._kernels import KERNELS
+
+    assert KERNELS.is_dir()
+    assert (KERNELS / "README.md").exists()
