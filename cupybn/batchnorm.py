@@ -276,10 +276,12 @@ class _BatchNorm:
         if _state.COUNTER in shapes:
             shapes[_state.COUNTER] = ()
         _state.check(own, shapes, strict, prefix)
+        if features is None:  # nothing here tells a lazy layer its size
+            return
         loaded = {
             name: _devices.transfer(own[name], self._dtype_of(name), self._device) for name in names if name in own
         }
-        if self.num_features is None and features is not None:
+        if self.num_features is None:
             self._allocate(features)
         for name, array in loaded.items():
             getattr(self, name)[...] = array

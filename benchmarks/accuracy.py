@@ -1,0 +1,83 @@
+"""How far batch norm is from float64 on difficult float32 data: cupybn, PyTorch on the CPU, and plain NumPy.
+
+python benchmarks/accuracy.py
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+import cupybn
+import cupybn.functional as F
+
+SHAPE = (16, 8, 14, 14)
+
+
+def data() -> dict[str, np.ndarray]:
+    """Float32 batches, each with its difficulty."""
+    normal = np.random.default_rng(0).standard_normal(SHAPE)
+    outlier = normal.copy()
+    outlier[0, :, 0, 0] = 1e4
+    return {
+        name: x.astype(np.float32)
+        for name, x in {
+            "mean 0, std 1": normal,
+            "mean 1e4, std 1": normal + 1e4,
+            "mean 1e6, std 1": normal + 1e6,
+            "one outlier of 1e4": outlier,
+            "constant 1e4": np.full(SHAPE, 1e4),
+            "constant 1e8": np.full(SHAPE, 1e8),
+            "mean 0, std 1e20": normal * 1e20,
+        }.items()
+    }
+
+
+def exact(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Output and unbiased variance in float64."""
+    x = x.astype(np.float64)
+    mean, var = x.mean((0, 2, 3), keepdims=True), x.var((0, 2, 3), keepdims=True)
+    n = x.size // x.shape[1]
+    return (x - mean) / np.sqrt(var + 1e-5), var.ravel() * n / (n - 1)
+
+
+def run_cupybn(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    running_mean, running_var = np.zeros((2, x.shape[1]), np.float32)
+    return F.batch_norm(x, running_mean, running_var, training=True, momentum=1.0), running_var
+
+
+def run_torch(x: np.ndarray, memory_format: torch.memory_format) -> tuple[np.ndarray, np.ndarray]:
+    t = torch.from_numpy(x).contiguous(memory_format=memory_format)
+    running_mean, running_var = torch.zeros(2, x.shape[1])
+    y = torch.nn.functional.batch_norm(t, running_mean, running_var, training=True, momentum=1.0)
+    return y.numpy(), running_var.numpy()
+
+
+def run_numpy(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    mean, var = x.mean((0, 2, 3), keepdims=True), x.var((0, 2, 3), keepdims=True)
+    return (x - mean) / np.sqrt(var + np.float32(1e-5)), x.var((0, 2, 3), ddof=1)
+
+
+def main() -> None:
+    runs = {
+        "cupybn": run_cupybn,
+        "PyTorch NCHW": lambda x: run_torch(x, torch.contiguous_format),
+        "PyTorch NHWC": lambda x: run_torch(x, torch.channels_last),
+        "plain NumPy": run_numpy,
+    }
+    print(f"cupybn {cupybn.__version__}, PyTorch {torch.__version__} (CPU), NumPy {np.__version__}; shape {SHAPE}")
+    print("greatest error of y | greatest relative error of running_var")
+    print(f"{'':20}" + "".join(f"{name:>20}" for name in runs))
+    for name, x in data().items():
+        y0, var0 = exact(x)
+        cells = []
+        with np.errstate(all="ignore"):
+            for run in runs.values():
+                y, var = run(x)
+                relative = np.where(var0 > 0, np.abs(var - var0.astype(np.float32)) / var0, np.abs(var))
+                cells.append(f"{np.abs(y - y0).max():.1e} | {np.nan_to_num(relative).max():.0e}")
+        print(f"{name:20}" + "".join(f"{cell:>20}" for cell in cells))
+
+
+if __name__ == "__main__":
+    main()
