@@ -61,7 +61,11 @@ class Call(NamedTuple):
                 _checks.check_like(name, array, input)
         written = {"out": out}
         if self.updates_running():
-            written |= {"running_mean": self.running_mean, "running_var": self.running_var}
+            written |= {
+                "running_mean": self.running_mean,
+                "running_var": self.running_var,
+                "num_batches_tracked": self.num_batches_tracked,
+            }
         for name, array in written.items():
             if array is not None:
                 _checks.check_writeable(name, array)

@@ -14,21 +14,22 @@ COUNTER = "num_batches_tracked"
 
 
 def select(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """The entries under a prefix, without it: arrays, or what ``numpy.asarray`` makes of them.
+    """The entries under a prefix, without it."""
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+
+def as_array(key: str, value: Any) -> Any:
+    """A CuPy array as it is, or what ``numpy.asarray`` makes of anything else.
 
     Raises
     ------
     TypeError
-        If a value is not an array of real numbers.
+        If this is not an array of real numbers.
     """
-    own = {}
-    for key, value in state.items():
-        if key.startswith(prefix):
-            array = value if kind(value) == "cupy" else np.asarray(value)
-            if array.dtype.kind not in "fiub" and array.dtype.name not in FLOATS:
-                raise TypeError(f"expected {key} to be an array of real numbers (got dtype {array.dtype})")
-            own[key.removeprefix(prefix)] = array
-    return own
+    array = value if kind(value) == "cupy" else np.asarray(value)
+    if array.dtype.kind not in "fiub" and array.dtype.name not in FLOATS:
+        raise TypeError(f"expected {key} to be an array of real numbers (got dtype {array.dtype})")
+    return array
 
 
 def check(own: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]], strict: bool, prefix: str) -> None:

@@ -19,6 +19,7 @@ Array = Any  # numpy.ndarray or cupy.ndarray
 
 INITIAL = {"weight": 1, "bias": 0, "running_mean": 0, "running_var": 1, "num_batches_tracked": 0}
 """The arrays of a layer, in the order of its state dict, and the values that they start from."""
+AFFINE = ("weight", "bias")
 
 
 class _BatchNorm:
@@ -227,16 +228,16 @@ class _BatchNorm:
     def reset_running_stats(self) -> None:
         """Running statistics and counter back to where they start, if the layer tracks them."""
         if self.track_running_stats:
-            self._reset("running_mean", "running_var", "num_batches_tracked")
+            self._fill({name: INITIAL[name] for name in self._arrays() if name not in AFFINE})
 
     def reset_parameters(self) -> None:
         """Weight and bias back to where they start, and the running statistics as `reset_running_stats`."""
         self.reset_running_stats()
-        self._reset("weight", "bias")
+        self._fill({name: INITIAL[name] for name, _ in self.named_parameters()})
 
     def named_parameters(self) -> Iterator[tuple[str, Array]]:
         """``("weight", array)`` and ``("bias", array)``, where the layer has them."""
-        return ((name, array) for name, array in self._arrays().items() if name in ("weight", "bias"))
+        return ((name, array) for name, array in self._arrays().items() if name in AFFINE)
 
     def parameters(self) -> Iterator[Array]:
         """Weight and bias, where the layer has them."""
@@ -267,11 +268,12 @@ class _BatchNorm:
         TypeError
             If a value is not an array of real numbers. Nothing has been loaded then.
         """
+        names = self._members if self.num_features is None else tuple(self._arrays())
         own = _state.select(state, prefix)
+        own |= {name: _state.as_array(prefix + name, own[name]) for name in names if name in own}
         features = self.num_features
         if features is None:
-            features = next((len(a) for name, a in own.items() if name in self._members and a.ndim == 1), None)
-        names = self._members if self.num_features is None else self._arrays()
+            features = next((own[name].size for name in names if name in own and own[name].ndim == 1), None)
         shapes: dict[str, tuple[int, ...]] = dict.fromkeys(names, (features or 0,))
         if _state.COUNTER in shapes:
             shapes[_state.COUNTER] = ()
@@ -283,8 +285,7 @@ class _BatchNorm:
         }
         if self.num_features is None:
             self._allocate(features)
-        for name, array in loaded.items():
-            getattr(self, name)[...] = array
+        self._fill(loaded)
 
     @property
     def device(self) -> str:
@@ -328,11 +329,12 @@ class _BatchNorm:
     def _release(self) -> None:
         vars(self).update(dict.fromkeys(self._members), num_features=None)
 
-    def _reset(self, *names: str) -> None:
-        for name in names:
-            array = getattr(self, name)
-            if array is not None:
-                array[...] = INITIAL[name]
+    def _fill(self, values: Mapping[str, Any]) -> None:
+        """Write into the layer's arrays, all or none."""
+        for name in values:
+            _checks.check_writeable(name, getattr(self, name))
+        for name, value in values.items():
+            getattr(self, name)[...] = value
 
     def _dtype_of(self, name: str) -> np.dtype[Any]:
         return np.dtype(np.int64) if name == _state.COUNTER else self.dtype
