@@ -62,7 +62,7 @@ def tiles(shape: tuple[int, int, int]) -> list[Tile]:
     c = evenly(C, max(1, TILE // (l * (1 if L >= SHORT else min(N, SUMMANDS)))))
     n = evenly(N, max(1, TILE // (l * c)))
     if L < SHORT and c == C:  # whole super-rows in every tile but the last
-        n = max(n - n % super_row(C * L), 1)
+        n = n - n % super_row(C * L) or n
     return [Tile(*ranges) for ranges in itertools.product(split(N, n), split(C, c), split(L, l))]
 
 

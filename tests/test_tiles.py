@@ -32,6 +32,11 @@ def threads(request, monkeypatch):
     return int(request.param)
 
 
+@pytest.mark.parametrize("shape", [(32, 32, 1), (32, 4, 5), (1, 1, 1), (1000, 2, 1)])
+def test_small_arrays_are_one_tile(shape):
+    assert len(_tiles.tiles(shape)) == 1
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_element_once(shape):
     seen = np.zeros(shape, np.uint8)
@@ -52,7 +57,8 @@ def products(x, vector):
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("contiguous", [True, False])
-def test_map_and_sums(shape, contiguous, threads, rng):
+@pytest.mark.usefixtures("threads")
+def test_map_and_sums(shape, contiguous, rng):
     """Each lane meets the element of the vector that belongs to its channel, on the way in and in the sums."""
     x = rng.integers(0, 5, shape).astype(np.float32)
     if not contiguous:
@@ -88,7 +94,8 @@ def test_work_is_shared(monkeypatch):
     assert len(set(names)) == 3
 
 
-def test_an_error_comes_through_and_ends_the_work(threads):
+@pytest.mark.usefixtures("threads")
+def test_an_error_comes_through_and_ends_the_work():
     done = []
 
     def task(index):

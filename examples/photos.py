@@ -1,0 +1,123 @@
+"""Two real photographs through batch norm, a VGG block, a ResNet block and a classifier, in training and in eval mode.
+
+The photographs are channels-last arrays and are normalised as such. The weights are random: there are shapes and
+statistics to see here, and how eval mode comes to agree with training mode; the scores of the classes mean nothing.
+
+    python examples/photos.py
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+import cupybn.functional as F
+import layers
+from cupybn import BatchNorm2d
+from layers import to_numpy, xp
+
+BATCHES = 40  # for the running statistics, at momentum 0.1
+MODES = ("training mode", "eval mode after 1 batch", f"eval mode after {BATCHES} batches")
+
+
+class ResNetBlock(layers.Sequential):
+    """relu(norm2(conv2(relu(norm1(conv1(x))))) + shortcut(x)), at half the height and width."""
+
+    def __init__(self, rng, C_in, C_out):
+        super().__init__(
+            layers.Conv2d(rng, C_in, C_out, stride=2),
+            BatchNorm2d(C_out, activation="relu"),
+            layers.Conv2d(rng, C_out, C_out),
+            BatchNorm2d(C_out, activation="relu"),
+            layers.Sequential(layers.Conv2d(rng, C_in, C_out, kernel=1, stride=2), BatchNorm2d(C_out)),
+        )
+
+    def __call__(self, x):
+        """The output."""
+        conv1, norm1, conv2, norm2, shortcut = self.layers
+        return norm2(conv2(norm1(conv1(x))), residual=shortcut(x))
+
+
+def vgg_block(rng, C_in, C_out):
+    return layers.Sequential(
+        layers.Conv2d(rng, C_in, C_out),
+        BatchNorm2d(C_out, activation="relu"),
+        layers.Conv2d(rng, C_out, C_out),
+        BatchNorm2d(C_out, activation="relu"),
+        layers.MaxPool2d(),
+    )
+
+
+def in_three_modes(layer, x):
+    """The outputs in training mode, in eval mode right after it, and in eval mode after more batches."""
+    layer.train()
+    outputs = [layer(x)]
+    outputs.append(layer.eval()(x))
+    layer.train()
+    for _ in range(BATCHES - 1):
+        layer(x)
+    outputs.append(layer.eval()(x))
+    return dict(zip(MODES, outputs, strict=True))
+
+
+def print_moments(title, x, channel_axis):
+    mean, var = F.moments(x, channel_axis=channel_axis)
+    channels = (f"{float(m):8.3f} +- {float(v) ** 0.5:6.3f}" for m, v in zip(mean[:3], var[:3], strict=True))
+    print(f"  {title:27}", *channels)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default="output", help="folder of the picture")
+    args = parser.parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
+
+    photos = np.stack(load_sample_images().images)[:, :416:2, ::2]
+    x = xp.asarray(photos.astype(np.float32))
+    print(f"Photographs {x.shape}: red, green and blue, mean +- standard deviation")
+    print_moments("as they are, 0 to 255", x, -1)
+    normalised = in_three_modes(BatchNorm2d(3, channel_axis=-1), x)
+    for mode, y in normalised.items():
+        print_moments(mode, y, -1)
+
+    rng = np.random.default_rng(0)
+    x = normalised[MODES[0]].transpose(0, 3, 1, 2)  # an NCHW view of the same memory, which the blocks keep
+    vgg, resnet = vgg_block(rng, 3, 16), ResNetBlock(rng, 16, 32)
+    head = layers.Sequential(layers.GlobalAveragePool(), layers.Linear(rng, 32, 10))
+    features = {"VGG block": in_three_modes(vgg, x)}
+    features["ResNet block"] = in_three_modes(resnet, features["VGG block"][MODES[0]])
+    for name, outputs in features.items():
+        print(f"{name} {outputs[MODES[0]].shape}: the first three channels of the output")
+        for mode, y in outputs.items():
+            print_moments(mode, y, 1)
+    scores = {mode: head(y) for mode, y in features["ResNet block"].items()}
+    print(f"Scores {scores[MODES[0]].shape} of random classes: largest difference from training mode")
+    for mode in MODES[1:]:
+        print(f"  {mode:27} {float(abs(scores[mode] - scores[MODES[0]]).max()):8.3f}")
+
+    figure = Figure(figsize=(10, 3.9), layout="constrained")
+    axes = figure.subplots(2, 4)
+    for photo, (name, outputs) in enumerate(features.items()):
+        maps = [to_numpy(y[photo, 0]) for y in outputs.values()]
+        axes[photo, 0].imshow(photos[photo, ::2, ::2])
+        axes[photo, 0].set_ylabel(name)
+        for ax, mode, feature_map in zip(axes[photo, 1:], MODES, maps, strict=True):
+            image = ax.imshow(feature_map, vmin=0, vmax=2.5, cmap=colormaps["magma"].resampled(10))
+            ax.set_title(mode if photo == 0 else "", fontsize=10)
+        figure.colorbar(image, ax=axes[photo], label="channel 0", extend="max")
+    for ax in axes.flat:
+        ax.set(xticks=[], yticks=[])
+    axes[0, 0].set_title("photograph", fontsize=10)
+    figure.suptitle("Feature maps of two blocks with random weights", fontsize=12)
+    path = args.output / "photos.png"
+    figure.savefig(path, dpi=80)
+    Image.open(path).convert("RGB").quantize().save(path)  # 256 colours: a third of the size
+    print(f"Picture: {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""Train a small residual network on real handwritten digits, with batch norm and without.
+
+Both networks have the same layers, initial weights, batches and learning rate. Prints their accuracies on digits that
+were held out, in training mode and in eval mode; draws the learning curves; writes a checkpoint and reads it back.
+
+    python examples/train_digits.py
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from tqdm import tqdm
+
+import layers
+from cupybn import BatchNorm2d, no_stats_update
+from layers import xp
+
+EPOCHS, BATCH_SIZE, LEARNING_RATE, GOAL = 15, 64, 0.1, 0.98
+
+
+class ResidualBlock(layers.Sequential):
+    """relu(norm2(conv2(relu(norm1(conv1(x))))) + x)."""
+
+    def vjp(self, x):
+        """The output, and the function from its gradient to those of x and of the parameters."""
+        conv1, norm1, conv2, norm2 = self.layers
+        y, conv1_vjp = conv1.vjp(x)
+        y, norm1_vjp = norm1.vjp(y)
+        y, conv2_vjp = conv2.vjp(y)
+        y, norm2_vjp = norm2.vjp(y, residual=x)  # normalization, sum and ReLU in one pass
+
+        def vjp_fn(dy):
+            dy, *dnorm2, dx = norm2_vjp(dy)
+            dy, *dconv2 = conv2_vjp(dy)
+            dy, *dnorm1, _ = norm1_vjp(dy)
+            dy, *dconv1 = conv1_vjp(dy)
+            return dx + dy, *dconv1, *dnorm1, *dconv2, *dnorm2
+
+        return y, vjp_fn
+
+
+def make_network(norm):
+    rng = np.random.default_rng(0)
+
+    def conv_norm_relu(C_in, C_out):
+        return layers.Conv2d(rng, C_in, C_out), norm(C_out, activation="relu")
+
+    return layers.Sequential(
+        *conv_norm_relu(1, 32),
+        ResidualBlock(*conv_norm_relu(32, 32), *conv_norm_relu(32, 32)),
+        layers.MaxPool2d(),
+        *conv_norm_relu(32, 64),
+        layers.GlobalAveragePool(),
+        layers.Linear(rng, 64, 10),
+    )
+
+
+def accuracy(network, x, labels, training):
+    with no_stats_update():  # testing must not move the running statistics, in training mode neither
+        return float((network.train(training)(x).argmax(axis=1) == labels).mean())
+
+
+def train(name, network, x, labels, x_test, labels_test, epochs):
+    """The training loss and the held-out accuracy of every epoch."""
+    rng = np.random.default_rng(0)
+    optimizer = layers.SGD(network.parameters(), LEARNING_RATE)
+    losses, accuracies = [], []
+    progress = tqdm(range(epochs), desc=name, unit="epoch")
+    for _ in progress:
+        network.train()
+        total = 0
+        for batch in np.array_split(rng.permutation(len(x)), len(x) // BATCH_SIZE):
+            batch = xp.asarray(batch)
+            scores, vjp_fn = network.vjp(x[batch])
+            loss, dscores = layers.softmax_cross_entropy(scores, labels[batch])
+            _, *grads = vjp_fn(dscores)
+            optimizer.step(grads)
+            total += loss * len(batch)
+        losses.append(float(total) / len(x))
+        accuracies.append(accuracy(network, x_test, labels_test, training=False))
+        progress.set_postfix(loss=f"{losses[-1]:.3f}", held_out=f"{accuracies[-1]:.1%}")
+    return losses, accuracies
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--epochs", type=int, default=EPOCHS)
+    parser.add_argument("--output", type=Path, default="output", help="folder of the picture and the checkpoint")
+    args = parser.parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
+
+    digits = load_digits()
+    images = (digits.images[:, None] / 16).astype(np.float32)  # (N, 1, 8, 8), from 0 to 1
+    data = train_test_split(images, digits.target, test_size=0.25, random_state=0, stratify=digits.target)
+    x, x_test, labels, labels_test = map(xp.asarray, data)
+    print(f"{len(x)} digits to learn from, {len(x_test)} held out, {xp.__name__} arrays")
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    loss_axes, accuracy_axes = figure.subplots(1, 2)
+    networks = {"with batch norm": make_network(BatchNorm2d), "without batch norm": make_network(layers.Bias)}
+    for name, network in networks.items():
+        losses, accuracies = train(name, network, x, labels, x_test, labels_test, args.epochs)
+        loss_axes.semilogy(range(1, args.epochs + 1), losses, "o-", label=name)
+        accuracy_axes.plot(range(1, args.epochs + 1), accuracies, "o-", label=name)
+        in_training = accuracy(network, x_test, labels_test, training=True)
+        print(f"{name:18}: held-out accuracy {in_training:.2%} in training mode, {accuracies[-1]:.2%} in eval mode")
+
+    loss_axes.set(title="Training loss", xlabel="epoch", ylabel="cross entropy")
+    accuracy_axes.set(title="Held-out accuracy, eval mode", xlabel="epoch", ylabel="accuracy", ylim=(0, 1.03))
+    accuracy_axes.legend(loc="lower right")
+    figure.suptitle(f"1,797 handwritten digits, the same network at learning rate {LEARNING_RATE}")
+    figure.savefig(args.output / "train_digits.png", dpi=90)
+
+    network = networks["with batch norm"]
+    np.savez(args.output / "digits.npz", **{key: layers.to_numpy(array) for key, array in network.state_dict().items()})
+    fresh = make_network(BatchNorm2d)
+    with np.load(args.output / "digits.npz") as checkpoint:
+        fresh.load_state_dict(checkpoint)
+    if not (fresh.eval()(x_test) == network.eval()(x_test)).all():
+        raise RuntimeError("the checkpoint does not give the same outputs")
+    print(f"The checkpoint gives the same bits. Picture and checkpoint are in {args.output}/")
+    if args.epochs == EPOCHS and accuracy(network, x_test, labels_test, training=False) < GOAL:
+        sys.exit(f"expected a held-out accuracy of {GOAL:.0%} or more in eval mode")
+
+
+if __name__ == "__main__":
+    main()
