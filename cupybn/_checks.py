@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cupybn._devices import describe, device_of, kind
-from cupybn._dtypes import FLOATS
+from cupybn._dtypes import FLOATS, is_float
 
 ACTIVATIONS = (None, "relu")
 
@@ -18,7 +18,7 @@ def check_array(name: str, array: Any, like: Any = None) -> None:
     """An array of a kind and dtype that batch norm takes, on the device of ``like``."""
     if kind(array) is None:
         raise TypeError(f"expected {name} to be a NumPy or CuPy array (got {describe(array)})")
-    if array.dtype.name not in FLOATS:
+    if not is_float(array.dtype):
         raise TypeError(f"expected {name} of dtype {', '.join(FLOATS)} (got {array.dtype.name})")
     if like is not None and device_of(array) != device_of(like):
         raise TypeError(f"expected {name} to be a {describe(like)} like input (got a {describe(array)})")
@@ -27,7 +27,7 @@ def check_array(name: str, array: Any, like: Any = None) -> None:
 def check_like(name: str, array: Any, input: Any) -> None:
     """An array of the input's kind, device, dtype and shape."""
     check_array(name, array, input)
-    if array.dtype.name != input.dtype.name:
+    if array.dtype != input.dtype and array.dtype.name != input.dtype.name:  # byte order may differ
         raise TypeError(f"expected {name} of the input's dtype {input.dtype.name} (got {array.dtype.name})")
     if array.shape != input.shape:
         raise ValueError(f"expected {name} of the input's shape {input.shape} (got {array.shape})")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,13 @@ import numpy.typing as npt
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
+@functools.cache
+def is_float(dtype: np.dtype[Any]) -> bool:
+    """Whether batch norm takes this dtype; NumPy works its name out anew each time."""
+    return dtype.name in FLOATS
+
+
+@functools.cache
 def accumulation_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
     """float64 for float64, float32 for everything narrower."""
     return np.dtype(np.float64 if dtype.name == "float64" else np.float32)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from cupybn._devices import kind
-from cupybn._dtypes import FLOATS
+from cupybn._dtypes import is_float
 
 COUNTER = "num_batches_tracked"
 
@@ -27,7 +27,7 @@ def as_array(key: str, value: Any) -> Any:
         If this is not an array of real numbers.
     """
     array = value if kind(value) == "cupy" else np.asarray(value)
-    if array.dtype.kind not in "fiub" and array.dtype.name not in FLOATS:
+    if array.dtype.kind not in "fiub" and not is_float(array.dtype):
         raise TypeError(f"expected {key} to be an array of real numbers (got dtype {array.dtype})")
     return array
 

@@ -97,7 +97,7 @@ class Lanes(NamedTuple):
         if self.positions > 1:
             vector = np.repeat(vector, self.positions)
         if self.repeat > 1:
-            vector = np.tile(vector, self.repeat)
+            vector = np.repeat(vector[None], self.repeat, axis=0).ravel()
         return vector[:, None]
 
     def sum(self, *factors: Array) -> Array:

@@ -12,7 +12,7 @@ where ``x - center`` is exact wherever it matters, and the second bracket, ``shi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -305,13 +305,12 @@ class _Affine(NamedTuple):
     wide: Array  # needs float64
     dtype: np.dtype[Any]  # else this one
 
-    def precisions(self, *more: Array) -> Iterator[tuple[slice, npt.DTypeLike]]:
+    def precisions(self, *more: Array) -> list[tuple[slice, npt.DTypeLike]]:
         """Ranges of channels and the dtype for each: float32 does not reach where values are near its limits."""
-        wide = self.wide | ~np.all([np.abs(v) < _LARGE for v in more], axis=0) if more else self.wide
-        for channels in _runs(~wide):
-            yield channels, self.dtype
-        for channels in _runs(wide):
-            yield channels, np.dtype(np.float64)
+        wide = self.wide | np.any([np.abs(v) > _LARGE for v in more], axis=0) if more else self.wide
+        if not wide.any():
+            return [(slice(None), self.dtype)]
+        return [(channels, self.dtype) for channels in _runs(~wide)] + [(c, np.dtype(np.float64)) for c in _runs(wide)]
 
 
 _LARGE = 1e30
@@ -331,7 +330,9 @@ def _affine(x_dtype: np.dtype[Any], moments: Moments, eps: float, weight: Array 
     return _Affine(center, rest, rstd, scale, shift, wide, dtype)
 
 
-def _runs(mask: Array) -> Iterator[slice]:
+def _runs(mask: Array) -> list[slice]:
     """The ranges over which `mask` is true."""
+    if not mask.any():
+        return []
     edges = np.flatnonzero(np.diff(mask, prepend=False, append=False))
-    return (slice(start, stop) for start, stop in zip(edges[::2], edges[1::2], strict=True))
+    return [slice(start, stop) for start, stop in zip(edges[::2], edges[1::2], strict=True)]

@@ -1,10 +1,17 @@
-"""Batch norm by the textbook, in float64 and independent of the library: what the tests compare with."""
+"""Batch norm by the textbook, in float64 and independent of the library: what the tests compare with, and how."""
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
+import ml_dtypes
 import numpy as np
+
+DTYPES = tuple(np.dtype(dtype) for dtype in (np.float16, ml_dtypes.bfloat16, np.float32, np.float64))
+HALF_ULP = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "float64": 2.0**-53}
+ROUNDINGS = {"y": 8, "dx": 25, "dweight": 84, "dbias": 84, "dresidual": 0}
+"""How many units in the last place of the arithmetic the contract allows: 1e-6, 3e-6 and 1e-5 of float32."""
 
 
 class Reference(NamedTuple):
@@ -17,6 +24,7 @@ class Reference(NamedTuple):
     dweight: np.ndarray | None = None
     dbias: np.ndarray | None = None
     dresidual: np.ndarray | None = None
+    terms: dict | None = None  # by gradient, the sizes of the terms that it is a sum of: rounding is relative to these
 
 
 def batch_norm(
@@ -51,7 +59,100 @@ def batch_norm(
     g = np.where(passed, np.asarray(dy).astype(wide), 0)
     dbias, dweight = g.sum(axis=others), (g * xhat).sum(axis=others)
     dx = g * rstd * column(weight, 1)
+    terms = {
+        "dx": np.abs(dx).max(axis=others, keepdims=True, initial=0),
+        "dweight": np.abs(g * xhat).sum(axis=others),
+        "dbias": np.abs(g).sum(axis=others),
+        "dresidual": 0.0,
+    }
     if running is None:
         n = x.size // x.shape[axis]
         dx -= (dbias.reshape(shape) + xhat * dweight.reshape(shape)) / n * rstd * column(weight, 1)
-    return result._replace(dx=dx, dweight=dweight, dbias=dbias, dresidual=g)
+    return result._replace(dx=dx, dweight=dweight, dbias=dbias, dresidual=g, terms=terms)
+
+
+def to_numpy(array) -> np.ndarray:
+    """The array itself, or the copy on the host of one that lives on a GPU."""
+    return array.get() if hasattr(array, "get") else np.asarray(array)
+
+
+def bits(*arrays) -> list[bytes | None]:
+    """What the arrays hold, to the last bit: compare before and after."""
+    return [None if array is None else to_numpy(array).tobytes() for array in arrays]
+
+
+def exactly(text: str) -> str:
+    """The pattern that matches this message and no longer one."""
+    return f"^{re.escape(text)}$"
+
+
+def assert_close(actual, expected, computed_in, scale=1.0, roundings=ROUNDINGS["y"]) -> None:
+    """Within one rounding to the dtype of `actual` and a few to that of the arithmetic, which `computed_in` decides.
+
+    `scale` is the size of the terms that `actual` is a sum of. NaN is close to nothing.
+    """
+    actual, expected = to_numpy(actual), np.asarray(expected)
+    assert actual.shape == expected.shape
+    unit = 2 * HALF_ULP["float64" if computed_in == np.float64 else "float32"]
+    bound = HALF_ULP[actual.dtype.name] * np.abs(expected) + roundings * unit * np.maximum(np.abs(expected), scale)
+    error = np.abs(actual.astype(np.float64) - expected)
+    assert np.all(error <= bound), f"off by {np.max(error)} where {np.min(bound)} and more is allowed"
+
+
+def in_order(array, axes):
+    """A copy of a NumPy or CuPy array as a dense view whose memory runs through `axes`, slowest first."""
+    dense = array.transpose(axes).copy(order="C")
+    return dense.transpose([int(i) for i in np.argsort(axes)])
+
+
+def arguments(xp, rng, shape, *, channel_axis=1, dtype=np.float32, vectors=np.float32) -> dict:
+    """Every array that `cupybn.functional.batch_norm` takes, at random; `vectors` is one dtype, or four by name."""
+
+    def draw(dtype, size, low=None):
+        values = rng.normal(size=size) if low is None else rng.uniform(low, 2, size)
+        return xp.asarray(values.astype(dtype))
+
+    names = ("running_mean", "running_var", "weight", "bias")
+    dtypes = vectors if isinstance(vectors, dict) else dict.fromkeys(names, vectors)
+    channels = shape[channel_axis]
+    return {
+        "input": xp.asarray((3 + 2 * rng.normal(size=shape)).astype(dtype)),
+        **{name: draw(dtypes[name], channels, 0.5 if name == "running_var" else None) for name in names},
+        "residual": draw(dtype, shape),
+        "channel_axis": channel_axis,
+    }
+
+
+def expect(arguments: dict, dy=None) -> Reference:
+    """The reference for the keyword arguments of `cupybn.functional.batch_norm`."""
+    given = {
+        name: value if value is None or np.isscalar(value) else to_numpy(value) for name, value in arguments.items()
+    }
+    training = given.pop("training", False)
+    running = given.pop("running_mean", None), given.pop("running_var", None)
+    given.pop("momentum", None)
+    return batch_norm(
+        given.pop("input"),
+        relu=given.pop("activation", None) == "relu",
+        running=None if training else running,
+        dy=None if dy is None else to_numpy(dy),
+        **given,
+    )
+
+
+def moved(running_mean, running_var, x, *, momentum=0.1, channel_axis=1) -> tuple[np.ndarray, np.ndarray]:
+    """Running statistics after a batch, in float64."""
+    x = to_numpy(x)
+    batch = batch_norm(x, channel_axis=channel_axis)
+    n = x.size // x.shape[channel_axis]
+    return tuple(
+        (1 - momentum) * to_numpy(running).astype(np.float64) + momentum * statistic
+        for running, statistic in ((running_mean, batch.mean), (running_var, batch.var * n / (n - 1)))
+    )
+
+
+def assert_gradients(grads, expected: Reference, computed_in) -> None:
+    """The gradients that a `vjp_fn` returned, against the reference's; None is for those that there are not."""
+    for name, grad in zip(("dx", "dweight", "dbias", "dresidual"), grads, strict=True):
+        if grad is not None:
+            assert_close(grad, getattr(expected, name), computed_in, expected.terms[name], ROUNDINGS[name])
