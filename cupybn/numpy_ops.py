@@ -77,14 +77,21 @@ def mean_and_var(moments: Moments, dtype: npt.DTypeLike) -> tuple[Array, Array]:
 
 
 def _sample_mean(x: Array) -> Array:
-    """The mean of a few values of each channel, spread over the array: exactly their value if they are all the same."""
+    """The mean of a few values of each channel, spread over the array.
+
+    Rounded to a power of two a few times smaller than their spread, so that x - center is exact or nearly so. Where
+    they are all the same, the mean is exactly their value.
+    """
     N, _, L = x.shape
     along_n = min(N, SAMPLES)
     along_l = min(L, SAMPLES // along_n)
     sample = x[N // (2 * along_n) :: -(-N // along_n), :, L // (2 * along_l) :: -(-L // along_l)].astype(np.float64)
-    first = sample[:1, :, :1]
-    mean: Array = (first + (sample - first).mean(axis=(0, 2), keepdims=True))[0, :, 0]
-    return mean
+    first = sample[0, :, 0]
+    deviation = sample - first[:, None]
+    mean: Array = first + deviation.sum(axis=(0, 2)) / (sample.size // len(first))
+    spread = np.abs(deviation).max(axis=(0, 2))
+    grid = np.ldexp(1.0, np.frexp(spread)[1] - 3)
+    return np.where(spread > 0, np.round(mean / grid) * grid, mean)
 
 
 def _moments_about(center: Array, x: Array, dtype: npt.DTypeLike) -> Moments:
