@@ -22,8 +22,13 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 
+SMALL = 1 << 20
+"""Elements of an array that one thread does alone: others would still be waking up when it is done."""
 TILE = 1 << 18
-"""Elements of a tile, 1 MiB of float32: larger ones leave the cache, smaller ones make threads wait for each other."""
+"""Elements of a tile of a small array: 1 MiB of float32, to stay in cache between the steps."""
+LARGE_TILE = 1 << 19
+"""Elements of a tile of other arrays. Smaller ones fit closer caches, but threads then wait for each other: between two
+calls of NumPy only one of them runs."""
 SHORT = 1 << 9
 """Rows shorter than this are read several at a time; NumPy's iterator copies operands into buffers of this size, and
 leaves out the copy only where rows are longer."""
@@ -56,11 +61,12 @@ def evenly(size: int, most: int) -> int:
 
 
 def tiles(shape: tuple[int, int, int]) -> list[Tile]:
-    """Cut a non-empty (N, C, L) into tiles of about ``TILE`` elements."""
+    """Cut a non-empty (N, C, L) into tiles."""
     N, C, L = shape
-    l = evenly(L, TILE)  # noqa: E741
-    c = evenly(C, max(1, TILE // (l * (1 if L >= SHORT else min(N, SUMMANDS)))))
-    n = evenly(N, max(1, TILE // (l * c)))
+    tile = TILE if N * C * L <= SMALL else LARGE_TILE
+    l = evenly(L, tile)  # noqa: E741
+    c = evenly(C, max(1, tile // (l * (1 if L >= SHORT else min(N, SUMMANDS)))))
+    n = evenly(N, max(1, tile // (l * c)))
     if L < SHORT and c == C:  # whole super-rows in every tile but the last
         n = n - n % super_row(C * L) or n
     return [Tile(*ranges) for ranges in itertools.product(split(N, n), split(C, c), split(L, l))]
@@ -132,15 +138,18 @@ class Lanes(NamedTuple):
         return total
 
 
-def steps(size: int, step: int) -> list[tuple[slice, int]]:
-    """Cut ``range(size)`` into a part made of whole steps and the rest: their ranges and their step lengths."""
-    rest = size % step
-    parts = [(slice(0, size - rest), step), (slice(size - rest, size), rest)]
-    return [(part, length) for part, length in parts if part.stop > part.start]
+@functools.lru_cache
+def steps(size: int, most: int) -> list[tuple[slice, int]]:
+    """Cut ``range(size)`` into steps of one length, and a shorter rest if need be: their ranges and their lengths."""
+    for length in range(min(size, most), most // 4, -1):
+        if size % length == 0:
+            return [(slice(0, size), length)]
+    whole = size - size % most
+    return [(slice(0, whole), most), (slice(whole, size), size - whole)] if whole else [(slice(0, size), size)]
 
 
 def tile_map(
-    core: Callable[..., Any], arrays: Sequence[Array | None], vectors: Sequence[Array]
+    core: Callable[..., Any], arrays: Sequence[Array | None], vectors: Sequence[Array], temporaries: bool
 ) -> list[tuple[Tile, list[Array]]]:
     """Call ``core(*array_tiles, *vector_columns)`` for every tile, on threads.
 
@@ -152,6 +161,8 @@ def tile_map(
     arrays : sequence of (N, C, L) arrays or None
         The first is not None and not empty.
     vectors : sequence of (C,) arrays
+    temporaries : bool
+        Whether the core needs memory of the size of a tile. Then no more than a quarter of the tiles are in work.
 
     Returns
     -------
@@ -171,16 +182,17 @@ def tile_map(
         terms = core(*views, *columns(tile.c.start, tile.c.stop, lanes))
         return [lanes.sum(*factors) for factors in terms or ()]
 
-    return list(zip(work, run(task, work), strict=True))
+    workers = 1 if math.prod(shape) <= SMALL else min(num_threads(), len(work) // 4 if temporaries else len(work))
+    return list(zip(work, run(task, work, workers), strict=True))
 
 
 def tile_sums(
-    core: Callable[..., Any], arrays: Sequence[Array | None], vectors: Sequence[Array], count: int
+    core: Callable[..., Any], arrays: Sequence[Array | None], vectors: Sequence[Array], temporaries: bool, count: int
 ) -> list[Array]:
     """The ``count`` sums that ``core`` asks for, of all tiles together: (C,) arrays, float64."""
     C = next(a.shape[1] for a in arrays if a is not None)
     totals = [np.zeros(C) for _ in range(count)]
-    for tile, sums in tile_map(core, arrays, vectors):
+    for tile, sums in tile_map(core, arrays, vectors, temporaries):
         for total, part in zip(totals, sums, strict=True):
             total[tile.c] += part
     return totals
@@ -207,8 +219,8 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork
 
 
-def run(task: Callable[[Tile], Any], work: Sequence[Tile]) -> list[Any]:
-    """``[task(tile) for tile in work]``, shared by the calling thread and helpers.
+def run(task: Callable[[Tile], Any], work: Sequence[Tile], workers: int) -> list[Any]:
+    """``[task(tile) for tile in work]``, shared by the calling thread and ``workers - 1`` others.
 
     After an error, which is raised here, no other tile is begun.
     """
@@ -229,7 +241,7 @@ def run(task: Callable[[Tile], Any], work: Sequence[Tile]) -> list[Any]:
                     queue.clear()
                     raise
 
-    helpers = _start(drain, min(num_threads(), len(work) // 4) - 1)
+    helpers = _start(drain, workers - 1)
     try:
         drain()
     finally:

@@ -213,7 +213,7 @@ def forward(call: Call, out: Array | None = None) -> tuple[Array, Saved]:
 
     if call.input.size > 0:
         if call.training:
-            statistics = ops.bn_stats(x)
+            statistics = ops.bn_stats(x, scratch=layout.view(output) if out is None else None)
         else:
             statistics = ops.constants(call.running_mean, call.running_var)
         ops.bn_normalize(
@@ -247,7 +247,7 @@ def backward(saved: Saved, grad_output: Array) -> BatchNormGrads:
         dy, dx = layout.view(grad_output), layout.view(dinput)
         sums = None
         if call.training or dweight is not None or dbias is not None:
-            sums = ops.bn_backward_reduce(dy, *forward_args)
+            sums = ops.bn_backward_reduce(dy, *forward_args, scratch=dx)
         inv_count = 1 / statistics.count if call.training else 0.0
         masked = layout.view(dresidual) if dresidual is not None and call.activation is not None else None
         ops.bn_backward_input(dy, *forward_args, sums, inv_count, dx, masked, dweight, dbias)

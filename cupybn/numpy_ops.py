@@ -41,7 +41,7 @@ def zeros_like(vector: Array) -> Array:
 
 
 @_quiet
-def bn_stats(x: Array) -> Moments:
+def bn_stats(x: Array, scratch: Array | None = None) -> Moments:
     """Count, mean and sum of squared deviations of each channel.
 
         mean = center + sum(d) / count,   m2 = sum(d * d) - sum(d)^2 / count,   d = x - center
@@ -53,9 +53,11 @@ def bn_stats(x: Array) -> Moments:
     Parameters
     ----------
     x : (N, C, L) array, not empty
+    scratch : array of the same shape, or None
+        Memory to work in; it is used if its dtype is that of the arithmetic.
     """
     center = _sample_mean(x)
-    moments = _moments_about(center, x, accumulation_dtype(x.dtype))
+    moments = _moments_about(center, x, accumulation_dtype(x.dtype), scratch)
     trusted = ((moments.mean - center) ** 2 <= 8 * moments.var) & np.isfinite(moments.m2)
     for channels in _runs(~trusted):
         pivot = x[0, channels, 0].astype(np.float64)
@@ -94,14 +96,15 @@ def _sample_mean(x: Array) -> Array:
     return np.where(spread > 0, np.round(mean / grid) * grid, mean)
 
 
-def _moments_about(center: Array, x: Array, dtype: npt.DTypeLike) -> Moments:
+def _moments_about(center: Array, x: Array, dtype: npt.DTypeLike, scratch: Array | None = None) -> Moments:
     center = center.astype(dtype)
+    scratch = _usable(scratch, dtype)
 
-    def core(x: Array, center: Array) -> Terms:
-        d = np.subtract(x, center, dtype=dtype)
+    def core(x: Array, scratch: Array | None, center: Array) -> Terms:
+        d = np.subtract(x, center, out=scratch, dtype=dtype)
         return [(d,), (d, d)]
 
-    sum_d, sum_dd = tile_sums(core, [x], [center], 2)
+    sum_d, sum_dd = tile_sums(core, [x, scratch], [center], scratch is None, 2)
     count = x.shape[0] * x.shape[2]
     return Moments(count, center + sum_d / count, np.maximum(sum_dd - sum_d**2 / count, 0))
 
@@ -149,18 +152,21 @@ def bn_normalize(
     affine = _affine(x.dtype, moments, eps, weight, bias)
     in_place = residual is None or not np.may_share_memory(out, residual)
 
-    def core(x: Array, residual: Array | None, out: Array, *affine: Array) -> None:
-        dtype = affine[0].dtype
+    def core(x: Array, residual: Array | None, out: Array, *columns: Array) -> None:
+        dtype = columns[0].dtype
         y = out if in_place and out.dtype == dtype else np.empty(x.shape, dtype)
-        _preactivation(y, x, residual, *affine)
+        _preactivation(y, x, residual, *columns)
         if activation == "relu":
-            np.maximum(y, np.zeros(y.shape[1:], dtype), out=y)  # a row of zeros: with a scalar NumPy is slow
+            row = y.shape[1:] if y.shape[2] == 1 else y.shape[2:]
+            np.maximum(y, np.zeros(row, dtype), out=y)  # with a scalar NumPy takes three times as long
         if y is not out:
             np.copyto(out, y, casting="unsafe")
 
     for channels, dtype in affine.precisions():
         arrays = [None if a is None else a[:, channels] for a in (x, residual, out)]
-        tile_map(core, arrays, [v[channels].astype(dtype) for v in (affine.center, affine.scale, affine.shift)])
+        vectors = [v[channels].astype(dtype) for v in (affine.center, affine.scale, affine.shift)]
+        temporaries = not in_place or out.dtype != dtype or activation is not None
+        tile_map(core, arrays, vectors, temporaries)
 
 
 def _preactivation(y: Array, x: Array, residual: Array | None, center: Array, scale: Array, shift: Array) -> None:
@@ -193,6 +199,7 @@ def bn_backward_reduce(
     bias: Array | None,
     residual: Array | None,
     activation: str | None,
+    scratch: Array | None = None,
 ) -> Sums:
     """sum(dy) and sum(dy * xhat), xhat = (x - mean) / sqrt(var + eps), where activation passed dy.
 
@@ -201,18 +208,21 @@ def bn_backward_reduce(
     dy, x, residual : (N, C, L) arrays
     weight, bias : (C,) arrays or None
         With `residual` they decide what ReLU passed.
+    scratch : array of the same shape, or None
+        Memory to work in; it is used if its dtype is that of the arithmetic.
     """
     affine = _affine(x.dtype, moments, eps, weight, bias)
 
-    def core(dy: Array, x: Array, residual: Array | None, *affine: Array) -> Terms:
-        d = np.subtract(x, affine[0], dtype=affine[0].dtype)
-        dy = _passed(dy, x, residual, affine, activation)
+    def core(dy: Array, x: Array, residual: Array | None, scratch: Array | None, *columns: Array) -> Terms:
+        dy = _passed(dy, x, residual, columns, activation)
+        d = np.subtract(x, columns[0], out=scratch, dtype=columns[0].dtype)
         return [(dy,), (dy, d)]
 
     def sums(channels: slice, dtype: npt.DTypeLike) -> tuple[Array, Array]:
-        arrays = [None if a is None else a[:, channels] for a in (dy, x, residual)]
+        usable = _usable(scratch, dtype)
+        arrays = [None if a is None else a[:, channels] for a in (dy, x, residual, usable)]
         vectors = [v[channels].astype(dtype) for v in (affine.center, affine.scale, affine.shift)]
-        sum_dy, sum_dy_d = tile_sums(core, arrays, vectors, 2)
+        sum_dy, sum_dy_d = tile_sums(core, arrays, vectors, usable is None or activation is not None, 2)
         return sum_dy, (sum_dy_d - affine.rest[channels] * sum_dy) * affine.rstd[channels]
 
     result = Sums(*sums(slice(0, x.shape[1]), accumulation_dtype(x.dtype)))
@@ -261,36 +271,36 @@ def bn_backward_input(
         if dbias is not None:
             dbias[...] = sums.dy
 
-    def core(dy: Array, x: Array, residual: Array | None, dx: Array, dresidual: Array | None, *vectors: Array) -> None:
-        *affine, slope, offset = vectors
-        dy = _passed(dy, x, residual, affine, activation)
+    def core(dy: Array, x: Array, residual: Array | None, dx: Array, dresidual: Array | None, *columns: Array) -> None:
+        center, scale, shift, slope, offset = columns
+        dy = _passed(dy, x, residual, (center, scale, shift), activation)
         if dresidual is not None:
             np.copyto(dresidual, dy, casting="unsafe")
+        d = dx if dx.dtype == scale.dtype else np.empty(x.shape, scale.dtype)
         if inv_count == 0:  # without 0 * x: x may be inf
-            d = dy * affine[1]
+            np.multiply(dy, scale, out=d)
         else:
-            d = dx if dx.dtype == slope.dtype else np.empty(x.shape, slope.dtype)
-            np.subtract(x, affine[0], out=d, dtype=d.dtype)
+            np.subtract(x, center, out=d, dtype=d.dtype)
             d *= slope
-            np.subtract(dy, d, out=d, dtype=d.dtype)
+            np.subtract(dy, d, out=d)
             d -= offset
-            d *= affine[1]
+            d *= scale
         if d is not dx:
             np.copyto(dx, d, casting="unsafe")
 
     for channels, dtype in affine.precisions(slope, offset):
         arrays = [None if a is None else a[:, channels] for a in (dy, x, residual, dx, dresidual)]
-        vectors = (affine.center, affine.scale, affine.shift, slope, offset)
-        tile_map(core, arrays, [v[channels].astype(dtype) for v in vectors])
+        vectors = [v[channels].astype(dtype) for v in (affine.center, affine.scale, affine.shift, slope, offset)]
+        tile_map(core, arrays, vectors, temporaries=activation is not None or dx.dtype != dtype)
 
 
-def _passed(dy: Array, x: Array, residual: Array | None, affine: Sequence[Array], activation: str | None) -> Array:
+def _passed(dy: Array, x: Array, residual: Array | None, columns: Sequence[Array], activation: str | None) -> Array:
     """dy in the dtype of the arithmetic, 0 where ReLU stopped it: never 0 * dy, dy may be inf."""
-    dy = dy.astype(affine[0].dtype, copy=False)
+    dy = dy.astype(columns[0].dtype, copy=False)
     if activation != "relu":
         return dy
     y = np.empty(x.shape, dy.dtype)
-    _preactivation(y, x, residual, *affine)
+    _preactivation(y, x, residual, *columns)
     word = np.dtype(f"i{dy.itemsize}")
     mask = np.negative((y > 0).view(np.int8))  # 0 or all bits set
     np.bitwise_and(dy.view(word), mask, out=y.view(word), dtype=word)
@@ -335,6 +345,10 @@ def _affine(x_dtype: np.dtype[Any], moments: Moments, eps: float, weight: Array 
     if bias is not None:
         shift += bias.astype(np.float64)
     return _Affine(center, rest, rstd, scale, shift, wide, dtype)
+
+
+def _usable(scratch: Array | None, dtype: npt.DTypeLike) -> Array | None:
+    return None if scratch is None or scratch.dtype != dtype else scratch
 
 
 def _runs(mask: Array) -> list[slice]:

@@ -24,7 +24,7 @@ class Reference(NamedTuple):
     dweight: np.ndarray | None = None
     dbias: np.ndarray | None = None
     dresidual: np.ndarray | None = None
-    terms: dict | None = None  # by gradient, the sizes of the terms that it is a sum of: rounding is relative to these
+    terms: dict | None = None  # by result, the sizes of the terms that it is a sum of: rounding is relative to these
 
 
 def batch_norm(
@@ -53,13 +53,15 @@ def batch_norm(
         y = y + np.asarray(residual).astype(wide)
     passed = y > 0 if relu else np.ones(y.shape, bool)
     y = np.where(np.isnan(y) | passed, y, 0)
-    result = Reference(y, mean.ravel(), var.ravel())
+    sizes = np.abs(column(weight, 1)) * (1 + np.abs(xhat)) + np.abs(column(bias, 0))
+    terms = {"y": sizes + (0 if residual is None else np.abs(residual, dtype=wide)), "mean": np.sqrt(var).ravel()}
+    result = Reference(y, mean.ravel(), var.ravel(), terms=terms)
     if dy is None:
         return result
     g = np.where(passed, np.asarray(dy).astype(wide), 0)
     dbias, dweight = g.sum(axis=others), (g * xhat).sum(axis=others)
     dx = g * rstd * column(weight, 1)
-    terms = {
+    terms |= {
         "dx": np.abs(dx).max(axis=others, keepdims=True, initial=0),
         "dweight": np.abs(g * xhat).sum(axis=others),
         "dbias": np.abs(g).sum(axis=others),
@@ -149,6 +151,11 @@ def moved(running_mean, running_var, x, *, momentum=0.1, channel_axis=1) -> tupl
         (1 - momentum) * to_numpy(running).astype(np.float64) + momentum * statistic
         for running, statistic in ((running_mean, batch.mean), (running_var, batch.var * n / (n - 1)))
     )
+
+
+def assert_output(y, expected: Reference, computed_in) -> None:
+    """The output against the reference's."""
+    assert_close(y, expected.y, computed_in, expected.terms["y"])
 
 
 def assert_gradients(grads, expected: Reference, computed_in) -> None:
