@@ -22,6 +22,8 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 
+TINY = 1 << 16
+"""Elements of an array whose temporaries do not matter."""
 SMALL = 1 << 20
 """Elements of an array that one thread does alone: others would still be waking up when it is done."""
 TILE = 1 << 18
@@ -66,6 +68,8 @@ def tiles(shape: tuple[int, int, int]) -> list[Tile]:
     tile = TILE if N * C * L <= SMALL else LARGE_TILE
     l = evenly(L, tile)  # noqa: E741
     c = evenly(C, max(1, tile // (l * (1 if L >= SHORT else min(N, SUMMANDS)))))
+    if L < SHORT and N * C * L > TINY:  # per-channel vectors are spread over joined rows: let them stay small
+        c = min(c, max(1, N * C // 80))
     n = evenly(N, max(1, tile // (l * c)))
     if L < SHORT and c == C:  # whole super-rows in every tile but the last
         n = n - n % super_row(C * L) or n
@@ -172,7 +176,7 @@ def tile_map(
     contiguous = all(a.flags.c_contiguous for a in arrays if a is not None)
     work = tiles(shape)
 
-    @functools.lru_cache(maxsize=4)  # channels-last tiles share one set of columns
+    @functools.lru_cache(maxsize=1)  # channels-last tiles share one set of columns
     def columns(start: int, stop: int, lanes: Lanes) -> list[Array]:
         return [lanes.expand(v[start:stop]) for v in vectors]
 
