@@ -39,8 +39,7 @@ class Call(NamedTuple):
         _checks.check_array("input", input)
         axis = _checks.check_channel_axis(self.channel_axis, input.ndim)
         _checks.check_activation(self.activation)
-        if (self.running_mean is None) != (self.running_var is None):
-            raise ValueError("running_mean and running_var must either both be None or neither be None")
+        _checks.check_both_or_neither(self.running_mean, self.running_var)
         if self.running_mean is None and not self.training:
             raise ValueError("running_mean and running_var must be given when training=False")
         _checks.check_vectors(
@@ -61,6 +60,8 @@ class Call(NamedTuple):
                 _checks.check_like(name, array, input)
         written = {"out": out}
         if self.updates_running():
+            if self.num_batches_tracked is not None:
+                _checks.check_counter(self.num_batches_tracked, input)
             written |= {
                 "running_mean": self.running_mean,
                 "running_var": self.running_var,

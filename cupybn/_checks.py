@@ -27,8 +27,8 @@ def check_array(name: str, array: Any, like: Any = None) -> None:
 def check_like(name: str, array: Any, input: Any) -> None:
     """An array of the input's kind, device, dtype and shape."""
     check_array(name, array, input)
-    if array.dtype != input.dtype and array.dtype.name != input.dtype.name:  # byte order may differ
-        raise TypeError(f"expected {name} of the input's dtype {input.dtype.name} (got {array.dtype.name})")
+    if array.dtype != input.dtype:
+        raise TypeError(f"expected {name} of the input's dtype {input.dtype} (got {array.dtype})")
     if array.shape != input.shape:
         raise ValueError(f"expected {name} of the input's shape {input.shape} (got {array.shape})")
 
@@ -37,6 +37,14 @@ def check_writeable(name: str, array: Any) -> None:
     """An array that may be written to."""
     if kind(array) == "numpy" and not array.flags.writeable:
         raise ValueError(f"expected {name} to be writeable (got a read-only array)")
+
+
+def check_counter(counter: Any, like: Any) -> None:
+    """A 0-d array of integers, on the device of ``like``: it counts in place."""
+    if kind(counter) is None or counter.dtype.kind != "i" or device_of(counter) != device_of(like):
+        raise TypeError(f"expected num_batches_tracked to be an integer array beside input (got {describe(counter)})")
+    if counter.shape != ():
+        raise ValueError(f"expected num_batches_tracked of shape () (got {counter.shape})")
 
 
 def check_channel_axis(channel_axis: int, ndim: int) -> int:
@@ -55,19 +63,26 @@ def check_activation(activation: str | None) -> None:
         raise ValueError(f"unknown activation {activation!r}: expected one of {', '.join(map(repr, ACTIVATIONS))}")
 
 
-def check_real(name: str, value: Any) -> None:
-    """A number that the host knows."""
+def as_float(name: str, value: Any) -> float:
+    """A number that the host knows, as a float."""
     if not isinstance(value, numbers.Real):
         raise TypeError(f"expected {name} to be a float (got {type(value).__qualname__})")
+    return float(value)
 
 
 def check_eps(eps: float, training: bool) -> None:
     """Positive in training, where a variance may be 0; not negative otherwise."""
-    check_real("eps", eps)
+    as_float("eps", eps)
     if training and not eps > 0:
         raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
     if not eps >= 0:
         raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
+
+
+def check_both_or_neither(running_mean: Any, running_var: Any) -> None:
+    """Running statistics come in pairs."""
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("running_mean and running_var must either both be None or neither be None")
 
 
 def check_vectors(input: Any, axis: int, vectors: Mapping[str, Any]) -> None:

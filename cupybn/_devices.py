@@ -18,7 +18,7 @@ _INSTALL = "`pip install cupybn[cuda12]` or `cupybn[cuda13]` installs the CuPy f
 def kind(array: object) -> str | None:
     """``"numpy"``, ``"cupy"``, or None for anything else."""
     if isinstance(array, np.ndarray):
-        return None if isinstance(array, np.ma.MaskedArray) else "numpy"
+        return None if isinstance(array, (np.ma.MaskedArray, np.matrix)) else "numpy"  # of rules of their own
     if type(array).__module__.partition(".")[0] == "cupy" and hasattr(array, "__cuda_array_interface__"):
         return "cupy"
     return None
@@ -78,6 +78,14 @@ def cuda_missing() -> str:
     if not kernel_sources():
         return "this version of cupybn has no CUDA kernels yet; use NumPy arrays on 'cpu'"
     return ""
+
+
+def empty(shape: tuple[int, ...], like: Any) -> Any:
+    """A new array with the dtype and on the device of another one."""
+    if kind(like) == "numpy":
+        return np.empty(shape, like.dtype)
+    with like.device:
+        return _cupy().empty(shape, like.dtype)
 
 
 def full(shape: tuple[int, ...], value: float, dtype: np.dtype[Any], device: str) -> Any:

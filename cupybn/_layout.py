@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
+from cupybn._devices import empty
 
-Array = npt.NDArray[Any]
+Array = Any  # numpy.ndarray or cupy.ndarray
 
 
 class Layout(NamedTuple):
@@ -39,20 +38,18 @@ class Layout(NamedTuple):
         """Whether an array of the same shape has this layout and is dense."""
         return bool(array.transpose(self.axes).flags.c_contiguous)
 
-    def view(self, array: Array) -> Array:
-        """The array as (N, C, L): a view if it has this layout, else a copy."""
-        dense = array.transpose(self.axes).reshape(self.shape)
-        return dense if dense.flags.c_contiguous else dense.copy()
-
-    def conform(self, array: Array) -> Array:
-        """The array itself if it has this layout, else a copy that has."""
-        if self.matches(array):
+    def conform(self, array: Array | None) -> Array | None:
+        """The array itself if it has this layout, else a copy that has; None for None."""
+        if array is None or self.matches(array):
             return array
         copy = self.empty_like(array)
         copy[...] = array
         return copy
 
+    def view(self, array: Array | None) -> Array | None:
+        """An array of this layout as (N, C, L); None for None."""
+        return None if array is None else array.transpose(self.axes).reshape(self.shape)
+
     def empty_like(self, array: Array) -> Array:
         """A new array of this layout, of the kind and dtype of the other one."""
-        dense = np.empty_like(array, shape=self.sizes, order="C", subok=False)
-        return dense.transpose(np.argsort(self.axes))
+        return empty(self.sizes, array).transpose([self.axes.index(i) for i in range(len(self.axes))])

@@ -8,10 +8,12 @@ are added in the order of the tiles: the same bits with one thread and with sixt
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -206,6 +208,9 @@ def tile_sums(
 # Threads: NumPy releases the interpreter lock inside its loops
 
 
+MOST_THREADS = 64
+
+
 def num_threads() -> int:
     """Threads that share the tiles: CUPYBN_NUM_THREADS, else the processors that this process may use."""
     wanted = os.environ.get("CUPYBN_NUM_THREADS")
@@ -215,8 +220,8 @@ def num_threads() -> int:
 
 
 @functools.cache
-def _pool(size: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(size, thread_name_prefix="cupybn")
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(MOST_THREADS, thread_name_prefix="cupybn")  # starts them when they are needed
 
 
 if hasattr(os, "register_at_fork"):
@@ -224,41 +229,51 @@ if hasattr(os, "register_at_fork"):
 
 
 def run(task: Callable[[Tile], Any], work: Sequence[Tile], workers: int) -> list[Any]:
-    """``[task(tile) for tile in work]``, shared by the calling thread and ``workers - 1`` others.
+    """``[task(tile) for tile in work]``, shared by the calling thread and up to ``workers - 1`` others.
 
     After an error, which is raised here, no other tile is begun.
     """
     results: list[Any] = [None] * len(work)
+    errors: list[BaseException] = []
     queue = deque(enumerate(work))
+    changed = threading.Condition()
+    in_work = 0
 
     def drain() -> None:
+        nonlocal in_work
         with np.errstate(all="ignore"):  # inf and NaN are data here; on the way out the buffer size comes back, too
             np.setbufsize(SHORT)
-            while queue:
-                try:
+            while True:
+                with changed:
+                    if not queue:
+                        return
                     index, tile = queue.popleft()
-                except IndexError:  # another thread took the last one
-                    return
+                    in_work += 1
                 try:
                     results[index] = task(tile)
-                except BaseException:
+                except BaseException as error:
+                    errors.append(error)
                     queue.clear()
-                    raise
+                finally:
+                    with changed:
+                        in_work -= 1
+                        changed.notify_all()
 
     helpers = _start(drain, workers - 1)
-    try:
-        drain()
-    finally:
-        for helper in helpers:
-            if not helper.cancel():
-                helper.result()
+    drain()
+    for helper in helpers:
+        helper.cancel()  # if it has not begun by now
+    with changed:
+        changed.wait_for(lambda: in_work == 0)
+    if errors:
+        raise errors[0]
     return results
 
 
 def _start(task: Callable[[], None], count: int) -> list[Future[None]]:
-    if count < 1:
-        return []
-    try:
-        return [_pool(count).submit(task) for _ in range(count)]
-    except RuntimeError:  # the interpreter is shutting down: no new threads
-        return []
+    """Helpers for a task: as many as the system allows, and none when the interpreter shuts down."""
+    helpers: list[Future[None]] = []
+    with contextlib.suppress(RuntimeError):
+        for _ in range(min(count, MOST_THREADS)):
+            helpers.append(_pool().submit(task))
+    return helpers

@@ -154,12 +154,9 @@ class _BatchNorm:
 
     def _call(self, input: Array, residual: Array | None) -> Call:
         """Which statistics, which update: torch's table."""
-        has_buffers = self.running_mean is not None or self.running_var is not None
-        if self.momentum is not None:
-            _checks.check_real("momentum", self.momentum)
-            moves = True
-        else:
-            moves = self.num_batches_tracked is not None
+        _checks.check_both_or_neither(self.running_mean, self.running_var)
+        momentum = None if self.momentum is None else _checks.as_float("momentum", self.momentum)
+        moves = momentum is not None or self.num_batches_tracked is not None
         uses_buffers = not self.training or (self.track_running_stats and moves)
         call = Call(
             input,
@@ -167,8 +164,8 @@ class _BatchNorm:
             self.running_var if uses_buffers else None,
             self.weight,
             self.bias,
-            self.training or not has_buffers,
-            self.momentum,
+            self.training or self.running_mean is None,
+            momentum,
             self.eps,
             residual,
             self.activation,
@@ -183,7 +180,7 @@ class _BatchNorm:
         shape, axis = call.input.shape, call.channel_axis % call.input.ndim
         for name in ("running_mean", "running_var", "weight", "bias"):
             vector = getattr(call, name)
-            if _devices.kind(vector) and vector.shape != (shape[axis],):
+            if _devices.kind(vector) and vector.ndim == 1 and vector.size != shape[axis]:
                 message = f"{name} should contain {shape[axis]} elements not {vector.size}"
                 meant = [i for i, size in enumerate(shape) if size == vector.size]
                 if meant:
@@ -232,8 +229,7 @@ class _BatchNorm:
 
     def reset_parameters(self) -> None:
         """Weight and bias back to where they start, and the running statistics as `reset_running_stats`."""
-        self.reset_running_stats()
-        self._fill({name: INITIAL[name] for name, _ in self.named_parameters()})
+        self._fill({name: INITIAL[name] for name in self._arrays() if name in AFFINE or self.track_running_stats})
 
     def named_parameters(self) -> Iterator[tuple[str, Array]]:
         """``("weight", array)`` and ``("bias", array)``, where the layer has them."""
@@ -332,6 +328,8 @@ class _BatchNorm:
     def _fill(self, values: Mapping[str, Any]) -> None:
         """Write into the layer's arrays, all or none."""
         for name in values:
+            if _devices.kind(getattr(self, name)) is None:
+                raise TypeError(f"expected {name} to be an array (got {_devices.describe(getattr(self, name))})")
             _checks.check_writeable(name, getattr(self, name))
         for name, value in values.items():
             getattr(self, name)[...] = value

@@ -99,7 +99,7 @@ def batch_norm(
     --------
     >>> y = batch_norm(x, None, None, weight, bias, training=True, activation="relu")
     """
-    _checks.check_real("momentum", momentum)
+    momentum = _checks.as_float("momentum", momentum)
     call = Call(
         input, running_mean, running_var, weight, bias, training, momentum, eps, residual, activation, channel_axis
     )
@@ -146,7 +146,7 @@ def batch_norm_vjp(
     >>> y, vjp_fn = batch_norm_vjp(x, None, None, weight, bias, training=True)
     >>> dx, dweight, dbias, _ = vjp_fn(dy)
     """
-    _checks.check_real("momentum", momentum)
+    momentum = _checks.as_float("momentum", momentum)
     call = Call(
         input, running_mean, running_var, weight, bias, training, momentum, eps, residual, activation, channel_axis
     )
@@ -177,7 +177,8 @@ def moments(input: Array, *, channel_axis: int = 1) -> tuple[Array, Array]:
     if input.size == 0:
         raise ValueError(f"expected an input that is not empty (got shape {input.shape})")
     ops = ops_for(input)
-    statistics = ops.bn_stats(Layout.of(input, axis).view(input))
+    layout = Layout.of(input, axis)
+    statistics = ops.bn_stats(layout.view(layout.conform(input)))
     mean, var = ops.mean_and_var(statistics, accumulation_dtype(input.dtype))
     return mean, var
 
@@ -195,30 +196,28 @@ def forward_vjp(call: Call) -> tuple[Array, VjpFn]:
 class Saved(NamedTuple):
     """What the way back needs of the way forth."""
 
-    call: Call
+    call: Call  # with dense input and residual; without a residual that only has to be added
     layout: Layout
-    x: Array  # (N, C, L), as residual: views, or copies where the arrays were not dense
-    residual: Array | None
     statistics: Moments | None  # None for an empty input, which has none
+    has_residual: bool
 
 
 def forward(call: Call, out: Array | None = None) -> tuple[Array, Saved]:
     """The output, and what `backward` needs."""
     layout = Layout.of(call.input, call.check(out))
     ops = ops_for(call.input)
-    x = layout.view(call.input)
-    residual = None if call.residual is None else layout.view(call.residual)
+    has_residual = call.residual is not None
+    call = call._replace(input=layout.conform(call.input), residual=layout.conform(call.residual), eps=float(call.eps))
     output = out if out is not None and layout.matches(out) else layout.empty_like(call.input)
+    x, residual, y = layout.view(call.input), layout.view(call.residual), layout.view(output)
     statistics = None
 
     if call.input.size > 0:
         if call.training:
-            statistics = ops.bn_stats(x, scratch=layout.view(output) if out is None else None)
+            statistics = ops.bn_stats(x, scratch=y if out is None else None)
         else:
             statistics = ops.constants(call.running_mean, call.running_var)
-        ops.bn_normalize(
-            x, statistics, call.eps, call.weight, call.bias, residual, call.activation, layout.view(output)
-        )
+        ops.bn_normalize(x, statistics, call.eps, call.weight, call.bias, residual, call.activation, y)
         if out is not None and output is not out:
             out[...] = output
         if call.updates_running():
@@ -226,33 +225,35 @@ def forward(call: Call, out: Array | None = None) -> tuple[Array, Saved]:
                 statistics, call.running_mean, call.running_var, call.momentum, call.num_batches_tracked
             )
 
-    return output if out is None else out, Saved(call, layout, x, residual, statistics)
+    if call.activation is None:
+        call = call._replace(residual=None)
+    return output if out is None else out, Saved(call, layout, statistics, has_residual)
 
 
 def backward(saved: Saved, grad_output: Array) -> BatchNormGrads:
     """The gradients of the arguments, from that of the output."""
-    call, layout, x, residual, statistics = saved
+    call, layout, statistics, has_residual = saved
     _checks.check_like("grad_output", grad_output, call.input)
     ops = ops_for(call.input)
     grad_output = layout.conform(grad_output)
     dinput = layout.empty_like(call.input)
     dweight = None if call.weight is None else ops.zeros_like(call.weight)
     dbias = None if call.bias is None else ops.zeros_like(call.bias)
-    dresidual = None
-    if call.residual is not None:  # without an activation its gradient is that of the output
-        dresidual = grad_output if call.activation is None else layout.empty_like(call.input)
+    masked = layout.empty_like(call.input) if has_residual and call.activation is not None else None
 
     if statistics is not None:
-        forward_args = (x, statistics, call.eps, call.weight, call.bias, residual, call.activation)
-        dy, dx = layout.view(grad_output), layout.view(dinput)
+        x, residual = layout.view(call.input), layout.view(call.residual)
+        dy, dx, dresidual = layout.view(grad_output), layout.view(dinput), layout.view(masked)
+        arguments = (dy, x, statistics, call.eps, call.weight, call.bias, residual, call.activation)
         sums = None
         if call.training or dweight is not None or dbias is not None:
-            sums = ops.bn_backward_reduce(dy, *forward_args, scratch=dx)
+            sums = ops.bn_backward_reduce(*arguments, scratch=dx)
         inv_count = 1 / statistics.count if call.training else 0.0
-        masked = layout.view(dresidual) if dresidual is not None and call.activation is not None else None
-        ops.bn_backward_input(dy, *forward_args, sums, inv_count, dx, masked, dweight, dbias)
+        ops.bn_backward_input(*arguments, sums, inv_count, dx, dresidual, dweight, dbias)
 
-    return BatchNormGrads(dinput, dweight, dbias, dresidual)
+    if has_residual and masked is None:  # nothing was masked: it is the gradient of the output
+        return BatchNormGrads(dinput, dweight, dbias, grad_output)
+    return BatchNormGrads(dinput, dweight, dbias, masked)
 
 
 def ops_for(array: Array) -> ModuleType:

@@ -121,12 +121,12 @@ def test_dtypes_that_are_none_of_the_four(xp, rng, name, dtype, training):
 
 
 @pytest.mark.parametrize("dtype", ["int32", "complex64"])
-def test_message_lists_the_dtypes(xp, rng, dtype):
+def test_message_lists_the_dtypes(xp, device, rng, dtype):
     x = xp.ones(SHAPE, dtype)
     for message in (
         fails(TypeError, F.batch_norm, **call(xp, rng, input=x)),
         fails(TypeError, F.moments, x),
-        fails_in_layer(TypeError, BatchNorm1d(3, device="cpu" if xp is np else "cuda"), x),
+        fails_in_layer(TypeError, BatchNorm1d(3, device=device), x),
     ):
         assert all(name in message for name in (*FLOATS, dtype))
 
@@ -299,7 +299,7 @@ def test_moments_of_nothing(xp, shape):
 @pytest.mark.parametrize("eps", [0.0, 0, -0.0, -1.0, -1e-5, float("nan"), float("-inf")])
 @pytest.mark.parametrize("shape", [SHAPE, (0, 3, 5)], ids=str)
 def test_eps_in_training(xp, device, rng, eps, shape):
-    match = exactly(f"batch_norm eps must be positive during training, but got {eps}")
+    match = rf"^batch_norm eps must be positive during training, but got {eps}(\.0)?$"  # an int may be shown as a float
     kwargs = call(xp, rng, shape, training=True, eps=eps)
     for function in FUNCTIONS:
         fails(ValueError, function, match=match, **kwargs)
@@ -311,7 +311,7 @@ def test_eps_in_training(xp, device, rng, eps, shape):
 
 @pytest.mark.parametrize("eps", [-1.0, -1, -1e-5, float("nan"), float("-inf")])
 def test_eps_in_eval(xp, device, rng, eps):
-    match = exactly(f"batch_norm eps must be non-negative, but got {eps}")
+    match = rf"^batch_norm eps must be non-negative, but got {eps}(\.0)?$"  # an int may be shown as a float
     kwargs = call(xp, rng, eps=eps)
     for function in FUNCTIONS:
         fails(ValueError, function, match=match, **kwargs)

@@ -28,7 +28,7 @@ from tests.reference import (
 )
 
 SHAPES = {
-    "two values": (2, 1),
+    "two-values": (2, 1),
     "odd-nc": (7, 5),
     "one-sample": (1, 3, 4),
     "one-position": (4, 3, 1),
@@ -371,7 +371,7 @@ def test_vectors_may_be_views(xp, rng):
         for view in (kwargs[name].repeat(3)[1::3], kwargs[name][::-1].copy()[::-1]):
             assert_close(view, to_numpy(kwargs[name]), np.float64, scale=0)
             forward_and_back(kwargs | {name: view}, dy)
-    forward_and_back(kwargs | {"weight": xp.broadcast_to(kwargs["weight"][:1], 3)}, dy)
+    forward_and_back(kwargs | {"weight": xp.broadcast_to(kwargs["weight"][:1], (3,))}, dy)
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 3, 1)], ids=["nchw", "nhwc"])

@@ -150,3 +150,27 @@ atexit.register(lambda: print(F.batch_norm(x, None, None, training=True).sum()))
     env = os.environ | {"CUPYBN_NUM_THREADS": "2"}
     result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
     assert (result.stdout, result.stderr) == ("0.0\n", "")
+
+
+def test_without_new_threads_the_work_is_done_by_those_there_are(monkeypatch):
+    """The system may refuse another thread, after some have started."""
+    _tiles._pool.cache_clear()
+    start, started = threading.Thread.start, []
+
+    def refuse_the_third(thread):
+        if len(started) == 2:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse_the_third)
+    meeting = threading.Barrier(2, timeout=10)
+
+    def task(index):
+        if index < 2:
+            meeting.wait()
+        return index
+
+    assert _tiles.run(task, range(100), 7) == list(range(100))
+    assert len(started) == 2
+    _tiles._pool.cache_clear()
