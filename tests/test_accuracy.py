@@ -115,6 +115,19 @@ def test_two_values(layout, low, rng):
     check_all(fill(layout, lambda s: low + 0.3 * rng.integers(0, 2, s)), layout[1], rng)
 
 
+@pytest.mark.parametrize("every", [2, 3, 8, 50])
+@pytest.mark.parametrize("value", [0.7, 1.8598399, 1e4])
+def test_values_among_zeros(layout, every, value):
+    """Equal values, equal rounding errors, and a mean that a few values do not tell."""
+
+    def values(shape):
+        v = np.full(shape, value)
+        v[every // 2 :: every] = 0
+        return v
+
+    check_all(fill(layout, values), layout[1], np.random.default_rng(0))
+
+
 def test_drifting_data(layout, rng):
     """No few values tell the mean of data that drifts."""
     check_all(fill(layout, lambda s: np.linspace(-1e3, 1e4, s[0])[:, None] + rng.standard_normal(s)), layout[1], rng)
@@ -152,13 +165,37 @@ def test_huge_values(layout, size, offset, rng):
     np.testing.assert_allclose(running_var, np.where(var > np.finfo(np.float32).max, np.inf, var), rtol=1e-6)
 
 
-@pytest.mark.parametrize("std", [1e-3, 1e-10, 1e-17])
+@pytest.mark.parametrize("std", [1e-3, 1e-10, 1e-17, 1e-22, 1e-30])
 def test_tiny_values(layout, std, rng):
+    """Squares that float32 does not hold are not lost."""
     axis = layout[1]
     x = fill(layout, lambda s: rng.standard_normal(s) * std)
-    expected = reference.batch_norm(x, eps=1e-36, channel_axis=axis)
-    check_output(F.batch_norm(x, None, None, training=True, eps=1e-36, channel_axis=axis), expected.y)
-    np.testing.assert_allclose(F.moments(x, channel_axis=axis)[1], expected.var, rtol=1e-6)
+    running_mean, running_var = np.zeros((2, x.shape[axis]))
+    y = F.batch_norm(x, running_mean, running_var, training=True, momentum=1.0, eps=1e-70, channel_axis=axis)
+    expected = reference.batch_norm(x, eps=1e-70, channel_axis=axis)
+    check_output(y, expected.y)
+    n = x.size // x.shape[axis]
+    np.testing.assert_allclose(running_var, expected.var * n / (n - 1), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("value", "mean", "var", "weight", "bias"),
+    [(3.4e38, -0.9e38, 1e20, 1, 0), (3.4e38, 0, 1, 2, -3.4e38), (1e-30, 0, 1e-60, 1, 0), (1e35, 0, 1e30, 1e-30, 0)],
+)
+def test_nothing_overflows_on_the_way_in_eval(value, mean, var, weight, bias):
+    x = np.full((3, 1, 5), value, np.float32)
+    y = F.batch_norm(x, *(np.array([v], np.float64) for v in (mean, var, weight, bias)), eps=0.0)
+    exact = (np.float64(x) - mean) / np.sqrt(var) * weight + bias
+    np.testing.assert_allclose(y, exact, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("std", "dy_size", "weight"), [(1e14, 1e-28, 1e12), (1e12, 1e20, 1e-30)])
+def test_gradients_with_factors_that_float32_does_not_hold(std, dy_size, weight, rng):
+    x = (rng.standard_normal((8, 3, 50)) * std).astype(np.float32)
+    dy = (rng.standard_normal(x.shape) * dy_size).astype(np.float32)
+    weight = np.full(3, weight, np.float32)
+    grads = F.batch_norm_vjp(x, None, None, weight, np.zeros_like(weight), training=True)[1](dy)
+    check_gradients(grads, reference.batch_norm(x, weight, dy=dy), x, weight, 1)
 
 
 def test_one_huge_channel_leaves_the_others_alone(layout, rng):

@@ -465,3 +465,48 @@ def test_mode_of_train(device, mode):
     with pytest.raises(ValueError, match="mode"):
         layer.train(mode)
     assert layer.training is False
+
+
+@BOTH_MODES
+def test_layer_with_one_buffer_without_the_other(xp, device, rng, training):
+    """Also where the call would not use it."""
+    layer = BatchNorm1d(3, device=device, track_running_stats=True).train(training)
+    layer.running_var, layer.track_running_stats = None, False
+    fails_in_layer(ValueError, layer, call(xp, rng)["input"], match="must either both be None or neither be None")
+
+
+def test_layer_with_a_weight_of_another_rank(xp, device, rng):
+    layer = BatchNorm1d(3, device=device)
+    layer.weight = xp.ones((3, 1), np.float32)
+    fails_in_layer(
+        ValueError, layer, call(xp, rng)["input"], match=exactly("expected weight of shape (3,) (got (3, 1))")
+    )
+
+
+def test_layer_with_a_counter_that_cannot_count_in_place(xp, device, rng):
+    """`layer.num_batches_tracked + 1` is a NumPy scalar, not an array."""
+    layer = BatchNorm1d(3, device=device)
+    layer.num_batches_tracked = np.int64(4)
+    fails_in_layer(TypeError, layer, call(xp, rng)["input"], match="num_batches_tracked")
+    state = {name: xp.full(3, 7.0) for name in VECTORS} | {"num_batches_tracked": np.array(1)}
+    fails(TypeError, layer.load_state_dict, state, match="num_batches_tracked", watch=list(layer.state_dict().values()))
+    layer.num_batches_tracked = xp.array(4.0)
+    fails_in_layer(TypeError, layer, call(xp, rng)["input"], match="num_batches_tracked")
+
+
+def test_reset_of_an_array_that_is_read_only(rng):
+    layer = BatchNorm1d(3, device="cpu")
+    layer(rng.standard_normal(SHAPE).astype(np.float32))
+    layer.weight.flags.writeable = False
+    fails(ValueError, layer.reset_parameters, match="weight", watch=list(layer.state_dict().values()))
+
+
+@pytest.mark.parametrize("name", ["momentum", "eps"])
+def test_numbers_beyond_float(xp, rng, name):
+    fails(OverflowError, F.batch_norm, **call(xp, rng, training=True, **{name: 10**400}))
+
+
+def test_matrix(rng):
+    with pytest.warns(PendingDeprecationWarning):
+        matrix = np.matrix(rng.standard_normal((4, 3)))
+    fails(TypeError, F.batch_norm, matrix, None, None, training=True, match="matrix")

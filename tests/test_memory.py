@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
+import weakref
 
 import numpy as np
 import pytest
@@ -42,3 +43,15 @@ def test_an_output_of_ones_own(rng):
     x = rng.standard_normal((8, 256, 56, 56)).astype(np.float32)
     for out in np.empty_like(x), x:
         assert allocated(lambda out=out: F.batch_norm(x, None, None, training=True, out=out)) <= 0.3 * x.nbytes
+
+
+def test_vjp_fn_keeps_what_it_needs(rng):
+    """One copy of an input that is not dense, and no residual that only has to be added."""
+    x = rng.standard_normal((8, 256, 30, 28)).astype(np.float32)[:, :, ::2]
+    residual = x.copy()
+    refs = [weakref.ref(a) for a in (x, residual)]
+    _, vjp_fn = F.batch_norm_vjp(x, None, None, training=True, residual=residual)
+    dy = x.copy()
+    del x, residual
+    assert [ref() for ref in refs] == [None, None]
+    assert vjp_fn(dy).residual is dy
