@@ -1,9 +1,10 @@
 """The one place that splits work on NumPy arrays: tiles that stay in cache, run on threads.
 
 A step of batch norm on arrays of shape (N, C, L) is a *core* applied tile by tile. A core gets the tiles of its
-arrays, of shape (n, c, l), and those of its per-channel vectors, of shape (c, 1), so that broadcasting pairs each
-element with its channel. Which tiles there are depends on the shape alone, never on the number of threads, and sums
-are added in the order of the tiles: the same bits with one thread and with sixty-four.
+arrays, the parts of its per-channel vectors, and a function ``column`` that turns such a part into a column which
+broadcasting pairs with the tile, each element with its channel. Which tiles there are depends on the shape alone,
+never on the number of threads, and sums are added in the order of the tiles: the same bits with one thread and with
+sixty-four.
 """
 
 from __future__ import annotations
@@ -64,14 +65,15 @@ def evenly(size: int, most: int) -> int:
     return math.ceil(size / math.ceil(size / most))
 
 
+@functools.lru_cache
 def tiles(shape: tuple[int, int, int]) -> list[Tile]:
     """Cut a non-empty (N, C, L) into tiles."""
     N, C, L = shape
     tile = TILE if N * C * L <= SMALL else LARGE_TILE
     l = evenly(L, tile)  # noqa: E741
     c = evenly(C, max(1, tile // (l * (1 if L >= SHORT else min(N, SUMMANDS)))))
-    if L < SHORT and N * C * L > TINY:  # per-channel vectors are spread over joined rows: let them stay small
-        c = min(c, max(1, N * C // 80))
+    if L < SHORT and N * C * L > TINY:  # columns of joined rows are as long as the rows: a fraction of the array
+        c = min(c, max(1, N * C // 8))
     n = evenly(N, max(1, tile // (l * c)))
     if L < SHORT and c == C:  # whole super-rows in every tile but the last
         n = n - n % super_row(C * L) or n
@@ -104,7 +106,7 @@ class Lanes(NamedTuple):
         repeat = math.gcd(n, super_row(c * l)) if c == shape[1] else 1
         return cls((n // repeat, repeat * c * l, 1), repeat, c, l)
 
-    def expand(self, vector: Array) -> Array:
+    def column(self, vector: Array) -> Array:
         """From one value per channel to a column of one per lane."""
         if self.positions > 1:
             vector = np.repeat(vector, self.positions)
@@ -124,13 +126,12 @@ class Lanes(NamedTuple):
     def _sum_down(self, *factors: Array) -> Array:
         """Down each lane, then over the lanes of each channel."""
         n, lanes, _ = self.shape
-        total = np.zeros(lanes)
+        total = np.zeros(self.channels)
         for rows, count in steps(n, SUMMANDS):
             parts = [f.reshape(n, lanes)[rows].reshape(-1, count, lanes) for f in factors]
             sums = np.add.reduce(parts[0], axis=1) if len(parts) == 1 else np.einsum("krw,krw->kw", *parts)
-            total += sums.sum(axis=0, dtype=np.float64)
-        per_channel: Array = total.reshape(self.repeat, self.channels, self.positions).sum(axis=(0, 2))
-        return per_channel
+            total += sums.reshape(-1, self.channels, self.positions).sum(axis=(0, 2), dtype=np.float64)
+        return total
 
     def _sum_along(self, *factors: Array) -> Array:
         """Along the positions of each sample of each channel, then over the samples."""
@@ -157,7 +158,7 @@ def steps(size: int, most: int) -> list[tuple[slice, int]]:
 def tile_map(
     core: Callable[..., Any], arrays: Sequence[Array | None], vectors: Sequence[Array], temporaries: bool
 ) -> list[tuple[Tile, list[Array]]]:
-    """Call ``core(*array_tiles, *vector_columns)`` for every tile, on threads.
+    """Call ``core(column, *array_tiles, *vector_parts)`` for every tile, on threads.
 
     Parameters
     ----------
@@ -178,14 +179,10 @@ def tile_map(
     contiguous = all(a.flags.c_contiguous for a in arrays if a is not None)
     work = tiles(shape)
 
-    @functools.lru_cache(maxsize=1)  # channels-last tiles share one set of columns
-    def columns(start: int, stop: int, lanes: Lanes) -> list[Array]:
-        return [lanes.expand(v[start:stop]) for v in vectors]
-
     def task(tile: Tile) -> list[Array]:
         lanes = Lanes.of(tile, shape, contiguous)
         views = [None if a is None else a[tile.n, tile.c, tile.l].reshape(lanes.shape) for a in arrays]
-        terms = core(*views, *columns(tile.c.start, tile.c.stop, lanes))
+        terms = core(lanes.column, *views, *(v[tile.c] for v in vectors))
         return [lanes.sum(*factors) for factors in terms or ()]
 
     workers = 1 if math.prod(shape) <= SMALL else min(num_threads(), len(work) // 4 if temporaries else len(work))
@@ -260,11 +257,13 @@ def run(task: Callable[[Tile], Any], work: Sequence[Tile], workers: int) -> list
                         changed.notify_all()
 
     helpers = _start(drain, workers - 1)
-    drain()
-    for helper in helpers:
-        helper.cancel()  # if it has not begun by now
-    with changed:
-        changed.wait_for(lambda: in_work == 0)
+    try:
+        drain()
+    finally:
+        for helper in helpers:
+            helper.cancel()  # if it has not begun by now
+        with changed:
+            changed.wait_for(lambda: in_work == 0)
     if errors:
         raise errors[0]
     return results

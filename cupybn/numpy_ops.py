@@ -12,7 +12,7 @@ where ``x - center`` is exact wherever it matters, and the second bracket, ``shi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +24,7 @@ from cupybn._tiles import tile_map, tile_sums
 
 Array = npt.NDArray[Any]
 Terms = list[tuple[Array, ...]]
+Column = Callable[[Array], Array]
 
 _quiet = np.errstate(all="ignore")  # inf and NaN are data here
 
@@ -83,7 +84,7 @@ def mean_and_var(moments: Moments, dtype: npt.DTypeLike) -> tuple[Array, Array]:
 def _sample_mean(x: Array) -> Array:
     """The mean of a few values of each channel, spread over the array.
 
-    Rounded to a multiple of a power of two a few times smaller than their spread, so that x - center is exact or nearly
+    Rounded to a multiple of a power of two much smaller than their spread, so that x - center is exact or nearly
     so. Where they are all the same, the mean is exactly their value.
     """
     N, _, L = x.shape
@@ -94,7 +95,7 @@ def _sample_mean(x: Array) -> Array:
     sample -= first[:, None]
     mean: Array = first + sample.sum(axis=(0, 2)) / (sample.size // len(first))
     spread = np.abs(sample, out=sample).max(axis=(0, 2))
-    grid = np.ldexp(1.0, np.frexp(spread)[1] - 3)
+    grid = np.ldexp(1.0, np.frexp(spread)[1] - 6)
     return np.where(spread > 0, np.round(mean / grid) * grid, mean)
 
 
@@ -102,8 +103,8 @@ def _moments_about(center: Array, x: Array, dtype: npt.DTypeLike, scratch: Array
     center = center.astype(dtype)
     scratch = _usable(scratch, dtype)
 
-    def core(x: Array, scratch: Array | None, center: Array) -> Terms:
-        d = np.subtract(x, center, out=scratch, dtype=dtype)
+    def core(column: Column, x: Array, scratch: Array | None, center: Array) -> Terms:
+        d = np.subtract(x, column(center), out=scratch, dtype=dtype)
         return [(d,), (d, d)]
 
     sum_d, sum_dd = tile_sums(core, [x, scratch], [center], scratch is None, 2)
@@ -154,10 +155,10 @@ def bn_normalize(
     affine = _affine(x.dtype, moments, eps, weight, bias)
     in_place = residual is None or not np.may_share_memory(out, residual)
 
-    def core(x: Array, residual: Array | None, out: Array, *columns: Array) -> None:
-        dtype = columns[0].dtype
+    def core(column: Column, x: Array, residual: Array | None, out: Array, *affine: Array) -> None:
+        dtype = affine[0].dtype
         y = out if in_place and out.dtype == dtype else np.empty(x.shape, dtype)
-        _preactivation(y, x, residual, *columns)
+        _preactivation(y, x, residual, column, *affine)
         if activation == "relu":
             row = y.shape[1:] if y.shape[2] == 1 else y.shape[2:]
             np.maximum(y, np.zeros(row, dtype), out=y)  # with a scalar NumPy takes three times as long
@@ -171,11 +172,13 @@ def bn_normalize(
         tile_map(core, arrays, vectors, temporaries)
 
 
-def _preactivation(y: Array, x: Array, residual: Array | None, center: Array, scale: Array, shift: Array) -> None:
+def _preactivation(
+    y: Array, x: Array, residual: Array | None, column: Column, center: Array, scale: Array, shift: Array
+) -> None:
     """y = (x - center) * scale + shift + residual: the value whose sign decides what ReLU passes."""
-    np.subtract(x, center, out=y, dtype=y.dtype)
-    y *= scale
-    y += shift
+    np.subtract(x, column(center), out=y, dtype=y.dtype)
+    y *= column(scale)
+    y += column(shift)
     if residual is not None:
         np.add(y, residual, out=y, dtype=y.dtype)
 
@@ -215,9 +218,11 @@ def bn_backward_reduce(
     """
     affine = _affine(x.dtype, moments, eps, weight, bias)
 
-    def core(dy: Array, x: Array, residual: Array | None, scratch: Array | None, *columns: Array) -> Terms:
-        dy = _passed(dy, x, residual, columns, activation)
-        d = np.subtract(x, columns[0], out=scratch, dtype=columns[0].dtype)
+    def core(
+        column: Column, dy: Array, x: Array, residual: Array | None, scratch: Array | None, *affine: Array
+    ) -> Terms:
+        dy = _passed(dy, x, residual, column, affine, activation)
+        d = np.subtract(x, column(affine[0]), out=scratch, dtype=affine[0].dtype)
         return [(dy,), (dy, d)]
 
     def sums(channels: slice, dtype: npt.DTypeLike) -> tuple[Array, Array]:
@@ -273,20 +278,28 @@ def bn_backward_input(
         if dbias is not None:
             dbias[...] = sums.dy
 
-    def core(dy: Array, x: Array, residual: Array | None, dx: Array, dresidual: Array | None, *columns: Array) -> None:
-        center, scale, shift, slope, offset = columns
-        dy = _passed(dy, x, residual, (center, scale, shift), activation)
+    def core(
+        column: Column,
+        dy: Array,
+        x: Array,
+        residual: Array | None,
+        dx: Array,
+        dresidual: Array | None,
+        *vectors: Array,
+    ) -> None:
+        center, scale, shift, slope, offset = vectors
+        dy = _passed(dy, x, residual, column, (center, scale, shift), activation)
         if dresidual is not None:
             np.copyto(dresidual, dy, casting="unsafe")
         d = dx if dx.dtype == scale.dtype else np.empty(x.shape, scale.dtype)
         if inv_count == 0:  # without 0 * x: x may be inf
-            np.multiply(dy, scale, out=d)
+            np.multiply(dy, column(scale), out=d)
         else:
-            np.subtract(x, center, out=d, dtype=d.dtype)
-            d *= slope
+            np.subtract(x, column(center), out=d, dtype=d.dtype)
+            d *= column(slope)
             np.subtract(dy, d, out=d)
-            d -= offset
-            d *= scale
+            d -= column(offset)
+            d *= column(scale)
         if d is not dx:
             np.copyto(dx, d, casting="unsafe")
 
@@ -296,13 +309,15 @@ def bn_backward_input(
         tile_map(core, arrays, vectors, temporaries=activation is not None or dx.dtype != dtype)
 
 
-def _passed(dy: Array, x: Array, residual: Array | None, columns: Sequence[Array], activation: str | None) -> Array:
+def _passed(
+    dy: Array, x: Array, residual: Array | None, column: Column, affine: Sequence[Array], activation: str | None
+) -> Array:
     """dy in the dtype of the arithmetic, 0 where ReLU stopped it: never 0 * dy, dy may be inf."""
-    dy = dy.astype(columns[0].dtype, copy=False)
+    dy = dy.astype(affine[0].dtype, copy=False)
     if activation != "relu":
         return dy
     y = np.empty(x.shape, dy.dtype)
-    _preactivation(y, x, residual, *columns)
+    _preactivation(y, x, residual, column, *affine)
     word = np.dtype(f"i{dy.itemsize}")
     mask = np.negative((y > 0).view(np.int8))  # 0 or all bits set
     np.bitwise_and(dy.view(word), mask, out=y.view(word), dtype=word)

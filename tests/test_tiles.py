@@ -46,12 +46,12 @@ def test_every_element_once(shape):
     assert max(seen[t.n, t.c, t.l].size for t in _tiles.tiles(shape)) <= _tiles.LARGE_TILE
 
 
-def doubled(x, y, vector):
-    np.multiply(x, vector, out=y)
+def scaled(column, x, y, vector):
+    np.multiply(x, column(vector), out=y)
 
 
-def products(x, vector):
-    d = x - vector
+def products(column, x, vector):
+    d = x - column(vector)
     return [(d,), (d, x)]
 
 
@@ -65,7 +65,7 @@ def test_map_and_sums(shape, contiguous, rng):
         x = np.concatenate([x, x], axis=1)[:, : shape[1]]
     vector = np.arange(shape[1], dtype=np.float32) % 7
     y = np.full(x.shape, np.nan, np.float32)
-    assert _tiles.tile_map(doubled, [x, y], [vector], False)[0][1] == []
+    assert _tiles.tile_map(scaled, [x, y], [vector], False)[0][1] == []
     np.testing.assert_array_equal(y, x * vector[:, None])
 
     d = x.astype(np.float64) - vector[:, None]
@@ -112,7 +112,7 @@ def test_numpy_settings_of_the_caller_stay(rng):
     x = rng.standard_normal((64, 64, 64)).astype(np.float32)
     with np.errstate(all="raise"):
         np.setbufsize(4096)
-        _tiles.tile_map(doubled, [x, np.empty_like(x)], [np.full(64, 3e38, np.float32)], False)  # overflows, quietly
+        _tiles.tile_map(scaled, [x, np.empty_like(x)], [np.full(64, 3e38, np.float32)], False)  # overflows, quietly
         assert np.getbufsize() == 4096
         assert np.geterr() == dict.fromkeys(("divide", "over", "under", "invalid"), "raise")
 
