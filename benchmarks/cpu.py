@@ -29,6 +29,7 @@ import cupybn.functional as F
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import NullFormatter
 
 RESNET50 = [  # C and H = W of its twelve shapes
     *((64, 112), (64, 56), (256, 56), (128, 56), (128, 28), (512, 28)),
@@ -43,6 +44,7 @@ SHAPES = [
 SHORT = [((8, 64, 14, 14), "NHWC"), ((16, 128), "NC")]
 GOALS = {"training": 1.0, "inference": 1.0, "backward": 0.8, "add + ReLU": None}
 CALLS = 3
+TICKS = [0.1, 0.2, 0.5, 1, 2, 5]
 
 
 def cases(shape: tuple[int, ...], layout: str) -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
@@ -127,7 +129,9 @@ def plot(results: dict[str, dict[str, dict[str, float]]], title: str, path: Path
         axis.axvline(1, color="0.5", linewidth=1)
         axis.set(xscale="log", xlabel="PyTorch time / cupybn time")
         axis.set_title(f"{case}: {geometric_mean(ratios):.2f}" + (f" (goal {goal})" if goal else ""))
-        axis.xaxis.set_major_formatter("{x:g}")
+        axis.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS])
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.set_xlim(TICKS[0], TICKS[-1])
         axis.grid(axis="x", which="both", alpha=0.2)
     axes[0].invert_yaxis()
     figure.suptitle(title, fontsize=10)
