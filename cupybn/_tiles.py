@@ -16,7 +16,7 @@ import math
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -65,7 +65,6 @@ def evenly(size: int, most: int) -> int:
     return math.ceil(size / math.ceil(size / most))
 
 
-@functools.lru_cache
 def tiles(shape: tuple[int, int, int]) -> list[Tile]:
     """Cut a non-empty (N, C, L) into tiles."""
     N, C, L = shape
@@ -155,6 +154,12 @@ def steps(size: int, most: int) -> list[tuple[slice, int]]:
     return [(slice(0, whole), most), (slice(whole, size), size - whole)] if whole else [(slice(0, size), size)]
 
 
+@functools.lru_cache
+def plan(shape: tuple[int, int, int], contiguous: bool) -> list[tuple[Tile, Lanes]]:
+    """The tiles of an array of this shape and their lanes."""
+    return [(tile, Lanes.of(tile, shape, contiguous)) for tile in tiles(shape)]
+
+
 def tile_map(
     core: Callable[..., Any], arrays: Sequence[Array | None], vectors: Sequence[Array], temporaries: bool
 ) -> list[tuple[Tile, list[Array]]]:
@@ -177,16 +182,16 @@ def tile_map(
     """
     shape = next(a.shape for a in arrays if a is not None)
     contiguous = all(a.flags.c_contiguous for a in arrays if a is not None)
-    work = tiles(shape)
+    work = plan(shape, contiguous)
 
-    def task(tile: Tile) -> list[Array]:
-        lanes = Lanes.of(tile, shape, contiguous)
+    def task(part: tuple[Tile, Lanes]) -> list[Array]:
+        tile, lanes = part
         views = [None if a is None else a[tile.n, tile.c, tile.l].reshape(lanes.shape) for a in arrays]
         terms = core(lanes.column, *views, *(v[tile.c] for v in vectors))
         return [lanes.sum(*factors) for factors in terms or ()]
 
     workers = 1 if math.prod(shape) <= SMALL else min(num_threads(), len(work) // 4 if temporaries else len(work))
-    return list(zip(work, run(task, work, workers), strict=True))
+    return [(tile, sums) for (tile, _), sums in zip(work, run(task, work, workers), strict=True)]
 
 
 def tile_sums(
@@ -225,11 +230,23 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork
 
 
-def run(task: Callable[[Tile], Any], work: Sequence[Tile], workers: int) -> list[Any]:
-    """``[task(tile) for tile in work]``, shared by the calling thread and up to ``workers - 1`` others.
+@contextlib.contextmanager
+def numpy_settings() -> Iterator[None]:
+    """NumPy's settings for the arithmetic; each thread has its own."""
+    with np.errstate(all="ignore"):  # inf and NaN are data here; on the way out the buffer size comes back, too
+        np.setbufsize(SHORT)
+        yield
 
-    After an error, which is raised here, no other tile is begun.
+
+def run(task: Callable[[Any], Any], work: Sequence[Any], workers: int) -> list[Any]:
+    """``[task(part) for part in work]``, shared by the calling thread and up to ``workers - 1`` others.
+
+    After an error, which is raised here, no other part is begun.
     """
+    if workers <= 1:
+        with numpy_settings():
+            return [task(part) for part in work]
+
     results: list[Any] = [None] * len(work)
     errors: list[BaseException] = []
     queue = deque(enumerate(work))
@@ -238,16 +255,15 @@ def run(task: Callable[[Tile], Any], work: Sequence[Tile], workers: int) -> list
 
     def drain() -> None:
         nonlocal in_work
-        with np.errstate(all="ignore"):  # inf and NaN are data here; on the way out the buffer size comes back, too
-            np.setbufsize(SHORT)
+        with numpy_settings():
             while True:
                 with changed:
                     if not queue:
                         return
-                    index, tile = queue.popleft()
+                    index, part = queue.popleft()
                     in_work += 1
                 try:
-                    results[index] = task(tile)
+                    results[index] = task(part)
                 except BaseException as error:
                     errors.append(error)
                     queue.clear()
