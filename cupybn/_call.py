@@ -26,6 +26,7 @@ class Call(NamedTuple):
     activation: str | None
     channel_axis: int
     num_batches_tracked: Array | None = None
+    of_layer: bool = False
 
     def check(self, out: Array | None = None) -> int:
         """The channel axis counted from the front, if all is well.
@@ -51,6 +52,7 @@ class Call(NamedTuple):
                 "weight": self.weight,
                 "bias": self.bias,
             },
+            suggest_axis=self.of_layer,
         )
         _checks.check_eps(self.eps, self.training)
         if self.training and input.size:

@@ -85,8 +85,11 @@ def check_both_or_neither(running_mean: Any, running_var: Any) -> None:
         raise ValueError("running_mean and running_var must either both be None or neither be None")
 
 
-def check_vectors(input: Any, axis: int, vectors: Mapping[str, Any]) -> None:
-    """Per-channel vectors: kind, device, dtype, and one element for each channel."""
+def check_vectors(input: Any, axis: int, vectors: Mapping[str, Any], suggest_axis: bool) -> None:
+    """Per-channel vectors: kind, device, dtype, and one element for each channel.
+
+    The message may suggest another axis, which a layer can be made for.
+    """
     for name, vector in vectors.items():
         if vector is not None:
             check_array(name, vector, input)
@@ -96,8 +99,15 @@ def check_vectors(input: Any, axis: int, vectors: Mapping[str, Any]) -> None:
             continue
         if vector.ndim != 1:
             raise ValueError(f"expected {name} of shape ({channels},) (got {vector.shape})")
-        if vector.shape != (channels,):
-            raise ValueError(f"{name} should contain {channels} elements not {vector.size}")
+        if vector.size != channels:
+            message = f"{name} should contain {channels} elements not {vector.size}"
+            if suggest_axis and vector.size in input.shape:
+                meant = input.ndim - 1 - input.shape[::-1].index(vector.size)
+                message += (
+                    f" (axis {axis} of the input of shape {input.shape} has {channels}, axis {meant} has "
+                    f"{vector.size}: did you mean channel_axis={meant}?)"
+                )
+            raise ValueError(message)
 
 
 def check_more_than_one_value(shape: tuple[int, ...], axis: int) -> None:

@@ -158,7 +158,7 @@ class _BatchNorm:
         momentum = None if self.momentum is None else _checks.as_float("momentum", self.momentum)
         moves = momentum is not None or self.num_batches_tracked is not None
         uses_buffers = not self.training or (self.track_running_stats and moves)
-        call = Call(
+        return Call(
             input,
             self.running_mean if uses_buffers else None,
             self.running_var if uses_buffers else None,
@@ -171,24 +171,8 @@ class _BatchNorm:
             self.activation,
             self.channel_axis,
             self.num_batches_tracked,
+            of_layer=True,
         )
-        self._check_channels(call)
-        return call
-
-    def _check_channels(self, call: Call) -> None:
-        """Say which axis was meant if the features stand on another one."""
-        shape, axis = call.input.shape, call.channel_axis % call.input.ndim
-        for name in ("running_mean", "running_var", "weight", "bias"):
-            vector = getattr(call, name)
-            if _devices.kind(vector) and vector.ndim == 1 and vector.size != shape[axis]:
-                message = f"{name} should contain {shape[axis]} elements not {vector.size}"
-                meant = [i for i, size in enumerate(shape) if size == vector.size]
-                if meant:
-                    message += (
-                        f" (axis {axis} of the input of shape {shape} has {shape[axis]}, axis {meant[-1]} has "
-                        f"{vector.size}: did you mean channel_axis={meant[-1]}?)"
-                    )
-                raise ValueError(message)
 
     @contextlib.contextmanager
     def _settled(self, input: Array) -> Iterator[None]:

@@ -1,7 +1,8 @@
 """The steps of batch norm on NumPy arrays: the specification of the CUDA kernels, and the fallback without a GPU.
 
 Arrays have shape (N, C, L), where channels-last data is (M, C, 1), vectors shape (C,). Arithmetic is float32 for data
-of 16 or 32 bits and float64 for float64; sums end in float64. Each step walks its arrays tile by tile (`_tiles`).
+of 16 or 32 bits, float64 for float64 and for channels near the limits of float32; sums end in float64. Each step walks
+its arrays tile by tile (`_tiles`).
 
 The mean is never rounded to one float32: with ``center`` the mean so rounded and ``rest = mean - center``,
 

@@ -44,12 +44,7 @@ def train(network, x, labels):
     rng = np.random.default_rng(1)
     optimizer = layers.SGD(network.parameters(), LEARNING_RATE)
     for _ in range(EPOCHS):
-        for batch in np.array_split(rng.permutation(len(x)), len(x) // BATCH_SIZE):
-            batch = xp.asarray(batch)
-            scores, vjp_fn = network.vjp(x[batch])
-            _, dscores = layers.softmax_cross_entropy(scores, labels[batch])
-            _, *grads = vjp_fn(dscores)
-            optimizer.step(grads)
+        layers.train_epoch(network, optimizer, x, labels, BATCH_SIZE, rng)
 
 
 def accuracy(network, x, labels):

@@ -198,3 +198,16 @@ class SGD:
             velocity *= self.momentum
             velocity += grad
             parameter -= self.learning_rate * velocity
+
+
+def train_epoch(network, optimizer, x, labels, batch_size, rng):
+    """One pass over the data in random order. Returns the mean loss."""
+    total = 0
+    for batch in np.array_split(rng.permutation(len(x)), len(x) // batch_size):
+        batch = xp.asarray(batch)
+        scores, vjp_fn = network.vjp(x[batch])
+        loss, dscores = softmax_cross_entropy(scores, labels[batch])
+        _, *grads = vjp_fn(dscores)
+        optimizer.step(grads)
+        total += loss * len(batch)
+    return float(total) / len(x)

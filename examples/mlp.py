@@ -38,12 +38,7 @@ def held_out_accuracy(norm, learning_rate, seed):
     optimizer = layers.SGD(network.parameters(), learning_rate)
     rng = np.random.default_rng(seed)
     for _ in range(EPOCHS):
-        for batch in np.array_split(rng.permutation(len(x)), len(x) // BATCH_SIZE):
-            batch = xp.asarray(batch)
-            scores, vjp_fn = network.vjp(x[batch])
-            _, dscores = layers.softmax_cross_entropy(scores, labels[batch])
-            _, *grads = vjp_fn(dscores)
-            optimizer.step(grads)
+        layers.train_epoch(network, optimizer, x, labels, BATCH_SIZE, rng)
     return float((network.eval()(x_test).argmax(axis=1) == labels_test).mean())
 
 

@@ -73,15 +73,7 @@ def train(name, network, x, labels, x_test, labels_test, epochs):
     progress = tqdm(range(epochs), desc=name, unit="epoch")
     for _ in progress:
         network.train()
-        total = 0
-        for batch in np.array_split(rng.permutation(len(x)), len(x) // BATCH_SIZE):
-            batch = xp.asarray(batch)
-            scores, vjp_fn = network.vjp(x[batch])
-            loss, dscores = layers.softmax_cross_entropy(scores, labels[batch])
-            _, *grads = vjp_fn(dscores)
-            optimizer.step(grads)
-            total += loss * len(batch)
-        losses.append(float(total) / len(x))
+        losses.append(layers.train_epoch(network, optimizer, x, labels, BATCH_SIZE, rng))
         accuracies.append(accuracy(network, x_test, labels_test, training=False))
         progress.set_postfix(loss=f"{losses[-1]:.3f}", held_out=f"{accuracies[-1]:.1%}")
     return losses, accuracies

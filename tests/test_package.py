@@ -11,8 +11,6 @@ from pathlib import Path
 
 import cupybn
 
-ROOT = Path(__file__).parent.parent
-
 
 def python(code, **env):
     result = subprocess.run(
