@@ -1,0 +1,74 @@
+// bn_backward_input: dx = (dy - sum(dy) / count - xhat * sum(dy * xhat) / count) * rstd * weight, where activation
+// passed dy; dresidual = dy there; dweight = sum(dy * xhat), dbias = sum(dy)
+//
+// Block (c, s) sums the parts of channel c, in the same order in every block, and then takes its share of the channel.
+// Blocks (c, 0) write what belongs to the channel.
+// Mirror: numpy_ops.bn_backward_input
+#include "rows.cuh"
+
+constexpr int LOADS = 2;  // in flight, of each array
+
+extern "C" __global__ void __launch_bounds__(THREADS) bn_backward_input(
+    const data_t* dy,                        // [N, C, L]
+    const data_t* x,                         // [N, C, L]
+    const double* statistics_mean,           // [C]
+    const double* statistics_var,            // [C]
+    double eps,
+    Vector weight,                           // [C] or null
+    Vector bias,                             // [C] or null
+    const data_t* residual,                  // [N, C, L] or null
+    long long activation,                    // 0: none, 1: ReLU
+    const double* sums_dy,                   // [P, C] or null: not needed
+    const double* sums_dy_xhat,              // [P, C] or null
+    double inv_count,                        // 1 / count in training; 0: the statistics are constants
+    // outputs
+    data_t* dx,                              // [N, C, L]
+    data_t* dresidual,                       // [N, C, L] or null
+    Vector dweight,                          // [C] or null
+    Vector dbias,                            // [C] or null
+    // sizes
+    long long parts,
+    long long N,
+    long long C,
+    long long L,
+    long long segment,
+    long long segments_per_block,
+    long long lanes) {
+    const long long c = blockIdx.x;
+    Channel channel = make_channel(statistics_mean[c], statistics_var[c], eps, weight, bias, c);
+    if (sums_dy) {
+        double sums[2] = {0, 0};
+        for (int p = threadIdx.x; p < parts; p += THREADS) {
+            sums[0] += sums_dy[p * C + c];
+            sums[1] += sums_dy_xhat[p * C + c];
+        }
+        block_sum(sums);
+        set_gradient(channel, sums[0], sums[1], inv_count);
+        if (blockIdx.y == 0 && threadIdx.x == 0) {
+            if (dbias) dbias.set(c, sums[0]);
+            if (dweight) dweight.set(c, sums[1]);
+        }
+    }
+
+    const OneChannel channels(channel);
+    Rows rows(N, C, L, segment, segments_per_block, lanes);
+    while (rows.more()) {
+        raw_t g[LOADS], values[LOADS];
+        Residual added[LOADS];
+        Slot slots[LOADS];
+#pragma unroll
+        for (int u = 0; u < LOADS; u++) {
+            slots[u] = rows.next();
+            g[u] = load(dy, slots[u]);
+            values[u] = load(x, slots[u]);
+            added[u].given = residual;
+            if (residual) added[u].raw = load(residual, slots[u]);
+        }
+#pragma unroll
+        for (int u = 0; u < LOADS; u++) {
+            if (slots[u].empty()) continue;
+            store(dx, slots[u], input_gradient(g[u], values[u], added[u], activation, inv_count == 0, channels));
+            if (dresidual) store(dresidual, slots[u], g[u]);
+        }
+    }
+}

@@ -1,0 +1,76 @@
+// bn_stats: count, mean and m2 = sum((x - mean)^2) of each channel, in P parts that are still to be merged
+//
+// Block (c, p) takes part p of channel c. Each thread sums chunks of its elements in float32 about their first one, a
+// second time about their mean, and merges them in float64; then the block merges its threads.
+// Mirror: numpy_ops.bn_stats
+#include "rows.cuh"
+
+constexpr int LOADS = 4;  // in flight
+
+// The moments of a chunk, in the dtype of its elements. About a neighbour as pivot, deviations are exact or nearly so.
+template <class A>
+DEVICE Moments chunk_moments(const raw_t (&raw)[LOADS], const Slot (&slots)[LOADS], bool& exact) {
+    A count = 0, pivot = 0, sum = 0, m2 = 0;
+#pragma unroll
+    for (int e = WIDTH - 1; e >= 0; e--)
+        if (slots[0].has(e)) pivot = element(raw[0], e);
+#pragma unroll
+    for (int u = 0; u < LOADS; u++) {
+        count += slots[u].hi - slots[u].lo;
+#pragma unroll
+        for (int e = 0; e < WIDTH; e++)
+            if (slots[u].has(e)) sum += element(raw[u], e) - pivot;
+    }
+    const A mean = sum / count;
+#pragma unroll
+    for (int u = 0; u < LOADS; u++) {
+#pragma unroll
+        for (int e = 0; e < WIDTH; e++) {
+            const A d = (element(raw[u], e) - pivot) - mean;
+            if (slots[u].has(e)) m2 += d * d;
+        }
+    }
+    exact = held(m2, mean);
+    return {(double)count, (double)pivot + (double)mean, (double)m2};
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) bn_stats(
+    const data_t* x,                         // [N, C, L]
+    const long long* num_batches_tracked,    // [] or null
+    // outputs
+    double* moments_count,                   // [P]
+    double* moments_mean,                    // [P, C]
+    double* moments_m2,                      // [P, C]
+    long long* moments_batches,              // [] or null: the counter as it was, for the launch that moves it
+    // sizes
+    long long N,
+    long long C,
+    long long L,
+    long long segment,
+    long long segments_per_block,
+    long long lanes) {
+    Moments own = {0, 0, 0};
+    Rows rows(N, C, L, segment, segments_per_block, lanes);
+    while (rows.more()) {
+        raw_t raw[LOADS];
+        Slot slots[LOADS];
+#pragma unroll
+        for (int u = 0; u < LOADS; u++) {
+            slots[u] = rows.next();
+            raw[u] = load(x, slots[u]);
+        }
+        bool exact;
+        Moments chunk = chunk_moments<acc_t>(raw, slots, exact);
+        if (!exact) chunk = chunk_moments<double>(raw, slots, exact);
+        own = merge(own, chunk);
+    }
+
+    const Moments all = block_merge(own);
+    if (threadIdx.x == 0) {
+        const long long c = blockIdx.x, part = blockIdx.y;
+        moments_mean[part * C + c] = all.mean;
+        moments_m2[part * C + c] = all.m2;
+        if (c == 0) moments_count[part] = all.count;
+        if (c == 0 && part == 0 && moments_batches) *moments_batches = *num_batches_tracked;
+    }
+}

@@ -1,0 +1,92 @@
+// bn_backward_input: dx = (dy - sum(dy) / count - xhat * sum(dy * xhat) / count) * rstd * weight, where activation
+// passed dy; dresidual = dy there; dweight = sum(dy * xhat), dbias = sum(dy)
+//
+// Block (t, s) sums the parts of the channels of its tile, in the same order in every block, and then takes its rows.
+// Blocks (t, 0) write what belongs to the channels.
+// Mirror: numpy_ops.bn_backward_input
+#include "columns.cuh"
+
+constexpr int LOADS = 2;  // in flight, of each array
+
+extern "C" __global__ void __launch_bounds__(THREADS) bn_backward_input(
+    const data_t* dy,                        // [M, C]
+    const data_t* x,                         // [M, C]
+    const double* statistics_mean,           // [C]
+    const double* statistics_var,            // [C]
+    double eps,
+    Vector weight,                           // [C] or null
+    Vector bias,                             // [C] or null
+    const data_t* residual,                  // [M, C] or null
+    long long activation,                    // 0: none, 1: ReLU
+    const double* sums_dy,                   // [P, C] or null: not needed
+    const double* sums_dy_xhat,              // [P, C] or null
+    double inv_count,                        // 1 / count in training; 0: the statistics are constants
+    // outputs
+    data_t* dx,                              // [M, C]
+    data_t* dresidual,                       // [M, C] or null
+    Vector dweight,                          // [C] or null
+    Vector dbias,                            // [C] or null
+    // sizes
+    long long parts,
+    long long M,
+    long long C,
+    long long columns,
+    long long super_rows,
+    long long super_rows_per_block,
+    long long tile) {
+    const Columns block(M, C, columns, super_rows, super_rows_per_block, tile);
+    const int lanes = block.lanes, q = threadIdx.x;
+    const bool constant = inv_count == 0;
+
+    __shared__ double all_dy[THREADS], all_dy_xhat[THREADS];
+    if (sums_dy) {
+        sum_down(parts, lanes, all_dy, [&](int p, int q) { return sums_dy[p * C + block.channel(q)]; });
+        sum_down(parts, lanes, all_dy_xhat, [&](int p, int q) { return sums_dy_xhat[p * C + block.channel(q)]; });
+    }
+    __shared__ Channel channels[THREADS];
+    if (q < lanes) {
+        const long long c = block.channel(q);
+        channels[q] = make_channel(statistics_mean[c], statistics_var[c], eps, weight, bias, c);
+        if (sums_dy) {
+            set_gradient(channels[q], all_dy[q], all_dy_xhat[q], inv_count);
+            if (blockIdx.y == 0 && block.owns(q)) {
+                if (dbias) dbias.set(c, all_dy[q]);
+                if (dweight) dweight.set(c, all_dy_xhat[q]);
+            }
+        }
+    }
+    __syncthreads();
+
+    const OwnChannels own(channels + block.tx * WIDTH, block.on ? WIDTH : 0);
+    for (index_t row = block.begin + block.ty; block.on && row < block.end; row += LOADS * block.step) {
+        raw_t g[LOADS], values[LOADS];
+        Residual added[LOADS];
+#pragma unroll
+        for (int u = 0; u < LOADS; u++)
+            if (row + u * block.step < block.end) {
+                const index_t at = block.at(row + u * block.step);
+                g[u] = load(dy + at);
+                values[u] = load(x + at);
+                added[u].given = residual;
+                if (residual) added[u].raw = load(residual + at);
+            }
+#pragma unroll
+        for (int u = 0; u < LOADS; u++)
+            if (row + u * block.step < block.end) {
+                const index_t at = block.at(row + u * block.step);
+                store(dx + at, input_gradient(g[u], values[u], added[u], activation, constant, own));
+                if (dresidual) store(dresidual + at, g[u]);
+            }
+    }
+
+    if (!block.owns(q)) return;
+    for (index_t row = block.tail_begin; row < block.tail_end; row++) {
+        const index_t at = row * C + block.q0 + q;
+        const Residual added = {residual != nullptr, residual ? load_elements(residual + at, 0, 1) : raw_t()};
+        raw_t g = load_elements(dy + at, 0, 1);
+        const raw_t d = input_gradient(g, load_elements(x + at, 0, 1), added, activation, constant,
+                                       OwnChannels(channels + q, 1));
+        store_elements(dx + at, d, 0, 1);
+        if (dresidual) store_elements(dresidual + at, g, 0, 1);
+    }
+}

@@ -1,0 +1,123 @@
+// bn_backward_reduce: sum(dy) and sum(dy * xhat), xhat = (x - mean) * rstd, where activation passed dy, in P parts
+//
+// Block (t, s) takes a tile of columns and a range of rows. Each thread sums chunks of each of its WIDTH channels in
+// float32, and the chunks in float64; then the block sums its rows of threads. Every replica of a channel is a part of
+// its own.
+// Mirror: numpy_ops.bn_backward_reduce
+#include "columns.cuh"
+
+constexpr int LOADS = 4;  // in flight, of each array
+
+// Adds sum(dy) and sum(dy * (x - center)) of element e of the first `count` packs, unless the dtype of the arithmetic
+// does not hold them.
+template <class A>
+DEVICE bool add_chunk(const raw_t (&dy)[LOADS], const raw_t (&x)[LOADS], const Residual (&residual)[LOADS], int count,
+                      bool relu, const Factors<A>& f, int e, double& total_dy, double& total_dy_d) {
+    A sum_dy = 0, sum_dy_d = 0;
+#pragma unroll
+    for (int u = 0; u < LOADS; u++) {
+        const A g = element(dy[u], e), value = element(x[u], e);
+        if (u < count && (!relu || preactivation(value, f, residual[u], e) > 0)) {
+            sum_dy += g;
+            sum_dy_d += g * (value - f.center);
+        }
+    }
+    if (!held(sum_dy) || !held(sum_dy_d)) return false;
+    total_dy += sum_dy;
+    total_dy_d += sum_dy_d;
+    return true;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) bn_backward_reduce(
+    const data_t* dy,                        // [M, C]
+    const data_t* x,                         // [M, C]
+    const double* statistics_mean,           // [C]
+    const double* statistics_var,            // [C]
+    double eps,
+    Vector weight,                           // [C] or null
+    Vector bias,                             // [C] or null
+    const data_t* residual,                  // [M, C] or null
+    long long activation,                    // 0: none, 1: ReLU
+    // outputs
+    double* sums_dy,                         // [P, C]
+    double* sums_dy_xhat,                    // [P, C]
+    // sizes
+    long long M,
+    long long C,
+    long long columns,
+    long long super_rows,
+    long long super_rows_per_block,
+    long long tile) {
+    const Columns block(M, C, columns, super_rows, super_rows_per_block, tile);
+    const int lanes = block.lanes, q = threadIdx.x;
+    const long long first = block.first_part() * C + block.q0;
+
+    __shared__ Channel channels[THREADS];
+    if (q < lanes) {
+        const long long c = block.channel(q);
+        channels[q] = make_channel(statistics_mean[c], statistics_var[c], eps, weight, bias, c);
+    }
+    __syncthreads();
+
+    if (block.tail_begin < block.tail_end) {
+        if (block.owns(q)) {
+            const Factors<double> f(channels[q]);
+            double sum_dy = 0, sum_dy_d = 0;
+            for (index_t row = block.tail_begin; row < block.tail_end; row++) {
+                const index_t at = row * C + block.q0 + q;
+                raw_t g[LOADS] = {load_elements(dy + at, 0, 1)}, values[LOADS] = {load_elements(x + at, 0, 1)};
+                Residual added[LOADS] = {{residual != nullptr, residual ? load_elements(residual + at, 0, 1) : raw_t()}};
+                if (channels[q].wide ||
+                    !add_chunk(g, values, added, 1, activation, Factors<acc_t>(channels[q]), 0, sum_dy, sum_dy_d))
+                    add_chunk(g, values, added, 1, activation, f, 0, sum_dy, sum_dy_d);
+            }
+            sums_dy[first + q] = sum_dy;
+            sums_dy_xhat[first + q] = (sum_dy_d - channels[q].rest * sum_dy) * channels[q].rstd;
+        }
+        return;  // as do all threads of the block
+    }
+
+    const int lane = block.tx * WIDTH;
+    const OwnChannels own(channels + lane, block.on ? WIDTH : 0);
+    double sum_dy[WIDTH], sum_dy_d[WIDTH];
+#pragma unroll
+    for (int e = 0; e < WIDTH; e++) sum_dy[e] = sum_dy_d[e] = 0;
+    for (index_t row = block.begin + block.ty; block.on && row < block.end; row += LOADS * block.step) {
+        raw_t g[LOADS], values[LOADS];
+        Residual added[LOADS];
+        int loaded = 0;
+#pragma unroll
+        for (int u = 0; u < LOADS; u++) {
+            g[u] = values[u] = added[u].raw = raw_t();
+            added[u].given = residual;
+            if (row + u * block.step < block.end) {
+                const index_t at = block.at(row + u * block.step);
+                g[u] = load(dy + at);
+                values[u] = load(x + at);
+                if (residual) added[u].raw = load(residual + at);
+                loaded++;
+            }
+        }
+#pragma unroll
+        for (int e = 0; e < WIDTH; e++)
+            if (own.is_wide(e) ||
+                !add_chunk(g, values, added, loaded, activation, own.usual(e), e, sum_dy[e], sum_dy_d[e]))
+                add_chunk(g, values, added, loaded, activation, own.wide(e), e, sum_dy[e], sum_dy_d[e]);
+    }
+
+    __shared__ double terms[THREADS * WIDTH], sums[THREADS];
+    const auto term = [&](int row, int q) { return terms[row * block.tile * WIDTH + q]; };
+#pragma unroll
+    for (int e = 0; e < WIDTH; e++) terms[threadIdx.x * WIDTH + e] = sum_dy[e];
+    __syncthreads();
+    sum_down(block.step, lanes, sums, term);
+    const double all_dy = q < lanes ? sums[q] : 0;
+#pragma unroll
+    for (int e = 0; e < WIDTH; e++) terms[threadIdx.x * WIDTH + e] = sum_dy_d[e];
+    __syncthreads();
+    sum_down(block.step, lanes, sums, term);
+    if (q < lanes) {
+        sums_dy[first + q] = all_dy;
+        sums_dy_xhat[first + q] = (sums[q] - channels[q].rest * all_dy) * channels[q].rstd;
+    }
+}

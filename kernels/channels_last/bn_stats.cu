@@ -1,0 +1,115 @@
+// bn_stats: count, mean and m2 = sum((x - mean)^2) of each channel, in P parts that are still to be merged
+//
+// Block (t, s) takes a tile of columns and a range of rows. Each thread sums chunks of each of its WIDTH channels in
+// float32 about their first element, a second time about their mean, and merges them in float64; then the block merges
+// its rows of threads. Every replica of a channel is a part of its own.
+// Mirror: numpy_ops.bn_stats
+#include "columns.cuh"
+
+constexpr int LOADS = 8;  // in flight
+
+// The moments of element e of the first `count` packs. About a neighbour as pivot, deviations are exact or nearly so.
+template <class A>
+DEVICE Moments chunk_moments(const raw_t (&raw)[LOADS], int count, int e, bool& exact) {
+    const A pivot = element(raw[0], e);
+    A sum = 0, m2 = 0;
+#pragma unroll
+    for (int u = 0; u < LOADS; u++)
+        if (u < count) sum += element(raw[u], e) - pivot;
+    const A mean = sum / count;
+#pragma unroll
+    for (int u = 0; u < LOADS; u++) {
+        const A d = (element(raw[u], e) - pivot) - mean;
+        if (u < count) m2 += d * d;
+    }
+    exact = held(m2, mean);
+    return {(double)count, (double)pivot + (double)mean, (double)m2};
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) bn_stats(
+    const data_t* x,                         // [M, C]
+    const long long* num_batches_tracked,    // [] or null
+    // outputs
+    double* moments_count,                   // [P]
+    double* moments_mean,                    // [P, C]
+    double* moments_m2,                      // [P, C]
+    long long* moments_batches,              // [] or null: the counter as it was, for the launch that moves it
+    // sizes
+    long long M,
+    long long C,
+    long long columns,
+    long long super_rows,
+    long long super_rows_per_block,
+    long long tile) {
+    const Columns block(M, C, columns, super_rows, super_rows_per_block, tile);
+    const long long first_part = block.first_part();
+    if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0 && moments_batches)
+        *moments_batches = *num_batches_tracked;
+
+    if (block.tail_begin < block.tail_end) {
+        const int q = threadIdx.x;
+        if (block.owns(q)) {
+            Moments own = {0, 0, 0};
+            for (index_t row = block.tail_begin; row < block.tail_end; row++)
+                own = merge(own, {1, widen(x[row * C + block.q0 + q]), 0});
+            moments_mean[first_part * C + block.q0 + q] = own.mean;
+            moments_m2[first_part * C + block.q0 + q] = own.m2;
+            if (block.q0 + q == 0) moments_count[first_part] = own.count;
+        }
+        return;  // as do all threads of the block
+    }
+
+    double mean[WIDTH], m2[WIDTH], count = 0;
+#pragma unroll
+    for (int e = 0; e < WIDTH; e++) mean[e] = m2[e] = 0;
+    for (index_t row = block.begin + block.ty; block.on && row < block.end; row += LOADS * block.step) {
+        raw_t raw[LOADS];
+        int loaded = 0;
+#pragma unroll
+        for (int u = 0; u < LOADS; u++) {
+            raw[u] = raw_t();
+            if (row + u * block.step < block.end) {
+                raw[u] = load(x + block.at(row + u * block.step));
+                loaded++;
+            }
+        }
+#pragma unroll
+        for (int e = 0; e < WIDTH; e++) {
+            bool exact;
+            Moments chunk = chunk_moments<acc_t>(raw, loaded, e, exact);
+            if (!exact) chunk = chunk_moments<double>(raw, loaded, e, exact);
+            const Moments both = merge({count, mean[e], m2[e]}, chunk);
+            mean[e] = both.mean;
+            m2[e] = both.m2;
+        }
+        count += loaded;
+    }
+
+    __shared__ double pivot[THREADS], terms[THREADS * WIDTH], sums[THREADS], means[THREADS];
+    const int lane = block.tx * WIDTH, lanes = block.lanes, own = threadIdx.x * WIDTH;
+    const auto term = [&](int row, int q) { return terms[row * block.tile * WIDTH + q]; };
+    if (block.on && block.ty == 0)
+#pragma unroll
+        for (int e = 0; e < WIDTH; e++) pivot[lane + e] = mean[e];
+    __syncthreads();
+#pragma unroll
+    for (int e = 0; e < WIDTH; e++) terms[own + e] = count > 0 ? count * (mean[e] - pivot[lane + e]) : 0;
+    __syncthreads();
+    sum_down(block.step, lanes, sums, term);
+    const double rows = block.end - block.begin;
+    if (threadIdx.x < lanes) means[threadIdx.x] = pivot[threadIdx.x] + sums[threadIdx.x] / rows;
+    __syncthreads();
+#pragma unroll
+    for (int e = 0; e < WIDTH; e++) {
+        const double delta = count > 0 ? mean[e] - means[lane + e] : 0;
+        terms[own + e] = m2[e] + count * delta * delta;
+    }
+    __syncthreads();
+    sum_down(block.step, lanes, sums, term);
+    if (threadIdx.x < lanes) {
+        moments_mean[first_part * C + block.q0 + threadIdx.x] = means[threadIdx.x];
+        moments_m2[first_part * C + block.q0 + threadIdx.x] = sums[threadIdx.x];
+    }
+    if (blockIdx.x == 0)
+        for (int r = threadIdx.x; r < block.replicas(); r += THREADS) moments_count[first_part + r] = rows;
+}

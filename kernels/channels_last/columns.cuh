@@ -1,0 +1,84 @@
+// Channels last, [M, C]: which elements a thread visits, and sums over the rows of a block.
+//
+// With g = gcd(C, WIDTH) the channels of the packs repeat every C / g packs, which is every WIDTH / g rows: a super-row.
+// A thread that goes down a column of packs, super-row by super-row, keeps its WIDTH channels for life.
+//
+//     memory, C = 3, WIDTH = 4     | 0 1 2 0 | 1 2 0 1 | 2 0 1 2 |     a super-row: 3 packs, 4 rows
+//                                  | 0 1 2 0 | 1 2 0 1 | 2 0 1 2 |
+//     lane q                         0 1 2 3   4 5 6 7   8 9 ...       its channel is q % C, its replica q / C
+//
+// Block (t, s) takes `tile` columns of packs and super_rows_per_block super-rows; its threads stand in rows of `tile`.
+// Rows that fill no super-row, fewer than WIDTH, are left to the last blocks (t, s), element by element.
+#include "../elementwise.cuh"
+#include "../moments.cuh"
+#pragma once
+
+struct Columns {
+    index_t C, columns;            // columns of packs
+    int tile, tx, ty, step;        // the threads' rows, this thread's place, and how many rows of threads there are
+    index_t q0;                    // the first lane of the tile
+    int lanes;                     // of the tile
+    index_t begin, end;            // the block's super-rows
+    index_t tail_begin, tail_end;  // the block's rows that fill no super-row
+    bool on;                       // this thread has a column
+
+    DEVICE Columns(index_t M, index_t C, index_t columns, index_t super_rows, index_t super_rows_per_block, int tile)
+        : C(C), columns(columns), tile(tile), tx(threadIdx.x % tile), ty(threadIdx.x / tile), step(THREADS / tile) {
+        const index_t column = (index_t)blockIdx.x * tile;
+        q0 = column * WIDTH;
+        lanes = (int)min((index_t)tile, columns - column) * WIDTH;
+        begin = blockIdx.y * super_rows_per_block;
+        end = min(begin + super_rows_per_block, super_rows);
+        tail_begin = begin < super_rows ? M : super_rows * replicas();
+        tail_end = M;
+        on = ty < step && column + tx < columns;
+    }
+    DEVICE index_t replicas() const { return columns * WIDTH / C; }
+    DEVICE index_t channel(int q) const { return (q0 + q) % C; }
+    DEVICE bool owns(int q) const { return q < lanes && q0 + q < C; }  // the first replica of its channel
+    // Where this thread's pack is in a super-row.
+    DEVICE index_t at(index_t super_row) const { return super_row * columns * WIDTH + q0 + tx * WIDTH; }
+    // Where the parts of this block are among those of all blocks: part * C + channel = first_part() * C + q0 + q.
+    DEVICE index_t first_part() const { return blockIdx.y * replicas(); }
+};
+
+// The channels of the elements of this thread's packs, out of those of the tile's lanes.
+struct OwnChannels {
+    Factors<acc_t> own[WIDTH];
+    const Channel* channels;  // in shared memory
+    unsigned any_wide;        // a bit for each element
+
+    // Of the first `count` elements.
+    DEVICE OwnChannels(const Channel* channels, int count) : channels(channels), any_wide(0) {
+#pragma unroll
+        for (int e = 0; e < WIDTH; e++)
+            if (e < count) {
+                own[e] = Factors<acc_t>(channels[e]);
+                any_wide |= (unsigned)channels[e].wide << e;
+            }
+    }
+    DEVICE bool is_wide(int e) const { return any_wide >> e & 1; }
+    DEVICE const Factors<acc_t>& usual(int e) const { return own[e]; }
+    DEVICE Factors<double> wide(int e) const { return Factors<double>(channels[e]); }
+};
+
+// sums[q] = the sum of term(row, q) over rows, for each of the lanes, in an order that never changes. All threads of
+// the block call it, and may read sums when it is done.
+template <class Term>
+DEVICE void sum_down(int rows, int lanes, double (&sums)[THREADS], Term term) {
+    __shared__ double of_threads[THREADS];
+    const int step = min(THREADS / lanes, rows), q = threadIdx.x % lanes, first = threadIdx.x / lanes;
+    if (first < step) {
+        double sum = 0;
+#pragma unroll 4
+        for (int row = first; row < rows; row += step) sum += term(row, q);
+        of_threads[threadIdx.x] = sum;
+    }
+    __syncthreads();
+    if (threadIdx.x < lanes) {
+        double sum = 0;
+        for (int row = 0; row < step; row++) sum += of_threads[row * lanes + threadIdx.x];
+        sums[threadIdx.x] = sum;
+    }
+    __syncthreads();
+}

@@ -1,0 +1,118 @@
+// The dtypes by NumPy's names, conversions between them, and vectors of one value per channel.
+//
+// No CUDA header is needed: inline PTX stands behind small functions, each with a plain C++ body for other compilers.
+// The compiler is told DATA_T (float16, bfloat16, float32, float64), VECTORIZED (0, 1) and INDEX_T (int, long long).
+#pragma once
+
+#define DEVICE __device__ __forceinline__
+
+typedef float float32;
+typedef double float64;
+struct float16 {
+    unsigned short bits;
+};
+struct bfloat16 {
+    unsigned short bits;
+};
+
+template <class T>
+struct Accumulation {
+    typedef float type;
+};
+template <>
+struct Accumulation<double> {
+    typedef double type;
+};
+
+typedef DATA_T data_t;                        // of the arrays
+typedef Accumulation<data_t>::type acc_t;     // of the arithmetic
+typedef INDEX_T index_t;                      // of elements
+
+constexpr int THREADS = 256;                  // of every block
+constexpr unsigned ALL_LANES = 0xffffffffu;
+
+// ---------------------------------------------------------------------------------------------------------------------
+// To the dtype of the arithmetic: exact
+
+DEVICE float widen(float x) { return x; }
+DEVICE double widen(double x) { return x; }
+DEVICE float widen(bfloat16 x) { return __uint_as_float((unsigned)x.bits << 16); }
+DEVICE float widen(float16 x) {
+#ifdef __CUDA_ARCH__
+    float result;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(x.bits));
+    return result;
+#else
+    const unsigned sign = (x.bits & 0x8000u) << 16, magnitude = x.bits & 0x7fffu;
+    if (magnitude < 0x0400u)  // subnormal: so many steps of 2^-24
+        return __uint_as_float(__float_as_uint(magnitude * 0x1p-24f) | sign);
+    const unsigned exponent = magnitude < 0x7c00u ? 112u << 23 : 224u << 23;  // inf and NaN keep the largest one
+    return __uint_as_float(((magnitude << 13) + exponent) | sign);
+#endif
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// From the dtype of the arithmetic: to the nearest, ties to even
+
+DEVICE void narrow(float x, float& result) { result = x; }
+DEVICE void narrow(double x, double& result) { result = x; }
+DEVICE void narrow(double x, float& result) { result = (float)x; }
+DEVICE void narrow(float x, bfloat16& result) {
+    const unsigned bits = __float_as_uint(x);
+    const unsigned rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    result.bits = (unsigned short)(x == x ? rounded : 0x7fc0u | (bits >> 16));
+}
+DEVICE void narrow(float x, float16& result) {
+#ifdef __CUDA_ARCH__
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result.bits) : "f"(x));
+#else
+    const unsigned bits = __float_as_uint(x), sign = (bits >> 16) & 0x8000u;
+    unsigned magnitude = bits & 0x7fffffffu;
+    if (magnitude > 0x7f800000u)
+        magnitude = 0x7fffu;  // NaN
+    else if (magnitude >= 0x477ff000u)
+        magnitude = 0x7c00u;  // beyond the largest: inf
+    else if (magnitude < 0x38800000u)  // subnormal: next to 0.5 a float32 has the same steps
+        magnitude = __float_as_uint(__uint_as_float(magnitude) + 0.5f) - 0x3f000000u;
+    else
+        magnitude = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+    result.bits = (unsigned short)(sign | magnitude);
+#endif
+}
+template <class T>
+DEVICE void narrow(double x, T& result) {  // to 16 bits, through float32
+    narrow((float)x, result);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// One value per channel, in memory of any of the dtypes and any stride
+
+enum { FLOAT16, BFLOAT16, FLOAT32, FLOAT64 };
+
+struct Vector {
+    char* data;          // null: there is none
+    long long stride;    // bytes
+    long long dtype;
+
+    DEVICE explicit operator bool() const { return data != nullptr; }
+
+    DEVICE double get(long long i) const {
+        const char* at = data + i * stride;
+        switch (dtype) {
+            case FLOAT16: return widen(*(const float16*)at);
+            case BFLOAT16: return widen(*(const bfloat16*)at);
+            case FLOAT32: return *(const float*)at;
+            default: return *(const double*)at;
+        }
+    }
+
+    DEVICE void set(long long i, double value) const {
+        char* at = data + i * stride;
+        switch (dtype) {
+            case FLOAT16: narrow(value, *(float16*)at); break;
+            case BFLOAT16: narrow(value, *(bfloat16*)at); break;
+            case FLOAT32: narrow(value, *(float*)at); break;
+            default: *(double*)at = value;
+        }
+    }
+};
