@@ -1,0 +1,169 @@
+"""Kernels through g++: the text that NVRTC would get, compiled with the instrumentation that the runtime listens to."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+RUNTIME = Path(__file__).parent / "runtime"
+GLOBAL = re.compile(
+    r'extern\s+"C"\s+__global__\s+void\s+(?:__launch_bounds__\s*\([^)]*\)\s*)?(\w+)\s*\('
+    r'|extern\s+"C"\s+__global__\s+__launch_bounds__\s*\([^)]*\)\s*void\s+(\w+)\s*\('
+)
+DYNAMIC = re.compile(r"extern\s+__shared__\s+(?:__align__\s*\(\s*\d+\s*\)\s*)?([\w:][\w: ]*?)\s+(\w+)\s*\[\s*\]\s*;")
+MOST_SHARED = 227 << 10
+
+CHECKS = ("alignment", "bounds", "null", "signed-integer-overflow", "integer-divide-by-zero", "shift", "bool")
+FLAGS = (
+    "-std=c++17",
+    "-O1",
+    "-g1",
+    "-w",
+    "-fPIC",
+    "-fno-gnu-unique",  # each module has shared memory of its own
+    "-fvisibility=hidden",
+    "-fno-tree-vectorize",  # accesses are as wide as the kernel wrote them
+    "-ffp-contract=off",
+    "-fsanitize=thread," + ",".join(CHECKS),
+)
+
+
+class CompileException(Exception):  # noqa: N818 - its name in CuPy
+    """The compiler's messages."""
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels are kept from run to run."""
+    folder = Path(os.environ.get("CUPY_EMULATOR_CACHE", Path.home() / ".cupy" / "emulator_cache"))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@functools.cache
+def compiler() -> tuple[str, str]:
+    """The path of g++ and its version."""
+    path = os.environ.get("CXX") or shutil.which("g++")
+    if path is None:
+        raise CompileException("expected g++ in PATH: the stand-in for CuPy compiles kernels with it")
+    return path, _run([path, "--version"])
+
+
+def _run(command: Sequence[str | Path]) -> str:
+    # In the root folder, from which the files that #line names are said to be.
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd="/")
+    if done.returncode != 0:
+        raise CompileException(done.stderr)
+    return done.stdout
+
+
+def _build(text: str, flags: Sequence[str]) -> Path:
+    """A shared library of this text, out of the cache if it is there."""
+    path, version = compiler()
+    surroundings = "".join((RUNTIME / name).read_text() for name in ("device.h", "runtime.cpp"))
+    key = hashlib.sha256("\0".join((text, version, surroundings, *flags)).encode()).hexdigest()[:32]
+    library = cache_folder() / f"{key}.so"
+    if not library.exists():
+        with tempfile.TemporaryDirectory(dir=cache_folder()) as folder:
+            source, compiled, linked = (Path(folder) / name for name in ("kernel.cpp", "kernel.o", "kernel.so"))
+            source.write_text(text)
+            _run([path, *flags, "-c", source, "-o", compiled])
+            _run([path, "-shared", "-Wl,-Bsymbolic", compiled, "-o", linked, "-ldl"])  # without sanitizers' libraries
+            linked.replace(library)
+    return library
+
+
+@functools.cache
+def runtime() -> ctypes.CDLL:
+    """The library that runs kernels; their modules find its functions."""
+    text = (RUNTIME / "runtime.cpp").read_text()
+    library = _build(text, ("-std=c++17", "-O2", "-fPIC", "-U_FORTIFY_SOURCE"))
+    return ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+
+
+class Parameter(ctypes.Structure):
+    """A parameter of a kernel as the compiler saw it: the struct of the same shape in ``device.h``."""
+
+    _fields_ = (("size", ctypes.c_int), ("kind", ctypes.c_char), ("pointee", ctypes.c_char), ("pointee_size", ctypes.c_int))
+
+
+class Module:
+    """The kernels of a text."""
+
+    def __init__(self, code: str, options: Sequence[str]) -> None:
+        self.names = [a or b for a, b in GLOBAL.findall(code)]
+        self.dynamic = [name for _, name in DYNAMIC.findall(code)]
+        definitions = [
+            f'extern "C++" {{ alignas(16) __attribute__((visibility("default"))) {kind} {name}[{MOST_SHARED} / sizeof({kind})]; }}'
+            for kind, name in dict.fromkeys(DYNAMIC.findall(code))
+        ]
+        text = "\n".join(
+            [
+                '#include "device.h"',
+                '#line 1 "kernel.cu"',
+                re.sub(r"extern\s+__shared__", "extern __dynamic_shared__", code),
+                '#line 1 "entry.cpp"',
+                *definitions,
+                *(f"EMULATED_ENTRY({name})" for name in self.names),
+                "EMULATED_MODULE",
+            ]
+        )
+        runtime()
+        self.path = _build(text, (*FLAGS, f"-I{RUNTIME}", *_translate(options)))
+        self.library = ctypes.CDLL(str(self.path))
+        begin, end = ctypes.c_void_p(), ctypes.c_void_p()
+        self.library.emulated_shared(ctypes.byref(begin), ctypes.byref(end))
+        self.shared = begin.value or 0, end.value or 0
+
+    def entry(self, name: str) -> ctypes._CFuncPtr:
+        """The function that takes an array of the addresses of the arguments."""
+        function: ctypes._CFuncPtr = getattr(self.library, f"emulated_entry_{name}")
+        return function
+
+    def parameters(self, name: str) -> list[Parameter]:
+        """What the kernel takes."""
+        describe = getattr(self.library, f"emulated_parameters_{name}")
+        describe.restype = ctypes.POINTER(Parameter)
+        count = ctypes.c_int()
+        first = describe(ctypes.byref(count))
+        return [first[i] for i in range(count.value)]
+
+    def dynamic_shared(self) -> int:
+        """The address of dynamic shared memory; 0 if no kernel has any."""
+        if not self.dynamic:
+            return 0
+        return ctypes.addressof(ctypes.c_char.in_dll(self.library, self.dynamic[0]))
+
+    def static_shared(self) -> int:
+        """Bytes of static shared memory, of all kernels of the module together."""
+        begin, end = self.shared
+        return end - begin - MOST_SHARED * len(set(self.dynamic))
+
+    def place(self, pc: int) -> str:
+        """File and line of an address, the innermost function first."""
+        find = runtime().emulated_offset
+        find.restype, find.argtypes = ctypes.c_uint64, [ctypes.c_void_p]
+        offset = find(pc)
+        tool = shutil.which("addr2line")
+        if not offset or tool is None:
+            return "?"
+        lines = _run([tool, "-i", "-e", self.path, hex(offset - 1)]).split("\n")
+        return ", inlined at ".join(line.partition(" (")[0].removeprefix("/") for line in lines if line)
+
+
+def _translate(options: Sequence[str]) -> list[str]:
+    """Of NVRTC's options, those that mean something to g++."""
+    known = []
+    for option in options:
+        if option.startswith(("-D", "-U")):
+            known.append(option)
+        elif not option.startswith(("--std", "-std", "-ftz", "--use_fast_math", "-lineinfo")):
+            raise CompileException(f"the stand-in for CuPy does not know the option {option}")
+    return known

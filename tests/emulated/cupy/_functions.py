@@ -1,0 +1,203 @@
+"""CuPy's functions on device arrays, made from NumPy's of the same name."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+import cupy
+from cupy._run import run
+from cupy.cuda.stream import note_sync
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+HOST = _names(
+    """
+    e euler_gamma inf nan newaxis pi dtype finfo iinfo generic number integer signedinteger unsignedinteger inexact
+    floating complexfloating bool bool_ int8 int16 int32 int64 intp intc int_ byte short long longlong uint8 uint16
+    uint32 uint64 uintp uintc uint ubyte ushort ulong ulonglong half single double float16 float32 float64 csingle
+    cdouble complex64 complex128 broadcast_shapes promote_types issubdtype isdtype isscalar iterable ndindex s_
+    index_exp printoptions set_printoptions get_printoptions errstate
+    """
+)
+"""What CuPy has from NumPy as it is."""
+
+VIEWS = _names(
+    """
+    transpose permute_dims matrix_transpose reshape ravel broadcast_to broadcast_arrays expand_dims squeeze swapaxes
+    moveaxis rollaxis atleast_1d atleast_2d atleast_3d flip fliplr flipud rot90 split array_split hsplit vsplit dsplit
+    diagonal real imag sliding_window_view as_strided shape ndim size may_share_memory shares_memory iscomplexobj
+    isrealobj isfortran
+    """
+)
+"""Functions that look at no element where they can give a view."""
+
+CREATION = _names(
+    "arange linspace logspace geomspace eye identity tri indices bartlett blackman hamming hanning kaiser"
+)
+
+WAITING = _names(
+    """
+    nonzero flatnonzero argwhere extract compress unique unique_all unique_counts unique_inverse unique_values
+    intersect1d setdiff1d setxor1d union1d trim_zeros bincount
+    """
+)
+"""Functions whose results have a shape that depends on the elements: the host waits for it."""
+
+SCALARS = _names("allclose array_equal array_equiv count_nonzero")
+"""Functions that give a Python scalar in NumPy and an array of no dimension in CuPy."""
+
+OTHERS = _names(
+    """
+    all any amax amin max min argmax argmin nanmax nanmin nanargmax nanargmin ptp percentile quantile sum prod nansum
+    nanprod cumsum cumprod nancumsum nancumprod cumulative_sum cumulative_prod mean median average var std nanmean
+    nanmedian nanvar nanstd diff ediff1d gradient trapezoid where select choose take take_along_axis searchsorted sort
+    argsort partition argpartition lexsort concatenate concat stack hstack vstack dstack column_stack append delete
+    repeat tile resize roll pad clip nan_to_num round around real_if_close isclose isin dot vdot inner outer matmul
+    tensordot kron cross einsum trace diag diagflat tril triu vander meshgrid interp convolve correlate corrcoef cov
+    histogram digitize sinc i0 angle unwrap isneginf isposinf iscomplex isreal apply_along_axis tril_indices
+    triu_indices diag_indices ravel_multi_index unravel_index packbits unpackbits fix
+    """
+)
+
+
+@functools.cache
+def lookup(name: str) -> Any:
+    """What ``cupy.name`` is; AttributeError for what NumPy or this stand-in has not."""
+    if name in HOST:
+        return getattr(np, name)
+    theirs = getattr(np, name, None)
+    if isinstance(theirs, np.ufunc):
+        return ufunc(theirs)
+    if theirs is None or name not in VIEWS | CREATION | WAITING | SCALARS | OTHERS:
+        raise AttributeError(f"the stand-in for the module 'cupy' has no attribute {name!r}")
+    return lift(theirs)
+
+
+def lift(theirs: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of NumPy on device arrays."""
+    name = theirs.__name__
+
+    @functools.wraps(theirs)
+    def function(*args: Any, **kwargs: Any) -> Any:
+        if name not in CREATION and args and _is_host_data(args[0]):
+            raise TypeError(f"Unsupported type {type(args[0])}")
+        if name in WAITING:
+            note_sync(name)
+        if name in SCALARS:
+            return run(lambda *args, **kwargs: np.asarray(theirs(*args, **kwargs)), args, kwargs)
+        return run(theirs, args, kwargs, view=name in VIEWS)
+
+    function.__module__ = "cupy"
+    return function
+
+
+def _is_host_data(value: Any) -> bool:
+    """Whether this is an array or a list of numbers in host memory."""
+    if isinstance(value, (list, tuple)):
+        return bool(value) and not any(isinstance(item, (cupy.ndarray, list, tuple)) for item in value)
+    return isinstance(value, np.ndarray)
+
+
+class ufunc:  # noqa: N801 - as CuPy has it
+    """A universal function on device arrays and scalars."""
+
+    def __init__(self, theirs: np.ufunc) -> None:
+        self._theirs = theirs
+        self.__name__, self.__doc__ = theirs.__name__, theirs.__doc__
+        self.nin, self.nout = theirs.nin, theirs.nout
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        args, outs = args[: self.nin], args[self.nin :]
+        if outs:
+            kwargs["out"] = outs if self.nout > 1 else outs[0]
+        self._reject_host_data(args)
+        out = kwargs.get("out")
+        shape = (
+            np.broadcast_shapes(*(getattr(x, "shape", ()) for x in args)) if self._theirs.signature is None else None
+        )
+        if shape is not None and isinstance(out, cupy.ndarray) and out.shape != shape:
+            raise ValueError("Out shape is mismatched")
+        if out is None:
+            kwargs.pop("out", None)
+        return run(self._theirs, args, kwargs)
+
+    def __repr__(self) -> str:
+        return f"<ufunc 'cupy_{self.__name__}'>"
+
+    def reduce(self, *args: Any, **kwargs: Any) -> Any:
+        """As :meth:`numpy.ufunc.reduce`."""
+        self._reject_host_data(args[:1])
+        return run(self._theirs.reduce, args, kwargs)
+
+    def accumulate(self, *args: Any, **kwargs: Any) -> Any:
+        """As :meth:`numpy.ufunc.accumulate`."""
+        self._reject_host_data(args[:1])
+        return run(self._theirs.accumulate, args, kwargs)
+
+    def outer(self, *args: Any, **kwargs: Any) -> Any:
+        """As :meth:`numpy.ufunc.outer`."""
+        self._reject_host_data(args)
+        return run(self._theirs.outer, args, kwargs)
+
+    def at(self, array: Any, indices: Any, *operand: Any) -> None:
+        """As :meth:`numpy.ufunc.at`."""
+
+        def work(host: Any, indices: Any, *operand: Any, out: Any) -> None:  # noqa: ARG001
+            self._theirs.at(host, indices, *operand)  # both are the array: it is read, and written
+
+        run(work, (array, indices, *operand), {"out": array})
+
+    @staticmethod
+    def _reject_host_data(args: tuple[Any, ...]) -> None:
+        for arg in args:
+            if not isinstance(arg, (cupy.ndarray, bool, int, float, complex, np.generic)):
+                raise TypeError(f"Unsupported type {type(arg)}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Functions of dtypes, and in place
+
+
+def _dtype_of(value: Any) -> Any:
+    return value.dtype if isinstance(value, cupy.ndarray) else value
+
+
+def result_type(*values: Any) -> np.dtype[Any]:
+    """As :func:`numpy.result_type`."""
+    return np.result_type(*map(_dtype_of, values))
+
+
+def can_cast(value: Any, to: Any, casting: Any = "safe") -> bool:
+    """As :func:`numpy.can_cast`."""
+    return np.can_cast(_dtype_of(value), to, casting)
+
+
+def copyto(dst: Any, src: Any, casting: Any = "same_kind", where: Any = None) -> None:
+    """As :func:`numpy.copyto`."""
+    if not np.can_cast(_dtype_of(src), dst.dtype, casting) and isinstance(src, (cupy.ndarray, np.generic)):
+        raise TypeError(f"Cannot cast {src.dtype!r} to {dst.dtype!r} in {casting!r} casting mode")
+    if where is None:
+        dst[...] = src
+    else:
+        run(_copy_where, (src,), {"out": dst, "where": where})
+
+
+def _copy_where(src: Any, out: Any, where: Any) -> None:
+    np.copyto(out, src, casting="unsafe", where=where)
+
+
+def copy(a: Any, order: str = "K") -> Any:
+    """A copy on the current device."""
+    return a.copy(order=order)
+
+
+def astype(x: Any, dtype: Any, *, copy: bool = True) -> Any:
+    """As :func:`numpy.astype`."""
+    return x.astype(dtype, copy=copy)

@@ -1,0 +1,147 @@
+"""Pretended device memory: tracked blocks of host memory that know which of their bytes were written."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakValueDictionary
+
+import numpy as np
+import numpy.typing as npt
+
+ALIGNMENT = 512  # as CuPy's memory pool has it
+GUARD = 512
+POISON = 0xFF  # bytes of it are NaN in every float dtype
+
+Bytes = npt.NDArray[np.uint8]
+
+
+class UninitialisedMemoryError(RuntimeError):
+    """Somebody read elements that nobody had written."""
+
+
+class Allocation:
+    """One block of the memory of a device, between two guards.
+
+    Attributes
+    ----------
+    device : int
+    nbytes : int
+        As it was asked for.
+    ptr : int
+        The address of the first byte, a multiple of 512.
+    host : (nbytes,) uint8 array
+        The memory.
+    initialised : (nbytes,) uint8 array
+        1 for every byte that was written, else 0.
+    """
+
+    def __init__(self, nbytes: int, device: int) -> None:
+        self.nbytes, self.device = nbytes, device
+        self._buffer = np.full(GUARD + ALIGNMENT + nbytes + GUARD, POISON, np.uint8)
+        base = self._buffer.__array_interface__["data"][0]
+        self.ptr = base + GUARD + -(base + GUARD) % ALIGNMENT
+        self._start = self.ptr - base
+        self.host: Bytes = self._buffer[self._start : self._start + nbytes]
+        self.initialised: Bytes = np.zeros(nbytes, np.uint8)
+        self._complete = nbytes == 0
+        _live[self.ptr] = self
+        _count(device, nbytes)
+
+    def __del__(self) -> None:
+        if hasattr(self, "initialised"):  # the memory was there
+            _released.append((self.device, self.nbytes))  # no lock: the garbage collector may run anywhere
+
+    @property
+    def complete(self) -> bool:
+        """Whether every byte was written; once it is so, it stays so, and is quick to tell."""
+        self._complete = self._complete or bool(self.initialised.all())
+        return self._complete
+
+    def guards_intact(self) -> bool:
+        """Whether nothing was written right before and right after the block."""
+        before, after = self._buffer[: self._start], self._buffer[self._start + self.nbytes :]
+        return bool((before == POISON).all() and (after == POISON).all())
+
+
+class MemoryPointer:
+    """An address within an allocation."""
+
+    __slots__ = ("mem", "ptr")
+
+    def __init__(self, mem: Allocation, offset: int) -> None:
+        self.mem = mem
+        self.ptr = mem.ptr + offset if mem.nbytes else 0  # CuPy allocates nothing for nothing
+
+    @property
+    def device_id(self) -> int:
+        """The number of the device."""
+        return self.mem.device
+
+    @property
+    def device(self) -> Any:
+        """The device."""
+        from cupy.cuda import Device
+
+        return Device(self.mem.device)
+
+
+def find(ptr: int) -> Allocation | None:
+    """The live allocation that an address lies in. The end of an allocation is no longer in it."""
+    for allocation in list(_live.values()):
+        if allocation.ptr <= ptr < allocation.ptr + allocation.nbytes:
+            return allocation
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Counting
+
+
+@dataclass
+class Usage:
+    """Memory of one device, in bytes as they were asked for; `peak_bytes` and `total_bytes` since the last reset."""
+
+    live_bytes: int = 0
+    peak_bytes: int = 0
+    total_bytes: int = 0
+    allocations: int = 0
+
+
+def usage(device: int = 0) -> Usage:
+    """What the arrays of a device take now, and took at most, as a snapshot."""
+    with _lock:
+        _settle()
+        return Usage(**vars(_usage.setdefault(device, Usage())))
+
+
+def reset_usage(device: int = 0) -> None:
+    """Start to count anew: the peak is what is live now."""
+    with _lock:
+        _settle()
+        live = _usage.setdefault(device, Usage()).live_bytes
+        _usage[device] = Usage(live, live)
+
+
+def _count(device: int, nbytes: int) -> None:
+    with _lock:
+        _settle()
+        use = _usage.setdefault(device, Usage())
+        use.live_bytes += nbytes
+        use.total_bytes += nbytes
+        use.allocations += 1
+        use.peak_bytes = max(use.peak_bytes, use.live_bytes)
+
+
+def _settle() -> None:
+    while _released:
+        device, nbytes = _released.popleft()
+        _usage[device].live_bytes -= nbytes
+
+
+_lock = threading.Lock()
+_live: WeakValueDictionary[int, Allocation] = WeakValueDictionary()
+_released: deque[tuple[int, int]] = deque()
+_usage: dict[int, Usage] = {}

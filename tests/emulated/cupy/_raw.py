@@ -1,0 +1,261 @@
+"""RawModule and RawKernel: the same constructors and calls as in CuPy, and every argument checked."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from cupy import _memory, emulator
+from cupy._compiler import Module, Parameter, runtime
+from cupy._ndarray import byte_range, ndarray
+from cupy.cuda import Device, get_current_stream
+from cupy.cuda import runtime as cuda_runtime
+
+
+class EmulationError(RuntimeError):
+    """A kernel did what it must not do; the message says what and where."""
+
+
+class _Range(ctypes.Structure):
+    _fields_ = (
+        ("begin", ctypes.c_uint64),
+        ("end", ctypes.c_uint64),
+        ("initialised", ctypes.c_void_p),
+        ("granule", ctypes.c_uint64),
+        ("name", ctypes.c_char_p),
+    )
+
+
+class _Result(ctypes.Structure):
+    _fields_ = (
+        ("bytes_read", ctypes.c_uint64),
+        ("bytes_written", ctypes.c_uint64),
+        ("pc", ctypes.c_void_p),
+        ("message", ctypes.c_char * 2000),
+    )
+
+
+_one_at_a_time = threading.Lock()
+
+
+class RawModule:
+    """CUDA C++ in a string, and its kernels."""
+
+    def __init__(
+        self,
+        *,
+        code: str,
+        options: Sequence[str] = (),
+        backend: str = "nvrtc",
+        name_expressions: Sequence[str] | None = None,
+        enable_cooperative_groups: bool = False,
+    ) -> None:
+        if name_expressions or enable_cooperative_groups:
+            raise NotImplementedError('the stand-in for CuPy has extern "C" kernels and ordinary launches only')
+        self.code, self.options, self.backend = code, tuple(options), backend
+        self._module: Module | None = None
+
+    def compile(self, log_stream: Any = None) -> None:
+        """Compile, unless it is done."""
+        if self._module is None:
+            self._module = Module(self.code, self.options)
+
+    def get_function(self, name: str) -> RawKernel:
+        """A kernel by its name."""
+        self.compile()
+        kernel = RawKernel(self.code, name, self.options)
+        kernel._module = self._module
+        kernel.compile()
+        return kernel
+
+
+class RawKernel:
+    """A kernel of a string of CUDA C++; compiled at its first launch."""
+
+    def __init__(
+        self,
+        code: str,
+        name: str,
+        options: Sequence[str] = (),
+        backend: str = "nvrtc",
+        *,
+        enable_cooperative_groups: bool = False,
+    ) -> None:
+        if enable_cooperative_groups:
+            raise NotImplementedError("the stand-in for CuPy has ordinary launches only")
+        self.code, self.name, self.options, self.backend = code, name, tuple(options), backend
+        self.max_dynamic_shared_size_bytes = 48 << 10
+        self._module: Module | None = None
+
+    def compile(self, log_stream: Any = None) -> None:
+        """Compile, unless it is done."""
+        if self._module is None:
+            self._module = Module(self.code, self.options)
+        if self.name not in self._module.names:
+            raise cuda_runtime.CUDARuntimeError(f"CUDA_ERROR_NOT_FOUND: named symbol not found ({self.name})")
+
+    @property
+    def kernel(self) -> RawKernel:
+        """What CuPy launches without further ado."""
+        self.compile()
+        return self
+
+    def __call__(
+        self,
+        grid: Sequence[int],
+        block: Sequence[int],
+        args: Sequence[Any],
+        *,
+        shared_mem: int = 0,
+        stream: Any = None,
+    ) -> None:
+        """Run the kernel over a grid of blocks, or note it where the stream is being captured."""
+        self.compile()
+        module = self._module
+        assert module is not None
+        stream = get_current_stream() if stream is None else stream
+        device = Device()
+        dims = _dims("grid", grid, (2**31 - 1, 65535, 65535)), _dims("block", block, (1024, 1024, 64))
+        self._check_size(dims[1], shared_mem, module)
+        parameters = module.parameters(self.name)
+        if len(args) != len(parameters):
+            raise TypeError(f"{self.name}: expected {len(parameters)} arguments (got {len(args)})")
+        values = [_Value(f"{self.name}: argument {i}", p, a, device.id) for i, (p, a) in enumerate(zip(parameters, args, strict=True))]
+
+        def run() -> None:
+            result = _launch(module, self.name, dims, shared_mem, values)
+            emulator.launches.append(
+                emulator.Launch(
+                    self.name, *dims, shared_mem, device.id, stream.ptr, result.bytes_read, result.bytes_written
+                )
+            )
+
+        if stream.is_capturing():
+            stream._record(run)
+        else:
+            run()
+
+    def _check_size(self, block: tuple[int, ...], shared_mem: int, module: Module) -> None:
+        properties = emulator.devices[Device().id]
+        if np.prod(block) > properties.threads_per_block:
+            raise cuda_runtime.CUDARuntimeError(f"cudaErrorInvalidConfiguration: {block} threads in a block")
+        shared = module.static_shared() + shared_mem
+        if shared > min(max(self.max_dynamic_shared_size_bytes, 48 << 10), properties.shared_memory_per_block_optin):
+            raise cuda_runtime.CUDARuntimeError(f"cudaErrorInvalidValue: {shared} bytes of shared memory in a block")
+
+
+def _dims(name: str, dims: Sequence[int], most: tuple[int, int, int]) -> tuple[int, int, int]:
+    x, y, z = (*dims, 1, 1)[:3]
+    if not all(1 <= size <= limit for size, limit in zip((x, y, z), most, strict=True)):
+        raise cuda_runtime.CUDARuntimeError(f"cudaErrorInvalidConfiguration: {name} {tuple(dims)}")
+    return int(x), int(y), int(z)
+
+
+class _Value:
+    """An argument as cuLaunchKernel takes it: some bytes, and the memory that they may point to."""
+
+    def __init__(self, name: str, parameter: Parameter, argument: Any, device: int) -> None:
+        self.argument = argument  # keeps its memory
+        self.extents: list[tuple[Any, int, int, int]] = []  # allocation, begin, end, bytes of an element
+        kind, data = self._bytes(name, argument, device)
+        expected = parameter.kind.decode()
+        if expected != kind or parameter.size != len(data):
+            raise TypeError(
+                f"{name}: expected {_describe(expected, parameter.size)} (got {_describe(kind, len(data))} from "
+                f"{type(argument).__qualname__})"
+            )
+        if isinstance(argument, ndarray) and parameter.pointee_size not in (0, 1, argument.itemsize):
+            raise TypeError(f"{name}: expected elements of {parameter.pointee_size} bytes (got {argument.dtype})")
+        if isinstance(argument, ndarray) and parameter.pointee == b"f" and argument.dtype.kind in "iu":
+            raise TypeError(f"{name}: expected elements that are floats (got {argument.dtype})")
+        if isinstance(argument, ndarray) and parameter.pointee == b"i" and argument.dtype.kind == "f":
+            raise TypeError(f"{name}: expected elements that are integers (got {argument.dtype})")
+        self.data = ctypes.create_string_buffer(data, max(1, len(data)))
+
+    def _bytes(self, name: str, argument: Any, device: int) -> tuple[str, bytes]:
+        if argument is None:
+            return "p", bytes(8)
+        if isinstance(argument, ndarray):
+            if argument.device.id != device:
+                raise ValueError(f"{name}: expected an array on device {device} (got one on {argument.device.id})")
+            self.extents = [(argument._allocation, *byte_range(argument), argument.itemsize)]
+            return "p", np.uint64(argument.data.ptr).tobytes()
+        if isinstance(argument, _memory.MemoryPointer):
+            self._point_to(argument.ptr, 1)
+            return "p", np.uint64(argument.ptr).tobytes()
+        if isinstance(argument, bool):
+            return "i", np.bool_(argument).tobytes()
+        if isinstance(argument, int):
+            return "i", np.int64(argument).tobytes()
+        if isinstance(argument, float):
+            return "f", np.float64(argument).tobytes()
+        if isinstance(argument, np.generic) and argument.dtype.kind in "fiub":
+            return "f" if argument.dtype.kind == "f" else "i", argument.tobytes()
+        if isinstance(argument, np.ndarray) and argument.size == 1:
+            for field in argument.dtype.names or ():
+                if argument.dtype[field] == np.uint64:  # a pointer, as far as one can see
+                    self._point_to(int(argument[field].item()), 1)
+            return "s", argument.tobytes()
+        raise TypeError(f"{name}: unsupported type {type(argument)}")
+
+    def _point_to(self, ptr: int, itemsize: int) -> None:
+        allocation = _memory.find(ptr)
+        if allocation is not None:
+            self.extents.append((allocation, allocation.ptr, allocation.ptr + allocation.nbytes, itemsize))
+
+
+def _describe(kind: str, size: int) -> str:
+    name = {"p": "a pointer", "f": "a float", "i": "an integer", "s": "a struct"}[kind]
+    return f"{name} of {size} bytes"
+
+
+def _launch(
+    module: Module, name: str, dims: tuple[tuple[int, int, int], tuple[int, int, int]], shared_mem: int, values: list[_Value]
+) -> _Result:
+    extents: dict[int, list[Any]] = {}  # by allocation: all that the arguments see of it
+    for index, value in enumerate(values):
+        for allocation, begin, end, itemsize in value.extents:
+            known = extents.setdefault(allocation.ptr, [allocation, begin, end, itemsize, []])
+            known[1:4] = min(known[1], begin), max(known[2], end), min(known[3], itemsize)
+            known[4].append(str(index))
+    ranges = (_Range * len(extents))(
+        *(
+            _Range(
+                begin,
+                end,
+                allocation.initialised.ctypes.data + begin - allocation.ptr,
+                itemsize,
+                f"argument {' and '.join(names)}".encode(),
+            )
+            for allocation, begin, end, itemsize, names in extents.values()
+        )
+    )
+    arguments = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value.data) for value in values))
+    result = _Result()
+    begin, end = module.shared
+    with _one_at_a_time:
+        runtime().emulated_launch(
+            module.entry(name),
+            arguments,
+            (ctypes.c_uint * 3)(*dims[0]),
+            (ctypes.c_uint * 3)(*dims[1]),
+            ctypes.c_void_p(begin),
+            ctypes.c_void_p(end),
+            ctypes.c_void_p(module.dynamic_shared()),
+            ctypes.c_size_t(shared_mem),
+            ranges,
+            len(extents),
+            ctypes.c_uint64(emulator.seed),
+            1,
+            ctypes.byref(result),
+        )
+    if result.message:
+        message = result.message.decode(errors="replace")
+        if result.pc:
+            message += f" at {module.place(result.pc)}"
+        raise EmulationError(f"{name}: {message}")
+    return result

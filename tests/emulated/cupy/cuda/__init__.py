@@ -1,0 +1,32 @@
+"""The part of ``cupy.cuda`` that the stand-in has."""
+
+from cupy._memory import MemoryPointer
+from cupy.cuda import runtime
+from cupy.cuda.device import Device
+from cupy.cuda.memory import MemoryPool, alloc, get_allocator, get_default_memory_pool, set_allocator
+from cupy.cuda.stream import Event, Graph, Stream, get_current_stream, get_elapsed_time
+
+__all__ = [
+    "Device",
+    "Event",
+    "Graph",
+    "MemoryPointer",
+    "MemoryPool",
+    "Stream",
+    "alloc",
+    "get_allocator",
+    "get_current_stream",
+    "get_default_memory_pool",
+    "get_elapsed_time",
+    "is_available",
+    "runtime",
+    "set_allocator",
+]
+
+
+def is_available() -> bool:
+    """Whether there is a device."""
+    try:
+        return runtime.getDeviceCount() > 0
+    except runtime.CUDARuntimeError:
+        return False

@@ -1,0 +1,184 @@
+"""The control panel of the stand-in: which devices it pretends, and what the program did with them.
+
+Real CuPy has no such module: ``hasattr(cupy, "emulator")`` tells the two apart.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from cupy._memory import UninitialisedMemoryError, Usage, reset_usage, usage
+
+__all__ = [
+    "A100",
+    "H200",
+    "RTX_4090",
+    "T4",
+    "Launch",
+    "Properties",
+    "UninitialisedMemoryError",
+    "Usage",
+    "devices",
+    "launches",
+    "pretend",
+    "record",
+    "record_syncs",
+    "reset_usage",
+    "seed",
+    "set_devices",
+    "syncs",
+    "usage",
+]
+
+
+@dataclass(frozen=True)
+class Properties:
+    """What a device says about itself; the defaults are those of an H200. Sizes are in bytes, rates in kHz."""
+
+    name: str = "Emulated H200"
+    compute_capability: str = "90"
+    multiprocessors: int = 132
+    threads_per_multiprocessor: int = 2048
+    blocks_per_multiprocessor: int = 32
+    registers_per_multiprocessor: int = 65536
+    shared_memory_per_block: int = 48 << 10
+    shared_memory_per_block_optin: int = 227 << 10
+    shared_memory_per_multiprocessor: int = 228 << 10
+    l2_cache: int = 60 << 20
+    global_memory: int = 139 << 30
+    clock_rate: int = 1_980_000
+    memory_clock_rate: int = 3_201_000
+    memory_bus_width: int = 6144  # bits
+    threads_per_block: int = 1024
+    warp_size: int = 32
+
+
+H200 = Properties()
+A100 = replace(
+    H200,
+    name="Emulated A100",
+    compute_capability="80",
+    multiprocessors=108,
+    shared_memory_per_block_optin=163 << 10,
+    shared_memory_per_multiprocessor=164 << 10,
+    l2_cache=40 << 20,
+    global_memory=79 << 30,
+    clock_rate=1_410_000,
+    memory_clock_rate=1_593_000,
+    memory_bus_width=5120,
+)
+T4 = replace(
+    H200,
+    name="Emulated T4",
+    compute_capability="75",
+    multiprocessors=40,
+    threads_per_multiprocessor=1024,
+    blocks_per_multiprocessor=16,
+    shared_memory_per_block_optin=64 << 10,
+    shared_memory_per_multiprocessor=64 << 10,
+    l2_cache=4 << 20,
+    global_memory=15 << 30,
+    clock_rate=1_590_000,
+    memory_clock_rate=5_001_000,
+    memory_bus_width=256,
+)
+RTX_4090 = replace(
+    H200,
+    name="Emulated RTX 4090",
+    compute_capability="89",
+    multiprocessors=128,
+    threads_per_multiprocessor=1536,
+    blocks_per_multiprocessor=24,
+    shared_memory_per_block_optin=99 << 10,
+    shared_memory_per_multiprocessor=100 << 10,
+    l2_cache=72 << 20,
+    global_memory=24 << 30,
+    clock_rate=2_520_000,
+    memory_clock_rate=10_501_000,
+    memory_bus_width=384,
+)
+
+
+class Launch(NamedTuple):
+    """One kernel launch and the traffic between the kernel and global memory."""
+
+    name: str
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    shared_mem: int
+    device: int
+    stream: int
+    bytes_read: int
+    bytes_written: int
+
+
+devices: list[Properties] = [H200] * int(os.environ.get("CUPY_EMULATOR_DEVICES", "1"))
+"""The devices that the stand-in pretends, by number."""
+
+seed: int = int(os.environ.get("CUPY_EMULATOR_SEED", "0"))
+"""The order in which the threads of a kernel run depends on it."""
+
+launches: list[Launch] = []
+"""All launches so far, or those since `record` was entered."""
+
+syncs: list[str] = []
+"""What made the host wait for a device: "get", "synchronize", ..., or what did since `record_syncs` was entered."""
+
+_lock = threading.Lock()
+
+
+def set_devices(*properties: Properties) -> None:
+    """Pretend these devices from now on. Arrays on a device that is no more must not be used."""
+    devices[:] = properties
+
+
+@contextmanager
+def pretend(*properties: Properties) -> Iterator[None]:
+    """Pretend these devices inside the block."""
+    before = devices[:]
+    set_devices(*properties)
+    try:
+        yield
+    finally:
+        set_devices(*before)
+
+
+@contextmanager
+def record() -> Iterator[list[Launch]]:
+    """A fresh list of the launches inside the block, of all threads."""
+    global launches
+    outer, launches = launches, []
+    try:
+        yield launches
+    finally:
+        outer += launches
+        launches = outer
+
+
+@contextmanager
+def record_syncs() -> Iterator[list[str]]:
+    """A fresh list of what made the host wait inside the block, in all threads."""
+    global syncs
+    outer, syncs = syncs, []
+    try:
+        yield syncs
+    finally:
+        outer += syncs
+        syncs = outer
+
+
+def count_sync(reason: str) -> None:
+    """Note that the host waited for a device."""
+    with _lock:
+        syncs.append(reason)
+
+
+def __getattr__(name: str) -> int:
+    if name == "host_syncs":  # how often the host waited
+        return len(syncs)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,261 @@
+// What CUDA gives a kernel, for g++: included in front of the very text that NVRTC compiles.
+//
+// Memory is not wrapped: the compiler's own instrumentation (-fsanitize=thread, alignment, bounds, ...) calls the
+// runtime for every access that a kernel makes; see runtime.cpp.
+#pragma once
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+using std::fabs;
+using std::fma;
+using std::isfinite;
+using std::isinf;
+using std::isnan;
+using std::sqrt;
+
+#define __global__ __attribute__((noinline))
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __noinline__ __attribute__((noinline))
+#define __launch_bounds__(...)
+#define __align__(n) alignas(n)
+#define __constant__ static const
+#define __shared__ static  // blocks run one after the other; extern __shared__ becomes extern __dynamic_shared__
+#define __dynamic_shared__
+#define EMULATED_UNCHECKED __attribute__((no_sanitize("thread"), no_sanitize("undefined")))
+#define EMULATED_EXPORTED EMULATED_UNCHECKED __attribute__((visibility("default")))
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Vector types
+
+#define EMULATED_VECTORS(T, name, a1, a2, a4)                                            \
+    struct alignas(a2) name##2 { T x, y; };                                             \
+    struct name##3 { T x, y, z; };                                                      \
+    struct alignas(a4) name##4 { T x, y, z, w; };                                       \
+    inline name##2 make_##name##2(T x, T y) { return {x, y}; }                          \
+    inline name##3 make_##name##3(T x, T y, T z) { return {x, y, z}; }                  \
+    inline name##4 make_##name##4(T x, T y, T z, T w) { return {x, y, z, w}; }
+EMULATED_VECTORS(signed char, char, 1, 2, 4)
+EMULATED_VECTORS(unsigned char, uchar, 1, 2, 4)
+EMULATED_VECTORS(short, short, 2, 4, 8)
+EMULATED_VECTORS(unsigned short, ushort, 2, 4, 8)
+EMULATED_VECTORS(int, int, 4, 8, 16)
+EMULATED_VECTORS(unsigned, uint, 4, 8, 16)
+EMULATED_VECTORS(float, float, 4, 8, 16)
+EMULATED_VECTORS(long long, longlong, 8, 16, 16)
+EMULATED_VECTORS(unsigned long long, ulonglong, 8, 16, 16)
+EMULATED_VECTORS(double, double, 8, 16, 16)
+#undef EMULATED_VECTORS
+
+struct dim3 {
+    unsigned x, y, z;
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The runtime
+
+extern "C" {
+uint3 emulated_thread_idx();
+uint3 emulated_block_idx();
+uint3 emulated_block_dim();
+uint3 emulated_grid_dim();
+// What of the block's votes: 0 nothing, 1 the count, 2 all, 3 any.
+int emulated_block_barrier(const char* what, int predicate, int vote, const char* file, int line);
+// Hand in a value, wait for the lanes of mask, and get that of lane source (none if source < 0).
+void emulated_exchange(const char* what, unsigned mask, const void* value, void* result, unsigned size, int source,
+                       const char* file, int line);
+// A bit for each lane of the mask whose value is not 0.
+unsigned emulated_ballot(const char* what, unsigned mask, int predicate, const char* file, int line);
+unsigned emulated_lane();
+void emulated_atomic(const void* p, size_t size);
+}
+
+#define threadIdx (emulated_thread_idx())
+#define blockIdx (emulated_block_idx())
+#define blockDim (emulated_block_dim())
+#define gridDim (emulated_grid_dim())
+constexpr int warpSize = 32;
+
+#define EMULATED_HERE const char *file = __builtin_FILE(), int line = __builtin_LINE()
+
+inline void __syncthreads(EMULATED_HERE) { emulated_block_barrier("__syncthreads", 0, 0, file, line); }
+inline int __syncthreads_count(int p, EMULATED_HERE) {
+    return emulated_block_barrier("__syncthreads_count", p, 1, file, line);
+}
+inline int __syncthreads_and(int p, EMULATED_HERE) {
+    return emulated_block_barrier("__syncthreads_and", p, 2, file, line);
+}
+inline int __syncthreads_or(int p, EMULATED_HERE) {
+    return emulated_block_barrier("__syncthreads_or", p, 3, file, line);
+}
+inline void __syncwarp(unsigned mask = ~0u, EMULATED_HERE) {
+    emulated_exchange("__syncwarp", mask, nullptr, nullptr, 0, -1, file, line);
+}
+inline void __threadfence() {}
+inline void __threadfence_block() {}
+inline void __threadfence_system() {}
+
+template <class T>
+EMULATED_UNCHECKED T emulated_shuffle(const char* what, unsigned mask, T value, int source, const char* file, int line) {
+    T result;
+    emulated_exchange(what, mask, &value, &result, sizeof(T), source, file, line);
+    return result;
+}
+// In each group of `width` lanes; a source outside the group is the lane itself.
+template <class T>
+T __shfl_sync(unsigned mask, T value, int source, int width = 32, EMULATED_HERE) {
+    const int lane = emulated_lane(), group = lane & ~(width - 1);
+    return emulated_shuffle("__shfl_sync", mask, value, group | (source & (width - 1)), file, line);
+}
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int distance, int width = 32, EMULATED_HERE) {
+    const int lane = emulated_lane(), source = lane ^ distance;
+    const bool inside = source / width <= lane / width;
+    return emulated_shuffle("__shfl_xor_sync", mask, value, inside ? source : lane, file, line);
+}
+template <class T>
+T __shfl_down_sync(unsigned mask, T value, unsigned distance, int width = 32, EMULATED_HERE) {
+    const int lane = emulated_lane(), source = lane + (int)distance;
+    return emulated_shuffle("__shfl_down_sync", mask, value, source / width == lane / width ? source : lane, file, line);
+}
+template <class T>
+T __shfl_up_sync(unsigned mask, T value, unsigned distance, int width = 32, EMULATED_HERE) {
+    const int lane = emulated_lane(), source = lane - (int)distance;
+    const bool inside = source >= (lane & ~(width - 1));
+    return emulated_shuffle("__shfl_up_sync", mask, value, inside ? source : lane, file, line);
+}
+inline unsigned __ballot_sync(unsigned mask, int p, EMULATED_HERE) {
+    return emulated_ballot("__ballot_sync", mask, p, file, line);
+}
+inline int __any_sync(unsigned mask, int p, EMULATED_HERE) {
+    return emulated_ballot("__any_sync", mask, p, file, line) != 0;
+}
+inline int __all_sync(unsigned mask, int p, EMULATED_HERE) {
+    return emulated_ballot("__all_sync", mask, !p, file, line) == 0;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Intrinsics
+
+template <class T>
+inline T __ldg(const T* p) { return *p; }
+template <class T>
+inline T __ldcg(const T* p) { return *p; }
+template <class T>
+inline T __ldcs(const T* p) { return *p; }
+template <class T>
+inline void __stcs(T* p, const T& value) { *p = value; }
+
+template <class To, class From>
+inline To emulated_bits(From from) {
+    static_assert(sizeof(To) == sizeof(From), "");
+    To to;
+    __builtin_memcpy(&to, &from, sizeof to);
+    return to;
+}
+inline unsigned __float_as_uint(float x) { return emulated_bits<unsigned>(x); }
+inline int __float_as_int(float x) { return emulated_bits<int>(x); }
+inline float __uint_as_float(unsigned x) { return emulated_bits<float>(x); }
+inline float __int_as_float(int x) { return emulated_bits<float>(x); }
+inline long long __double_as_longlong(double x) { return emulated_bits<long long>(x); }
+inline double __longlong_as_double(long long x) { return emulated_bits<double>(x); }
+inline int __double2loint(double x) { return (int)(unsigned)emulated_bits<unsigned long long>(x); }
+inline int __double2hiint(double x) { return (int)(emulated_bits<unsigned long long>(x) >> 32); }
+inline double __hiloint2double(int hi, int lo) {
+    return emulated_bits<double>((unsigned long long)(unsigned)hi << 32 | (unsigned)lo);
+}
+inline float __fmul_rn(float a, float b) { return a * b; }  // compiled without contraction
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __fsqrt_rn(float a) { return std::sqrt(a); }
+inline double __dmul_rn(double a, double b) { return a * b; }
+inline double __dadd_rn(double a, double b) { return a + b; }
+inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
+inline double rsqrt(double x) { return 1 / std::sqrt(x); }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __ffs(int x) { return __builtin_ffs(x); }
+inline int __clz(int x) { return x ? __builtin_clz((unsigned)x) : 32; }
+
+template <class A, class B>
+inline std::common_type_t<A, B> min(A a, B b) {
+    return b < a ? (std::common_type_t<A, B>)b : (std::common_type_t<A, B>)a;
+}
+template <class A, class B>
+inline std::common_type_t<A, B> max(A a, B b) {
+    return a < b ? (std::common_type_t<A, B>)b : (std::common_type_t<A, B>)a;
+}
+
+// Of integers alone: the order of atomics on floats is not repeatable.
+template <class T>
+EMULATED_UNCHECKED T atomicAdd(T* p, std::enable_if_t<std::is_integral<T>::value, T> value) {
+    emulated_atomic(p, sizeof(T));  // threads are switched at barriers only: the rest needs no lock
+    const T old = *p;
+    *p = old + value;
+    return old;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Entry: arguments as cuLaunchKernel takes them, an array of addresses, and a description of each parameter
+
+struct EmulatedParameter {
+    int size;
+    char kind;     // p pointer, f float, i integer, s struct
+    char pointee;  // f, i, s or v (void)
+    int pointee_size;
+};
+
+template <class T>
+constexpr char emulated_kind() {
+    if (std::is_pointer<T>::value) return 'p';
+    if (std::is_floating_point<T>::value) return 'f';
+    if (std::is_integral<T>::value || std::is_enum<T>::value) return 'i';
+    return std::is_void<T>::value ? 'v' : 's';
+}
+template <class T>
+struct EmulatedSize {
+    static constexpr int value = sizeof(T);
+};
+template <>
+struct EmulatedSize<void> {
+    static constexpr int value = 0;
+};
+template <class T>
+constexpr EmulatedParameter emulated_parameter() {
+    using Pointee = std::remove_cv_t<std::remove_pointer_t<T>>;
+    return {(int)sizeof(T), emulated_kind<T>(), emulated_kind<Pointee>(), EmulatedSize<Pointee>::value};
+}
+template <class... A, size_t... I>
+EMULATED_UNCHECKED void emulated_apply(void (*kernel)(A...), void** arguments, std::index_sequence<I...>) {
+    kernel(*static_cast<std::remove_reference_t<A>*>(arguments[I])...);
+}
+template <class... A>
+EMULATED_UNCHECKED void emulated_call(void (*kernel)(A...), void** arguments) {
+    emulated_apply(kernel, arguments, std::index_sequence_for<A...>());
+}
+template <class... A>
+EMULATED_UNCHECKED const EmulatedParameter* emulated_parameters(void (*)(A...), int* count) {
+    static const EmulatedParameter parameters[] = {emulated_parameter<A>()..., {}};
+    *count = sizeof...(A);
+    return parameters;
+}
+
+#define EMULATED_ENTRY(name)                                                                            \
+    extern "C" EMULATED_EXPORTED void emulated_entry_##name(void** arguments) {                        \
+        emulated_call(name, arguments);                                                                \
+    }                                                                                                  \
+    extern "C" EMULATED_EXPORTED const void* emulated_parameters_##name(int* count) {                  \
+        return emulated_parameters(name, count);                                                       \
+    }
+// Shared memory is what the module has of zeroed statics.
+#define EMULATED_MODULE                                                                                 \
+    extern "C" char __bss_start[] __attribute__((visibility("hidden")));                                \
+    extern "C" char _end[] __attribute__((visibility("hidden")));                                       \
+    extern "C" EMULATED_EXPORTED void emulated_shared(char** begin, char** end) {                      \
+        *begin = __bss_start;                                                                           \
+        *end = _end;                                                                                    \
+    }
