@@ -77,3 +77,19 @@ class Call(NamedTuple):
     def updates_running(self) -> bool:
         """Whether this call moves the running statistics."""
         return self.training and self.running_mean is not None and updates_stats()
+
+    def running(self) -> Running:
+        """What `bn_normalize` gets of the running statistics: nothing in training that does not move them."""
+        if self.training and not self.updates_running():
+            return Running(None, None, None, None)
+        counter = self.num_batches_tracked if self.training else None
+        return Running(self.running_mean, self.running_var, self.momentum, counter)
+
+
+class Running(NamedTuple):
+    """Running statistics, and how they move."""
+
+    running_mean: Array | None
+    running_var: Array | None
+    momentum: float | None
+    num_batches_tracked: Array | None

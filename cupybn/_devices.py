@@ -8,8 +8,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-
-from cupybn._kernels import kernel_sources
+import numpy.typing as npt
 
 _KNOWN = "'cpu', 'cuda', 'cuda:0', 'cuda:1', ..."
 _INSTALL = "`pip install cupybn[cuda12]` or `cupybn[cuda13]` installs the CuPy for that version of CUDA"
@@ -75,17 +74,16 @@ def cuda_missing() -> str:
         return f"CuPy cannot be imported ({error!r}); {_INSTALL}"
     if not cupy.cuda.is_available():
         return f"CuPy finds no CUDA device or driver; {_INSTALL}"
-    if not kernel_sources():
-        return "this version of cupybn has no CUDA kernels yet; use NumPy arrays on 'cpu'"
     return ""
 
 
-def empty(shape: tuple[int, ...], like: Any) -> Any:
-    """A new array with the dtype and on the device of another one."""
+def empty(shape: tuple[int, ...], like: Any, dtype: npt.DTypeLike | None = None) -> Any:
+    """A new array of the kind and on the device of another one, and with its dtype unless told otherwise."""
+    dtype = like.dtype if dtype is None else dtype
     if kind(like) == "numpy":
-        return np.empty(shape, like.dtype)
+        return np.empty(shape, dtype)
     with like.device:
-        return _cupy().empty(shape, like.dtype)
+        return _cupy().empty(shape, dtype)
 
 
 def full(shape: tuple[int, ...], value: float, dtype: np.dtype[Any], device: str) -> Any:

@@ -1,14 +1,188 @@
-"""Where the CUDA sources are."""
+"""The one place that finds, compiles and launches CUDA kernels; it knows nothing of batch norm.
+
+A kernel is the one ``extern "C" __global__`` function of a ``.cu`` file, with the file's name. What it takes is read from
+its source: parameters stand one per line, with a comment that says "or null" where None is meant, and ``// outputs`` and
+``// sizes`` in between. Arguments are given by name, and are checked, because CuPy passes on whatever it gets.
+"""
 
 from __future__ import annotations
 
+import functools
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+Array = Any  # cupy.ndarray
 
 _here = Path(__file__).parent
 KERNELS = next((d for d in (_here / "kernels", _here.parent / "kernels") if d.is_dir()), _here / "kernels")
 """The folder of the ``.cu`` files: ``cupybn/kernels`` in a wheel, ``kernels`` in a checkout."""
 
 
-def kernel_sources() -> list[Path]:
-    """All ``.cu`` files."""
-    return sorted(KERNELS.rglob("*.cu"))
+# ---------------------------------------------------------------------------------------------------------------------
+# Sources
+
+
+def kernel_names() -> list[str]:
+    """All kernels, by the path of their file: ``"channels_first/bn_stats"``."""
+    return sorted(path.relative_to(KERNELS).with_suffix("").as_posix() for path in KERNELS.rglob("*.cu"))
+
+
+@functools.cache
+def source(name: str) -> str:
+    """The text of a kernel with that of its headers in front: CuPy's cache of compiled kernels does not see headers."""
+    return _with_headers(KERNELS / f"{name}.cu", set())
+
+
+def _with_headers(path: Path, seen: set[Path]) -> str:
+    """Each header once, where it is first included; ``#line`` keeps places in messages of compilers right."""
+    if path.resolve() in seen:
+        return ""
+    seen.add(path.resolve())
+    label = f"kernels/{path.resolve().relative_to(KERNELS.resolve()).as_posix()}"
+    lines = [f'#line 1 "{label}"']
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        include = re.fullmatch(r'#include "(.+)"', line)
+        if include:
+            lines += [_with_headers(path.parent / include[1], seen), f'#line {number + 1} "{label}"']
+        else:
+            lines.append("" if line == "#pragma once" else line)
+    return "\n".join(lines)
+
+
+class Parameter(NamedTuple):
+    """A parameter of a kernel, as its source declares it."""
+
+    name: str
+    type: str  # without const: "data_t*", "double", "long long", "Vector", ...
+    section: str  # "inputs", "outputs" or "sizes"
+    nullable: bool
+
+
+@functools.cache
+def signature(name: str) -> tuple[Parameter, ...]:
+    """What a kernel takes, in order."""
+    stem = name.rpartition("/")[2]
+    text = (KERNELS / f"{name}.cu").read_text()
+    head = re.search(rf'extern "C" __global__ void __launch_bounds__\(\w+\) {stem}\((.*?)\) \{{', text, re.DOTALL)
+    assert head is not None, f"{name}.cu has no kernel of its name"
+    section, parameters = "inputs", []
+    for line in head[1].strip().splitlines():
+        heading = re.fullmatch(r"\s*// (outputs|sizes)", line)
+        if heading:
+            section = heading[1]
+            continue
+        declared = re.fullmatch(r"\s*(?:const )?(.+?)\s+(\w+),?\s*(?://(.*))?", line)
+        assert declared is not None, f"{name}.cu: {line.strip()!r} is no parameter"
+        parameters.append(Parameter(declared[2], declared[1], section, "or null" in (declared[3] or "")))
+    return tuple(parameters)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arguments
+
+VECTOR = np.dtype([("data", np.uint64), ("stride", np.int64), ("dtype", np.int64)])
+"""``Vector`` of ``types.cuh``: values of any of the float dtypes, any number of bytes apart."""
+VECTOR_DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+
+@functools.lru_cache(maxsize=4096)
+def _vector(ptr: int, stride: int, dtype: np.dtype[Any] | None) -> npt.NDArray[Any]:
+    """Passed by value: CuPy copies arrays of one element."""
+    return np.array((ptr, stride, 0 if dtype is None else VECTOR_DTYPES.index(dtype.name)), VECTOR)
+
+
+def _to_vector(label: str, array: Array) -> npt.NDArray[Any]:
+    if getattr(array, "ndim", None) != 1 or array.dtype.name not in VECTOR_DTYPES:
+        raise TypeError(f"{label}: expected a 1-D array of {', '.join(VECTOR_DTYPES)} (got {_describe(array)})")
+    return _vector(array.data.ptr, array.strides[0], array.dtype)
+
+
+def _to_pointer(label: str, array: Array, dtype: np.dtype[Any]) -> Array:
+    if getattr(array, "dtype", None) != dtype or not array.flags.c_contiguous:
+        raise TypeError(f"{label}: expected a C-contiguous array of {dtype} (got {_describe(array)})")
+    return array
+
+
+def _describe(value: Any) -> str:
+    if not hasattr(value, "dtype"):
+        return type(value).__qualname__
+    return f"shape {value.shape}, strides {value.strides}, {value.dtype}"
+
+
+class Kernel:
+    """A kernel with a set of macros, compiled at its first launch.
+
+    Parameters
+    ----------
+    name : str
+        As in `kernel_names`.
+    macros : mapping of names to values
+        ``DATA_T``, a dtype, is what ``data_t`` stands for.
+    """
+
+    def __init__(self, name: str, macros: Mapping[str, Any]) -> None:
+        self.name = name
+        self.options = tuple(f"-D{key}={getattr(value, 'name', value)}" for key, value in macros.items())
+        dtypes = {"data_t*": macros.get("DATA_T"), "double*": np.dtype(np.float64), "long long*": np.dtype(np.int64)}
+        self._parameters = {p.name: self._converter(p, dtypes) for p in signature(name)}
+
+    def _converter(self, parameter: Parameter, dtypes: Mapping[str, Any]) -> Callable[[Any], Any]:
+        """From the argument as it was given to what CuPy is to pass on."""
+        label = f"{self.name}: {parameter.name}"
+        if parameter.type == "double":
+            return float
+        if parameter.type == "long long":
+            return int
+        if parameter.type == "Vector":
+            convert, nothing = functools.partial(_to_vector, label), _vector(0, 0, None)
+        else:
+            convert, nothing = functools.partial(_to_pointer, label, dtype=dtypes[parameter.type]), None
+        return (lambda array: nothing if array is None else convert(array)) if parameter.nullable else convert
+
+    def launch(self, grid: tuple[int, ...], block: int, arguments: Mapping[str, Any]) -> None:
+        """Launch on the current stream of the device that the arrays live on.
+
+        Raises
+        ------
+        TypeError
+            If an argument is missing, unknown, of another dtype than declared, or strided.
+        ValueError
+            If arrays are on several devices. Nothing is launched then.
+        """
+        if arguments.keys() != self._parameters.keys():
+            odd = sorted(arguments.keys() ^ self._parameters.keys())
+            raise TypeError(f"{self.name}: expected {', '.join(self._parameters)} (missing or unknown: {', '.join(odd)})")
+        values = [convert(arguments[name]) for name, convert in self._parameters.items()]
+        devices = {array.data.device_id for array in arguments.values() if hasattr(array, "dtype")}
+        if len(devices) != 1:
+            raise ValueError(f"{self.name}: expected arrays on one device (got {sorted(devices)})")
+        device = devices.pop()
+        if device == _cupy().cuda.runtime.getDevice():
+            self.raw(grid, (block,), values)
+        else:
+            with _cupy().cuda.Device(device):
+                self.raw(grid, (block,), values)
+
+    @functools.cached_property
+    def raw(self) -> Any:
+        """CuPy's kernel, which compiles at its first launch on each device."""
+        return _cupy().RawKernel(source(self.name), self.name.rpartition("/")[2], self.options)
+
+
+@functools.cache
+def kernel(name: str, **macros: Any) -> Kernel:
+    """The one `Kernel` of this name and these macros."""
+    return Kernel(name, macros)
+
+
+@functools.cache
+def _cupy() -> Any:
+    import cupy
+
+    return cupy
+

@@ -1,41 +1,34 @@
-"""Moments: the form in which statistics travel from step to step, from array to array, from rank to rank."""
+"""What travels between the steps: statistics that merge, and sums that add up."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy.typing as npt
-
-Array = npt.NDArray[Any]
+Array = Any  # numpy.ndarray or cupy.ndarray
 
 
-@dataclass(frozen=True)
-class Moments:
-    """Count, mean and sum of squared deviations of each channel; mean and m2 are float64."""
+class Moments(NamedTuple):
+    """Count, mean and sum of squared deviations of each channel, in P parts that are still to be merged.
 
-    count: int
+    Parts are those of the blocks of a grid or of the ranks of a cluster; NumPy's steps make one. All are float64.
+    """
+
+    count: Array  # (P,)
+    mean: Array  # (P, C)
+    m2: Array  # (P, C)  sum((x - mean)^2)
+    batches: Array | None = None
+    """0-d int64: the number of batches before this one, for whoever moves the counter and needs its old value."""
+
+
+class Statistics(NamedTuple):
+    """Mean and biased variance of each channel: copies, so that what used them stays right. float64."""
+
     mean: Array  # (C,)
-    m2: Array  # (C,)  sum((x - mean)^2)
+    var: Array  # (C,)
 
-    @property
-    def var(self) -> Array:
-        """The biased variance, m2 / count."""
-        return self.m2 / self.count
 
-    @property
-    def unbiased_var(self) -> Array:
-        """The unbiased variance, m2 / (count - 1)."""
-        return self.m2 / (self.count - 1)
+class Sums(NamedTuple):
+    """What the gradients need of the whole batch, in P parts that are still to be added. float64."""
 
-    def merge(self, other: Moments) -> Moments:
-        """The moments of both sets of values together.
-
-        Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances" (1979).
-        """
-        count = self.count + other.count
-        if count == 0:
-            return self
-        delta = other.mean - self.mean
-        share = other.count / count
-        return Moments(count, self.mean + delta * share, self.m2 + other.m2 + delta**2 * (self.count * share))
+    dy: Array  # (P, C)  sum(dy), the gradient of bias
+    dy_xhat: Array  # (P, C)  sum(dy * xhat), the gradient of weight

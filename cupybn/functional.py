@@ -1,6 +1,6 @@
 """Batch normalization as functions of arrays: the flow of one call, from top to bottom.
 
-input -> layout (N, C, L) -> bn_stats -> bn_normalize -> output, bn_update_running
+input -> layout (N, C, L) -> bn_stats -> bn_normalize -> output, running statistics
 grad_output -> bn_backward_reduce -> bn_backward_input -> gradients
 """
 
@@ -10,12 +10,12 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from cupybn import _checks, numpy_ops
+from cupybn import _checks, cupy_ops, numpy_ops
 from cupybn._call import Call
 from cupybn._devices import kind
 from cupybn._dtypes import accumulation_dtype
 from cupybn._layout import Layout
-from cupybn._moments import Moments
+from cupybn._moments import Statistics
 
 __all__ = ["BatchNormGrads", "batch_norm", "batch_norm_vjp", "moments"]
 
@@ -198,7 +198,7 @@ class Saved(NamedTuple):
 
     call: Call  # with dense input and residual; without a residual that only has to be added
     layout: Layout
-    statistics: Moments | None  # None for an empty input, which has none
+    statistics: Statistics | None  # None for an empty input, which has none
     has_residual: bool
 
 
@@ -213,17 +213,15 @@ def forward(call: Call, out: Array | None = None) -> tuple[Array, Saved]:
     statistics = None
 
     if call.input.size > 0:
+        running = call.running()
+        moments = None
         if call.training:
-            statistics = ops.bn_stats(x, scratch=y if out is None else None)
-        else:
-            statistics = ops.constants(call.running_mean, call.running_var)
-        ops.bn_normalize(x, statistics, call.eps, call.weight, call.bias, residual, call.activation, y)
+            moments = ops.bn_stats(x, running.num_batches_tracked, scratch=y if out is None else None)
+        statistics = ops.bn_normalize(
+            x, moments, call.eps, call.weight, call.bias, residual, call.activation, *running, y
+        )
         if out is not None and output is not out:
             out[...] = output
-        if call.updates_running():
-            ops.bn_update_running(
-                statistics, call.running_mean, call.running_var, call.momentum, call.num_batches_tracked
-            )
 
     if call.activation is None:
         call = call._replace(residual=None)
@@ -248,7 +246,7 @@ def backward(saved: Saved, grad_output: Array) -> BatchNormGrads:
         sums = None
         if call.training or dweight is not None or dbias is not None:
             sums = ops.bn_backward_reduce(*arguments, scratch=dx)
-        inv_count = 1 / statistics.count if call.training else 0.0
+        inv_count = x.shape[1] / x.size if call.training else 0.0
         ops.bn_backward_input(*arguments, sums, inv_count, dx, dresidual, dweight, dbias)
 
     if has_residual and masked is None:  # nothing was masked: it is the gradient of the output
@@ -258,6 +256,4 @@ def backward(saved: Saved, grad_output: Array) -> BatchNormGrads:
 
 def ops_for(array: Array) -> ModuleType:
     """The steps for this kind of array."""
-    if kind(array) == "numpy":
-        return numpy_ops
-    raise NotImplementedError("this version of cupybn has no CUDA kernels yet: expected NumPy arrays (got CuPy arrays)")
+    return numpy_ops if kind(array) == "numpy" else cupy_ops

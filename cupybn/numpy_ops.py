@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cupybn._dtypes import accumulation_dtype
-from cupybn._moments import Moments
+from cupybn._moments import Moments, Statistics, Sums
 from cupybn._tiles import tile_map, tile_sums
 
 Array = npt.NDArray[Any]
@@ -43,8 +43,8 @@ def zeros_like(vector: Array) -> Array:
 
 
 @_quiet
-def bn_stats(x: Array, scratch: Array | None = None) -> Moments:
-    """Count, mean and sum of squared deviations of each channel.
+def bn_stats(x: Array, num_batches_tracked: Array | None = None, scratch: Array | None = None) -> Moments:
+    """Count, mean and sum of squared deviations of each channel, in one part.
 
         mean = center + sum(d) / count,   m2 = sum(d * d) - sum(d)^2 / count,   d = x - center
 
@@ -55,31 +55,44 @@ def bn_stats(x: Array, scratch: Array | None = None) -> Moments:
     Parameters
     ----------
     x : (N, C, L) array, not empty
-    scratch : array of the same shape, or None
+    num_batches_tracked : 0-d int64 array or None
+        Copied into the moments.
+    scratch : array of the same shape as x, or None
         Memory to work in; it is used if its dtype is that of the arithmetic.
     """
     dtype = accumulation_dtype(x.dtype)
+    count = x.shape[0] * x.shape[2]
     center = _sample_mean(x)
-    moments = _moments_about(center, x, dtype, scratch)
-    held = (moments.m2 == 0) | (moments.var > 1e4 * np.finfo(dtype).tiny) & (moments.m2 < np.inf)
-    trusted = held & ((moments.mean - center) ** 2 <= moments.var)
+    mean, m2 = _moments_about(center, x, dtype, scratch)
+    held = (m2 == 0) | (m2 / count > 1e4 * np.finfo(dtype).tiny) & (m2 < np.inf)
+    trusted = held & ((mean - center) ** 2 <= m2 / count)
     for channels in _runs(~trusted):
         pivot = x[0, channels, 0].astype(np.float64)
-        mean = _moments_about(pivot, x[:, channels], np.float64).mean
-        exact = _moments_about(mean, x[:, channels], np.float64)
-        moments.mean[channels], moments.m2[channels] = exact.mean, exact.m2
-    return moments
+        about, _ = _moments_about(pivot, x[:, channels], np.float64)
+        mean[channels], m2[channels] = _moments_about(about, x[:, channels], np.float64)
+    batches = None if num_batches_tracked is None else num_batches_tracked.copy()
+    return Moments(np.array([float(count)]), mean[None], m2[None], batches)
 
 
-def constants(running_mean: Array, running_var: Array) -> Moments:
-    """Running statistics in the form of moments: copies, so that what used them stays right when they move on."""
-    return Moments(1, running_mean.astype(np.float64), running_var.astype(np.float64))
+@_quiet
+def merge(moments: Moments) -> tuple[float, Array, Array]:
+    """Count, mean and m2 of all parts together.
+
+    Exact for parts of one mean. Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample
+    variances" (1979), for many parts at once.
+    """
+    n = moments.count[:, None]
+    count = float(moments.count.sum())
+    pivot = moments.mean[0]
+    mean = pivot + (n * (moments.mean - pivot)).sum(axis=0) / count
+    return count, mean, (moments.m2 + n * (moments.mean - mean) ** 2).sum(axis=0)
 
 
 @_quiet
 def mean_and_var(moments: Moments, dtype: npt.DTypeLike) -> tuple[Array, Array]:
-    """Mean and biased variance, rounded to a dtype."""
-    return moments.mean.astype(dtype), moments.var.astype(dtype)
+    """Mean and biased variance of each channel, rounded to a dtype."""
+    count, mean, m2 = merge(moments)
+    return mean.astype(dtype), (m2 / count).astype(dtype)
 
 
 def _sample_mean(x: Array) -> Array:
@@ -101,7 +114,10 @@ def _sample_mean(x: Array) -> Array:
     return np.where(spread > 0, np.round(mean / grid) * grid, mean)
 
 
-def _moments_about(center: Array, x: Array, dtype: npt.DTypeLike, scratch: Array | None = None) -> Moments:
+def _moments_about(
+    center: Array, x: Array, dtype: npt.DTypeLike, scratch: Array | None = None
+) -> tuple[Array, Array]:
+    """Mean and m2, from sums about a center."""
     center = center.astype(dtype)
     scratch = _usable(scratch, dtype)
 
@@ -111,7 +127,7 @@ def _moments_about(center: Array, x: Array, dtype: npt.DTypeLike, scratch: Array
 
     sum_d, sum_dd = tile_sums(core, [x, scratch], [center], scratch is None, 2)
     count = x.shape[0] * x.shape[2]
-    return Moments(count, center + sum_d / count, np.maximum(sum_dd - sum_d**2 / count, 0))
+    return center + sum_d / count, np.maximum(sum_dd - sum_d**2 / count, 0)
 
 
 @_quiet
@@ -124,37 +140,56 @@ def bn_update_running(
 ) -> None:
     """running = (1 - momentum) * running + momentum * batch, in place, with the unbiased variance of the batch.
 
-    ``momentum=None`` stands for 1 / num_batches_tracked, the mean over all batches; the counter counts this one.
+    ``momentum=None`` stands for 1 / (batches + 1), the mean over all batches; num_batches_tracked counts this one.
     """
+    count, mean, m2 = merge(moments)
     if momentum is None:
-        assert num_batches_tracked is not None
-        momentum = 1 / (int(num_batches_tracked) + 1)
+        assert moments.batches is not None
+        momentum = 1 / (int(moments.batches) + 1)
     if num_batches_tracked is not None:
         num_batches_tracked += 1
-    for running, batch in (running_mean, moments.mean), (running_var, moments.unbiased_var):
+    for running, batch in (running_mean, mean), (running_var, m2 / (count - 1)):
         running[...] = (1 - momentum) * running.astype(np.float64) + momentum * batch
 
 
 @_quiet
 def bn_normalize(
     x: Array,
-    moments: Moments,
+    moments: Moments | None,
     eps: float,
     weight: Array | None,
     bias: Array | None,
     residual: Array | None,
     activation: str | None,
+    running_mean: Array | None,
+    running_var: Array | None,
+    momentum: float | None,
+    num_batches_tracked: Array | None,
     out: Array,
-) -> None:
-    """out = activation(weight * (x - mean) / sqrt(var + eps) + bias + residual).
+) -> Statistics:
+    """out = activation(weight * (x - mean) / sqrt(var + eps) + bias + residual), then `bn_update_running`.
 
     Parameters
     ----------
     x, residual, out : (N, C, L) arrays; out may be x or residual
-    moments : Moments
+    moments : Moments or None
+        Of the batch, in training. None normalises with the running statistics, and leaves them alone.
     weight, bias : (C,) arrays or None
+    running_mean, running_var : (C,) arrays or None
+        None in training leaves them out of it.
+
+    Returns
+    -------
+    The statistics that x was normalised with.
     """
-    affine = _affine(x.dtype, moments, eps, weight, bias)
+    if moments is None:
+        assert running_mean is not None
+        assert running_var is not None
+        statistics = Statistics(running_mean.astype(np.float64), running_var.astype(np.float64))
+    else:
+        count, mean, m2 = merge(moments)
+        statistics = Statistics(mean, m2 / count)
+    affine = _affine(x.dtype, statistics, eps, weight, bias)
     in_place = residual is None or not np.may_share_memory(out, residual)
 
     def core(column: Column, x: Array, residual: Array | None, out: Array, *affine: Array) -> None:
@@ -172,6 +207,9 @@ def bn_normalize(
         vectors = [v[channels].astype(dtype) for v in (affine.center, affine.scale, affine.shift)]
         temporaries = not in_place or out.dtype != dtype or activation is not None
         tile_map(core, arrays, vectors, temporaries)
+    if moments is not None and running_mean is not None and running_var is not None:
+        bn_update_running(moments, running_mean, running_var, momentum, num_batches_tracked)
+    return statistics
 
 
 def _preactivation(
@@ -189,18 +227,11 @@ def _preactivation(
 # Backward
 
 
-class Sums(NamedTuple):
-    """What the gradients need of the whole batch: sum(dy) and sum(dy * xhat) of each channel, float64."""
-
-    dy: Array  # (C,)  the gradient of bias
-    dy_xhat: Array  # (C,)  the gradient of weight
-
-
 @_quiet
 def bn_backward_reduce(
     dy: Array,
     x: Array,
-    moments: Moments,
+    statistics: Statistics,
     eps: float,
     weight: Array | None,
     bias: Array | None,
@@ -208,7 +239,7 @@ def bn_backward_reduce(
     activation: str | None,
     scratch: Array | None = None,
 ) -> Sums:
-    """sum(dy) and sum(dy * xhat), xhat = (x - mean) / sqrt(var + eps), where activation passed dy.
+    """sum(dy) and sum(dy * xhat), xhat = (x - mean) / sqrt(var + eps), where activation passed dy, in one part.
 
     Parameters
     ----------
@@ -218,7 +249,7 @@ def bn_backward_reduce(
     scratch : array of the same shape, or None
         Memory to work in; it is used if its dtype is that of the arithmetic.
     """
-    affine = _affine(x.dtype, moments, eps, weight, bias)
+    affine = _affine(x.dtype, statistics, eps, weight, bias)
 
     def core(
         column: Column, dy: Array, x: Array, residual: Array | None, scratch: Array | None, *affine: Array
@@ -234,17 +265,17 @@ def bn_backward_reduce(
         sum_dy, sum_dy_d = tile_sums(core, arrays, vectors, usable is None or activation is not None, 2)
         return sum_dy, (sum_dy_d - affine.rest[channels] * sum_dy) * affine.rstd[channels]
 
-    result = Sums(*sums(slice(0, x.shape[1]), accumulation_dtype(x.dtype)))
-    for channels in _runs(affine.wide | ~np.isfinite(result.dy) | ~np.isfinite(result.dy_xhat)):
-        result.dy[channels], result.dy_xhat[channels] = sums(channels, np.float64)
-    return result
+    sum_dy, sum_dy_xhat = sums(slice(0, x.shape[1]), accumulation_dtype(x.dtype))
+    for channels in _runs(affine.wide | ~np.isfinite(sum_dy) | ~np.isfinite(sum_dy_xhat)):
+        sum_dy[channels], sum_dy_xhat[channels] = sums(channels, np.float64)
+    return Sums(sum_dy[None], sum_dy_xhat[None])
 
 
 @_quiet
 def bn_backward_input(
     dy: Array,
     x: Array,
-    moments: Moments,
+    statistics: Statistics,
     eps: float,
     weight: Array | None,
     bias: Array | None,
@@ -270,15 +301,16 @@ def bn_backward_input(
     inv_count : float
         1 / count in training, 0 in eval mode, whose statistics do not depend on x.
     """
-    affine = _affine(x.dtype, moments, eps, weight, bias)
+    affine = _affine(x.dtype, statistics, eps, weight, bias)
     slope = offset = np.zeros(x.shape[1])
     if sums is not None:
-        slope = sums.dy_xhat * affine.rstd * inv_count
-        offset = sums.dy * inv_count - slope * affine.rest
+        sum_dy, sum_dy_xhat = sums.dy.sum(axis=0), sums.dy_xhat.sum(axis=0)
+        slope = sum_dy_xhat * affine.rstd * inv_count
+        offset = sum_dy * inv_count - slope * affine.rest
         if dweight is not None:
-            dweight[...] = sums.dy_xhat
+            dweight[...] = sum_dy_xhat
         if dbias is not None:
-            dbias[...] = sums.dy
+            dbias[...] = sum_dy
 
     def core(
         column: Column,
@@ -353,13 +385,15 @@ _LARGE = 1e30
 _SMALL_RSTD = 1e-15  # (x - mean)^2 would be large
 
 
-def _affine(x_dtype: np.dtype[Any], moments: Moments, eps: float, weight: Array | None, bias: Array | None) -> _Affine:
+def _affine(
+    x_dtype: np.dtype[Any], statistics: Statistics, eps: float, weight: Array | None, bias: Array | None
+) -> _Affine:
     dtype = accumulation_dtype(x_dtype)
-    rstd = 1 / np.sqrt(moments.var + eps)
+    rstd = 1 / np.sqrt(statistics.var + eps)
     scale = rstd if weight is None else rstd * weight.astype(np.float64)
-    wide = (rstd < _SMALL_RSTD) | _extreme(scale) | (np.abs(moments.mean) > _LARGE)
-    center = np.where(wide, moments.mean, moments.mean.astype(dtype))
-    rest = np.where(np.isfinite(center), moments.mean - center, 0)
+    wide = (rstd < _SMALL_RSTD) | _extreme(scale) | (np.abs(statistics.mean) > _LARGE)
+    center = np.where(wide, statistics.mean, statistics.mean.astype(dtype))
+    rest = np.where(np.isfinite(center), statistics.mean - center, 0)
     shift = np.where(rest == 0, 0, -rest * scale)
     if bias is not None:
         shift += bias.astype(np.float64)

@@ -1,7 +1,8 @@
 // The dtypes by NumPy's names, conversions between them, and vectors of one value per channel.
 //
 // No CUDA header is needed: inline PTX stands behind small functions, each with a plain C++ body for other compilers.
-// The compiler is told DATA_T (float16, bfloat16, float32, float64), VECTORIZED (0, 1) and INDEX_T (int, long long).
+// The compiler is told DATA_T (float16, bfloat16, float32, float64), VECTORIZED (0, 1), INDEX_BITS (32, 64) and THREADS,
+// the number of threads of every block.
 #pragma once
 
 #define DEVICE __device__ __forceinline__
@@ -26,9 +27,12 @@ struct Accumulation<double> {
 
 typedef DATA_T data_t;                        // of the arrays
 typedef Accumulation<data_t>::type acc_t;     // of the arithmetic
-typedef INDEX_T index_t;                      // of elements
+#if INDEX_BITS == 64
+typedef long long index_t;                    // of elements
+#else
+typedef int index_t;
+#endif
 
-constexpr int THREADS = 256;                  // of every block
 constexpr unsigned ALL_LANES = 0xffffffffu;
 
 // ---------------------------------------------------------------------------------------------------------------------

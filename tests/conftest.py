@@ -1,12 +1,38 @@
-"""The devices that the tests of the public contract run on."""
+"""The devices that the tests of the public contract run on: NumPy, and a GPU or the stand-in for one."""
 
 from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+EMULATED = Path(__file__).parent / "emulated"
 
-@pytest.fixture(params=["cpu"])
+
+def _use_a_gpu_or_the_stand_in() -> None:
+    """Where no GPU can be used, `import cupy` is to find the stand-in, unless CUPYBN_REQUIRE_GPU forbids it."""
+    try:
+        import cupy
+
+        usable = cupy.cuda.is_available()
+    except Exception:
+        usable = False
+    if usable:
+        return
+    if os.environ.get("CUPYBN_REQUIRE_GPU") == "1":
+        pytest.exit("CUPYBN_REQUIRE_GPU=1, but CuPy finds no GPU", returncode=1)
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("cupy", "cupyx", "cupy_backends")]:
+        del sys.modules[name]
+    sys.path.insert(0, str(EMULATED))
+
+
+_use_a_gpu_or_the_stand_in()
+
+
+@pytest.fixture(params=["cpu", "cuda:0"])
 def device(request):
     """The device of the arrays of a test, as the layers name it."""
     return request.param
@@ -15,7 +41,11 @@ def device(request):
 @pytest.fixture
 def xp(device):
     """The module whose arrays live on `device`."""
-    return {"cpu": np}[device]
+    if device == "cpu":
+        return np
+    import cupy
+
+    return cupy
 
 
 @pytest.fixture

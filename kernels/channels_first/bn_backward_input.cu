@@ -35,20 +35,20 @@ extern "C" __global__ void __launch_bounds__(THREADS) bn_backward_input(
     long long segments_per_block,
     long long lanes) {
     const long long c = blockIdx.x;
-    Channel channel = make_channel(statistics_mean[c], statistics_var[c], eps, weight, bias, c);
-    if (sums_dy) {
-        double sums[2] = {0, 0};
-        for (int p = threadIdx.x; p < parts; p += THREADS) {
-            sums[0] += sums_dy[p * C + c];
-            sums[1] += sums_dy_xhat[p * C + c];
-        }
-        block_sum(sums);
-        set_gradient(channel, sums[0], sums[1], inv_count);
-        if (blockIdx.y == 0 && threadIdx.x == 0) {
-            if (dbias) dbias.set(c, sums[0]);
-            if (dweight) dweight.set(c, sums[1]);
-        }
+    double sums[2] = {0, 0};
+    for (int p = threadIdx.x; sums_dy && p < parts; p += THREADS) {
+        sums[0] += sums_dy[p * C + c];
+        sums[1] += sums_dy_xhat[p * C + c];
     }
+    block_sum(sums);
+    __shared__ Channel channel;
+    if (threadIdx.x == 0) {
+        channel = make_channel(statistics_mean[c], statistics_var[c], eps, weight, bias, c);
+        set_gradient(channel, sums[0], sums[1], inv_count);
+        if (blockIdx.y == 0 && dbias) dbias.set(c, sums[0]);
+        if (blockIdx.y == 0 && dweight) dweight.set(c, sums[1]);
+    }
+    __syncthreads();
 
     const OneChannel channels(channel);
     Rows rows(N, C, L, segment, segments_per_block, lanes);

@@ -50,7 +50,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) bn_backward_reduce(
     long long segments_per_block,
     long long lanes) {
     const long long c = blockIdx.x, part = blockIdx.y;
-    const Channel channel = make_channel(statistics_mean[c], statistics_var[c], eps, weight, bias, c);
+    __shared__ Channel channel;
+    if (threadIdx.x == 0) channel = make_channel(statistics_mean[c], statistics_var[c], eps, weight, bias, c);
+    __syncthreads();
     const OneChannel channels(channel);
     double sums[2] = {0, 0};
     Rows rows(N, C, L, segment, segments_per_block, lanes);

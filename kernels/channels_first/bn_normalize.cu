@@ -53,7 +53,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) bn_normalize(
         var = batch.m2 / batch.count;
         if (owns_channel && running_mean)
             update_running(batch, running_mean, running_var, momentum, moments_batches, c);
-    } else {
+    } else if (threadIdx.x == 0) {
         mean = running_mean.get(c);
         var = running_var.get(c);
     }
@@ -63,7 +63,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) bn_normalize(
         if (c == 0 && num_batches_tracked) *num_batches_tracked += 1;
     }
 
-    const OneChannel channel(make_channel(mean, var, eps, weight, bias, c));
+    __shared__ Channel channel;
+    if (threadIdx.x == 0) channel = make_channel(mean, var, eps, weight, bias, c);
+    __syncthreads();
+    const OneChannel channels(channel);
     Rows rows(N, C, L, segment, segments_per_block, lanes);
     while (rows.more()) {
         raw_t raw[LOADS];
@@ -78,6 +81,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) bn_normalize(
         }
 #pragma unroll
         for (int u = 0; u < LOADS; u++)
-            if (!slots[u].empty()) store(out, slots[u], normalize(raw[u], added[u], activation, channel));
+            if (!slots[u].empty()) store(out, slots[u], normalize(raw[u], added[u], activation, channels));
     }
 }

@@ -42,9 +42,9 @@ class Rows {
     DEVICE Rows(index_t N, index_t C, index_t L, index_t segment, index_t segments_per_block, int lanes)
         : C(C), L(L), segment(segment), segments_per_row((L + segment - 1) / segment), step(THREADS / lanes),
           c(blockIdx.x), lane(threadIdx.x % lanes), lanes(lanes) {
-        const index_t begin = blockIdx.y * segments_per_block;
+        const index_t begin = blockIdx.y * segments_per_block, row = threadIdx.x / lanes;
         end = min(begin + segments_per_block, N * segments_per_row);
-        g = begin + threadIdx.x / lanes;
+        g = row < step ? begin + row : end;  // the last threads may be too few for a row
         if (g < end) enter();
         settle();
     }

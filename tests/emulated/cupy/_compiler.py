@@ -155,7 +155,7 @@ class Module:
         if not offset or tool is None:
             return "?"
         lines = _run([tool, "-i", "-e", self.path, hex(offset - 1)]).split("\n")
-        return ", inlined at ".join(line.partition(" (")[0].removeprefix("/") for line in lines if line)
+        return ", inlined at ".join(line.partition(" (")[0].lstrip("/") for line in lines if line)
 
 
 def _translate(options: Sequence[str]) -> list[str]:
