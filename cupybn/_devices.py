@@ -96,12 +96,15 @@ def full(shape: tuple[int, ...], value: float, dtype: np.dtype[Any], device: str
 
 def transfer(array: Any, dtype: np.dtype[Any], device: str) -> Any:
     """A copy on a device, with a dtype, of anything that ``numpy.asarray`` takes, or of a CuPy array."""
+    if kind(array) == "cupy" and device != "cpu":
+        with _cupy().cuda.Device(_index(device)):
+            return _cupy().array(array, dtype)
+    with np.errstate(all="ignore"):  # what the dtype does not hold becomes inf
+        host = np.asarray(array.get() if kind(array) == "cupy" else array).astype(dtype)
     if device == "cpu":
-        host = np.asarray(array.get() if kind(array) == "cupy" else array)
-        with np.errstate(all="ignore"):
-            return host.astype(dtype)
+        return host
     with _cupy().cuda.Device(_index(device)):
-        return _cupy().array(array if kind(array) == "cupy" else np.asarray(array), dtype)
+        return _cupy().asarray(host)
 
 
 def _index(device: str) -> int:

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
+from cupybn import functional
+
 DTYPES = tuple(np.dtype(dtype) for dtype in (np.float16, ml_dtypes.bfloat16, np.float32, np.float64))
 HALF_ULP = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "float64": 2.0**-53}
 ROUNDINGS = {"y": 8, "dx": 25, "dweight": 84, "dbias": 84, "dresidual": 0}
@@ -163,3 +165,38 @@ def assert_gradients(grads, expected: Reference, computed_in) -> None:
     for name, grad in zip(("dx", "dweight", "dbias", "dresidual"), grads, strict=True):
         if grad is not None:
             assert_close(grad, getattr(expected, name), computed_in, expected.terms[name], ROUNDINGS[name])
+
+
+class OnDevice:
+    """`cupybn.functional` for NumPy arrays, computed on the device of another array module.
+
+    Arguments keep their memory order on the way there, results on the way back; running statistics move in place.
+    """
+
+    def __init__(self, xp):
+        self.xp = xp
+
+    def moments(self, x, **options):
+        return tuple(map(to_numpy, functional.moments(self._to(x), **options)))
+
+    def batch_norm(self, *args, **kwargs):
+        return self.batch_norm_vjp(*args, **kwargs)[0]
+
+    def batch_norm_vjp(self, x, running_mean, running_var, *args, **kwargs):
+        running = [self._to(v) for v in (running_mean, running_var)]
+        args, kwargs = [self._to(a) for a in args], {name: self._to(a) for name, a in kwargs.items()}
+        y, vjp_fn = functional.batch_norm_vjp(self._to(x), *running, *args, **kwargs)
+        for mine, theirs in zip((running_mean, running_var), running, strict=True):
+            if mine is not None and mine.flags.writeable:
+                mine[...] = to_numpy(theirs)
+
+        def back(dy):
+            return functional.BatchNormGrads(*(None if g is None else to_numpy(g) for g in vjp_fn(self._to(dy))))
+
+        return to_numpy(y), back
+
+    def _to(self, array):
+        if not isinstance(array, np.ndarray) or self.xp is np:
+            return array
+        order = sorted(range(array.ndim), key=lambda i: -array.strides[i])
+        return self.xp.asarray(array.transpose(order)).transpose(np.argsort(order).tolist())

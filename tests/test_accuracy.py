@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-import cupybn.functional as F
 from tests import reference
 
 EPS = 1e-5
@@ -20,6 +19,11 @@ LAYOUTS = {  # shape, channel axis, memory order of the axes
     "CNL": ((6, 4, 999), 1, (1, 0, 2)),
 }
 RATIOS = [0, 1, 1e2, 1e4, 1e5, 1e6]
+
+
+@pytest.fixture
+def F(xp):  # noqa: N802 - the functions of cupybn.functional, on the device
+    return reference.OnDevice(xp)
 
 
 @pytest.fixture(params=LAYOUTS.values(), ids=LAYOUTS.keys())
@@ -59,7 +63,7 @@ def check_gradients(grads, expected, x, weight, axis, scale=1.0):
     assert np.all(np.abs(grads.bias - expected.dbias) <= 1e-5 * scale * np.abs(g).sum(0))
 
 
-def check_all(x, axis, rng, scale=1.0, weight=None):
+def check_all(F, x, axis, rng, scale=1.0, weight=None):
     """Training forward, running_var and backward; then eval with the exact statistics."""
     C, rtol = x.shape[axis], 1e-6 * scale
     ones, zeros = (np.full(C, v, x.dtype) for v in (1, 0))
@@ -81,15 +85,15 @@ def check_all(x, axis, rng, scale=1.0, weight=None):
 
 
 @pytest.mark.parametrize("ratio", RATIOS)
-def test_large_means(layout, ratio, rng):
+def test_large_means(F, layout, ratio, rng):
     x = fill(layout, lambda s: rng.standard_normal(s) + ratio * np.linspace(-1, 1, s[1]))
-    check_all(x, layout[1], rng)
+    check_all(F, x, layout[1], rng)
 
 
 @pytest.mark.parametrize("ratio", [0, 1e4, 1e6])
 @pytest.mark.parametrize("place", ["first", "middle", "last", "every sample"])
 @pytest.mark.parametrize("size", [1e1, 1e3, 1e6])
-def test_outliers(layout, ratio, place, size, rng):
+def test_outliers(F, layout, ratio, place, size, rng):
     def values(shape):
         v = rng.standard_normal(shape) + ratio
         n = shape[0]
@@ -97,27 +101,27 @@ def test_outliers(layout, ratio, place, size, rng):
         v[rows] = np.linspace(-size, size, shape[1])
         return v
 
-    check_all(fill(layout, values), layout[1], rng)
+    check_all(F, fill(layout, values), layout[1], rng)
 
 
-def test_padded_with_zeros(layout, rng):
+def test_padded_with_zeros(F, layout, rng):
     def values(shape):
         v = rng.standard_normal(shape) + 1e4
         v[: shape[0] // 8 + 1] = 0
         return v
 
-    check_all(fill(layout, values), layout[1], rng)
+    check_all(F, fill(layout, values), layout[1], rng)
 
 
 @pytest.mark.parametrize("low", [0.1, 1e3 + 0.1])
-def test_two_values(layout, low, rng):
+def test_two_values(F, layout, low, rng):
     """Equal summands round alike: errors of long float32 sums do not cancel."""
-    check_all(fill(layout, lambda s: low + 0.3 * rng.integers(0, 2, s)), layout[1], rng)
+    check_all(F, fill(layout, lambda s: low + 0.3 * rng.integers(0, 2, s)), layout[1], rng)
 
 
 @pytest.mark.parametrize("every", [2, 3, 8, 50])
 @pytest.mark.parametrize("value", [0.7, 1.8598399, 1e4])
-def test_values_among_zeros(layout, every, value):
+def test_values_among_zeros(F, layout, every, value):
     """Equal values, equal rounding errors, and a mean that a few values do not tell."""
 
     def values(shape):
@@ -125,17 +129,17 @@ def test_values_among_zeros(layout, every, value):
         v[every // 2 :: every] = 0
         return v
 
-    check_all(fill(layout, values), layout[1], np.random.default_rng(0))
+    check_all(F, fill(layout, values), layout[1], np.random.default_rng(0))
 
 
-def test_drifting_data(layout, rng):
+def test_drifting_data(F, layout, rng):
     """No few values tell the mean of data that drifts."""
-    check_all(fill(layout, lambda s: np.linspace(-1e3, 1e4, s[0])[:, None] + rng.standard_normal(s)), layout[1], rng)
+    check_all(F, fill(layout, lambda s: np.linspace(-1e3, 1e4, s[0])[:, None] + rng.standard_normal(s)), layout[1], rng)
 
 
 @pytest.mark.parametrize("value", [0, 7, -0.1, 1e4, 1e8 + 8, 3e19, -1e30])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_constant_channel_gives_exactly_bias(layout, value, dtype, rng):
+def test_constant_channel_gives_exactly_bias(F, layout, value, dtype, rng):
     x = fill(layout, lambda s: np.full(s, value), dtype)
     C = x.shape[layout[1]]
     weight, bias = rng.standard_normal((2, C)).astype(dtype)
@@ -148,7 +152,7 @@ def test_constant_channel_gives_exactly_bias(layout, value, dtype, rng):
 
 @pytest.mark.parametrize("size", [1e15, 1e19, 1e25, 1e30, 1e37])
 @pytest.mark.parametrize("offset", [0, 10])
-def test_huge_values(layout, size, offset, rng):
+def test_huge_values(F, layout, size, offset, rng):
     """Nothing overflows on the way to a y that float32 holds; running_var is inf where it does not."""
     axis = layout[1]
     x = fill(layout, lambda s: (rng.standard_normal(s) + offset) * size)
@@ -166,7 +170,7 @@ def test_huge_values(layout, size, offset, rng):
 
 
 @pytest.mark.parametrize("std", [1e-3, 1e-10, 1e-17, 1e-22, 1e-30])
-def test_tiny_values(layout, std, rng):
+def test_tiny_values(F, layout, std, rng):
     """Squares that float32 does not hold are not lost."""
     axis = layout[1]
     x = fill(layout, lambda s: rng.standard_normal(s) * std)
@@ -182,7 +186,7 @@ def test_tiny_values(layout, std, rng):
     ("value", "mean", "var", "weight", "bias"),
     [(3.4e38, -0.9e38, 1e20, 1, 0), (3.4e38, 0, 1, 2, -3.4e38), (1e-30, 0, 1e-60, 1, 0), (1e35, 0, 1e30, 1e-30, 0)],
 )
-def test_nothing_overflows_on_the_way_in_eval(value, mean, var, weight, bias):
+def test_nothing_overflows_on_the_way_in_eval(F, value, mean, var, weight, bias):
     x = np.full((3, 1, 5), value, np.float32)
     y = F.batch_norm(x, *(np.array([v], np.float64) for v in (mean, var, weight, bias)), eps=0.0)
     exact = (np.float64(x) - mean) / np.sqrt(var) * weight + bias
@@ -190,7 +194,7 @@ def test_nothing_overflows_on_the_way_in_eval(value, mean, var, weight, bias):
 
 
 @pytest.mark.parametrize(("std", "dy_size", "weight"), [(1e14, 1e-28, 1e12), (1e12, 1e20, 1e-30)])
-def test_gradients_with_factors_that_float32_does_not_hold(std, dy_size, weight, rng):
+def test_gradients_with_factors_that_float32_does_not_hold(F, std, dy_size, weight, rng):
     x = (rng.standard_normal((8, 3, 50)) * std).astype(np.float32)
     dy = (rng.standard_normal(x.shape) * dy_size).astype(np.float32)
     weight = np.full(3, weight, np.float32)
@@ -198,7 +202,7 @@ def test_gradients_with_factors_that_float32_does_not_hold(std, dy_size, weight,
     check_gradients(grads, reference.batch_norm(x, weight, dy=dy), x, weight, 1)
 
 
-def test_one_huge_channel_leaves_the_others_alone(layout, rng):
+def test_one_huge_channel_leaves_the_others_alone(F, layout, rng):
     axis = layout[1]
     x = fill(layout, lambda s: rng.standard_normal(s))
     odd = x.copy(order="K")
@@ -206,25 +210,25 @@ def test_one_huge_channel_leaves_the_others_alone(layout, rng):
     dy = rng.standard_normal(x.shape).astype(np.float32)
     weight = np.ones(x.shape[axis], np.float32)
     others = np.arange(x.shape[axis]) != 2
-    for a, b in zip(*(run(v, weight, dy, axis) for v in (x, odd)), strict=True):
+    for a, b in zip(*(run(F, v, weight, dy, axis) for v in (x, odd)), strict=True):
         assert np.array_equal(a[..., others], b[..., others])
 
 
-def run(x, weight, dy, axis):
+def run(F, x, weight, dy, axis):
     y, vjp_fn = F.batch_norm_vjp(x, None, None, weight, weight, True, activation="relu", channel_axis=axis)
     grads = vjp_fn(dy)
     return by_channel(y, axis), by_channel(grads.input, axis), grads.weight, grads.bias
 
 
 @pytest.mark.parametrize("ratio", [0, 1e3])
-def test_float64(layout, ratio, rng):
+def test_float64(F, layout, ratio, rng):
     """The same bounds relative to float64's own rounding, where the mean may be rounded to float64."""
     x = fill(layout, lambda s: rng.standard_normal(s) + ratio, np.float64)
-    check_all(x, layout[1], rng, scale=2.0**-29 * max(1, 4 * ratio))
+    check_all(F, x, layout[1], rng, scale=2.0**-29 * max(1, 4 * ratio))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_16_bit_data_is_rounded_once(layout, dtype, rng):
+def test_16_bit_data_is_rounded_once(F, layout, dtype, rng):
     if dtype == "bfloat16":
         dtype = pytest.importorskip("ml_dtypes").bfloat16
     axis = layout[1]

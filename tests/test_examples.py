@@ -15,10 +15,10 @@ sys.path.append(str(Path(__file__).parent.parent / "examples"))
 layers = pytest.importorskip("layers")
 
 
-def network(rng):
+def network(rng, device):
     return layers.Sequential(
         layers.Conv2d(rng, 2, 3, stride=2),
-        BatchNorm2d(3, activation="relu", device="cpu", dtype=np.float64),
+        BatchNorm2d(3, activation="relu", device=device, dtype=np.float64),
         layers.Conv2d(rng, 3, 4),
         layers.Bias(4, activation="relu"),
         layers.MaxPool2d(),
@@ -27,20 +27,21 @@ def network(rng):
     )
 
 
-def test_gradients_are_the_slopes_of_the_loss(rng):
+def test_gradients_are_the_slopes_of_the_loss(xp, device, rng, monkeypatch):
     """Along a random direction of x and all parameters, in float64."""
-    net = network(rng)
+    monkeypatch.setattr(layers, "xp", xp)
+    net = network(rng, device)
     for layer in net.layers:
         for name in getattr(layer, "names", ()):
             setattr(layer, name, getattr(layer, name).astype(np.float64))
-    x, labels = rng.standard_normal((6, 2, 8, 8)), rng.integers(0, 5, 6)
+    x, labels = xp.asarray(rng.standard_normal((6, 2, 8, 8))), xp.asarray(rng.integers(0, 5, 6))
 
     scores, vjp_fn = net.vjp(x)
     _, dscores = layers.softmax_cross_entropy(scores, labels)
     grads = vjp_fn(dscores)
     values = [x, *net.parameters()]
     assert [g.shape for g in grads] == [v.shape for v in values]
-    directions = [rng.standard_normal(v.shape) for v in values]
+    directions = [xp.asarray(rng.standard_normal(v.shape)) for v in values]
 
     def loss(step):
         for value, direction in zip(values, directions, strict=True):
@@ -52,4 +53,4 @@ def test_gradients_are_the_slopes_of_the_loss(rng):
 
     slope = (loss(1e-6) - loss(-1e-6)) / 2e-6
     expected = sum((g * d).sum() for g, d in zip(grads, directions, strict=True))
-    assert slope == pytest.approx(expected, rel=1e-6)
+    assert float(slope) == pytest.approx(float(expected), rel=1e-6)

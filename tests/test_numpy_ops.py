@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cupybn import numpy_ops as ops
-from cupybn._moments import Moments
+from cupybn._moments import Moments, Statistics
 from tests import reference
 
 SHAPES = [
@@ -45,42 +45,64 @@ def affine(shape, rng):
     return rng.normal(1, 1, shape[1]).astype(np.float32), rng.standard_normal(shape[1]).astype(np.float32)
 
 
+def statistics_of(x):
+    return Statistics(*ops.mean_and_var(ops.bn_stats(x), np.float64))
+
+
+def normalize(x, affine, residual, activation, out):
+    """In training, without running statistics."""
+    moments = ops.bn_stats(x)
+    return ops.bn_normalize(x, moments, EPS, *affine, residual, activation, None, None, None, None, out)
+
+
 def test_bn_stats(x):
     moments, expected = ops.bn_stats(x), reference.batch_norm(x)
-    assert moments.count == x.size // x.shape[1]
+    assert moments.count.tolist() == [x.size // x.shape[1]]
     assert moments.mean.dtype == moments.m2.dtype == np.float64
-    np.testing.assert_allclose(moments.mean, expected.mean, rtol=1e-7)
-    np.testing.assert_allclose(moments.var, expected.var, rtol=3e-7)
+    mean, var = ops.mean_and_var(moments, np.float64)
+    np.testing.assert_allclose(mean, expected.mean, rtol=1e-7)
+    np.testing.assert_allclose(var, expected.var, rtol=3e-7)
+
+
+def test_bn_stats_copies_the_counter(x):
+    counter = np.array(7)
+    moments = ops.bn_stats(x, counter)
+    counter += 1
+    assert moments.batches == 7
 
 
 @pytest.mark.parametrize("center", [1e6, np.inf, np.nan])
 def test_bn_stats_where_a_few_values_mislead(x, center, monkeypatch):
     """A center far from the mean: the channel is done again."""
     monkeypatch.setattr(ops, "_sample_mean", lambda x: np.array([center] + [0.0] * (x.shape[1] - 1)))
-    moments, expected = ops.bn_stats(x), reference.batch_norm(x)
-    np.testing.assert_allclose(moments.mean, expected.mean, rtol=1e-7)
-    np.testing.assert_allclose(moments.var, expected.var, rtol=1e-6)
-    np.testing.assert_allclose(moments.var[0], expected.var[0], rtol=1e-13)
+    (mean, var), expected = statistics_of(x), reference.batch_norm(x)
+    np.testing.assert_allclose(mean, expected.mean, rtol=1e-7)
+    np.testing.assert_allclose(var, expected.var, rtol=1e-6)
+    np.testing.assert_allclose(var[0], expected.var[0], rtol=1e-13)
 
 
 def test_moments_of_parts_merge_to_those_of_the_whole(x):
-    whole = ops.bn_stats(x)
-    cut = x.shape[0] // 3
-    merged = Moments(0, np.zeros(x.shape[1]), np.zeros(x.shape[1]))
-    assert merged.merge(merged) is merged
-    for part in (x[:cut], x[cut:]):
-        if part.size:
-            merged = merged.merge(ops.bn_stats(np.ascontiguousarray(part)))
-    assert merged.count == whole.count
-    np.testing.assert_allclose(merged.mean, whole.mean, rtol=1e-7)
-    np.testing.assert_allclose(merged.m2, whole.m2, rtol=3e-7)
-    np.testing.assert_allclose(merged.unbiased_var, merged.m2 / (merged.count - 1))
+    """Parts of different sizes, also of one sample."""
+    n = x.shape[0]
+    cuts = sorted({0, n // 7, n // 3, n - 1, n})
+    parts = [ops.bn_stats(np.ascontiguousarray(x[i:j])) for i, j in zip(cuts, cuts[1:], strict=False) if i < j]
+    merged = Moments(*(np.concatenate(field) for field in list(zip(*parts, strict=True))[:3]))
+    for ours, wanted in zip(ops.merge(merged), ops.merge(ops.bn_stats(x)), strict=True):
+        np.testing.assert_allclose(ours, wanted, rtol=3e-7)
+
+
+def test_merge_of_parts_of_one_mean_is_exact():
+    mean = np.full((5, 3), 0.1)
+    count, merged, m2 = ops.merge(Moments(np.array([3.0, 1, 7, 2, 11]), mean, np.zeros((5, 3))))
+    assert count == 24
+    np.testing.assert_array_equal(merged, mean[0])
+    np.testing.assert_array_equal(m2, 0)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 @pytest.mark.parametrize("momentum", [0.0, 0.1, 1.0])
 def test_bn_update_running(dtype, momentum):
-    moments = Moments(5, np.array([2.0, -1.0]), np.array([8.0, 0.0]))
+    moments = Moments(np.array([5.0]), np.array([[2.0, -1.0]]), np.array([[8.0, 0.0]]))
     running_mean, running_var = np.array([10, 20], dtype), np.array([1, 3], dtype)
     ops.bn_update_running(moments, running_mean, running_var, momentum, None)
     expected_mean = np.array([(1 - momentum) * 10 + momentum * 2, (1 - momentum) * 20 - momentum])
@@ -93,7 +115,7 @@ def test_bn_update_running(dtype, momentum):
 def test_bn_update_running_takes_the_mean_of_all_batches_without_momentum():
     running_mean, running_var, counter = np.zeros(1), np.ones(1), np.array(0)
     for value in 1.0, 2.0, 6.0:
-        moments = Moments(2, np.array([value]), np.array([value]))
+        moments = Moments(np.array([2.0]), np.array([[value]]), np.array([[value]]), counter.copy())
         ops.bn_update_running(moments, running_mean, running_var, None, counter)
     assert counter == 3
     np.testing.assert_allclose([running_mean[0], running_var[0]], 3)
@@ -104,17 +126,18 @@ def test_bn_update_running_takes_the_mean_of_all_batches_without_momentum():
 def test_bn_normalize(x, residual, affine, activation, with_residual):
     residual = residual if with_residual else None
     out = np.full_like(x, np.nan)
-    ops.bn_normalize(x, ops.bn_stats(x), EPS, *affine, residual, activation, out)
+    statistics = normalize(x, affine, residual, activation, out)
+    np.testing.assert_array_equal(statistics, statistics_of(x))
     expected = reference.batch_norm(x, *affine, eps=EPS, residual=residual, relu=activation == "relu").y
     np.testing.assert_allclose(out, expected, rtol=1e-6, atol=2e-6)
 
 
 @pytest.mark.parametrize("target", ["x", "residual"])
 def test_bn_normalize_in_place(x, residual, affine, target):
-    moments, out = ops.bn_stats(x), np.empty_like(x)
-    ops.bn_normalize(x, moments, EPS, *affine, residual, "relu", out)
+    out = np.empty_like(x)
+    normalize(x, affine, residual, "relu", out)
     arrays = {"x": x.copy(), "residual": residual.copy()}
-    ops.bn_normalize(arrays["x"], moments, EPS, *affine, arrays["residual"], "relu", arrays[target])
+    normalize(arrays["x"], affine, arrays["residual"], "relu", arrays[target])
     np.testing.assert_array_equal(arrays[target], out)
 
 
@@ -123,24 +146,24 @@ def test_bn_normalize_in_place(x, residual, affine, target):
 def test_bn_backward_reduce_and_bn_backward_input(x, dy, residual, affine, activation, running):
     C = x.shape[1]
     running = None if running is None else tuple(np.full(C, v) for v in running)
-    moments = ops.bn_stats(x) if running is None else ops.constants(*running)
+    statistics = statistics_of(x) if running is None else Statistics(*running)
     expected = reference.batch_norm(
         x, *affine, running=running, eps=EPS, residual=residual, relu=activation == "relu", dy=dy
     )
-    arguments = (dy, x, moments, EPS, *affine, residual, activation)
+    arguments = (dy, x, statistics, EPS, *affine, residual, activation)
     sums = ops.bn_backward_reduce(*arguments)
     terms = np.abs(dy).sum((0, 2), dtype=np.float64)
-    assert np.all(np.abs(sums.dy - expected.dbias) <= 1e-6 * terms)
-    assert np.all(np.abs(sums.dy_xhat - expected.dweight) <= 3e-6 * terms)
+    assert np.all(np.abs(sums.dy[0] - expected.dbias) <= 1e-6 * terms)
+    assert np.all(np.abs(sums.dy_xhat[0] - expected.dweight) <= 3e-6 * terms)
 
     dx, dresidual, dweight, dbias = (np.full_like(a, np.nan) for a in (x, x, *affine))
-    inv_count = 1 / moments.count if running is None else 0.0
+    inv_count = C / x.size if running is None else 0.0
     ops.bn_backward_input(*arguments, sums, inv_count, dx, dresidual, dweight, dbias)
     size = np.abs(expected.dx).max((0, 2)) + np.abs(affine[0]) * np.abs(dy).max((0, 2))
     assert np.all(np.abs(dx - expected.dx) <= 2e-6 * size[:, None])
     np.testing.assert_array_equal(dresidual, expected.dresidual)
-    np.testing.assert_array_equal(dweight, sums.dy_xhat.astype(np.float32))
-    np.testing.assert_array_equal(dbias, sums.dy.astype(np.float32))
+    np.testing.assert_array_equal(dweight, sums.dy_xhat[0].astype(np.float32))
+    np.testing.assert_array_equal(dbias, sums.dy[0].astype(np.float32))
 
 
 def test_bn_backward_input_in_eval_does_not_look_at_x(x, dy, affine):
@@ -148,16 +171,15 @@ def test_bn_backward_input_in_eval_does_not_look_at_x(x, dy, affine):
     C = x.shape[1]
     x[0, 0, 0] = np.inf
     dx = np.empty_like(x)
-    moments = ops.constants(np.zeros(C), np.full(C, 4.0))
-    ops.bn_backward_input(dy, x, moments, 0.0, affine[0], None, None, None, None, 0.0, dx, None, None, None)
+    statistics = Statistics(np.zeros(C), np.full(C, 4.0))
+    ops.bn_backward_input(dy, x, statistics, 0.0, affine[0], None, None, None, None, 0.0, dx, None, None, None)
     np.testing.assert_allclose(dx, dy * (affine[0] / 2)[:, None], rtol=1e-6)
 
 
 def test_relu_stops_inf_and_nan_in_the_gradient(rng):
     x = rng.standard_normal((4, 2, 3)).astype(np.float32)
-    moments, dy = ops.bn_stats(x), np.full_like(x, np.inf)
-    y = np.empty_like(x)
-    ops.bn_normalize(x, moments, EPS, None, None, None, "relu", y)
+    y, dy = np.empty_like(x), np.full_like(x, np.inf)
+    statistics = normalize(x, (None, None), None, "relu", y)
     dy[y > 0] = 1
-    sums = ops.bn_backward_reduce(dy, x, moments, EPS, None, None, None, "relu")
-    np.testing.assert_array_equal(sums.dy, (y > 0).sum((0, 2)))
+    sums = ops.bn_backward_reduce(dy, x, statistics, EPS, None, None, None, "relu")
+    np.testing.assert_array_equal(sums.dy[0], (y > 0).sum((0, 2)))

@@ -123,11 +123,11 @@ def test_functional_with_residual_and_relu(xp, rng, training, dtype):
 def test_memory_format(xp, rng, order, training):
     given = arguments(xp, rng, (2, 3, 5, 4))
     x = in_order(given["input"], order)
-    theirs = to_torch(x, grad=True)
+    theirs = to_torch(in_order(to_numpy(given["input"]), order), grad=True)
     assert theirs.is_contiguous(memory_format=torch.contiguous_format if order[1] == 1 else torch.channels_last)
     vectors = [given[name] for name in NAMES]
     expected = torch.nn.functional.batch_norm(theirs, *map(to_torch, vectors), training=training)
-    expected.backward(to_torch(in_order(given["residual"], order)))
+    expected.backward(to_torch(in_order(to_numpy(given["residual"]), order)))
     y, vjp_fn = F.batch_norm_vjp(x, *vectors, training)
     dx = vjp_fn(given["residual"]).input
     for ours, wanted in (y, expected), (dx, theirs.grad):
