@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 from types import ModuleType
@@ -84,6 +85,27 @@ def empty(shape: tuple[int, ...], like: Any, dtype: npt.DTypeLike | None = None)
         return np.empty(shape, dtype)
     with like.device:
         return _cupy().empty(shape, dtype)
+
+
+def empty_like(vector: Any) -> Any:
+    """A new C-contiguous array of the same shape, dtype and kind, on the same device."""
+    return empty(vector.shape, vector)
+
+
+def zeros_like(vector: Any) -> Any:
+    """Zeros of the same shape, dtype and kind, on the same device."""
+    if kind(vector) == "numpy":
+        return np.zeros(vector.shape, vector.dtype)
+    with vector.device:
+        return _cupy().zeros(vector.shape, vector.dtype)
+
+
+def current(array: Any) -> contextlib.AbstractContextManager[Any]:
+    """A context in which the device of an array is the current one."""
+    if kind(array) == "numpy" or array.data.device_id == _cupy().cuda.runtime.getDevice():
+        return contextlib.nullcontext()
+    device: contextlib.AbstractContextManager[Any] = array.device
+    return device
 
 
 def full(shape: tuple[int, ...], value: float, dtype: np.dtype[Any], device: str) -> Any:

@@ -10,22 +10,33 @@ from typing import NamedTuple
 
 THREADS = 256
 """Of every block."""
+LEAST_SUMMED = 1 << 12
+"""Elements below which a sum is not split any further."""
+LEAST_MAPPED = 1 << 13
+"""Elements that a block of an elementwise step takes at least: before them it merges the parts of its channels."""
+MOST_GRID_Y = 65535
+"""CUDA's own limit."""
+
 SEGMENT = 1 << 13
 """Channels first: most elements of a row that a row of threads takes at a time."""
-BLOCKS = 1 << 10
-"""Blocks that a sum is split over, if it is large: several for each multiprocessor of a large GPU."""
-LEAST_SUMMED = 1 << 12
-"""Elements of a channel below which a sum is not split any further."""
-LEAST_MAPPED = 1 << 13
-"""Elements that a block of an elementwise step takes at least: it merges the parts of its channels first."""
-MOST_PARTS = THREADS
-"""Parts of a channel: one for each thread of a block that merges them."""
-MOST_MERGED = 1 << 13
-"""Channels last: parts times lanes that a block merges."""
-LANES = 1 << 7
-"""Channels last: elements of a row that a block takes, if the row is longer: 256 bytes of float16, 1 KiB of float64."""
-BLOCKS_PER_MULTIPROCESSOR = 16
-"""Of elementwise steps: two rounds of what a multiprocessor holds."""
+CHANNELS_FIRST_SUM = 1 << 10
+"""Channels first: blocks that a large sum is split over, several for each multiprocessor of a large GPU."""
+CHANNELS_FIRST_MAP = 16
+"""Channels first: blocks for each multiprocessor of an elementwise step, two rounds of what one holds."""
+
+TILE_PACKS = 4
+"""Channels last: packs of a row that a block takes, 64 bytes. Merging P parts of Q lanes costs P * Q reads in each block;
+narrow tiles make few parts of few lanes."""
+TILE_ELEMENTS = 32
+"""Channels last: elements of a row that a block takes, where memory is not aligned."""
+MOST_LANES = 64
+"""Channels last: elements of a row that a block has room for."""
+CHANNELS_LAST_SUM = 1 << 8
+"""Channels last: blocks that a large sum is split over."""
+CHANNELS_LAST_MAP = 2
+"""Channels last: blocks for each multiprocessor of an elementwise step, one round."""
+ROWS_PER_PART = 8
+"""Channels last: super-rows that a block of an elementwise step takes at least for each part that it merges."""
 
 
 class Geometry(NamedTuple):
@@ -47,9 +58,9 @@ def channels_first(N: int, C: int, L: int, width: int, multiprocessors: int | No
     segment = min(L, SEGMENT)
     segments = N * math.ceil(L / segment)
     if multiprocessors is None:
-        shares = min(math.ceil(BLOCKS / C), math.ceil(N * L / LEAST_SUMMED), MOST_PARTS)
+        shares = min(math.ceil(CHANNELS_FIRST_SUM / C), math.ceil(N * L / LEAST_SUMMED), THREADS)
     else:
-        wanted = multiprocessors * BLOCKS_PER_MULTIPROCESSOR
+        wanted = multiprocessors * CHANNELS_FIRST_MAP
         shares = min(math.ceil(wanted / C), math.ceil(N * L / LEAST_MAPPED), MOST_GRID_Y)
     segments_per_block = math.ceil(segments / min(shares, segments))
     slots = segment // width if L % width == 0 and segment % width == 0 else (segment + 2 * width - 2) // width
@@ -76,16 +87,15 @@ def channels_last(M: int, C: int, width: int, multiprocessors: int | None) -> Ge
     common = math.gcd(C, width)
     columns, replicas = C // common, width // common
     super_rows = M // replicas
-    tiles = math.ceil(columns * width / LANES)
-    tile = math.ceil(columns / tiles)
+    tile = min(columns, TILE_PACKS if width > 1 else TILE_ELEMENTS)
+    tiles = math.ceil(columns / tile)
     rows_of_threads = THREADS // tile
-    if multiprocessors is None:
-        most_parts = max(1, MOST_MERGED // (tile * width * replicas))
-        least = rows_of_threads * max(1, LEAST_SUMMED // (THREADS * width))
-        shares = min(math.ceil(BLOCKS / tiles), math.ceil(super_rows / least), most_parts)
-    else:
-        wanted = multiprocessors * BLOCKS_PER_MULTIPROCESSOR
-        least = rows_of_threads * max(1, LEAST_MAPPED // (THREADS * width))
+    per_row = tile * width  # elements of a row that a block takes
+    shares = min(math.ceil(CHANNELS_LAST_SUM / tiles), math.ceil(super_rows * per_row / LEAST_SUMMED))
+    if multiprocessors is not None:
+        parts = shares * replicas
+        least = max(math.ceil(LEAST_MAPPED / per_row), parts * ROWS_PER_PART, rows_of_threads)
+        wanted = multiprocessors * CHANNELS_LAST_MAP
         shares = min(math.ceil(wanted / tiles), math.ceil(super_rows / least), MOST_GRID_Y - 1)
     super_rows_per_block = math.ceil(super_rows / max(1, shares)) or 1
     shares = math.ceil(super_rows / super_rows_per_block)
@@ -98,8 +108,4 @@ def channels_last(M: int, C: int, width: int, multiprocessors: int | None) -> Ge
         "super_rows_per_block": super_rows_per_block,
         "tile": tile,
     }
-    return Geometry((math.ceil(columns / tile), shares + tail), shares * replicas + tail, sizes)
-
-
-MOST_GRID_Y = 65535
-"""CUDA's own limit."""
+    return Geometry((tiles, shares + tail), shares * replicas + tail, sizes)

@@ -145,28 +145,24 @@ class Kernel:
         return (lambda array: nothing if array is None else convert(array)) if parameter.nullable else convert
 
     def launch(self, grid: tuple[int, ...], block: int, arguments: Mapping[str, Any]) -> None:
-        """Launch on the current stream of the device that the arrays live on.
+        """Launch on the current stream of the current device.
 
         Raises
         ------
         TypeError
             If an argument is missing, unknown, of another dtype than declared, or strided.
         ValueError
-            If arrays are on several devices. Nothing is launched then.
+            If an array is on another device. Nothing is launched then.
         """
         if arguments.keys() != self._parameters.keys():
             odd = sorted(arguments.keys() ^ self._parameters.keys())
             raise TypeError(f"{self.name}: expected {', '.join(self._parameters)} (missing or unknown: {', '.join(odd)})")
         values = [convert(arguments[name]) for name, convert in self._parameters.items()]
-        devices = {array.data.device_id for array in arguments.values() if hasattr(array, "dtype")}
-        if len(devices) != 1:
-            raise ValueError(f"{self.name}: expected arrays on one device (got {sorted(devices)})")
-        device = devices.pop()
-        if device == _cupy().cuda.runtime.getDevice():
-            self.raw(grid, (block,), values)
-        else:
-            with _cupy().cuda.Device(device):
-                self.raw(grid, (block,), values)
+        device = _cupy().cuda.runtime.getDevice()
+        for name, array in arguments.items():
+            if hasattr(array, "dtype") and array.data.device_id != device:
+                raise ValueError(f"{self.name}: expected {name} on device {device} (got {array.data.device_id})")
+        self.raw(grid, (block,), values)
 
     @functools.cached_property
     def raw(self) -> Any:

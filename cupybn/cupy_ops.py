@@ -28,13 +28,6 @@ MOST_INT = 2**31 - 2**20
 """Elements that the kernels count with 32 bits: somewhat less than these hold, for strides over the end."""
 
 
-def zeros_like(vector: Array) -> Array:
-    """Zeros of the same shape and dtype."""
-    zeros = empty(vector.shape, vector)
-    zeros.fill(0)
-    return zeros
-
-
 def bn_stats(x: Array, num_batches_tracked: Array | None = None, scratch: Array | None = None) -> Moments:  # noqa: ARG001
     """See `numpy_ops.bn_stats`; the moments are in parts, and no scratch is needed."""
     launch, geometry = _choose("bn_stats", x)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from cupybn import _checks, cupy_ops, numpy_ops
 from cupybn._call import Call
-from cupybn._devices import kind
+from cupybn._devices import current, empty_like, kind, zeros_like
 from cupybn._dtypes import accumulation_dtype
 from cupybn._layout import Layout
 from cupybn._moments import Statistics
@@ -178,8 +178,9 @@ def moments(input: Array, *, channel_axis: int = 1) -> tuple[Array, Array]:
         raise ValueError(f"expected an input that is not empty (got shape {input.shape})")
     ops = ops_for(input)
     layout = Layout.of(input, axis)
-    statistics = ops.bn_stats(layout.view(layout.conform(input)))
-    mean, var = ops.mean_and_var(statistics, accumulation_dtype(input.dtype))
+    with current(input):
+        parts = ops.bn_stats(layout.view(layout.conform(input)))
+        mean, var = ops.mean_and_var(parts, accumulation_dtype(input.dtype))
     return mean, var
 
 
@@ -190,7 +191,13 @@ def moments(input: Array, *, channel_axis: int = 1) -> tuple[Array, Array]:
 def forward_vjp(call: Call) -> tuple[Array, VjpFn]:
     """The output, and the function that goes back."""
     output, saved = forward(call)
-    return output, lambda grad_output: backward(saved, grad_output)
+
+    def vjp_fn(grad_output: Array) -> BatchNormGrads:
+        _checks.check_like("grad_output", grad_output, saved.call.input)
+        with current(grad_output):
+            return backward(saved, grad_output)
+
+    return output, vjp_fn
 
 
 class Saved(NamedTuple):
@@ -203,8 +210,15 @@ class Saved(NamedTuple):
 
 
 def forward(call: Call, out: Array | None = None) -> tuple[Array, Saved]:
+    """The output, and what `backward` needs, once the arguments are checked."""
+    channel_axis = call.check(out)
+    with current(call.input):
+        return checked_forward(call, channel_axis, out)
+
+
+def checked_forward(call: Call, channel_axis: int, out: Array | None) -> tuple[Array, Saved]:
     """The output, and what `backward` needs."""
-    layout = Layout.of(call.input, call.check(out))
+    layout = Layout.of(call.input, channel_axis)
     ops = ops_for(call.input)
     has_residual = call.residual is not None
     call = call._replace(input=layout.conform(call.input), residual=layout.conform(call.residual), eps=float(call.eps))
@@ -231,12 +245,11 @@ def forward(call: Call, out: Array | None = None) -> tuple[Array, Saved]:
 def backward(saved: Saved, grad_output: Array) -> BatchNormGrads:
     """The gradients of the arguments, from that of the output."""
     call, layout, statistics, has_residual = saved
-    _checks.check_like("grad_output", grad_output, call.input)
     ops = ops_for(call.input)
     grad_output = layout.conform(grad_output)
     dinput = layout.empty_like(call.input)
-    dweight = None if call.weight is None else ops.zeros_like(call.weight)
-    dbias = None if call.bias is None else ops.zeros_like(call.bias)
+    new = zeros_like if statistics is None else empty_like
+    dweight, dbias = (None if vector is None else new(vector) for vector in (call.weight, call.bias))
     masked = layout.empty_like(call.input) if has_residual and call.activation is not None else None
 
     if statistics is not None:

@@ -33,11 +33,6 @@ SAMPLES = 16
 """Values per channel whose mean is the center of the first sums: it is off by a quarter of a standard deviation."""
 
 
-def zeros_like(vector: Array) -> Array:
-    """Zeros of the same shape and dtype."""
-    return np.zeros_like(vector, subok=False)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Forward
 

@@ -24,7 +24,8 @@ DEVICE Channel make_channel(double mean, double var, double eps, const Vector& w
     channel.scale = weight ? channel.rstd * weight.get(c) : channel.rstd;
     channel.wide = channel.rstd < 1e-15 || extreme(channel.scale) || fabs(mean) > 1e30;
     channel.center = channel.wide ? mean : (double)(acc_t)mean;
-    channel.rest = fabs(channel.center) < INFINITY ? mean - channel.center : 0;
+    const bool finite = channel.center - channel.center == 0;
+    channel.rest = finite ? mean - channel.center : 0;
     channel.shift = channel.rest == 0 ? 0 : __dmul_rn(-channel.rest, channel.scale);
     if (bias) {
         channel.shift += bias.get(c);

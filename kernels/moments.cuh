@@ -14,9 +14,31 @@ DEVICE Moments merge(const Moments& a, const Moments& b) {
     return {count, a.mean + delta * share, a.m2 + b.m2 + delta * delta * (a.count * share)};
 }
 
-// Whether float32 held the squares: a sum of them, of deviations whose mean is not 0 or whose squares are not.
-DEVICE bool held(float m2, float mean) { return (1e-28f < m2 && m2 < 1e36f) || (m2 == 0 && mean == 0); }
-DEVICE bool held(double, double) { return true; }
+// The sum of N values, added pair by pair: few roundings for each.
+template <int N, class A>
+DEVICE A sum_pairs(const A (&values)[N]) {
+    static_assert((N & (N - 1)) == 0, "a power of two");
+    A sums[N];
+#pragma unroll
+    for (int i = 0; i < N; i++) sums[i] = values[i];
+#pragma unroll
+    for (int half = N / 2; half > 0; half /= 2)
+#pragma unroll
+        for (int i = 0; i < half; i++) sums[i] += sums[i + half];
+    return sums[0];
+}
+
+// The moments of values, from sums about pivot + offset: sum_d of deviations, sum_dd of their squares.
+DEVICE Moments from_sums(double count, double pivot, double offset, double sum_d, double sum_dd) {
+    const double m2 = sum_dd - sum_d * sum_d / count;
+    return {count, pivot + (offset + sum_d / count), m2 < 0 ? 0 : m2};
+}
+
+// Whether float32 held the squares of deviations, whose mean from a pivot is given.
+template <class A>
+DEVICE bool held(double m2, A offset) {
+    return sizeof(A) == 8 || (1e-28 < m2 && m2 < 1e36) || (m2 == 0 && offset == 0);
+}
 
 // Whether float32 held a sum.
 DEVICE bool held(float sum) { return -1e36f < sum && sum < 1e36f; }

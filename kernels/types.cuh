@@ -83,9 +83,11 @@ DEVICE void narrow(float x, float16& result) {
     result.bits = (unsigned short)(sign | magnitude);
 #endif
 }
-template <class T>
-DEVICE void narrow(double x, T& result) {  // to 16 bits, through float32
-    narrow((float)x, result);
+DEVICE void narrow(double x, bfloat16& result) { narrow((float)x, result); }
+DEVICE void narrow(double x, float16& result) {
+    // Through a float32 that is odd where it is not exact, so that rounding twice rounds once.
+    const float cut = __double2float_rz(x);
+    narrow(cut == x ? cut : __uint_as_float(__float_as_uint(cut) | 1u), result);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -1,16 +1,17 @@
 // bn_stats: count, mean and m2 = sum((x - mean)^2) of each channel, in P parts that are still to be merged
 //
 // Block (c, p) takes part p of channel c. Each thread sums chunks of its elements in float32 about their first one, a
-// second time about their mean, and merges them in float64; then the block merges its threads.
+// second time about their mean, and merges them in float64; then the block merges its threads. An outlier that makes up
+// most of a channel's variance does so in one chunk: sums there have few roundings.
 // Mirror: numpy_ops.bn_stats
 #include "rows.cuh"
 
 constexpr int LOADS = 4;  // in flight
 
-// The moments of a chunk, in the dtype of its elements. About a neighbour as pivot, deviations are exact or nearly so.
+// The moments of a chunk, in the dtype A. About a neighbour as pivot, deviations are exact or nearly so.
 template <class A>
 DEVICE Moments chunk_moments(const raw_t (&raw)[LOADS], const Slot (&slots)[LOADS], bool& exact) {
-    A count = 0, pivot = 0, sum = 0, m2 = 0;
+    A count = 0, pivot = 0, sum = 0;
 #pragma unroll
     for (int e = WIDTH - 1; e >= 0; e--)
         if (slots[0].has(e)) pivot = element(raw[0], e);
@@ -21,17 +22,21 @@ DEVICE Moments chunk_moments(const raw_t (&raw)[LOADS], const Slot (&slots)[LOAD
         for (int e = 0; e < WIDTH; e++)
             if (slots[u].has(e)) sum += element(raw[u], e) - pivot;
     }
-    const A mean = sum / count;
+    const A offset = sum / count;
+    double sum_d = 0, sum_dd = 0;
 #pragma unroll
     for (int u = 0; u < LOADS; u++) {
+        A d[WIDTH], dd[WIDTH];
 #pragma unroll
         for (int e = 0; e < WIDTH; e++) {
-            const A d = (element(raw[u], e) - pivot) - mean;
-            if (slots[u].has(e)) m2 += d * d;
+            d[e] = slots[u].has(e) ? (element(raw[u], e) - pivot) - offset : 0;
+            dd[e] = d[e] * d[e];
         }
+        sum_d += sum_pairs(d);
+        sum_dd += sum_pairs(dd);
     }
-    exact = held(m2, mean);
-    return {(double)count, (double)pivot + (double)mean, (double)m2};
+    exact = held(sum_dd, offset);
+    return from_sums(count, pivot, offset, sum_d, sum_dd);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) bn_stats(

@@ -35,24 +35,28 @@ extern "C" __global__ void __launch_bounds__(THREADS) bn_backward_input(
     long long super_rows_per_block,
     long long tile) {
     const Columns block(M, C, columns, super_rows, super_rows_per_block, tile);
-    const int lanes = block.lanes, q = threadIdx.x;
+    const int q = threadIdx.x;
     const bool constant = inv_count == 0;
 
-    __shared__ double all_dy[THREADS], all_dy_xhat[THREADS];
+    double all_dy = 0, all_dy_xhat = 0;  // of lane q, for threads that are lanes
     if (sums_dy) {
-        sum_down(parts, lanes, all_dy, [&](int p, int q) { return sums_dy[p * C + block.channel(q)]; });
-        sum_down(parts, lanes, all_dy_xhat, [&](int p, int q) { return sums_dy_xhat[p * C + block.channel(q)]; });
+        const Standing at(block.lanes, parts);
+        const long long c = block.channel(at.q);
+        for (int p = at.row; p < parts && at.row < at.rows; p += at.rows) {
+            all_dy += sums_dy[p * C + c];
+            all_dy_xhat += sums_dy_xhat[p * C + c];
+        }
+        all_dy = sum_down(at, all_dy);
+        all_dy_xhat = sum_down(at, all_dy_xhat);
     }
-    __shared__ Channel channels[THREADS];
-    if (q < lanes) {
+    __shared__ Channel channels[MOST_LANES];
+    if (q < block.lanes) {
         const long long c = block.channel(q);
         channels[q] = make_channel(statistics_mean[c], statistics_var[c], eps, weight, bias, c);
-        if (sums_dy) {
-            set_gradient(channels[q], all_dy[q], all_dy_xhat[q], inv_count);
-            if (blockIdx.y == 0 && block.owns(q)) {
-                if (dbias) dbias.set(c, all_dy[q]);
-                if (dweight) dweight.set(c, all_dy_xhat[q]);
-            }
+        set_gradient(channels[q], all_dy, all_dy_xhat, inv_count);
+        if (blockIdx.y == 0 && block.owns(q)) {
+            if (dbias) dbias.set(c, all_dy);
+            if (dweight) dweight.set(c, all_dy_xhat);
         }
     }
     __syncthreads();

@@ -52,7 +52,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) bn_backward_reduce(
     const int lanes = block.lanes, q = threadIdx.x;
     const long long first = block.first_part() * C + block.q0;
 
-    __shared__ Channel channels[THREADS];
+    __shared__ Channel channels[MOST_LANES];
     if (q < lanes) {
         const long long c = block.channel(q);
         channels[q] = make_channel(statistics_mean[c], statistics_var[c], eps, weight, bias, c);
@@ -77,8 +77,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) bn_backward_reduce(
         return;  // as do all threads of the block
     }
 
-    const int lane = block.tx * WIDTH;
-    const OwnChannels own(channels + lane, block.on ? WIDTH : 0);
+    const OwnChannels own(channels + block.tx * WIDTH, block.on ? WIDTH : 0);
     double sum_dy[WIDTH], sum_dy_d[WIDTH];
 #pragma unroll
     for (int e = 0; e < WIDTH; e++) sum_dy[e] = sum_dy_d[e] = 0;
@@ -105,19 +104,23 @@ extern "C" __global__ void __launch_bounds__(THREADS) bn_backward_reduce(
                 add_chunk(g, values, added, loaded, activation, own.wide(e), e, sum_dy[e], sum_dy_d[e]);
     }
 
-    __shared__ double terms[THREADS * WIDTH], sums[THREADS];
-    const auto term = [&](int row, int q) { return terms[row * block.tile * WIDTH + q]; };
+    __shared__ double terms[2][THREADS * WIDTH];
 #pragma unroll
-    for (int e = 0; e < WIDTH; e++) terms[threadIdx.x * WIDTH + e] = sum_dy[e];
+    for (int e = 0; e < WIDTH; e++) {
+        terms[0][threadIdx.x * WIDTH + e] = sum_dy[e];
+        terms[1][threadIdx.x * WIDTH + e] = sum_dy_d[e];
+    }
     __syncthreads();
-    sum_down(block.step, lanes, sums, term);
-    const double all_dy = q < lanes ? sums[q] : 0;
-#pragma unroll
-    for (int e = 0; e < WIDTH; e++) terms[threadIdx.x * WIDTH + e] = sum_dy_d[e];
-    __syncthreads();
-    sum_down(block.step, lanes, sums, term);
-    if (q < lanes) {
+    const Standing at(lanes, block.step);
+    double all_dy = 0, all_dy_d = 0;
+    for (int row = at.row; row < block.step && at.row < at.rows; row += at.rows) {
+        all_dy += terms[0][row * block.tile * WIDTH + at.q];
+        all_dy_d += terms[1][row * block.tile * WIDTH + at.q];
+    }
+    all_dy = sum_down(at, all_dy);
+    all_dy_d = sum_down(at, all_dy_d);
+    if (at.row == 0) {
         sums_dy[first + q] = all_dy;
-        sums_dy_xhat[first + q] = (sums[q] - channels[q].rest * all_dy) * channels[q].rstd;
+        sums_dy_xhat[first + q] = (all_dy_d - channels[q].rest * all_dy) * channels[q].rstd;
     }
 }

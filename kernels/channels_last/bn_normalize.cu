@@ -37,34 +37,29 @@ extern "C" __global__ void __launch_bounds__(THREADS) bn_normalize(
     long long super_rows_per_block,
     long long tile) {
     const Columns block(M, C, columns, super_rows, super_rows_per_block, tile);
-    const int lanes = block.lanes, q = threadIdx.x;
+    const int q = threadIdx.x;
     if (blockIdx.x == 0 && blockIdx.y == 0 && q == 0 && num_batches_tracked) *num_batches_tracked += 1;
 
-    __shared__ double count[THREADS], mean[THREADS], m2[THREADS];
+    Moments batch = {0, 0, 0};  // of lane q, for threads that are lanes
     if (moments_count) {
-        const auto pivot = [&](int q) { return moments_mean[block.channel(q)]; };
-        const auto mean_of = [&](int p, int q) { return moments_mean[p * C + block.channel(q)]; };
-        sum_down(parts, lanes, count, [&](int p, int) { return moments_count[p]; });
-        sum_down(parts, lanes, mean, [&](int p, int q) { return moments_count[p] * (mean_of(p, q) - pivot(q)); });
-        if (q < lanes) mean[q] = pivot(q) + mean[q] / count[q];
-        __syncthreads();
-        sum_down(parts, lanes, m2, [&](int p, int q) {
-            const double delta = mean_of(p, q) - mean[q];
-            return moments_m2[p * C + block.channel(q)] + moments_count[p] * delta * delta;
-        });
+        const Standing at(block.lanes, parts);
+        const long long c = block.channel(at.q);
+        for (int p = at.row; p < parts && at.row < at.rows; p += at.rows)
+            batch = merge(batch, {moments_count[p], moments_mean[p * C + c], moments_m2[p * C + c]});
+        batch = merge_down(at, batch);
     }
 
-    __shared__ Channel channels[THREADS];
-    if (q < lanes) {
+    __shared__ Channel channels[MOST_LANES];
+    if (q < block.lanes) {
         const long long c = block.channel(q);
-        const double the_mean = moments_count ? mean[q] : running_mean.get(c);
-        const double var = moments_count ? m2[q] / count[q] : running_var.get(c);
-        channels[q] = make_channel(the_mean, var, eps, weight, bias, c);
+        const double mean = moments_count ? batch.mean : running_mean.get(c);
+        const double var = moments_count ? batch.m2 / batch.count : running_var.get(c);
+        channels[q] = make_channel(mean, var, eps, weight, bias, c);
         if (blockIdx.y == 0 && block.owns(q)) {
-            statistics_mean[c] = the_mean;
+            statistics_mean[c] = mean;
             statistics_var[c] = var;
             if (moments_count && running_mean)
-                update_running({count[q], mean[q], m2[q]}, running_mean, running_var, momentum, moments_batches, c);
+                update_running(batch, running_mean, running_var, momentum, moments_batches, c);
         }
     }
     __syncthreads();

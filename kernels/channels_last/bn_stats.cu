@@ -2,28 +2,30 @@
 //
 // Block (t, s) takes a tile of columns and a range of rows. Each thread sums chunks of each of its WIDTH channels in
 // float32 about their first element, a second time about their mean, and merges them in float64; then the block merges
-// its rows of threads. Every replica of a channel is a part of its own.
+// its rows of threads. An outlier that makes up most of a channel's variance does so in one chunk: sums there have few
+// roundings. Every replica of a channel is a part of its own.
 // Mirror: numpy_ops.bn_stats
 #include "columns.cuh"
 
 constexpr int LOADS = 8;  // in flight
 
-// The moments of element e of the first `count` packs. About a neighbour as pivot, deviations are exact or nearly so.
+// The moments of element e of the first `count` packs, in the dtype A. About a neighbour as pivot, deviations are exact
+// or nearly so.
 template <class A>
 DEVICE Moments chunk_moments(const raw_t (&raw)[LOADS], int count, int e, bool& exact) {
     const A pivot = element(raw[0], e);
-    A sum = 0, m2 = 0;
+    A d[LOADS], dd[LOADS];
 #pragma unroll
-    for (int u = 0; u < LOADS; u++)
-        if (u < count) sum += element(raw[u], e) - pivot;
-    const A mean = sum / count;
+    for (int u = 0; u < LOADS; u++) d[u] = u < count ? element(raw[u], e) - pivot : 0;
+    const A offset = sum_pairs(d) / count;
 #pragma unroll
     for (int u = 0; u < LOADS; u++) {
-        const A d = (element(raw[u], e) - pivot) - mean;
-        if (u < count) m2 += d * d;
+        d[u] = u < count ? d[u] - offset : 0;
+        dd[u] = d[u] * d[u];
     }
-    exact = held(m2, mean);
-    return {(double)count, (double)pivot + (double)mean, (double)m2};
+    const double sum_dd = sum_pairs(dd);
+    exact = held(sum_dd, offset);
+    return from_sums(count, pivot, offset, sum_pairs(d), sum_dd);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) bn_stats(
@@ -85,31 +87,28 @@ extern "C" __global__ void __launch_bounds__(THREADS) bn_stats(
         count += loaded;
     }
 
-    __shared__ double pivot[THREADS], terms[THREADS * WIDTH], sums[THREADS], means[THREADS];
-    const int lane = block.tx * WIDTH, lanes = block.lanes, own = threadIdx.x * WIDTH;
-    const auto term = [&](int row, int q) { return terms[row * block.tile * WIDTH + q]; };
-    if (block.on && block.ty == 0)
-#pragma unroll
-        for (int e = 0; e < WIDTH; e++) pivot[lane + e] = mean[e];
-    __syncthreads();
-#pragma unroll
-    for (int e = 0; e < WIDTH; e++) terms[own + e] = count > 0 ? count * (mean[e] - pivot[lane + e]) : 0;
-    __syncthreads();
-    sum_down(block.step, lanes, sums, term);
-    const double rows = block.end - block.begin;
-    if (threadIdx.x < lanes) means[threadIdx.x] = pivot[threadIdx.x] + sums[threadIdx.x] / rows;
-    __syncthreads();
+    __shared__ double means[THREADS * WIDTH], m2s[THREADS * WIDTH];
 #pragma unroll
     for (int e = 0; e < WIDTH; e++) {
-        const double delta = count > 0 ? mean[e] - means[lane + e] : 0;
-        terms[own + e] = m2[e] + count * delta * delta;
+        means[threadIdx.x * WIDTH + e] = mean[e];
+        m2s[threadIdx.x * WIDTH + e] = m2[e];
     }
+    __shared__ double counts[THREADS];
+    counts[threadIdx.x] = count;
     __syncthreads();
-    sum_down(block.step, lanes, sums, term);
-    if (threadIdx.x < lanes) {
-        moments_mean[first_part * C + block.q0 + threadIdx.x] = means[threadIdx.x];
-        moments_m2[first_part * C + block.q0 + threadIdx.x] = sums[threadIdx.x];
+
+    const int lanes = block.lanes, q = threadIdx.x % lanes;
+    const Standing at(lanes, block.step);
+    Moments own = {0, 0, 0};
+    for (int row = at.row; row < block.step && at.row < at.rows; row += at.rows) {
+        const int thread = row * block.tile, lane = thread * WIDTH + q;
+        own = merge(own, {counts[thread], means[lane], m2s[lane]});
+    }
+    const Moments all = merge_down(at, own);
+    if (at.row == 0) {
+        moments_mean[first_part * C + block.q0 + q] = all.mean;
+        moments_m2[first_part * C + block.q0 + q] = all.m2;
     }
     if (blockIdx.x == 0)
-        for (int r = threadIdx.x; r < block.replicas(); r += THREADS) moments_count[first_part + r] = rows;
+        for (int r = threadIdx.x; r < block.replicas(); r += THREADS) moments_count[first_part + r] = block.end - block.begin;
 }

@@ -13,6 +13,8 @@
 #include "../moments.cuh"
 #pragma once
 
+constexpr int MOST_LANES = 64;  // of a tile
+
 struct Columns {
     index_t C, columns;            // columns of packs
     int tile, tx, ty, step;        // the threads' rows, this thread's place, and how many rows of threads there are
@@ -62,23 +64,37 @@ struct OwnChannels {
     DEVICE Factors<double> wide(int e) const { return Factors<double>(channels[e]); }
 };
 
-// sums[q] = the sum of term(row, q) over rows, for each of the lanes, in an order that never changes. All threads of
-// the block call it, and may read sums when it is done.
-template <class Term>
-DEVICE void sum_down(int rows, int lanes, double (&sums)[THREADS], Term term) {
+// To add or merge over rows, the threads of a block stand anew: thread row * lanes + q has lane q.
+struct Standing {
+    int lanes, q, row, rows;  // rows of threads, no more than there are things to add
+
+    DEVICE Standing(int lanes, int things)
+        : lanes(lanes), q(threadIdx.x % lanes), row(threadIdx.x / lanes), rows(min(THREADS / lanes, things)) {}
+};
+
+// The sum of what the rows hand in, for each lane, in an order that never changes. All threads of the block call it;
+// those of row 0 get it.
+DEVICE double sum_down(const Standing& at, double own) {
     __shared__ double of_threads[THREADS];
-    const int step = min(THREADS / lanes, rows), q = threadIdx.x % lanes, first = threadIdx.x / lanes;
-    if (first < step) {
-        double sum = 0;
-#pragma unroll 4
-        for (int row = first; row < rows; row += step) sum += term(row, q);
-        of_threads[threadIdx.x] = sum;
-    }
+    of_threads[threadIdx.x] = own;
     __syncthreads();
-    if (threadIdx.x < lanes) {
-        double sum = 0;
-        for (int row = 0; row < step; row++) sum += of_threads[row * lanes + threadIdx.x];
-        sums[threadIdx.x] = sum;
-    }
+    double sum = 0;
+    for (int row = 0; at.row == 0 && row < at.rows; row++) sum += of_threads[row * at.lanes + at.q];
     __syncthreads();
+    return sum;
+}
+
+// The same for moments; those of row 0 are not empty.
+DEVICE Moments merge_down(const Standing& at, const Moments& own) {
+    __shared__ double means[MOST_LANES];
+    if (at.row == 0) means[at.q] = own.mean;
+    __syncthreads();
+    const bool some = at.row < at.rows && own.count > 0;
+    const double pivot = means[at.q];
+    const double count = sum_down(at, some ? own.count : 0);
+    const double offset = sum_down(at, some ? own.count * (own.mean - pivot) : 0);
+    if (at.row == 0) means[at.q] = pivot + offset / count;
+    __syncthreads();
+    const double mean = means[at.q], delta = own.mean - mean;
+    return {count, mean, sum_down(at, some ? own.m2 + own.count * delta * delta : 0)};
 }

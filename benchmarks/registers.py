@@ -1,0 +1,74 @@
+"""What the compiled kernels take: registers, shared memory and spills, for every generation of GPUs. No GPU is needed.
+
+    python benchmarks/registers.py       # a table in benchmarks/results/registers.md
+
+All instances of all kernels, also those that the tests leave out to save time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # the compiler is that of the tests
+
+from cupybn import _kernels
+from tests import nvrtc
+from tests.nvrtc import ARCHITECTURES, Instance, Usage
+
+HEADER = """# Registers
+
+Registers of a thread, by compute capability, and static shared memory of a block in bytes; NVRTC {version}. Spills are
+bytes stored + loaded, where there are any. Written by `benchmarks/registers.py`.
+
+"""
+COLUMNS = ["kernel", "dtype", "packs", "index", *(f"{a // 10}.{a % 10}" for a in ARCHITECTURES), "shared", "spills"]
+
+
+def row(instance: Instance, usages: list[Usage]) -> list[str]:
+    """The cells of an instance, from its usage on each architecture."""
+    spills = [
+        f"{column}: {usage.spill_stores} + {usage.spill_loads}"
+        for column, usage in zip(COLUMNS[4:], usages, strict=False)
+        if usage.spilled
+    ]
+    return [
+        instance.kernel,
+        instance.dtype,
+        "yes" if instance.vectorized else "no",
+        f"{instance.index_bits} bits",
+        *(str(usage.registers) for usage in usages),
+        str(max(usage.shared for usage in usages)),
+        ", ".join(spills) or "-",
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Registers, shared memory and spills of the compiled kernels.")
+    results = Path(__file__).parent / "results"
+    parser.add_argument("--output", type=Path, default=results, help="folder for the table")
+    args = parser.parse_args()
+
+    instances = [instance for kernel in _kernels.kernel_names() for instance in nvrtc.instances(kernel)]
+    jobs = [(instance, architecture) for instance in instances for architecture in ARCHITECTURES]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        logs = pool.map(lambda job: nvrtc.compile_instance(*job)[1], jobs)
+        usages = [nvrtc.usage(log) for log in tqdm(logs, total=len(jobs), unit="kernel")]
+
+    each = len(ARCHITECTURES)
+    rows = [row(instance, usages[i * each : (i + 1) * each]) for i, instance in enumerate(instances)]
+    lines = ["| " + " | ".join(cells) + " |" for cells in (COLUMNS, *rows)]
+    lines.insert(1, "|" + "---|" * 4 + "---:|" * (each + 1) + "---|")
+    args.output.mkdir(parents=True, exist_ok=True)
+    path = args.output / "registers.md"
+    path.write_text(HEADER.format(version=nvrtc.version()) + "\n".join(lines) + "\n")
+    print(f"{path}: {len(usages)} kernels, at most {max(usage.registers for usage in usages)} registers")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""NVIDIA's run-time compiler without CuPy and without a driver, and what the kernels are compiled for."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import itertools
+import os
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from cupybn import _kernels
+from cupybn._geometry import THREADS
+
+ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
+_LIBRARY = "nvrtc64_*_0.dll" if sys.platform == "win32" else "libnvrtc.so.*"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is compiled
+
+
+class Instance(NamedTuple):
+    """A kernel and the values of its macros."""
+
+    kernel: str
+    dtype: str
+    vectorized: int
+    index_bits: int
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """The macros, as the library hands them to CuPy."""
+        macros = {"DATA_T": self.dtype, "INDEX_BITS": self.index_bits, "THREADS": THREADS}
+        if _takes_packs(self.kernel):
+            macros["VECTORIZED"] = self.vectorized
+        return _kernels.Kernel(self.kernel, macros).options
+
+
+def instances(kernel: str) -> list[Instance]:
+    """All that the library may ask for."""
+    if _takes_packs(kernel):
+        choices = itertools.product(_kernels.VECTOR_DTYPES, (0, 1), (32, 64))
+    else:
+        choices = itertools.product(("float32", "float64"), (0,), (32,))
+    return [Instance(kernel, *choice) for choice in choices]
+
+
+def _takes_packs(kernel: str) -> bool:
+    """The kernels of a layout read arrays of elements; the others vectors of one value per channel."""
+    return "/" in kernel
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The compiler
+
+
+class CompileError(Exception):
+    """The compiler's log."""
+
+
+class Usage(NamedTuple):
+    """What a thread of a kernel takes, in registers and bytes, and what its block takes of shared memory, in bytes."""
+
+    registers: int
+    stack: int
+    spill_stores: int
+    spill_loads: int
+    shared: int
+
+    @property
+    def spilled(self) -> bool:
+        """Whether registers went to memory and back."""
+        return self.spill_stores + self.spill_loads > 0
+
+
+def find_library() -> Path | None:
+    """NVRTC of the package nvidia-cuda-nvrtc, which CuPy uses as well, else of an installed CUDA toolkit."""
+    packages = importlib.util.find_spec("nvidia")
+    for folder in packages.submodule_search_locations or () if packages else ():
+        for path in sorted(Path(folder).glob(f"cu*/**/{_LIBRARY}")):
+            return path
+    toolkits = (os.environ.get("CUDA_PATH"), os.environ.get("CUDA_HOME"), sys.prefix, "/usr/local/cuda")
+    for toolkit, folder in itertools.product(filter(None, toolkits), ("lib64", "lib", "bin/x64", "bin")):
+        for path in sorted(Path(toolkit, folder).glob(_LIBRARY)):
+            return path
+    return None
+
+
+@functools.cache
+def _load() -> ctypes.CDLL:
+    path = find_library()
+    assert path is not None
+    if sys.platform == "win32":
+        os.add_dll_directory(str(path.parent))  # of a second library, which the first one loads by name
+    return ctypes.CDLL(str(path))
+
+
+def version() -> str:
+    """Of the compiler."""
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    _load().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
+    return f"{major.value}.{minor.value}"
+
+
+def compile_text(text: str, architecture: int, options: Iterable[str] = ()) -> tuple[bytes, str]:
+    """Machine code and log of a text; can be called from several threads at once.
+
+    Parameters
+    ----------
+    architecture : int
+        90 for ``sm_90``.
+    options : iterable of str
+        Placed among CuPy's own options as CuPy does it.
+
+    Raises
+    ------
+    CompileError
+        With the log.
+    """
+    nvrtc = _load()
+    flags = ["--std=c++17", *options, "-ftz=true", f"-arch=sm_{architecture}", "--ptxas-options=-v"]
+    program, size = ctypes.c_void_p(), ctypes.c_size_t()
+    if nvrtc.nvrtcCreateProgram(ctypes.byref(program), text.encode(), b"text.cu", 0, None, None):
+        raise CompileError("NVRTC cannot be set up")
+    try:
+        array = (ctypes.c_char_p * len(flags))(*(flag.encode() for flag in flags))
+        failed = nvrtc.nvrtcCompileProgram(program, len(flags), array)
+        nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+        log = ctypes.create_string_buffer(size.value)
+        nvrtc.nvrtcGetProgramLog(program, log)
+        if failed:
+            raise CompileError(log.value.decode())
+        nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size))
+        cubin = ctypes.create_string_buffer(size.value)
+        nvrtc.nvrtcGetCUBIN(program, cubin)
+        return cubin.raw, log.value.decode()
+    finally:
+        nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def compile_instance(instance: Instance, architecture: int) -> tuple[bytes, str]:
+    """Machine code and log of a kernel."""
+    return compile_text(_kernels.source(instance.kernel), architecture, instance.options)
+
+
+def usage(log: str) -> Usage:
+    """What the log of one kernel says of it; spills and stacks of functions that were not inlined are its own."""
+    memory = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    registers = re.findall(r"Used (\d+) registers", log)
+    assert memory, f"no report of memory in {log!r}"
+    assert len(registers) == 1, f"not the report of one kernel: {log!r}"
+    stack, stores, loads = (sum(map(int, column)) for column in zip(*memory, strict=True))
+    shared = re.search(r"(\d+) bytes smem", log)
+    return Usage(int(registers[0]), stack, stores, loads, int(shared[1]) if shared else 0)

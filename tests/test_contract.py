@@ -1,0 +1,123 @@
+"""One name, three places: the kernels, their mirrors and their launchers agree in names, parameters and order."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import typing
+
+import pytest
+
+from cupybn import _kernels, cupy_ops, numpy_ops
+from cupybn._kernels import KERNELS, kernel_names, signature
+from cupybn._moments import Moments, Statistics, Sums
+
+LAYOUTS = ("channels_first", "channels_last")
+STEPS = ("bn_stats", "bn_normalize", "bn_backward_reduce", "bn_backward_input")
+HOST_ONLY = {"scratch", "dtype"}
+"""Parameters of mirrors that no kernel has: memory to work in, and what DATA_T says."""
+GROUPS = {"moments": Moments, "statistics": Statistics, "sums": Sums}
+"""Parameters that kernels take field by field."""
+FROM_FUSED = {"bn_update_running"}
+"""Mirrors of what is part of another launch."""
+
+KERNEL_NAMES = kernel_names()
+
+
+def stem(name):
+    return name.rpartition("/")[2]
+
+
+def flat(names):
+    """Groups as the fields that they consist of."""
+    return [f"{name}_{field}" for name in names for field in GROUPS[name]._fields] if names else []
+
+
+def expand(name):
+    return flat([name]) if name in GROUPS else [name]
+
+
+def mirror(name):
+    return getattr(numpy_ops, stem(name))
+
+
+def results(function):
+    """The names of what a mirror returns, as the parameters of a kernel that writes it."""
+    returned = typing.get_type_hints(function)["return"]
+    group = [name for name, kind in GROUPS.items() if kind is returned]
+    return flat(group)
+
+
+def test_every_step_has_a_kernel_for_each_layout():
+    assert sorted(KERNEL_NAMES) == sorted([f"{layout}/{step}" for layout in LAYOUTS for step in STEPS] + ["mean_and_var"])
+
+
+def test_mirrors_and_launchers_are_the_same_functions():
+    def steps(module):
+        return {
+            name: list(inspect.signature(function).parameters.values())
+            for name, function in inspect.getmembers(module, inspect.isfunction)
+            if not name.startswith("_") and function.__module__ == module.__name__ and name not in FROM_FUSED | {"merge"}
+        }
+
+    mirrors, launchers = steps(numpy_ops), steps(cupy_ops)
+    assert mirrors.keys() == launchers.keys()
+    assert mirrors.keys() == {stem(name) for name in KERNEL_NAMES}
+    for name, parameters in mirrors.items():
+        ours = [(p.name, p.default) for p in launchers[name]]
+        assert ours == [(p.name, p.default) for p in parameters], name
+
+
+@pytest.mark.parametrize("name", KERNEL_NAMES)
+def test_kernel_takes_what_its_mirror_takes_and_writes_what_it_returns(name):
+    parameters = signature(name)
+    taken = [p for p in inspect.signature(mirror(name)).parameters if p not in HOST_ONLY]
+    if name == "mean_and_var":
+        returned, unused = ["mean", "var"], {"moments_batches"}
+    else:
+        returned, unused = results(mirror(name)), set()
+    expected = [field for p in taken for field in expand(p) if field not in unused] + returned
+    assert [p.name for p in parameters if p.section != "sizes"] == expected
+    outputs = [p.name for p in parameters if p.section == "outputs"]
+    assert outputs == expected[len(expected) - len(outputs) :]
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_both_layouts_take_the_same(step):
+    first, last = ([p for p in signature(f"{layout}/{step}") if p.section != "sizes"] for layout in LAYOUTS)
+    assert first == last
+
+
+@pytest.mark.parametrize("name", KERNEL_NAMES)
+def test_source(name):
+    """One kernel of the file's name, a header that names the mirror, a shape on every pointer, no header of CUDA."""
+    text = (KERNELS / f"{name}.cu").read_text()
+    assert re.findall(r"__global__ void __launch_bounds__\(THREADS\) (\w+)\(", text) == [stem(name)]
+    assert text.count("__global__") == 1
+    head = text.partition("\n\n")[0]
+    assert head.startswith(f"// {stem(name)}: ")
+    assert f"// Mirror: numpy_ops.{stem(name)}\n" in text
+    parameters = text[text.index("__global__") : text.index(") {", text.index("__global__"))]
+    for line in re.findall(r"^    .*(?:\*|Vector) \w+,.*$", parameters, re.MULTILINE):
+        assert re.search(r"// \[[\w, ]*\]", line), line
+    whole = _kernels.source(name)
+    assert "#include" not in whole
+    assert f'#line 1 "kernels/{name}.cu"' in whole
+    assert not re.search(r"atomicAdd|__restrict__|__ldg|memset", whole)
+
+
+def test_the_parser_sees_a_drift(tmp_path, monkeypatch):
+    """A parameter renamed, swapped or added in a source is another signature."""
+    original = (KERNELS / "channels_first/bn_stats.cu").read_text()
+    before = signature("channels_first/bn_stats")
+    changes = {
+        "renamed": ("double* moments_m2, ", "double* moments_M2, "),
+        "another type": ("    long long lanes)", "    double lanes)"),
+        "another order": ("    long long C,\n    long long L,", "    long long L,\n    long long C,"),
+        "added": ("    long long lanes)", "    long long more,\n    long long lanes)"),
+    }
+    for old, new in changes.values():
+        assert old in original
+        (tmp_path / "bn_stats.cu").write_text(original.replace(old, new))
+        monkeypatch.setattr(_kernels, "KERNELS", tmp_path)
+        assert signature.__wrapped__("bn_stats") != before

@@ -1,0 +1,436 @@
+"""Each kernel against its mirror, on a GPU or the stand-in: every dtype, layout, odd size and alignment."""
+
+from __future__ import annotations
+
+import contextlib
+
+import numpy as np
+import pytest
+
+import cupybn
+import cupybn.functional as F
+from cupybn import cupy_ops, numpy_ops
+from cupybn._moments import Moments, Statistics, Sums
+from tests.reference import DTYPES, HALF_ULP, bits, to_numpy
+
+cp = pytest.importorskip("cupy")
+emulator = getattr(cp, "emulator", None)
+only_emulated = pytest.mark.skipif(emulator is None, reason="a GPU does not tell")
+
+EPS = 1e-3
+SHAPES = {  # (N, C, L), and what is special
+    "two values": (1, 1, 2),
+    "(M, C)": (37, 4, 1),
+    "one channel": (1, 1, 1000),
+    "rows of one pack": (5, 3, 16),
+    "rows shorter than a pack": (9, 5, 3),
+    "odd rows": (6, 5, 49),
+    "rows of several slots for each lane": (2, 2, 4099),
+    "rows of several segments": (2, 1, 20011),
+    "several parts of rows": (300, 2, 40),
+    "more channels than blocks wanted": (2, 1030, 3),
+    "fewer rows than a super-row": (3, 7, 1),
+    "super-rows and a tail": (1029, 3, 1),
+    "odd channels, several tiles": (45, 301, 1),
+    "many parts, two replicas": (9001, 6, 1),
+    "many channels": (9, 1300, 1),
+}
+CASES = [
+    pytest.param(shape, dtype, offset, id=f"{name}, {dtype.name}{', unaligned' if offset else ''}")
+    for name, shape in SHAPES.items()
+    for dtype in DTYPES
+    for offset in (0, 1)
+]
+on_cases = pytest.mark.parametrize(("shape", "dtype", "offset"), CASES)
+ACTIVATIONS = pytest.mark.parametrize("activation", [None, "relu"])
+RESIDUALS = pytest.mark.parametrize("has_residual", [False, True], ids=["", "residual"])
+
+
+def to_device(array, offset=0):
+    """A copy on the device whose memory begins some elements after an aligned address."""
+    if array is None:
+        return None
+    memory = cp.empty(array.size + offset, array.dtype)
+    view = memory[offset:].reshape(array.shape)
+    view[...] = cp.asarray(array)
+    return view
+
+
+class Arrays:
+    """Random arguments of all steps, on the host and on the device."""
+
+    def __init__(self, rng, shape, dtype, offset, has_residual=False):
+        self.offset = offset
+        C = shape[1]
+        self.x = (rng.standard_normal(shape) * 2 + 3).astype(dtype)
+        self.dy = rng.standard_normal(shape).astype(dtype)
+        self.residual = rng.standard_normal(shape).astype(dtype) if has_residual else None
+        self.weight, self.bias, self.mean = rng.standard_normal((3, C)).astype(np.float32)
+        self.var = rng.uniform(0.5, 2, C)
+        self.unit = 2 * HALF_ULP["float64" if dtype == np.float64 else "float32"]  # of the arithmetic
+
+    def on_device(self, *names):
+        return [to_device(getattr(self, name), self.offset) for name in names]
+
+    def empty(self):
+        return to_device(np.zeros_like(self.x), self.offset)
+
+    def close(self, ours, mirrored, size, roundings):
+        """Up to some roundings of terms of this size, and one of the dtype itself."""
+        ours, mirrored = (np.asarray(to_numpy(a), np.float64) for a in (ours, mirrored))
+        bound = roundings * self.unit * (np.abs(mirrored) + size) + 2 * HALF_ULP[self.x.dtype.name] * np.abs(mirrored)
+        error = np.abs(ours - mirrored)
+        assert np.all(error <= bound), f"off by {np.max(error)} where {np.min(bound)} and more is allowed"
+
+
+def to_host(value):
+    """A NamedTuple of arrays on the host."""
+    return type(value)(*(None if field is None else to_numpy(field) for field in value))
+
+
+@on_cases
+def test_bn_stats(rng, shape, dtype, offset):
+    arrays = Arrays(rng, shape, dtype, offset)
+    counter = cp.array(5)
+    parts = to_host(cupy_ops.bn_stats(*arrays.on_device("x"), counter))
+    assert parts.count.sum() == arrays.x.size // shape[1]
+    assert np.all(parts.count > 0)
+    assert parts.batches == 5
+    (_, mean, m2), (count, mean0, m20) = numpy_ops.merge(parts), numpy_ops.merge(numpy_ops.bn_stats(arrays.x))
+    std = np.sqrt(m20 / count)
+    assert np.all(np.abs(mean - mean0) <= 4 * arrays.unit * std + 2 * HALF_ULP["float64"] * np.abs(mean0))
+    assert np.all(np.abs(m2 - m20) <= 8 * arrays.unit * m20)
+
+
+@on_cases
+def test_mean_and_var(rng, shape, dtype, offset):
+    arrays = Arrays(rng, shape, dtype, offset)
+    parts = cupy_ops.bn_stats(*arrays.on_device("x"))
+    for out in np.float32, np.float64:
+        ours = cupy_ops.mean_and_var(parts, np.dtype(out))
+        for a, b in zip(ours, numpy_ops.mean_and_var(to_host(parts), out), strict=True):
+            assert a.dtype == out
+            np.testing.assert_allclose(to_numpy(a), b, rtol=4 * np.finfo(out).eps)
+
+
+@ACTIVATIONS
+@RESIDUALS
+@on_cases
+def test_bn_normalize(rng, shape, dtype, offset, activation, has_residual):
+    """From running statistics to the bit; from moments, whose merged bits may differ by one, to rounding."""
+    arrays = Arrays(rng, shape, dtype, offset, has_residual)
+    x, residual, weight, bias, mean, var = arrays.on_device("x", "residual", "weight", "bias", "mean", "var")
+    out = arrays.empty()
+    step = (EPS, weight, bias, residual, activation)
+    mirror = (EPS, arrays.weight, arrays.bias, arrays.residual, activation)
+    y = np.empty_like(arrays.x)
+
+    statistics = cupy_ops.bn_normalize(x, None, *step, mean, var, 0.1, None, out)
+    numpy_ops.bn_normalize(arrays.x, None, *mirror, arrays.mean, arrays.var, 0.1, None, y)
+    np.testing.assert_array_equal(to_numpy(out).astype(np.float64), y.astype(np.float64))
+    np.testing.assert_array_equal(to_host(statistics), [arrays.mean, arrays.var])
+    assert bits(mean, var) == bits(arrays.mean, arrays.var)
+
+    moments, counter = cupy_ops.bn_stats(x), cp.array(2)
+    host = to_host(moments)
+    ours = to_host(cupy_ops.bn_normalize(x, moments, *step, mean, var, 0.1, counter, out))
+    theirs = numpy_ops.bn_normalize(arrays.x, host, *mirror, arrays.mean, arrays.var, 0.1, None, y)
+    rtol = 8 * HALF_ULP["float64"]
+    np.testing.assert_allclose(ours, theirs, rtol=rtol, atol=0)
+    arrays.close(out, y, 4, 4)
+    np.testing.assert_allclose(to_numpy(mean), arrays.mean, rtol=2.0**-23)
+    np.testing.assert_allclose(to_numpy(var), arrays.var, rtol=rtol)
+    assert int(counter) == 3
+
+
+@pytest.mark.parametrize("target", ["x", "residual"])
+@on_cases
+def test_bn_normalize_in_place(rng, shape, dtype, offset, target):
+    arrays = Arrays(rng, shape, dtype, offset, has_residual=True)
+    x, residual, mean, var = arrays.on_device("x", "residual", "mean", "var")
+    out = arrays.empty()
+    step = (x, None, EPS, None, None, residual, "relu", mean, var, 0.1, None)
+    cupy_ops.bn_normalize(*step, out)
+    expected = bits(out)
+    into = {"x": x, "residual": residual}[target]
+    cupy_ops.bn_normalize(*step, into)
+    assert bits(into) == expected
+
+
+@ACTIVATIONS
+@RESIDUALS
+@on_cases
+def test_bn_backward_reduce(rng, shape, dtype, offset, activation, has_residual):
+    arrays = Arrays(rng, shape, dtype, offset, has_residual)
+    dy, x, residual, weight, bias = arrays.on_device("dy", "x", "residual", "weight", "bias")
+    statistics = Statistics(*map(cp.asarray, (arrays.mean.astype(np.float64), arrays.var)))
+    ours = to_host(cupy_ops.bn_backward_reduce(dy, x, statistics, EPS, weight, bias, residual, activation))
+    host = (to_host(statistics), EPS, arrays.weight, arrays.bias, arrays.residual, activation)
+    theirs = numpy_ops.bn_backward_reduce(arrays.dy, arrays.x, *host)
+    g = np.abs(arrays.dy.astype(np.float64))
+    xhat = (arrays.x.astype(np.float64) - arrays.mean[:, None]) / np.sqrt(arrays.var + EPS)[:, None]
+    for a, b, terms in zip(ours, theirs, (g, g * np.abs(xhat)), strict=True):
+        assert np.all(np.abs(a.sum(0) - b[0]) <= 32 * arrays.unit * terms.sum((0, 2)))
+
+
+@ACTIVATIONS
+@RESIDUALS
+@on_cases
+def test_bn_backward_input(rng, shape, dtype, offset, activation, has_residual):
+    """From the same statistics and one part of sums, to the bit, in training and in eval."""
+    arrays = Arrays(rng, shape, dtype, offset, has_residual)
+    dy, x, residual, weight, bias = arrays.on_device("dy", "x", "residual", "weight", "bias")
+    C = shape[1]
+    statistics = Statistics(arrays.mean.astype(np.float64), arrays.var)
+    sums = Sums(*rng.standard_normal((2, 1, C)) * (arrays.x.size / C))
+    on_device = [type(t)(*map(cp.asarray, t)) for t in (statistics, sums)]
+    for inv_count in C / arrays.x.size, 0.0:
+        dx, dresidual = arrays.empty(), arrays.empty()
+        dweight, dbias = to_device(np.zeros(C, dtype)), to_device(np.zeros(C))
+        step = (EPS, weight, bias, residual, activation, on_device[1], inv_count, dx, dresidual, dweight, dbias)
+        cupy_ops.bn_backward_input(dy, x, on_device[0], *step)
+        expected = [np.empty_like(arrays.x), np.empty_like(arrays.x), np.empty(C, dtype), np.empty(C)]
+        mirror = (EPS, arrays.weight, arrays.bias, arrays.residual, activation, sums, inv_count, *expected)
+        numpy_ops.bn_backward_input(arrays.dy, arrays.x, statistics, *mirror)
+        for ours, theirs in zip((dx, dresidual, dweight, dbias), expected, strict=True):
+            np.testing.assert_array_equal(to_numpy(ours).astype(np.float64), theirs.astype(np.float64))
+
+
+@pytest.mark.parametrize("shape", [(4, 5, 40), (40, 5, 1)], ids=str)
+def test_sums_of_many_parts(rng, shape):
+    """More parts than threads: each thread adds several."""
+    arrays = Arrays(rng, shape, np.dtype(np.float32), 0)
+    C = shape[1]
+    dy, x = arrays.on_device("dy", "x")
+    statistics = Statistics(arrays.mean.astype(np.float64), arrays.var)
+    sums = Sums(*rng.standard_normal((2, 1000, C)))
+    parts = Moments(rng.integers(1, 9, 1000).astype(float), *rng.uniform(1, 2, (2, 1000, C)))
+    dweight, dbias, dx = np.empty(C), np.empty(C), np.empty_like(arrays.x)
+    host = (EPS, None, None, None, None)
+    numpy_ops.bn_backward_input(arrays.dy, arrays.x, statistics, *host, sums, 0.01, dx, None, dweight, dbias)
+    ours = [to_device(np.zeros_like(a)) for a in (dx, dweight, dbias)]
+    given = [type(t)(*(None if f is None else cp.asarray(f) for f in t)) for t in (statistics, sums, parts)]
+    cupy_ops.bn_backward_input(dy, x, given[0], *host, given[1], 0.01, ours[0], None, *ours[1:])
+    np.testing.assert_allclose(to_numpy(ours[1]), dweight, rtol=1e-12)
+    np.testing.assert_allclose(to_numpy(ours[2]), dbias, rtol=1e-12)
+    arrays.close(ours[0], dx, 4, 4)
+
+    none = (None, None, None, None)
+    merged = cupy_ops.bn_normalize(x, given[2], *host, *none, ours[0])
+    mirrored = numpy_ops.bn_normalize(arrays.x, parts, *host, *none, dx)
+    np.testing.assert_allclose(to_host(merged), mirrored, rtol=1e-12)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The same bits, whatever the index type, the device and the order of threads
+
+
+def all_results(rng, shape, dtype, offset=0, training=True):
+    """Forward and backward through the public functions, with everything fused: the bits of all that comes out."""
+    arrays = Arrays(rng, shape, np.dtype(dtype), offset, has_residual=True)
+    x, residual, weight, bias, mean, dy = arrays.on_device("x", "residual", "weight", "bias", "mean", "dy")
+    var = cp.asarray(arrays.var)
+    y, vjp_fn = F.batch_norm_vjp(x, mean, var, weight, bias, training, residual=residual, activation="relu")
+    return bits(y, mean, var, *vjp_fn(dy), *F.moments(x))
+
+
+VARIED = pytest.mark.parametrize("shape", [(6, 5, 49), (2, 3, 20011), (1029, 3, 1), (9001, 6, 1), (45, 301, 1)], ids=str)
+
+
+@VARIED
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.name)
+def test_64_bit_indices(shape, dtype, offset, monkeypatch):
+    expected = all_results(np.random.default_rng(0), shape, dtype, offset)
+    monkeypatch.setattr(cupy_ops, "MOST_INT", 0)
+    assert all_results(np.random.default_rng(0), shape, dtype, offset) == expected
+
+
+@only_emulated
+@VARIED
+@pytest.mark.parametrize("training", [True, False])
+def test_every_device_gets_the_same_bits(shape, training):
+    results = []
+    for properties in emulator.H200, emulator.T4, emulator.Properties(multiprocessors=1):
+        with emulator.pretend(properties):
+            results.append(all_results(np.random.default_rng(0), shape, np.float32, training=training))
+    assert results[0] == results[1] == results[2]
+
+
+@VARIED
+def test_every_run_gets_the_same_bits(shape, monkeypatch):
+    """In whatever order threads and blocks run."""
+    results = []
+    for seed in range(4):
+        if emulator is not None:
+            monkeypatch.setattr(emulator, "seed", seed)
+        results.append(all_results(np.random.default_rng(0), shape, np.float32))
+    assert all(result == results[0] for result in results)
+
+
+def test_grids_of_more_blocks_than_a_grid_is_high(rng):
+    """No 65535."""
+    shape = (2, 70001, 2)
+    expected = (rng.standard_normal(shape) * 2 + 3).astype(np.float32)
+    with np.errstate(divide="ignore"):
+        y = to_numpy(F.batch_norm(cp.asarray(expected), None, None, training=True))
+    np.testing.assert_allclose(y, numpy_forward(expected), atol=1e-5)
+    flat = np.ascontiguousarray(expected.transpose(1, 2, 0).reshape(140002, 2))
+    np.testing.assert_allclose(
+        to_numpy(F.batch_norm(cp.asarray(flat), None, None, training=True)), numpy_forward(flat), atol=1e-5
+    )
+
+
+def numpy_forward(x):
+    return F.batch_norm(x, None, None, training=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Launches and traffic: what the stand-in counts
+
+
+def record(call):
+    with emulator.record() as launches:
+        call()
+    return launches
+
+
+LAYOUTS = {"channels first": ((16, 64, 28, 28), 1), "channels last": ((1, 28, 28, 4096), -1)}
+
+
+@only_emulated
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.name)
+def test_launches_and_traffic(rng, layout, activation, dtype, monkeypatch):
+    """Training forward 2 launches and 3 passes over the tensor, inference 1 and 2, backward 2 and 5; ReLU is free.
+
+    On a device with few multiprocessors: each block reads the parts of its channels, which is little if blocks are large.
+    """
+    monkeypatch.setattr(emulator, "devices", [emulator.T4])
+    shape, axis = layout
+    x = cp.asarray(rng.standard_normal(shape).astype(dtype))
+    vectors = [cp.ones(shape[axis], np.float32) for _ in range(4)]
+    options = {"channel_axis": axis, "activation": activation}
+    counter = cupybn.BatchNorm2d(shape[axis], channel_axis=axis, activation=activation, device="cuda:0")
+    found = {}
+
+    def check(name, call, names, passes):
+        launches = record(lambda: found.update({name: call()}))
+        assert [launch.name for launch in launches] == names
+        moved = sum(launch.bytes_read + launch.bytes_written for launch in launches)
+        assert moved == pytest.approx(passes * x.nbytes, rel=0.02), f"{moved / x.nbytes:.3f} passes"
+
+    steps = ["bn_stats", "bn_normalize", "bn_backward_reduce", "bn_backward_input"]
+    check("training", lambda: F.batch_norm_vjp(x, *vectors, True, **options), steps[:2], 3)
+    check("inference", lambda: F.batch_norm_vjp(x, *vectors, False, **options), steps[1:2], 2)
+    check("layer", lambda: counter(x), steps[:2], 3)
+    for name in "training", "inference":
+        check("backward", lambda name=name: found[name][1](x), steps[2:], 5)
+    without = F.batch_norm_vjp(x, *vectors[:2], **options)[1]
+    check("no sums", lambda: without(x), steps[3:], 3)
+
+
+@only_emulated
+def test_a_call_does_not_wait_and_allocates_little(rng):
+    """No host synchronisation; beside the output less than 2 % of the input."""
+    x = cp.asarray(rng.standard_normal((16, 64, 28, 28)).astype(np.float32))
+    layer = cupybn.BatchNorm2d(64, momentum=None, device="cuda:0")
+    layer(x)
+    emulator.reset_usage(0)
+    before = emulator.usage(0).live_bytes
+    with emulator.record_syncs() as syncs:
+        y, vjp_fn = layer.vjp(x)
+        forward = emulator.usage(0).peak_bytes - before
+        vjp_fn(y)
+    assert syncs == []
+    assert forward <= 1.02 * x.nbytes
+    assert emulator.usage(0).peak_bytes - before <= 2.02 * x.nbytes + 64 * 8 * 4
+
+
+@only_emulated
+def test_moments_take_two_launches(rng):
+    x = cp.asarray(rng.standard_normal((4, 3, 5)))
+    assert [launch.name for launch in record(lambda: F.moments(x))] == ["bn_stats", "mean_and_var"]
+
+
+def test_a_copy_of_what_is_not_dense_alone(rng):
+    """Permuted memory is read as it is; a crop through one copy."""
+    x = cp.asarray(rng.standard_normal((4, 9, 9, 6)).astype(np.float32))
+    for view in (x.transpose(0, 3, 1, 2), x.transpose(3, 0, 2, 1), x.transpose(1, 2, 3, 0)):
+        y = F.batch_norm(view, None, None, training=True)
+        assert y.strides == view.strides
+        expected = F.batch_norm(to_numpy(view), None, None, training=True)
+        np.testing.assert_allclose(to_numpy(y), expected, atol=1e-5)
+    crop = x[:, 1:-1, ::2].transpose(0, 3, 1, 2)
+    y = F.batch_norm(crop, None, None, training=True)
+    np.testing.assert_allclose(to_numpy(y), F.batch_norm(to_numpy(crop), None, None, training=True), atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Streams, threads, graphs, devices
+
+
+def test_a_graph_of_a_training_step(rng):
+    """The counter, and momentum=None that depends on it, move at every replay."""
+    x = cp.asarray(rng.standard_normal((8, 3, 5, 7)).astype(np.float32))
+    layer, expected = (cupybn.BatchNorm2d(3, momentum=None, device="cuda:0") for _ in range(2))
+    with cupybn.no_stats_update():
+        y, vjp_fn = layer.vjp(x)  # compiles what the capture must not compile
+        vjp_fn(x)
+    stream = cp.cuda.Stream(non_blocking=True)
+    cp.cuda.get_current_stream().synchronize()
+    with stream:
+        stream.begin_capture()
+        y, vjp_fn = layer.vjp(x)
+        grads = vjp_fn(x)
+        graph = stream.end_capture()
+    assert int(layer.num_batches_tracked) == 0
+    for scale in 1, 3, 2:
+        x *= scale
+        cp.cuda.get_current_stream().synchronize()
+        graph.launch(stream)
+        stream.synchronize()
+        wanted, vjp_fn = expected.vjp(x)
+        assert bits(y, *grads[:3]) == bits(wanted, *vjp_fn(x)[:3])
+        assert bits(*layer.state_dict().values()) == bits(*expected.state_dict().values())
+    assert int(layer.num_batches_tracked) == 3
+
+
+def test_two_streams_and_two_threads_at_once(rng):
+    from concurrent.futures import ThreadPoolExecutor
+
+    xs = [cp.asarray(rng.standard_normal((8, 5, 7, 9)).astype(np.float32)) for _ in range(4)]
+    expected = [bits(F.batch_norm(x, None, None, training=True)) for x in xs]
+    cp.cuda.get_current_stream().synchronize()
+
+    def work(index):
+        stream = cp.cuda.Stream(non_blocking=True)
+        with cp.cuda.Device(0), stream:
+            results = [F.batch_norm(xs[index], None, None, training=True) for _ in range(5)]
+            stream.synchronize()
+        return [bits(y) == expected[index] for y in results]
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(all(same) for same in pool.map(work, range(4)))
+
+
+def test_arrays_of_a_device_that_is_not_current(rng):
+    with contextlib.ExitStack() as stack:
+        if emulator is not None:
+            stack.enter_context(emulator.pretend(emulator.H200, emulator.T4))
+        elif cp.cuda.runtime.getDeviceCount() < 2:
+            pytest.skip("needs two GPUs")
+        x = rng.standard_normal((8, 3, 5, 7)).astype(np.float32)
+        layer = cupybn.BatchNorm2d(3, device="cuda:1")
+        with cp.cuda.Device(1):
+            on_device = cp.asarray(x)
+        y, vjp_fn = layer.vjp(on_device)
+        grads = vjp_fn(on_device)
+        assert {a.device.id for a in (y, *grads[:3], *layer.state_dict().values())} == {1}
+        assert cp.cuda.runtime.getDevice() == 0
+        with cp.cuda.Device(1):
+            assert bits(y) == bits(cupybn.BatchNorm2d(3, device="cuda:1")(on_device))
+        np.testing.assert_allclose(y.get(), F.batch_norm(x, None, None, training=True), atol=1e-5)
+        with pytest.raises(TypeError, match=r"weight.*cuda:1.*cuda:0"):
+            F.batch_norm(on_device, None, None, cp.ones(3, np.float32), training=True)
