@@ -68,7 +68,7 @@ def signature(name: str) -> tuple[Parameter, ...]:
     """What a kernel takes, in order."""
     stem = name.rpartition("/")[2]
     text = (KERNELS / f"{name}.cu").read_text()
-    head = re.search(rf'extern "C" __global__ void __launch_bounds__\(\w+\) {stem}\((.*?)\) \{{', text, re.DOTALL)
+    head = re.search(rf'extern "C" __global__ void [^(]*\b{stem}\((.*?)\) \{{', text, re.DOTALL)
     assert head is not None, f"{name}.cu has no kernel of its name"
     section, parameters = "inputs", []
     for line in head[1].strip().splitlines():
@@ -130,6 +130,7 @@ class Kernel:
         self.options = tuple(f"-D{key}={getattr(value, 'name', value)}" for key, value in macros.items())
         dtypes = {"data_t*": macros.get("DATA_T"), "double*": np.dtype(np.float64), "long long*": np.dtype(np.int64)}
         self._parameters = {p.name: self._converter(p, dtypes) for p in signature(name)}
+        self._arrays = [p.name for p in signature(name) if p.type == "Vector" or p.type.endswith("*")]
 
     def _converter(self, parameter: Parameter, dtypes: Mapping[str, Any]) -> Callable[[Any], Any]:
         """From the argument as it was given to what CuPy is to pass on."""
@@ -156,11 +157,14 @@ class Kernel:
         """
         if arguments.keys() != self._parameters.keys():
             odd = sorted(arguments.keys() ^ self._parameters.keys())
-            raise TypeError(f"{self.name}: expected {', '.join(self._parameters)} (missing or unknown: {', '.join(odd)})")
+            raise TypeError(
+                f"{self.name}: expected {', '.join(self._parameters)} (missing or unknown: {', '.join(odd)})"
+            )
         values = [convert(arguments[name]) for name, convert in self._parameters.items()]
         device = _cupy().cuda.runtime.getDevice()
-        for name, array in arguments.items():
-            if hasattr(array, "dtype") and array.data.device_id != device:
+        for name in self._arrays:
+            array = arguments[name]
+            if array is not None and array.data.device_id != device:
                 raise ValueError(f"{self.name}: expected {name} on device {device} (got {array.data.device_id})")
         self.raw(grid, (block,), values)
 
@@ -181,4 +185,3 @@ def _cupy() -> Any:
     import cupy
 
     return cupy
-

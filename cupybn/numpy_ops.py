@@ -109,9 +109,7 @@ def _sample_mean(x: Array) -> Array:
     return np.where(spread > 0, np.round(mean / grid) * grid, mean)
 
 
-def _moments_about(
-    center: Array, x: Array, dtype: npt.DTypeLike, scratch: Array | None = None
-) -> tuple[Array, Array]:
+def _moments_about(center: Array, x: Array, dtype: npt.DTypeLike, scratch: Array | None = None) -> tuple[Array, Array]:
     """Mean and m2, from sums about a center."""
     center = center.astype(dtype)
     scratch = _usable(scratch, dtype)

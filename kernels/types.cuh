@@ -25,6 +25,13 @@ struct Accumulation<double> {
     typedef double type;
 };
 
+// Instances that are rare may have as many registers as they like: the compiler's own choice makes some of them spill.
+#if VECTORIZED && INDEX_BITS == 32
+#define LAUNCH_BOUNDS __launch_bounds__(THREADS)
+#else
+#define LAUNCH_BOUNDS __launch_bounds__(THREADS, 1)
+#endif
+
 typedef DATA_T data_t;                        // of the arrays
 typedef Accumulation<data_t>::type acc_t;     // of the arithmetic
 #if INDEX_BITS == 64

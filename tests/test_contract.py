@@ -49,7 +49,9 @@ def results(function):
 
 
 def test_every_step_has_a_kernel_for_each_layout():
-    assert sorted(KERNEL_NAMES) == sorted([f"{layout}/{step}" for layout in LAYOUTS for step in STEPS] + ["mean_and_var"])
+    assert sorted(KERNEL_NAMES) == sorted(
+        [f"{layout}/{step}" for layout in LAYOUTS for step in STEPS] + ["mean_and_var"]
+    )
 
 
 def test_mirrors_and_launchers_are_the_same_functions():
@@ -57,7 +59,9 @@ def test_mirrors_and_launchers_are_the_same_functions():
         return {
             name: list(inspect.signature(function).parameters.values())
             for name, function in inspect.getmembers(module, inspect.isfunction)
-            if not name.startswith("_") and function.__module__ == module.__name__ and name not in FROM_FUSED | {"merge"}
+            if not name.startswith("_")
+            and function.__module__ == module.__name__
+            and name not in FROM_FUSED | {"merge"}
         }
 
     mirrors, launchers = steps(numpy_ops), steps(cupy_ops)
@@ -92,7 +96,7 @@ def test_both_layouts_take_the_same(step):
 def test_source(name):
     """One kernel of the file's name, a header that names the mirror, a shape on every pointer, no header of CUDA."""
     text = (KERNELS / f"{name}.cu").read_text()
-    assert re.findall(r"__global__ void __launch_bounds__\(THREADS\) (\w+)\(", text) == [stem(name)]
+    assert re.findall(r"__global__ void LAUNCH_BOUNDS (\w+)\(", text) == [stem(name)]
     assert text.count("__global__") == 1
     head = text.partition("\n\n")[0]
     assert head.startswith(f"// {stem(name)}: ")

@@ -27,7 +27,6 @@ def fake_cupy(monkeypatch):
         cupy = types.ModuleType("cupy")
         cupy.cuda = types.SimpleNamespace(is_available=lambda: available, runtime=runtime)
         monkeypatch.setitem(sys.modules, "cupy", cupy)
-    
 
     return install
 

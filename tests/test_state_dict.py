@@ -276,7 +276,11 @@ def test_a_counter_that_is_not_0_d_has_a_wrong_shape(device, rng, counter, stric
     assert "num_batches_tracked" in message
 
 
-@pytest.mark.parametrize("value", ["text", None, [[1.0], [2.0, 3.0]], [1j, 2j, 3j], object()], ids=["text", "None", "ragged", "complex", "object"])
+@pytest.mark.parametrize(
+    "value",
+    ["text", None, [[1.0], [2.0, 3.0]], [1j, 2j, 3j], object()],
+    ids=["text", "None", "ragged", "complex", "object"],
+)
 def test_what_is_not_an_array_of_numbers(device, rng, value):
     """The last entry of the state, so that all others could have been loaded before it."""
     state = a_state(rng, running_var=None)

@@ -17,7 +17,7 @@ DEVICE Moments merge_parts(const double* count, const double* mean, const double
     return block_merge(own);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) bn_normalize(
+extern "C" __global__ void LAUNCH_BOUNDS bn_normalize(
     const data_t* x,                         // [N, C, L]
     const double* moments_count,             // [P] or null: normalise with the running statistics
     const double* moments_mean,              // [P, C] or null

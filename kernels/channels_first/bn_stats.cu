@@ -39,7 +39,7 @@ DEVICE Moments chunk_moments(const raw_t (&raw)[LOADS], const Slot (&slots)[LOAD
     return from_sums(count, pivot, offset, sum_d, sum_dd);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) bn_stats(
+extern "C" __global__ void LAUNCH_BOUNDS bn_stats(
     const data_t* x,                         // [N, C, L]
     const long long* num_batches_tracked,    // [] or null
     // outputs

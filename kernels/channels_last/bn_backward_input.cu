@@ -8,7 +8,7 @@
 
 constexpr int LOADS = 2;  // in flight, of each array
 
-extern "C" __global__ void __launch_bounds__(THREADS) bn_backward_input(
+extern "C" __global__ void LAUNCH_BOUNDS bn_backward_input(
     const data_t* dy,                        // [M, C]
     const data_t* x,                         // [M, C]
     const double* statistics_mean,           // [C]

@@ -28,7 +28,7 @@ DEVICE bool add_chunk(const raw_t (&dy)[LOADS], const raw_t (&x)[LOADS], const R
     return true;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) bn_backward_reduce(
+extern "C" __global__ void LAUNCH_BOUNDS bn_backward_reduce(
     const data_t* dy,                        // [M, C]
     const data_t* x,                         // [M, C]
     const double* statistics_mean,           // [C]

@@ -9,7 +9,7 @@
 
 constexpr int LOADS = 4;  // in flight
 
-extern "C" __global__ void __launch_bounds__(THREADS) bn_normalize(
+extern "C" __global__ void LAUNCH_BOUNDS bn_normalize(
     const data_t* x,                         // [M, C]
     const double* moments_count,             // [P] or null: normalise with the running statistics
     const double* moments_mean,              // [P, C] or null

@@ -28,7 +28,7 @@ DEVICE Moments chunk_moments(const raw_t (&raw)[LOADS], int count, int e, bool& 
     return from_sums(count, pivot, offset, sum_pairs(d), sum_dd);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) bn_stats(
+extern "C" __global__ void LAUNCH_BOUNDS bn_stats(
     const data_t* x,                         // [M, C]
     const long long* num_batches_tracked,    // [] or null
     // outputs

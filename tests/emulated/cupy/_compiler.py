@@ -14,18 +14,27 @@ from collections.abc import Sequence
 from pathlib import Path
 
 RUNTIME = Path(__file__).parent / "runtime"
-GLOBAL = re.compile(
-    r'extern\s+"C"\s+__global__\s+void\s+(?:__launch_bounds__\s*\([^)]*\)\s*)?(\w+)\s*\('
-    r'|extern\s+"C"\s+__global__\s+__launch_bounds__\s*\([^)]*\)\s*void\s+(\w+)\s*\('
-)
+BOUNDS = r"__launch_bounds__\s*\([^)]*\)\s*|[A-Z_]+\s+"  # or a macro for them
+GLOBAL = re.compile(rf'extern\s+"C"\s+__global__\s+(?:{BOUNDS})?void\s+(?:{BOUNDS})?(\w+)\s*\(')
 DYNAMIC = re.compile(r"extern\s+__shared__\s+(?:__align__\s*\(\s*\d+\s*\)\s*)?([\w:][\w: ]*?)\s+(\w+)\s*\[\s*\]\s*;")
 MOST_SHARED = 227 << 10
 
-CHECKS = ("alignment", "bounds", "null", "signed-integer-overflow", "integer-divide-by-zero", "shift", "bool")
+CHECKS = (
+    "alignment",
+    "bool",
+    "bounds",
+    "integer-divide-by-zero",
+    "null",
+    "return",
+    "shift",
+    "signed-integer-overflow",
+    "unreachable",
+)
 FLAGS = (
     "-std=c++17",
     "-O1",
     "-g1",
+    "-gdwarf-4",  # of version 5, some addr2line take the first file for the second
     "-w",
     "-fPIC",
     "-fno-gnu-unique",  # each module has shared memory of its own
@@ -34,6 +43,9 @@ FLAGS = (
     "-ffp-contract=off",
     "-fsanitize=thread," + ",".join(CHECKS),
 )
+# Without the libraries of the sanitizers. Without the files that C++ starts with: what kernels share is then all that
+# there is of zeroed memory.
+LINK_FLAGS = ("-nostartfiles", "-Wl,-Bsymbolic")
 
 
 class CompileException(Exception):  # noqa: N818 - its name in CuPy
@@ -56,6 +68,12 @@ def compiler() -> tuple[str, str]:
     return path, _run([path, "--version"])
 
 
+def _garbage() -> tuple[str, ...]:
+    """Fill local variables with garbage, where g++ can: what another thread left in a stack looks all too fine."""
+    major = re.search(r"\b(\d+)\.\d+\.\d+", compiler()[1])
+    return ("-ftrivial-auto-var-init=pattern",) if major and int(major[1]) >= 12 else ()
+
+
 def _run(command: Sequence[str | Path]) -> str:
     # In the root folder, from which the files that #line names are said to be.
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd="/")
@@ -64,18 +82,18 @@ def _run(command: Sequence[str | Path]) -> str:
     return done.stdout
 
 
-def _build(text: str, flags: Sequence[str]) -> Path:
+def _build(text: str, flags: Sequence[str], link_flags: Sequence[str] = ()) -> Path:
     """A shared library of this text, out of the cache if it is there."""
     path, version = compiler()
     surroundings = "".join((RUNTIME / name).read_text() for name in ("device.h", "runtime.cpp"))
-    key = hashlib.sha256("\0".join((text, version, surroundings, *flags)).encode()).hexdigest()[:32]
+    key = hashlib.sha256("\0".join((text, version, surroundings, *flags, *link_flags)).encode()).hexdigest()[:32]
     library = cache_folder() / f"{key}.so"
     if not library.exists():
         with tempfile.TemporaryDirectory(dir=cache_folder()) as folder:
             source, compiled, linked = (Path(folder) / name for name in ("kernel.cpp", "kernel.o", "kernel.so"))
             source.write_text(text)
             _run([path, *flags, "-c", source, "-o", compiled])
-            _run([path, "-shared", "-Wl,-Bsymbolic", compiled, "-o", linked, "-ldl"])  # without sanitizers' libraries
+            _run([path, "-shared", *link_flags, compiled, "-o", linked, "-ldl"])
             linked.replace(library)
     return library
 
@@ -91,18 +109,27 @@ def runtime() -> ctypes.CDLL:
 class Parameter(ctypes.Structure):
     """A parameter of a kernel as the compiler saw it: the struct of the same shape in ``device.h``."""
 
-    _fields_ = (("size", ctypes.c_int), ("kind", ctypes.c_char), ("pointee", ctypes.c_char), ("pointee_size", ctypes.c_int))
+    _fields_ = (
+        ("size", ctypes.c_int),
+        ("kind", ctypes.c_char),
+        ("pointee", ctypes.c_char),
+        ("pointee_size", ctypes.c_int),
+    )
 
 
 class Module:
     """The kernels of a text."""
 
     def __init__(self, code: str, options: Sequence[str]) -> None:
-        self.names = [a or b for a, b in GLOBAL.findall(code)]
-        self.dynamic = [name for _, name in DYNAMIC.findall(code)]
-        definitions = [
-            f'extern "C++" {{ alignas(16) __attribute__((visibility("default"))) {kind} {name}[{MOST_SHARED} / sizeof({kind})]; }}'
-            for kind, name in dict.fromkeys(DYNAMIC.findall(code))
+        self.names = GLOBAL.findall(code)
+        dynamic = sorted({name for _, name in DYNAMIC.findall(code)})
+        if len(dynamic) > 1:
+            raise CompileException("the stand-in for CuPy knows one extern __shared__ array")
+        self.dynamic = dynamic[0] if dynamic else None
+        definitions = [  # in assembler, which does not mind as what kernels declare it
+            rf'asm(".pushsection .bss\n.balign 32\n.globl {name}\n.type {name}, %object\n'
+            rf'.size {name}, {MOST_SHARED}\n{name}: .zero {MOST_SHARED}\n.popsection");'
+            for name in dynamic
         ]
         text = "\n".join(
             [
@@ -116,7 +143,7 @@ class Module:
             ]
         )
         runtime()
-        self.path = _build(text, (*FLAGS, f"-I{RUNTIME}", *_translate(options)))
+        self.path = _build(text, (*FLAGS, *_garbage(), f"-I{RUNTIME}", *_translate(options)), LINK_FLAGS)
         self.library = ctypes.CDLL(str(self.path))
         begin, end = ctypes.c_void_p(), ctypes.c_void_p()
         self.library.emulated_shared(ctypes.byref(begin), ctypes.byref(end))
@@ -137,14 +164,14 @@ class Module:
 
     def dynamic_shared(self) -> int:
         """The address of dynamic shared memory; 0 if no kernel has any."""
-        if not self.dynamic:
+        if self.dynamic is None:
             return 0
-        return ctypes.addressof(ctypes.c_char.in_dll(self.library, self.dynamic[0]))
+        return ctypes.addressof(ctypes.c_char.in_dll(self.library, self.dynamic))
 
     def static_shared(self) -> int:
-        """Bytes of static shared memory, of all kernels of the module together."""
+        """Bytes of static shared memory, of all kernels of the module together; alignment blurs the last 32."""
         begin, end = self.shared
-        return end - begin - MOST_SHARED * len(set(self.dynamic))
+        return (end - begin - (0 if self.dynamic is None else MOST_SHARED)) // 32 * 32
 
     def place(self, pc: int) -> str:
         """File and line of an address, the innermost function first."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from cupy import _memory, emulator
-from cupy._compiler import Module, Parameter, runtime
+from cupy._compiler import MOST_SHARED, Module, Parameter, runtime
 from cupy._ndarray import byte_range, ndarray
 from cupy.cuda import Device, get_current_stream
 from cupy.cuda import runtime as cuda_runtime
@@ -21,16 +22,19 @@ class EmulationError(RuntimeError):
 
 
 class _Range(ctypes.Structure):
+    """Memory that a kernel may touch."""
+
     _fields_ = (
         ("begin", ctypes.c_uint64),
         ("end", ctypes.c_uint64),
         ("initialised", ctypes.c_void_p),
-        ("granule", ctypes.c_uint64),
         ("name", ctypes.c_char_p),
     )
 
 
 class _Result(ctypes.Structure):
+    """What a launch did."""
+
     _fields_ = (
         ("bytes_read", ctypes.c_uint64),
         ("bytes_written", ctypes.c_uint64),
@@ -59,7 +63,7 @@ class RawModule:
         self.code, self.options, self.backend = code, tuple(options), backend
         self._module: Module | None = None
 
-    def compile(self, log_stream: Any = None) -> None:
+    def compile(self, log_stream: Any = None) -> None:  # noqa: ARG002
         """Compile, unless it is done."""
         if self._module is None:
             self._module = Module(self.code, self.options)
@@ -91,7 +95,7 @@ class RawKernel:
         self.max_dynamic_shared_size_bytes = 48 << 10
         self._module: Module | None = None
 
-    def compile(self, log_stream: Any = None) -> None:
+    def compile(self, log_stream: Any = None) -> None:  # noqa: ARG002
         """Compile, unless it is done."""
         if self._module is None:
             self._module = Module(self.code, self.options)
@@ -120,11 +124,16 @@ class RawKernel:
         stream = get_current_stream() if stream is None else stream
         device = Device()
         dims = _dims("grid", grid, (2**31 - 1, 65535, 65535)), _dims("block", block, (1024, 1024, 64))
+        if math.prod(dims[0]) * math.prod(dims[1]) >= 2**30:
+            raise NotImplementedError("the stand-in for CuPy runs fewer than 2**30 threads")
         self._check_size(dims[1], shared_mem, module)
         parameters = module.parameters(self.name)
         if len(args) != len(parameters):
             raise TypeError(f"{self.name}: expected {len(parameters)} arguments (got {len(args)})")
-        values = [_Value(f"{self.name}: argument {i}", p, a, device.id) for i, (p, a) in enumerate(zip(parameters, args, strict=True))]
+        values = [
+            _Value(f"{self.name}: argument {i}", parameter, argument, device.id)
+            for i, (parameter, argument) in enumerate(zip(parameters, args, strict=True))
+        ]
 
         def run() -> None:
             result = _launch(module, self.name, dims, shared_mem, values)
@@ -141,7 +150,7 @@ class RawKernel:
 
     def _check_size(self, block: tuple[int, ...], shared_mem: int, module: Module) -> None:
         properties = emulator.devices[Device().id]
-        if np.prod(block) > properties.threads_per_block:
+        if math.prod(block) > properties.threads_per_block:
             raise cuda_runtime.CUDARuntimeError(f"cudaErrorInvalidConfiguration: {block} threads in a block")
         shared = module.static_shared() + shared_mem
         if shared > min(max(self.max_dynamic_shared_size_bytes, 48 << 10), properties.shared_memory_per_block_optin):
@@ -160,7 +169,7 @@ class _Value:
 
     def __init__(self, name: str, parameter: Parameter, argument: Any, device: int) -> None:
         self.argument = argument  # keeps its memory
-        self.extents: list[tuple[Any, int, int, int]] = []  # allocation, begin, end, bytes of an element
+        self.extents: list[tuple[_memory.Allocation, int, int]] = []  # each with begin and end
         kind, data = self._bytes(name, argument, device)
         expected = parameter.kind.decode()
         if expected != kind or parameter.size != len(data):
@@ -182,10 +191,10 @@ class _Value:
         if isinstance(argument, ndarray):
             if argument.device.id != device:
                 raise ValueError(f"{name}: expected an array on device {device} (got one on {argument.device.id})")
-            self.extents = [(argument._allocation, *byte_range(argument), argument.itemsize)]
+            self.extents = [(argument._allocation, *byte_range(argument))]
             return "p", np.uint64(argument.data.ptr).tobytes()
         if isinstance(argument, _memory.MemoryPointer):
-            self._point_to(argument.ptr, 1)
+            self._point_to(argument.ptr)
             return "p", np.uint64(argument.ptr).tobytes()
         if isinstance(argument, bool):
             return "i", np.bool_(argument).tobytes()
@@ -198,14 +207,14 @@ class _Value:
         if isinstance(argument, np.ndarray) and argument.size == 1:
             for field in argument.dtype.names or ():
                 if argument.dtype[field] == np.uint64:  # a pointer, as far as one can see
-                    self._point_to(int(argument[field].item()), 1)
+                    self._point_to(int(argument[field].item()))
             return "s", argument.tobytes()
         raise TypeError(f"{name}: unsupported type {type(argument)}")
 
-    def _point_to(self, ptr: int, itemsize: int) -> None:
+    def _point_to(self, ptr: int) -> None:
         allocation = _memory.find(ptr)
         if allocation is not None:
-            self.extents.append((allocation, allocation.ptr, allocation.ptr + allocation.nbytes, itemsize))
+            self.extents.append((allocation, allocation.ptr, allocation.ptr + allocation.nbytes))
 
 
 def _describe(kind: str, size: int) -> str:
@@ -213,27 +222,40 @@ def _describe(kind: str, size: int) -> str:
     return f"{name} of {size} bytes"
 
 
-def _launch(
-    module: Module, name: str, dims: tuple[tuple[int, int, int], tuple[int, int, int]], shared_mem: int, values: list[_Value]
-) -> _Result:
-    extents: dict[int, list[Any]] = {}  # by allocation: all that the arguments see of it
-    for index, value in enumerate(values):
-        for allocation, begin, end, itemsize in value.extents:
-            known = extents.setdefault(allocation.ptr, [allocation, begin, end, itemsize, []])
-            known[1:4] = min(known[1], begin), max(known[2], end), min(known[3], itemsize)
-            known[4].append(str(index))
-    ranges = (_Range * len(extents))(
-        *(
-            _Range(
-                begin,
-                end,
-                allocation.initialised.ctypes.data + begin - allocation.ptr,
-                itemsize,
-                f"argument {' and '.join(names)}".encode(),
-            )
-            for allocation, begin, end, itemsize, names in extents.values()
-        )
+def _ranges(values: list[_Value]) -> list[_Range]:
+    """The memory that the arguments see, by address; what several of them see is one range."""
+    extents = sorted(
+        ((begin, end, index, allocation) for index, v in enumerate(values) for allocation, begin, end in v.extents),
+        key=lambda extent: extent[:3],
     )
+    merged: list[tuple[int, int, list[int], _memory.Allocation]] = []
+    for begin, end, index, allocation in extents:
+        if begin == end:
+            continue
+        if merged and begin < merged[-1][1]:
+            first, last, indices, _ = merged[-1]
+            merged[-1] = first, max(last, end), sorted({*indices, index}), allocation
+        else:
+            merged.append((begin, end, [index], allocation))
+    return [
+        _Range(
+            begin,
+            end,
+            allocation.initialised.ctypes.data + begin - allocation.ptr,
+            f"argument {' and '.join(map(str, indices))}".encode(),
+        )
+        for begin, end, indices, allocation in merged
+    ]
+
+
+def _launch(
+    module: Module,
+    name: str,
+    dims: tuple[tuple[int, int, int], tuple[int, int, int]],
+    shared_mem: int,
+    values: list[_Value],
+) -> _Result:
+    ranges = _ranges(values)
     arguments = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value.data) for value in values))
     result = _Result()
     begin, end = module.shared
@@ -247,8 +269,9 @@ def _launch(
             ctypes.c_void_p(end),
             ctypes.c_void_p(module.dynamic_shared()),
             ctypes.c_size_t(shared_mem),
-            ranges,
-            len(extents),
+            ctypes.c_size_t(MOST_SHARED),
+            (_Range * len(ranges))(*ranges),
+            len(ranges),
             ctypes.c_uint64(emulator.seed),
             1,
             ctypes.byref(result),

@@ -23,9 +23,11 @@ using std::sqrt;
 #define __forceinline__ inline
 #define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
-#define __align__(n) alignas(n)
+#define __align__(n) __attribute__((aligned(n)))
 #define __constant__ static const
-#define __shared__ static  // blocks run one after the other; extern __shared__ becomes extern __dynamic_shared__
+// Blocks run one after the other. "used": what is never written must not become a constant. extern __shared__ becomes
+// extern __dynamic_shared__.
+#define __shared__ static __attribute__((used))
 #define __dynamic_shared__
 #define EMULATED_UNCHECKED __attribute__((no_sanitize("thread"), no_sanitize("undefined")))
 #define EMULATED_EXPORTED EMULATED_UNCHECKED __attribute__((visibility("default")))
@@ -72,7 +74,7 @@ void emulated_exchange(const char* what, unsigned mask, const void* value, void*
 // A bit for each lane of the mask whose value is not 0.
 unsigned emulated_ballot(const char* what, unsigned mask, int predicate, const char* file, int line);
 unsigned emulated_lane();
-void emulated_atomic(const void* p, size_t size);
+void emulated_atomic(const void* p, size_t size, const void* pc);
 }
 
 #define threadIdx (emulated_thread_idx())
@@ -169,6 +171,10 @@ inline int __double2hiint(double x) { return (int)(emulated_bits<unsigned long l
 inline double __hiloint2double(int hi, int lo) {
     return emulated_bits<double>((unsigned long long)(unsigned)hi << 32 | (unsigned)lo);
 }
+inline float __double2float_rz(double x) {
+    const float nearest = (float)x;
+    return std::fabs((double)nearest) > std::fabs(x) ? std::nextafter(nearest, 0.0f) : nearest;
+}
 inline float __fmul_rn(float a, float b) { return a * b; }  // compiled without contraction
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
@@ -192,8 +198,8 @@ inline std::common_type_t<A, B> max(A a, B b) {
 
 // Of integers alone: the order of atomics on floats is not repeatable.
 template <class T>
-EMULATED_UNCHECKED T atomicAdd(T* p, std::enable_if_t<std::is_integral<T>::value, T> value) {
-    emulated_atomic(p, sizeof(T));  // threads are switched at barriers only: the rest needs no lock
+EMULATED_UNCHECKED __noinline__ T atomicAdd(T* p, std::enable_if_t<std::is_integral<T>::value, T> value) {
+    emulated_atomic(p, sizeof(T), __builtin_return_address(0));  // threads are switched at barriers only: the rest needs no lock
     const T old = *p;
     *p = old + value;
     return old;
