@@ -79,25 +79,21 @@ def cuda_missing() -> str:
 
 
 def empty(shape: tuple[int, ...], like: Any, dtype: npt.DTypeLike | None = None) -> Any:
-    """A new array of the kind and on the device of another one, and with its dtype unless told otherwise."""
-    dtype = like.dtype if dtype is None else dtype
-    if kind(like) == "numpy":
-        return np.empty(shape, dtype)
-    with like.device:
-        return _cupy().empty(shape, dtype)
+    """A new array of the kind of another one, on the current device, and with its dtype unless told otherwise."""
+    xp = np if kind(like) == "numpy" else _cupy()
+    return xp.empty(shape, like.dtype if dtype is None else dtype)
 
 
 def empty_like(vector: Any) -> Any:
-    """A new C-contiguous array of the same shape, dtype and kind, on the same device."""
+    """A new C-contiguous array of the same shape, dtype and kind, on the current device."""
     return empty(vector.shape, vector)
 
 
 def zeros_like(vector: Any) -> Any:
-    """Zeros of the same shape, dtype and kind, on the same device."""
-    if kind(vector) == "numpy":
-        return np.zeros(vector.shape, vector.dtype)
-    with vector.device:
-        return _cupy().zeros(vector.shape, vector.dtype)
+    """The same, of zeros."""
+    zeros = empty_like(vector)
+    zeros.fill(0)
+    return zeros
 
 
 def current(array: Any) -> contextlib.AbstractContextManager[Any]:

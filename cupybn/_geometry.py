@@ -25,8 +25,8 @@ CHANNELS_FIRST_MAP = 16
 """Channels first: blocks for each multiprocessor of an elementwise step, two rounds of what one holds."""
 
 TILE_PACKS = 4
-"""Channels last: packs of a row that a block takes, 64 bytes. Merging P parts of Q lanes costs P * Q reads in each block;
-narrow tiles make few parts of few lanes."""
+"""Channels last: packs of a row that a block takes, 64 bytes. Merging P parts of Q lanes costs P * Q reads in each
+block; narrow tiles make few parts of few lanes."""
 TILE_ELEMENTS = 32
 """Channels last: elements of a row that a block takes, where memory is not aligned."""
 MOST_LANES = 64
@@ -77,7 +77,7 @@ def channels_first(N: int, C: int, L: int, width: int, multiprocessors: int | No
 
 
 def channels_last(M: int, C: int, width: int, multiprocessors: int | None) -> Geometry:
-    """Block (t, s) takes a tile of the columns of packs and a share of the super-rows; see ``channels_last/columns.cuh``.
+    """Block (t, s) takes a tile of columns of packs and a share of the super-rows; see ``channels_last/columns.cuh``.
 
     Parameters
     ----------

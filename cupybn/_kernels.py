@@ -1,8 +1,8 @@
 """The one place that finds, compiles and launches CUDA kernels; it knows nothing of batch norm.
 
-A kernel is the one ``extern "C" __global__`` function of a ``.cu`` file, with the file's name. What it takes is read from
-its source: parameters stand one per line, with a comment that says "or null" where None is meant, and ``// outputs`` and
-``// sizes`` in between. Arguments are given by name, and are checked, because CuPy passes on whatever it gets.
+A kernel is the one ``extern "C" __global__`` function of a ``.cu`` file, with the file's name. What it takes is read
+from its source: parameters stand one per line, with a comment that says "or null" where None is meant, and with
+``// outputs`` and ``// sizes`` in between. Arguments are given by name and checked: CuPy passes on whatever it gets.
 """
 
 from __future__ import annotations
@@ -68,7 +68,9 @@ def signature(name: str) -> tuple[Parameter, ...]:
     """What a kernel takes, in order."""
     stem = name.rpartition("/")[2]
     text = (KERNELS / f"{name}.cu").read_text()
-    head = re.search(rf'extern "C" __global__ void [^(]*\b{stem}\((.*?)\) \{{', text, re.DOTALL)
+    head = re.search(
+        rf'extern "C" __global__ void (?:\w+ |__launch_bounds__\([^)]*\) )?{stem}\((.*?)\) \{{', text, re.DOTALL
+    )
     assert head is not None, f"{name}.cu has no kernel of its name"
     section, parameters = "inputs", []
     for line in head[1].strip().splitlines():

@@ -13,7 +13,6 @@ import numpy as np
 
 from cupybn import _geometry
 from cupybn._devices import empty
-from cupybn._dtypes import accumulation_dtype
 from cupybn._geometry import THREADS, Geometry
 from cupybn._kernels import Kernel, kernel
 from cupybn._moments import Moments, Statistics, Sums
@@ -57,7 +56,7 @@ def mean_and_var(moments: Moments, dtype: np.dtype[Any]) -> tuple[Array, Array]:
     mean, var = empty((C,), moments.mean, dtype), empty((C,), moments.mean, dtype)
     fields = _fields("moments", moments, Moments)
     del fields["moments_batches"]
-    kernel("mean_and_var", DATA_T=dtype, INDEX_BITS=32, THREADS=THREADS).launch(
+    kernel("mean_and_var", **_macros(dtype, False, 32)).launch(
         (math.ceil(C / THREADS),), THREADS, {**fields, "mean": mean, "var": var, "parts": parts, "C": C}
     )
     return mean, var
@@ -199,9 +198,12 @@ def _choose(step: str, x: Array, *others: Array | None) -> tuple[Kernel, Geometr
         layout, geometry = "channels_last", _geometry.channels_last(N, C, width, multiprocessors)
     else:
         layout, geometry = "channels_first", _geometry.channels_first(N, C, L, width, multiprocessors)
-    index_bits = 32 if x.size < MOST_INT else 64
-    macros = {"DATA_T": x.dtype, "VECTORIZED": int(vectorized), "INDEX_BITS": index_bits, "THREADS": THREADS}
-    return kernel(f"{layout}/{step}", **macros), geometry
+    return kernel(f"{layout}/{step}", **_macros(x.dtype, vectorized, 32 if x.size < MOST_INT else 64)), geometry
+
+
+def _macros(dtype: np.dtype[Any], vectorized: bool, index_bits: int) -> dict[str, Any]:
+    """What ``types.cuh`` wants to be told."""
+    return {"DATA_T": dtype, "VECTORIZED": int(vectorized), "INDEX_BITS": index_bits, "THREADS": THREADS}
 
 
 def _multiprocessors(device: int) -> int:

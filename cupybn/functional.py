@@ -259,7 +259,7 @@ def backward(saved: Saved, grad_output: Array) -> BatchNormGrads:
         sums = None
         if call.training or dweight is not None or dbias is not None:
             sums = ops.bn_backward_reduce(*arguments, scratch=dx)
-        inv_count = x.shape[1] / x.size if call.training else 0.0
+        inv_count = layout.shape[1] / call.input.size if call.training else 0.0
         ops.bn_backward_input(*arguments, sums, inv_count, dx, dresidual, dweight, dbias)
 
     if has_residual and masked is None:  # nothing was masked: it is the gradient of the output

@@ -73,8 +73,8 @@ def bn_stats(x: Array, num_batches_tracked: Array | None = None, scratch: Array 
 def merge(moments: Moments) -> tuple[float, Array, Array]:
     """Count, mean and m2 of all parts together.
 
-    Exact for parts of one mean. Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample
-    variances" (1979), for many parts at once.
+    Exact for parts of one mean. Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing
+    sample variances" (1979), for many parts at once.
     """
     n = moments.count[:, None]
     count = float(moments.count.sum())

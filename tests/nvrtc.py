@@ -13,8 +13,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+import ml_dtypes
+import numpy as np
+
 from cupybn import _kernels
-from cupybn._geometry import THREADS
+from cupybn.cupy_ops import _macros
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 _LIBRARY = "nvrtc64_*_0.dll" if sys.platform == "win32" else "libnvrtc.so.*"
@@ -35,24 +38,17 @@ class Instance(NamedTuple):
     @property
     def options(self) -> tuple[str, ...]:
         """The macros, as the library hands them to CuPy."""
-        macros = {"DATA_T": self.dtype, "INDEX_BITS": self.index_bits, "THREADS": THREADS}
-        if _takes_packs(self.kernel):
-            macros["VECTORIZED"] = self.vectorized
-        return _kernels.Kernel(self.kernel, macros).options
+        dtype = np.dtype(getattr(ml_dtypes, self.dtype, self.dtype))
+        return _kernels.Kernel(self.kernel, _macros(dtype, bool(self.vectorized), self.index_bits)).options
 
 
 def instances(kernel: str) -> list[Instance]:
     """All that the library may ask for."""
-    if _takes_packs(kernel):
-        choices = itertools.product(_kernels.VECTOR_DTYPES, (0, 1), (32, 64))
-    else:
+    if "/" in kernel:  # of a layout, over arrays
+        choices = itertools.product(_kernels.VECTOR_DTYPES, (1, 0), (32, 64))
+    else:  # over vectors of one value per channel
         choices = itertools.product(("float32", "float64"), (0,), (32,))
     return [Instance(kernel, *choice) for choice in choices]
-
-
-def _takes_packs(kernel: str) -> bool:
-    """The kernels of a layout read arrays of elements; the others vectors of one value per channel."""
-    return "/" in kernel
 
 
 # ---------------------------------------------------------------------------------------------------------------------

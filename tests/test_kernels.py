@@ -28,20 +28,28 @@ SHAPES = {  # (N, C, L), and what is special
     "rows of several slots for each lane": (2, 2, 4099),
     "rows of several segments": (2, 1, 20011),
     "several parts of rows": (300, 2, 40),
-    "more channels than blocks wanted": (2, 1030, 3),
+    "many channels of rows": (2, 130, 3),
     "fewer rows than a super-row": (3, 7, 1),
     "super-rows and a tail": (1029, 3, 1),
     "odd channels, several tiles": (45, 301, 1),
     "many parts, two replicas": (9001, 6, 1),
-    "many channels": (9, 1300, 1),
+    "many channels": (9, 700, 1),
 }
-CASES = [
-    pytest.param(shape, dtype, offset, id=f"{name}, {dtype.name}{', unaligned' if offset else ''}")
-    for name, shape in SHAPES.items()
-    for dtype in DTYPES
-    for offset in (0, 1)
-]
-on_cases = pytest.mark.parametrize(("shape", "dtype", "offset"), CASES)
+SOME = ("two values", "odd rows", "several parts of rows", "super-rows and a tail", "odd channels, several tiles")
+"""For dtypes and alignments that differ from those of the other shapes by what an element is, not by where it is."""
+
+
+def cases():
+    for name, shape in SHAPES.items():
+        for dtype in DTYPES:
+            for offset in 0, 1:
+                if name in SOME or dtype == np.float32 or (dtype == np.float16 and not offset):
+                    yield pytest.param(
+                        shape, dtype, offset, id=f"{name}, {dtype.name}{', unaligned' if offset else ''}"
+                    )
+
+
+on_cases = pytest.mark.parametrize(("shape", "dtype", "offset"), list(cases()))
 ACTIVATIONS = pytest.mark.parametrize("activation", [None, "relu"])
 RESIDUALS = pytest.mark.parametrize("has_residual", [False, True], ids=["", "residual"])
 
@@ -110,7 +118,7 @@ def test_mean_and_var(rng, shape, dtype, offset):
         ours = cupy_ops.mean_and_var(parts, np.dtype(out))
         for a, b in zip(ours, numpy_ops.mean_and_var(to_host(parts), out), strict=True):
             assert a.dtype == out
-            np.testing.assert_allclose(to_numpy(a), b, rtol=4 * np.finfo(out).eps)
+            np.testing.assert_allclose(to_numpy(a), b, rtol=np.finfo(out).eps + 1e-13)
 
 
 @ACTIVATIONS
@@ -270,23 +278,6 @@ def test_every_run_gets_the_same_bits(shape, monkeypatch):
     assert all(result == results[0] for result in results)
 
 
-def test_grids_of_more_blocks_than_a_grid_is_high(rng):
-    """No 65535."""
-    shape = (2, 70001, 2)
-    expected = (rng.standard_normal(shape) * 2 + 3).astype(np.float32)
-    with np.errstate(divide="ignore"):
-        y = to_numpy(F.batch_norm(cp.asarray(expected), None, None, training=True))
-    np.testing.assert_allclose(y, numpy_forward(expected), atol=1e-5)
-    flat = np.ascontiguousarray(expected.transpose(1, 2, 0).reshape(140002, 2))
-    np.testing.assert_allclose(
-        to_numpy(F.batch_norm(cp.asarray(flat), None, None, training=True)), numpy_forward(flat), atol=1e-5
-    )
-
-
-def numpy_forward(x):
-    return F.batch_norm(x, None, None, training=True)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Launches and traffic: what the stand-in counts
 
@@ -305,12 +296,11 @@ LAYOUTS = {  # shape for float64, and as many bytes for the others
 
 @only_emulated
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-@pytest.mark.parametrize("activation", [None, "relu"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.name)
+@pytest.mark.parametrize(("dtype", "activation"), [(DTYPES[0], None), (DTYPES[2], None), (DTYPES[2], "relu")], ids=str)
 def test_launches_and_traffic(rng, layout, activation, dtype, monkeypatch):
     """Training forward 2 launches and 3 passes over the tensor, inference 1 and 2, backward 2 and 5; ReLU is free.
 
-    On a device with few multiprocessors: each block reads the parts of its channels, which is little if blocks are large.
+    On a device with few multiprocessors: a block reads the parts of its channels, which is little if it is large.
     """
     monkeypatch.setattr(emulator, "devices", [emulator.T4])
     (n, *rest), axis = layout
@@ -384,6 +374,7 @@ def test_a_graph_of_a_training_step(rng):
     with cupybn.no_stats_update():
         y, vjp_fn = layer.vjp(x)  # compiles what the capture must not compile
         vjp_fn(x)
+    del y, vjp_fn  # leaves memory in the pool for those of the capture
     stream = cp.cuda.Stream(non_blocking=True)
     cp.cuda.get_current_stream().synchronize()
     with stream:

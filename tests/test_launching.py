@@ -40,7 +40,10 @@ typedef DATA_T data_t;
 struct Vector {
     const char* data;
     long long stride, dtype;
-    __device__ double get(long long i) const { return dtype == 3 ? *(double*)(data + i * stride) : *(float*)(data + i * stride); }
+    __device__ double get(long long i) const {
+        const char* at = data + i * stride;
+        return dtype == 3 ? *(double*)at : *(float*)at;
+    }
 };
 """
 
@@ -142,7 +145,8 @@ def test_arrays_on_another_device(example, arguments):
             example.launch((2,), 64, arguments | {"x": other})
 
 
-def test_source_has_each_header_once_and_says_where_lines_come_from(example):
+@pytest.mark.usefixtures("example")
+def test_source_has_each_header_once_and_says_where_lines_come_from():
     text = _kernels.source("example")
     assert "#include" not in text
     assert "#pragma once" not in text
@@ -160,7 +164,8 @@ def test_source_has_each_header_once_and_says_where_lines_come_from(example):
                 place += 1
 
 
-def test_signature(example):
+@pytest.mark.usefixtures("example")
+def test_signature():
     assert [p.name for p in _kernels.signature("example")] == ["x", "a", "v", "b", "y", "size"]
     assert [p.type for p in _kernels.signature("example")] == [
         "data_t*", "double*", "Vector", "double", "data_t*", "long long",
