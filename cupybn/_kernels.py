@@ -93,15 +93,21 @@ VECTOR_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 @functools.lru_cache(maxsize=4096)
-def _vector(ptr: int, stride: int, dtype: np.dtype[Any] | None) -> npt.NDArray[Any]:
+def _vector(ptr: int, stride: int, dtype: int) -> npt.NDArray[Any]:
     """Passed by value: CuPy copies arrays of one element."""
-    return np.array((ptr, stride, 0 if dtype is None else VECTOR_DTYPES.index(dtype.name)), VECTOR)
+    return np.array((ptr, stride, dtype), VECTOR)
+
+
+@functools.cache
+def _vector_dtype(dtype: np.dtype[Any]) -> int:
+    """As ``types.cuh`` numbers it; -1 if it does not."""
+    return VECTOR_DTYPES.index(dtype.name) if dtype.name in VECTOR_DTYPES else -1
 
 
 def _to_vector(label: str, array: Array) -> npt.NDArray[Any]:
-    if getattr(array, "ndim", None) != 1 or array.dtype.name not in VECTOR_DTYPES:
+    if getattr(array, "ndim", None) != 1 or _vector_dtype(array.dtype) < 0:
         raise TypeError(f"{label}: expected a 1-D array of {', '.join(VECTOR_DTYPES)} (got {_describe(array)})")
-    return _vector(array.data.ptr, array.strides[0], array.dtype)
+    return _vector(array.data.ptr, array.strides[0], _vector_dtype(array.dtype))
 
 
 def _to_pointer(label: str, array: Array, dtype: np.dtype[Any]) -> Array:
@@ -142,7 +148,7 @@ class Kernel:
         if parameter.type == "long long":
             return int
         if parameter.type == "Vector":
-            convert, nothing = functools.partial(_to_vector, label), _vector(0, 0, None)
+            convert, nothing = functools.partial(_to_vector, label), _vector(0, 0, 0)
         else:
             convert, nothing = functools.partial(_to_pointer, label, dtype=dtypes[parameter.type]), None
         return (lambda array: nothing if array is None else convert(array)) if parameter.nullable else convert

@@ -6,6 +6,7 @@ those with L = 1 go to the kernels of ``channels_last``, the others to those of 
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -190,15 +191,29 @@ SUMS = ("bn_stats", "bn_backward_reduce")
 
 def _choose(step: str, x: Array, *others: Array | None) -> tuple[Kernel, Geometry]:
     """The kernel of a step for these arrays, and how it is laid over them."""
-    N, C, L = x.shape
     vectorized = all(array is None or array.data.ptr % PACK == 0 for array in (x, *others))
-    width = PACK // x.itemsize if vectorized else 1
+    index_bits = 32 if x.size < MOST_INT else 64
     multiprocessors = None if step in SUMS else _multiprocessors(x.data.device_id)
+    return _plan(step, x.shape, x.dtype, vectorized, index_bits, multiprocessors)
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(
+    step: str,
+    shape: tuple[int, int, int],
+    dtype: np.dtype[Any],
+    vectorized: bool,
+    index_bits: int,
+    multiprocessors: int | None,
+) -> tuple[Kernel, Geometry]:
+    """Of so many arguments that programs call with the same ones again and again."""
+    N, C, L = shape
+    width = PACK // dtype.itemsize if vectorized else 1
     if L == 1:
         layout, geometry = "channels_last", _geometry.channels_last(N, C, width, multiprocessors)
     else:
         layout, geometry = "channels_first", _geometry.channels_first(N, C, L, width, multiprocessors)
-    return kernel(f"{layout}/{step}", **_macros(x.dtype, vectorized, 32 if x.size < MOST_INT else 64)), geometry
+    return kernel(f"{layout}/{step}", **_macros(dtype, vectorized, index_bits)), geometry
 
 
 def _macros(dtype: np.dtype[Any], vectorized: bool, index_bits: int) -> dict[str, Any]:

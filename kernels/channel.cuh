@@ -3,8 +3,8 @@
 // The mean is never rounded to one float32: with center the mean so rounded and rest = mean - center,
 //     (x - mean) * scale + bias  =  (x - center) * scale + (bias - rest * scale).
 // Mirror: numpy_ops._affine
-#include "types.cuh"
 #pragma once
+#include "types.cuh"
 
 struct Channel {
     double center, rest, rstd, scale, shift;

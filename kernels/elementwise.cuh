@@ -5,9 +5,9 @@
 //
 // `Channels` below is a type that knows the channels of the elements of a pack: any_wide, is_wide(e), and the factors
 // of element e in the dtype of the arithmetic, usual(e), and in float64, wide(e).
+#pragma once
 #include "channel.cuh"
 #include "pack.cuh"
-#pragma once
 
 template <class A>
 struct Factors {

@@ -1,17 +1,19 @@
 // Moments: count, mean and sum of squared deviations, which merge.
-#include "types.cuh"
 #pragma once
+#include "types.cuh"
 
 struct Moments {
     double count, mean, m2;
 };
 
-// The moments of two sets of values together. Chan, Golub and LeVeque (1979).
+// The moments of two sets of values together; share = b.count / (a.count + b.count). Chan, Golub and LeVeque (1979).
+DEVICE Moments merge(const Moments& a, const Moments& b, double share) {
+    const double delta = b.mean - a.mean;
+    return {a.count + b.count, a.mean + delta * share, a.m2 + b.m2 + delta * delta * (a.count * share)};
+}
 DEVICE Moments merge(const Moments& a, const Moments& b) {
     const double count = a.count + b.count;
-    if (count == 0) return a;
-    const double delta = b.mean - a.mean, share = b.count / count;
-    return {count, a.mean + delta * share, a.m2 + b.m2 + delta * delta * (a.count * share)};
+    return count == 0 ? a : merge(a, b, b.count / count);
 }
 
 // The sum of N values, added pair by pair: few roundings for each.

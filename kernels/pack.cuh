@@ -1,6 +1,6 @@
 // Packs: the elements that one load or store moves, 16 bytes of them where memory is aligned and one element where not.
-#include "types.cuh"
 #pragma once
+#include "types.cuh"
 
 #if VECTORIZED
 constexpr int WIDTH = 16 / sizeof(data_t);    // elements of a pack

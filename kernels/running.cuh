@@ -1,7 +1,7 @@
 // Running statistics. Mirror: numpy_ops.bn_update_running
+#pragma once
 #include "channel.cuh"
 #include "moments.cuh"
-#pragma once
 
 // running = (1 - momentum) * running + momentum * batch for channel c, with the unbiased variance of the batch.
 // batches, where it is given, is the number of batches before this one, and the momentum 1 / (batches + 1).

@@ -8,9 +8,9 @@
 //     slots              |    0    |    1    |    2    |    3    |
 //
 // The threads of a block stand in rows of `lanes`: one row takes a segment, each lane a slot, and both go on in strides.
+#pragma once
 #include "../elementwise.cuh"
 #include "../moments.cuh"
-#pragma once
 
 struct Slot {
     index_t at;      // the first element of the pack; may lie before the array, if lo > 0

@@ -75,12 +75,13 @@ extern "C" __global__ void LAUNCH_BOUNDS bn_stats(
                 loaded++;
             }
         }
+        const double share = loaded / (count + loaded);
 #pragma unroll
         for (int e = 0; e < WIDTH; e++) {
             bool exact;
             Moments chunk = chunk_moments<acc_t>(raw, loaded, e, exact);
             if (!exact) chunk = chunk_moments<double>(raw, loaded, e, exact);
-            const Moments both = merge({count, mean[e], m2[e]}, chunk);
+            const Moments both = merge({count, mean[e], m2[e]}, chunk, share);
             mean[e] = both.mean;
             m2[e] = both.m2;
         }

@@ -9,9 +9,9 @@
 //
 // Block (t, s) takes `tile` columns of packs and super_rows_per_block super-rows; its threads stand in rows of `tile`.
 // Rows that fill no super-row, fewer than WIDTH, are left to the last blocks (t, s), element by element.
+#pragma once
 #include "../elementwise.cuh"
 #include "../moments.cuh"
-#pragma once
 
 constexpr int MOST_LANES = 64;  // of a tile
 
