@@ -1,8 +1,6 @@
 """What the compiled kernels take: registers, shared memory and spills, for every generation of GPUs. No GPU is needed.
 
-    python benchmarks/registers.py       # a table in benchmarks/results/registers.md
-
-All instances of all kernels, also those that the tests leave out to save time.
+python benchmarks/registers.py       # a table in benchmarks/results/registers.md
 """
 
 from __future__ import annotations

@@ -40,9 +40,10 @@ def check_writeable(name: str, array: Any) -> None:
 
 
 def check_counter(counter: Any, like: Any) -> None:
-    """A 0-d array of integers, on the device of ``like``: it counts in place."""
-    if kind(counter) is None or counter.dtype.kind != "i" or device_of(counter) != device_of(like):
-        raise TypeError(f"expected num_batches_tracked to be an integer array beside input (got {describe(counter)})")
+    """A 0-d int64 array, on the device of ``like``: it counts in place."""
+    if kind(counter) is None or counter.dtype != "int64" or device_of(counter) != device_of(like):
+        given = f"{describe(counter)} of {counter.dtype}" if kind(counter) else describe(counter)
+        raise TypeError(f"expected num_batches_tracked to be an int64 array beside input (got {given})")
     if counter.shape != ():
         raise ValueError(f"expected num_batches_tracked of shape () (got {counter.shape})")
 

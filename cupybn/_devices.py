@@ -19,9 +19,13 @@ def kind(array: object) -> str | None:
     """``"numpy"``, ``"cupy"``, or None for anything else."""
     if isinstance(array, np.ndarray):
         return None if isinstance(array, (np.ma.MaskedArray, np.matrix)) else "numpy"  # of rules of their own
-    if type(array).__module__.partition(".")[0] == "cupy" and hasattr(array, "__cuda_array_interface__"):
-        return "cupy"
-    return None
+    return "cupy" if _is_cupy(type(array)) else None
+
+
+@functools.cache
+def _is_cupy(cls: Any) -> bool:
+    """Asked of the class: of an array, the interface would be made anew each time."""
+    return cls.__module__.partition(".")[0] == "cupy" and hasattr(cls, "__cuda_array_interface__")
 
 
 def describe(array: object) -> str:

@@ -15,7 +15,9 @@ LEAST_SUMMED = 1 << 12
 LEAST_MAPPED = 1 << 13
 """Elements that a block of an elementwise step takes at least: before them it merges the parts of its channels."""
 MOST_GRID_Y = 65535
-"""CUDA's own limit."""
+"""CUDA's own limit, also along z."""
+MOST_GRID_X = 1 << 30
+"""Half of CUDA's own limit."""
 
 SEGMENT = 1 << 13
 """Channels first: most elements of a row that a row of threads takes at a time."""
@@ -29,7 +31,7 @@ TILE_PACKS = 4
 block; narrow tiles make few parts of few lanes."""
 TILE_ELEMENTS = 32
 """Channels last: elements of a row that a block takes, where memory is not aligned."""
-MOST_LANES = 64
+MOST_LANES = 32
 """Channels last: elements of a row that a block has room for."""
 CHANNELS_LAST_SUM = 1 << 8
 """Channels last: blocks that a large sum is split over."""
@@ -42,13 +44,18 @@ ROWS_PER_PART = 8
 class Geometry(NamedTuple):
     """A grid of blocks, and the sizes that the kernel is told."""
 
-    grid: tuple[int, int]
+    grid: tuple[int, ...]
     parts: int  # of each channel, where blocks sum
     sizes: dict[str, int]
 
 
+def over_channels(C: int, shares: int = 1) -> tuple[int, int, int]:
+    """A grid with blocks for each channel, more of which there may be than one side of a grid has."""
+    return min(C, MOST_GRID_X), shares, math.ceil(C / MOST_GRID_X)
+
+
 def channels_first(N: int, C: int, L: int, width: int, multiprocessors: int | None) -> Geometry:
-    """Block (c, s) takes a share of the segments of channel c; see ``channels_first/rows.cuh``.
+    """Blocks (., s, .) take a share of the segments of each channel; see ``channels_first/rows.cuh``.
 
     Parameters
     ----------
@@ -73,7 +80,7 @@ def channels_first(N: int, C: int, L: int, width: int, multiprocessors: int | No
         "segments_per_block": segments_per_block,
         "lanes": min(THREADS, slots),
     }
-    return Geometry((C, shares), shares, sizes)
+    return Geometry(over_channels(C, shares), shares, sizes)
 
 
 def channels_last(M: int, C: int, width: int, multiprocessors: int | None) -> Geometry:
@@ -91,9 +98,10 @@ def channels_last(M: int, C: int, width: int, multiprocessors: int | None) -> Ge
     tiles = math.ceil(columns / tile)
     rows_of_threads = THREADS // tile
     per_row = tile * width  # elements of a row that a block takes
+    replicas_kept = 1 if tiles == 1 else replicas  # where a tile has all columns, its block merges them
     shares = min(math.ceil(CHANNELS_LAST_SUM / tiles), math.ceil(super_rows * per_row / LEAST_SUMMED))
     if multiprocessors is not None:
-        parts = shares * replicas
+        parts = shares * replicas_kept
         least = max(math.ceil(LEAST_MAPPED / per_row), parts * ROWS_PER_PART, rows_of_threads)
         wanted = multiprocessors * CHANNELS_LAST_MAP
         shares = min(math.ceil(wanted / tiles), math.ceil(super_rows / least), MOST_GRID_Y - 1)
@@ -108,4 +116,4 @@ def channels_last(M: int, C: int, width: int, multiprocessors: int | None) -> Ge
         "super_rows_per_block": super_rows_per_block,
         "tile": tile,
     }
-    return Geometry((tiles, shares + tail), shares * replicas + tail, sizes)
+    return Geometry((tiles, shares + tail), shares * replicas_kept + tail, sizes)

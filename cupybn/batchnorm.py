@@ -267,6 +267,13 @@ class _BatchNorm:
             self._allocate(features)
         self._fill(loaded)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Unpickled CuPy arrays are on the current device: bring them to that of the layer."""
+        vars(self).update(state)
+        for name, array in self._arrays().items():
+            if _devices.kind(array) is not None and _devices.device_of(array) != self._device:
+                setattr(self, name, _devices.transfer(array, array.dtype, _devices.resolve_device(self._device)))
+
     @property
     def device(self) -> str:
         """``"cpu"`` or ``"cuda:N"``."""
@@ -316,7 +323,9 @@ class _BatchNorm:
                 raise TypeError(f"expected {name} to be an array (got {_devices.describe(getattr(self, name))})")
             _checks.check_writeable(name, getattr(self, name))
         for name, value in values.items():
-            getattr(self, name)[...] = value
+            array = getattr(self, name)
+            with _devices.current(array):
+                array[...] = value
 
     def _dtype_of(self, name: str) -> np.dtype[Any]:
         return np.dtype(np.int64) if name == _state.COUNTER else self.dtype

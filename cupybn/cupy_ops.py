@@ -7,7 +7,6 @@ those with L = 1 go to the kernels of ``channels_last``, the others to those of 
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
 import numpy as np
@@ -58,7 +57,7 @@ def mean_and_var(moments: Moments, dtype: np.dtype[Any]) -> tuple[Array, Array]:
     fields = _fields("moments", moments, Moments)
     del fields["moments_batches"]
     kernel("mean_and_var", **_macros(dtype, False, 32)).launch(
-        (math.ceil(C / THREADS),), THREADS, {**fields, "mean": mean, "var": var, "parts": parts, "C": C}
+        _geometry.over_channels(C), THREADS, {**fields, "mean": mean, "var": var, "parts": parts, "C": C}
     )
     return mean, var
 
@@ -80,8 +79,6 @@ def bn_normalize(
     """See `numpy_ops.bn_normalize`."""
     launch, geometry = _choose("bn_normalize", x, out, residual)
     statistics = Statistics(empty(x.shape[1:2], x, np.float64), empty(x.shape[1:2], x, np.float64))
-    if momentum is not None and moments is not None:
-        moments = moments._replace(batches=None)
     launch.launch(
         geometry.grid,
         THREADS,
@@ -192,7 +189,7 @@ SUMS = ("bn_stats", "bn_backward_reduce")
 def _choose(step: str, x: Array, *others: Array | None) -> tuple[Kernel, Geometry]:
     """The kernel of a step for these arrays, and how it is laid over them."""
     vectorized = all(array is None or array.data.ptr % PACK == 0 for array in (x, *others))
-    index_bits = 32 if x.size < MOST_INT else 64
+    index_bits = 32 if max(x.size, x.shape[1] * PACK) < MOST_INT else 64  # there are up to 8 lanes for a channel
     multiprocessors = None if step in SUMS else _multiprocessors(x.data.device_id)
     return _plan(step, x.shape, x.dtype, vectorized, index_bits, multiprocessors)
 

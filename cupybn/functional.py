@@ -230,7 +230,8 @@ def checked_forward(call: Call, channel_axis: int, out: Array | None) -> tuple[A
         running = call.running()
         moments = None
         if call.training:
-            moments = ops.bn_stats(x, running.num_batches_tracked, scratch=y if out is None else None)
+            counter = running.num_batches_tracked if running.momentum is None else None
+            moments = ops.bn_stats(x, counter, scratch=y if out is None else None)
         statistics = ops.bn_normalize(
             x, moments, call.eps, call.weight, call.bias, residual, call.activation, *running, y
         )

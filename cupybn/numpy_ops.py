@@ -375,7 +375,7 @@ class _Affine(NamedTuple):
 
 
 _LARGE = 1e30
-_SMALL_RSTD = 1e-15  # (x - mean)^2 would be large
+_SMALL_RSTD = 1e-15  # (x - mean)^2 would be large, and beyond its inverse dy * (x - mean) small
 
 
 def _affine(
@@ -384,7 +384,7 @@ def _affine(
     dtype = accumulation_dtype(x_dtype)
     rstd = 1 / np.sqrt(statistics.var + eps)
     scale = rstd if weight is None else rstd * weight.astype(np.float64)
-    wide = (rstd < _SMALL_RSTD) | _extreme(scale) | (np.abs(statistics.mean) > _LARGE)
+    wide = (rstd < _SMALL_RSTD) | (rstd > 1 / _SMALL_RSTD) | _extreme(scale) | (np.abs(statistics.mean) > _LARGE)
     center = np.where(wide, statistics.mean, statistics.mean.astype(dtype))
     rest = np.where(np.isfinite(center), statistics.mean - center, 0)
     shift = np.where(rest == 0, 0, -rest * scale)

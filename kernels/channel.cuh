@@ -22,7 +22,7 @@ DEVICE Channel make_channel(double mean, double var, double eps, const Vector& w
     Channel channel;
     channel.rstd = 1 / sqrt(var + eps);
     channel.scale = weight ? channel.rstd * weight.get(c) : channel.rstd;
-    channel.wide = channel.rstd < 1e-15 || extreme(channel.scale) || fabs(mean) > 1e30;
+    channel.wide = channel.rstd < 1e-15 || channel.rstd > 1e15 || extreme(channel.scale) || fabs(mean) > 1e30;
     channel.center = channel.wide ? mean : (double)(acc_t)mean;
     const bool finite = channel.center - channel.center == 0;
     channel.rest = finite ? mean - channel.center : 0;

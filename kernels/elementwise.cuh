@@ -11,12 +11,12 @@
 
 template <class A>
 struct Factors {
-    A center, scale, shift, slope, offset;
+    A center, rstd, scale, shift, slope, offset;
 
     DEVICE Factors() {}
     DEVICE explicit Factors(const Channel& channel)
-        : center((A)channel.center), scale((A)channel.scale), shift((A)channel.shift), slope((A)channel.slope),
-          offset((A)channel.offset) {}
+        : center((A)channel.center), rstd((A)channel.rstd), scale((A)channel.scale), shift((A)channel.shift),
+          slope((A)channel.slope), offset((A)channel.offset) {}
 };
 
 DEVICE float mul(float a, float b) { return __fmul_rn(a, b); }  // never part of a fused multiply-add

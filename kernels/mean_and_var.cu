@@ -1,8 +1,8 @@
 // mean_and_var: mean and biased variance of each channel, from the P parts of bn_stats
 //
-// A thread per channel.
+// A block per channel.
 // Mirror: numpy_ops.mean_and_var
-#include "moments.cuh"
+#include "channels_first/rows.cuh"
 
 extern "C" __global__ void LAUNCH_BOUNDS mean_and_var(
     const double* moments_count,             // [P]
@@ -14,11 +14,11 @@ extern "C" __global__ void LAUNCH_BOUNDS mean_and_var(
     // sizes
     long long parts,
     long long C) {
-    const long long c = (long long)blockIdx.x * THREADS + threadIdx.x;
+    const long long c = block_channel();
     if (c >= C) return;
-    Moments all = {0, 0, 0};
-    for (long long p = 0; p < parts; p++)
-        all = merge(all, {moments_count[p], moments_mean[p * C + c], moments_m2[p * C + c]});
-    narrow(all.mean, mean[c]);
-    narrow(all.m2 / all.count, var[c]);
+    const Moments all = merge_parts(moments_count, moments_mean, moments_m2, parts, C, c);
+    if (threadIdx.x == 0) {
+        narrow(all.mean, mean[c]);
+        narrow(all.m2 / all.count, var[c]);
+    }
 }

@@ -30,10 +30,16 @@ DEVICE A sum_pairs(const A (&values)[N]) {
     return sums[0];
 }
 
+// 1 / count, which rarely differs from 1 / FULL: divisions in float64 are slow.
+template <int FULL>
+DEVICE double inverse(int count) {
+    return count == FULL ? 1.0 / FULL : 1.0 / count;
+}
+
 // The moments of values, from sums about pivot + offset: sum_d of deviations, sum_dd of their squares.
-DEVICE Moments from_sums(double count, double pivot, double offset, double sum_d, double sum_dd) {
-    const double m2 = sum_dd - sum_d * sum_d / count;
-    return {count, pivot + (offset + sum_d / count), m2 < 0 ? 0 : m2};
+DEVICE Moments from_sums(int count, double inv_count, double pivot, double offset, double sum_d, double sum_dd) {
+    const double m2 = sum_dd - sum_d * sum_d * inv_count;
+    return {(double)count, pivot + (offset + sum_d * inv_count), m2 < 0 ? 0 : m2};
 }
 
 // Whether float32 held the squares of deviations, whose mean from a pivot is given.

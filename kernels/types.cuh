@@ -25,7 +25,8 @@ struct Accumulation<double> {
     typedef double type;
 };
 
-// Instances that are rare may have as many registers as they like: the compiler's own choice makes some of them spill.
+// Without packs, or with 64-bit indices, the compiler's own choice of registers makes some instances spill: let it have
+// as many as it likes.
 #if VECTORIZED && INDEX_BITS == 32
 #define LAUNCH_BOUNDS __launch_bounds__(THREADS)
 #else

@@ -51,9 +51,9 @@ def check_output(y, expected, unit=2.0**-22, floor=1e-6):
     assert np.all(error <= floor + unit * np.abs(expected)), f"off by {(error - unit * np.abs(expected)).max():.1e}"
 
 
-def check_gradients(grads, expected, x, weight, axis, scale=1.0):
+def check_gradients(grads, expected, x, weight, axis, scale=1.0, eps=EPS):
     """dx within 3e-6 of the larger of dx and |weight| rstd |dy| over its channel; sums within 1e-5 of their terms."""
-    rstd = 1 / np.sqrt(expected.var + EPS)
+    rstd = 1 / np.sqrt(expected.var + eps)
     g = by_channel(expected.dresidual, axis)
     dx, dx0 = by_channel(grads.input.astype(np.float64), axis), by_channel(expected.dx, axis)
     size = np.maximum(np.abs(dx0).max(0), np.abs(weight) * rstd * np.abs(g).max(0))
@@ -200,6 +200,18 @@ def test_gradients_with_factors_that_float32_does_not_hold(F, std, dy_size, weig
     weight = np.full(3, weight, np.float32)
     grads = F.batch_norm_vjp(x, None, None, weight, np.zeros_like(weight), training=True)[1](dy)
     check_gradients(grads, reference.batch_norm(x, weight, dy=dy), x, weight, 1)
+
+
+@pytest.mark.parametrize(("std", "dy_size", "eps"), [(1e-30, 1e-9, 1e-70), (1e-20, 1e-20, 1e-42)])
+def test_gradients_of_tiny_values(F, layout, std, dy_size, eps, rng):
+    """Products of what is tiny are not lost."""
+    axis = layout[1]
+    x = fill(layout, lambda s: rng.standard_normal(s) * std)
+    dy = rng.standard_normal(x.shape).astype(np.float32) * np.float32(dy_size)
+    weight = np.ones(x.shape[axis], np.float32)
+    grads = F.batch_norm_vjp(x, None, None, weight, weight, True, eps=eps, channel_axis=axis)[1](dy)
+    expected = reference.batch_norm(x, weight, weight, eps=eps, channel_axis=axis, dy=dy)
+    check_gradients(grads, expected, x, weight, axis, eps=eps)
 
 
 def test_one_huge_channel_leaves_the_others_alone(F, layout, rng):

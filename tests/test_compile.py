@@ -20,21 +20,12 @@ SPILLS: dict[tuple[int, Instance], str] = {}
 MOST_REGISTERS = 255  # of a thread
 REGISTERS = 65536  # of a block
 STATIC_SHARED = 48 << 10
-WITH_LONG_INDICES = (75, 90, 120)
-"""Where the kernels of arrays over 2^31 elements are tested: all seven would take a third more time, for compilers of
-neighbours that mostly agree. `benchmarks/registers.py` compiles them all."""
-
-
-def compiled(architecture: int, kernel: str) -> list[Instance]:
-    """What is tested of a kernel."""
-    wanted = (32, 64) if architecture in WITH_LONG_INDICES else (32,)
-    return [instance for instance in nvrtc.instances(kernel) if instance.index_bits in wanted]
 
 
 @pytest.mark.parametrize("kernel", _kernels.kernel_names())
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_kernels_compile_without_warnings_and_spills(architecture, kernel):
-    instances = compiled(architecture, kernel)
+    instances = nvrtc.instances(kernel)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         results = list(pool.map(lambda instance: nvrtc.compile_instance(instance, architecture), instances))
     usages = {}
@@ -51,7 +42,7 @@ def test_kernels_compile_without_warnings_and_spills(architecture, kernel):
 
 
 def test_listed_spills_are_of_kernels_that_there_are():
-    there = {(a, i) for a in ARCHITECTURES for kernel in _kernels.kernel_names() for i in compiled(a, kernel)}
+    there = {(a, i) for a in ARCHITECTURES for kernel in _kernels.kernel_names() for i in nvrtc.instances(kernel)}
     assert SPILLS.keys() <= there
 
 

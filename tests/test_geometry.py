@@ -26,8 +26,8 @@ devices = st.none() | st.integers(1, 200)
 
 @given(sizes, sizes, sizes, widths, devices)
 def test_channels_first(N, C, L, width, multiprocessors):
-    (blocks, shares), parts, s = channels_first(N, C, L, width, multiprocessors)
-    assert blocks == C
+    (x, shares, z), parts, s = channels_first(N, C, L, width, multiprocessors)
+    assert (x, z) == (C, 1)
     assert 1 <= parts == shares <= MOST_GRID_Y
     segments = N * math.ceil(L / s["segment"])
     assert (shares - 1) * s["segments_per_block"] < segments <= shares * s["segments_per_block"]  # none is empty
@@ -54,16 +54,23 @@ def test_channels_last(M, C, width, multiprocessors):
     assert s["super_rows"] == M // replicas
     full = shares - tail
     assert (full - 1) * s["super_rows_per_block"] < s["super_rows"] <= full * s["super_rows_per_block"]
-    assert parts == full * replicas + tail
+    assert parts == full * (1 if tiles == 1 else replicas) + tail
     assert 1 <= shares <= MOST_GRID_Y
+
+
+def test_more_channels_than_a_grid_is_wide():
+    x, y, z = channels_first(1, 2**31 + 5, 2, 8, None).grid
+    assert x <= 2**31 - 1
+    assert x * z >= 2**31 + 5
+    assert y == 1
 
 
 @pytest.mark.parametrize("shape", [(32, 64, 112 * 112), (32, 2048, 49), (2, 32, 128**3), (1, 1, 10**8)])
 def test_large_arrays_fill_a_large_device(shape):
     N, C, L = shape
     for multiprocessors in None, 132:
-        tiles, shares = channels_first(N, C, L, 4, multiprocessors).grid
-        assert tiles * shares >= min(256, N * C)
+        channels, shares, _ = channels_first(N, C, L, 4, multiprocessors).grid
+        assert channels * shares >= min(256, N * C)
         tiles, shares = channels_last(N * L, C, 4, multiprocessors).grid
         assert tiles * shares >= 250 or N * L < 10**4
 

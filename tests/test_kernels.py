@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import pickle
 
 import numpy as np
 import pytest
 
 import cupybn
 import cupybn.functional as F
-from cupybn import cupy_ops, numpy_ops
+from cupybn import _geometry, cupy_ops, numpy_ops
 from cupybn._moments import Moments, Statistics, Sums
 from tests.reference import DTYPES, HALF_ULP, bits, to_numpy
 
@@ -295,6 +296,17 @@ def test_every_device_gets_the_same_bits(shape, training):
 
 
 @VARIED
+def test_more_channels_than_a_grid_is_wide(shape, monkeypatch):
+    expected = all_results(np.random.default_rng(0), shape, np.float32)
+    monkeypatch.setattr(_geometry, "MOST_GRID_X", 2)
+    cupy_ops._plan.cache_clear()
+    try:
+        assert all_results(np.random.default_rng(0), shape, np.float32) == expected
+    finally:
+        cupy_ops._plan.cache_clear()
+
+
+@VARIED
 def test_every_run_gets_the_same_bits(shape, monkeypatch):
     """In whatever order threads and blocks run."""
     results = []
@@ -456,5 +468,11 @@ def test_arrays_of_a_device_that_is_not_current(rng):
         with cp.cuda.Device(1):
             assert bits(y) == bits(cupybn.BatchNorm2d(3, device="cuda:1")(on_device))
         np.testing.assert_allclose(y.get(), F.batch_norm(x, None, None, training=True), atol=1e-5)
+        copy_of = pickle.loads(pickle.dumps(layer))
+        assert {a.device.id for a in copy_of.state_dict().values()} == {1}
+        assert bits(*copy_of.state_dict().values()) == bits(*layer.state_dict().values())
+        copy_of.reset_parameters()
+        copy_of.load_state_dict(layer.state_dict())
+        assert bits(*copy_of.state_dict().values()) == bits(*layer.state_dict().values())
         with pytest.raises(TypeError, match=r"weight.*cuda:1.*cuda:0"):
             F.batch_norm(on_device, None, None, cp.ones(3, np.float32), training=True)

@@ -34,7 +34,8 @@ extern "C" __global__ void LAUNCH_BOUNDS bn_backward_input(
     long long segment,
     long long segments_per_block,
     long long lanes) {
-    const long long c = blockIdx.x;
+    const long long c = block_channel();
+    if (c >= C) return;
     double sums[2] = {0, 0};
     for (int p = threadIdx.x; sums_dy && p < parts; p += THREADS) {
         sums[0] += sums_dy[p * C + c];

@@ -7,11 +7,11 @@
 
 constexpr int LOADS = 2;  // in flight, of each array
 
-// Adds sum(dy) and sum(dy * (x - center)) of a chunk, unless the dtype of the arithmetic does not hold them.
+// Adds sum(dy) and sum(dy * (x - center) * rstd) of a chunk, unless the dtype of the arithmetic does not hold them.
 template <class A>
 DEVICE bool add_chunk(const raw_t (&dy)[LOADS], const raw_t (&x)[LOADS], const Residual (&residual)[LOADS],
                       const Slot (&slots)[LOADS], bool relu, const Factors<A>& f, double (&sums)[2]) {
-    A sum_dy = 0, sum_dy_d = 0;
+    A sum_dy = 0, sum_dy_xhat = 0;
 #pragma unroll
     for (int u = 0; u < LOADS; u++) {
 #pragma unroll
@@ -19,13 +19,13 @@ DEVICE bool add_chunk(const raw_t (&dy)[LOADS], const raw_t (&x)[LOADS], const R
             const A g = element(dy[u], e), value = element(x[u], e);
             if (slots[u].has(e) && (!relu || preactivation(value, f, residual[u], e) > 0)) {
                 sum_dy += g;
-                sum_dy_d += g * (value - f.center);
+                sum_dy_xhat += g * ((value - f.center) * f.rstd);  // the product of both may be too small
             }
         }
     }
-    if (!held(sum_dy) || !held(sum_dy_d)) return false;
+    if (!held(sum_dy) || !held(sum_dy_xhat)) return false;
     sums[0] += sum_dy;
-    sums[1] += sum_dy_d;
+    sums[1] += sum_dy_xhat;
     return true;
 }
 
@@ -49,7 +49,8 @@ extern "C" __global__ void LAUNCH_BOUNDS bn_backward_reduce(
     long long segment,
     long long segments_per_block,
     long long lanes) {
-    const long long c = blockIdx.x, part = blockIdx.y;
+    const long long c = block_channel(), part = blockIdx.y;
+    if (c >= C) return;
     __shared__ Channel channel;
     if (threadIdx.x == 0) channel = make_channel(statistics_mean[c], statistics_var[c], eps, weight, bias, c);
     __syncthreads();
@@ -75,6 +76,6 @@ extern "C" __global__ void LAUNCH_BOUNDS bn_backward_reduce(
     block_sum(sums);
     if (threadIdx.x == 0) {
         sums_dy[part * C + c] = sums[0];
-        sums_dy_xhat[part * C + c] = (sums[1] - channel.rest * sums[0]) * channel.rstd;
+        sums_dy_xhat[part * C + c] = sums[1] - channel.rest * channel.rstd * sums[0];
     }
 }

@@ -9,14 +9,6 @@
 
 constexpr int LOADS = 2;  // in flight
 
-// One after the other where a thread has several parts.
-DEVICE Moments merge_parts(const double* count, const double* mean, const double* m2, int parts, long long C, long long c) {
-    Moments own = {0, 0, 0};
-    for (int p = threadIdx.x; p < parts; p += THREADS)
-        own = merge(own, {count[p], mean[p * C + c], m2[p * C + c]});
-    return block_merge(own);
-}
-
 extern "C" __global__ void LAUNCH_BOUNDS bn_normalize(
     const data_t* x,                         // [N, C, L]
     const double* moments_count,             // [P] or null: normalise with the running statistics
@@ -44,7 +36,8 @@ extern "C" __global__ void LAUNCH_BOUNDS bn_normalize(
     long long segment,
     long long segments_per_block,
     long long lanes) {
-    const long long c = blockIdx.x;
+    const long long c = block_channel();
+    if (c >= C) return;
     const bool owns_channel = blockIdx.y == 0 && threadIdx.x == 0;
     double mean, var;
     if (moments_count) {

@@ -11,7 +11,8 @@ constexpr int LOADS = 4;  // in flight
 // The moments of a chunk, in the dtype A. About a neighbour as pivot, deviations are exact or nearly so.
 template <class A>
 DEVICE Moments chunk_moments(const raw_t (&raw)[LOADS], const Slot (&slots)[LOADS], bool& exact) {
-    A count = 0, pivot = 0, sum = 0;
+    int count = 0;
+    A pivot = 0, sum = 0;
 #pragma unroll
     for (int e = WIDTH - 1; e >= 0; e--)
         if (slots[0].has(e)) pivot = element(raw[0], e);
@@ -22,7 +23,8 @@ DEVICE Moments chunk_moments(const raw_t (&raw)[LOADS], const Slot (&slots)[LOAD
         for (int e = 0; e < WIDTH; e++)
             if (slots[u].has(e)) sum += element(raw[u], e) - pivot;
     }
-    const A offset = sum / count;
+    const double inv_count = inverse<LOADS * WIDTH>(count);
+    const A offset = sum * (A)inv_count;
     double sum_d = 0, sum_dd = 0;
 #pragma unroll
     for (int u = 0; u < LOADS; u++) {
@@ -36,7 +38,7 @@ DEVICE Moments chunk_moments(const raw_t (&raw)[LOADS], const Slot (&slots)[LOAD
         sum_dd += sum_pairs(dd);
     }
     exact = held(sum_dd, offset);
-    return from_sums(count, pivot, offset, sum_d, sum_dd);
+    return from_sums(count, inv_count, pivot, offset, sum_d, sum_dd);
 }
 
 extern "C" __global__ void LAUNCH_BOUNDS bn_stats(
@@ -54,6 +56,8 @@ extern "C" __global__ void LAUNCH_BOUNDS bn_stats(
     long long segment,
     long long segments_per_block,
     long long lanes) {
+    const long long c = block_channel(), part = blockIdx.y;
+    if (c >= C) return;
     Moments own = {0, 0, 0};
     Rows rows(N, C, L, segment, segments_per_block, lanes);
     while (rows.more()) {
@@ -72,7 +76,6 @@ extern "C" __global__ void LAUNCH_BOUNDS bn_stats(
 
     const Moments all = block_merge(own);
     if (threadIdx.x == 0) {
-        const long long c = blockIdx.x, part = blockIdx.y;
         moments_mean[part * C + c] = all.mean;
         moments_m2[part * C + c] = all.m2;
         if (c == 0) moments_count[part] = all.count;

@@ -20,6 +20,9 @@ struct Slot {
     DEVICE bool empty() const { return hi == 0; }
 };
 
+// The channel of this block; there are more channels than blocks along one side of a grid. It may be beyond the last.
+DEVICE long long block_channel() { return blockIdx.x + (long long)blockIdx.z * gridDim.x; }
+
 class Rows {
     index_t C, L, segment, segments_per_row, end, step, c, g, first, last, at;
     int lane, lanes;
@@ -41,7 +44,7 @@ class Rows {
   public:
     DEVICE Rows(index_t N, index_t C, index_t L, index_t segment, index_t segments_per_block, int lanes)
         : C(C), L(L), segment(segment), segments_per_row((L + segment - 1) / segment), step(THREADS / lanes),
-          c(blockIdx.x), lane(threadIdx.x % lanes), lanes(lanes) {
+          c((index_t)block_channel()), lane(threadIdx.x % lanes), lanes(lanes) {
         const index_t begin = blockIdx.y * segments_per_block, row = threadIdx.x / lanes;
         end = min(begin + segments_per_block, N * segments_per_row);
         g = row < step ? begin + row : end;  // the last threads may be too few for a row
@@ -111,4 +114,14 @@ DEVICE Moments block_merge(const Moments& own) {
     double m2[1] = {own.count > 0 ? own.m2 + own.count * delta * delta : 0};
     block_sum(m2);
     return {sums[0], mean, m2[0]};
+}
+
+// The moments of channel c, from its parts; a thread that has several merges them one after the other. All threads of the
+// block call it and get them.
+DEVICE Moments merge_parts(const double* count, const double* mean, const double* m2, long long parts, long long C,
+                           long long c) {
+    Moments own = {0, 0, 0};
+    for (long long p = threadIdx.x; p < parts; p += THREADS)
+        own = merge(own, {count[p], mean[p * C + c], m2[p * C + c]});
+    return block_merge(own);
 }

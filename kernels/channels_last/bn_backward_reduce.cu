@@ -6,25 +6,25 @@
 // Mirror: numpy_ops.bn_backward_reduce
 #include "columns.cuh"
 
-constexpr int LOADS = 4;  // in flight, of each array
+constexpr int LOADS = WIDTH == 8 ? 2 : 4;  // in flight, of each array
 
-// Adds sum(dy) and sum(dy * (x - center)) of element e of the first `count` packs, unless the dtype of the arithmetic
+// Adds sum(dy) and sum(dy * (x - center) * rstd) of element e of the first `count` packs, unless the dtype of the arithmetic
 // does not hold them.
 template <class A>
 DEVICE bool add_chunk(const raw_t (&dy)[LOADS], const raw_t (&x)[LOADS], const Residual (&residual)[LOADS], int count,
-                      bool relu, const Factors<A>& f, int e, double& total_dy, double& total_dy_d) {
-    A sum_dy = 0, sum_dy_d = 0;
+                      bool relu, const Factors<A>& f, int e, double& total_dy, double& total_dy_xhat) {
+    A sum_dy = 0, sum_dy_xhat = 0;
 #pragma unroll
     for (int u = 0; u < LOADS; u++) {
         const A g = element(dy[u], e), value = element(x[u], e);
         if (u < count && (!relu || preactivation(value, f, residual[u], e) > 0)) {
             sum_dy += g;
-            sum_dy_d += g * (value - f.center);
+            sum_dy_xhat += g * ((value - f.center) * f.rstd);  // the product of both may be too small
         }
     }
-    if (!held(sum_dy) || !held(sum_dy_d)) return false;
+    if (!held(sum_dy) || !held(sum_dy_xhat)) return false;
     total_dy += sum_dy;
-    total_dy_d += sum_dy_d;
+    total_dy_xhat += sum_dy_xhat;
     return true;
 }
 
@@ -62,25 +62,25 @@ extern "C" __global__ void LAUNCH_BOUNDS bn_backward_reduce(
     if (block.tail_begin < block.tail_end) {
         if (block.owns(q)) {
             const Factors<double> f(channels[q]);
-            double sum_dy = 0, sum_dy_d = 0;
+            double sum_dy = 0, sum_dy_xhat = 0;
             for (index_t row = block.tail_begin; row < block.tail_end; row++) {
                 const index_t at = row * C + block.q0 + q;
                 raw_t g[LOADS] = {load_elements(dy + at, 0, 1)}, values[LOADS] = {load_elements(x + at, 0, 1)};
                 Residual added[LOADS] = {{residual != nullptr, residual ? load_elements(residual + at, 0, 1) : raw_t()}};
                 if (channels[q].wide ||
-                    !add_chunk(g, values, added, 1, activation, Factors<acc_t>(channels[q]), 0, sum_dy, sum_dy_d))
-                    add_chunk(g, values, added, 1, activation, f, 0, sum_dy, sum_dy_d);
+                    !add_chunk(g, values, added, 1, activation, Factors<acc_t>(channels[q]), 0, sum_dy, sum_dy_xhat))
+                    add_chunk(g, values, added, 1, activation, f, 0, sum_dy, sum_dy_xhat);
             }
             sums_dy[first + q] = sum_dy;
-            sums_dy_xhat[first + q] = (sum_dy_d - channels[q].rest * sum_dy) * channels[q].rstd;
+            sums_dy_xhat[first + q] = sum_dy_xhat - channels[q].rest * channels[q].rstd * sum_dy;
         }
         return;  // as do all threads of the block
     }
 
     const OwnChannels own(channels + block.tx * WIDTH, block.on ? WIDTH : 0);
-    double sum_dy[WIDTH], sum_dy_d[WIDTH];
+    double sum_dy[WIDTH], sum_dy_xhat[WIDTH];
 #pragma unroll
-    for (int e = 0; e < WIDTH; e++) sum_dy[e] = sum_dy_d[e] = 0;
+    for (int e = 0; e < WIDTH; e++) sum_dy[e] = sum_dy_xhat[e] = 0;
     for (index_t row = block.begin + block.ty; block.on && row < block.end; row += LOADS * block.step) {
         raw_t g[LOADS], values[LOADS];
         Residual added[LOADS];
@@ -100,27 +100,27 @@ extern "C" __global__ void LAUNCH_BOUNDS bn_backward_reduce(
 #pragma unroll
         for (int e = 0; e < WIDTH; e++)
             if (own.is_wide(e) ||
-                !add_chunk(g, values, added, loaded, activation, own.usual(e), e, sum_dy[e], sum_dy_d[e]))
-                add_chunk(g, values, added, loaded, activation, own.wide(e), e, sum_dy[e], sum_dy_d[e]);
+                !add_chunk(g, values, added, loaded, activation, own.usual(e), e, sum_dy[e], sum_dy_xhat[e]))
+                add_chunk(g, values, added, loaded, activation, own.wide(e), e, sum_dy[e], sum_dy_xhat[e]);
     }
 
     __shared__ double terms[2][THREADS * WIDTH];
 #pragma unroll
     for (int e = 0; e < WIDTH; e++) {
         terms[0][threadIdx.x * WIDTH + e] = sum_dy[e];
-        terms[1][threadIdx.x * WIDTH + e] = sum_dy_d[e];
+        terms[1][threadIdx.x * WIDTH + e] = sum_dy_xhat[e];
     }
     __syncthreads();
-    const Standing at(lanes, block.step);
-    double all_dy = 0, all_dy_d = 0;
-    for (int row = at.row; row < block.step && at.row < at.rows; row += at.rows) {
-        all_dy += terms[0][row * block.tile * WIDTH + at.q];
-        all_dy_d += terms[1][row * block.tile * WIDTH + at.q];
+    const Standing at(block.sum_lanes(), block.sum_rows());
+    double all_dy = 0, all_dy_xhat = 0;
+    for (int row = at.row; row < block.sum_rows() && at.row < at.rows; row += at.rows) {
+        all_dy += terms[0][row * block.sum_pitch() + at.q];
+        all_dy_xhat += terms[1][row * block.sum_pitch() + at.q];
     }
     all_dy = sum_down(at, all_dy);
-    all_dy_d = sum_down(at, all_dy_d);
+    all_dy_xhat = sum_down(at, all_dy_xhat);
     if (at.row == 0) {
         sums_dy[first + q] = all_dy;
-        sums_dy_xhat[first + q] = (all_dy_d - channels[q].rest * all_dy) * channels[q].rstd;
+        sums_dy_xhat[first + q] = all_dy_xhat - channels[q].rest * channels[q].rstd * all_dy;
     }
 }

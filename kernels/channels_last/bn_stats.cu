@@ -17,7 +17,8 @@ DEVICE Moments chunk_moments(const raw_t (&raw)[LOADS], int count, int e, bool& 
     A d[LOADS], dd[LOADS];
 #pragma unroll
     for (int u = 0; u < LOADS; u++) d[u] = u < count ? element(raw[u], e) - pivot : 0;
-    const A offset = sum_pairs(d) / count;
+    const double inv_count = inverse<LOADS>(count);
+    const A offset = sum_pairs(d) * (A)inv_count;
 #pragma unroll
     for (int u = 0; u < LOADS; u++) {
         d[u] = u < count ? d[u] - offset : 0;
@@ -25,7 +26,7 @@ DEVICE Moments chunk_moments(const raw_t (&raw)[LOADS], int count, int e, bool& 
     }
     const double sum_dd = sum_pairs(dd);
     exact = held(sum_dd, offset);
-    return from_sums(count, pivot, offset, sum_pairs(d), sum_dd);
+    return from_sums(count, inv_count, pivot, offset, sum_pairs(d), sum_dd);
 }
 
 extern "C" __global__ void LAUNCH_BOUNDS bn_stats(
@@ -98,18 +99,17 @@ extern "C" __global__ void LAUNCH_BOUNDS bn_stats(
     counts[threadIdx.x] = count;
     __syncthreads();
 
-    const int lanes = block.lanes, q = threadIdx.x % lanes;
-    const Standing at(lanes, block.step);
+    const Standing at(block.sum_lanes(), block.sum_rows());
     Moments own = {0, 0, 0};
-    for (int row = at.row; row < block.step && at.row < at.rows; row += at.rows) {
-        const int thread = row * block.tile, lane = thread * WIDTH + q;
-        own = merge(own, {counts[thread], means[lane], m2s[lane]});
+    for (int row = at.row; row < block.sum_rows() && at.row < at.rows; row += at.rows) {
+        const int value = row * block.sum_pitch() + at.q;
+        own = merge(own, {counts[block.thread_of(row)], means[value], m2s[value]});
     }
     const Moments all = merge_down(at, own);
     if (at.row == 0) {
-        moments_mean[first_part * C + block.q0 + q] = all.mean;
-        moments_m2[first_part * C + block.q0 + q] = all.m2;
+        moments_mean[first_part * C + block.q0 + at.q] = all.mean;
+        moments_m2[first_part * C + block.q0 + at.q] = all.m2;
     }
-    if (blockIdx.x == 0)
-        for (int r = threadIdx.x; r < block.replicas(); r += THREADS) moments_count[first_part + r] = block.end - block.begin;
+    if (blockIdx.x == 0 && at.row == 0)
+        for (int part = at.q; part < block.parts(); part += at.lanes) moments_count[first_part + part] = all.count;
 }

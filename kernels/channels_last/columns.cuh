@@ -13,7 +13,7 @@
 #include "../elementwise.cuh"
 #include "../moments.cuh"
 
-constexpr int MOST_LANES = 64;  // of a tile
+constexpr int MOST_LANES = 32;  // of a tile
 
 struct Columns {
     index_t C, columns;            // columns of packs
@@ -40,8 +40,18 @@ struct Columns {
     DEVICE bool owns(int q) const { return q < lanes && q0 + q < C; }  // the first replica of its channel
     // Where this thread's pack is in a super-row.
     DEVICE index_t at(index_t super_row) const { return super_row * columns * WIDTH + q0 + tx * WIDTH; }
-    // Where the parts of this block are among those of all blocks: part * C + channel = first_part() * C + q0 + q.
-    DEVICE index_t first_part() const { return blockIdx.y * replicas(); }
+
+    // To sum, the WIDTH values of each thread, side by side in memory, are taken as rows of lanes. Where a tile has all
+    // columns, these are the channels, and the replicas are rows; else each replica makes a part of its own.
+    DEVICE bool whole() const { return columns <= tile; }
+    DEVICE int sum_lanes() const { return whole() ? (int)C : lanes; }
+    DEVICE int sum_rows() const { return whole() ? step * (int)replicas() : step; }
+    DEVICE int sum_pitch() const { return whole() ? (int)C : tile * WIDTH; }
+    // The first thread of those whose values make a row.
+    DEVICE int thread_of(int sum_row) const { return (whole() ? sum_row / (int)replicas() : sum_row) * tile; }
+    DEVICE int parts() const { return whole() ? 1 : (int)replicas(); }
+    // Where they are among those of all blocks: part * C + channel = first_part() * C + q0 + q.
+    DEVICE long long first_part() const { return blockIdx.y * (long long)parts(); }
 };
 
 // The channels of the elements of this thread's packs, out of those of the tile's lanes.

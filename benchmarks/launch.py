@@ -1,0 +1,83 @@
+"""What the host does for a call on CuPy arrays: checks, plans and checked launches, without CuPy and without a GPU.
+
+    python benchmarks/launch.py
+
+Arrays are objects with the attributes of CuPy's arrays; allocation and the launch itself do nothing: add CuPy's own
+time for those. Microseconds for one call, the least of several rounds.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import timeit
+import types
+from typing import Any
+
+import numpy as np
+
+CALLS, ROUNDS = 2000, 9
+
+
+class Array:
+    """As much of a CuPy array as a launch looks at."""
+
+    __module__ = "cupy"
+    __cuda_array_interface__ = None
+
+    def __init__(self, shape: tuple[int, ...], dtype: Any) -> None:
+        self.shape, self.dtype = shape, np.dtype(dtype)
+        self.ndim, self.size, self.itemsize = len(shape), math.prod(shape), self.dtype.itemsize
+        self.strides = np.empty(shape, dtype).strides
+        self.flags = types.SimpleNamespace(c_contiguous=True)
+        self.data = types.SimpleNamespace(ptr=4096, device_id=0)
+        self.device = types.SimpleNamespace(id=0)
+
+    def transpose(self, *_: Any) -> Array:
+        """Itself: the examples below are contiguous."""
+        return self
+
+    def reshape(self, shape: tuple[int, ...]) -> Array:
+        """Itself in another shape."""
+        return self if shape == self.shape else Array(shape, self.dtype)
+
+
+def pretend_cupy() -> None:
+    """Put a module into the place of CuPy."""
+    cupy: Any = types.ModuleType("cupy")
+    cupy.empty = Array
+    runtime = types.SimpleNamespace(
+        getDevice=lambda: 0, deviceGetAttribute=lambda *_: 132, cudaDevAttrMultiProcessorCount=16
+    )
+    cupy.cuda = types.SimpleNamespace(runtime=runtime)
+    cupy.RawKernel = lambda *_: lambda *_: None
+    sys.modules["cupy"], sys.modules["cupy.cuda"] = cupy, cupy.cuda
+
+
+def main() -> None:
+    pretend_cupy()
+    from cupybn import _kernels, cupy_ops, functional
+
+    x, vectors, counter = Array((32, 64, 56, 56), "f4"), [Array((64,), "f4") for _ in range(4)], Array((), "i8")
+    flat, y = Array((32, 64, 3136), "f4"), Array((32, 64, 3136), "f4")
+    moments = cupy_ops.bn_stats(flat, counter)
+    mean, var, weight, bias = vectors
+    launches = []
+    launch = _kernels.Kernel.launch
+    _kernels.Kernel.launch = lambda *args: launches.append(args)
+    cupy_ops.bn_normalize(flat, moments, 1e-5, weight, bias, None, None, mean, var, 0.1, counter, y)
+    _kernels.Kernel.launch = launch
+    _, vjp_fn = functional.batch_norm_vjp(x, *vectors, True)
+    cases = {
+        f"checked launch of bn_normalize, {len(launches[0][3])} arguments": lambda: launch(*launches[0]),
+        "batch_norm, training": lambda: functional.batch_norm(x, *vectors, True),
+        "batch_norm, inference": lambda: functional.batch_norm(x, *vectors),
+        "vjp_fn": lambda: vjp_fn(x),
+    }
+    for name, call in cases.items():
+        call()
+        print(f"{min(timeit.repeat(call, number=CALLS, repeat=ROUNDS)) / CALLS * 1e6:6.1f} us  {name}")
+
+
+if __name__ == "__main__":
+    main()
