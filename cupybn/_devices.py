@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
-from collections.abc import Hashable
 from types import ModuleType
 from typing import Any
 
@@ -20,7 +19,7 @@ def kind(array: object) -> str | None:
     """``"numpy"``, ``"cupy"``, or None for anything else."""
     if isinstance(array, np.ndarray):
         return None if isinstance(array, (np.ma.MaskedArray, np.matrix)) else "numpy"  # of rules of their own
-    cls: Hashable = type(array)
+    cls: Any = type(array)
     return "cupy" if _is_cupy(cls) else None
 
 
