@@ -55,7 +55,7 @@ def resolve_device(device: str | None) -> str:
         If the device is not there: what is missing, and which extra installs it.
     """
     if device is None:
-        return f"cuda:{_cupy().cuda.runtime.getDevice()}" if not cuda_missing() else "cpu"
+        return f"cuda:{import_cupy().cuda.runtime.getDevice()}" if not cuda_missing() else "cpu"
     match = re.fullmatch(r"cpu|cuda(?::(\d+))?", device) if isinstance(device, str) else None
     if match is None:
         raise ValueError(f"unknown device {device!r}: expected one of {_KNOWN}")
@@ -64,7 +64,7 @@ def resolve_device(device: str | None) -> str:
     missing = cuda_missing()
     if missing:
         raise RuntimeError(f"device {device!r} is not available: {missing}")
-    runtime = _cupy().cuda.runtime
+    runtime = import_cupy().cuda.runtime
     index = runtime.getDevice() if match[1] is None else int(match[1])
     if index >= runtime.getDeviceCount():
         raise RuntimeError(f"device {device!r} is not available: {runtime.getDeviceCount()} CUDA devices were found")
@@ -75,7 +75,7 @@ def resolve_device(device: str | None) -> str:
 def cuda_missing() -> str:
     """Why no CUDA device can be used, and what to do about it; an empty string if one can."""
     try:
-        cupy = _cupy()
+        cupy = import_cupy()
     except Exception as error:  # a CuPy that cannot be used raises anything: no library, no cache folder, a bad wheel
         return f"CuPy cannot be imported ({error!r}); {_INSTALL}"
     if not cupy.cuda.is_available():
@@ -85,7 +85,7 @@ def cuda_missing() -> str:
 
 def empty(shape: tuple[int, ...], like: Any, dtype: npt.DTypeLike | None = None) -> Any:
     """A new array of the kind of another one, on the current device, and with its dtype unless told otherwise."""
-    xp = np if kind(like) == "numpy" else _cupy()
+    xp = np if kind(like) == "numpy" else import_cupy()
     return xp.empty(shape, like.dtype if dtype is None else dtype)
 
 
@@ -103,7 +103,7 @@ def zeros_like(vector: Any) -> Any:
 
 def current(array: Any) -> contextlib.AbstractContextManager[Any]:
     """A context in which the device of an array is the current one."""
-    if kind(array) == "numpy" or array.data.device_id == _cupy().cuda.runtime.getDevice():
+    if kind(array) == "numpy" or array.data.device_id == import_cupy().cuda.runtime.getDevice():
         return contextlib.nullcontext()
     device: contextlib.AbstractContextManager[Any] = array.device
     return device
@@ -113,28 +113,29 @@ def full(shape: tuple[int, ...], value: float, dtype: np.dtype[Any], device: str
     """A new array on a device."""
     if device == "cpu":
         return np.full(shape, value, dtype)
-    with _cupy().cuda.Device(_index(device)):
-        return _cupy().full(shape, value, dtype)
+    with import_cupy().cuda.Device(_index(device)):
+        return import_cupy().full(shape, value, dtype)
 
 
 def transfer(array: Any, dtype: np.dtype[Any], device: str) -> Any:
     """A copy on a device, with a dtype, of anything that ``numpy.asarray`` takes, or of a CuPy array."""
     if kind(array) == "cupy" and device != "cpu":
-        with _cupy().cuda.Device(_index(device)):
-            return _cupy().array(array, dtype)
+        with import_cupy().cuda.Device(_index(device)):
+            return import_cupy().array(array, dtype)
     with np.errstate(all="ignore"):  # what the dtype does not hold becomes inf
         host = np.asarray(array.get() if kind(array) == "cupy" else array).astype(dtype)
     if device == "cpu":
         return host
-    with _cupy().cuda.Device(_index(device)):
-        return _cupy().asarray(host)
+    with import_cupy().cuda.Device(_index(device)):
+        return import_cupy().asarray(host)
 
 
 def _index(device: str) -> int:
     return int(device.removeprefix("cuda:"))
 
 
-def _cupy() -> ModuleType:
+def import_cupy() -> ModuleType:
+    """CuPy, for those who know by now that it is wanted."""
     import cupy
 
     return cupy  # type: ignore[no-any-return]

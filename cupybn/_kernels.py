@@ -16,6 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from cupybn._devices import import_cupy
+from cupybn._dtypes import FLOATS
+
 Array = Any  # cupy.ndarray
 
 _here = Path(__file__).parent
@@ -88,8 +91,7 @@ def signature(name: str) -> tuple[Parameter, ...]:
 # Arguments
 
 VECTOR = np.dtype([("data", np.uint64), ("stride", np.int64), ("dtype", np.int64)])
-"""``Vector`` of ``types.cuh``: values of any of the float dtypes, any number of bytes apart."""
-VECTOR_DTYPES = ("float16", "bfloat16", "float32", "float64")
+"""``Vector`` of ``types.cuh``: values of any float dtype, numbered as in FLOATS, any number of bytes apart."""
 
 
 @functools.lru_cache(maxsize=4096)
@@ -100,13 +102,13 @@ def _vector(ptr: int, stride: int, dtype: int) -> npt.NDArray[Any]:
 
 @functools.cache
 def _vector_dtype(dtype: np.dtype[Any]) -> int:
-    """As ``types.cuh`` numbers it; -1 if it does not."""
-    return VECTOR_DTYPES.index(dtype.name) if dtype.name in VECTOR_DTYPES else -1
+    """Its number; -1 if it has none."""
+    return FLOATS.index(dtype.name) if dtype.name in FLOATS else -1
 
 
 def _to_vector(label: str, array: Array) -> npt.NDArray[Any]:
     if getattr(array, "ndim", None) != 1 or _vector_dtype(array.dtype) < 0:
-        raise TypeError(f"{label}: expected a 1-D array of {', '.join(VECTOR_DTYPES)} (got {_describe(array)})")
+        raise TypeError(f"{label}: expected a 1-D array of {', '.join(FLOATS)} (got {_describe(array)})")
     return _vector(array.data.ptr, array.strides[0], _vector_dtype(array.dtype))
 
 
@@ -169,7 +171,7 @@ class Kernel:
                 f"{self.name}: expected {', '.join(self._parameters)} (missing or unknown: {', '.join(odd)})"
             )
         values = [convert(arguments[name]) for name, convert in self._parameters.items()]
-        device = _cupy().cuda.runtime.getDevice()
+        device = import_cupy().cuda.runtime.getDevice()
         for name in self._arrays:
             array = arguments[name]
             if array is not None and array.data.device_id != device:
@@ -179,17 +181,10 @@ class Kernel:
     @functools.cached_property
     def raw(self) -> Any:
         """CuPy's kernel, which compiles at its first launch on each device."""
-        return _cupy().RawKernel(source(self.name), self.name.rpartition("/")[2], self.options)
+        return import_cupy().RawKernel(source(self.name), self.name.rpartition("/")[2], self.options)
 
 
 @functools.cache
 def kernel(name: str, **macros: Any) -> Kernel:
     """The one `Kernel` of this name and these macros."""
     return Kernel(name, macros)
-
-
-@functools.cache
-def _cupy() -> Any:
-    import cupy
-
-    return cupy

@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from cupybn import _kernels
+from cupybn._dtypes import FLOATS
 from cupybn.cupy_ops import _macros
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
@@ -45,7 +46,7 @@ class Instance(NamedTuple):
 def instances(kernel: str) -> list[Instance]:
     """All that the library may ask for."""
     if "/" in kernel:  # of a layout, over arrays
-        choices = itertools.product(_kernels.VECTOR_DTYPES, (1, 0), (32, 64))
+        choices = itertools.product(FLOATS, (1, 0), (32, 64))
     else:  # over vectors of one value per channel
         choices = itertools.product(("float32", "float64"), (0,), (32,))
     return [Instance(kernel, *choice) for choice in choices]

@@ -9,6 +9,8 @@ import typing
 import pytest
 
 from cupybn import _kernels, cupy_ops, numpy_ops
+from cupybn._checks import ACTIVATIONS
+from cupybn._dtypes import FLOATS
 from cupybn._kernels import KERNELS, kernel_names, signature
 from cupybn._moments import Moments, Statistics, Sums
 
@@ -84,6 +86,14 @@ def test_kernel_takes_what_its_mirror_takes_and_writes_what_it_returns(name):
     assert [p.name for p in parameters if p.section != "sizes"] == expected
     outputs = [p.name for p in parameters if p.section == "outputs"]
     assert outputs == expected[len(expected) - len(outputs) :]
+
+
+def test_numbers_that_both_sides_know():
+    text = (KERNELS / "types.cuh").read_text()
+    assert f"enum {{ {', '.join(name.upper() for name in FLOATS)} }};" in text
+    struct = text[text.index("struct Vector {") : text.index("DEVICE explicit operator bool")]
+    assert re.findall(r"(\w+);", struct) == list(_kernels.VECTOR.names)
+    assert dict(zip(ACTIVATIONS, (0, 1), strict=True)) == cupy_ops.ACTIVATIONS
 
 
 @pytest.mark.parametrize("step", STEPS)
