@@ -45,7 +45,11 @@ def pytest_collection_finish(session):
 
     if hasattr(cupy, "emulator") and len(session.items) > 1000 and not hasattr(session.config, "workerinput"):
         cupy.RawModule(code="").compile()  # the runtime, which all need
-        session.config.ahead = threading.Thread(target=_compile_ahead)
+        instances = [instance for name in kernel_names() for instance in nvrtc.instances(name)]
+        instances.sort(key=lambda i: (i.index_bits, not i.vectorized, i.dtype != "float32"))
+        # All that the thread needs, before tests turn the loader to other folders.
+        kernels = [(source(i.kernel), i.kernel.rpartition("/")[2], i.options) for i in instances]
+        session.config.ahead = threading.Thread(target=_compile_ahead, args=(cupy, kernels))
         session.config.ahead.start()
 
 
@@ -55,14 +59,11 @@ def pytest_sessionfinish(session):
         session.config.ahead.join()
 
 
-def _compile_ahead():
-    import cupy
-
-    instances = [instance for name in kernel_names() for instance in nvrtc.instances(name)]
-    for instance in sorted(instances, key=lambda i: (i.index_bits, not i.vectorized, i.dtype != "float32")):
+def _compile_ahead(cupy, kernels):
+    for kernel in kernels:
         if _stop.is_set():
             return
-        cupy.RawKernel(source(instance.kernel), instance.kernel.rpartition("/")[2], instance.options).compile()
+        cupy.RawKernel(*kernel).compile()
 
 
 @pytest.fixture(params=["cpu", "cuda:0"])
