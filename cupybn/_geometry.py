@@ -1,6 +1,6 @@
 """How launches are laid over arrays: pure functions of shape, width of a pack and, for elementwise steps, the device.
 
-Sums are split by the shape alone, so that every device adds in the same order and gets the same bits.
+Sums are split by shape and alignment alone: the order of additions is the same on every device.
 """
 
 from __future__ import annotations

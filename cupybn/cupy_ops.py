@@ -7,12 +7,12 @@ those with L = 1 go to the kernels of ``channels_last``, the others to those of 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from cupybn import _geometry
-from cupybn._devices import empty
+from cupybn._devices import empty, import_cupy
 from cupybn._geometry import THREADS, Geometry
 from cupybn._kernels import Kernel, kernel
 from cupybn._moments import Moments, Statistics, Sums
@@ -29,23 +29,18 @@ MOST_INT = 2**31 - 2**20
 
 def bn_stats(x: Array, num_batches_tracked: Array | None = None, scratch: Array | None = None) -> Moments:  # noqa: ARG001
     """See `numpy_ops.bn_stats`; the moments are in parts, and no scratch is needed."""
-    launch, geometry = _choose("bn_stats", x)
+    plan = _choose("bn_stats", x)
     C = x.shape[1]
     moments = Moments(
-        empty((geometry.parts,), x, np.float64),
-        empty((geometry.parts, C), x, np.float64),
-        empty((geometry.parts, C), x, np.float64),
+        empty((plan.geometry.parts,), x, np.float64),
+        empty((plan.geometry.parts, C), x, np.float64),
+        empty((plan.geometry.parts, C), x, np.float64),
         None if num_batches_tracked is None else empty((), num_batches_tracked),
     )
-    launch.launch(
-        geometry.grid,
-        THREADS,
-        {
-            "x": x,
-            "num_batches_tracked": num_batches_tracked,
-            **_fields("moments", moments, Moments),
-            **geometry.sizes,
-        },
+    plan.launch(
+        x=x,
+        num_batches_tracked=num_batches_tracked,
+        **_fields("moments", moments, Moments),
     )
     return moments
 
@@ -77,28 +72,23 @@ def bn_normalize(
     out: Array,
 ) -> Statistics:
     """See `numpy_ops.bn_normalize`."""
-    launch, geometry = _choose("bn_normalize", x, out, residual)
+    plan = _choose("bn_normalize", x, out, residual)
     statistics = Statistics(empty(x.shape[1:2], x, np.float64), empty(x.shape[1:2], x, np.float64))
-    launch.launch(
-        geometry.grid,
-        THREADS,
-        {
-            "x": x,
-            **_fields("moments", moments, Moments),
-            "eps": eps,
-            "weight": weight,
-            "bias": bias,
-            "residual": residual,
-            "activation": ACTIVATIONS[activation],
-            "running_mean": running_mean,
-            "running_var": running_var,
-            "momentum": 0 if momentum is None else momentum,
-            "num_batches_tracked": num_batches_tracked,
-            "out": out,
-            **_fields("statistics", statistics, Statistics),
-            "parts": 0 if moments is None else moments.mean.shape[0],
-            **geometry.sizes,
-        },
+    plan.launch(
+        x=x,
+        **_fields("moments", moments, Moments),
+        eps=eps,
+        weight=weight,
+        bias=bias,
+        residual=residual,
+        activation=ACTIVATIONS[activation],
+        running_mean=running_mean,
+        running_var=running_var,
+        momentum=0 if momentum is None else momentum,
+        num_batches_tracked=num_batches_tracked,
+        out=out,
+        **_fields("statistics", statistics, Statistics),
+        parts=0 if moments is None else moments.mean.shape[0],
     )
     return statistics
 
@@ -115,24 +105,19 @@ def bn_backward_reduce(
     scratch: Array | None = None,  # noqa: ARG001
 ) -> Sums:
     """See `numpy_ops.bn_backward_reduce`; the sums are in parts, and no scratch is needed."""
-    launch, geometry = _choose("bn_backward_reduce", x, dy, residual)
-    shape = geometry.parts, x.shape[1]
+    plan = _choose("bn_backward_reduce", x, dy, residual)
+    shape = plan.geometry.parts, x.shape[1]
     sums = Sums(empty(shape, x, np.float64), empty(shape, x, np.float64))
-    launch.launch(
-        geometry.grid,
-        THREADS,
-        {
-            "dy": dy,
-            "x": x,
-            **_fields("statistics", statistics, Statistics),
-            "eps": eps,
-            "weight": weight,
-            "bias": bias,
-            "residual": residual,
-            "activation": ACTIVATIONS[activation],
-            **_fields("sums", sums, Sums),
-            **geometry.sizes,
-        },
+    plan.launch(
+        dy=dy,
+        x=x,
+        **_fields("statistics", statistics, Statistics),
+        eps=eps,
+        weight=weight,
+        bias=bias,
+        residual=residual,
+        activation=ACTIVATIONS[activation],
+        **_fields("sums", sums, Sums),
     )
     return sums
 
@@ -154,28 +139,23 @@ def bn_backward_input(
     dbias: Array | None,
 ) -> None:
     """See `numpy_ops.bn_backward_input`."""
-    launch, geometry = _choose("bn_backward_input", x, dy, residual, dx, dresidual)
-    launch.launch(
-        geometry.grid,
-        THREADS,
-        {
-            "dy": dy,
-            "x": x,
-            **_fields("statistics", statistics, Statistics),
-            "eps": eps,
-            "weight": weight,
-            "bias": bias,
-            "residual": residual,
-            "activation": ACTIVATIONS[activation],
-            **_fields("sums", sums, Sums),
-            "inv_count": inv_count,
-            "dx": dx,
-            "dresidual": dresidual,
-            "dweight": dweight,
-            "dbias": dbias,
-            "parts": 0 if sums is None else sums.dy.shape[0],
-            **geometry.sizes,
-        },
+    plan = _choose("bn_backward_input", x, dy, residual, dx, dresidual)
+    plan.launch(
+        dy=dy,
+        x=x,
+        **_fields("statistics", statistics, Statistics),
+        eps=eps,
+        weight=weight,
+        bias=bias,
+        residual=residual,
+        activation=ACTIVATIONS[activation],
+        **_fields("sums", sums, Sums),
+        inv_count=inv_count,
+        dx=dx,
+        dresidual=dresidual,
+        dweight=dweight,
+        dbias=dbias,
+        parts=0 if sums is None else sums.dy.shape[0],
     )
 
 
@@ -186,8 +166,19 @@ SUMS = ("bn_stats", "bn_backward_reduce")
 """The steps whose result must not depend on the device."""
 
 
-def _choose(step: str, x: Array, *others: Array | None) -> tuple[Kernel, Geometry]:
-    """The kernel of a step for these arrays, and how it is laid over them."""
+class _Plan(NamedTuple):
+    """The kernel of a step, and how it is laid over the arrays."""
+
+    kernel: Kernel
+    geometry: Geometry
+
+    def launch(self, **arguments: Any) -> None:
+        """With these arguments, and the sizes that the geometry knows."""
+        self.kernel.launch(self.geometry.grid, THREADS, arguments | self.geometry.sizes)
+
+
+def _choose(step: str, x: Array, *others: Array | None) -> _Plan:
+    """The launch of a step for these arrays."""
     vectorized = all(array is None or array.data.ptr % PACK == 0 for array in (x, *others))
     index_bits = 32 if max(x.size, x.shape[1] * PACK) < MOST_INT else 64  # there are up to 8 lanes for a channel
     multiprocessors = None if step in SUMS else _multiprocessors(x.data.device_id)
@@ -202,7 +193,7 @@ def _plan(
     vectorized: bool,
     index_bits: int,
     multiprocessors: int | None,
-) -> tuple[Kernel, Geometry]:
+) -> _Plan:
     """Of so many arguments that programs call with the same ones again and again."""
     N, C, L = shape
     width = PACK // dtype.itemsize if vectorized else 1
@@ -210,7 +201,7 @@ def _plan(
         layout, geometry = "channels_last", _geometry.channels_last(N, C, width, multiprocessors)
     else:
         layout, geometry = "channels_first", _geometry.channels_first(N, C, L, width, multiprocessors)
-    return kernel(f"{layout}/{step}", **_macros(dtype, vectorized, index_bits)), geometry
+    return _Plan(kernel(f"{layout}/{step}", **_macros(dtype, vectorized, index_bits)), geometry)
 
 
 def _macros(dtype: np.dtype[Any], vectorized: bool, index_bits: int) -> dict[str, Any]:
@@ -219,8 +210,7 @@ def _macros(dtype: np.dtype[Any], vectorized: bool, index_bits: int) -> dict[str
 
 
 def _multiprocessors(device: int) -> int:
-    from cupy.cuda import runtime
-
+    runtime = import_cupy().cuda.runtime
     return int(runtime.deviceGetAttribute(runtime.cudaDevAttrMultiProcessorCount, device))
 
 

@@ -217,7 +217,7 @@ def forward(call: Call, out: Array | None = None) -> tuple[Array, Saved]:
 
 
 def checked_forward(call: Call, channel_axis: int, out: Array | None) -> tuple[Array, Saved]:
-    """The output, and what `backward` needs."""
+    """The same for arguments that fit together, on the current device."""
     layout = Layout.of(call.input, channel_axis)
     ops = ops_for(call.input)
     has_residual = call.residual is not None

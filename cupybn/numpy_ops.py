@@ -26,6 +26,7 @@ from cupybn._tiles import tile_map, tile_sums
 Array = npt.NDArray[Any]
 Terms = list[tuple[Array, ...]]
 Column = Callable[[Array], Array]
+Merged = tuple[float, Array, Array]  # count, mean (C,), m2 (C,)
 
 _quiet = np.errstate(all="ignore")  # inf and NaN are data here
 
@@ -70,7 +71,7 @@ def bn_stats(x: Array, num_batches_tracked: Array | None = None, scratch: Array 
 
 
 @_quiet
-def merge(moments: Moments) -> tuple[float, Array, Array]:
+def merge(moments: Moments) -> Merged:
     """Count, mean and m2 of all parts together.
 
     Exact for parts of one mean. Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing
@@ -125,7 +126,8 @@ def _moments_about(center: Array, x: Array, dtype: npt.DTypeLike, scratch: Array
 
 @_quiet
 def bn_update_running(
-    moments: Moments,
+    batch: Merged,
+    batches: Array | None,
     running_mean: Array,
     running_var: Array,
     momentum: float | None,
@@ -135,14 +137,14 @@ def bn_update_running(
 
     ``momentum=None`` stands for 1 / (batches + 1), the mean over all batches; num_batches_tracked counts this one.
     """
-    count, mean, m2 = merge(moments)
+    count, mean, m2 = batch
     if momentum is None:
-        assert moments.batches is not None
-        momentum = 1 / (int(moments.batches) + 1)
+        assert batches is not None
+        momentum = 1 / (int(batches) + 1)
     if num_batches_tracked is not None:
         num_batches_tracked += 1
-    for running, batch in (running_mean, mean), (running_var, m2 / (count - 1)):
-        running[...] = (1 - momentum) * running.astype(np.float64) + momentum * batch
+    for running, new in (running_mean, mean), (running_var, m2 / (count - 1)):
+        running[...] = (1 - momentum) * running.astype(np.float64) + momentum * new
 
 
 @_quiet
@@ -180,7 +182,7 @@ def bn_normalize(
         assert running_var is not None
         statistics = Statistics(running_mean.astype(np.float64), running_var.astype(np.float64))
     else:
-        count, mean, m2 = merge(moments)
+        batch = count, mean, m2 = merge(moments)
         statistics = Statistics(mean, m2 / count)
     affine = _affine(x.dtype, statistics, eps, weight, bias)
     in_place = residual is None or not np.may_share_memory(out, residual)
@@ -201,7 +203,7 @@ def bn_normalize(
         temporaries = not in_place or out.dtype != dtype or activation is not None
         tile_map(core, arrays, vectors, temporaries)
     if moments is not None and running_mean is not None and running_var is not None:
-        bn_update_running(moments, running_mean, running_var, momentum, num_batches_tracked)
+        bn_update_running(batch, moments.batches, running_mean, running_var, momentum, num_batches_tracked)
     return statistics
 
 

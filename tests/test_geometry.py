@@ -82,7 +82,7 @@ def test_small_arrays_are_not_split():
 
 @given(sizes, sizes, sizes, widths)
 def test_sums_have_few_parts(N, C, L, width):
-    assert channels_first(N, C, L, width, None).parts <= max(1, math.ceil(CHANNELS_FIRST_SUM / C), THREADS)
+    assert channels_first(N, C, L, width, None).parts <= min(math.ceil(CHANNELS_FIRST_SUM / C), THREADS)
     replicas = width // math.gcd(C, width)
     assert channels_last(N, C, width, None).parts <= (CHANNELS_LAST_SUM + 1) * replicas + 1
 

@@ -104,9 +104,9 @@ def test_merge_of_parts_of_one_mean_is_exact():
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 @pytest.mark.parametrize("momentum", [0.0, 0.1, 1.0])
 def test_bn_update_running(dtype, momentum):
-    moments = Moments(np.array([5.0]), np.array([[2.0, -1.0]]), np.array([[8.0, 0.0]]))
+    batch = 5.0, np.array([2.0, -1.0]), np.array([8.0, 0.0])
     running_mean, running_var = np.array([10, 20], dtype), np.array([1, 3], dtype)
-    ops.bn_update_running(moments, running_mean, running_var, momentum, None)
+    ops.bn_update_running(batch, None, running_mean, running_var, momentum, None)
     expected_mean = np.array([(1 - momentum) * 10 + momentum * 2, (1 - momentum) * 20 - momentum])
     expected_var = np.array([(1 - momentum) + momentum * 2, (1 - momentum) * 3])
     assert running_mean.dtype == dtype
@@ -117,8 +117,8 @@ def test_bn_update_running(dtype, momentum):
 def test_bn_update_running_takes_the_mean_of_all_batches_without_momentum():
     running_mean, running_var, counter = np.zeros(1), np.ones(1), np.array(0)
     for value in 1.0, 2.0, 6.0:
-        moments = Moments(np.array([2.0]), np.array([[value]]), np.array([[value]]), counter.copy())
-        ops.bn_update_running(moments, running_mean, running_var, None, counter)
+        batch = 2.0, np.array([value]), np.array([value])
+        ops.bn_update_running(batch, counter.copy(), running_mean, running_var, None, counter)
     assert counter == 3
     np.testing.assert_allclose([running_mean[0], running_var[0]], 3)
 

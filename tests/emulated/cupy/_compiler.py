@@ -144,19 +144,19 @@ class Module:
         )
         runtime()
         self.path = _build(text, (*FLAGS, *_garbage(), f"-I{RUNTIME}", *_translate(options)), LINK_FLAGS)
-        self.library = ctypes.CDLL(str(self.path))
+        self.binary = ctypes.CDLL(str(self.path))
         begin, end = ctypes.c_void_p(), ctypes.c_void_p()
-        self.library.emulated_shared(ctypes.byref(begin), ctypes.byref(end))
+        self.binary.emulated_shared(ctypes.byref(begin), ctypes.byref(end))
         self.shared = begin.value or 0, end.value or 0
 
     def entry(self, name: str) -> ctypes._CFuncPtr:
         """The function that takes an array of the addresses of the arguments."""
-        function: ctypes._CFuncPtr = getattr(self.library, f"emulated_entry_{name}")
+        function: ctypes._CFuncPtr = getattr(self.binary, f"emulated_entry_{name}")
         return function
 
     def parameters(self, name: str) -> list[Parameter]:
         """What the kernel takes."""
-        describe = getattr(self.library, f"emulated_parameters_{name}")
+        describe = getattr(self.binary, f"emulated_parameters_{name}")
         describe.restype = ctypes.POINTER(Parameter)
         count = ctypes.c_int()
         first = describe(ctypes.byref(count))
@@ -166,7 +166,7 @@ class Module:
         """The address of dynamic shared memory; 0 if no kernel has any."""
         if self.dynamic is None:
             return 0
-        return ctypes.addressof(ctypes.c_char.in_dll(self.library, self.dynamic))
+        return ctypes.addressof(ctypes.c_char.in_dll(self.binary, self.dynamic))
 
     def static_shared(self) -> int:
         """Bytes of static shared memory, of all kernels of the module together; alignment blurs the last 32."""
