@@ -14,8 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 RUNTIME = Path(__file__).parent / "runtime"
-BOUNDS = r"__launch_bounds__\s*\([^)]*\)\s*|[A-Z_]+\s+"  # or a macro for them
-GLOBAL = re.compile(rf'extern\s+"C"\s+__global__\s+(?:{BOUNDS})?void\s+(?:{BOUNDS})?(\w+)\s*\(')
+BOUNDS = (
+    r"(?:__(?:launch_bounds|cluster_dims)__\s*\((?:[^()]|\([^()]*\))*\)\s*|[A-Z_][A-Z_0-9]*\s+)*"  # or macros for them
+)
+GLOBAL = re.compile(rf'extern\s+"C"\s+__global__\s+({BOUNDS})void\s+({BOUNDS})(\w+)\s*\(')
 DYNAMIC = re.compile(r"extern\s+__shared__\s+(?:__align__\s*\(\s*\d+\s*\)\s*)?([\w:][\w: ]*?)\s+(\w+)\s*\[\s*\]\s*;")
 MOST_SHARED = 227 << 10
 
@@ -85,7 +87,7 @@ def _run(command: Sequence[str | Path]) -> str:
 def _build(text: str, flags: Sequence[str], link_flags: Sequence[str] = ()) -> Path:
     """A shared library of this text, out of the cache if it is there."""
     path, version = compiler()
-    surroundings = "".join((RUNTIME / name).read_text() for name in ("device.h", "runtime.cpp"))
+    surroundings = "".join(path.read_text() for path in sorted(RUNTIME.iterdir()) if path.is_file())
     key = hashlib.sha256("\0".join((text, version, surroundings, *flags, *link_flags)).encode()).hexdigest()[:32]
     library = cache_folder() / f"{key}.so"
     if not library.exists():
@@ -102,7 +104,7 @@ def _build(text: str, flags: Sequence[str], link_flags: Sequence[str] = ()) -> P
 def runtime() -> ctypes.CDLL:
     """The library that runs kernels; their modules find its functions."""
     text = (RUNTIME / "runtime.cpp").read_text()
-    library = _build(text, ("-std=c++17", "-O2", "-fPIC", "-U_FORTIFY_SOURCE"))
+    library = _build(text, ("-std=c++17", "-O2", "-fPIC", "-U_FORTIFY_SOURCE", f"-I{RUNTIME}"))
     return ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
 
 
@@ -121,7 +123,8 @@ class Module:
     """The kernels of a text."""
 
     def __init__(self, code: str, options: Sequence[str]) -> None:
-        self.names = GLOBAL.findall(code)
+        bounds = {name: f"{before} {after}" for before, after, name in GLOBAL.findall(code)}
+        self.names = list(bounds)
         dynamic = sorted({name for _, name in DYNAMIC.findall(code)})
         if len(dynamic) > 1:
             raise CompileException("the stand-in for CuPy knows one extern __shared__ array")
@@ -139,6 +142,9 @@ class Module:
                 '#line 1 "entry.cpp"',
                 *definitions,
                 *(f"EMULATED_ENTRY({name})" for name in self.names),
+                "#undef __cluster_dims__",
+                "#define __cluster_dims__ EMULATED_CLUSTER_DIMS",
+                *(f"EMULATED_CLUSTER({name}, {text})" for name, text in bounds.items()),
                 "EMULATED_MODULE",
             ]
         )
@@ -147,7 +153,21 @@ class Module:
         self.binary = ctypes.CDLL(str(self.path))
         begin, end = ctypes.c_void_p(), ctypes.c_void_p()
         self.binary.emulated_shared(ctypes.byref(begin), ctypes.byref(end))
-        self.shared = begin.value or 0, end.value or 0
+        self.shared = min(begin.value or 0, end.value or 0), end.value or 0  # the begin of nothing can be anywhere
+        self.clusters = {name: self._cluster(name) for name in self.names}
+
+    def _cluster(self, name: str) -> int:
+        """How many blocks the kernel declares a cluster to have; 0 if it declares nothing."""
+        dims = (ctypes.c_int * 3)()
+        getattr(self.binary, f"emulated_cluster_{name}")(dims)
+        x, y, z = dims
+        if (x, y, z) == (0, 0, 0):
+            return 0
+        if min(x, y, z) < 1:
+            raise CompileException("__cluster_dims__ arguments must be positive integers")
+        if (y, z) != (1, 1):
+            raise NotImplementedError("the stand-in for CuPy has clusters along x only")
+        return int(x)
 
     def entry(self, name: str) -> ctypes._CFuncPtr:
         """The function that takes an array of the addresses of the arguments."""

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from cupy import _memory, emulator
-from cupy._compiler import MOST_SHARED, Module, Parameter, runtime
+from cupy._compiler import MOST_SHARED, CompileException, Module, Parameter, runtime
 from cupy._ndarray import byte_range, ndarray
 from cupy.cuda import Device, get_current_stream
 from cupy.cuda import runtime as cuda_runtime
@@ -43,7 +43,20 @@ class _Result(ctypes.Structure):
     )
 
 
+MOST_BLOCKS = 8  # of a cluster, on every device that has clusters
 _one_at_a_time = threading.Lock()
+
+
+def _has_clusters() -> bool:
+    return int(emulator.devices[Device().id].compute_capability) >= 90
+
+
+def _compile(module: Module | None, code: str, options: Sequence[str]) -> Module:
+    """Compile, unless it is done. The text is for the current device, which can be another one than before."""
+    module = Module(code, options) if module is None else module
+    if any(module.clusters.values()) and not _has_clusters():
+        raise CompileException("error: __cluster_dims__ is not supported for this GPU architecture")
+    return module
 
 
 class RawModule:
@@ -65,8 +78,7 @@ class RawModule:
 
     def compile(self, log_stream: Any = None) -> None:  # noqa: ARG002
         """Compile, unless it is done."""
-        if self._module is None:
-            self._module = Module(self.code, self.options)
+        self._module = _compile(self._module, self.code, self.options)
 
     def get_function(self, name: str) -> RawKernel:
         """A kernel by its name."""
@@ -92,13 +104,12 @@ class RawKernel:
         if enable_cooperative_groups:
             raise NotImplementedError("the stand-in for CuPy has ordinary launches only")
         self.code, self.name, self.options, self.backend = code, name, tuple(options), backend
-        self.max_dynamic_shared_size_bytes = 48 << 10
+        self._max_dynamic: dict[int, int] = {}  # of each device where the program has set it
         self._module: Module | None = None
 
     def compile(self, log_stream: Any = None) -> None:  # noqa: ARG002
         """Compile, unless it is done."""
-        if self._module is None:
-            self._module = Module(self.code, self.options)
+        self._module = _compile(self._module, self.code, self.options)
         if self.name not in self._module.names:
             raise cuda_runtime.CUDARuntimeError(f"CUDA_ERROR_NOT_FOUND: named symbol not found ({self.name})")
 
@@ -107,6 +118,30 @@ class RawKernel:
         """What CuPy launches without further ado."""
         self.compile()
         return self
+
+    @property
+    def shared_size_bytes(self) -> int:
+        """Bytes of static shared memory in a block."""
+        self.compile()
+        assert self._module is not None
+        return self._module.static_shared()
+
+    @property
+    def max_dynamic_shared_size_bytes(self) -> int:
+        """The most bytes of dynamic shared memory that a launch on the current device may ask for."""
+        device = Device().id
+        if device in self._max_dynamic:
+            return self._max_dynamic[device]
+        return max(0, emulator.devices[device].shared_memory_per_block - self.shared_size_bytes)
+
+    @max_dynamic_shared_size_bytes.setter
+    def max_dynamic_shared_size_bytes(self, size: int) -> None:
+        device = Device().id
+        if not 0 <= size <= emulator.devices[device].shared_memory_per_block_optin - self.shared_size_bytes:
+            raise cuda_runtime.CUDARuntimeError(
+                f"CUDA_ERROR_INVALID_VALUE: invalid argument ({size} bytes of dynamic shared memory)"
+            )
+        self._max_dynamic[device] = size
 
     def __call__(
         self,
@@ -126,7 +161,10 @@ class RawKernel:
         dims = _dims("grid", grid, (2**31 - 1, 65535, 65535)), _dims("block", block, (1024, 1024, 64))
         if math.prod(dims[0]) * math.prod(dims[1]) >= 2**30:
             raise NotImplementedError("the stand-in for CuPy runs fewer than 2**30 threads")
-        self._check_size(dims[1], shared_mem, module)
+        self._check_size(dims[1], shared_mem)
+        declared = module.clusters[self.name]
+        _check_cluster(dims[0], declared)
+        cluster = max(1, declared) if _has_clusters() else 0
         parameters = module.parameters(self.name)
         if len(args) != len(parameters):
             raise TypeError(f"{self.name}: expected {len(parameters)} arguments (got {len(args)})")
@@ -136,11 +174,10 @@ class RawKernel:
         ]
 
         def run() -> None:
-            result = _launch(module, self.name, dims, shared_mem, values)
+            result = _launch(module, self.name, dims, shared_mem, values, cluster)
+            traffic = result.bytes_read, result.bytes_written
             emulator.launches.append(
-                emulator.Launch(
-                    self.name, *dims, shared_mem, device.id, stream.ptr, result.bytes_read, result.bytes_written
-                )
+                emulator.Launch(self.name, *dims, shared_mem, device.id, stream.ptr, *traffic, max(1, cluster))
             )
 
         if stream.is_capturing():
@@ -148,13 +185,27 @@ class RawKernel:
         else:
             run()
 
-    def _check_size(self, block: tuple[int, ...], shared_mem: int, module: Module) -> None:
+    def _check_size(self, block: tuple[int, ...], shared_mem: int) -> None:
         properties = emulator.devices[Device().id]
         if math.prod(block) > properties.threads_per_block:
             raise cuda_runtime.CUDARuntimeError(f"cudaErrorInvalidConfiguration: {block} threads in a block")
-        shared = module.static_shared() + shared_mem
-        if shared > min(max(self.max_dynamic_shared_size_bytes, 48 << 10), properties.shared_memory_per_block_optin):
+        static, most = self.shared_size_bytes, self.max_dynamic_shared_size_bytes
+        shared = static + shared_mem
+        if (
+            static > properties.shared_memory_per_block
+            or shared_mem > most
+            or shared > properties.shared_memory_per_block_optin
+        ):
             raise cuda_runtime.CUDARuntimeError(f"cudaErrorInvalidValue: {shared} bytes of shared memory in a block")
+
+
+def _check_cluster(grid: tuple[int, int, int], cluster: int) -> None:
+    if cluster > MOST_BLOCKS:
+        raise cuda_runtime.CUDARuntimeError(f"cudaErrorInvalidClusterSize: {cluster} blocks in a cluster")
+    if cluster and grid[0] % cluster != 0:
+        raise cuda_runtime.CUDARuntimeError(
+            f"cudaErrorInvalidConfiguration: grid {grid} for clusters of {cluster} blocks along x"
+        )
 
 
 def _dims(name: str, dims: Sequence[int], most: tuple[int, int, int]) -> tuple[int, int, int]:
@@ -254,6 +305,7 @@ def _launch(
     dims: tuple[tuple[int, int, int], tuple[int, int, int]],
     shared_mem: int,
     values: list[_Value],
+    cluster: int,
 ) -> _Result:
     ranges = _ranges(values)
     arguments = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value.data) for value in values))
@@ -265,6 +317,7 @@ def _launch(
             arguments,
             (ctypes.c_uint * 3)(*dims[0]),
             (ctypes.c_uint * 3)(*dims[1]),
+            cluster,
             ctypes.c_void_p(begin),
             ctypes.c_void_p(end),
             ctypes.c_void_p(module.dynamic_shared()),

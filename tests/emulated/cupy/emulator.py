@@ -115,6 +115,7 @@ class Launch(NamedTuple):
     stream: int
     bytes_read: int
     bytes_written: int
+    cluster: int = 1  # blocks
 
 
 devices: list[Properties] = [H200] * int(os.environ.get("CUPY_EMULATOR_DEVICES", "1"))

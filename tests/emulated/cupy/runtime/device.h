@@ -23,12 +23,16 @@ using std::sqrt;
 #define __forceinline__ inline
 #define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
+#define __cluster_dims__(...)
 #define __align__(n) __attribute__((aligned(n)))
 #define __constant__ static const
 // Blocks run one after the other. "used": what is never written must not become a constant. extern __shared__ becomes
 // extern __dynamic_shared__.
 #define __shared__ static __attribute__((used))
 #define __dynamic_shared__
+// Where zeroed statics begin: assembler comes before all that the compiler puts there.
+asm(".pushsection .bss\n.balign 32\n.globl emulated_shared_begin\n.hidden emulated_shared_begin\n"
+    "emulated_shared_begin:\n.popsection");
 #define EMULATED_UNCHECKED __attribute__((no_sanitize("thread"), no_sanitize("undefined")))
 #define EMULATED_EXPORTED EMULATED_UNCHECKED __attribute__((visibility("default")))
 
@@ -74,7 +78,16 @@ void emulated_exchange(const char* what, unsigned mask, const void* value, void*
 // A bit for each lane of the mask whose value is not 0.
 unsigned emulated_ballot(const char* what, unsigned mask, int predicate, const char* file, int line);
 unsigned emulated_lane();
+void emulated_access(const void* p, size_t size, size_t alignment, bool write, const void* pc);
 void emulated_atomic(const void* p, size_t size, const void* pc);
+void emulated_cluster_arrive(const char* file, int line);
+void emulated_cluster_wait(const char* file, int line);
+unsigned emulated_cluster_rank(const char* file, int line);
+unsigned emulated_cluster_size(const char* file, int line);
+void* emulated_map_shared(const void* p, unsigned rank, const char* file, int line);
+void emulated_copy(void* to, const void* from, size_t size, size_t zeros, const void* pc);
+void emulated_commit_copies();
+void emulated_wait_for_copies(unsigned latest);
 }
 
 #define threadIdx (emulated_thread_idx())
@@ -97,6 +110,13 @@ inline int __syncthreads_or(int p, EMULATED_HERE) {
 }
 inline void __syncwarp(unsigned mask = ~0u, EMULATED_HERE) {
     emulated_exchange("__syncwarp", mask, nullptr, nullptr, 0, -1, file, line);
+}
+inline void __cluster_barrier_arrive(EMULATED_HERE) { emulated_cluster_arrive(file, line); }
+inline void __cluster_barrier_wait(EMULATED_HERE) { emulated_cluster_wait(file, line); }
+inline unsigned __clusterRelativeBlockRank(EMULATED_HERE) { return emulated_cluster_rank(file, line); }
+inline unsigned __clusterSizeInBlocks(EMULATED_HERE) { return emulated_cluster_size(file, line); }
+inline void* __cluster_map_shared_rank(const void* p, unsigned rank, EMULATED_HERE) {
+    return emulated_map_shared(p, rank, file, line);
 }
 inline void __threadfence() {}
 inline void __threadfence_block() {}
@@ -144,14 +164,36 @@ inline int __all_sync(unsigned mask, int p, EMULATED_HERE) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Intrinsics
 
+// Accesses that nobody splits or narrows: of a plain one of a vector, the compiler drops what is not used.
+#define EMULATED_LOAD(name)                                                                             \
+    template <class T>                                                                                  \
+    EMULATED_UNCHECKED __noinline__ T name(const T* p) {                                                \
+        emulated_access(p, sizeof(T), alignof(T), false, __builtin_return_address(0));                  \
+        return *p;                                                                                      \
+    }
 template <class T>
-inline T __ldg(const T* p) { return *p; }
-template <class T>
-inline T __ldcg(const T* p) { return *p; }
-template <class T>
-inline T __ldcs(const T* p) { return *p; }
-template <class T>
-inline void __stcs(T* p, const T& value) { *p = value; }
+EMULATED_UNCHECKED __noinline__ void emulated_store(T* p, const T* value) {
+    emulated_access(p, sizeof(T), alignof(T), true, __builtin_return_address(0));
+    *p = *value;
+}
+#define EMULATED_STORE(name)                                                                            \
+    template <class T>                                                                                  \
+    inline __attribute__((always_inline)) void name(T* p, const T& value) {                             \
+        const T copy = value;                                                                           \
+        emulated_store(p, &copy);                                                                       \
+    }
+EMULATED_LOAD(__ldg)
+EMULATED_LOAD(__ldca)
+EMULATED_LOAD(__ldcg)
+EMULATED_LOAD(__ldcs)
+EMULATED_LOAD(__ldcv)
+EMULATED_LOAD(__ldlu)
+EMULATED_STORE(__stcg)
+EMULATED_STORE(__stcs)
+EMULATED_STORE(__stwb)
+EMULATED_STORE(__stwt)
+#undef EMULATED_LOAD
+#undef EMULATED_STORE
 
 template <class To, class From>
 inline To emulated_bits(From from) {
@@ -205,6 +247,14 @@ EMULATED_UNCHECKED __noinline__ T atomicAdd(T* p, std::enable_if_t<std::is_integ
     return old;
 }
 
+// Copies from global to shared memory that take place when the thread waits for them, as in cuda_pipeline_primitives.h.
+EMULATED_UNCHECKED __noinline__ inline void __pipeline_memcpy_async(void* to, const void* from, size_t size,
+                                                                    size_t zeros = 0) {
+    emulated_copy(to, from, size, zeros, __builtin_return_address(0));
+}
+inline void __pipeline_commit() { emulated_commit_copies(); }
+inline void __pipeline_wait_prior(unsigned latest) { emulated_wait_for_copies(latest); }
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Entry: arguments as cuLaunchKernel takes them, an array of addresses, and a description of each parameter
 
@@ -257,11 +307,21 @@ EMULATED_UNCHECKED const EmulatedParameter* emulated_parameters(void (*)(A...), 
     extern "C" EMULATED_EXPORTED const void* emulated_parameters_##name(int* count) {                  \
         return emulated_parameters(name, count);                                                       \
     }
+// The declaration once more, of which only __cluster_dims__ is left: what it says, or zeros if it is not there.
+struct EmulatedCluster {
+    int x = 0, y = 1, z = 1;
+};
+#define EMULATED_CLUSTER_DIMS(...) , EmulatedCluster { __VA_ARGS__ }
+#define EMULATED_CLUSTER(name, ...)                                                                     \
+    extern "C" EMULATED_EXPORTED void emulated_cluster_##name(int* dims) {                             \
+        constexpr EmulatedCluster cluster = (EmulatedCluster{0, 0, 0} __VA_ARGS__);                     \
+        dims[0] = cluster.x, dims[1] = cluster.y, dims[2] = cluster.z;                                  \
+    }
 // Shared memory is what the module has of zeroed statics.
 #define EMULATED_MODULE                                                                                 \
-    extern "C" char __bss_start[] __attribute__((visibility("hidden")));                                \
+    extern "C" char emulated_shared_begin[] __attribute__((visibility("hidden")));                      \
     extern "C" char _end[] __attribute__((visibility("hidden")));                                       \
     extern "C" EMULATED_EXPORTED void emulated_shared(char** begin, char** end) {                      \
-        *begin = __bss_start;                                                                           \
+        *begin = emulated_shared_begin;                                                                 \
         *end = _end;                                                                                    \
     }

@@ -1,0 +1,252 @@
+// What is known while a kernel runs: its threads, its blocks, who has touched what, and how it ends with an error.
+#pragma once
+#include <algorithm>
+#include <csetjmp>
+#include <cstdarg>
+#include <cstddef>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace {
+
+struct Index {
+    unsigned x, y, z;
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Threads
+
+enum State { READY, AT_BLOCK_BARRIER, AT_WARP_BARRIER, AT_CLUSTER_BARRIER, DONE };
+
+struct Site {
+    const char* what;
+    const char* file;
+    int line;
+
+    bool same_place(const Site& other) const { return line == other.line && strcmp(file, other.file) == 0; }
+    bool operator<(const Site& other) const {
+        return std::make_pair(std::string(file), line) < std::make_pair(std::string(other.file), other.line);
+    }
+};
+
+// From global to shared memory, on its way.
+struct Copy {
+    void* to;
+    const void* from;
+    size_t size, taken;    // what is not taken from there are zeros
+    uint32_t group;
+    const void* pc;
+    unsigned char value[16];
+};
+
+struct Thread {
+    jmp_buf context;
+    char* stack = nullptr;
+    bool started = false;
+    Index index;
+    unsigned number;       // in the block
+    State state;
+    Site site;             // where it waits
+    unsigned mask;         // whom it waits for
+    int predicate;         // its vote
+    unsigned votes;        // of the lanes
+    int source;            // the lane whose value it gets, or -1
+    uint64_t given[2], received[2];
+    uint32_t epoch;        // goes up wherever the thread has waited or arrived
+    uint32_t seen[32];     // of each lane of its warp: what the lane did in epochs below is known to lie before
+    // The barrier of the cluster
+    bool arrived;          // and has not waited since
+    uint32_t arrival;      // how many were over when it arrived
+    uint32_t known;        // how many are known to be over
+    uint32_t releasing;    // what it did in epochs below lies before an arrival at the barrier that is not over
+    uint32_t released;     // the same of the last one that is over
+    uint32_t released_before;  // and of the one before that
+    std::vector<Copy> copies;
+    uint32_t groups;       // of copies, committed
+};
+
+constexpr size_t STACK = 256 << 10;
+
+std::vector<std::unique_ptr<Thread>> pool;  // threads of a cluster, block by block, kept from launch to launch
+Thread* current = nullptr;
+uintptr_t stack_begin;      // of the current thread
+jmp_buf scheduler;
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Who has touched what
+
+struct Access {
+    uint32_t thread;        // in the grid, from 1; 0 for nobody
+    uint32_t epoch : 30;
+    uint32_t atomic : 1;
+    uint32_t pending : 1;   // a copy that is still on its way
+};
+
+struct History {            // of bytes that have always been accessed together
+    Access write, read, other_read;  // the last ones; other_read is by another thread than read
+};
+
+struct Free {
+    void operator()(void* p) const { free(p); }
+};
+
+// The histories of a piece of memory, each of as many bytes as the accesses so far allow.
+struct Shadow {
+    static constexpr size_t COARSEST = 16;
+    uintptr_t begin, end;   // begin is a multiple of COARSEST
+    size_t granule = COARSEST;
+    std::unique_ptr<History[], Free> cells;
+
+    Shadow(uintptr_t begin, uintptr_t end) : begin(begin & ~(COARSEST - 1)), end(end) {}
+
+    size_t count() const { return (end - begin + granule - 1) / granule; }
+    // Zeros, of which the system makes pages as they are touched.
+    static History* allocate(size_t count) {
+        void* cells = calloc(count, sizeof(History));
+        if (!cells) abort();
+        return (History*)cells;
+    }
+    void refine(size_t to) {
+        const size_t before = count(), pieces = granule / to;
+        granule = to;
+        if (!cells) return;
+        History* finer = allocate(before * pieces);
+        for (size_t i = 0; i < before; i++)
+            if (cells[i].write.thread || cells[i].read.thread)
+                for (size_t k = 0; k < pieces; k++) finer[i * pieces + k] = cells[i];
+        cells.reset(finer);
+    }
+    // The first one of size / granule histories.
+    History* at(uintptr_t address, size_t size) {
+        const uintptr_t low = ((address - begin) | size) & (granule - 1);
+        if (low) refine(low & -low);
+        if (!cells) cells.reset(allocate(count()));
+        return &cells[(address - begin) / granule];
+    }
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The launch
+
+struct Argument {           // memory that the kernel may touch
+    uintptr_t begin, end;
+    unsigned char* initialised;  // a flag for each byte
+    const char* name;
+};
+
+struct Range : Argument {
+    Shadow shadow;
+    explicit Range(const Argument& argument) : Argument(argument), shadow(argument.begin, argument.end) {}
+};
+
+struct Result {
+    uint64_t bytes_read, bytes_written;
+    const void* pc;         // of the error, where its place is not in the message
+    char message[2000];
+};
+
+struct Visit {              // to the shared memory of another block
+    uint32_t epoch;
+    const void* pc;         // null if there was none
+};
+
+struct Block {
+    Index index;
+    uint32_t first_thread;  // in the grid, from 1
+    std::unique_ptr<Thread>* threads;
+    std::vector<Thread*> ready;
+    unsigned at_barrier, done;
+    uint32_t barrier;       // what the block did in epochs below lies before its last barrier
+    uint32_t releasing;     // the same of the last of its barriers that lies before an arrival at the cluster's
+    int votes;
+    Shadow shared = {0, 0};
+    std::vector<Visit> visits;  // the last one of each thread of the cluster
+};
+
+struct Launch {
+    void (*entry)(void**);
+    void** arguments;
+    Index grid, block;
+    unsigned threads;       // of a block
+    std::vector<Range> ranges;
+    size_t last_range;
+    uintptr_t shared_begin, shared_end, dynamic_begin, dynamic_end, dynamic_limit;
+    bool has_clusters;      // the device
+    std::vector<Block> blocks;  // of a cluster; most clusters have one
+    uint32_t first_thread;  // of the cluster in the grid, from 1
+    unsigned cluster_threads;
+    unsigned arrived;       // at the barrier of the cluster
+    uint32_t phase;         // how many barriers of the cluster are over
+    std::vector<Thread*> round;
+    std::vector<Block*> turns;
+    uint64_t accesses;      // since the current thread last waited
+    uint64_t random;
+    Result* result;
+};
+Launch launch;
+Block* block = nullptr;     // whose turn it is
+
+constexpr uint64_t MOST_ACCESSES = 1ull << 26;
+
+bool of_cluster(uint32_t thread) { return thread - launch.first_thread < launch.cluster_threads; }
+
+struct Text {
+    char text[100];
+};
+
+Text describe(uint32_t thread) {
+    const uint32_t block = (thread - 1) / launch.threads;
+    Text result;
+    snprintf(result.text, sizeof result.text, "thread %u of block (%u, %u, %u)", (thread - 1) % launch.threads,
+             block % launch.grid.x, block / launch.grid.x % launch.grid.y, block / launch.grid.x / launch.grid.y);
+    return result;
+}
+
+Text describe(const Block& of) {
+    Text result;
+    snprintf(result.text, sizeof result.text, "block (%u, %u, %u)", of.index.x, of.index.y, of.index.z);
+    return result;
+}
+
+bool failed() { return launch.result->message[0]; }
+
+// Ends the launch, once the scheduler sees it.
+void report(const char* format, ...) {
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(launch.result->message, sizeof launch.result->message, format, arguments);
+    va_end(arguments);
+}
+
+// Ends the launch; called by the current thread.
+[[noreturn]] void fail(const void* pc, const char* format, ...) {
+    char text[1000];
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(text, sizeof text, format, arguments);
+    va_end(arguments);
+    report("%s, in %s", text, describe(block->first_thread + current->number).text);
+    launch.result->pc = pc;
+    _longjmp(scheduler, 1);
+}
+
+// A number below n that depends on the seed (splitmix64).
+uint32_t below(uint32_t n) {
+    uint64_t z = launch.random += 0x9e3779b97f4a7c15;
+    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9;
+    z = (z ^ z >> 27) * 0x94d049bb133111eb;
+    return (uint32_t)(((z ^ z >> 31) >> 32) * n >> 32);
+}
+
+template <class T>
+void shuffle(std::vector<T>& items) {
+    for (size_t i = items.size(); i > 1; i--) std::swap(items[i - 1], items[below((uint32_t)i)]);
+}
+
+}  // namespace
