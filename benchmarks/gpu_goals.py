@@ -1,0 +1,185 @@
+"""What cupybn wants to reach on a GPU, beside what was measured.
+
+A goal holds for every record of its regime: what counts is the one that is farthest from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from statistics import median
+from typing import Any, NamedTuple
+
+from gpu_measure import SMALL, Record
+from gpu_peers import CUPYBN, TORCH
+
+FORWARD = ("training",)
+BACKWARD = ("backward",)
+RELU = ("training + ReLU", "backward + ReLU")
+ADD_RELU = ("training + add + ReLU", "backward + add + ReLU")
+
+
+class Results:
+    """Records, by what they are of."""
+
+    def __init__(self, records: Sequence[Record]) -> None:
+        self._by_key = {self._key(record): record for record in records if "error" not in record}
+
+    @staticmethod
+    def _key(record: Record, **changed: Any) -> tuple[Any, ...]:
+        of = record | changed
+        return tuple(of["shape"]), of["layout"], of["dtype"], of["operation"], of["peer"]
+
+    def ours(self) -> list[Record]:
+        """Those of cupybn."""
+        return [record for record in self._by_key.values() if record["peer"] == CUPYBN]
+
+    def other(self, record: Record, **changed: Any) -> Record | None:
+        """The record of another peer or operation on the same arrays."""
+        return self._by_key.get(self._key(record, **changed))
+
+    def speed_up(self, record: Record, peer: str = TORCH, time: str = "cold_us") -> float | None:
+        """How many times as long another peer takes; None where it was not measured."""
+        theirs = self.other(record, peer=peer)
+        if theirs is None or time not in theirs or time not in record:
+            return None
+        return float(theirs[time]["median"] / record[time]["median"])
+
+
+Value = Callable[[Results, Record], float | None]
+
+
+def share(_results: Results, record: Record) -> float:
+    """Of the bandwidth of a copy."""
+    return float(record["share_of_copy"])
+
+
+def speed_up(results: Results, record: Record) -> float | None:
+    """Against PyTorch."""
+    return results.speed_up(record)
+
+
+def host_speed_up(results: Results, record: Record) -> float | None:
+    """The same for the host."""
+    return results.speed_up(record, time="host_us")
+
+
+def device_us(_results: Results, record: Record) -> float:
+    """On the device."""
+    return float(record["cold_us"]["median"])
+
+
+def launches(_results: Results, record: Record) -> float:
+    """Of cupybn's kernels."""
+    return float(record["launches"])
+
+
+def against_bare(results: Results, record: Record) -> float | None:
+    """With ReLU against without."""
+    bare = results.other(record, operation=record["operation"].partition(" + ")[0])
+    return None if bare is None else float(record["cold_us"]["median"] / bare["cold_us"]["median"])
+
+
+class Goal(NamedTuple):
+    """A bound on a value in a regime."""
+
+    regime: str
+    what: str
+    operations: tuple[str, ...]
+    value: Value
+    bound: float
+    at_most: bool = False
+    where: Callable[[Record], bool] = lambda _: True
+
+    @property
+    def text(self) -> str:
+        """Such as "speed-up >= 1.7"."""
+        return f"{self.what} {'<=' if self.at_most else '>='} {self.bound:g}"
+
+
+def _plane(record: Record) -> int:
+    return int(record["shape"][2] * record["shape"][3])
+
+
+def _large(record: Record) -> bool:
+    return record["layout"] == "NCHW" and record["x_bytes"] >= 50e6 and record["channels"] >= 256
+
+
+def _few_channels(record: Record) -> bool:
+    return record["layout"] == "NCHW" and record["channels"] <= 128 and _plane(record) >= 28 * 28
+
+
+def _bfloat16(record: Record) -> bool:
+    of_layout = record["layout"] == "NCHW" and record["dtype"] == "bfloat16"
+    return of_layout and record["channels"] <= 256 and record["x_bytes"] >= 12e6
+
+
+def _nhwc(*dtypes: str) -> Callable[[Record], bool]:
+    return lambda record: record["layout"] == "NHWC" and record["dtype"] in dtypes
+
+
+def _small(record: Record) -> bool:
+    return bool(record["x_bytes"] <= SMALL)
+
+
+def _goals() -> Iterator[Goal]:
+    regime = "NCHW, tensors >= 50 MB, C >= 256"
+    yield Goal(regime, "forward, share of copy", FORWARD, share, 0.88, where=_large)
+    yield Goal(regime, "forward, speed-up against PyTorch", FORWARD, speed_up, 1.7, where=_large)
+    yield Goal(regime, "backward, share of copy", BACKWARD, share, 0.85, where=_large)
+    yield Goal(regime, "backward, speed-up against PyTorch", BACKWARD, speed_up, 2, where=_large)
+    regime = "NCHW, C <= 128, planes >= 28x28"
+    yield Goal(regime, "forward, speed-up against PyTorch", FORWARD, speed_up, 4, where=_few_channels)
+    yield Goal(regime, "backward, speed-up against PyTorch", BACKWARD, speed_up, 6, where=_few_channels)
+    regime = "NCHW bfloat16, C <= 256, >= 12 MB"
+    yield Goal(regime, "forward, speed-up against PyTorch", FORWARD, speed_up, 6, where=_bfloat16)
+    yield Goal(regime, "backward, speed-up against PyTorch", BACKWARD, speed_up, 8, where=_bfloat16)
+    half, others = _nhwc("float16"), _nhwc("bfloat16", "float32")
+    yield Goal("NHWC float16", "forward, speed-up against PyTorch", FORWARD, speed_up, 1.5, where=half)
+    yield Goal("NHWC float16", "backward, speed-up against PyTorch", BACKWARD, speed_up, 2.2, where=half)
+    regime = "NHWC bfloat16, float32"
+    yield Goal(regime, "speed-up against PyTorch", FORWARD + BACKWARD, speed_up, 3, where=others)
+    regime = "tensors <= 8 MB"
+    yield Goal(regime, "launches", FORWARD + BACKWARD, launches, 1, True, _small)
+    yield Goal(regime, "forward, us on the device", FORWARD, device_us, 5, True, _small)
+    yield Goal(regime, "backward, us on the device", BACKWARD, device_us, 6, True, _small)
+    yield Goal("inference", "share of copy", ("inference",), share, 0.98)
+    yield Goal("BN + ReLU", "time / that of BN alone", RELU, against_bare, 1.02, True)
+    yield Goal("BN + add + ReLU", "speed-up against PyTorch, unfused", ADD_RELU, speed_up, 3)
+    yield Goal("host time of a call", "speed-up against PyTorch", (*FORWARD, *BACKWARD, "inference"), host_speed_up, 1)
+
+
+GOALS = tuple(_goals())
+
+
+def compare(results: Results) -> list[dict[str, Any]]:
+    """For each goal what was measured."""
+    rows = []
+    for goal in GOALS:
+        of_regime = [r for r in results.ours() if r["operation"] in goal.operations and goal.where(r)]
+        values = [v for v in (goal.value(results, record) for record in of_regime) if v is not None]
+        row: dict[str, Any] = {"regime": goal.regime, "goal": goal.text, "count": len(values)}
+        if values:
+            farthest = max(values) if goal.at_most else min(values)
+            met = farthest <= goal.bound if goal.at_most else farthest >= goal.bound
+            row |= {"median": median(values), "farthest": farthest, "met": met}
+        rows.append(row)
+    return rows
+
+
+def cells(rows: Sequence[dict[str, Any]], dry_run: bool) -> list[list[str]]:
+    """The same for a table."""
+    return [
+        [
+            row["regime"],
+            row["goal"],
+            *(
+                [f"{row['median']:.3g}", f"{row['farthest']:.3g}", str(row["count"]), "yes" if row["met"] else "no"]
+                if row["count"] and not dry_run
+                else ["not measured", "", "", "dry run" if dry_run else ""]
+            ),
+        ]
+        for row in rows
+    ]
+
+
+HEAD = ["regime", "goal", "median", "farthest", "measured", "met"]

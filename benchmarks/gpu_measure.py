@@ -1,0 +1,123 @@
+"""The measurements of one case: every operation by every peer, as records for the results."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import gpu_exact
+from gpu_cases import Case
+from gpu_peers import CUPYBN, TORCH, Peer
+
+from cupybn import _kernels
+from cupybn._cli.extras import optional
+from cupybn._cli.measure import Call, Effort, cold_sets, copy_time, device_time, host_time, release, rotate
+from cupybn._cli.problem import OPERATIONS, Arrays, Operation, make_arrays
+from cupybn._devices import import_cupy
+
+Record = dict[str, Any]
+
+SMALL = 8e6
+"""Bytes of x up to which the host may decide the time of a call, and is measured."""
+WARM = 64e6
+"""Bytes of x up to which the L2 cache may hold some of it from one call to the next."""
+WARM_CALLS = 20
+
+
+class Bench:
+    """What is the same for all cases."""
+
+    def __init__(self, peers: Sequence[Peer], effort: Effort) -> None:
+        self.peers, self.effort = peers, effort
+        self.cupy = cupy = import_cupy()
+        device = cupy.cuda.runtime.getDevice()
+        self.l2_bytes = int(cupy.cuda.runtime.getDeviceProperties(device)["l2CacheSize"])
+        self.copy = functools.cache(lambda nbytes: copy_time(nbytes, self.l2_bytes, effort))
+
+    def records(self, case: Case) -> Iterator[Record]:
+        """One for each operation, peer and state of the cache; with an ``"error"`` where something failed."""
+        sets = cold_sets(2 * case.problem.nbytes, self.l2_bytes, self.effort)
+        try:
+            arrays = make_arrays(case.problem, self.cupy, sets)
+        except Exception as error:  # more than this GPU holds
+            yield {**self._head(case, OPERATIONS[case.operations[0]], "all"), "error": repr(error)}
+            return
+        for operation in map(OPERATIONS.__getitem__, case.operations):
+            for peer in self.peers:
+                if not peer.takes(case.problem, operation) or not (peer.everywhere or case.all_peers):
+                    continue
+                try:
+                    with peer.surroundings():
+                        yield from self._measure(case, operation, peer, arrays)
+                except Exception as error:  # one that fails is a note, and the others are measured
+                    yield {**self._head(case, operation, peer.name), "error": repr(error)[:500]}
+        del arrays
+        self.release()
+
+    def release(self) -> None:
+        """Give back the memory of a case: the next one needs blocks of other sizes."""
+        release()
+        self.cupy.get_default_memory_pool().free_all_blocks()
+        torch = optional("torch")
+        if torch is not None and torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _head(self, case: Case, operation: Operation, peer: str) -> Record:
+        return {
+            "group": case.group,
+            "layout": case.layout,
+            "shape": list(case.problem.shape),
+            "dtype": case.problem.dtype.name,
+            "channels": case.problem.channels,
+            "x_bytes": case.problem.nbytes,
+            "operation": operation.name,
+            "peer": peer,
+        }
+
+    def _measure(self, case: Case, operation: Operation, peer: Peer, arrays: Sequence[Arrays]) -> Iterator[Record]:
+        problem = case.problem
+        nbytes = int(operation.passes * problem.nbytes)
+        calls = [peer.call(problem, operation, a) for a in arrays]
+        rotation = rotate(calls, self.effort)
+        graph = peer.graph(rotation, True)
+        cold = device_time(graph, self.effort)
+        last = arrays[(len(rotation) - 1) % len(arrays)]
+        found = peer.output(problem, graph.results[-1])
+        error = gpu_exact.error(self.cupy, problem, operation, last, found)
+        del graph, found
+        copy = self.copy(nbytes)
+        record = {
+            **self._head(case, operation, peer.name),
+            "least_bytes": nbytes,
+            "cold_us": cold._asdict(),
+            "copy_us": copy._asdict(),
+            "share_of_copy": copy.median / cold.median,
+            "error_over_allowed": error,
+        }
+        if peer.name in (CUPYBN, TORCH):
+            if problem.nbytes <= WARM:
+                warm = peer.graph(calls[:1] * min(WARM_CALLS, 4 * self.effort.burst), False)
+                record["warm_us"] = device_time(warm, self.effort)._asdict()
+            if problem.nbytes <= SMALL:
+                record["host_us"] = host_time(calls[0], self.cupy.cuda.Device().synchronize, self.effort)._asdict()
+        if peer.name == CUPYBN:
+            record["launches"] = count_launches(calls[0])
+        yield record
+
+
+def count_launches(call: Call) -> int:
+    """How many kernels cupybn launches in a call."""
+    launch, count = _kernels.Kernel.launch, 0
+
+    def counted(*args: Any, **kwargs: Any) -> None:
+        nonlocal count
+        count += 1
+        launch(*args, **kwargs)
+
+    _kernels.Kernel.launch = counted  # type: ignore[method-assign]
+    try:
+        call()
+    finally:
+        _kernels.Kernel.launch = launch  # type: ignore[method-assign]
+    return count

@@ -1,0 +1,204 @@
+"""Measure batch norm on arrays of your own shapes.
+
+On a GPU: time on the device, on buffers that are not in its L2 cache, the share of the bandwidth of a copy that it
+reaches at the least possible traffic, time of the host, and how many times as long PyTorch and plain CuPy take. Without
+a GPU: time of the NumPy path, and of PyTorch and plain NumPy on the CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from cupybn._checks import check_channel_axis
+from cupybn._cli.extras import optional, progress, usable_dtypes
+from cupybn._cli.measure import (
+    AS_LITTLE_AS_POSSIBLE,
+    Call,
+    CupyGraph,
+    Effort,
+    Graph,
+    Spread,
+    TorchGraph,
+    cold_sets,
+    copy_time,
+    device_time,
+    host_time,
+    release,
+    rotate,
+)
+from cupybn._cli.peers import cupybn_call, plain_call, torch_call
+from cupybn._cli.problem import Arrays, Operation, Problem, make_arrays
+from cupybn._cli.table import table
+from cupybn._devices import cuda_missing, import_cupy
+from cupybn._dtypes import FLOATS
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `run` looks at."""
+    parser.add_argument(
+        "--shape",
+        type=shape,
+        action="append",
+        dest="shapes",
+        required=True,
+        help="such as 32,64,112,112, as it lies in memory; may be given several times",
+    )
+    parser.add_argument("--dtype", choices=FLOATS, action="append", dest="dtypes", help="default: float32")
+    parser.add_argument("--channel-axis", type=int, default=1, help="default: 1")
+    parser.add_argument("--backward", action="store_true", help="the gradients, too")
+    parser.add_argument("--relu", action="store_true", help="with a fused ReLU")
+    parser.add_argument("--residual", action="store_true", help="with a residual that is added before ReLU")
+    parser.add_argument("--seconds", type=float, default=0.2, help="for each measurement (default: 0.2)")
+
+
+def shape(text: str) -> tuple[int, ...]:
+    """A shape as it is given on the command line."""
+    sizes = tuple(int(size) for size in text.split(","))
+    if len(sizes) < 2 or min(sizes) < 1:
+        raise argparse.ArgumentTypeError(f"expected two or more positive sizes, such as 32,64,112,112 (got {text})")
+    return sizes
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measure, and print a table."""
+    problems = [
+        Problem(shape, dtype, check_channel_axis(options.channel_axis, len(shape)))
+        for dtype in usable_dtypes(options.dtypes or ["float32"])
+        for shape in options.shapes
+    ]
+    jobs = [(problem, operation) for problem in problems for operation in operations(options)]
+    missing = cuda_missing()
+    if missing:
+        print(f"No GPU: {missing}.\nMeasuring the NumPy path on the CPU, time of the host alone.")
+        row, effort = cpu_row, Effort(options.seconds, burst=1)
+    elif hasattr(import_cupy(), "emulator"):
+        print("This CuPy is the stand-in that runs kernels on the CPU: the times below say nothing of a GPU.")
+        row, effort = gpu_row, AS_LITTLE_AS_POSSIBLE
+    else:
+        row, effort = gpu_row, Effort(options.seconds)
+    rows = [row(problem, operation, effort) for problem, operation in progress(jobs, "case")]
+    print(table(CPU_HEAD if missing else GPU_HEAD, rows))
+    return 0
+
+
+def operations(options: argparse.Namespace) -> list[Operation]:
+    """Those that the command line asks for."""
+    relu = options.relu or options.residual
+    fused = {"activation": "relu" if relu else None, "residual": options.residual}
+    name = " + add" * options.residual + " + ReLU" * relu
+    chosen = [Operation(f"training{name}", **fused), Operation(f"inference{name}", training=False, **fused)]
+    return [*chosen, Operation(f"backward{name}", backward=True, **fused)] if options.backward else chosen
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# On the CPU
+
+CPU_HEAD = ["shape, operation", "host us", "(quartiles)", "plain NumPy / cupybn", "PyTorch / cupybn"]
+
+
+def cpu_row(problem: Problem, operation: Operation, effort: Effort) -> list[str]:
+    """The cells of a line."""
+    (arrays,) = make_arrays(problem, np)
+    calls = [cupybn_call(problem, operation, arrays), *cpu_peers(problem, operation, arrays)]
+    ours, *theirs = (None if call is None else host_time(call, lambda: None, effort) for call in calls)
+    assert ours is not None
+    return [f"{problem.name}, {operation.name}", *cells(ours), *(ratio(peer, ours) for peer in theirs)]
+
+
+def cpu_peers(problem: Problem, operation: Operation, arrays: Arrays) -> list[Call | None]:
+    """Plain NumPy and PyTorch; None for what cannot be measured."""
+    torch = optional("torch")
+    plain = None if problem.dtype.name == "bfloat16" else plain_call(np, problem, operation, arrays)
+    return [plain, None if torch is None else torch_call(torch, problem, operation, arrays)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# On a GPU
+
+GPU_HEAD = [
+    "shape, operation",
+    *("device us", "(quartiles)", "MB at least", "share of copy", "host us"),
+    *("PyTorch / cupybn", "plain CuPy / cupybn"),
+]
+
+
+class Measured(NamedTuple):
+    """Times of one library."""
+
+    device: Spread
+    host: Spread
+
+
+def gpu_row(problem: Problem, operation: Operation, effort: Effort) -> list[str]:
+    """The cells of a line."""
+    cupy = import_cupy()
+    l2 = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.runtime.getDevice())["l2CacheSize"]
+    nbytes = int(operation.passes * problem.nbytes)
+    arrays = make_arrays(problem, cupy, cold_sets(nbytes, l2, effort))
+    synchronize = cupy.cuda.Device().synchronize
+
+    def graph(calls: Sequence[Call]) -> Graph:
+        return CupyGraph(calls, keep=True)
+
+    ours = measure(lambda a: cupybn_call(problem, operation, a), arrays, graph, synchronize, effort)
+    copy = copy_time(nbytes, l2, effort)
+    plain = None
+    if problem.dtype.name != "bfloat16":
+        plain = measure(lambda a: plain_call(cupy, problem, operation, a), arrays, graph, synchronize, effort)
+    return [
+        f"{problem.name}, {operation.name}",
+        *cells(ours.device),
+        f"{nbytes / 1e6:.1f}",
+        f"{copy.median / ours.device.median:.2f}",
+        f"{ours.host.median:.0f}",
+        ratio(torch_on_gpu(problem, operation, arrays, effort), ours.device),
+        ratio(plain and plain.device, ours.device),
+    ]
+
+
+def torch_on_gpu(problem: Problem, operation: Operation, arrays: Sequence[Arrays], effort: Effort) -> Spread | None:
+    """PyTorch's time on the device, where it finds one."""
+    torch = optional("torch")
+    if torch is None or not torch.cuda.is_available():
+        return None
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        return measure(
+            lambda a: torch_call(torch, problem, operation, a),
+            arrays,
+            lambda calls: TorchGraph(calls, True, torch, stream),
+            torch.cuda.synchronize,
+            effort,
+        ).device
+
+
+def measure(
+    call_of: Callable[[Arrays], Call],
+    arrays: Sequence[Arrays],
+    graph_of: Callable[[Sequence[Call]], Graph],
+    synchronize: Call,
+    effort: Effort,
+) -> Measured:
+    """One library, on all sets of buffers in turn on the device, and on the first on the host."""
+    calls = [call_of(a) for a in arrays]
+    device = device_time(graph_of(rotate(calls, effort)), effort)
+    release()
+    return Measured(device, host_time(calls[0], synchronize, effort))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Cells
+
+
+def cells(time: Spread) -> list[str]:
+    """Median and quartiles."""
+    return [f"{time.median:.1f}", f"({time.low:.1f}..{time.high:.1f})"]
+
+
+def ratio(theirs: Spread | None, ours: Spread) -> str:
+    """How many times as long they take."""
+    return "-" if theirs is None else f"{theirs.median / ours.median:.2f}"

@@ -1,0 +1,102 @@
+"""The random arguments of what `check` computes."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from cupybn._cli import formula
+from cupybn._dtypes import accumulation_dtype
+from cupybn._moments import Moments, Statistics, Sums
+
+Array = npt.NDArray[Any]
+
+EPS, MOMENTUM = 1e-3, 0.1
+HALF_ULP = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "float64": 2.0**-53}
+NEAR = 0.05
+"""Values before ReLU that are nearer to 0 could be rounded to the other side, and then all of dy would be the error."""
+
+
+class Variant(NamedTuple):
+    """What changes from call to call on arrays of one shape."""
+
+    training: bool = True
+    activation: str | None = None
+    has_residual: bool = False
+
+
+class Case:
+    """Random arguments of all steps, on the host."""
+
+    def __init__(self, shape: tuple[int, int, int], dtype: np.dtype[Any], offset: int, variant: Variant) -> None:
+        rng = np.random.default_rng(0)
+        self.shape, self.dtype, self.offset = shape, dtype, offset
+        self.training, self.activation, self.has_residual = variant
+        C = shape[1]
+        self.weight = (rng.uniform(0.5, 1.5, C) * rng.choice([-1, 1], C)).astype(np.float32)
+        self.bias, self.mean = rng.standard_normal((2, C)).astype(np.float32)
+        self.var = rng.uniform(0.5, 2, C)
+        self.x = (rng.standard_normal(shape) * 2 + 3).astype(dtype)
+        self.dy = rng.standard_normal(shape).astype(dtype)
+        self.residual = rng.standard_normal(shape).astype(dtype) if self.has_residual else None
+        self._keep_away_from_zero()
+        self.count = self.x.size / C
+        self.inv_count = 1 / self.count if self.training else 0.0
+        parts = rng.integers(2, 9, 3).astype(np.float64)
+        self.moments = Moments(parts, *rng.uniform(1, 2, (2, 3, C)))
+        self.sums = Sums(*rng.standard_normal((2, 1, C)) * self.count)
+        self.statistics = Statistics(self.mean.astype(np.float64), self.var)
+
+    @property
+    def masked(self) -> bool:
+        """Whether the way back needs a mask of the way forth."""
+        return self.has_residual and self.activation is not None
+
+    @property
+    def unit(self) -> float:
+        """A unit in the last place of the arithmetic; more for sums of many float64, which nothing wider adds up."""
+        dtype = accumulation_dtype(self.dtype)
+        many = max(1.0, self.count**0.5 / 16) if dtype == np.float64 else 1.0
+        return 2 * HALF_ULP[dtype.name] * many
+
+    def before_activation(self, statistics: Statistics) -> Array:
+        """The values that ReLU looks at, in float64."""
+        y: Array = self.xhat(statistics) * self.weight[:, None] + self.bias[:, None]
+        return y if self.residual is None else y + self.residual.astype(np.float64)
+
+    def xhat(self, statistics: Statistics) -> Array:
+        """The normalised input, in float64."""
+        mean, rstd = statistics.mean[:, None], 1 / np.sqrt(statistics.var + EPS)[:, None]
+        xhat: Array = (self.x.astype(np.float64) - mean) * rstd
+        return xhat
+
+    def batch_statistics(self) -> Statistics:
+        """Those of x, in float64."""
+        return Statistics(*formula.mean_and_var(formula.bn_stats(self.x), np.float64))
+
+    def terms(self, statistics: Statistics) -> Array:
+        """The sizes of what an output is a sum of."""
+        sizes: Array = np.abs(self.weight)[:, None] * (1 + np.abs(self.xhat(statistics))) + np.abs(self.bias)[:, None]
+        return sizes if self.residual is None else sizes + np.abs(self.residual.astype(np.float64))
+
+    def gradient_terms(self, sums: Sums | None = None) -> Array:
+        """The same for the gradient of the input: of its channel the largest."""
+        xhat, scale = np.abs(self.xhat(self.statistics)), np.abs(self.weight) / np.sqrt(self.var + EPS)
+        g = np.abs(self.dy.astype(np.float64))
+        sum_dy, sum_dy_xhat = (
+            (g.sum((0, 2)), (g * xhat).sum((0, 2))) if sums is None else map(np.abs, (s[0] for s in sums))
+        )
+        sizes = g + self.inv_count * (sum_dy[:, None] + xhat * sum_dy_xhat[:, None])
+        largest: Array = (sizes.max((0, 2)) * scale)[:, None]
+        return largest
+
+    def _keep_away_from_zero(self) -> None:
+        y = self.before_activation(Statistics(self.mean.astype(np.float64), self.var))
+        near = np.abs(y) < NEAR
+        if self.residual is not None:
+            self.residual[near] += np.asarray(4 * NEAR, self.dtype)
+        else:
+            step = (4 * NEAR * np.sqrt(self.var + EPS) / self.weight)[:, None]
+            self.x = np.where(near, self.x.astype(np.float64) + step, self.x.astype(np.float64)).astype(self.dtype)

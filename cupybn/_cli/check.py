@@ -1,0 +1,134 @@
+"""Compare every kernel with its NumPy mirror, on this machine's GPU.
+
+Every dtype, aligned and unaligned memory, training and eval mode, with and without residual and ReLU, shapes of both
+memory layouts. A number of the table is the largest error, as a share of what is allowed. Without a GPU the mirrors are
+compared with a plain formula instead. The exit status is 1 if anything is off by more than it may be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cupybn._cli.cases import Case, Variant
+from cupybn._cli.extras import progress, usable_dtypes
+from cupybn._cli.sides import FORMULA, KERNELS, MIRRORS, Side, worst
+from cupybn._cli.steps import STEPS
+from cupybn._cli.table import table
+from cupybn._devices import cuda_missing
+from cupybn._dtypes import FLOATS
+from cupybn._kernels import kernel_names
+
+Shape = tuple[int, int, int]
+
+QUICK: dict[str, list[Shape]] = {
+    "channels_first": [(6, 5, 49), (4, 3, 64)],
+    "channels_last": [(37, 3, 1), (45, 64, 1)],
+}
+"""(N, C, L) by layout. The first of each is checked in unaligned memory, too."""
+SHAPES: dict[str, list[Shape]] = {
+    "channels_first": [*QUICK["channels_first"], (300, 2, 40), (2, 130, 3), (2, 2, 4099), (1, 1, 2)],
+    "channels_last": [*QUICK["channels_last"], (1029, 3, 1), (45, 301, 1), (9001, 6, 1), (2, 1, 1)],
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `run` looks at."""
+    parser.add_argument("--quick", action="store_true", help="two shapes of each layout")
+    parser.add_argument(
+        "--dtype", choices=FLOATS, action="append", dest="dtypes", help="may be given several times (default: all)"
+    )
+
+
+class Job(NamedTuple):
+    """A call to be checked, for one cell of the table."""
+
+    row: str
+    step: str
+    shape: Shape
+    dtype: np.dtype[Any]
+    offset: int
+    variant: Variant
+
+    def describe(self) -> str:
+        """For the list of misses."""
+        training, activation, has_residual = self.variant
+        words = [
+            "training" if training else "eval",
+            activation or "no activation",
+            *(["residual"] if has_residual else []),
+            *(["unaligned"] if self.offset else []),
+        ]
+        return f"{self.row}, (N, C, L) = {self.shape}, {self.dtype.name}, {', '.join(words)}"
+
+
+def run(options: argparse.Namespace) -> int:
+    """Check, and print a table."""
+    missing = cuda_missing()
+    if missing:
+        print(f"There are no kernels to check here: {missing}.\nChecking the NumPy mirrors against a plain formula.")
+    dtypes = usable_dtypes(options.dtypes or FLOATS)
+    shapes = QUICK if options.quick else SHAPES
+    if missing:
+        return report(check(mirror_jobs(dtypes, shapes), MIRRORS, FORMULA), dtypes)
+    return report(check(kernel_jobs(dtypes, shapes), KERNELS, MIRRORS), dtypes)
+
+
+def kernel_jobs(dtypes: Sequence[np.dtype[Any]], shapes: dict[str, list[Shape]]) -> list[Job]:
+    """All calls for all kernels; a kernel without layout takes arrays of one."""
+    jobs = []
+    for name in kernel_names():
+        layout, _, step = name.rpartition("/")
+        jobs += jobs_of(name, step, shapes[layout or "channels_first"], dtypes)
+    return jobs
+
+
+def mirror_jobs(dtypes: Sequence[np.dtype[Any]], shapes: dict[str, list[Shape]]) -> list[Job]:
+    """All calls for all mirrors, which know no alignment."""
+    every = [shape for layout in shapes.values() for shape in layout]
+    return [job for step in STEPS for job in jobs_of(step, step, every, dtypes) if not job.offset]
+
+
+def jobs_of(row: str, step: str, shapes: Sequence[Shape], dtypes: Sequence[np.dtype[Any]]) -> list[Job]:
+    """All calls for a row of the table."""
+    return [
+        Job(row, step, shape, dtype, offset, variant)
+        for dtype in dtypes
+        for index, shape in enumerate(shapes)
+        for offset in ((0, 1) if index == 0 else (0,))
+        for variant in STEPS[step].variants
+    ]
+
+
+def check(jobs: Sequence[Job], ours: Side, referee: Side) -> dict[Job, tuple[float, str]]:
+    """For each call the largest error, as a share of its bound, and the result that it is in."""
+    found = {}
+    for job in progress(jobs, "call"):
+        case = Case(job.shape, job.dtype, job.offset, job.variant)
+        try:
+            found[job] = worst(case, STEPS[job.step].run, ours, referee)
+        except Exception as error:  # it does not compile, or not run: a miss like others
+            found[job] = math.inf, f"{type(error).__name__}: {error}".partition("\n")[0]
+    return found
+
+
+def report(found: dict[Job, tuple[float, str]], dtypes: Sequence[np.dtype[Any]]) -> int:
+    """Print the table and what is wrong; 1 if anything is."""
+    cells: dict[tuple[str, str], float] = {}
+    for job, (share, _) in found.items():
+        key = job.row, job.dtype.name
+        cells[key] = max(cells.get(key, 0), share)
+    rows = [
+        [row, *(f"{cells[row, dtype.name]:.2f}" for dtype in dtypes)] for row in dict.fromkeys(job.row for job in found)
+    ]
+    print(table(["largest error / allowed", *(dtype.name for dtype in dtypes)], rows))
+    misses = [f"  {job.describe()}: {name}, {share:.3g} times" for job, (share, name) in found.items() if share > 1]
+    if misses:
+        print(f"\n{len(misses)} of {len(found)} calls are off by more than is allowed:", *misses[:20], sep="\n")
+        return 1
+    print(f"\nAll {len(found)} calls are within their bounds.")
+    return 0

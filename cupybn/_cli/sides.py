@@ -1,0 +1,99 @@
+"""Who computes for `check`: kernels, mirrors, the formula; and how far their results may be apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from cupybn import cupy_ops, numpy_ops
+from cupybn._cli import formula
+from cupybn._cli.cases import HALF_ULP, Case
+from cupybn._devices import import_cupy
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Side:
+    """The steps of one implementation, and how arrays come to it and back."""
+
+    ops: Any
+    name: str
+
+    def put(self, array: Array, offset: int = 0) -> Any:
+        """A copy for this side; on a device its memory begins some elements after an aligned address."""
+        if self.name != "kernels":
+            return array.copy()
+        memory = import_cupy().empty(array.size + offset, array.dtype)
+        view = memory[offset:].reshape(array.shape)
+        view[...] = import_cupy().asarray(array)
+        return view
+
+    def put_all(self, fields: Any) -> Any:
+        """The same for a NamedTuple."""
+        return type(fields)(*(None if field is None else self.put(field) for field in fields))
+
+    def out(self, like: Array, offset: int = 0) -> Any:
+        """An array for results, of float64 where nothing is to be rounded."""
+        return self.put(np.zeros(like.shape, np.float64 if self.name == "formula" else like.dtype), offset)
+
+    def host(self, array: Any) -> Array:
+        """The elements, on the host."""
+        host: Array = array.get() if self.name == "kernels" else np.asarray(array)
+        return host
+
+    def host_all(self, fields: Any) -> Any:
+        """The same for a NamedTuple."""
+        return type(fields)(*(None if field is None else self.host(field) for field in fields))
+
+
+KERNELS, MIRRORS, FORMULA = (
+    Side(cupy_ops, "kernels"),
+    Side(numpy_ops, "mirrors"),
+    Side(formula, "formula"),
+)
+
+
+class Result(NamedTuple):
+    """A result, and how far another side's may be from it."""
+
+    value: Array
+    roundings: float
+    """Units in the last place of the arithmetic that the size may be off by; 0 for what no rounding touches."""
+    size: Any
+    """Of what the result is a sum of."""
+    exact: bool = False
+    """Kernels have the very bits of their mirrors."""
+
+    def bound(self, case: Case, against_mirrors: bool) -> Array:
+        """The largest allowed difference, element by element."""
+        if self.exact and against_mirrors:
+            return np.zeros(self.value.shape)
+        last = 2 * HALF_ULP.get(self.value.dtype.name, 0) * np.abs(self.value.astype(np.float64))
+        bound: Array = self.roundings * case.unit * self.size + last
+        return bound
+
+
+Results = dict[str, Result]
+
+
+def worst(case: Case, run: Callable[[Case, Side], Results], ours: Side, referee: Side) -> tuple[float, str]:
+    """The largest error as a share of its bound, and of which result it is; more than 1 is a miss."""
+    found, expected = run(case, ours), run(case, referee)
+    shares = [(share_of_bound(found[name].value, of, case, referee is MIRRORS), name) for name, of in expected.items()]
+    return max(shares)
+
+
+def share_of_bound(found: Array, expected: Result, case: Case, against_mirrors: bool) -> float:
+    if found.shape != expected.value.shape:
+        return np.inf
+    error = np.abs(found.astype(np.float64) - expected.value.astype(np.float64))
+    bound = np.broadcast_to(expected.bound(case, against_mirrors), error.shape)
+    if against_mirrors is False and found.dtype.name in HALF_ULP:  # rounded once more than the formula
+        bound = bound + 2 * HALF_ULP[found.dtype.name] * np.abs(expected.value.astype(np.float64))
+    share = np.divide(error, bound, out=np.where(error == 0, 0.0, np.inf), where=bound > 0)
+    return float(np.max(np.where(np.isnan(share), np.inf, share), initial=0.0))

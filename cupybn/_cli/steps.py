@@ -1,0 +1,186 @@
+"""The steps that `check` runs, by the name of kernel, mirror and launcher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cupybn import numpy_ops
+from cupybn._cli import formula
+from cupybn._cli.cases import EPS, HALF_ULP, MOMENTUM, NEAR, Case, Variant
+from cupybn._cli.sides import Result, Results, Side
+from cupybn._moments import Statistics, Sums
+
+
+def bn_stats(case: Case, side: Side) -> Results:
+    """The parts merge to the mean and the squared deviations of the whole, which is what a user sees of them."""
+    parts = side.host_all(side.ops.bn_stats(side.put(case.x, case.offset), side.put(np.array(5))))
+    count, mean, m2 = numpy_ops.merge(parts)
+    std = np.sqrt(m2 / count)
+    return {
+        "count": Result(np.array(count), 0, 0),
+        "batches": Result(np.asarray(parts.batches), 0, 0),
+        "mean": Result(mean, 4, std),
+        "m2": Result(m2, 8, m2),
+    }
+
+
+def mean_and_var(case: Case, side: Side) -> Results:
+    """Of moments in three parts, rounded to both dtypes."""
+    results = {}
+    for dtype in np.float32, np.float64:
+        both = side.ops.mean_and_var(side.put_all(case.moments), np.dtype(dtype))
+        for name, vector in zip(("mean", "var"), both, strict=True):
+            host = side.host(vector)
+            results[f"{name} {np.dtype(dtype)}"] = Result(host, 4 * HALF_ULP["float64"] / case.unit, np.abs(host))
+    return results
+
+
+def bn_normalize(case: Case, side: Side) -> Results:
+    """From the same moments, or from running statistics."""
+    moments = side.put_all(case.moments) if case.training else None
+    arguments = _Forward(case, side)
+    statistics = side.ops.bn_normalize(arguments.x, moments, *arguments.others)
+    used = Statistics(*formula.mean_and_var(case.moments, np.float64)) if case.training else case.statistics
+    return arguments.results(statistics, used, exact=not case.training)
+
+
+def bn_forward(case: Case, side: Side) -> Results:
+    """From x alone."""
+    arguments = _Forward(case, side)
+    statistics = side.ops.bn_forward(arguments.x, *arguments.others)
+    return arguments.results(statistics, case.batch_statistics(), exact=False)
+
+
+def bn_backward_reduce(case: Case, side: Side) -> Results:
+    """From the same statistics."""
+    sums = side.host_all(side.ops.bn_backward_reduce(*_backward(case, side)))
+    terms = np.abs(case.dy.astype(np.float64))
+    return {
+        "sum of dy": Result(sums.dy.sum(axis=0), 32, terms.sum((0, 2))),
+        "sum of dy * xhat": Result(
+            sums.dy_xhat.sum(axis=0), 32, (terms * np.abs(case.xhat(case.statistics))).sum((0, 2))
+        ),
+    }
+
+
+def bn_backward_input(case: Case, side: Side) -> Results:
+    """From the same statistics and sums."""
+    gradients = _Gradients(case, side)
+    side.ops.bn_backward_input(*_backward(case, side), side.put_all(case.sums), case.inv_count, *gradients.arrays)
+    return gradients.results(case.sums)
+
+
+def bn_backward(case: Case, side: Side) -> Results:
+    """From the same statistics."""
+    gradients = _Gradients(case, side)
+    side.ops.bn_backward(*_backward(case, side), case.inv_count, *gradients.arrays)
+    return gradients.results(None)
+
+
+class _Forward:
+    """The arguments of a step that writes the output, and what it did to them."""
+
+    def __init__(self, case: Case, side: Side) -> None:
+        self.case, self.side = case, side
+        self.x = side.put(case.x, case.offset)
+        residual = None if case.residual is None else side.put(case.residual, case.offset)
+        self.out = side.out(case.x, case.offset)
+        self.mask = side.ops.empty_mask(self.x, residual, self.out) if case.masked else None
+        self.running = [side.put(case.mean.astype(np.float64)), side.put(case.var)]
+        self.counter = side.put(np.array(2)) if case.training else None
+        affine = side.put(case.weight), side.put(case.bias), residual, case.activation
+        self.others = (EPS, *affine, *self.running, MOMENTUM, self.counter, self.out, self.mask)
+
+    def results(self, statistics: Statistics, used: Statistics, exact: bool) -> Results:
+        """All that it wrote. The mask is opaque: it shows in which elements of dy come through."""
+        case, side = self.case, self.side
+        mean, var = map(side.host, statistics)
+        std = np.sqrt(used.var)
+        running_mean, running_var = map(side.host, self.running)
+        results = {
+            "y": Result(side.host(self.out), 8, case.terms(used), exact),
+            "mean": Result(mean, 4, std + np.abs(mean) * HALF_ULP["float64"] / case.unit, exact),
+            "var": Result(var, 8, var, exact),
+            "running_mean": Result(running_mean, 4, std + np.abs(running_mean) * HALF_ULP["float64"] / case.unit),
+            "running_var": Result(running_var, 8, running_var),
+        }
+        if self.counter is not None:
+            results["num_batches_tracked"] = Result(side.host(self.counter), 0, 0)
+        if self.mask is not None:
+            gradients = _Gradients(case, side)
+            step = (*_backward(case, side)[:-1], self.mask, side.put_all(case.sums), 0.0)
+            side.ops.bn_backward_input(*step, *gradients.arrays)
+            clear = np.abs(case.before_activation(used)) > NEAR / 10
+            results["mask"] = Result(np.where(clear, side.host(gradients.arrays[1]), 0), 0, 0)
+        return results
+
+
+def _backward(case: Case, side: Side) -> tuple[Any, ...]:
+    """What the steps of the way back begin with."""
+    dy, x, mask = side.put(case.dy, case.offset), side.put(case.x, case.offset), None
+    weight, bias = side.put(case.weight), side.put(case.bias)
+    if case.masked:
+        assert case.residual is not None
+        residual, out = side.put(case.residual, case.offset), side.out(case.x, case.offset)
+        mask = side.ops.empty_mask(x, residual, out)
+        running = side.put_all(case.statistics)
+        arguments = (weight, bias, residual, case.activation, *running, MOMENTUM, None, out, mask)
+        side.ops.bn_normalize(x, None, EPS, *arguments)
+    return dy, x, side.put_all(case.statistics), EPS, weight, bias, case.activation, mask
+
+
+class _Gradients:
+    """Where a step of the way back writes."""
+
+    def __init__(self, case: Case, side: Side) -> None:
+        self.case, self.side = case, side
+        dresidual = side.out(case.x, case.offset) if case.masked else None
+        self.arrays = side.out(case.x, case.offset), dresidual, side.out(case.weight), side.out(case.bias)
+
+    def results(self, sums: Sums | None) -> Results:
+        """All of it; with the sums given, nothing is left to be rounded in another order."""
+        case, given = self.case, sums is not None
+        dx, dresidual, dweight, dbias = (None if array is None else self.side.host(array) for array in self.arrays)
+        g = np.abs(case.dy.astype(np.float64))
+        sizes = np.zeros((2, case.shape[1]))
+        if not given:
+            sizes[:] = (g * np.abs(case.xhat(case.statistics))).sum((0, 2)), g.sum((0, 2))
+        assert dx is not None
+        assert dweight is not None
+        assert dbias is not None
+        results = {
+            "dx": Result(dx, 25, case.gradient_terms(sums), given),
+            "dweight": Result(dweight, 84, sizes[0], given),
+            "dbias": Result(dbias, 84, sizes[1], given),
+        }
+        if dresidual is not None:
+            results["dresidual"] = Result(dresidual, 0, 0, exact=True)
+        return results
+
+
+class Step(NamedTuple):
+    """How a step is run, and in which variants."""
+
+    run: Callable[[Case, Side], Results]
+    variants: tuple[Variant, ...]
+
+
+_FUSED = ((None, False), ("relu", False), (None, True), ("relu", True))
+_NO_RESIDUAL_ALONE = ((None, False), ("relu", False), ("relu", True))
+_FORWARD = tuple(Variant(True, *fused) for fused in _FUSED)
+_REDUCE = tuple(Variant(True, *fused) for fused in _NO_RESIDUAL_ALONE)
+_BACKWARD = tuple(Variant(training, *fused) for training in (True, False) for fused in _NO_RESIDUAL_ALONE)
+
+STEPS = {
+    "bn_stats": Step(bn_stats, (Variant(),)),
+    "mean_and_var": Step(mean_and_var, (Variant(),)),
+    "bn_normalize": Step(bn_normalize, tuple(Variant(t, *fused) for t in (True, False) for fused in _FUSED)),
+    "bn_forward": Step(bn_forward, _FORWARD),
+    "bn_backward_reduce": Step(bn_backward_reduce, _REDUCE),
+    "bn_backward_input": Step(bn_backward_input, _BACKWARD),
+    "bn_backward": Step(bn_backward, _BACKWARD),
+}
+"""By the name of kernel, mirror and launcher."""
