@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+from cupybn._resident import Device, choose_cluster
+
 THREADS = 256
 """Of every block."""
 LEAST_SUMMED = 1 << 12
@@ -19,13 +21,19 @@ MOST_GRID_Y = 65535
 MOST_GRID_X = 1 << 30
 """Half of CUDA's own limit."""
 
-SEGMENT = 1 << 13
-"""Channels first: most elements of a row that a row of threads takes at a time."""
+RESIDENT_THREADS = (128, 256, 512)
+"""Channels first, on chip: of a block, fewer where there is less to do."""
+PACKS_PER_THREAD = 4
+"""Channels first, on chip: that the smaller of these blocks are meant for."""
+SEGMENT = 1 << 12
+"""Channels first: elements of a row that a row of threads takes at a time; of its last ones, up to twice as many."""
 CHANNELS_FIRST_SUM = 1 << 10
 """Channels first: blocks that a large sum is split over, several for each multiprocessor of a large GPU."""
 CHANNELS_FIRST_MAP = 16
 """Channels first: blocks for each multiprocessor of an elementwise step, two rounds of what one holds."""
 
+RESIDENT_TILES = (4, 2)
+"""Channels last, on chip: packs of a row that a cluster may take. Two are a sector, the least that memory hands out."""
 TILE_PACKS = 4
 """Channels last: packs of a row that a block takes, 64 bytes. Merging P parts of Q lanes costs P * Q reads in each
 block; narrow tiles make few parts of few lanes."""
@@ -45,8 +53,11 @@ class Geometry(NamedTuple):
     """A grid of blocks, and the sizes that the kernel is told."""
 
     grid: tuple[int, ...]
-    parts: int  # of each channel, where blocks sum
     sizes: dict[str, int]
+    parts: int = 1  # of each channel, where blocks sum
+    threads: int = THREADS  # of a block
+    cluster: int = 1  # blocks
+    shared: int = 0  # bytes of dynamic shared memory
 
 
 def over_channels(C: int, shares: int = 1) -> tuple[int, int, int]:
@@ -63,14 +74,15 @@ def channels_first(N: int, C: int, L: int, width: int, multiprocessors: int | No
         None for a sum, which must not depend on the device.
     """
     segment = min(L, SEGMENT)
-    segments = N * math.ceil(L / segment)
+    segments = N * (L // segment)
     if multiprocessors is None:
         shares = min(math.ceil(CHANNELS_FIRST_SUM / C), math.ceil(N * L / LEAST_SUMMED), THREADS)
     else:
         wanted = multiprocessors * CHANNELS_FIRST_MAP
         shares = min(math.ceil(wanted / C), math.ceil(N * L / LEAST_MAPPED), MOST_GRID_Y)
     segments_per_block = math.ceil(segments / min(shares, segments))
-    slots = segment // width if L % width == 0 and segment % width == 0 else (segment + 2 * width - 2) // width
+    longest = segment + L % segment
+    slots = longest // width if L % width == 0 else (longest + 2 * width - 2) // width
     shares = math.ceil(segments / segments_per_block)
     sizes = {
         "N": N,
@@ -80,7 +92,42 @@ def channels_first(N: int, C: int, L: int, width: int, multiprocessors: int | No
         "segments_per_block": segments_per_block,
         "lanes": min(THREADS, slots),
     }
-    return Geometry(over_channels(C, shares), shares, sizes)
+    return Geometry(over_channels(C, shares), sizes, shares)
+
+
+def channels_first_resident(
+    N: int, C: int, L: int, itemsize: int, width: int, arrays: int, device: Device
+) -> Geometry | None:
+    """A cluster for each channel; see ``channels_first/slots.cuh``. None where a channel is not to be kept on chip."""
+    slots_per_row = L // width if L % width == 0 else (L + 2 * width - 2) // width
+    cluster = choose_cluster(C, N * slots_per_row, width * itemsize, arrays, device)
+    if cluster is None or C * cluster.blocks > MOST_GRID_X:
+        return None
+    threads = next((t for t in RESIDENT_THREADS if cluster.packs <= t * PACKS_PER_THREAD), RESIDENT_THREADS[-1])
+    sizes = {"N": N, "C": C, "L": L, "slots_per_row": slots_per_row, "slots_per_block": cluster.packs}
+    return Geometry((C * cluster.blocks,), sizes, 1, threads, cluster.blocks, cluster.shared)
+
+
+def channels_last_resident(M: int, C: int, itemsize: int, width: int, arrays: int, device: Device) -> Geometry | None:
+    """A cluster for each tile of columns; see ``channels_last/tile.cuh``. None where no tile is to be kept on chip.
+
+    Of the tiles that fit, the widest one that keeps the whole device busy: narrow ones read memory in small pieces.
+    """
+    columns = C // width
+    best = None
+    for tile in RESIDENT_TILES if width > 1 else (TILE_ELEMENTS,):
+        tile = min(tile, 1 << (columns - 1).bit_length())
+        tiles = math.ceil(columns / tile)
+        cluster = choose_cluster(tiles, M * tile, width * itemsize, arrays, device)
+        if cluster is None or tiles * cluster.blocks > MOST_GRID_X:
+            continue
+        rows = math.ceil(M / cluster.blocks)
+        sizes = {"M": M, "C": C, "tile": tile, "rows_per_block": rows}
+        shared = rows * tile * width * itemsize * arrays
+        geometry = Geometry((tiles * cluster.blocks,), sizes, 1, THREADS, cluster.blocks, shared)
+        if best is None or best.grid[0] < min(device.multiprocessors, geometry.grid[0]):
+            best = geometry
+    return best
 
 
 def channels_last(M: int, C: int, width: int, multiprocessors: int | None) -> Geometry:
@@ -116,4 +163,4 @@ def channels_last(M: int, C: int, width: int, multiprocessors: int | None) -> Ge
         "super_rows_per_block": super_rows_per_block,
         "tile": tile,
     }
-    return Geometry((tiles, shares + tail), shares * replicas_kept + tail, sizes)
+    return Geometry((tiles, shares + tail), sizes, shares * replicas_kept + tail)

@@ -72,7 +72,7 @@ def signature(name: str) -> tuple[Parameter, ...]:
     stem = name.rpartition("/")[2]
     text = (KERNELS / f"{name}.cu").read_text()
     head = re.search(
-        rf'extern "C" __global__ void (?:\w+ |__launch_bounds__\([^)]*\) )?{stem}\((.*?)\) \{{', text, re.DOTALL
+        rf'extern "C" __global__ void (?:\w+ |__launch_bounds__\([^)]*\) )*{stem}\((.*?)\) \{{', text, re.DOTALL
     )
     assert head is not None, f"{name}.cu has no kernel of its name"
     section, parameters = "inputs", []
@@ -90,6 +90,8 @@ def signature(name: str) -> tuple[Parameter, ...]:
 # ---------------------------------------------------------------------------------------------------------------------
 # Arguments
 
+SHARED = 32 << 10
+"""Bytes of dynamic shared memory that a block may have without asking: of 48 KiB, what kernels leave of them."""
 VECTOR = np.dtype([("data", np.uint64), ("stride", np.int64), ("dtype", np.int64)])
 """``Vector`` of ``types.cuh``: values of any float dtype, numbered as in FLOATS, any number of bytes apart."""
 
@@ -138,8 +140,14 @@ class Kernel:
     def __init__(self, name: str, macros: Mapping[str, Any]) -> None:
         self.name = name
         self.options = tuple(f"-D{key}={getattr(value, 'name', value)}" for key, value in macros.items())
-        dtypes = {"data_t*": macros.get("DATA_T"), "double*": np.dtype(np.float64), "long long*": np.dtype(np.int64)}
+        dtypes = {
+            "data_t*": macros.get("DATA_T"),
+            "double*": np.dtype(np.float64),
+            "long long*": np.dtype(np.int64),
+            "mask_t*": np.dtype(np.uint8 if macros.get("VECTORIZED") else np.bool_),
+        }
         self._parameters = {p.name: self._converter(p, dtypes) for p in signature(name)}
+        self._shared: dict[int, int] = {}  # what has been asked for, on each device
         self._arrays = [p.name for p in signature(name) if p.type == "Vector" or p.type.endswith("*")]
 
     def _converter(self, parameter: Parameter, dtypes: Mapping[str, Any]) -> Callable[[Any], Any]:
@@ -155,8 +163,8 @@ class Kernel:
             convert, nothing = functools.partial(_to_pointer, label, dtype=dtypes[parameter.type]), None
         return (lambda array: nothing if array is None else convert(array)) if parameter.nullable else convert
 
-    def launch(self, grid: tuple[int, ...], block: int, arguments: Mapping[str, Any]) -> None:
-        """Launch on the current stream of the current device.
+    def launch(self, grid: tuple[int, ...], block: int, arguments: Mapping[str, Any], shared: int = 0) -> None:
+        """Launch on the current stream of the current device, with so many bytes of dynamic shared memory.
 
         Raises
         ------
@@ -176,7 +184,9 @@ class Kernel:
             array = arguments[name]
             if array is not None and array.data.device_id != device:
                 raise ValueError(f"{self.name}: expected {name} on device {device} (got {array.data.device_id})")
-        self.raw(grid, (block,), values)
+        if shared > self._shared.get(device, SHARED):
+            self.raw.max_dynamic_shared_size_bytes = self._shared[device] = shared
+        self.raw(grid, (block,), values, shared_mem=shared)
 
     @functools.cached_property
     def raw(self) -> Any:

@@ -7,6 +7,7 @@ those with L = 1 go to the kernels of ``channels_last``, the others to those of 
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ from cupybn._devices import empty, import_cupy
 from cupybn._geometry import THREADS, Geometry
 from cupybn._kernels import Kernel, kernel
 from cupybn._moments import Moments, Statistics, Sums
+from cupybn._resident import Device
 
 Array = Any  # cupy.ndarray
 
@@ -70,9 +72,10 @@ def bn_normalize(
     momentum: float | None,
     num_batches_tracked: Array | None,
     out: Array,
+    mask: Array | None,
 ) -> Statistics:
     """See `numpy_ops.bn_normalize`."""
-    plan = _choose("bn_normalize", x, out, residual)
+    plan = _choose("bn_normalize", x, out, residual, mask=mask)
     statistics = Statistics(empty(x.shape[1:2], x, np.float64), empty(x.shape[1:2], x, np.float64))
     plan.launch(
         x=x,
@@ -87,10 +90,66 @@ def bn_normalize(
         momentum=0 if momentum is None else momentum,
         num_batches_tracked=num_batches_tracked,
         out=out,
+        mask=mask,
         **_fields("statistics", statistics, Statistics),
         parts=0 if moments is None else moments.mean.shape[0],
     )
     return statistics
+
+
+def bn_forward(
+    x: Array,
+    eps: float,
+    weight: Array | None,
+    bias: Array | None,
+    residual: Array | None,
+    activation: str | None,
+    running_mean: Array | None,
+    running_var: Array | None,
+    momentum: float | None,
+    num_batches_tracked: Array | None,
+    out: Array,
+    mask: Array | None,
+    scratch: Array | None = None,
+) -> Statistics:
+    """See `numpy_ops.bn_forward`: one launch where a channel stays on chip, else two."""
+    moves_counter = momentum is None and running_mean is not None  # which all blocks would have to read before
+    plan = None if moves_counter else _choose_resident("bn_forward", x, out, residual, mask=mask)
+    if plan is not None:
+        statistics = Statistics(empty(x.shape[1:2], x, np.float64), empty(x.shape[1:2], x, np.float64))
+        plan.launch(
+            x=x,
+            eps=eps,
+            weight=weight,
+            bias=bias,
+            residual=residual,
+            activation=ACTIVATIONS[activation],
+            running_mean=running_mean,
+            running_var=running_var,
+            momentum=0 if momentum is None else momentum,
+            num_batches_tracked=num_batches_tracked,
+            out=out,
+            mask=mask,
+            **_fields("statistics", statistics, Statistics),
+        )
+        return statistics
+    moments = bn_stats(x, num_batches_tracked if momentum is None else None, scratch)
+    running = running_mean, running_var, momentum, num_batches_tracked
+    return bn_normalize(x, moments, eps, weight, bias, residual, activation, *running, out, mask)
+
+
+def empty_mask(x: Array, residual: Array, out: Array) -> Array:
+    """Where ReLU passes: a bit for each element of a pack, of bytes as ``mask_of`` in the kernels says.
+
+    uint8 where the step reads whole packs, bool where single elements.
+    """
+    _, C, L = x.shape
+    width = PACK // x.dtype.itemsize
+    whole = width <= L if L > 1 else C % width == 0  # else several rows, or several threads, would share a byte
+    if not (whole and _aligned(x, residual, out)):
+        return empty(x.shape, x, np.bool_)
+    packs = -(-x.size // width)
+    return empty((packs if L % width == 0 or L == 1 else 2 * packs,), x, np.uint8)
 
 
 def bn_backward_reduce(
@@ -100,12 +159,13 @@ def bn_backward_reduce(
     eps: float,
     weight: Array | None,
     bias: Array | None,
-    residual: Array | None,
     activation: str | None,
+    mask: Array | None,
     scratch: Array | None = None,  # noqa: ARG001
 ) -> Sums:
     """See `numpy_ops.bn_backward_reduce`; the sums are in parts, and no scratch is needed."""
-    plan = _choose("bn_backward_reduce", x, dy, residual)
+    dy = _beside(mask, dy)
+    plan = _choose("bn_backward_reduce", x, dy, mask=mask)
     shape = plan.geometry.parts, x.shape[1]
     sums = Sums(empty(shape, x, np.float64), empty(shape, x, np.float64))
     plan.launch(
@@ -115,8 +175,8 @@ def bn_backward_reduce(
         eps=eps,
         weight=weight,
         bias=bias,
-        residual=residual,
         activation=ACTIVATIONS[activation],
+        mask=mask,
         **_fields("sums", sums, Sums),
     )
     return sums
@@ -129,8 +189,8 @@ def bn_backward_input(
     eps: float,
     weight: Array | None,
     bias: Array | None,
-    residual: Array | None,
     activation: str | None,
+    mask: Array | None,
     sums: Sums | None,
     inv_count: float,
     dx: Array,
@@ -139,7 +199,8 @@ def bn_backward_input(
     dbias: Array | None,
 ) -> None:
     """See `numpy_ops.bn_backward_input`."""
-    plan = _choose("bn_backward_input", x, dy, residual, dx, dresidual)
+    dy = _beside(mask, dy)
+    plan = _choose("bn_backward_input", x, dy, dx, dresidual, mask=mask)
     plan.launch(
         dy=dy,
         x=x,
@@ -147,8 +208,8 @@ def bn_backward_input(
         eps=eps,
         weight=weight,
         bias=bias,
-        residual=residual,
         activation=ACTIVATIONS[activation],
+        mask=mask,
         **_fields("sums", sums, Sums),
         inv_count=inv_count,
         dx=dx,
@@ -159,9 +220,52 @@ def bn_backward_input(
     )
 
 
+def bn_backward(
+    dy: Array,
+    x: Array,
+    statistics: Statistics,
+    eps: float,
+    weight: Array | None,
+    bias: Array | None,
+    activation: str | None,
+    mask: Array | None,
+    inv_count: float,
+    dx: Array,
+    dresidual: Array | None,
+    dweight: Array | None,
+    dbias: Array | None,
+    scratch: Array | None = None,
+) -> None:
+    """See `numpy_ops.bn_backward`: one launch where a channel of dy and x stays on chip, else two."""
+    dy = _beside(mask, dy)
+    plan = _choose_resident("bn_backward", x, dy, dx, dresidual, mask=mask)
+    if plan is not None:
+        plan.launch(
+            dy=dy,
+            x=x,
+            **_fields("statistics", statistics, Statistics),
+            eps=eps,
+            weight=weight,
+            bias=bias,
+            activation=ACTIVATIONS[activation],
+            mask=mask,
+            inv_count=inv_count,
+            dx=dx,
+            dresidual=dresidual,
+            dweight=dweight,
+            dbias=dbias,
+        )
+        return
+    step = (dy, x, statistics, eps, weight, bias, activation, mask)
+    sums = bn_backward_reduce(*step, scratch)
+    bn_backward_input(*step, sums, inv_count, dx, dresidual, dweight, dbias)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Launches
 
+ON_CHIP = {"bn_forward": 1, "bn_backward": 2}
+"""The steps that keep channels on chip, and of how many arrays."""
 SUMS = ("bn_stats", "bn_backward_reduce")
 """The steps whose result must not depend on the device."""
 
@@ -174,25 +278,38 @@ class _Plan(NamedTuple):
 
     def launch(self, **arguments: Any) -> None:
         """With these arguments, and the sizes that the geometry knows."""
-        self.kernel.launch(self.geometry.grid, THREADS, arguments | self.geometry.sizes)
+        geometry = self.geometry
+        self.kernel.launch(geometry.grid, geometry.threads, arguments | geometry.sizes, geometry.shared)
 
 
-def _choose(step: str, x: Array, *others: Array | None) -> _Plan:
-    """The launch of a step for these arrays."""
-    vectorized = all(array is None or array.data.ptr % PACK == 0 for array in (x, *others))
-    index_bits = 32 if max(x.size, x.shape[1] * PACK) < MOST_INT else 64  # there are up to 8 lanes for a channel
-    multiprocessors = None if step in SUMS else _multiprocessors(x.data.device_id)
-    return _plan(step, x.shape, x.dtype, vectorized, index_bits, multiprocessors)
+def _choose(step: str, x: Array, *others: Array | None, mask: Array | None = None) -> _Plan:
+    """The launch of a step for these arrays; a mask tells whether it is in packs."""
+    multiprocessors = None if step in SUMS else _device(x.data.device_id).multiprocessors
+    return _plan(step, x.shape, x.dtype, _vectorized(mask, x, *others), multiprocessors)
+
+
+def _choose_resident(step: str, x: Array, *others: Array | None, mask: Array | None = None) -> _Plan | None:
+    """The same for a step that keeps channels on chip, or None where it does not."""
+    return _resident_plan(step, x.shape, x.dtype, _vectorized(mask, x, *others), _device(x.data.device_id))
+
+
+def _vectorized(mask: Array | None, *arrays: Array | None) -> bool:
+    return _aligned(*arrays) if mask is None else bool(mask.dtype == np.uint8)
+
+
+def _aligned(*arrays: Array | None) -> bool:
+    """Whether packs of all these can be read."""
+    return all(array is None or array.data.ptr % PACK == 0 for array in arrays)
+
+
+def _beside(mask: Array | None, dy: Array) -> Array:
+    """dy, or a copy of it that is aligned if the mask is of packs."""
+    return dy if mask is None or mask.dtype == np.bool_ or _aligned(dy) else dy.copy()
 
 
 @functools.lru_cache(maxsize=4096)
 def _plan(
-    step: str,
-    shape: tuple[int, int, int],
-    dtype: np.dtype[Any],
-    vectorized: bool,
-    index_bits: int,
-    multiprocessors: int | None,
+    step: str, shape: tuple[int, int, int], dtype: np.dtype[Any], vectorized: bool, multiprocessors: int | None
 ) -> _Plan:
     """Of so many arguments that programs call with the same ones again and again."""
     N, C, L = shape
@@ -201,17 +318,55 @@ def _plan(
         layout, geometry = "channels_last", _geometry.channels_last(N, C, width, multiprocessors)
     else:
         layout, geometry = "channels_first", _geometry.channels_first(N, C, L, width, multiprocessors)
-    return _Plan(kernel(f"{layout}/{step}", **_macros(dtype, vectorized, index_bits)), geometry)
+    return _Plan(kernel(f"{layout}/{step}", **_macros(dtype, vectorized, _index_bits(shape))), geometry)
 
 
-def _macros(dtype: np.dtype[Any], vectorized: bool, index_bits: int) -> dict[str, Any]:
-    """What ``types.cuh`` wants to be told."""
-    return {"DATA_T": dtype, "VECTORIZED": int(vectorized), "INDEX_BITS": index_bits, "THREADS": THREADS}
+@functools.lru_cache(maxsize=4096)
+def _resident_plan(
+    step: str, shape: tuple[int, int, int], dtype: np.dtype[Any], vectorized: bool, device: Device
+) -> _Plan | None:
+    N, C, L = shape
+    width = PACK // dtype.itemsize if vectorized else 1
+    if L == 1:
+        if C % width > 0:
+            vectorized, width = False, 1
+        layout = "channels_last"
+        geometry = _geometry.channels_last_resident(N, C, dtype.itemsize, width, ON_CHIP[step], device)
+    else:
+        layout = "channels_first"
+        geometry = _geometry.channels_first_resident(N, C, L, dtype.itemsize, width, ON_CHIP[step], device)
+    if geometry is None:
+        return None
+    macros = _macros(dtype, vectorized, _index_bits(shape), geometry.threads, geometry.cluster)
+    return _Plan(kernel(f"{layout}/{step}", **macros), geometry)
 
 
-def _multiprocessors(device: int) -> int:
+def _index_bits(shape: tuple[int, int, int]) -> int:
+    """Of the kernels' indices; there are up to 8 lanes for a channel."""
+    return 32 if max(math.prod(shape), shape[1] * PACK) < MOST_INT else 64
+
+
+def _macros(
+    dtype: np.dtype[Any], vectorized: bool, index_bits: int, threads: int = THREADS, cluster: int = 0
+) -> dict[str, Any]:
+    """What the kernels want to be told; those that keep nothing on chip know no clusters."""
+    macros = {"DATA_T": dtype, "VECTORIZED": int(vectorized), "INDEX_BITS": index_bits, "THREADS": threads}
+    return macros | ({"CLUSTER_BLOCKS": cluster} if cluster else {})
+
+
+@functools.cache
+def _device(index: int) -> Device:
     runtime = import_cupy().cuda.runtime
-    return int(runtime.deviceGetAttribute(runtime.cudaDevAttrMultiProcessorCount, device))
+
+    def attribute(name: str) -> int:
+        return int(runtime.deviceGetAttribute(getattr(runtime, f"cudaDevAttr{name}"), index))
+
+    return Device(
+        attribute("MultiProcessorCount"),
+        attribute("MaxSharedMemoryPerBlockOptin"),
+        attribute("MaxSharedMemoryPerMultiprocessor"),
+        attribute("ComputeCapabilityMajor") >= 9,
+    )
 
 
 def _fields(prefix: str, value: tuple[Any, ...] | None, kind: type[Any]) -> dict[str, Any]:

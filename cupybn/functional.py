@@ -2,6 +2,8 @@
 
 input -> layout (N, C, L) -> bn_stats -> bn_normalize -> output, running statistics
 grad_output -> bn_backward_reduce -> bn_backward_input -> gradients
+
+In training the two steps each way are one, bn_forward and bn_backward, as nothing happens in between.
 """
 
 from __future__ import annotations
@@ -133,8 +135,8 @@ def batch_norm_vjp(
     vjp_fn : callable
         ``vjp_fn(grad_output) -> BatchNormGrads(input, weight, bias, residual)``. The gradients of input and residual
         have the input's dtype and memory order, those of weight and bias their dtypes. Pure: it may be called again and
-        changes nothing. It holds input, weight, bias and residual by reference, and what it needs of the statistics as
-        a copy: it stays right when the running statistics move on.
+        changes nothing. It holds input, weight and bias by reference, and what it needs of the residual and the
+        statistics as a copy: it stays right when the running statistics move on.
 
     Raises
     ------
@@ -190,7 +192,7 @@ def moments(input: Array, *, channel_axis: int = 1) -> tuple[Array, Array]:
 
 def forward_vjp(call: Call) -> tuple[Array, VjpFn]:
     """The output, and the function that goes back."""
-    output, saved = forward(call)
+    output, saved = forward(call, for_vjp=True)
 
     def vjp_fn(grad_output: Array) -> BatchNormGrads:
         _checks.check_like("grad_output", grad_output, saved.call.input)
@@ -203,69 +205,67 @@ def forward_vjp(call: Call) -> tuple[Array, VjpFn]:
 class Saved(NamedTuple):
     """What the way back needs of the way forth."""
 
-    call: Call  # with dense input and residual; without a residual that only has to be added
+    call: Call  # with dense input, and without residual
     layout: Layout
     statistics: Statistics | None  # None for an empty input, which has none
     has_residual: bool
+    mask: Array | None  # where ReLU passed, if a residual had its part in it
 
 
-def forward(call: Call, out: Array | None = None) -> tuple[Array, Saved]:
+def forward(call: Call, out: Array | None = None, for_vjp: bool = False) -> tuple[Array, Saved]:
     """The output, and what `backward` needs, once the arguments are checked."""
     channel_axis = call.check(out)
     with current(call.input):
-        return checked_forward(call, channel_axis, out)
+        return checked_forward(call, channel_axis, out, for_vjp)
 
 
-def checked_forward(call: Call, channel_axis: int, out: Array | None) -> tuple[Array, Saved]:
+def checked_forward(call: Call, channel_axis: int, out: Array | None, for_vjp: bool) -> tuple[Array, Saved]:
     """The same for arguments that fit together, on the current device."""
     layout = Layout.of(call.input, channel_axis)
     ops = ops_for(call.input)
     has_residual = call.residual is not None
-    call = call._replace(input=layout.conform(call.input), residual=layout.conform(call.residual), eps=float(call.eps))
+    call = call._replace(input=layout.conform(call.input), eps=float(call.eps))
     output = out if out is not None and layout.matches(out) else layout.empty_like(call.input)
-    x, residual, y = layout.view(call.input), layout.view(call.residual), layout.view(output)
-    statistics = None
+    x, residual, y = layout.view(call.input), layout.view(layout.conform(call.residual)), layout.view(output)
+    statistics = mask = None
 
     if call.input.size > 0:
-        running = call.running()
-        moments = None
+        if for_vjp and has_residual and call.activation is not None:
+            mask = ops.empty_mask(x, residual, y)
+        step = (call.eps, call.weight, call.bias, residual, call.activation, *call.running(), y, mask)
         if call.training:
-            counter = running.num_batches_tracked if running.momentum is None else None
-            moments = ops.bn_stats(x, counter, scratch=y if out is None else None)
-        statistics = ops.bn_normalize(
-            x, moments, call.eps, call.weight, call.bias, residual, call.activation, *running, y
-        )
+            statistics = ops.bn_forward(x, *step, scratch=y if out is None else None)
+        else:
+            statistics = ops.bn_normalize(x, None, *step)
         if out is not None and output is not out:
             out[...] = output
 
-    if call.activation is None:
-        call = call._replace(residual=None)
-    return output if out is None else out, Saved(call, layout, statistics, has_residual)
+    saved = Saved(call._replace(residual=None), layout, statistics, has_residual, mask)
+    return output if out is None else out, saved
 
 
 def backward(saved: Saved, grad_output: Array) -> BatchNormGrads:
     """The gradients of the arguments, from that of the output."""
-    call, layout, statistics, has_residual = saved
+    call, layout, statistics, has_residual, mask = saved
     ops = ops_for(call.input)
     grad_output = layout.conform(grad_output)
     dinput = layout.empty_like(call.input)
     new = zeros_like if statistics is None else empty_like
     dweight, dbias = (None if vector is None else new(vector) for vector in (call.weight, call.bias))
-    masked = layout.empty_like(call.input) if has_residual and call.activation is not None else None
+    # What nothing masked is the gradient of the output.
+    dresidual = layout.empty_like(call.input) if has_residual and call.activation is not None else grad_output
 
     if statistics is not None:
-        x, residual = layout.view(call.input), layout.view(call.residual)
-        dy, dx, dresidual = layout.view(grad_output), layout.view(dinput), layout.view(masked)
-        arguments = (dy, x, statistics, call.eps, call.weight, call.bias, residual, call.activation)
-        sums = None
+        dy, x, dx = layout.view(grad_output), layout.view(call.input), layout.view(dinput)
+        step = (dy, x, statistics, call.eps, call.weight, call.bias, call.activation, mask)
+        gradients = (dx, layout.view(dresidual) if mask is not None else None, dweight, dbias)
         if call.training or dweight is not None or dbias is not None:
-            sums = ops.bn_backward_reduce(*arguments, scratch=dx)
-        inv_count = layout.shape[1] / call.input.size if call.training else 0.0
-        ops.bn_backward_input(*arguments, sums, inv_count, dx, dresidual, dweight, dbias)
+            inv_count = layout.shape[1] / call.input.size if call.training else 0.0
+            ops.bn_backward(*step, inv_count, *gradients, scratch=dx)
+        else:
+            ops.bn_backward_input(*step, None, 0.0, *gradients)
 
-    if has_residual and masked is None:  # nothing was masked: it is the gradient of the output
-        return BatchNormGrads(dinput, dweight, dbias, grad_output)
-    return BatchNormGrads(dinput, dweight, dbias, masked)
+    return BatchNormGrads(dinput, dweight, dbias, dresidual if has_residual else None)
 
 
 def ops_for(array: Array) -> ModuleType:

@@ -161,6 +161,7 @@ def bn_normalize(
     momentum: float | None,
     num_batches_tracked: Array | None,
     out: Array,
+    mask: Array | None,
 ) -> Statistics:
     """out = activation(weight * (x - mean) / sqrt(var + eps) + bias + residual), then `bn_update_running`.
 
@@ -172,6 +173,8 @@ def bn_normalize(
     weight, bias : (C,) arrays or None
     running_mean, running_var : (C,) arrays or None
         None in training leaves them out of it.
+    mask : array of `empty_mask`, or None
+        Gets where ReLU passes.
 
     Returns
     -------
@@ -187,10 +190,12 @@ def bn_normalize(
     affine = _affine(x.dtype, statistics, eps, weight, bias)
     in_place = residual is None or not np.may_share_memory(out, residual)
 
-    def core(column: Column, x: Array, residual: Array | None, out: Array, *affine: Array) -> None:
+    def core(column: Column, x: Array, residual: Array | None, out: Array, mask: Array | None, *affine: Array) -> None:
         dtype = affine[0].dtype
         y = out if in_place and out.dtype == dtype else np.empty(x.shape, dtype)
         _preactivation(y, x, residual, column, *affine)
+        if mask is not None:
+            np.greater(y, 0, out=mask)
         if activation == "relu":
             row = y.shape[1:] if y.shape[2] == 1 else y.shape[2:]
             np.maximum(y, np.zeros(row, dtype), out=y)  # with a scalar NumPy takes three times as long
@@ -198,13 +203,39 @@ def bn_normalize(
             np.copyto(out, y, casting="unsafe")
 
     for channels, dtype in affine.precisions():
-        arrays = [None if a is None else a[:, channels] for a in (x, residual, out)]
+        arrays = [None if a is None else a[:, channels] for a in (x, residual, out, mask)]
         vectors = [v[channels].astype(dtype) for v in (affine.center, affine.scale, affine.shift)]
         temporaries = not in_place or out.dtype != dtype or activation is not None
         tile_map(core, arrays, vectors, temporaries)
     if moments is not None and running_mean is not None and running_var is not None:
         bn_update_running(batch, moments.batches, running_mean, running_var, momentum, num_batches_tracked)
     return statistics
+
+
+def bn_forward(
+    x: Array,
+    eps: float,
+    weight: Array | None,
+    bias: Array | None,
+    residual: Array | None,
+    activation: str | None,
+    running_mean: Array | None,
+    running_var: Array | None,
+    momentum: float | None,
+    num_batches_tracked: Array | None,
+    out: Array,
+    mask: Array | None,
+    scratch: Array | None = None,
+) -> Statistics:
+    """`bn_stats`, then `bn_normalize`: batch norm in training."""
+    moments = bn_stats(x, num_batches_tracked if momentum is None else None, scratch)
+    running = running_mean, running_var, momentum, num_batches_tracked
+    return bn_normalize(x, moments, eps, weight, bias, residual, activation, *running, out, mask)
+
+
+def empty_mask(x: Array, residual: Array, out: Array) -> Array:  # noqa: ARG001
+    """Where ReLU passes, one bool for each element of x, for a way back that need not know the residual."""
+    return np.empty(x.shape, np.bool_)
 
 
 def _preactivation(
@@ -230,32 +261,31 @@ def bn_backward_reduce(
     eps: float,
     weight: Array | None,
     bias: Array | None,
-    residual: Array | None,
     activation: str | None,
+    mask: Array | None,
     scratch: Array | None = None,
 ) -> Sums:
     """sum(dy) and sum(dy * xhat), xhat = (x - mean) / sqrt(var + eps), where activation passed dy, in one part.
 
     Parameters
     ----------
-    dy, x, residual : (N, C, L) arrays
+    dy, x : (N, C, L) arrays
     weight, bias : (C,) arrays or None
-        With `residual` they decide what ReLU passed.
+        They decide what ReLU passed, where there is no mask.
+    mask : array of `empty_mask` that `bn_normalize` has filled, or None
     scratch : array of the same shape, or None
         Memory to work in; it is used if its dtype is that of the arithmetic.
     """
     affine = _affine(x.dtype, statistics, eps, weight, bias)
 
-    def core(
-        column: Column, dy: Array, x: Array, residual: Array | None, scratch: Array | None, *affine: Array
-    ) -> Terms:
-        dy = _passed(dy, x, residual, column, affine, activation)
+    def core(column: Column, dy: Array, x: Array, mask: Array | None, scratch: Array | None, *affine: Array) -> Terms:
+        dy = _passed(dy, x, mask, column, affine, activation)
         d = np.subtract(x, column(affine[0]), out=scratch, dtype=affine[0].dtype)
         return [(dy,), (dy, d)]
 
     def sums(channels: slice, dtype: npt.DTypeLike) -> tuple[Array, Array]:
         usable = _usable(scratch, dtype)
-        arrays = [None if a is None else a[:, channels] for a in (dy, x, residual, usable)]
+        arrays = [None if a is None else a[:, channels] for a in (dy, x, mask, usable)]
         vectors = [v[channels].astype(dtype) for v in (affine.center, affine.scale, affine.shift)]
         sum_dy, sum_dy_d = tile_sums(core, arrays, vectors, usable is None or activation is not None, 2)
         return sum_dy, (sum_dy_d - affine.rest[channels] * sum_dy) * affine.rstd[channels]
@@ -274,8 +304,8 @@ def bn_backward_input(
     eps: float,
     weight: Array | None,
     bias: Array | None,
-    residual: Array | None,
     activation: str | None,
+    mask: Array | None,
     sums: Sums | None,
     inv_count: float,
     dx: Array,
@@ -289,8 +319,9 @@ def bn_backward_input(
 
     Parameters
     ----------
-    dy, x, residual, dx, dresidual : (N, C, L) arrays
+    dy, x, dx, dresidual : (N, C, L) arrays
     weight, bias, dweight, dbias : (C,) arrays or None
+    mask : array of `empty_mask` that `bn_normalize` has filled, or None
     sums : Sums
         Of the whole batch. None only if nothing needs them: in eval mode without weight and bias.
     inv_count : float
@@ -311,13 +342,13 @@ def bn_backward_input(
         column: Column,
         dy: Array,
         x: Array,
-        residual: Array | None,
+        mask: Array | None,
         dx: Array,
         dresidual: Array | None,
         *vectors: Array,
     ) -> None:
         center, scale, shift, slope, offset = vectors
-        dy = _passed(dy, x, residual, column, (center, scale, shift), activation)
+        dy = _passed(dy, x, mask, column, (center, scale, shift), activation)
         if dresidual is not None:
             np.copyto(dresidual, dy, casting="unsafe")
         d = dx if dx.dtype == scale.dtype else np.empty(x.shape, scale.dtype)
@@ -333,23 +364,47 @@ def bn_backward_input(
             np.copyto(dx, d, casting="unsafe")
 
     for channels, dtype in affine.precisions(slope, offset):
-        arrays = [None if a is None else a[:, channels] for a in (dy, x, residual, dx, dresidual)]
+        arrays = [None if a is None else a[:, channels] for a in (dy, x, mask, dx, dresidual)]
         vectors = [v[channels].astype(dtype) for v in (affine.center, affine.scale, affine.shift, slope, offset)]
         tile_map(core, arrays, vectors, temporaries=activation is not None or dx.dtype != dtype)
 
 
+def bn_backward(
+    dy: Array,
+    x: Array,
+    statistics: Statistics,
+    eps: float,
+    weight: Array | None,
+    bias: Array | None,
+    activation: str | None,
+    mask: Array | None,
+    inv_count: float,
+    dx: Array,
+    dresidual: Array | None,
+    dweight: Array | None,
+    dbias: Array | None,
+    scratch: Array | None = None,
+) -> None:
+    """`bn_backward_reduce`, then `bn_backward_input`: all gradients."""
+    step = (dy, x, statistics, eps, weight, bias, activation, mask)
+    sums = bn_backward_reduce(*step, scratch)
+    bn_backward_input(*step, sums, inv_count, dx, dresidual, dweight, dbias)
+
+
 def _passed(
-    dy: Array, x: Array, residual: Array | None, column: Column, affine: Sequence[Array], activation: str | None
+    dy: Array, x: Array, mask: Array | None, column: Column, affine: Sequence[Array], activation: str | None
 ) -> Array:
     """dy in the dtype of the arithmetic, 0 where ReLU stopped it: never 0 * dy, dy may be inf."""
     dy = dy.astype(affine[0].dtype, copy=False)
     if activation != "relu":
         return dy
     y = np.empty(x.shape, dy.dtype)
-    _preactivation(y, x, residual, column, *affine)
+    if mask is None:
+        _preactivation(y, x, None, column, *affine)
+        mask = y > 0
     word = np.dtype(f"i{dy.itemsize}")
-    mask = np.negative((y > 0).view(np.int8))  # 0 or all bits set
-    np.bitwise_and(dy.view(word), mask, out=y.view(word), dtype=word)
+    bits = np.negative(mask.view(np.int8))  # 0 or all bits set
+    np.bitwise_and(dy.view(word), bits, out=y.view(word), dtype=word)
     return y
 
 

@@ -28,46 +28,83 @@ struct Residual {
     raw_t raw;
 };
 
-// (x - center) * scale + shift + residual: the value whose sign decides what ReLU passes.
+// (x - center) * scale + shift: without a residual the value whose sign decides what ReLU passes.
 template <class A>
-DEVICE A preactivation(A x, const Factors<A>& f, const Residual& residual, int e) {
-    const A y = mul(x - f.center, f.scale) + f.shift;
-    return residual.given ? y + (A)element(residual.raw, e) : y;
+DEVICE A affine(A x, const Factors<A>& f) {
+    return mul(x - f.center, f.scale) + f.shift;
 }
 
+// The output. Bit e of mask tells whether ReLU passes.
 template <class A>
-DEVICE A output(A x, const Factors<A>& f, const Residual& residual, bool relu, int e) {
-    const A y = preactivation(x, f, residual, e);
+DEVICE A output(A x, const Factors<A>& f, const Residual& residual, bool relu, int e, unsigned& mask) {
+    A y = affine(x, f);
+    if (residual.given) y += (A)element(residual.raw, e);
+    mask |= (unsigned)(y > 0) << e;
     return !relu || y > 0 || y != y ? y : 0;  // NaN passes
+}
+
+// mask, if it is given, gets where ReLU passes: at the address that belongs to the pack.
+template <class Channels>
+DEVICE raw_t normalize(const raw_t& x, const Residual& residual, bool relu, const Channels& channels, mask_t* mask) {
+    raw_t y;
+    unsigned bits = 0;
+    if (!channels.any_wide) {
+        acc_t values[WIDTH];
+#pragma unroll
+        for (int e = 0; e < WIDTH; e++) values[e] = output(element(x, e), channels.usual(e), residual, relu, e, bits);
+        y = pack(values);
+    } else {
+        double values[WIDTH];
+#pragma unroll
+        for (int e = 0; e < WIDTH; e++)
+            values[e] = channels.is_wide(e)
+                            ? output<double>(element(x, e), channels.wide(e), residual, relu, e, bits)
+                            : output(element(x, e), channels.usual(e), residual, relu, e, bits);
+        y = pack(values);
+    }
+    if (mask) *mask = (mask_t)bits;
+    return y;
+}
+
+// What ReLU passed of a pack, for the way back: as the mask says, or else as the input tells once more.
+struct Passed {
+    bool recompute;
+    unsigned bits;
+
+    DEVICE Passed() {}
+    // mask is null, or where the bits of the pack are.
+    DEVICE Passed(bool relu, const mask_t* mask) : recompute(relu && !mask), bits(relu && mask ? *mask : ~0u) {}
+
+    template <class A>
+    DEVICE bool at(int e, A x, const Factors<A>& f) const {
+        return recompute ? affine(x, f) > 0 : bits >> e & 1;
+    }
+};
+
+// dy, 0 where ReLU stopped it: what the residual gets.
+template <class Channels>
+DEVICE raw_t passed_on(const raw_t& dy, const raw_t& x, const Passed& passed, const Channels& channels) {
+    acc_t g[WIDTH];
+#pragma unroll
+    for (int e = 0; e < WIDTH; e++) {
+        const acc_t value = element(x, e);
+        const bool passes =
+            channels.is_wide(e) ? passed.at<double>(e, value, channels.wide(e)) : passed.at(e, value, channels.usual(e));
+        g[e] = passes ? element(dy, e) : 0;
+    }
+    return pack(g);
 }
 
 // The input's gradient. dy becomes that of the residual: 0 where ReLU stopped it, never 0 * dy, which may be inf.
 template <class A>
-DEVICE A input_gradient(A& dy, A x, const Factors<A>& f, const Residual& residual, bool relu, bool constant, int e) {
-    if (relu && !(preactivation(x, f, residual, e) > 0)) dy = 0;
+DEVICE A input_gradient(A& dy, A x, const Factors<A>& f, const Passed& passed, bool constant, int e) {
+    if (!passed.at(e, x, f)) dy = 0;
     const A dx = constant ? dy : dy - mul(x - f.center, f.slope) - f.offset;  // without 0 * x: x may be inf
     return dx * f.scale;
 }
 
 template <class Channels>
-DEVICE raw_t normalize(const raw_t& x, const Residual& residual, bool relu, const Channels& channels) {
-    if (!channels.any_wide) {
-        acc_t y[WIDTH];
-#pragma unroll
-        for (int e = 0; e < WIDTH; e++) y[e] = output(element(x, e), channels.usual(e), residual, relu, e);
-        return pack(y);
-    }
-    double y[WIDTH];
-#pragma unroll
-    for (int e = 0; e < WIDTH; e++)
-        y[e] = channels.is_wide(e) ? output<double>(element(x, e), channels.wide(e), residual, relu, e)
-                                   : output(element(x, e), channels.usual(e), residual, relu, e);
-    return pack(y);
-}
-
-template <class Channels>
-DEVICE raw_t input_gradient(raw_t& dy, const raw_t& x, const Residual& residual, bool relu, bool constant,
-                            const Channels& channels) {
+DEVICE raw_t input_gradient(raw_t& dy, const raw_t& x, const Passed& passed, bool constant, const Channels& channels) {
     acc_t g[WIDTH];
 #pragma unroll
     for (int e = 0; e < WIDTH; e++) g[e] = element(dy, e);
@@ -75,7 +112,7 @@ DEVICE raw_t input_gradient(raw_t& dy, const raw_t& x, const Residual& residual,
         acc_t dx[WIDTH];
 #pragma unroll
         for (int e = 0; e < WIDTH; e++)
-            dx[e] = input_gradient(g[e], element(x, e), channels.usual(e), residual, relu, constant, e);
+            dx[e] = input_gradient(g[e], element(x, e), channels.usual(e), passed, constant, e);
         dy = pack(g);
         return pack(dx);
     }
@@ -84,10 +121,10 @@ DEVICE raw_t input_gradient(raw_t& dy, const raw_t& x, const Residual& residual,
     for (int e = 0; e < WIDTH; e++) {
         if (channels.is_wide(e)) {
             double wide = g[e];
-            dx[e] = input_gradient<double>(wide, element(x, e), channels.wide(e), residual, relu, constant, e);
+            dx[e] = input_gradient<double>(wide, element(x, e), channels.wide(e), passed, constant, e);
             g[e] = (acc_t)wide;
         } else {
-            dx[e] = input_gradient(g[e], element(x, e), channels.usual(e), residual, relu, constant, e);
+            dx[e] = input_gradient(g[e], element(x, e), channels.usual(e), passed, constant, e);
         }
     }
     dy = pack(g);

@@ -14,8 +14,9 @@ extern "C" __global__ void LAUNCH_BOUNDS mean_and_var(
     // sizes
     long long parts,
     long long C) {
-    const long long c = block_channel();
-    if (c >= C) return;
+    const Place place(C, false);
+    if (place.none) return;
+    const long long c = place.c;
     const Moments all = merge_parts(moments_count, moments_mean, moments_m2, parts, C, c);
     if (threadIdx.x == 0) {
         narrow(all.mean, mean[c]);

@@ -16,6 +16,25 @@ DEVICE Moments merge(const Moments& a, const Moments& b) {
     return count == 0 ? a : merge(a, b, b.count / count);
 }
 
+// The moments part(0) to part(PARTS - 1) together, with one division. Exact, if all means are that of the first part.
+template <int PARTS, class Part>
+DEVICE Moments merge_all(Part part) {
+    if (PARTS == 1) return part(0);
+    const double pivot = part(0).mean;
+    double count = 0, offset = 0, m2 = 0;
+    for (int p = 0; p < PARTS; p++) {
+        count += part(p).count;
+        if (part(p).count > 0) offset += part(p).count * (part(p).mean - pivot);
+    }
+    if (count == 0) return {0, 0, 0};
+    const double mean = pivot + offset / count;
+    for (int p = 0; p < PARTS; p++) {
+        const double delta = part(p).mean - mean;
+        if (part(p).count > 0) m2 += part(p).m2 + part(p).count * delta * delta;
+    }
+    return {count, mean, m2};
+}
+
 // The sum of N values, added pair by pair: few roundings for each.
 template <int N, class A>
 DEVICE A sum_pairs(const A (&values)[N]) {

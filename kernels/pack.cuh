@@ -9,6 +9,7 @@ typedef uint4 raw_t;                          // as they lie in memory
 constexpr int WIDTH = 1;
 typedef data_t raw_t;
 #endif
+typedef unsigned char mask_t;                 // a bit for each element of a pack
 
 #if VECTORIZED
 

@@ -11,14 +11,16 @@ import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
 from cupybn import _kernels
 from cupybn._dtypes import FLOATS
-from cupybn.cupy_ops import _macros
+from cupybn._geometry import RESIDENT_THREADS, THREADS
+from cupybn._resident import BLOCKS
+from cupybn.cupy_ops import ON_CHIP, _macros
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 _LIBRARY = "nvrtc64_*_0.dll" if sys.platform == "win32" else "libnvrtc.so.*"
@@ -35,20 +37,31 @@ class Instance(NamedTuple):
     dtype: str
     vectorized: int
     index_bits: int
+    threads: int = THREADS
+    cluster: int = 0  # blocks; 0 for kernels that are not told
 
     @property
     def options(self) -> tuple[str, ...]:
         """The macros, as the library hands them to CuPy."""
         dtype = np.dtype(getattr(ml_dtypes, self.dtype, self.dtype))
-        return _kernels.Kernel(self.kernel, _macros(dtype, bool(self.vectorized), self.index_bits)).options
+        return _kernels.Kernel(
+            self.kernel, _macros(dtype, bool(self.vectorized), self.index_bits, self.threads, self.cluster)
+        ).options
 
 
-def instances(kernel: str) -> list[Instance]:
-    """All that the library may ask for."""
-    if "/" in kernel:  # of a layout, over arrays
-        choices = itertools.product(FLOATS, (1, 0), (32, 64))
-    else:  # over vectors of one value per channel
+def instances(kernel: str, architecture: int = 90) -> list[Instance]:
+    """What the library may ask for; of clusters those of the smallest and the largest size."""
+    layout, _, step = kernel.rpartition("/")
+    choices: Iterable[tuple[Any, ...]]
+    if not layout:  # over vectors of one value per channel
         choices = itertools.product(("float32", "float64"), (0,), (32,))
+    elif step in ON_CHIP:
+        threads = RESIDENT_THREADS if layout == "channels_first" else (THREADS,)
+        clusters = (BLOCKS[0], BLOCKS[-1]) if architecture >= 90 else BLOCKS[:1]
+        choices = itertools.product(FLOATS, (1, 0), (32,), threads, clusters)
+        choices = itertools.chain(choices, itertools.product(FLOATS, (1, 0), (64,), threads[-1:], clusters[-1:]))
+    else:
+        choices = itertools.product(FLOATS, (1, 0), (32, 64))
     return [Instance(kernel, *choice) for choice in choices]
 
 

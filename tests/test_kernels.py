@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import pickle
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 
 import cupybn
 import cupybn.functional as F
-from cupybn import _geometry, cupy_ops, numpy_ops
+from cupybn import _geometry, _resident, cupy_ops, numpy_ops
 from cupybn._moments import Moments, Statistics, Sums
 from tests.reference import DTYPES, HALF_ULP, bits, to_numpy
 
@@ -134,16 +136,16 @@ def test_bn_normalize(rng, shape, dtype, offset, activation, has_residual):
     mirror = (EPS, arrays.weight, arrays.bias, arrays.residual, activation)
     y = np.empty_like(arrays.x)
 
-    statistics = cupy_ops.bn_normalize(x, None, *step, mean, var, 0.1, None, out)
-    numpy_ops.bn_normalize(arrays.x, None, *mirror, arrays.mean, arrays.var, 0.1, None, y)
+    statistics = cupy_ops.bn_normalize(x, None, *step, mean, var, 0.1, None, out, None)
+    numpy_ops.bn_normalize(arrays.x, None, *mirror, arrays.mean, arrays.var, 0.1, None, y, None)
     np.testing.assert_array_equal(to_numpy(out).astype(np.float64), y.astype(np.float64))
     np.testing.assert_array_equal(to_host(statistics), [arrays.mean, arrays.var])
     assert bits(mean, var) == bits(arrays.mean, arrays.var)
 
     moments, counter = cupy_ops.bn_stats(x), cp.array(2)
     host = to_host(moments)
-    ours = to_host(cupy_ops.bn_normalize(x, moments, *step, mean, var, 0.1, counter, out))
-    theirs = numpy_ops.bn_normalize(arrays.x, host, *mirror, arrays.mean, arrays.var, 0.1, None, y)
+    ours = to_host(cupy_ops.bn_normalize(x, moments, *step, mean, var, 0.1, counter, out, None))
+    theirs = numpy_ops.bn_normalize(arrays.x, host, *mirror, arrays.mean, arrays.var, 0.1, None, y, None)
     rtol = 8 * HALF_ULP["float64"]
     np.testing.assert_allclose(ours, theirs, rtol=rtol, atol=0)
     arrays.close(out, y, 4, 4)
@@ -159,11 +161,48 @@ def test_bn_normalize_in_place(rng, shape, dtype, offset, target):
     x, residual, mean, var = arrays.on_device("x", "residual", "mean", "var")
     out = arrays.empty()
     step = (x, None, EPS, None, None, residual, "relu", mean, var, 0.1, None)
-    cupy_ops.bn_normalize(*step, out)
+    cupy_ops.bn_normalize(*step, out, None)
     expected = bits(out)
     into = {"x": x, "residual": residual}[target]
-    cupy_ops.bn_normalize(*step, into)
+    cupy_ops.bn_normalize(*step, into, None)
     assert bits(into) == expected
+
+
+class Way(NamedTuple):
+    """The statistics and the mask that a way back starts with, on the host and on the device."""
+
+    statistics: Statistics
+    mask: np.ndarray | None
+
+    @classmethod
+    def of(cls, arrays, ops, x, weight, bias, residual, activation, out):
+        """From running statistics, so that all have the same bits."""
+        xp = np if ops is numpy_ops else cp
+        mask = None if residual is None or activation is None else ops.empty_mask(x, residual, out)
+        running = xp.asarray(arrays.mean), xp.asarray(arrays.var)
+        return cls(
+            ops.bn_normalize(x, None, EPS, weight, bias, residual, activation, *running, 0, None, out, mask), mask
+        )
+
+
+def ways(arrays, activation):
+    """The first arguments of steps of the way back, on the device and on the host."""
+    dy, x, residual, weight, bias = arrays.on_device("dy", "x", "residual", "weight", "bias")
+    ours = Way.of(arrays, cupy_ops, x, weight, bias, residual, activation, arrays.empty())
+    host = (arrays.x, arrays.weight, arrays.bias, arrays.residual, activation, np.empty_like(arrays.x))
+    theirs = Way.of(arrays, numpy_ops, *host)
+    return (
+        (dy, x, ours.statistics, EPS, weight, bias, activation, ours.mask),
+        (arrays.dy, arrays.x, theirs.statistics, EPS, arrays.weight, arrays.bias, activation, theirs.mask),
+    )
+
+
+def close_sums(arrays, ours, theirs):
+    """sum(dy) and sum(dy * xhat), up to roundings of their terms."""
+    g = np.abs(arrays.dy.astype(np.float64))
+    xhat = (arrays.x.astype(np.float64) - arrays.mean[:, None]) / np.sqrt(arrays.var + EPS)[:, None]
+    for a, b, terms in zip(ours, theirs, (g, g * np.abs(xhat)), strict=True):
+        assert np.all(np.abs(a - b) <= 32 * arrays.unit * terms.sum((0, 2)))
 
 
 @ACTIVATIONS
@@ -171,15 +210,9 @@ def test_bn_normalize_in_place(rng, shape, dtype, offset, target):
 @on_cases
 def test_bn_backward_reduce(rng, shape, dtype, offset, activation, has_residual):
     arrays = Arrays(rng, shape, dtype, offset, has_residual)
-    dy, x, residual, weight, bias = arrays.on_device("dy", "x", "residual", "weight", "bias")
-    statistics = Statistics(*map(cp.asarray, (arrays.mean.astype(np.float64), arrays.var)))
-    ours = to_host(cupy_ops.bn_backward_reduce(dy, x, statistics, EPS, weight, bias, residual, activation))
-    host = (to_host(statistics), EPS, arrays.weight, arrays.bias, arrays.residual, activation)
-    theirs = numpy_ops.bn_backward_reduce(arrays.dy, arrays.x, *host)
-    g = np.abs(arrays.dy.astype(np.float64))
-    xhat = (arrays.x.astype(np.float64) - arrays.mean[:, None]) / np.sqrt(arrays.var + EPS)[:, None]
-    for a, b, terms in zip(ours, theirs, (g, g * np.abs(xhat)), strict=True):
-        assert np.all(np.abs(a.sum(0) - b[0]) <= 32 * arrays.unit * terms.sum((0, 2)))
+    ours, theirs = ways(arrays, activation)
+    sums, expected = to_host(cupy_ops.bn_backward_reduce(*ours)), numpy_ops.bn_backward_reduce(*theirs)
+    close_sums(arrays, [a.sum(0) for a in sums], [b[0] for b in expected])
 
 
 @ACTIVATIONS
@@ -188,21 +221,108 @@ def test_bn_backward_reduce(rng, shape, dtype, offset, activation, has_residual)
 def test_bn_backward_input(rng, shape, dtype, offset, activation, has_residual):
     """From the same statistics and one part of sums, to the bit, in training and in eval."""
     arrays = Arrays(rng, shape, dtype, offset, has_residual)
-    dy, x, residual, weight, bias = arrays.on_device("dy", "x", "residual", "weight", "bias")
     C = shape[1]
-    statistics = Statistics(arrays.mean.astype(np.float64), arrays.var)
+    ours, theirs = ways(arrays, activation)
     sums = Sums(*rng.standard_normal((2, 1, C)) * (arrays.x.size / C))
-    on_device = [type(t)(*map(cp.asarray, t)) for t in (statistics, sums)]
     for inv_count in C / arrays.x.size, 0.0:
-        dx, dresidual = arrays.empty(), arrays.empty()
-        dweight, dbias = to_device(np.zeros(C, dtype)), to_device(np.zeros(C))
-        step = (EPS, weight, bias, residual, activation, on_device[1], inv_count, dx, dresidual, dweight, dbias)
-        cupy_ops.bn_backward_input(dy, x, on_device[0], *step)
+        gradients = arrays.empty(), arrays.empty(), to_device(np.zeros(C, dtype)), to_device(np.zeros(C))
+        cupy_ops.bn_backward_input(*ours, Sums(*map(cp.asarray, sums)), inv_count, *gradients)
         expected = [np.empty_like(arrays.x), np.empty_like(arrays.x), np.empty(C, dtype), np.empty(C)]
-        mirror = (EPS, arrays.weight, arrays.bias, arrays.residual, activation, sums, inv_count, *expected)
-        numpy_ops.bn_backward_input(arrays.dy, arrays.x, statistics, *mirror)
-        for ours, theirs in zip((dx, dresidual, dweight, dbias), expected, strict=True):
-            np.testing.assert_array_equal(to_numpy(ours).astype(np.float64), theirs.astype(np.float64))
+        numpy_ops.bn_backward_input(*theirs, sums, inv_count, *expected)
+        for a, b in zip(gradients, expected, strict=True):
+            np.testing.assert_array_equal(to_numpy(a).astype(np.float64), b.astype(np.float64))
+
+
+CLUSTERS = pytest.mark.parametrize("blocks", [1, 8], ids=lambda blocks: f"clusters of {blocks}")
+
+
+@pytest.fixture
+def on_chip(monkeypatch, request):
+    """All that can be kept on chip is, by clusters of so many blocks; a list of the launches that were chosen."""
+    chosen = []
+    monkeypatch.setattr(_resident, "BLOCKS", (request.getfixturevalue("blocks"),))
+    monkeypatch.setattr(_resident, "LEAST", 10**9)
+    original = cupy_ops._choose_resident
+
+    def choose(*arguments, **options):
+        if cupy_ops._device(0).clusters or request.getfixturevalue("blocks") == 1:
+            chosen.append(original(*arguments, **options))
+            return chosen[-1]
+        pytest.skip("a GPU without clusters")
+
+    monkeypatch.setattr(cupy_ops, "_choose_resident", choose)
+    cupy_ops._resident_plan.cache_clear()
+    yield chosen
+    cupy_ops._resident_plan.cache_clear()
+
+
+def check_clusters(chosen, blocks, x):
+    """All that fits into so many blocks was kept there."""
+    fits = x.nbytes < 90_000 * blocks
+    assert chosen
+    assert all(plan is not None and plan.geometry.cluster == blocks for plan in chosen) or not fits
+
+
+@CLUSTERS
+@ACTIVATIONS
+@RESIDUALS
+@on_cases
+def test_bn_forward(rng, shape, dtype, offset, activation, has_residual, blocks, on_chip):
+    arrays = Arrays(rng, shape, dtype, offset, has_residual)
+    x, residual, weight, bias, mean, var = arrays.on_device("x", "residual", "weight", "bias", "mean", "var")
+    out, y, counter = arrays.empty(), np.empty_like(arrays.x), cp.array(2)
+    options = EPS, weight, bias, residual, activation, mean, var, 0.1, counter, out
+    ours = to_host(cupy_ops.bn_forward(x, *options, None))
+    host = EPS, arrays.weight, arrays.bias, arrays.residual, activation, arrays.mean, arrays.var, 0.1, None, y
+    theirs = numpy_ops.bn_forward(arrays.x, *host, None)
+    check_clusters(on_chip, blocks, x)
+    std = np.sqrt(theirs.var)
+    assert np.all(
+        np.abs(ours.mean - theirs.mean) <= 4 * arrays.unit * std + 2 * HALF_ULP["float64"] * np.abs(ours.mean)
+    )
+    np.testing.assert_allclose(ours.var, theirs.var, rtol=8 * arrays.unit)
+    size = 1 + np.abs(arrays.weight[:, None])  # an error of the mean is one of the output
+    arrays.close(out, y, size if shape[2] == 1 else size, 16)
+    np.testing.assert_allclose(to_numpy(mean), arrays.mean, rtol=8 * arrays.unit, atol=8 * arrays.unit)
+    np.testing.assert_allclose(to_numpy(var), arrays.var, rtol=8 * arrays.unit)
+    assert int(counter) == 3
+
+
+@pytest.mark.parametrize("target", ["x", "residual"])
+@pytest.mark.parametrize("blocks", [8])
+@on_cases
+def test_bn_forward_in_place(rng, shape, dtype, offset, target, blocks, on_chip):
+    arrays = Arrays(rng, shape, dtype, offset, has_residual=True)
+    x, residual = arrays.on_device("x", "residual")
+    options = (EPS, None, None, residual, "relu", None, None, 0.1, None)
+    out = arrays.empty()
+    cupy_ops.bn_forward(x, *options, out, None)
+    expected = bits(out)
+    into = {"x": x, "residual": residual}[target]
+    cupy_ops.bn_forward(x, *options, into, None)
+    assert bits(into) == expected
+    check_clusters(on_chip, blocks, x)
+
+
+@CLUSTERS
+@ACTIVATIONS
+@RESIDUALS
+@on_cases
+def test_bn_backward(rng, shape, dtype, offset, activation, has_residual, blocks, on_chip):
+    arrays = Arrays(rng, shape, dtype, offset, has_residual)
+    C = shape[1]
+    ours, theirs = ways(arrays, activation)
+    for inv_count in C / arrays.x.size, 0.0:
+        on_chip.clear()
+        gradients = [arrays.empty(), arrays.empty(), cp.zeros(C), cp.zeros(C)]
+        cupy_ops.bn_backward(*ours, inv_count, *gradients)
+        check_clusters(on_chip, blocks, ours[1])
+        dx, dresidual, dweight, dbias = (to_numpy(a) for a in gradients)
+        expected = [np.empty_like(arrays.x), np.empty_like(arrays.x), np.empty(C), np.empty(C)]
+        numpy_ops.bn_backward(*theirs, inv_count, *expected)
+        close_sums(arrays, (dbias, dweight), expected[:1:-1])
+        np.testing.assert_array_equal(dresidual.astype(np.float64), expected[1].astype(np.float64))
+        arrays.close(dx, expected[0], np.abs(arrays.weight[:, None]) * 8, 32)
 
 
 @RESIDUALS
@@ -221,13 +341,18 @@ def test_special_values(rng, shape, dtype, activation, has_residual):
     dy, x, residual, weight, bias, mean, var = arrays.on_device("dy", "x", "residual", "weight", "bias", "mean", "var")
     out, dx, dresidual = arrays.empty(), arrays.empty(), arrays.empty()
     none = (None, None)
-    statistics = cupy_ops.bn_normalize(x, None, EPS, weight, bias, residual, activation, mean, var, None, None, out)
-    step = (EPS, weight, bias, residual, activation, None, 0.0, dx, dresidual, *none)
+    masks = [None, None]
+    if has_residual and activation is not None:
+        masks = [cupy_ops.empty_mask(x, residual, out), np.empty(shape, bool)]
+    running = (mean, var, None, None)
+    statistics = cupy_ops.bn_normalize(x, None, EPS, weight, bias, residual, activation, *running, out, masks[0])
+    step = (EPS, weight, bias, activation, masks[0], None, 0.0, dx, dresidual, *none)
     cupy_ops.bn_backward_input(dy, x, statistics, *step)
     y, *expected = (np.empty_like(arrays.x) for _ in range(3))
-    mirror = (EPS, arrays.weight, arrays.bias, arrays.residual, activation)
-    host = numpy_ops.bn_normalize(arrays.x, None, *mirror, arrays.mean, arrays.var, None, None, y)
-    numpy_ops.bn_backward_input(arrays.dy, arrays.x, host, *mirror, None, 0.0, *expected, *none)
+    mirror = (EPS, arrays.weight, arrays.bias)
+    options = (arrays.residual, activation, arrays.mean, arrays.var, None, None, y, masks[1])
+    host = numpy_ops.bn_normalize(arrays.x, None, *mirror, *options)
+    numpy_ops.bn_backward_input(arrays.dy, arrays.x, host, *mirror, activation, masks[1], None, 0.0, *expected, *none)
     for ours, theirs in zip((out, dx, dresidual), (y, *expected), strict=True):
         np.testing.assert_allclose(to_numpy(ours).astype(np.float64), theirs.astype(np.float64), rtol=0, atol=2.0**-126)
 
@@ -252,8 +377,8 @@ def test_sums_of_many_parts(rng, shape):
     arrays.close(ours[0], dx, 4, 4)
 
     none = (None, None, None, None)
-    merged = cupy_ops.bn_normalize(x, given[2], *host, *none, ours[0])
-    mirrored = numpy_ops.bn_normalize(arrays.x, parts, *host, *none, dx)
+    merged = cupy_ops.bn_normalize(x, given[2], *host, *none, ours[0], None)
+    mirrored = numpy_ops.bn_normalize(arrays.x, parts, *host, *none, dx, None)
     np.testing.assert_allclose(to_host(merged), mirrored, rtol=1e-12)
 
 
@@ -275,38 +400,67 @@ VARIED = pytest.mark.parametrize(
 )
 
 
+def forget_plans():
+    """Of devices and settings that are no more."""
+    for cached in (cupy_ops._plan, cupy_ops._resident_plan, cupy_ops._device):
+        cached.cache_clear()
+
+
+@pytest.fixture
+def fresh_plans():
+    forget_plans()
+    yield
+    forget_plans()
+
+
+@pytest.fixture
+def streamed(monkeypatch, fresh_plans):
+    """Nothing is kept on chip."""
+    monkeypatch.setattr(_resident, "BLOCKS", ())
+
+
+@pytest.fixture(params=["on chip", "streamed"])
+def either(request):
+    """As it comes, and with nothing kept on chip."""
+    request.getfixturevalue("fresh_plans" if request.param == "on chip" else "streamed")
+
+
 @VARIED
+@pytest.mark.usefixtures("either")
 @pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.name)
 def test_64_bit_indices(shape, dtype, offset, monkeypatch):
     expected = all_results(np.random.default_rng(0), shape, dtype, offset)
     monkeypatch.setattr(cupy_ops, "MOST_INT", 0)
+    forget_plans()
     assert all_results(np.random.default_rng(0), shape, dtype, offset) == expected
 
 
 @only_emulated
 @VARIED
+@pytest.mark.usefixtures("streamed")
 @pytest.mark.parametrize("training", [True, False])
 def test_every_device_gets_the_same_bits(shape, training):
+    """Of what is not kept on chip."""
     results = []
     for properties in emulator.H200, emulator.T4, emulator.Properties(multiprocessors=1):
         with emulator.pretend(properties):
+            forget_plans()
             results.append(all_results(np.random.default_rng(0), shape, np.float32, training=training))
     assert results[0] == results[1] == results[2]
 
 
 @VARIED
+@pytest.mark.usefixtures("streamed")
 def test_more_channels_than_a_grid_is_wide(shape, monkeypatch):
     expected = all_results(np.random.default_rng(0), shape, np.float32)
     monkeypatch.setattr(_geometry, "MOST_GRID_X", 2)
-    cupy_ops._plan.cache_clear()
-    try:
-        assert all_results(np.random.default_rng(0), shape, np.float32) == expected
-    finally:
-        cupy_ops._plan.cache_clear()
+    forget_plans()
+    assert all_results(np.random.default_rng(0), shape, np.float32) == expected
 
 
 @VARIED
+@pytest.mark.usefixtures("either")
 def test_every_run_gets_the_same_bits(shape, monkeypatch):
     """In whatever order threads and blocks run."""
     results = []
@@ -331,12 +485,25 @@ LAYOUTS = {  # shape for float64, and as many bytes for the others
     "channels first": ((8, 64, 28, 28), 1),
     "channels last": ((1, 14, 28, 4096), -1),
 }
+STREAMED = ["bn_stats", "bn_normalize", "bn_backward_reduce", "bn_backward_input"]
+ON_CHIP = ["bn_forward", "bn_backward"]
+
+
+def check_traffic(names, passes, rel, nbytes, call):
+    """The result of a call that makes these launches, which move so many times the bytes of the tensor."""
+    results = []
+    launches = record(lambda: results.append(call()))
+    assert [launch.name for launch in launches] == names
+    moved = sum(launch.bytes_read + launch.bytes_written for launch in launches)
+    assert moved == pytest.approx(passes * nbytes, rel=rel), f"{moved / nbytes:.3f} passes"
+    return results[0]
 
 
 @only_emulated
+@pytest.mark.usefixtures("streamed")
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize(("dtype", "activation"), [(DTYPES[0], None), (DTYPES[2], None), (DTYPES[2], "relu")], ids=str)
-def test_launches_and_traffic(rng, layout, activation, dtype, monkeypatch):
+def test_launches_and_traffic_streamed(rng, layout, activation, dtype, monkeypatch):
     """Training forward 2 launches and 3 passes over the tensor, inference 1 and 2, backward 2 and 5; ReLU is free.
 
     On a device with few multiprocessors: a block reads the parts of its channels, which is little if it is large.
@@ -347,23 +514,78 @@ def test_launches_and_traffic(rng, layout, activation, dtype, monkeypatch):
     x = cp.asarray(rng.standard_normal(shape).astype(dtype))
     vectors = [cp.ones(shape[axis], np.float32) for _ in range(4)]
     options = {"channel_axis": axis, "activation": activation}
-    counter = cupybn.BatchNorm2d(shape[axis], channel_axis=axis, activation=activation, device="cuda:0")
-    found = {}
+    layer = cupybn.BatchNorm2d(shape[axis], channel_axis=axis, activation=activation, device="cuda:0")
 
-    def check(name, call, names, passes):
-        launches = record(lambda: found.update({name: call()}))
-        assert [launch.name for launch in launches] == names
-        moved = sum(launch.bytes_read + launch.bytes_written for launch in launches)
-        assert moved == pytest.approx(passes * x.nbytes, rel=0.02), f"{moved / x.nbytes:.3f} passes"
+    def check(names, passes, call):
+        return check_traffic(names, passes, 0.02, x.nbytes, call)
 
-    steps = ["bn_stats", "bn_normalize", "bn_backward_reduce", "bn_backward_input"]
-    check("training", lambda: F.batch_norm_vjp(x, *vectors, True, **options), steps[:2], 3)
-    check("inference", lambda: F.batch_norm_vjp(x, *vectors, False, **options), steps[1:2], 2)
-    check("layer", lambda: counter(x), steps[:2], 3)
-    for name in "training", "inference":
-        check("backward", lambda name=name: found[name][1](x), steps[2:], 5)
+    training = check(STREAMED[:2], 3, lambda: F.batch_norm_vjp(x, *vectors, True, **options))
+    inference = check(STREAMED[1:2], 2, lambda: F.batch_norm_vjp(x, *vectors, False, **options))
+    check(STREAMED[:2], 3, lambda: layer(x))
+    for _, vjp_fn in training, inference:
+        check(STREAMED[2:], 5, lambda vjp_fn=vjp_fn: vjp_fn(x))
     without = F.batch_norm_vjp(x, *vectors[:2], **options)[1]
-    check("no sums", lambda: without(x), steps[3:], 3)
+    check(STREAMED[3:], 3, lambda: without(x))
+
+
+RESNET50 = {  # C and the side of a plane
+    (64, 112), (64, 56), (256, 56), (128, 56), (128, 28), (512, 28), (256, 28), (256, 14), (1024, 14), (512, 14), (512, 7),
+    (2048, 7),
+}  # fmt: skip
+TRAFFIC = [  # residual, activation, passes forward and backward, a mask byte for each pack apart
+    (False, None, 2, 3),
+    (False, "relu", 2, 3),
+    (True, "relu", 3, 4),
+]
+
+
+def edges(shape, axis, dtype):
+    """The most that packs at both ends of a row hold of its neighbours, as a share of the row."""
+    width = 16 // dtype.itemsize
+    row = np.prod(shape[2:]) if axis == 1 else shape[axis]
+    return 0 if row % width == 0 else 2 * (width - 1) / row
+
+
+@only_emulated
+@pytest.mark.usefixtures("fresh_plans")
+@pytest.mark.parametrize("axis", [1, -1], ids=["NCHW", "NHWC"])
+@pytest.mark.parametrize("dtype", DTYPES[::2], ids=lambda dtype: dtype.name)
+@pytest.mark.parametrize(("C", "side"), sorted(RESNET50), ids=str)
+def test_launches_and_traffic_on_chip(rng, C, side, dtype, axis, monkeypatch):
+    """Every ResNet-50 layer at batch 32 whose channels fit: one launch and 2 passes forward, one and 3 backward.
+
+    Run with few channels on a device that is as much smaller than an H200: each channel, or tile, has the cluster that it
+    would have there.
+    """
+    shape = (32, C, side, side) if axis == 1 else (32, side, side, C)
+    N, L = (32, side * side) if axis == 1 else (32 * side * side, 1)
+    whole = {step: cupy_ops._resident_plan(step, (N, C, L), dtype, True, cupy_ops._device(0)) for step in ON_CHIP}
+    if whole["bn_forward"] is None:
+        pytest.skip("does not fit")
+    few = 2 if axis == 1 else 128 // dtype.itemsize  # of the channels
+    share = -(-few * 132 // C)
+    monkeypatch.setattr(emulator, "devices", [replace(emulator.H200, multiprocessors=share)])
+    forget_plans()
+    shape = tuple(few if size == C and i == (axis % 4) else size for i, size in enumerate(shape))
+    x = cp.asarray(rng.standard_normal(shape).astype(dtype))
+    residual = cp.asarray(rng.standard_normal(shape).astype(dtype))
+    weight, bias = (cp.ones(few, np.float32) for _ in range(2))
+    vectors = 8 * few * (2 * 8 + 2 * 4)  # that each block of a cluster reads
+    rel = 0.02 + edges(shape, axis, dtype) + vectors / x.nbytes
+    for has_residual, activation, forward, backward in TRAFFIC:
+        options = {"residual": residual if has_residual else None, "activation": activation, "channel_axis": axis}
+        mask = has_residual / 16
+        launches = {name: ON_CHIP[i : i + 1] if whole[name] else STREAMED[2:] for i, name in enumerate(ON_CHIP)}
+        _, vjp_fn = check_traffic(
+            launches["bn_forward"], forward + mask, rel, x.nbytes,
+            lambda options=options: F.batch_norm_vjp(x, None, None, weight, bias, True, **options),
+        )  # fmt: skip
+        if whole["bn_backward"]:
+            check_traffic(launches["bn_backward"], backward + mask, rel, x.nbytes, lambda f=vjp_fn: f(x))
+    clusters = {step: cupy_ops._resident_plan(step, (N, few, L), dtype, True, cupy_ops._device(0)) for step in ON_CHIP}
+    for step in ON_CHIP:
+        if whole[step]:
+            assert clusters[step].geometry.cluster == whole[step].geometry.cluster
 
 
 @only_emulated
@@ -406,10 +628,11 @@ def test_a_copy_of_what_is_not_dense_alone(rng):
 # Streams, threads, graphs, devices
 
 
-def test_a_graph_of_a_training_step(rng):
+@pytest.mark.parametrize("momentum", [None, 0.1])
+def test_a_graph_of_a_training_step(rng, momentum):
     """The counter, and momentum=None that depends on it, move at every replay."""
     x = cp.asarray(rng.standard_normal((8, 3, 5, 7)).astype(np.float32))
-    layer, expected = (cupybn.BatchNorm2d(3, momentum=None, device="cuda:0") for _ in range(2))
+    layer, expected = (cupybn.BatchNorm2d(3, momentum=momentum, device="cuda:0") for _ in range(2))
     with cupybn.no_stats_update():
         y, vjp_fn = layer.vjp(x)  # compiles what the capture must not compile
         vjp_fn(x)
@@ -455,6 +678,8 @@ def test_arrays_of_a_device_that_is_not_current(rng):
     with contextlib.ExitStack() as stack:
         if emulator is not None:
             stack.enter_context(emulator.pretend(emulator.H200, emulator.T4))
+            forget_plans()
+            stack.callback(forget_plans)
         elif cp.cuda.runtime.getDeviceCount() < 2:
             pytest.skip("needs two GPUs")
         x = rng.standard_normal((8, 3, 5, 7)).astype(np.float32)

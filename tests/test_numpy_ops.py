@@ -51,10 +51,10 @@ def statistics_of(x):
     return Statistics(*ops.mean_and_var(ops.bn_stats(x), np.float64))
 
 
-def normalize(x, affine, residual, activation, out):
+def normalize(x, affine, residual, activation, out, mask=None):
     """In training, without running statistics."""
     moments = ops.bn_stats(x)
-    return ops.bn_normalize(x, moments, EPS, *affine, residual, activation, None, None, None, None, out)
+    return ops.bn_normalize(x, moments, EPS, *affine, residual, activation, None, None, None, None, out, mask)
 
 
 def test_bn_stats(x):
@@ -152,7 +152,9 @@ def test_bn_backward_reduce_and_bn_backward_input(x, dy, residual, affine, activ
     expected = reference.batch_norm(
         x, *affine, running=running, eps=EPS, residual=residual, relu=activation == "relu", dy=dy
     )
-    arguments = (dy, x, statistics, EPS, *affine, residual, activation)
+    mask = ops.empty_mask(x, residual, x)
+    ops.bn_normalize(x, None, EPS, *affine, residual, activation, *statistics, None, None, np.empty_like(x), mask)
+    arguments = (dy, x, statistics, EPS, *affine, activation, mask)
     sums = ops.bn_backward_reduce(*arguments)
     terms = np.abs(dy).sum((0, 2), dtype=np.float64)
     assert np.all(np.abs(sums.dy[0] - expected.dbias) <= 1e-6 * terms)
@@ -183,5 +185,25 @@ def test_relu_stops_inf_and_nan_in_the_gradient(rng):
     y, dy = np.empty_like(x), np.full_like(x, np.inf)
     statistics = normalize(x, (None, None), None, "relu", y)
     dy[y > 0] = 1
-    sums = ops.bn_backward_reduce(dy, x, statistics, EPS, None, None, None, "relu")
+    sums = ops.bn_backward_reduce(dy, x, statistics, EPS, None, None, "relu", None)
     np.testing.assert_array_equal(sums.dy[0], (y > 0).sum((0, 2)))
+
+
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_bn_forward_and_bn_backward_are_their_steps(x, dy, residual, affine, activation):
+    C = x.shape[1]
+    ours, theirs = ([np.full(C, 0.5), np.full(C, 2.0), np.array(3), np.empty_like(x)] for _ in range(2))
+    masks = [ops.empty_mask(x, residual, x) for _ in range(2)]
+    fused = ops.bn_forward(x, EPS, *affine, residual, activation, *ours[:2], None, *ours[2:], masks[0])
+    moments = ops.bn_stats(x, theirs[2])
+    ops.bn_normalize(x, moments, EPS, *affine, residual, activation, *theirs[:2], None, *theirs[2:], masks[1])
+    for a, b in zip((*ours, masks[0]), (*theirs, masks[1]), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert ours[2] == 4
+
+    step = (dy, x, fused, EPS, *affine, activation, masks[0])
+    ours, theirs = ([np.full_like(a, np.nan) for a in (x, x, *affine)] for _ in range(2))
+    ops.bn_backward(*step, C / x.size, *ours)
+    ops.bn_backward_input(*step, ops.bn_backward_reduce(*step), C / x.size, *theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(a, b)

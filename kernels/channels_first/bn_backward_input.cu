@@ -16,8 +16,8 @@ extern "C" __global__ void LAUNCH_BOUNDS bn_backward_input(
     double eps,
     Vector weight,                           // [C] or null
     Vector bias,                             // [C] or null
-    const data_t* residual,                  // [N, C, L] or null
     long long activation,                    // 0: none, 1: ReLU
+    const mask_t* mask,                      // as bn_normalize left it, or null
     const double* sums_dy,                   // [P, C] or null: not needed
     const double* sums_dy_xhat,              // [P, C] or null
     double inv_count,                        // 1 / count in training; 0: the statistics are constants
@@ -34,8 +34,9 @@ extern "C" __global__ void LAUNCH_BOUNDS bn_backward_input(
     long long segment,
     long long segments_per_block,
     long long lanes) {
-    const long long c = block_channel();
-    if (c >= C) return;
+    const Place place(C, true);
+    if (place.none) return;
+    const long long c = place.c;
     double sums[2] = {0, 0};
     for (int p = threadIdx.x; sums_dy && p < parts; p += THREADS) {
         sums[0] += sums_dy[p * C + c];
@@ -46,29 +47,28 @@ extern "C" __global__ void LAUNCH_BOUNDS bn_backward_input(
     if (threadIdx.x == 0) {
         channel = make_channel(statistics_mean[c], statistics_var[c], eps, weight, bias, c);
         set_gradient(channel, sums[0], sums[1], inv_count);
-        if (blockIdx.y == 0 && dbias) dbias.set(c, sums[0]);
-        if (blockIdx.y == 0 && dweight) dweight.set(c, sums[1]);
+        if (place.share == 0 && dbias) dbias.set(c, sums[0]);
+        if (place.share == 0 && dweight) dweight.set(c, sums[1]);
     }
     __syncthreads();
 
     const OneChannel channels(channel);
-    Rows rows(N, C, L, segment, segments_per_block, lanes);
+    const long long packs = packs_of(N, C, L);
+    Rows rows(AT_PACKS, place, N, C, L, segment, segments_per_block, lanes);
     while (rows.more()) {
         raw_t g[LOADS], values[LOADS];
-        Residual added[LOADS];
         Slot slots[LOADS];
 #pragma unroll
         for (int u = 0; u < LOADS; u++) {
             slots[u] = rows.next();
-            g[u] = load(dy, slots[u]);
-            values[u] = load(x, slots[u]);
-            added[u].given = residual;
-            if (residual) added[u].raw = load(residual, slots[u]);
+            g[u] = load(dy, slots[u], N * C * L);
+            values[u] = load(x, slots[u], N * C * L);
         }
 #pragma unroll
         for (int u = 0; u < LOADS; u++) {
             if (slots[u].empty()) continue;
-            store(dx, slots[u], input_gradient(g[u], values[u], added[u], activation, inv_count == 0, channels));
+            const Passed passed(activation, mask_of(mask, slots[u], packs));
+            store(dx, slots[u], input_gradient(g[u], values[u], passed, inv_count == 0, channels));
             if (dresidual) store(dresidual, slots[u], g[u]);
         }
     }

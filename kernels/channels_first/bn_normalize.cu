@@ -26,6 +26,7 @@ extern "C" __global__ void LAUNCH_BOUNDS bn_normalize(
     long long* num_batches_tracked,          // [] or null
     // outputs
     data_t* out,                             // [N, C, L]; may be x or residual
+    mask_t* mask,                            // as mask_of says, or null: where ReLU passes
     double* statistics_mean,                 // [C]
     double* statistics_var,                  // [C]
     // sizes
@@ -36,9 +37,10 @@ extern "C" __global__ void LAUNCH_BOUNDS bn_normalize(
     long long segment,
     long long segments_per_block,
     long long lanes) {
-    const long long c = block_channel();
-    if (c >= C) return;
-    const bool owns_channel = blockIdx.y == 0 && threadIdx.x == 0;
+    const Place place(C, true);
+    if (place.none) return;
+    const long long c = place.c;
+    const bool owns_channel = place.share == 0 && threadIdx.x == 0;
     double mean, var;
     if (moments_count) {
         const Moments batch = merge_parts(moments_count, moments_mean, moments_m2, parts, C, c);
@@ -60,7 +62,9 @@ extern "C" __global__ void LAUNCH_BOUNDS bn_normalize(
     if (threadIdx.x == 0) channel = make_channel(mean, var, eps, weight, bias, c);
     __syncthreads();
     const OneChannel channels(channel);
-    Rows rows(N, C, L, segment, segments_per_block, lanes);
+    const long long packs = packs_of(N, C, L);
+    const index_t readable = out == x || out == residual ? 0 : N * C * L;
+    Rows rows(AT_PACKS, place, N, C, L, segment, segments_per_block, lanes);
     while (rows.more()) {
         raw_t raw[LOADS];
         Residual added[LOADS];
@@ -68,12 +72,14 @@ extern "C" __global__ void LAUNCH_BOUNDS bn_normalize(
 #pragma unroll
         for (int u = 0; u < LOADS; u++) {
             slots[u] = rows.next();
-            raw[u] = load(x, slots[u]);
+            raw[u] = load(x, slots[u], readable);
             added[u].given = residual;
-            if (residual) added[u].raw = load(residual, slots[u]);
+            if (residual) added[u].raw = load(residual, slots[u], readable);
         }
 #pragma unroll
         for (int u = 0; u < LOADS; u++)
-            if (!slots[u].empty()) store(out, slots[u], normalize(raw[u], added[u], activation, channels));
+            if (!slots[u].empty())
+                store(out, slots[u],
+                      normalize(raw[u], added[u], activation, channels, mask_of(mask, slots[u], packs)));
     }
 }

@@ -56,17 +56,18 @@ extern "C" __global__ void LAUNCH_BOUNDS bn_stats(
     long long segment,
     long long segments_per_block,
     long long lanes) {
-    const long long c = block_channel(), part = blockIdx.y;
-    if (c >= C) return;
+    const Place place(C, false);
+    if (place.none) return;
+    const long long c = place.c, part = place.share;
     Moments own = {0, 0, 0};
-    Rows rows(N, C, L, segment, segments_per_block, lanes);
+    Rows rows(ALIKE, place, N, C, L, segment, segments_per_block, lanes);
     while (rows.more()) {
         raw_t raw[LOADS];
         Slot slots[LOADS];
 #pragma unroll
         for (int u = 0; u < LOADS; u++) {
             slots[u] = rows.next();
-            raw[u] = load(x, slots[u]);
+            raw[u] = load(x, slots[u], N * C * L);
         }
         bool exact;
         Moments chunk = chunk_moments<acc_t>(raw, slots, exact);

@@ -1,8 +1,8 @@
 // Channels first, [N, C, L]: which elements of a channel a thread visits, and sums over a block.
 //
-// The row (n, c) of L elements is cut into segments, each but the last of the same length, a multiple of WIDTH. Block
-// (c, s) works on segments_per_block of the channel's segments. Each segment is covered by slots: the aligned packs of
-// memory that it touches, the first and the last one perhaps in part.
+// The row (n, c) of L elements is cut into segments of the same length, a multiple of WIDTH; the last one takes the rest
+// as well. Block (c, s) works on segments_per_block of the channel's segments. Each segment is covered by slots: the
+// aligned packs of memory that it touches, the first and the last one perhaps in part.
 //
 //     memory   | . . . . | . . x x | x x x x | x x x x | x . . . | . . . . |       WIDTH = 4
 //     slots              |    0    |    1    |    2    |    3    |
@@ -13,25 +13,58 @@
 #include "../moments.cuh"
 
 struct Slot {
-    index_t at;      // the first element of the pack; may lie before the array, if lo > 0
+    index_t at;      // the first element of the pack
     int lo, hi;      // elements lo to hi - 1 belong to the segment; none where there was nothing left to visit
 
     DEVICE bool has(int e) const { return lo <= e && e < hi; }
     DEVICE bool empty() const { return hi == 0; }
+    DEVICE bool whole() const { return hi - lo == WIDTH; }
 };
 
-// The channel of this block; there are more channels than blocks along one side of a grid. It may be beyond the last.
-DEVICE long long block_channel() { return blockIdx.x + (long long)blockIdx.z * gridDim.x; }
+// Of a whole pack; the compiler knows.
+struct AllElements {
+    DEVICE bool has(int) const { return true; }
+};
+
+// Where the mask of a slot is, out of the byte of each pack: a pack that two rows share has a second one, for that
+// which begins in it. No row is shorter than a pack where there is a mask. Null if there is none, and for empty slots.
+template <class T>
+DEVICE T* mask_of(T* mask, const Slot& slot, long long packs) {
+    return mask && !slot.empty() ? mask + slot.at / WIDTH + (slot.lo > 0 ? packs : 0) : nullptr;
+}
+DEVICE long long packs_of(long long N, long long C, long long L) { return (N * C * L + WIDTH - 1) / WIDTH; }
+
+// The channel and the share of it that a block takes. There may be more channels than one side of a grid has blocks, and
+// then blocks beyond the last one.
+struct Place {
+    long long c, share;
+    bool none;
+
+    // `backwards` for a launch that reads what another one has just read: the last of it is still in L2.
+    DEVICE Place(long long C, bool backwards) : c(blockIdx.x + (long long)blockIdx.z * gridDim.x), share(blockIdx.y) {
+        none = c >= C;
+        if (backwards) {
+            c = C - 1 - c;
+            share = gridDim.y - 1 - share;
+        }
+    }
+};
+
+// Where rows are cut into segments: so that all channels have the same counts, or where packs begin, so that no pack but
+// those at the ends of the row is loaded and stored in part.
+enum Cuts { ALIKE, AT_PACKS };
 
 class Rows {
     index_t C, L, segment, segments_per_row, end, step, c, g, first, last, at;
     int lane, lanes;
+    Cuts cuts;
 
     DEVICE void enter() {
         const index_t n = segments_per_row == 1 ? g : g / segments_per_row;
-        const index_t begin = (g - n * segments_per_row) * segment;
-        first = (n * C + c) * L + begin;
-        last = first + min(segment, L - begin);
+        const index_t s = g - n * segments_per_row, begin = s * segment;
+        const index_t row = (n * C + c) * L, shift = cuts == AT_PACKS ? row % WIDTH : 0;
+        first = s == 0 ? row : row + begin - shift;
+        last = s == segments_per_row - 1 ? row + L : row + begin + segment - shift;
         at = first - first % WIDTH + lane * WIDTH;
     }
     DEVICE void settle() {
@@ -42,10 +75,11 @@ class Rows {
     }
 
   public:
-    DEVICE Rows(index_t N, index_t C, index_t L, index_t segment, index_t segments_per_block, int lanes)
-        : C(C), L(L), segment(segment), segments_per_row((L + segment - 1) / segment), step(THREADS / lanes),
-          c((index_t)block_channel()), lane(threadIdx.x % lanes), lanes(lanes) {
-        const index_t begin = blockIdx.y * segments_per_block, row = threadIdx.x / lanes;
+    DEVICE Rows(Cuts cuts, const Place& place, index_t N, index_t C, index_t L, index_t segment,
+                index_t segments_per_block, int lanes)
+        : C(C), L(L), segment(segment), segments_per_row(L / segment), step(THREADS / lanes), c((index_t)place.c),
+          lane(threadIdx.x % lanes), lanes(lanes), cuts(cuts) {
+        const index_t begin = (index_t)place.share * segments_per_block, row = threadIdx.x / lanes;
         end = min(begin + segments_per_block, N * segments_per_row);
         g = row < step ? begin + row : end;  // the last threads may be too few for a row
         if (g < end) enter();
@@ -61,12 +95,14 @@ class Rows {
     }
 };
 
-// Zeros where the slot is empty.
-DEVICE raw_t load(const data_t* p, const Slot& slot) {
-    return slot.hi - slot.lo == WIDTH ? load(p + slot.at) : load_elements(p + slot.at, slot.lo, slot.hi);
+// The pack of a slot, with whatever neighbours are in it. Those of packs that do not end by `readable` are not touched:
+// they lie behind the array, or are being written.
+DEVICE raw_t load(const data_t* p, const Slot& slot, index_t readable) {
+    const bool whole = slot.whole() || slot.at + WIDTH <= readable;
+    return whole && !slot.empty() ? load(p + slot.at) : load_elements(p + slot.at, slot.lo, slot.hi);
 }
 DEVICE void store(data_t* p, const Slot& slot, const raw_t& raw) {
-    if (slot.hi - slot.lo == WIDTH)
+    if (slot.whole())
         store(p + slot.at, raw);
     else
         store_elements(p + slot.at, raw, slot.lo, slot.hi);
@@ -103,13 +139,17 @@ DEVICE void block_sum(double (&values)[K]) {
     __syncthreads();
 }
 
-// The moments of all threads of the block together; those of thread 0 are not empty. All threads call it and get them.
+// The moments of all threads of the block together; all threads call it and get them.
 DEVICE Moments block_merge(const Moments& own) {
-    __shared__ double pivot;
-    if (threadIdx.x == 0) pivot = own.mean;
+    __shared__ double pivot;  // exact, if all means are the same
+    if (threadIdx.x < 32) {
+        const unsigned some = __ballot_sync(ALL_LANES, own.count > 0);
+        if (threadIdx.x + 1 == (some ? __ffs(some) : 1)) pivot = own.mean;
+    }
     __syncthreads();
     double sums[2] = {own.count, own.count > 0 ? own.count * (own.mean - pivot) : 0};
     block_sum(sums);
+    if (sums[0] == 0) return {0, 0, 0};  // as in all threads
     const double mean = pivot + sums[1] / sums[0], delta = own.mean - mean;
     double m2[1] = {own.count > 0 ? own.m2 + own.count * delta * delta : 0};
     block_sum(m2);

@@ -16,8 +16,8 @@ extern "C" __global__ void LAUNCH_BOUNDS bn_backward_input(
     double eps,
     Vector weight,                           // [C] or null
     Vector bias,                             // [C] or null
-    const data_t* residual,                  // [M, C] or null
     long long activation,                    // 0: none, 1: ReLU
+    const mask_t* mask,                      // as bn_normalize left it, or null
     const double* sums_dy,                   // [P, C] or null: not needed
     const double* sums_dy_xhat,              // [P, C] or null
     double inv_count,                        // 1 / count in training; 0: the statistics are constants
@@ -34,7 +34,7 @@ extern "C" __global__ void LAUNCH_BOUNDS bn_backward_input(
     long long super_rows,
     long long super_rows_per_block,
     long long tile) {
-    const Columns block(M, C, columns, super_rows, super_rows_per_block, tile);
+    const Columns block(true, M, C, columns, super_rows, super_rows_per_block, tile);
     const int q = threadIdx.x;
     const bool constant = inv_count == 0;
 
@@ -54,7 +54,7 @@ extern "C" __global__ void LAUNCH_BOUNDS bn_backward_input(
         const long long c = block.channel(q);
         channels[q] = make_channel(statistics_mean[c], statistics_var[c], eps, weight, bias, c);
         set_gradient(channels[q], all_dy, all_dy_xhat, inv_count);
-        if (blockIdx.y == 0 && block.owns(q)) {
+        if (block.share == 0 && block.owns(q)) {
             if (dbias) dbias.set(c, all_dy);
             if (dweight) dweight.set(c, all_dy_xhat);
         }
@@ -64,21 +64,19 @@ extern "C" __global__ void LAUNCH_BOUNDS bn_backward_input(
     const OwnChannels own(channels + block.tx * WIDTH, block.on ? WIDTH : 0);
     for (index_t row = block.begin + block.ty; block.on && row < block.end; row += LOADS * block.step) {
         raw_t g[LOADS], values[LOADS];
-        Residual added[LOADS];
 #pragma unroll
         for (int u = 0; u < LOADS; u++)
             if (row + u * block.step < block.end) {
                 const index_t at = block.at(row + u * block.step);
                 g[u] = load(dy + at);
                 values[u] = load(x + at);
-                added[u].given = residual;
-                if (residual) added[u].raw = load(residual + at);
             }
 #pragma unroll
         for (int u = 0; u < LOADS; u++)
             if (row + u * block.step < block.end) {
                 const index_t at = block.at(row + u * block.step);
-                store(dx + at, input_gradient(g[u], values[u], added[u], activation, constant, own));
+                const Passed passed(activation, mask_of(mask, at));
+                store(dx + at, input_gradient(g[u], values[u], passed, constant, own));
                 if (dresidual) store(dresidual + at, g[u]);
             }
     }
@@ -86,9 +84,8 @@ extern "C" __global__ void LAUNCH_BOUNDS bn_backward_input(
     if (!block.owns(q)) return;
     for (index_t row = block.tail_begin; row < block.tail_end; row++) {
         const index_t at = row * C + block.q0 + q;
-        const Residual added = {residual != nullptr, residual ? load_elements(residual + at, 0, 1) : raw_t()};
         raw_t g = load_elements(dy + at, 0, 1);
-        const raw_t d = input_gradient(g, load_elements(x + at, 0, 1), added, activation, constant,
+        const raw_t d = input_gradient(g, load_elements(x + at, 0, 1), Passed(activation, nullptr), constant,
                                        OwnChannels(channels + q, 1));
         store_elements(dx + at, d, 0, 1);
         if (dresidual) store_elements(dresidual + at, g, 0, 1);

@@ -11,13 +11,13 @@ constexpr int LOADS = WIDTH == 8 ? 2 : 4;  // in flight, of each array
 // Adds sum(dy) and sum(dy * (x - center) * rstd) of element e of the first `count` packs, unless the dtype of the arithmetic
 // does not hold them.
 template <class A>
-DEVICE bool add_chunk(const raw_t (&dy)[LOADS], const raw_t (&x)[LOADS], const Residual (&residual)[LOADS], int count,
-                      bool relu, const Factors<A>& f, int e, double& total_dy, double& total_dy_xhat) {
+DEVICE bool add_chunk(const raw_t (&dy)[LOADS], const raw_t (&x)[LOADS], const Passed (&passed)[LOADS], int count,
+                      const Factors<A>& f, int e, double& total_dy, double& total_dy_xhat) {
     A sum_dy = 0, sum_dy_xhat = 0;
 #pragma unroll
     for (int u = 0; u < LOADS; u++) {
         const A g = element(dy[u], e), value = element(x[u], e);
-        if (u < count && (!relu || preactivation(value, f, residual[u], e) > 0)) {
+        if (u < count && passed[u].at(e, value, f)) {
             sum_dy += g;
             sum_dy_xhat += g * ((value - f.center) * f.rstd);  // the product of both may be too small
         }
@@ -36,8 +36,8 @@ extern "C" __global__ void LAUNCH_BOUNDS bn_backward_reduce(
     double eps,
     Vector weight,                           // [C] or null
     Vector bias,                             // [C] or null
-    const data_t* residual,                  // [M, C] or null
     long long activation,                    // 0: none, 1: ReLU
+    const mask_t* mask,                      // as bn_normalize left it, or null
     // outputs
     double* sums_dy,                         // [P, C]
     double* sums_dy_xhat,                    // [P, C]
@@ -48,7 +48,7 @@ extern "C" __global__ void LAUNCH_BOUNDS bn_backward_reduce(
     long long super_rows,
     long long super_rows_per_block,
     long long tile) {
-    const Columns block(M, C, columns, super_rows, super_rows_per_block, tile);
+    const Columns block(false, M, C, columns, super_rows, super_rows_per_block, tile);
     const int lanes = block.lanes, q = threadIdx.x;
     const long long first = block.first_part() * C + block.q0;
 
@@ -66,10 +66,10 @@ extern "C" __global__ void LAUNCH_BOUNDS bn_backward_reduce(
             for (index_t row = block.tail_begin; row < block.tail_end; row++) {
                 const index_t at = row * C + block.q0 + q;
                 raw_t g[LOADS] = {load_elements(dy + at, 0, 1)}, values[LOADS] = {load_elements(x + at, 0, 1)};
-                Residual added[LOADS] = {{residual != nullptr, residual ? load_elements(residual + at, 0, 1) : raw_t()}};
+                const Passed passed[LOADS] = {Passed(activation, nullptr)};
                 if (channels[q].wide ||
-                    !add_chunk(g, values, added, 1, activation, Factors<acc_t>(channels[q]), 0, sum_dy, sum_dy_xhat))
-                    add_chunk(g, values, added, 1, activation, f, 0, sum_dy, sum_dy_xhat);
+                    !add_chunk(g, values, passed, 1, Factors<acc_t>(channels[q]), 0, sum_dy, sum_dy_xhat))
+                    add_chunk(g, values, passed, 1, f, 0, sum_dy, sum_dy_xhat);
             }
             sums_dy[first + q] = sum_dy;
             sums_dy_xhat[first + q] = sum_dy_xhat - channels[q].rest * channels[q].rstd * sum_dy;
@@ -83,25 +83,25 @@ extern "C" __global__ void LAUNCH_BOUNDS bn_backward_reduce(
     for (int e = 0; e < WIDTH; e++) sum_dy[e] = sum_dy_xhat[e] = 0;
     for (index_t row = block.begin + block.ty; block.on && row < block.end; row += LOADS * block.step) {
         raw_t g[LOADS], values[LOADS];
-        Residual added[LOADS];
+        Passed passed[LOADS];
         int loaded = 0;
 #pragma unroll
         for (int u = 0; u < LOADS; u++) {
-            g[u] = values[u] = added[u].raw = raw_t();
-            added[u].given = residual;
+            g[u] = values[u] = raw_t();
+            passed[u] = Passed(activation, nullptr);
             if (row + u * block.step < block.end) {
                 const index_t at = block.at(row + u * block.step);
                 g[u] = load(dy + at);
                 values[u] = load(x + at);
-                if (residual) added[u].raw = load(residual + at);
+                passed[u] = Passed(activation, mask_of(mask, at));
                 loaded++;
             }
         }
 #pragma unroll
         for (int e = 0; e < WIDTH; e++)
             if (own.is_wide(e) ||
-                !add_chunk(g, values, added, loaded, activation, own.usual(e), e, sum_dy[e], sum_dy_xhat[e]))
-                add_chunk(g, values, added, loaded, activation, own.wide(e), e, sum_dy[e], sum_dy_xhat[e]);
+                !add_chunk(g, values, passed, loaded, own.usual(e), e, sum_dy[e], sum_dy_xhat[e]))
+                add_chunk(g, values, passed, loaded, own.wide(e), e, sum_dy[e], sum_dy_xhat[e]);
     }
 
     __shared__ double terms[2][THREADS * WIDTH];

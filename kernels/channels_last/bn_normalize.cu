@@ -26,6 +26,7 @@ extern "C" __global__ void LAUNCH_BOUNDS bn_normalize(
     long long* num_batches_tracked,          // [] or null
     // outputs
     data_t* out,                             // [M, C]; may be x or residual
+    mask_t* mask,                            // as mask_of says, or null: where ReLU passes
     double* statistics_mean,                 // [C]
     double* statistics_var,                  // [C]
     // sizes
@@ -36,9 +37,9 @@ extern "C" __global__ void LAUNCH_BOUNDS bn_normalize(
     long long super_rows,
     long long super_rows_per_block,
     long long tile) {
-    const Columns block(M, C, columns, super_rows, super_rows_per_block, tile);
+    const Columns block(true, M, C, columns, super_rows, super_rows_per_block, tile);
     const int q = threadIdx.x;
-    if (blockIdx.x == 0 && blockIdx.y == 0 && q == 0 && num_batches_tracked) *num_batches_tracked += 1;
+    if (blockIdx.x == 0 && block.share == 0 && q == 0 && num_batches_tracked) *num_batches_tracked += 1;
 
     Moments batch = {0, 0, 0};  // of lane q, for threads that are lanes
     if (moments_count) {
@@ -55,7 +56,7 @@ extern "C" __global__ void LAUNCH_BOUNDS bn_normalize(
         const double mean = moments_count ? batch.mean : running_mean.get(c);
         const double var = moments_count ? batch.m2 / batch.count : running_var.get(c);
         channels[q] = make_channel(mean, var, eps, weight, bias, c);
-        if (blockIdx.y == 0 && block.owns(q)) {
+        if (block.share == 0 && block.owns(q)) {
             statistics_mean[c] = mean;
             statistics_var[c] = var;
             if (moments_count && running_mean)
@@ -78,15 +79,17 @@ extern "C" __global__ void LAUNCH_BOUNDS bn_normalize(
             }
 #pragma unroll
         for (int u = 0; u < LOADS; u++)
-            if (row + u * block.step < block.end)
-                store(out + block.at(row + u * block.step), normalize(raw[u], added[u], activation, own));
+            if (row + u * block.step < block.end) {
+                const index_t at = block.at(row + u * block.step);
+                store(out + at, normalize(raw[u], added[u], activation, own, mask_of(mask, at)));
+            }
     }
 
     if (!block.owns(q)) return;
     for (index_t row = block.tail_begin; row < block.tail_end; row++) {
         const index_t at = row * C + block.q0 + q;
         const Residual added = {residual != nullptr, residual ? load_elements(residual + at, 0, 1) : raw_t()};
-        const raw_t y = normalize(load_elements(x + at, 0, 1), added, activation, OwnChannels(channels + q, 1));
+        const raw_t y = normalize(load_elements(x + at, 0, 1), added, activation, OwnChannels(channels + q, 1), nullptr);
         store_elements(out + at, y, 0, 1);
     }
 }

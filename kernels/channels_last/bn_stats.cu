@@ -44,9 +44,9 @@ extern "C" __global__ void LAUNCH_BOUNDS bn_stats(
     long long super_rows,
     long long super_rows_per_block,
     long long tile) {
-    const Columns block(M, C, columns, super_rows, super_rows_per_block, tile);
+    const Columns block(false, M, C, columns, super_rows, super_rows_per_block, tile);
     const long long first_part = block.first_part();
-    if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0 && moments_batches)
+    if (blockIdx.x == 0 && block.share == 0 && threadIdx.x == 0 && moments_batches)
         *moments_batches = *num_batches_tracked;
 
     if (block.tail_begin < block.tail_end) {

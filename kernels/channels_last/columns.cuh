@@ -15,8 +15,15 @@
 
 constexpr int MOST_LANES = 32;  // of a tile
 
+// Where the mask of a pack is, out of the byte of each pack. There is a mask only if rows end with a pack.
+template <class T>
+DEVICE T* mask_of(T* mask, index_t at) {
+    return mask ? mask + at / WIDTH : mask;
+}
+
 struct Columns {
     index_t C, columns;            // columns of packs
+    long long share;               // of the super-rows
     int tile, tx, ty, step;        // the threads' rows, this thread's place, and how many rows of threads there are
     index_t q0;                    // the first lane of the tile
     int lanes;                     // of the tile
@@ -24,12 +31,14 @@ struct Columns {
     index_t tail_begin, tail_end;  // the block's rows that fill no super-row
     bool on;                       // this thread has a column
 
-    DEVICE Columns(index_t M, index_t C, index_t columns, index_t super_rows, index_t super_rows_per_block, int tile)
-        : C(C), columns(columns), tile(tile), tx(threadIdx.x % tile), ty(threadIdx.x / tile), step(THREADS / tile) {
+    // `backwards` for a launch that reads what another one has just read: the last of it is still in L2.
+    DEVICE Columns(bool backwards, index_t M, index_t C, index_t columns, index_t super_rows,
+                   index_t super_rows_per_block, int tile)
+        : C(C), columns(columns), share(backwards ? gridDim.y - 1 - blockIdx.y : blockIdx.y), tile(tile), tx(threadIdx.x % tile), ty(threadIdx.x / tile), step(THREADS / tile) {
         const index_t column = (index_t)blockIdx.x * tile;
         q0 = column * WIDTH;
         lanes = (int)min((index_t)tile, columns - column) * WIDTH;
-        begin = blockIdx.y * super_rows_per_block;
+        begin = (index_t)share * super_rows_per_block;
         end = min(begin + super_rows_per_block, super_rows);
         tail_begin = begin < super_rows ? M : super_rows * replicas();
         tail_end = M;
@@ -51,7 +60,7 @@ struct Columns {
     DEVICE int thread_of(int sum_row) const { return (whole() ? sum_row / (int)replicas() : sum_row) * tile; }
     DEVICE int parts() const { return whole() ? 1 : (int)replicas(); }
     // Where they are among those of all blocks: part * C + channel = first_part() * C + q0 + q.
-    DEVICE long long first_part() const { return blockIdx.y * (long long)parts(); }
+    DEVICE long long first_part() const { return share * parts(); }
 };
 
 // The channels of the elements of this thread's packs, out of those of the tile's lanes.

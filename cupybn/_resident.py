@@ -1,0 +1,67 @@
+"""The choice between kernels that keep a channel on chip and those that read it twice.
+
+A channel (channels first) or a tile of channels (channels last) that fits into the shared memory of a block, or of a
+cluster of blocks, is read once: training moves 2 passes over the tensor instead of 3, its backward pass 3 instead of 5.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+BLOCKS = (1, 2, 4, 8)
+"""Of a cluster: as many as every GPU with clusters has. GPUs without run the first ones alone."""
+RESERVED = 3 << 10
+"""Bytes of a block's shared memory that are not for the tensor: the kernels' own variables, and 1 KiB of CUDA's."""
+ROUNDS = 2
+"""Blocks for each multiprocessor that keep it busy: one loads while the other one stores."""
+LEAST = 3
+"""Of so many multiprocessors at least one must have work: it can move about three times its share of the bandwidth."""
+SMALL = 16 << 10
+"""Bytes of a block that is small enough to leave a large GPU partly empty: further splitting would save no time."""
+SOON = 48 << 10
+"""Bytes of a block that is done before a second launch would begin, however few blocks there are."""
+
+
+class Device(NamedTuple):
+    """What the choice depends on; shared memory in bytes."""
+
+    multiprocessors: int
+    shared_per_block: int
+    shared_per_multiprocessor: int
+    clusters: bool
+
+
+class Cluster(NamedTuple):
+    """Blocks that keep one channel or tile together."""
+
+    blocks: int
+    packs: int  # of each array in a block
+    shared: int  # bytes in a block
+
+
+def choose_cluster(groups: int, packs: int, pack_bytes: int, arrays: int, device: Device) -> Cluster | None:
+    """The cluster for each of so many channels or tiles, or None if they had better be read twice.
+
+    Parameters
+    ----------
+    groups : int
+        Channels or tiles of channels: each has a cluster of its own.
+    packs, pack_bytes : int
+        How many packs there are of a group in each array, and their size.
+    arrays : int
+        That are kept on chip: 1 forward, 2 backward.
+    """
+    sizes = BLOCKS if device.clusters else BLOCKS[:1]
+    clusters = [Cluster(b, n := math.ceil(packs / b), n * pack_bytes * arrays) for b in sizes]
+    for most in device.shared_per_multiprocessor // ROUNDS - RESERVED, device.shared_per_block - RESERVED:
+        fitting = [cluster for cluster in clusters if cluster.shared <= most]
+        if fitting:
+            break
+    else:
+        return None
+    full = device.multiprocessors * ROUNDS
+    best = next((c for c in fitting if groups * c.blocks >= full or c.shared <= SMALL), fitting[-1])
+    if groups * best.blocks * LEAST < device.multiprocessors and best.shared > SOON:
+        return None  # most of the GPU would be idle
+    return best

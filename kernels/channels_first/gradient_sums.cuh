@@ -1,0 +1,25 @@
+// Channels first: sum(dy) and sum(dy * xhat) of a few packs.
+#pragma once
+#include "rows.cuh"
+
+// Adds sum(dy) and sum(dy * (x - center) * rstd) of a chunk, unless the dtype of the arithmetic does not hold them.
+template <int COUNT, class A>
+DEVICE bool add_chunk(const raw_t (&dy)[COUNT], const raw_t (&x)[COUNT], const Slot (&slots)[COUNT],
+                      const Passed (&passed)[COUNT], const Factors<A>& f, double (&sums)[2]) {
+    A sum_dy = 0, sum_dy_xhat = 0;
+#pragma unroll
+    for (int u = 0; u < COUNT; u++) {
+#pragma unroll
+        for (int e = 0; e < WIDTH; e++) {
+            const A g = element(dy[u], e), value = element(x[u], e);
+            if (slots[u].has(e) && passed[u].at(e, value, f)) {
+                sum_dy += g;
+                sum_dy_xhat += g * ((value - f.center) * f.rstd);  // the product of both may be too small
+            }
+        }
+    }
+    if (!held(sum_dy) || !held(sum_dy_xhat)) return false;
+    sums[0] += sum_dy;
+    sums[1] += sum_dy_xhat;
+    return true;
+}
