@@ -28,7 +28,8 @@ class Array:
     def __init__(self, shape: tuple[int, ...], dtype: Any) -> None:
         self.shape, self.dtype = shape, np.dtype(dtype)
         self.ndim, self.size, self.itemsize = len(shape), math.prod(shape), self.dtype.itemsize
-        self.strides = np.empty(shape, dtype).strides
+        self.strides = tuple(math.prod(shape[i + 1 :]) * self.itemsize for i in range(len(shape)))
+        self.nbytes = self.size * self.itemsize
         self.flags = types.SimpleNamespace(c_contiguous=True)
         self.data = types.SimpleNamespace(ptr=4096, device_id=0)
         self.device = types.SimpleNamespace(id=0)
@@ -42,15 +43,27 @@ class Array:
         return self if shape == self.shape else Array(shape, self.dtype)
 
 
+class RawKernel:
+    """A kernel that does nothing."""
+
+    def __init__(self, *_: Any) -> None:
+        self.max_dynamic_shared_size_bytes = 0
+
+    def __call__(self, grid: Any, block: Any, args: Any, *, shared_mem: int = 0) -> None:
+        """No launch."""
+
+
 def pretend_cupy() -> None:
     """Put a module into the place of CuPy."""
     cupy: Any = types.ModuleType("cupy")
     cupy.empty = Array
-    runtime = types.SimpleNamespace(
-        getDevice=lambda: 0, deviceGetAttribute=lambda *_: 132, cudaDevAttrMultiProcessorCount=16
-    )
-    cupy.cuda = types.SimpleNamespace(runtime=runtime)
-    cupy.RawKernel = lambda *_: lambda *_: None
+    runtime = types.SimpleNamespace(getDevice=lambda: 0, deviceGetAttribute=lambda attribute, _: attribute)
+    runtime.cudaDevAttrMultiProcessorCount = 132  # attributes are their own numbers here
+    runtime.cudaDevAttrMaxSharedMemoryPerBlockOptin = 227 << 10
+    runtime.cudaDevAttrMaxSharedMemoryPerMultiprocessor = 228 << 10
+    device = types.SimpleNamespace(compute_capability="90")
+    cupy.cuda = types.SimpleNamespace(runtime=runtime, Device=lambda _: device)
+    cupy.RawKernel = RawKernel
     sys.modules["cupy"], sys.modules["cupy.cuda"] = cupy, cupy.cuda
 
 
@@ -65,7 +78,7 @@ def main() -> None:
     launches = []
     launch = _kernels.Kernel.launch
     _kernels.Kernel.launch = lambda *args: launches.append(args)
-    cupy_ops.bn_normalize(flat, moments, 1e-5, weight, bias, None, None, mean, var, 0.1, counter, y)
+    cupy_ops.bn_normalize(flat, moments, 1e-5, weight, bias, None, None, mean, var, 0.1, counter, y, None)
     _kernels.Kernel.launch = launch
     _, vjp_fn = functional.batch_norm_vjp(x, *vectors, True)
     cases = {

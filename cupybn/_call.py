@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from cupybn import _checks
+from cupybn._layout import Layout
 from cupybn._tracking import updates_stats
 
 Array = Any  # numpy.ndarray or cupy.ndarray
@@ -27,6 +31,52 @@ class Call(NamedTuple):
     channel_axis: int
     num_batches_tracked: Array | None = None
     of_layer: bool = False
+
+    def checked_layout(self, out: Array | None = None) -> Layout:
+        """How the input lies in memory, if all is well.
+
+        What is checked does not depend on the elements of arrays: calls that are alike but for these are checked once.
+
+        Raises
+        ------
+        TypeError, ValueError
+            See `check`.
+        """
+        key = self._key(out)
+        layout = _layouts.get(key)
+        if layout is None:
+            layout = Layout.of(self.input, self.check(out))
+            if key is not None:
+                if len(_layouts) >= MOST_LAYOUTS:
+                    _layouts.clear()
+                _layouts[key] = layout
+        return layout
+
+    def _key(self, out: Array | None) -> Hashable:
+        """All that `check` looks at; None for what cannot be an argument."""
+        try:
+            key = (
+                _form(self.input),
+                _form(self.running_mean),
+                _form(self.running_var),
+                _form(self.weight),
+                _form(self.bias),
+                _form(self.residual),
+                _form(self.num_batches_tracked),
+                _form(out),
+                bool(self.training),
+                self.eps,
+                type(self.eps),
+                self.activation,
+                self.channel_axis,
+                type(self.channel_axis),
+                self.of_layer,
+                updates_stats(),
+            )
+            hash(key)
+        except (AttributeError, TypeError, ValueError):
+            return None
+        return key
 
     def check(self, out: Array | None = None) -> int:
         """The channel axis counted from the front, if all is well.
@@ -84,6 +134,20 @@ class Call(NamedTuple):
             return Running(None, None, None, None)
         counter = self.num_batches_tracked if self.training else None
         return Running(self.running_mean, self.running_var, self.momentum, counter)
+
+
+def _form(array: Array | None) -> Hashable:
+    """All that there is to know about an array but its address and its elements."""
+    if array is None:
+        return None
+    if type(array) is np.ndarray:
+        return array.shape, array.strides, array.dtype, array.flags.writeable
+    return type(array), array.shape, array.strides, array.dtype, array.data.device_id
+
+
+MOST_LAYOUTS = 4096
+_layouts: dict[Hashable, Layout] = {}
+"""Of calls that have been checked."""
 
 
 class Running(NamedTuple):

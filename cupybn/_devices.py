@@ -17,16 +17,17 @@ _INSTALL = "`pip install cupybn[cuda12]` or `cupybn[cuda13]` installs the CuPy f
 
 def kind(array: object) -> str | None:
     """``"numpy"``, ``"cupy"``, or None for anything else."""
-    if isinstance(array, np.ndarray):
-        return None if isinstance(array, (np.ma.MaskedArray, np.matrix)) else "numpy"  # of rules of their own
     cls: Any = type(array)
-    return "cupy" if _is_cupy(cls) else None
+    return _kind_of(cls)
 
 
 @functools.cache
-def _is_cupy(cls: Any) -> bool:
+def _kind_of(cls: Any) -> str | None:
     """Asked of the class: of an array, the interface would be made anew each time."""
-    return cls.__module__.partition(".")[0] == "cupy" and hasattr(cls, "__cuda_array_interface__")
+    if issubclass(cls, np.ndarray):
+        return None if issubclass(cls, (np.ma.MaskedArray, np.matrix)) else "numpy"  # of rules of their own
+    of_cupy = cls.__module__.partition(".")[0] == "cupy" and hasattr(cls, "__cuda_array_interface__")
+    return "cupy" if of_cupy else None
 
 
 def describe(array: object) -> str:

@@ -32,13 +32,16 @@ CHANNELS_FIRST_SUM = 1 << 10
 CHANNELS_FIRST_MAP = 16
 """Channels first: blocks for each multiprocessor of an elementwise step, two rounds of what one holds."""
 
-RESIDENT_TILES = (4, 2)
-"""Channels last, on chip: packs of a row that a cluster may take. Two are a sector, the least that memory hands out."""
-TILE_PACKS = 4
-"""Channels last: packs of a row that a block takes, 64 bytes. Merging P parts of Q lanes costs P * Q reads in each
-block; narrow tiles make few parts of few lanes."""
-TILE_ELEMENTS = 32
+CHANNELS_FIRST_OWN = 1 << 10
+CHANNELS_LAST_OWN = 16 << 10
+"""On chip: bytes of a block's shared memory that are not for the tensor."""
+TILE_PACKS = (4, 2)
+"""Channels last: packs of a row that a block takes, of many columns and of few. Merging P parts of Q lanes costs P * Q reads
+in each block, and narrow tiles make few parts of few lanes; two packs are a sector, the least that memory hands out."""
+TILE_ELEMENTS = (32, 16)
 """Channels last: elements of a row that a block takes, where memory is not aligned."""
+FEW_COLUMNS = 16
+"""Channels last: columns of narrow tiles."""
 MOST_LANES = 32
 """Channels last: elements of a row that a block has room for."""
 CHANNELS_LAST_SUM = 1 << 8
@@ -100,7 +103,7 @@ def channels_first_resident(
 ) -> Geometry | None:
     """A cluster for each channel; see ``channels_first/slots.cuh``. None where a channel is not to be kept on chip."""
     slots_per_row = L // width if L % width == 0 else (L + 2 * width - 2) // width
-    cluster = choose_cluster(C, N * slots_per_row, width * itemsize, arrays, device)
+    cluster = choose_cluster(C, N * slots_per_row, width * itemsize, arrays, device, CHANNELS_FIRST_OWN)
     if cluster is None or C * cluster.blocks > MOST_GRID_X:
         return None
     threads = next((t for t in RESIDENT_THREADS if cluster.packs <= t * PACKS_PER_THREAD), RESIDENT_THREADS[-1])
@@ -115,10 +118,10 @@ def channels_last_resident(M: int, C: int, itemsize: int, width: int, arrays: in
     """
     columns = C // width
     best = None
-    for tile in RESIDENT_TILES if width > 1 else (TILE_ELEMENTS,):
+    for tile in TILE_PACKS if width > 1 else TILE_ELEMENTS:
         tile = min(tile, 1 << (columns - 1).bit_length())
         tiles = math.ceil(columns / tile)
-        cluster = choose_cluster(tiles, M * tile, width * itemsize, arrays, device)
+        cluster = choose_cluster(tiles, M * tile, width * itemsize, arrays, device, CHANNELS_LAST_OWN)
         if cluster is None or tiles * cluster.blocks > MOST_GRID_X:
             continue
         rows = math.ceil(M / cluster.blocks)
@@ -141,7 +144,8 @@ def channels_last(M: int, C: int, width: int, multiprocessors: int | None) -> Ge
     common = math.gcd(C, width)
     columns, replicas = C // common, width // common
     super_rows = M // replicas
-    tile = min(columns, TILE_PACKS if width > 1 else TILE_ELEMENTS)
+    wide, narrow = TILE_PACKS if width > 1 else TILE_ELEMENTS
+    tile = min(columns, wide if columns > FEW_COLUMNS else narrow)
     tiles = math.ceil(columns / tile)
     rows_of_threads = THREADS // tile
     per_row = tile * width  # elements of a row that a block takes

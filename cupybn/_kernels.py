@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -102,22 +102,13 @@ def _vector(ptr: int, stride: int, dtype: int) -> npt.NDArray[Any]:
     return np.array((ptr, stride, dtype), VECTOR)
 
 
+_NO_VECTOR = _vector(0, 0, 0)
+
+
 @functools.cache
 def _vector_dtype(dtype: np.dtype[Any]) -> int:
     """Its number; -1 if it has none."""
     return FLOATS.index(dtype.name) if dtype.name in FLOATS else -1
-
-
-def _to_vector(label: str, array: Array) -> npt.NDArray[Any]:
-    if getattr(array, "ndim", None) != 1 or _vector_dtype(array.dtype) < 0:
-        raise TypeError(f"{label}: expected a 1-D array of {', '.join(FLOATS)} (got {_describe(array)})")
-    return _vector(array.data.ptr, array.strides[0], _vector_dtype(array.dtype))
-
-
-def _to_pointer(label: str, array: Array, dtype: np.dtype[Any]) -> Array:
-    if getattr(array, "dtype", None) != dtype or not array.flags.c_contiguous:
-        raise TypeError(f"{label}: expected a C-contiguous array of {dtype} (got {_describe(array)})")
-    return array
 
 
 def _describe(value: Any) -> str:
@@ -140,28 +131,19 @@ class Kernel:
     def __init__(self, name: str, macros: Mapping[str, Any]) -> None:
         self.name = name
         self.options = tuple(f"-D{key}={getattr(value, 'name', value)}" for key, value in macros.items())
-        dtypes = {
+        pointers = {  # what they point to
             "data_t*": macros.get("DATA_T"),
             "double*": np.dtype(np.float64),
             "long long*": np.dtype(np.int64),
             "mask_t*": np.dtype(np.uint8 if macros.get("VECTORIZED") else np.bool_),
         }
-        self._parameters = {p.name: self._converter(p, dtypes) for p in signature(name)}
+        self._names = [p.name for p in signature(name)]
+        numbered = list(enumerate(signature(name)))
+        self._integers = [i for i, p in numbered if p.type == "long long"]
+        self._floats = [i for i, p in numbered if p.type == "double"]
+        self._vectors = [(i, p.nullable) for i, p in numbered if p.type == "Vector"]
+        self._arrays = [(i, p.nullable, pointers[p.type]) for i, p in numbered if p.type in pointers]
         self._shared: dict[int, int] = {}  # what has been asked for, on each device
-        self._arrays = [p.name for p in signature(name) if p.type == "Vector" or p.type.endswith("*")]
-
-    def _converter(self, parameter: Parameter, dtypes: Mapping[str, Any]) -> Callable[[Any], Any]:
-        """From the argument as it was given to what CuPy is to pass on."""
-        label = f"{self.name}: {parameter.name}"
-        if parameter.type == "double":
-            return float
-        if parameter.type == "long long":
-            return int
-        if parameter.type == "Vector":
-            convert, nothing = functools.partial(_to_vector, label), _vector(0, 0, 0)
-        else:
-            convert, nothing = functools.partial(_to_pointer, label, dtype=dtypes[parameter.type]), None
-        return (lambda array: nothing if array is None else convert(array)) if parameter.nullable else convert
 
     def launch(self, grid: tuple[int, ...], block: int, arguments: Mapping[str, Any], shared: int = 0) -> None:
         """Launch on the current stream of the current device, with so many bytes of dynamic shared memory.
@@ -173,20 +155,47 @@ class Kernel:
         ValueError
             If an array is on another device. Nothing is launched then.
         """
-        if arguments.keys() != self._parameters.keys():
-            odd = sorted(arguments.keys() ^ self._parameters.keys())
-            raise TypeError(
-                f"{self.name}: expected {', '.join(self._parameters)} (missing or unknown: {', '.join(odd)})"
-            )
-        values = [convert(arguments[name]) for name, convert in self._parameters.items()]
+        values = self._in_order(arguments)
         device = import_cupy().cuda.runtime.getDevice()
-        for name in self._arrays:
-            array = arguments[name]
-            if array is not None and array.data.device_id != device:
-                raise ValueError(f"{self.name}: expected {name} on device {device} (got {array.data.device_id})")
+        for i in self._integers:
+            values[i] = int(values[i])
+        for i in self._floats:
+            values[i] = float(values[i])
+        for i, nullable, dtype in self._arrays:
+            array = values[i]
+            if array is None and nullable:
+                continue
+            if getattr(array, "dtype", None) != dtype or not array.flags.c_contiguous:
+                raise self._unexpected(i, f"a C-contiguous array of {dtype}", array)
+            self._check_device(i, array, device)
+        for i, nullable in self._vectors:
+            array = values[i]
+            if array is None and nullable:
+                values[i] = _NO_VECTOR
+                continue
+            if getattr(array, "ndim", None) != 1 or _vector_dtype(array.dtype) < 0:
+                raise self._unexpected(i, f"a 1-D array of {', '.join(FLOATS)}", array)
+            self._check_device(i, array, device)
+            values[i] = _vector(array.data.ptr, array.strides[0], _vector_dtype(array.dtype))
         if shared > self._shared.get(device, SHARED):
             self.raw.max_dynamic_shared_size_bytes = self._shared[device] = shared
         self.raw(grid, (block,), values, shared_mem=shared)
+
+    def _in_order(self, arguments: Mapping[str, Any]) -> list[Any]:
+        try:
+            if len(arguments) == len(self._names):
+                return [arguments[name] for name in self._names]
+        except KeyError:
+            pass
+        odd = sorted(arguments.keys() ^ set(self._names))
+        raise TypeError(f"{self.name}: expected {', '.join(self._names)} (missing or unknown: {', '.join(odd)})")
+
+    def _check_device(self, i: int, array: Array, device: int) -> None:
+        if array.data.device_id != device:
+            raise ValueError(f"{self.name}: expected {self._names[i]} on device {device} (got {array.data.device_id})")
+
+    def _unexpected(self, i: int, expected: str, value: Any) -> TypeError:
+        return TypeError(f"{self.name}: {self._names[i]}: expected {expected} (got {_describe(value)})")
 
     @functools.cached_property
     def raw(self) -> Any:

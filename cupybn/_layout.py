@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
 from cupybn._devices import empty
 
 Array = Any  # numpy.ndarray or cupy.ndarray
+
+_COUNT = tuple(range(64))
+"""0, 1, 2, ...: NumPy and CuPy know no more axes."""
 
 
 class Layout(NamedTuple):
@@ -36,7 +40,7 @@ class Layout(NamedTuple):
 
     def matches(self, array: Array) -> bool:
         """Whether an array of the same shape has this layout and is dense."""
-        return bool(array.transpose(self.axes).flags.c_contiguous)
+        return _is_dense(self.axes, array.shape, array.strides, array.itemsize)
 
     def conform(self, array: Array | None) -> Array | None:
         """The array itself if it has this layout, else a copy that has; None for None."""
@@ -48,8 +52,31 @@ class Layout(NamedTuple):
 
     def view(self, array: Array | None) -> Array | None:
         """An array of this layout as (N, C, L); None for None."""
-        return None if array is None else array.transpose(self.axes).reshape(self.shape)
+        if array is None:
+            return None
+        return self._in_order(array).reshape(self.shape)
 
     def empty_like(self, array: Array) -> Array:
         """A new array of this layout, of the kind and dtype of the other one."""
-        return empty(self.sizes, array).transpose([self.axes.index(i) for i in range(len(self.axes))])
+        return self._back(empty(self.sizes, array))
+
+    def _in_order(self, array: Array) -> Array:
+        """The same array with its axes in the order of memory."""
+        return array if self.axes == _COUNT[: len(self.axes)] else array.transpose(self.axes)
+
+    def _back(self, array: Array) -> Array:
+        """The way back from `_in_order`."""
+        if self.axes == _COUNT[: len(self.axes)]:
+            return array
+        return array.transpose([self.axes.index(i) for i in range(len(self.axes))])
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_dense(axes: tuple[int, ...], shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> bool:
+    """Whether these strides are those of a contiguous array with its axes in this order."""
+    expected = itemsize
+    for i in reversed(axes):
+        if shape[i] != 1 and strides[i] != expected:
+            return 0 in shape
+        expected *= shape[i]
+    return True

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 BLOCKS = (1, 2, 4, 8)
 """Of a cluster: as many as every GPU with clusters has. GPUs without run the first ones alone."""
-RESERVED = 3 << 10
-"""Bytes of a block's shared memory that are not for the tensor: the kernels' own variables, and 1 KiB of CUDA's."""
+CUDA = 1 << 10
+"""Bytes of a multiprocessor's shared memory that CUDA takes for each block."""
 ROUNDS = 2
 """Blocks for each multiprocessor that keep it busy: one loads while the other one stores."""
 LEAST = 3
@@ -40,7 +40,9 @@ class Cluster(NamedTuple):
     shared: int  # bytes in a block
 
 
-def choose_cluster(groups: int, packs: int, pack_bytes: int, arrays: int, device: Device) -> Cluster | None:
+def choose_cluster(
+    groups: int, packs: int, pack_bytes: int, arrays: int, device: Device, own: int = 0
+) -> Cluster | None:
     """The cluster for each of so many channels or tiles, or None if they had better be read twice.
 
     Parameters
@@ -51,11 +53,13 @@ def choose_cluster(groups: int, packs: int, pack_bytes: int, arrays: int, device
         How many packs there are of a group in each array, and their size.
     arrays : int
         That are kept on chip: 1 forward, 2 backward.
+    own : int
+        Bytes of shared memory that the kernel needs for its own variables.
     """
     sizes = BLOCKS if device.clusters else BLOCKS[:1]
     clusters = [Cluster(b, n := math.ceil(packs / b), n * pack_bytes * arrays) for b in sizes]
-    for most in device.shared_per_multiprocessor // ROUNDS - RESERVED, device.shared_per_block - RESERVED:
-        fitting = [cluster for cluster in clusters if cluster.shared <= most]
+    for most in device.shared_per_multiprocessor // ROUNDS - CUDA, device.shared_per_block:
+        fitting = [cluster for cluster in clusters if cluster.shared + own <= most]
         if fitting:
             break
     else:

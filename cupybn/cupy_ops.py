@@ -73,10 +73,11 @@ def bn_normalize(
     num_batches_tracked: Array | None,
     out: Array,
     mask: Array | None,
-) -> Statistics:
+    keep: bool = True,
+) -> Statistics | None:
     """See `numpy_ops.bn_normalize`."""
     plan = _choose("bn_normalize", x, out, residual, mask=mask)
-    statistics = Statistics(empty(x.shape[1:2], x, np.float64), empty(x.shape[1:2], x, np.float64))
+    statistics = _empty_statistics(x) if keep else None
     plan.launch(
         x=x,
         **_fields("moments", moments, Moments),
@@ -110,13 +111,14 @@ def bn_forward(
     num_batches_tracked: Array | None,
     out: Array,
     mask: Array | None,
+    keep: bool = True,
     scratch: Array | None = None,
-) -> Statistics:
+) -> Statistics | None:
     """See `numpy_ops.bn_forward`: one launch where a channel stays on chip, else two."""
     moves_counter = momentum is None and running_mean is not None  # which all blocks would have to read before
     plan = None if moves_counter else _choose_resident("bn_forward", x, out, residual, mask=mask)
     if plan is not None:
-        statistics = Statistics(empty(x.shape[1:2], x, np.float64), empty(x.shape[1:2], x, np.float64))
+        statistics = _empty_statistics(x) if keep else None
         plan.launch(
             x=x,
             eps=eps,
@@ -135,7 +137,7 @@ def bn_forward(
         return statistics
     moments = bn_stats(x, num_batches_tracked if momentum is None else None, scratch)
     running = running_mean, running_var, momentum, num_batches_tracked
-    return bn_normalize(x, moments, eps, weight, bias, residual, activation, *running, out, mask)
+    return bn_normalize(x, moments, eps, weight, bias, residual, activation, *running, out, mask, keep)
 
 
 def empty_mask(x: Array, residual: Array, out: Array) -> Array:
@@ -290,7 +292,7 @@ def _choose(step: str, x: Array, *others: Array | None, mask: Array | None = Non
 
 def _choose_resident(step: str, x: Array, *others: Array | None, mask: Array | None = None) -> _Plan | None:
     """The same for a step that keeps channels on chip, or None where it does not."""
-    return _resident_plan(step, x.shape, x.dtype, _vectorized(mask, x, *others), _device(x.data.device_id))
+    return _resident_plan(step, x.shape, x.dtype, _vectorized(mask, x, *others), x.data.device_id)
 
 
 def _vectorized(mask: Array | None, *arrays: Array | None) -> bool:
@@ -323,9 +325,10 @@ def _plan(
 
 @functools.lru_cache(maxsize=4096)
 def _resident_plan(
-    step: str, shape: tuple[int, int, int], dtype: np.dtype[Any], vectorized: bool, device: Device
+    step: str, shape: tuple[int, int, int], dtype: np.dtype[Any], vectorized: bool, device_index: int
 ) -> _Plan | None:
     N, C, L = shape
+    device = _device(device_index)
     width = PACK // dtype.itemsize if vectorized else 1
     if L == 1:
         if C % width > 0:
@@ -333,6 +336,8 @@ def _resident_plan(
         layout = "channels_last"
         geometry = _geometry.channels_last_resident(N, C, dtype.itemsize, width, ON_CHIP[step], device)
     else:
+        if width > L:  # with a mask there would be no packs, and the bits must be the same
+            vectorized, width = False, 1
         layout = "channels_first"
         geometry = _geometry.channels_first_resident(N, C, L, dtype.itemsize, width, ON_CHIP[step], device)
     if geometry is None:
@@ -356,17 +361,22 @@ def _macros(
 
 @functools.cache
 def _device(index: int) -> Device:
-    runtime = import_cupy().cuda.runtime
+    cuda = import_cupy().cuda
 
     def attribute(name: str) -> int:
-        return int(runtime.deviceGetAttribute(getattr(runtime, f"cudaDevAttr{name}"), index))
+        return int(cuda.runtime.deviceGetAttribute(getattr(cuda.runtime, f"cudaDevAttr{name}"), index))
 
     return Device(
         attribute("MultiProcessorCount"),
         attribute("MaxSharedMemoryPerBlockOptin"),
         attribute("MaxSharedMemoryPerMultiprocessor"),
-        attribute("ComputeCapabilityMajor") >= 9,
+        clusters=int(cuda.Device(index).compute_capability) >= 90,
     )
+
+
+def _empty_statistics(x: Array) -> Statistics:
+    C = x.shape[1:2]
+    return Statistics(empty(C, x, np.float64), empty(C, x, np.float64))
 
 
 def _fields(prefix: str, value: tuple[Any, ...] | None, kind: type[Any]) -> dict[str, Any]:

@@ -214,14 +214,13 @@ class Saved(NamedTuple):
 
 def forward(call: Call, out: Array | None = None, for_vjp: bool = False) -> tuple[Array, Saved]:
     """The output, and what `backward` needs, once the arguments are checked."""
-    channel_axis = call.check(out)
+    layout = call.checked_layout(out)
     with current(call.input):
-        return checked_forward(call, channel_axis, out, for_vjp)
+        return checked_forward(call, layout, out, for_vjp)
 
 
-def checked_forward(call: Call, channel_axis: int, out: Array | None, for_vjp: bool) -> tuple[Array, Saved]:
+def checked_forward(call: Call, layout: Layout, out: Array | None, for_vjp: bool) -> tuple[Array, Saved]:
     """The same for arguments that fit together, on the current device."""
-    layout = Layout.of(call.input, channel_axis)
     ops = ops_for(call.input)
     has_residual = call.residual is not None
     call = call._replace(input=layout.conform(call.input), eps=float(call.eps))
@@ -232,7 +231,7 @@ def checked_forward(call: Call, channel_axis: int, out: Array | None, for_vjp: b
     if call.input.size > 0:
         if for_vjp and has_residual and call.activation is not None:
             mask = ops.empty_mask(x, residual, y)
-        step = (call.eps, call.weight, call.bias, residual, call.activation, *call.running(), y, mask)
+        step = (call.eps, call.weight, call.bias, residual, call.activation, *call.running(), y, mask, for_vjp)
         if call.training:
             statistics = ops.bn_forward(x, *step, scratch=y if out is None else None)
         else:

@@ -162,6 +162,7 @@ def bn_normalize(
     num_batches_tracked: Array | None,
     out: Array,
     mask: Array | None,
+    keep: bool = True,  # noqa: ARG001
 ) -> Statistics:
     """out = activation(weight * (x - mean) / sqrt(var + eps) + bias + residual), then `bn_update_running`.
 
@@ -175,6 +176,8 @@ def bn_normalize(
         None in training leaves them out of it.
     mask : array of `empty_mask`, or None
         Gets where ReLU passes.
+    keep : bool
+        Whether the result is wanted: a GPU need not write it down.
 
     Returns
     -------
@@ -225,12 +228,13 @@ def bn_forward(
     num_batches_tracked: Array | None,
     out: Array,
     mask: Array | None,
+    keep: bool = True,
     scratch: Array | None = None,
 ) -> Statistics:
     """`bn_stats`, then `bn_normalize`: batch norm in training."""
     moments = bn_stats(x, num_batches_tracked if momentum is None else None, scratch)
     running = running_mean, running_var, momentum, num_batches_tracked
-    return bn_normalize(x, moments, eps, weight, bias, residual, activation, *running, out, mask)
+    return bn_normalize(x, moments, eps, weight, bias, residual, activation, *running, out, mask, keep)
 
 
 def empty_mask(x: Array, residual: Array, out: Array) -> Array:  # noqa: ARG001

@@ -3,8 +3,9 @@
 // Every operation is rounded by itself, as NumPy does it: the same statistics give the same bits, and the pass that
 // goes back sees the very value whose sign ReLU saw.
 //
-// `Channels` below is a type that knows the channels of the elements of a pack: any_wide, is_wide(e), and the factors
-// of element e in the dtype of the arithmetic, usual(e), and in float64, wide(e).
+// Where all elements of a pack are of one channel, its factors are given, in the dtype of the arithmetic or in float64.
+// Else `Channels` is a type that knows those of each element: any_wide, is_wide(e), and the factors of element e in the
+// dtype of the arithmetic, usual(e), and in float64, wide(e).
 #pragma once
 #include "channel.cuh"
 #include "pack.cuh"
@@ -44,6 +45,16 @@ DEVICE A output(A x, const Factors<A>& f, const Residual& residual, bool relu, i
 }
 
 // mask, if it is given, gets where ReLU passes: at the address that belongs to the pack.
+template <class A>
+DEVICE raw_t normalize(const raw_t& x, const Residual& residual, bool relu, const Factors<A>& f, mask_t* mask) {
+    A y[WIDTH];
+    unsigned bits = 0;
+#pragma unroll
+    for (int e = 0; e < WIDTH; e++) y[e] = output<A>(element(x, e), f, residual, relu, e, bits);
+    if (mask) *mask = (mask_t)bits;
+    return pack(y);
+}
+
 template <class Channels>
 DEVICE raw_t normalize(const raw_t& x, const Residual& residual, bool relu, const Channels& channels, mask_t* mask) {
     raw_t y;
@@ -81,7 +92,15 @@ struct Passed {
     }
 };
 
-// dy, 0 where ReLU stopped it: what the residual gets.
+// dy, 0 where ReLU stopped it: what the residual gets. Never 0 * dy, which may be inf.
+template <class A>
+DEVICE raw_t passed_on(const raw_t& dy, const raw_t& x, const Passed& passed, const Factors<A>& f) {
+    acc_t g[WIDTH];
+#pragma unroll
+    for (int e = 0; e < WIDTH; e++) g[e] = passed.at<A>(e, element(x, e), f) ? element(dy, e) : 0;
+    return pack(g);
+}
+
 template <class Channels>
 DEVICE raw_t passed_on(const raw_t& dy, const raw_t& x, const Passed& passed, const Channels& channels) {
     acc_t g[WIDTH];
@@ -95,12 +114,24 @@ DEVICE raw_t passed_on(const raw_t& dy, const raw_t& x, const Passed& passed, co
     return pack(g);
 }
 
-// The input's gradient. dy becomes that of the residual: 0 where ReLU stopped it, never 0 * dy, which may be inf.
+// The input's gradient. dy becomes that of the residual.
 template <class A>
 DEVICE A input_gradient(A& dy, A x, const Factors<A>& f, const Passed& passed, bool constant, int e) {
     if (!passed.at(e, x, f)) dy = 0;
     const A dx = constant ? dy : dy - mul(x - f.center, f.slope) - f.offset;  // without 0 * x: x may be inf
     return dx * f.scale;
+}
+
+template <class A>
+DEVICE raw_t input_gradient(raw_t& dy, const raw_t& x, const Passed& passed, bool constant, const Factors<A>& f) {
+    A g[WIDTH], dx[WIDTH];
+#pragma unroll
+    for (int e = 0; e < WIDTH; e++) {
+        g[e] = element(dy, e);
+        dx[e] = input_gradient<A>(g[e], element(x, e), f, passed, constant, e);
+    }
+    dy = pack(g);
+    return pack(dx);
 }
 
 template <class Channels>

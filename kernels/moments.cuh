@@ -22,12 +22,14 @@ DEVICE Moments merge_all(Part part) {
     if (PARTS == 1) return part(0);
     const double pivot = part(0).mean;
     double count = 0, offset = 0, m2 = 0;
+#pragma unroll 1  // rarely run, and not worth the registers
     for (int p = 0; p < PARTS; p++) {
         count += part(p).count;
         if (part(p).count > 0) offset += part(p).count * (part(p).mean - pivot);
     }
     if (count == 0) return {0, 0, 0};
     const double mean = pivot + offset / count;
+#pragma unroll 1
     for (int p = 0; p < PARTS; p++) {
         const double delta = part(p).mean - mean;
         if (part(p).count > 0) m2 += part(p).m2 + part(p).count * delta * delta;

@@ -25,12 +25,13 @@ struct Accumulation<double> {
     typedef double type;
 };
 
-// Without packs, or with 64-bit indices, the compiler's own choice of registers makes some instances spill: let it have
-// as many as it likes.
+// Without packs, with 64-bit indices, and in some kernels, the compiler's own choice of registers makes instances spill: let
+// it have as many as it likes.
+#define ROOMY_LAUNCH_BOUNDS __launch_bounds__(THREADS, 1)
 #if VECTORIZED && INDEX_BITS == 32
 #define LAUNCH_BOUNDS __launch_bounds__(THREADS)
 #else
-#define LAUNCH_BOUNDS __launch_bounds__(THREADS, 1)
+#define LAUNCH_BOUNDS ROOMY_LAUNCH_BOUNDS
 #endif
 
 typedef DATA_T data_t;                        // of the arrays

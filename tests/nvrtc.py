@@ -23,6 +23,8 @@ from cupybn._resident import BLOCKS
 from cupybn.cupy_ops import ON_CHIP, _macros
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
+MEMORY = {(1, 32): FLOATS, (1, 64): ("float16", "float64"), (0, 32): ("bfloat16", "float32")}
+"""Whether whole packs are read, and bits of indices, with the dtypes to compile; CUPYBN_COMPILE_ALL=1 compiles all."""
 _LIBRARY = "nvrtc64_*_0.dll" if sys.platform == "win32" else "libnvrtc.so.*"
 
 
@@ -49,20 +51,24 @@ class Instance(NamedTuple):
         ).options
 
 
+def _choices() -> Iterable[tuple[Any, ...]]:
+    every = os.environ.get("CUPYBN_COMPILE_ALL") == "1"
+    return ((dtype, memory) for memory, dtypes in MEMORY.items() for dtype in (FLOATS if every else dtypes))
+
+
 def instances(kernel: str, architecture: int = 90) -> list[Instance]:
-    """What the library may ask for; of clusters those of the smallest and the largest size."""
+    """What the library may ask for: of blocks and clusters the largest, 64-bit indices for whole packs alone."""
     layout, _, step = kernel.rpartition("/")
     choices: Iterable[tuple[Any, ...]]
     if not layout:  # over vectors of one value per channel
-        choices = itertools.product(("float32", "float64"), (0,), (32,))
+        choices = itertools.product(("float32", "float64"), [(0, 32)])
     elif step in ON_CHIP:
-        threads = RESIDENT_THREADS if layout == "channels_first" else (THREADS,)
-        clusters = (BLOCKS[0], BLOCKS[-1]) if architecture >= 90 else BLOCKS[:1]
-        choices = itertools.product(FLOATS, (1, 0), (32,), threads, clusters)
-        choices = itertools.chain(choices, itertools.product(FLOATS, (1, 0), (64,), threads[-1:], clusters[-1:]))
+        threads = RESIDENT_THREADS[-1] if layout == "channels_first" else THREADS
+        blocks = BLOCKS[-1] if architecture >= 90 else BLOCKS[0]
+        choices = ((*choice, threads, blocks) for choice in _choices())
     else:
-        choices = itertools.product(FLOATS, (1, 0), (32, 64))
-    return [Instance(kernel, *choice) for choice in choices]
+        choices = _choices()
+    return [Instance(kernel, dtype, *memory, *more) for dtype, memory, *more in choices]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

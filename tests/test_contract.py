@@ -16,8 +16,8 @@ from cupybn._moments import Moments, Statistics, Sums
 
 LAYOUTS = ("channels_first", "channels_last")
 STEPS = ("bn_stats", "bn_normalize", "bn_forward", "bn_backward_reduce", "bn_backward_input", "bn_backward")
-HOST_ONLY = {"scratch", "dtype"}
-"""Parameters of mirrors that no kernel has: memory to work in, and what DATA_T says."""
+HOST_ONLY = {"scratch", "dtype", "keep"}
+"""Parameters of mirrors that no kernel has: memory to work in, what DATA_T says, and whether results are null."""
 GROUPS = {"moments": Moments, "statistics": Statistics, "sums": Sums}
 """Parameters that kernels take field by field."""
 FROM_FUSED = {"bn_update_running"}
@@ -108,7 +108,7 @@ def test_both_layouts_take_the_same(step):
 def test_source(name):
     """One kernel of the file's name, a header that names the mirror, a shape on every pointer, no header of CUDA."""
     text = (KERNELS / f"{name}.cu").read_text()
-    assert re.findall(r"__global__ void (?:CLUSTER )?LAUNCH_BOUNDS (\w+)\(", text) == [stem(name)]
+    assert re.findall(r"__global__ void (?:CLUSTER )?(?:ROOMY_)?LAUNCH_BOUNDS (\w+)\(", text) == [stem(name)]
     assert text.count("__global__") == 1
     head = text.partition("\n\n")[0]
     assert head.startswith(f"// {stem(name)}: ")

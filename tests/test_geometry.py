@@ -26,14 +26,14 @@ devices = st.none() | st.integers(1, 200)
 
 @given(sizes, sizes, sizes, widths, devices)
 def test_channels_first(N, C, L, width, multiprocessors):
-    (x, shares, z), parts, s = channels_first(N, C, L, width, multiprocessors)
+    (x, shares, z), s, parts = channels_first(N, C, L, width, multiprocessors)[:3]
     assert (x, z) == (C, 1)
     assert 1 <= parts == shares <= MOST_GRID_Y
-    segments = N * math.ceil(L / s["segment"])
+    segments = N * (L // s["segment"])
     assert (shares - 1) * s["segments_per_block"] < segments <= shares * s["segments_per_block"]  # none is empty
     assert s["segment"] == L or s["segment"] % width == 0
     assert 1 <= s["lanes"] <= THREADS
-    slots = max(slots_of(begin, min(L, s["segment"]), width) for begin in range(width))
+    slots = max(slots_of(begin, s["segment"] + L % s["segment"], width) for begin in range(width))
     assert s["lanes"] == THREADS or s["lanes"] <= slots
 
 
@@ -44,7 +44,7 @@ def slots_of(begin, length, width):
 
 @given(sizes, sizes, widths, devices)
 def test_channels_last(M, C, width, multiprocessors):
-    (tiles, shares), parts, s = channels_last(M, C, width, multiprocessors)
+    (tiles, shares), s, parts = channels_last(M, C, width, multiprocessors)[:3]
     replicas = s["columns"] * width // C
     assert s["columns"] * width == C * replicas  # the channels of the packs repeat after a super-row
     assert replicas <= width

@@ -53,6 +53,9 @@ def cases():
 
 
 on_cases = pytest.mark.parametrize(("shape", "dtype", "offset"), list(cases()))
+FUSED = pytest.mark.parametrize(
+    ("activation", "has_residual"), [(None, False), ("relu", False), ("relu", True)], ids=["", "relu", "residual, relu"]
+)
 ACTIVATIONS = pytest.mark.parametrize("activation", [None, "relu"])
 RESIDUALS = pytest.mark.parametrize("has_residual", [False, True], ids=["", "residual"])
 
@@ -124,8 +127,7 @@ def test_mean_and_var(rng, shape, dtype, offset):
             np.testing.assert_allclose(to_numpy(a), b, rtol=np.finfo(out).eps + 1e-13)
 
 
-@ACTIVATIONS
-@RESIDUALS
+@FUSED
 @on_cases
 def test_bn_normalize(rng, shape, dtype, offset, activation, has_residual):
     """From running statistics to the bit; from moments, whose merged bits may differ by one, to rounding."""
@@ -205,8 +207,7 @@ def close_sums(arrays, ours, theirs):
         assert np.all(np.abs(a - b) <= 32 * arrays.unit * terms.sum((0, 2)))
 
 
-@ACTIVATIONS
-@RESIDUALS
+@FUSED
 @on_cases
 def test_bn_backward_reduce(rng, shape, dtype, offset, activation, has_residual):
     arrays = Arrays(rng, shape, dtype, offset, has_residual)
@@ -215,8 +216,7 @@ def test_bn_backward_reduce(rng, shape, dtype, offset, activation, has_residual)
     close_sums(arrays, [a.sum(0) for a in sums], [b[0] for b in expected])
 
 
-@ACTIVATIONS
-@RESIDUALS
+@FUSED
 @on_cases
 def test_bn_backward_input(rng, shape, dtype, offset, activation, has_residual):
     """From the same statistics and one part of sums, to the bit, in training and in eval."""
@@ -233,7 +233,13 @@ def test_bn_backward_input(rng, shape, dtype, offset, activation, has_residual):
             np.testing.assert_array_equal(to_numpy(a).astype(np.float64), b.astype(np.float64))
 
 
-CLUSTERS = pytest.mark.parametrize("blocks", [1, 8], ids=lambda blocks: f"clusters of {blocks}")
+def cluster_cases():
+    for case in cases():
+        for blocks in (1, 8) if any(name in case.id for name in SOME) else (8,):
+            yield pytest.param(*case.values, blocks, id=f"{case.id}, clusters of {blocks}")
+
+
+on_clusters = pytest.mark.parametrize(("shape", "dtype", "offset", "blocks"), list(cluster_cases()))
 
 
 @pytest.fixture
@@ -263,10 +269,8 @@ def check_clusters(chosen, blocks, x):
     assert all(plan is not None and plan.geometry.cluster == blocks for plan in chosen) or not fits
 
 
-@CLUSTERS
-@ACTIVATIONS
-@RESIDUALS
-@on_cases
+@FUSED
+@on_clusters
 def test_bn_forward(rng, shape, dtype, offset, activation, has_residual, blocks, on_chip):
     arrays = Arrays(rng, shape, dtype, offset, has_residual)
     x, residual, weight, bias, mean, var = arrays.on_device("x", "residual", "weight", "bias", "mean", "var")
@@ -304,10 +308,8 @@ def test_bn_forward_in_place(rng, shape, dtype, offset, target, blocks, on_chip)
     check_clusters(on_chip, blocks, x)
 
 
-@CLUSTERS
-@ACTIVATIONS
-@RESIDUALS
-@on_cases
+@FUSED
+@on_clusters
 def test_bn_backward(rng, shape, dtype, offset, activation, has_residual, blocks, on_chip):
     arrays = Arrays(rng, shape, dtype, offset, has_residual)
     C = shape[1]
@@ -559,7 +561,7 @@ def test_launches_and_traffic_on_chip(rng, C, side, dtype, axis, monkeypatch):
     """
     shape = (32, C, side, side) if axis == 1 else (32, side, side, C)
     N, L = (32, side * side) if axis == 1 else (32 * side * side, 1)
-    whole = {step: cupy_ops._resident_plan(step, (N, C, L), dtype, True, cupy_ops._device(0)) for step in ON_CHIP}
+    whole = {step: cupy_ops._resident_plan(step, (N, C, L), dtype, True, 0) for step in ON_CHIP}
     if whole["bn_forward"] is None:
         pytest.skip("does not fit")
     few = 2 if axis == 1 else 128 // dtype.itemsize  # of the channels
@@ -582,7 +584,7 @@ def test_launches_and_traffic_on_chip(rng, C, side, dtype, axis, monkeypatch):
         )  # fmt: skip
         if whole["bn_backward"]:
             check_traffic(launches["bn_backward"], backward + mask, rel, x.nbytes, lambda f=vjp_fn: f(x))
-    clusters = {step: cupy_ops._resident_plan(step, (N, few, L), dtype, True, cupy_ops._device(0)) for step in ON_CHIP}
+    clusters = {step: cupy_ops._resident_plan(step, (N, few, L), dtype, True, 0) for step in ON_CHIP}
     for step in ON_CHIP:
         if whole[step]:
             assert clusters[step].geometry.cluster == whole[step].geometry.cluster

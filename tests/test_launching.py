@@ -178,7 +178,15 @@ def test_signature():
 def test_every_kernel_has_a_source_and_a_signature(name):
     assert source(name).count("__global__") == 1
     assert len(signature(name)) > 5
-    assert {p.type for p in signature(name)} <= {"data_t*", "double*", "long long*", "mask_t*", "double", "long long", "Vector"}
+    assert {p.type for p in signature(name)} <= {
+        "data_t*",
+        "double*",
+        "long long*",
+        "mask_t*",
+        "double",
+        "long long",
+        "Vector",
+    }
 
 
 def test_a_kernel_is_made_and_compiled_once():

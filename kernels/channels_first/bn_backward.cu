@@ -7,6 +7,19 @@
 #include "gradient_sums.cuh"
 #include "slots.cuh"
 
+// dy becomes 0 where ReLU stopped it.
+DEVICE void stop(raw_t* shared_dy, const raw_t* shared_x, const Slots& own, const mask_t* mask, long long packs,
+                 const Channel& channel) {
+    with_factors(channel, [&](const auto& factors) {
+        for (Slots slots = own; slots.more(); slots.next()) {
+            const Slot slot = slots.slot();
+            if (slot.empty()) continue;
+            raw_t& dy = shared_dy[slots.place()];
+            dy = passed_on(dy, shared_x[slots.place()], Passed(true, mask_of(mask, slot, packs)), factors);
+        }
+    });
+}
+
 extern "C" __global__ void CLUSTER LAUNCH_BOUNDS bn_backward(
     const data_t* dy,                        // [N, C, L]
     const data_t* x,                         // [N, C, L]
@@ -41,22 +54,16 @@ extern "C" __global__ void CLUSTER LAUNCH_BOUNDS bn_backward(
     __syncthreads();
     staged();
 
+    if (activation) stop(shared_dy, shared_x, own, mask, packs_of(N, C, L), channel);
     double sums[2] = {0, 0};
-    {
-        const OneChannel channels(channel);
-        const long long packs = packs_of(N, C, L);
-        for (Slots slots = own; slots.more(); slots.next()) {
-            const Slot slot[1] = {slots.slot()};
-            if (slot[0].empty()) continue;
-            raw_t g[1] = {shared_dy[slots.place()]}, values[1] = {shared_x[slots.place()]};
-            if (activation) {
-                const Passed passed(true, mask_of(mask, slot[0], packs));
-                g[0] = shared_dy[slots.place()] = passed_on(g[0], values[0], passed, channels);
-            }
-            const Passed all[1] = {Passed(false, nullptr)};
-            if (channel.wide || !add_chunk(g, values, slot, all, channels.in_acc, sums))
-                add_chunk(g, values, slot, all, channels.in_double, sums);
-        }
+    const Factors<acc_t> factors(channel);
+    for (Slots slots = own; slots.more(); slots.next()) {
+        const Slot slot[1] = {slots.slot()};
+        if (slot[0].empty()) continue;
+        const raw_t g[1] = {shared_dy[slots.place()]}, values[1] = {shared_x[slots.place()]};
+        const Passed all[1] = {Passed(false, nullptr)};
+        if (channel.wide || !add_chunk(g, values, slot, all, factors, sums))
+            add_chunk(g, values, slot, all, Factors<double>(channel), sums);
     }
     block_sum(sums);
     cluster_sum(sums);
@@ -70,12 +77,13 @@ extern "C" __global__ void CLUSTER LAUNCH_BOUNDS bn_backward(
     }
     __syncthreads();
 
-    const OneChannel channels(channel);
-    for (Slots slots = own; slots.more(); slots.next()) {
-        const Slot slot = slots.slot();
-        if (slot.empty()) continue;
-        raw_t g = shared_dy[slots.place()];
-        store(dx, slot, input_gradient(g, shared_x[slots.place()], Passed(false, nullptr), inv_count == 0, channels));
-        if (dresidual) store(dresidual, slot, g);
-    }
+    with_factors(channel, [&](const auto& after) {
+        for (Slots slots = own; slots.more(); slots.next()) {
+            const Slot slot = slots.slot();
+            if (slot.empty()) continue;
+            raw_t g = shared_dy[slots.place()];
+            store(dx, slot, input_gradient(g, shared_x[slots.place()], Passed(false, nullptr), inv_count == 0, after));
+            if (dresidual) store(dresidual, slot, g);
+        }
+    });
 }

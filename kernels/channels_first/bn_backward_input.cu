@@ -52,24 +52,25 @@ extern "C" __global__ void LAUNCH_BOUNDS bn_backward_input(
     }
     __syncthreads();
 
-    const OneChannel channels(channel);
     const long long packs = packs_of(N, C, L);
-    Rows rows(AT_PACKS, place, N, C, L, segment, segments_per_block, lanes);
-    while (rows.more()) {
-        raw_t g[LOADS], values[LOADS];
-        Slot slots[LOADS];
+    with_factors(channel, [&](const auto& factors) {
+        Rows rows(AT_PACKS, place, N, C, L, segment, segments_per_block, lanes);
+        while (rows.more()) {
+            raw_t g[LOADS], values[LOADS];
+            Slot slots[LOADS];
 #pragma unroll
-        for (int u = 0; u < LOADS; u++) {
-            slots[u] = rows.next();
-            g[u] = load(dy, slots[u], N * C * L);
-            values[u] = load(x, slots[u], N * C * L);
-        }
+            for (int u = 0; u < LOADS; u++) {
+                slots[u] = rows.next();
+                g[u] = load(dy, slots[u], N * C * L);
+                values[u] = load(x, slots[u], N * C * L);
+            }
 #pragma unroll
-        for (int u = 0; u < LOADS; u++) {
-            if (slots[u].empty()) continue;
-            const Passed passed(activation, mask_of(mask, slots[u], packs));
-            store(dx, slots[u], input_gradient(g[u], values[u], passed, inv_count == 0, channels));
-            if (dresidual) store(dresidual, slots[u], g[u]);
+            for (int u = 0; u < LOADS; u++) {
+                if (slots[u].empty()) continue;
+                const Passed passed(activation, mask_of(mask, slots[u], packs));
+                store(dx, slots[u], input_gradient(g[u], values[u], passed, inv_count == 0, factors));
+                if (dresidual) store(dresidual, slots[u], g[u]);
+            }
         }
-    }
+    });
 }

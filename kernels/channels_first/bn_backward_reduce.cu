@@ -34,7 +34,7 @@ extern "C" __global__ void LAUNCH_BOUNDS bn_backward_reduce(
     __shared__ Channel channel;
     if (threadIdx.x == 0) channel = make_channel(statistics_mean[c], statistics_var[c], eps, weight, bias, c);
     __syncthreads();
-    const OneChannel channels(channel);
+    const Factors<acc_t> factors(channel);
     const long long packs = packs_of(N, C, L);
     double sums[2] = {0, 0};
     Rows rows(AT_PACKS, place, N, C, L, segment, segments_per_block, lanes);
@@ -49,8 +49,8 @@ extern "C" __global__ void LAUNCH_BOUNDS bn_backward_reduce(
             values[u] = load(x, slots[u], N * C * L);
             passed[u] = Passed(activation, mask_of(mask, slots[u], packs));
         }
-        if (channel.wide || !add_chunk(g, values, slots, passed, channels.in_acc, sums))
-            add_chunk(g, values, slots, passed, channels.in_double, sums);
+        if (channel.wide || !add_chunk(g, values, slots, passed, factors, sums))
+            add_chunk(g, values, slots, passed, Factors<double>(channel), sums);
     }
 
     block_sum(sums);

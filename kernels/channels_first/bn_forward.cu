@@ -80,8 +80,8 @@ extern "C" __global__ void CLUSTER LAUNCH_BOUNDS bn_forward(
     // outputs
     data_t* out,                             // [N, C, L]; may be x or residual
     mask_t* mask,                            // as mask_of says, or null: where ReLU passes
-    double* statistics_mean,                 // [C]
-    double* statistics_var,                  // [C]
+    double* statistics_mean,                 // [C] or null
+    double* statistics_var,                  // [C] or null
     // sizes
     long long N,
     long long C,
@@ -104,34 +104,34 @@ extern "C" __global__ void CLUSTER LAUNCH_BOUNDS bn_forward(
         const double var = batch.m2 / batch.count;
         channel = make_channel(batch.mean, var, eps, weight, bias, c);
         if (cluster_rank() == 0) {
-            statistics_mean[c] = batch.mean;
-            statistics_var[c] = var;
+            if (statistics_mean) statistics_mean[c] = batch.mean;
+            if (statistics_var) statistics_var[c] = var;
             if (running_mean) update_running(batch, running_mean, running_var, momentum, nullptr, c);
             if (c == 0 && num_batches_tracked) *num_batches_tracked += 1;
         }
     }
     __syncthreads();
 
-    const OneChannel channels(channel);
     const long long packs = packs_of(N, C, L);
-    for (Slots slots = own; slots.more();) {
-        raw_t raw[LOADS];
-        Residual added[LOADS];
-        Slot batch_slots[LOADS];
+    with_factors(channel, [&](const auto& factors) {
+        for (Slots slots = own; slots.more();) {
+            raw_t raw[LOADS];
+            Residual added[LOADS];
+            Slot some[LOADS];
 #pragma unroll
-        for (int u = 0; u < LOADS; u++) {
-            batch_slots[u] = {0, 0, 0};
-            added[u].given = residual;
-            if (!slots.more()) continue;
-            batch_slots[u] = slots.slot();
-            if (!batch_slots[u].empty()) raw[u] = shared[slots.place()];
-            if (residual) added[u].raw = load(residual, batch_slots[u], readable);
-            slots.next();
+            for (int u = 0; u < LOADS; u++) {
+                some[u] = {0, 0, 0};
+                added[u].given = residual;
+                if (!slots.more()) continue;
+                some[u] = slots.slot();
+                if (!some[u].empty()) raw[u] = shared[slots.place()];
+                if (residual) added[u].raw = load(residual, some[u], readable);
+                slots.next();
+            }
+#pragma unroll
+            for (int u = 0; u < LOADS; u++)
+                if (!some[u].empty())
+                    store(out, some[u], normalize(raw[u], added[u], activation, factors, mask_of(mask, some[u], packs)));
         }
-#pragma unroll
-        for (int u = 0; u < LOADS; u++)
-            if (!batch_slots[u].empty())
-                store(out, batch_slots[u],
-                      normalize(raw[u], added[u], activation, channels, mask_of(mask, batch_slots[u], packs)));
-    }
+    });
 }

@@ -27,8 +27,8 @@ extern "C" __global__ void LAUNCH_BOUNDS bn_normalize(
     // outputs
     data_t* out,                             // [N, C, L]; may be x or residual
     mask_t* mask,                            // as mask_of says, or null: where ReLU passes
-    double* statistics_mean,                 // [C]
-    double* statistics_var,                  // [C]
+    double* statistics_mean,                 // [C] or null
+    double* statistics_var,                  // [C] or null
     // sizes
     long long parts,
     long long N,
@@ -53,33 +53,34 @@ extern "C" __global__ void LAUNCH_BOUNDS bn_normalize(
         var = running_var.get(c);
     }
     if (owns_channel) {
-        statistics_mean[c] = mean;
-        statistics_var[c] = var;
+        if (statistics_mean) statistics_mean[c] = mean;
+        if (statistics_var) statistics_var[c] = var;
         if (c == 0 && num_batches_tracked) *num_batches_tracked += 1;
     }
 
     __shared__ Channel channel;
     if (threadIdx.x == 0) channel = make_channel(mean, var, eps, weight, bias, c);
     __syncthreads();
-    const OneChannel channels(channel);
     const long long packs = packs_of(N, C, L);
     const index_t readable = out == x || out == residual ? 0 : N * C * L;
-    Rows rows(AT_PACKS, place, N, C, L, segment, segments_per_block, lanes);
-    while (rows.more()) {
-        raw_t raw[LOADS];
-        Residual added[LOADS];
-        Slot slots[LOADS];
+    with_factors(channel, [&](const auto& factors) {
+        Rows rows(AT_PACKS, place, N, C, L, segment, segments_per_block, lanes);
+        while (rows.more()) {
+            raw_t raw[LOADS];
+            Residual added[LOADS];
+            Slot slots[LOADS];
 #pragma unroll
-        for (int u = 0; u < LOADS; u++) {
-            slots[u] = rows.next();
-            raw[u] = load(x, slots[u], readable);
-            added[u].given = residual;
-            if (residual) added[u].raw = load(residual, slots[u], readable);
+            for (int u = 0; u < LOADS; u++) {
+                slots[u] = rows.next();
+                raw[u] = load(x, slots[u], readable);
+                added[u].given = residual;
+                if (residual) added[u].raw = load(residual, slots[u], readable);
+            }
+#pragma unroll
+            for (int u = 0; u < LOADS; u++)
+                if (!slots[u].empty())
+                    store(out, slots[u],
+                          normalize(raw[u], added[u], activation, factors, mask_of(mask, slots[u], packs)));
         }
-#pragma unroll
-        for (int u = 0; u < LOADS; u++)
-            if (!slots[u].empty())
-                store(out, slots[u],
-                      normalize(raw[u], added[u], activation, channels, mask_of(mask, slots[u], packs)));
-    }
+    });
 }

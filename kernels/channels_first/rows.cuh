@@ -108,17 +108,14 @@ DEVICE void store(data_t* p, const Slot& slot, const raw_t& raw) {
         store_elements(p + slot.at, raw, slot.lo, slot.hi);
 }
 
-// All elements are of the one channel of the block.
-struct OneChannel {
-    Factors<acc_t> in_acc;
-    Factors<double> in_double;
-    bool any_wide;
-
-    DEVICE explicit OneChannel(const Channel& channel) : in_acc(channel), in_double(channel), any_wide(channel.wide) {}
-    DEVICE bool is_wide(int) const { return any_wide; }
-    DEVICE const Factors<acc_t>& usual(int) const { return in_acc; }
-    DEVICE const Factors<double>& wide(int) const { return in_double; }
-};
+// Calls body with the factors of the block's one channel, in the dtype that it needs.
+template <class Body>
+DEVICE void with_factors(const Channel& channel, Body body) {
+    if (channel.wide)
+        body(Factors<double>(channel));
+    else
+        body(Factors<acc_t>(channel));
+}
 
 // The sums of each of K values over the block, in an order that never changes. All threads call it and get them.
 template <int K>

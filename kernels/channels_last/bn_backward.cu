@@ -16,41 +16,52 @@ DEVICE void stop(raw_t* shared_dy, const raw_t* shared_x, const Tile& tile, cons
     }
 }
 
-// The sums of dy and of dy * (x - center) * rstd of each channel of a thread, in the dtype A. Whether A held them all.
-template <class A>
-DEVICE bool column_sums(const raw_t* shared_dy, const raw_t* shared_x, const Tile& tile, const Channel* channels,
-                        double (&sums)[2][WIDTH]) {
+// The sums of dy and of dy * (x - center) * rstd of each channel of a thread, in the dtype of the arithmetic. Returns a bit
+// for each that it did not hold.
+DEVICE unsigned column_sums(const raw_t* shared_dy, const raw_t* shared_x, const Tile& tile, const Channel* channels,
+                            double (&sums)[2][WIDTH]) {
 #pragma unroll
     for (int e = 0; e < WIDTH; e++) sums[0][e] = sums[1][e] = 0;
-    if (tile.count() == 0) return true;
-    A center[WIDTH], rstd[WIDTH];
+    if (tile.count() == 0) return 0;
+    acc_t center[WIDTH], rstd[WIDTH];
 #pragma unroll
     for (int e = 0; e < WIDTH; e++) {
-        center[e] = (A)channels[e].center;
-        rstd[e] = (A)channels[e].rstd;
+        center[e] = (acc_t)channels[e].center;
+        rstd[e] = (acc_t)channels[e].rstd;
     }
-    bool all_held = true;
+    unsigned missed = 0;
     for (int row = tile.begin; row < tile.end;) {
-        A sum_dy[WIDTH], sum_dy_xhat[WIDTH];
+        acc_t sum_dy[WIDTH], sum_dy_xhat[WIDTH];
 #pragma unroll
         for (int e = 0; e < WIDTH; e++) sum_dy[e] = sum_dy_xhat[e] = 0;
         for (int i = 0; i < SUMMANDS && row < tile.end; i++, row += tile.step) {
             const raw_t dy = shared_dy[tile.place(row)], x = shared_x[tile.place(row)];
 #pragma unroll
             for (int e = 0; e < WIDTH; e++) {
-                const A g = element(dy, e);
+                const acc_t g = element(dy, e);
                 sum_dy[e] += g;
-                sum_dy_xhat[e] += g * (((A)element(x, e) - center[e]) * rstd[e]);  // the product of both may be too small
+                sum_dy_xhat[e] += g * ((element(x, e) - center[e]) * rstd[e]);  // the product of both may be too small
             }
         }
 #pragma unroll
         for (int e = 0; e < WIDTH; e++) {
-            all_held = all_held && held(sum_dy[e]) && held(sum_dy_xhat[e]);
+            if (!held(sum_dy[e]) || !held(sum_dy_xhat[e])) missed |= 1u << e;
             sums[0][e] += sum_dy[e];
             sums[1][e] += sum_dy_xhat[e];
         }
     }
-    return all_held;
+    return missed;
+}
+
+// The same for channel e, in float64.
+DEVICE void column_sums(const raw_t* shared_dy, const raw_t* shared_x, const Tile& tile, const Channel& channel, int e,
+                        double& sum_dy, double& sum_dy_xhat) {
+    sum_dy = sum_dy_xhat = 0;
+    for (int row = tile.begin; row < tile.end; row += tile.step) {
+        const double g = element(shared_dy[tile.place(row)], e), x = element(shared_x[tile.place(row)], e);
+        sum_dy += g;
+        sum_dy_xhat += g * ((x - channel.center) * channel.rstd);
+    }
 }
 
 extern "C" __global__ void CLUSTER LAUNCH_BOUNDS bn_backward(
@@ -93,8 +104,11 @@ extern "C" __global__ void CLUSTER LAUNCH_BOUNDS bn_backward(
     {
         const OwnChannels before(own_channels, present);
         if (activation) stop(shared_dy, shared_x, own, mask, before);
-        if (before.any_wide || !column_sums<acc_t>(shared_dy, shared_x, own, own_channels, values))
-            column_sums<double>(shared_dy, shared_x, own, own_channels, values);
+        const unsigned missed = column_sums(shared_dy, shared_x, own, own_channels, values) | before.any_wide;
+#pragma unroll
+        for (int e = 0; e < WIDTH; e++)  // each channel by itself: no other one is touched
+            if (missed >> e & 1)
+                column_sums(shared_dy, shared_x, own, own_channels[e], e, values[0][e], values[1][e]);
     }
     double sums[2];
     sum_tile(own, values, sums);

@@ -10,69 +10,81 @@
 
 constexpr int LOADS = 4;  // of the residual, in flight
 
-// Mean and m2 of each channel of a thread, in the dtype A. Whether A held them all.
-template <class A>
-DEVICE bool column_moments(const raw_t* shared, const Tile& tile, double (&mean)[WIDTH], double (&m2)[WIDTH]) {
-    const int count = tile.count();
-    if (count == 0) {
+// Mean and m2 of each channel of a thread, in the dtype of the arithmetic. Returns a bit for each that it did not hold.
+DEVICE unsigned column_moments(const raw_t* shared, const Tile& tile, double (&mean)[WIDTH], double (&m2)[WIDTH]) {
 #pragma unroll
-        for (int e = 0; e < WIDTH; e++) mean[e] = m2[e] = 0;
-        return true;
-    }
+    for (int e = 0; e < WIDTH; e++) mean[e] = m2[e] = 0;
+    const int count = tile.count();
+    if (count == 0) return 0;
     const double inv_count = 1.0 / count;
     const raw_t first = shared[tile.place(tile.begin)];
-    double sums[WIDTH];
-#pragma unroll
-    for (int e = 0; e < WIDTH; e++) sums[e] = 0;
     for (int row = tile.begin; row < tile.end;) {
-        A d[WIDTH];
+        acc_t d[WIDTH];
 #pragma unroll
         for (int e = 0; e < WIDTH; e++) d[e] = 0;
         for (int i = 0; i < SUMMANDS && row < tile.end; i++, row += tile.step) {
             const raw_t raw = shared[tile.place(row)];
 #pragma unroll
-            for (int e = 0; e < WIDTH; e++) d[e] += (A)element(raw, e) - (A)element(first, e);
+            for (int e = 0; e < WIDTH; e++) d[e] += element(raw, e) - element(first, e);
         }
 #pragma unroll
-        for (int e = 0; e < WIDTH; e++) sums[e] += d[e];
+        for (int e = 0; e < WIDTH; e++) mean[e] += d[e];
     }
 
-    A center[WIDTH], rest[WIDTH];
+    acc_t center[WIDTH], rest[WIDTH];
+    double sum_d[WIDTH];
 #pragma unroll
     for (int e = 0; e < WIDTH; e++) {
-        mean[e] = element(first, e) + sums[e] * inv_count;
-        center[e] = (A)mean[e];
-        rest[e] = (A)(mean[e] - center[e]);
-        sums[e] = m2[e] = 0;
+        mean[e] = element(first, e) + mean[e] * inv_count;
+        center[e] = (acc_t)mean[e];
+        rest[e] = (acc_t)(mean[e] - center[e]);
+        sum_d[e] = 0;
     }
     for (int row = tile.begin; row < tile.end;) {
-        A d[WIDTH], dd[WIDTH];
+        acc_t d[WIDTH], dd[WIDTH];
 #pragma unroll
         for (int e = 0; e < WIDTH; e++) d[e] = dd[e] = 0;
         for (int i = 0; i < SUMMANDS && row < tile.end; i++, row += tile.step) {
             const raw_t raw = shared[tile.place(row)];
 #pragma unroll
             for (int e = 0; e < WIDTH; e++) {
-                const A deviation = ((A)element(raw, e) - center[e]) - rest[e];
+                const acc_t deviation = (element(raw, e) - center[e]) - rest[e];
                 d[e] += deviation;
                 dd[e] += deviation * deviation;
             }
         }
 #pragma unroll
         for (int e = 0; e < WIDTH; e++) {
-            sums[e] += d[e];
+            sum_d[e] += d[e];
             m2[e] += dd[e];
         }
     }
-    bool exact = true;
+    unsigned missed = 0;
 #pragma unroll
     for (int e = 0; e < WIDTH; e++) {
-        exact = exact && held(m2[e], (A)1);
-        const Moments moments = from_sums(count, inv_count, mean[e], 0, sums[e], m2[e]);
+        if (!held(m2[e], (acc_t)1)) missed |= 1u << e;
+        const Moments moments = from_sums(count, inv_count, mean[e], 0, sum_d[e], m2[e]);
         mean[e] = moments.mean;
         m2[e] = moments.m2;
     }
-    return exact;
+    return missed;
+}
+
+// The same for channel e, in float64.
+DEVICE void column_moments(const raw_t* shared, const Tile& tile, int e, double& mean, double& m2) {
+    const double first = element(shared[tile.place(tile.begin)], e), inv_count = 1.0 / tile.count();
+    double sum = 0, sum_d = 0;
+    for (int row = tile.begin; row < tile.end; row += tile.step) sum += element(shared[tile.place(row)], e) - first;
+    mean = first + sum * inv_count;
+    m2 = 0;
+    for (int row = tile.begin; row < tile.end; row += tile.step) {
+        const double d = element(shared[tile.place(row)], e) - mean;
+        sum_d += d;
+        m2 += d * d;
+    }
+    const Moments moments = from_sums(tile.count(), inv_count, mean, 0, sum_d, m2);
+    mean = moments.mean;
+    m2 = moments.m2;
 }
 
 extern "C" __global__ void CLUSTER LAUNCH_BOUNDS bn_forward(
@@ -89,8 +101,8 @@ extern "C" __global__ void CLUSTER LAUNCH_BOUNDS bn_forward(
     // outputs
     data_t* out,                             // [M, C]; may be x or residual
     mask_t* mask,                            // as mask_of says, or null: where ReLU passes
-    double* statistics_mean,                 // [C]
-    double* statistics_var,                  // [C]
+    double* statistics_mean,                 // [C] or null
+    double* statistics_var,                  // [C] or null
     // sizes
     long long M,
     long long C,
@@ -103,7 +115,10 @@ extern "C" __global__ void CLUSTER LAUNCH_BOUNDS bn_forward(
     staged();
 
     double mean[WIDTH], m2[WIDTH];
-    if (!column_moments<acc_t>(shared, own, mean, m2)) column_moments<double>(shared, own, mean, m2);
+    const unsigned missed = column_moments(shared, own, mean, m2);
+#pragma unroll
+    for (int e = 0; e < WIDTH; e++)  // each channel by itself: no other one is touched
+        if (missed >> e & 1) column_moments(shared, own, e, mean[e], m2[e]);
     const Moments batch = merge_tile(own, mean, m2);
     __shared__ Channel channels[MOST_LANES];
     const int q = threadIdx.x;
@@ -112,8 +127,8 @@ extern "C" __global__ void CLUSTER LAUNCH_BOUNDS bn_forward(
         const double var = batch.m2 / batch.count;
         channels[q] = make_channel(batch.mean, var, eps, weight, bias, c);
         if (cluster_rank() == 0) {
-            statistics_mean[c] = batch.mean;
-            statistics_var[c] = var;
+            if (statistics_mean) statistics_mean[c] = batch.mean;
+            if (statistics_var) statistics_var[c] = var;
             if (running_mean) update_running(batch, running_mean, running_var, momentum, nullptr, c);
             if (c == 0 && num_batches_tracked) *num_batches_tracked += 1;
         }

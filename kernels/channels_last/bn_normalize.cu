@@ -27,8 +27,8 @@ extern "C" __global__ void LAUNCH_BOUNDS bn_normalize(
     // outputs
     data_t* out,                             // [M, C]; may be x or residual
     mask_t* mask,                            // as mask_of says, or null: where ReLU passes
-    double* statistics_mean,                 // [C]
-    double* statistics_var,                  // [C]
+    double* statistics_mean,                 // [C] or null
+    double* statistics_var,                  // [C] or null
     // sizes
     long long parts,
     long long M,
@@ -57,8 +57,8 @@ extern "C" __global__ void LAUNCH_BOUNDS bn_normalize(
         const double var = moments_count ? batch.m2 / batch.count : running_var.get(c);
         channels[q] = make_channel(mean, var, eps, weight, bias, c);
         if (block.share == 0 && block.owns(q)) {
-            statistics_mean[c] = mean;
-            statistics_var[c] = var;
+            if (statistics_mean) statistics_mean[c] = mean;
+            if (statistics_var) statistics_var[c] = var;
             if (moments_count && running_mean)
                 update_running(batch, running_mean, running_var, momentum, moments_batches, c);
         }

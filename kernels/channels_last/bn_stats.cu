@@ -14,22 +14,24 @@ constexpr int LOADS = 8;  // in flight
 template <class A>
 DEVICE Moments chunk_moments(const raw_t (&raw)[LOADS], int count, int e, bool& exact) {
     const A pivot = element(raw[0], e);
-    A d[LOADS], dd[LOADS];
+    A sum = 0;
 #pragma unroll
-    for (int u = 0; u < LOADS; u++) d[u] = u < count ? element(raw[u], e) - pivot : 0;
+    for (int u = 0; u < LOADS; u++)
+        if (u < count) sum += element(raw[u], e) - pivot;
     const double inv_count = inverse<LOADS>(count);
-    const A offset = sum_pairs(d) * (A)inv_count;
+    const A offset = sum * (A)inv_count;
+    A sum_d = 0, sum_dd = 0;
 #pragma unroll
     for (int u = 0; u < LOADS; u++) {
-        d[u] = u < count ? d[u] - offset : 0;
-        dd[u] = d[u] * d[u];
+        const A d = u < count ? (element(raw[u], e) - pivot) - offset : 0;
+        sum_d += d;
+        sum_dd += d * d;
     }
-    const double sum_dd = sum_pairs(dd);
     exact = held(sum_dd, offset);
-    return from_sums(count, inv_count, pivot, offset, sum_pairs(d), sum_dd);
+    return from_sums(count, inv_count, pivot, offset, sum_d, sum_dd);
 }
 
-extern "C" __global__ void LAUNCH_BOUNDS bn_stats(
+extern "C" __global__ void ROOMY_LAUNCH_BOUNDS bn_stats(
     const data_t* x,                         // [M, C]
     const long long* num_batches_tracked,    // [] or null
     // outputs
@@ -62,9 +64,12 @@ extern "C" __global__ void LAUNCH_BOUNDS bn_stats(
         return;  // as do all threads of the block
     }
 
-    double mean[WIDTH], m2[WIDTH], count = 0;
+    // In shared memory, as registers are wanted for what is in flight. Each thread has its own until all are merged.
+    __shared__ double counts[THREADS], means[WIDTH][THREADS], m2s[WIDTH][THREADS];
+    const int t = threadIdx.x;
+    double count = 0;
 #pragma unroll
-    for (int e = 0; e < WIDTH; e++) mean[e] = m2[e] = 0;
+    for (int e = 0; e < WIDTH; e++) means[e][t] = m2s[e][t] = 0;
     for (index_t row = block.begin + block.ty; block.on && row < block.end; row += LOADS * block.step) {
         raw_t raw[LOADS];
         int loaded = 0;
@@ -82,28 +87,21 @@ extern "C" __global__ void LAUNCH_BOUNDS bn_stats(
             bool exact;
             Moments chunk = chunk_moments<acc_t>(raw, loaded, e, exact);
             if (!exact) chunk = chunk_moments<double>(raw, loaded, e, exact);
-            const Moments both = merge({count, mean[e], m2[e]}, chunk, share);
-            mean[e] = both.mean;
-            m2[e] = both.m2;
+            const Moments both = merge({count, means[e][t], m2s[e][t]}, chunk, share);
+            means[e][t] = both.mean;
+            m2s[e][t] = both.m2;
         }
         count += loaded;
     }
 
-    __shared__ double means[THREADS * WIDTH], m2s[THREADS * WIDTH];
-#pragma unroll
-    for (int e = 0; e < WIDTH; e++) {
-        means[threadIdx.x * WIDTH + e] = mean[e];
-        m2s[threadIdx.x * WIDTH + e] = m2[e];
-    }
-    __shared__ double counts[THREADS];
-    counts[threadIdx.x] = count;
+    counts[t] = count;
     __syncthreads();
 
     const Standing at(block.sum_lanes(), block.sum_rows());
     Moments own = {0, 0, 0};
     for (int row = at.row; row < block.sum_rows() && at.row < at.rows; row += at.rows) {
-        const int value = row * block.sum_pitch() + at.q;
-        own = merge(own, {counts[block.thread_of(row)], means[value], m2s[value]});
+        const int value = row * block.sum_pitch() + at.q, e = value % WIDTH, thread = value / WIDTH;
+        own = merge(own, {counts[thread], means[e][thread], m2s[e][thread]});
     }
     const Moments all = merge_down(at, own);
     if (at.row == 0) {

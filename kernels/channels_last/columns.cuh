@@ -56,8 +56,6 @@ struct Columns {
     DEVICE int sum_lanes() const { return whole() ? (int)C : lanes; }
     DEVICE int sum_rows() const { return whole() ? step * (int)replicas() : step; }
     DEVICE int sum_pitch() const { return whole() ? (int)C : tile * WIDTH; }
-    // The first thread of those whose values make a row.
-    DEVICE int thread_of(int sum_row) const { return (whole() ? sum_row / (int)replicas() : sum_row) * tile; }
     DEVICE int parts() const { return whole() ? 1 : (int)replicas(); }
     // Where they are among those of all blocks: part * C + channel = first_part() * C + q0 + q.
     DEVICE long long first_part() const { return share * parts(); }

@@ -1,0 +1,127 @@
+"""What is kept on chip, on many devices: what fits, and keeps the device busy."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cupybn import _geometry
+from cupybn._resident import BLOCKS, SOON, Device, choose_cluster
+
+KiB = 1 << 10
+H200 = Device(132, 227 * KiB, 228 * KiB, clusters=True)
+A100 = Device(108, 163 * KiB, 164 * KiB, clusters=False)
+RTX_4090 = Device(128, 99 * KiB, 100 * KiB, clusters=False)
+T4 = Device(40, 64 * KiB, 64 * KiB, clusters=False)
+
+devices = st.builds(
+    lambda multiprocessors, shared, clusters: Device(multiprocessors, shared * KiB, (shared + 1) * KiB, clusters),
+    st.integers(1, 200),
+    st.sampled_from([48, 64, 99, 163, 227]),
+    st.booleans(),
+)
+sizes = st.integers(1, 300) | st.integers(1, 10**6)
+itemsizes = st.sampled_from([2, 4, 8])
+
+
+@given(sizes, sizes, st.sampled_from([2, 8, 16]), st.sampled_from([1, 2]), devices)
+def test_a_cluster_holds_its_channel(groups, packs, pack_bytes, arrays, device):
+    cluster = choose_cluster(groups, packs, pack_bytes, arrays, device)
+    if cluster is None:
+        blocks = BLOCKS[-1] if device.clusters else BLOCKS[0]
+        share = math.ceil(packs / blocks) * pack_bytes * arrays
+        assert share > min(SOON, device.shared_per_block)
+        return
+    assert cluster.blocks in (BLOCKS if device.clusters else BLOCKS[:1])
+    assert cluster.packs * cluster.blocks >= packs > cluster.packs * (cluster.blocks - 1) - cluster.blocks
+    assert cluster.shared == cluster.packs * pack_bytes * arrays <= device.shared_per_block
+
+
+@given(sizes, sizes, sizes, itemsizes, st.booleans(), st.sampled_from([1, 2]), devices)
+def test_channels_first(N, C, L, itemsize, vectorized, arrays, device):
+    width = 16 // itemsize if vectorized else 1
+    geometry = _geometry.channels_first_resident(N, C, L, itemsize, width, arrays, device)
+    if geometry is None:
+        return
+    s = geometry.sizes
+    touched = max((begin + L - 1) // width - begin // width + 1 for begin in (range(width) if L % width else [0]))
+    assert s["slots_per_row"] == touched
+    assert s["slots_per_block"] * geometry.cluster >= N * s["slots_per_row"]
+    assert geometry.grid == (C * geometry.cluster,)
+    assert geometry.shared == s["slots_per_block"] * width * itemsize * arrays
+    assert geometry.threads in _geometry.RESIDENT_THREADS
+
+
+@given(sizes, sizes, itemsizes, st.booleans(), st.sampled_from([1, 2]), devices)
+def test_channels_last(M, C, itemsize, vectorized, arrays, device):
+    width = 16 // itemsize if vectorized and C % (16 // itemsize) == 0 else 1
+    geometry = _geometry.channels_last_resident(M, C, itemsize, width, arrays, device)
+    if geometry is None:
+        return
+    s = geometry.sizes
+    assert s["tile"].bit_count() == 1  # a power of two
+    assert s["tile"] * width <= _geometry.MOST_LANES
+    tiles = geometry.grid[0] // geometry.cluster
+    assert (tiles - 1) * s["tile"] * width < C <= tiles * s["tile"] * width
+    assert s["rows_per_block"] * geometry.cluster >= M
+    assert geometry.shared == s["rows_per_block"] * s["tile"] * width * itemsize * arrays
+    assert geometry.shared + 15 * KiB <= device.shared_per_block  # the kernel's own variables among it
+
+
+RESNET50 = [
+    (64, 112),
+    (64, 56),
+    (256, 56),
+    (128, 56),
+    (128, 28),
+    (512, 28),
+    (256, 28),
+    (256, 14),
+    (1024, 14),
+    (512, 14),
+]
+RESNET50 += [(512, 7), (2048, 7)]
+
+
+def kept(batch, itemsize, arrays, device):
+    """The layers of ResNet-50 that stay on chip, channels first."""
+    return [
+        (C, side)
+        for C, side in RESNET50
+        if _geometry.channels_first_resident(batch, C, side * side, itemsize, 16 // itemsize, arrays, device)
+    ]
+
+
+def test_resnet50():
+    assert kept(32, 2, 1, H200) == kept(32, 2, 2, H200) == kept(32, 4, 1, H200) == RESNET50
+    assert kept(32, 4, 2, H200) == RESNET50[1:]
+    assert kept(64, 2, 1, H200) == RESNET50
+    assert kept(64, 2, 2, H200) == RESNET50[1:]
+    assert kept(32, 2, 1, A100) == [layer for layer in RESNET50 if layer[1] <= 28]
+    assert kept(32, 2, 1, T4) == [layer for layer in RESNET50 if layer[1] <= 28]
+    assert kept(32, 4, 2, RTX_4090) == [layer for layer in RESNET50 if layer[1] <= 14]
+
+
+@pytest.mark.parametrize("device", [H200, A100, RTX_4090, T4], ids=["H200", "A100", "RTX 4090", "T4"])
+def test_small_arrays_take_one_launch(device):
+    for N, C, L in (8, 16, 14 * 14), (4, 3, 64), (2, 1, 1000), (128, 512, 1), (64, 10, 1), (256, 100, 1):
+        for arrays in 1, 2:
+            if L == 1:
+                assert _geometry.channels_last_resident(N, C, 4, 1 if C % 4 else 4, arrays, device)
+            else:
+                assert _geometry.channels_first_resident(N, C, L, 4, 4, arrays, device)
+
+
+def test_a_few_large_channels_are_streamed():
+    """They would leave most of the device idle."""
+    assert choose_cluster(3, 60_000, 16, 1, H200) is None
+    assert choose_cluster(3, 6_000, 16, 1, H200) is not None  # but it would be done before a second launch began
+    assert choose_cluster(64, 60_000, 16, 1, H200).blocks == 8
+
+
+def test_blocks_are_no_more_than_keep_the_device_busy():
+    assert [choose_cluster(C, 10_000, 16, 1, H200).blocks for C in (2000, 264, 263, 132, 131, 66)] == [2, 2, 2, 2, 4, 4]
+    assert [choose_cluster(C, 4_000, 16, 1, H200).blocks for C in (2000, 264, 263, 132, 131, 66)] == [1, 1, 2, 2, 4, 4]
