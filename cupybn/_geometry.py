@@ -36,8 +36,9 @@ CHANNELS_FIRST_OWN = 1 << 10
 CHANNELS_LAST_OWN = 16 << 10
 """On chip: bytes of a block's shared memory that are not for the tensor."""
 TILE_PACKS = (4, 2)
-"""Channels last: packs of a row that a block takes, of many columns and of few. Merging P parts of Q lanes costs P * Q reads
-in each block, and narrow tiles make few parts of few lanes; two packs are a sector, the least that memory hands out."""
+"""Channels last: packs of a row that a block takes, of many columns and of few. Merging P parts of Q lanes costs P * Q
+reads in each block, and narrow tiles make few parts of few lanes; two packs are a sector, the least that memory hands
+out."""
 TILE_ELEMENTS = (32, 16)
 """Channels last: elements of a row that a block takes, where memory is not aligned."""
 FEW_COLUMNS = 16
