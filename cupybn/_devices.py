@@ -135,6 +135,7 @@ def _index(device: str) -> int:
     return int(device.removeprefix("cuda:"))
 
 
+@functools.cache
 def import_cupy() -> ModuleType:
     """CuPy, for those who know by now that it is wanted."""
     import cupy

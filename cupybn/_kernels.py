@@ -167,7 +167,8 @@ class Kernel:
                 continue
             if getattr(array, "dtype", None) != dtype or not array.flags.c_contiguous:
                 raise self._unexpected(i, f"a C-contiguous array of {dtype}", array)
-            self._check_device(i, array, device)
+            if array.data.device_id != device:
+                raise self._elsewhere(i, array, device)
         for i, nullable in self._vectors:
             array = values[i]
             if array is None and nullable:
@@ -175,7 +176,8 @@ class Kernel:
                 continue
             if getattr(array, "ndim", None) != 1 or _vector_dtype(array.dtype) < 0:
                 raise self._unexpected(i, f"a 1-D array of {', '.join(FLOATS)}", array)
-            self._check_device(i, array, device)
+            if array.data.device_id != device:
+                raise self._elsewhere(i, array, device)
             values[i] = _vector(array.data.ptr, array.strides[0], _vector_dtype(array.dtype))
         if shared > self._shared.get(device, SHARED):
             self.raw.max_dynamic_shared_size_bytes = self._shared[device] = shared
@@ -190,9 +192,8 @@ class Kernel:
         odd = sorted(arguments.keys() ^ set(self._names))
         raise TypeError(f"{self.name}: expected {', '.join(self._names)} (missing or unknown: {', '.join(odd)})")
 
-    def _check_device(self, i: int, array: Array, device: int) -> None:
-        if array.data.device_id != device:
-            raise ValueError(f"{self.name}: expected {self._names[i]} on device {device} (got {array.data.device_id})")
+    def _elsewhere(self, i: int, array: Array, device: int) -> ValueError:
+        return ValueError(f"{self.name}: expected {self._names[i]} on device {device} (got {array.data.device_id})")
 
     def _unexpected(self, i: int, expected: str, value: Any) -> TypeError:
         return TypeError(f"{self.name}: {self._names[i]}: expected {expected} (got {_describe(value)})")

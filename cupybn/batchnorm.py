@@ -134,7 +134,7 @@ class _BatchNorm:
             As `cupybn.functional.batch_norm`, and if the rank is wrong. The layer is as it was then.
         """
         with self._settled(input):
-            return functional.forward(self._call(input, residual))[0]
+            return functional.forward(self._call(input, residual))
 
     def __call__(self, input: Array, residual: Array | None = None) -> Array:
         return self.forward(input, residual)

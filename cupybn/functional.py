@@ -105,7 +105,7 @@ def batch_norm(
     call = Call(
         input, running_mean, running_var, weight, bias, training, momentum, eps, residual, activation, channel_axis
     )
-    return forward(call, out)[0]
+    return forward(call, out)
 
 
 def batch_norm_vjp(
@@ -192,46 +192,57 @@ def moments(input: Array, *, channel_axis: int = 1) -> tuple[Array, Array]:
 
 def forward_vjp(call: Call) -> tuple[Array, VjpFn]:
     """The output, and the function that goes back."""
-    output, saved = forward(call, for_vjp=True)
+    output, saved = _forward(call, None, for_vjp=True)
+    assert saved is not None
 
     def vjp_fn(grad_output: Array) -> BatchNormGrads:
-        _checks.check_like("grad_output", grad_output, saved.call.input)
+        _checks.check_like("grad_output", grad_output, saved.input)
         with current(grad_output):
             return backward(saved, grad_output)
 
     return output, vjp_fn
 
 
+def forward(call: Call, out: Array | None = None) -> Array:
+    """The output."""
+    return _forward(call, out, for_vjp=False)[0]
+
+
 class Saved(NamedTuple):
     """What the way back needs of the way forth."""
 
-    call: Call  # with dense input, and without residual
+    input: Array  # dense
+    weight: Array | None
+    bias: Array | None
+    training: bool
+    eps: float
+    activation: str | None
     layout: Layout
     statistics: Statistics | None  # None for an empty input, which has none
     has_residual: bool
     mask: Array | None  # where ReLU passed, if a residual had its part in it
 
 
-def forward(call: Call, out: Array | None = None, for_vjp: bool = False) -> tuple[Array, Saved]:
-    """The output, and what `backward` needs, once the arguments are checked."""
+def _forward(call: Call, out: Array | None, for_vjp: bool) -> tuple[Array, Saved | None]:
+    """The output and, for the way back, what it needs."""
     layout = call.checked_layout(out)
     with current(call.input):
-        return checked_forward(call, layout, out, for_vjp)
+        return _checked_forward(call, layout, out, for_vjp)
 
 
-def checked_forward(call: Call, layout: Layout, out: Array | None, for_vjp: bool) -> tuple[Array, Saved]:
+def _checked_forward(call: Call, layout: Layout, out: Array | None, for_vjp: bool) -> tuple[Array, Saved | None]:
     """The same for arguments that fit together, on the current device."""
     ops = ops_for(call.input)
-    has_residual = call.residual is not None
-    call = call._replace(input=layout.conform(call.input), eps=float(call.eps))
-    output = out if out is not None and layout.matches(out) else layout.empty_like(call.input)
-    x, residual, y = layout.view(call.input), layout.view(layout.conform(call.residual)), layout.view(output)
+    input: Array = layout.conform(call.input)
+    eps, has_residual = float(call.eps), call.residual is not None
+    output = out if out is not None and layout.matches(out) else layout.empty_like(input)
+    x, residual, y = layout.view(input), layout.view(layout.conform(call.residual)), layout.view(output)
     statistics = mask = None
 
-    if call.input.size > 0:
+    if input.size > 0:
         if for_vjp and has_residual and call.activation is not None:
             mask = ops.empty_mask(x, residual, y)
-        step = (call.eps, call.weight, call.bias, residual, call.activation, *call.running(), y, mask, for_vjp)
+        step = (eps, call.weight, call.bias, residual, call.activation, *call.running(), y, mask, for_vjp)
         if call.training:
             statistics = ops.bn_forward(x, *step, scratch=y if out is None else None)
         else:
@@ -239,27 +250,32 @@ def checked_forward(call: Call, layout: Layout, out: Array | None, for_vjp: bool
         if out is not None and output is not out:
             out[...] = output
 
-    saved = Saved(call._replace(residual=None), layout, statistics, has_residual, mask)
-    return output if out is None else out, saved
+    output = output if out is None else out
+    if not for_vjp:
+        return output, None
+    training = call.training
+    return output, Saved(
+        input, call.weight, call.bias, training, eps, call.activation, layout, statistics, has_residual, mask
+    )
 
 
 def backward(saved: Saved, grad_output: Array) -> BatchNormGrads:
     """The gradients of the arguments, from that of the output."""
-    call, layout, statistics, has_residual, mask = saved
-    ops = ops_for(call.input)
+    input, weight, bias, training, eps, activation, layout, statistics, has_residual, mask = saved
+    ops = ops_for(input)
     grad_output = layout.conform(grad_output)
-    dinput = layout.empty_like(call.input)
+    dinput = layout.empty_like(input)
     new = zeros_like if statistics is None else empty_like
-    dweight, dbias = (None if vector is None else new(vector) for vector in (call.weight, call.bias))
+    dweight, dbias = (None if vector is None else new(vector) for vector in (weight, bias))
     # What nothing masked is the gradient of the output.
-    dresidual = layout.empty_like(call.input) if has_residual and call.activation is not None else grad_output
+    dresidual = layout.empty_like(input) if has_residual and activation is not None else grad_output
 
     if statistics is not None:
-        dy, x, dx = layout.view(grad_output), layout.view(call.input), layout.view(dinput)
-        step = (dy, x, statistics, call.eps, call.weight, call.bias, call.activation, mask)
+        dy, x, dx = layout.view(grad_output), layout.view(input), layout.view(dinput)
+        step = (dy, x, statistics, eps, weight, bias, activation, mask)
         gradients = (dx, layout.view(dresidual) if mask is not None else None, dweight, dbias)
-        if call.training or dweight is not None or dbias is not None:
-            inv_count = layout.shape[1] / call.input.size if call.training else 0.0
+        if training or dweight is not None or dbias is not None:
+            inv_count = layout.shape[1] / input.size if training else 0.0
             ops.bn_backward(*step, inv_count, *gradients, scratch=dx)
         else:
             ops.bn_backward_input(*step, None, 0.0, *gradients)

@@ -13,9 +13,12 @@ from cupybn import _devices
 
 @pytest.fixture(autouse=True)
 def _forget():
-    _devices.cuda_missing.cache_clear()
+    caches = _devices.cuda_missing, _devices.import_cupy
+    for cache in caches:
+        cache.cache_clear()
     yield
-    _devices.cuda_missing.cache_clear()
+    for cache in caches:
+        cache.cache_clear()
 
 
 @pytest.fixture
