@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import re
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -117,6 +118,9 @@ def _describe(value: Any) -> str:
     return f"shape {value.shape}, strides {value.strides}, {value.dtype}"
 
 
+_asking = threading.Lock()
+
+
 class Kernel:
     """A kernel with a set of macros, compiled at its first launch.
 
@@ -180,7 +184,10 @@ class Kernel:
                 raise self._elsewhere(i, array, device)
             values[i] = _vector(array.data.ptr, array.strides[0], _vector_dtype(array.dtype))
         if shared > self._shared.get(device, SHARED):
-            self.raw.max_dynamic_shared_size_bytes = self._shared[device] = shared
+            with _asking:  # or another thread could ask for less, later
+                most = max(shared, self._shared.get(device, SHARED))
+                self.raw.max_dynamic_shared_size_bytes = most
+                self._shared[device] = most
         self.raw(grid, (block,), values, shared_mem=shared)
 
     def _in_order(self, arguments: Mapping[str, Any]) -> list[Any]:

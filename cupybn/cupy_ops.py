@@ -342,7 +342,10 @@ def _resident_plan(
         geometry = _geometry.channels_first_resident(N, C, L, dtype.itemsize, width, ON_CHIP[step], device)
     if geometry is None:
         return None
-    macros = _macros(dtype, vectorized, _index_bits(shape), geometry.threads, geometry.cluster)
+    beyond = (
+        geometry.threads // geometry.sizes.get("slots_per_row", geometry.threads) + 1
+    )  # rows that strides go too far
+    macros = _macros(dtype, vectorized, _index_bits((N + beyond, C, L)), geometry.threads, geometry.cluster)
     return _Plan(kernel(f"{layout}/{step}", **macros), geometry)
 
 

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
-
-from cupybn._kernels import kernel_names, source
-from tests import nvrtc
 
 EMULATED = Path(__file__).parent / "emulated"
 
@@ -34,36 +30,6 @@ def _use_a_gpu_or_the_stand_in() -> None:
 
 
 _use_a_gpu_or_the_stand_in()
-
-
-_stop = threading.Event()
-
-
-def pytest_collection_finish(session):
-    """Before a long run, compile all kernels for the stand-in beside the tests, which leave a processor to it."""
-    import cupy
-
-    if hasattr(cupy, "emulator") and len(session.items) > 1000 and not hasattr(session.config, "workerinput"):
-        cupy.RawModule(code="").compile()  # the runtime, which all need
-        instances = [instance for name in kernel_names() for instance in nvrtc.instances(name)]
-        instances.sort(key=lambda i: (i.index_bits, not i.vectorized, i.dtype != "float32"))
-        # All that the thread needs, before tests turn the loader to other folders.
-        kernels = [(source(i.kernel), i.kernel.rpartition("/")[2], i.options) for i in instances]
-        session.config.ahead = threading.Thread(target=_compile_ahead, args=(cupy, kernels))
-        session.config.ahead.start()
-
-
-def pytest_sessionfinish(session):
-    _stop.set()
-    if hasattr(session.config, "ahead"):
-        session.config.ahead.join()
-
-
-def _compile_ahead(cupy, kernels):
-    for kernel in kernels:
-        if _stop.is_set():
-            return
-        cupy.RawKernel(*kernel).compile()
 
 
 @pytest.fixture(params=["cpu", "cuda:0"])

@@ -52,10 +52,27 @@ def cases():
                     )
 
 
-on_cases = pytest.mark.parametrize(("shape", "dtype", "offset"), list(cases()))
-FUSED = pytest.mark.parametrize(
-    ("activation", "has_residual"), [(None, False), ("relu", False), ("relu", True)], ids=["", "relu", "residual, relu"]
-)
+def fused(cases):
+    """Each with the most that is fused, and some with less."""
+    for case in cases:
+        yield pytest.param(*case.values, "relu", True, id=f"{case.id}, residual, relu")
+        if any(name in case.id for name in SOME):
+            yield pytest.param(*case.values, None, False, id=case.id)
+            yield pytest.param(*case.values, "relu", False, id=f"{case.id}, relu")
+
+
+def clustered(cases):
+    """With clusters of eight blocks, and some without."""
+    for case in cases:
+        for blocks in (1, 8) if case.id.startswith(SOME) and case.id.endswith("residual, relu") else (8,):
+            yield pytest.param(*case.values, blocks, id=f"{case.id}, clusters of {blocks}")
+
+
+CASE = ("shape", "dtype", "offset")
+on_cases = pytest.mark.parametrize(CASE, list(cases()))
+on_float32 = pytest.mark.parametrize(CASE, [case for case in cases() if case.values[1] == np.float32])
+on_fused = pytest.mark.parametrize((*CASE, "activation", "has_residual"), list(fused(cases())))
+on_clusters = pytest.mark.parametrize((*CASE, "activation", "has_residual", "blocks"), list(clustered(fused(cases()))))
 ACTIVATIONS = pytest.mark.parametrize("activation", [None, "relu"])
 RESIDUALS = pytest.mark.parametrize("has_residual", [False, True], ids=["", "residual"])
 
@@ -116,7 +133,7 @@ def test_bn_stats(rng, shape, dtype, offset):
     assert np.all(np.abs(m2 - m20) <= 8 * arrays.unit * m20)
 
 
-@on_cases
+@on_float32
 def test_mean_and_var(rng, shape, dtype, offset):
     arrays = Arrays(rng, shape, dtype, offset)
     parts = cupy_ops.bn_stats(*arrays.on_device("x"))
@@ -127,8 +144,7 @@ def test_mean_and_var(rng, shape, dtype, offset):
             np.testing.assert_allclose(to_numpy(a), b, rtol=np.finfo(out).eps + 1e-13)
 
 
-@FUSED
-@on_cases
+@on_fused
 def test_bn_normalize(rng, shape, dtype, offset, activation, has_residual):
     """From running statistics to the bit; from moments, whose merged bits may differ by one, to rounding."""
     arrays = Arrays(rng, shape, dtype, offset, has_residual)
@@ -157,7 +173,7 @@ def test_bn_normalize(rng, shape, dtype, offset, activation, has_residual):
 
 
 @pytest.mark.parametrize("target", ["x", "residual"])
-@on_cases
+@on_float32
 def test_bn_normalize_in_place(rng, shape, dtype, offset, target):
     arrays = Arrays(rng, shape, dtype, offset, has_residual=True)
     x, residual, mean, var = arrays.on_device("x", "residual", "mean", "var")
@@ -207,8 +223,7 @@ def close_sums(arrays, ours, theirs):
         assert np.all(np.abs(a - b) <= 32 * arrays.unit * terms.sum((0, 2)))
 
 
-@FUSED
-@on_cases
+@on_fused
 def test_bn_backward_reduce(rng, shape, dtype, offset, activation, has_residual):
     arrays = Arrays(rng, shape, dtype, offset, has_residual)
     ours, theirs = ways(arrays, activation)
@@ -216,8 +231,7 @@ def test_bn_backward_reduce(rng, shape, dtype, offset, activation, has_residual)
     close_sums(arrays, [a.sum(0) for a in sums], [b[0] for b in expected])
 
 
-@FUSED
-@on_cases
+@on_fused
 def test_bn_backward_input(rng, shape, dtype, offset, activation, has_residual):
     """From the same statistics and one part of sums, to the bit, in training and in eval."""
     arrays = Arrays(rng, shape, dtype, offset, has_residual)
@@ -231,15 +245,6 @@ def test_bn_backward_input(rng, shape, dtype, offset, activation, has_residual):
         numpy_ops.bn_backward_input(*theirs, sums, inv_count, *expected)
         for a, b in zip(gradients, expected, strict=True):
             np.testing.assert_array_equal(to_numpy(a).astype(np.float64), b.astype(np.float64))
-
-
-def cluster_cases():
-    for case in cases():
-        for blocks in (1, 8) if any(name in case.id for name in SOME) else (8,):
-            yield pytest.param(*case.values, blocks, id=f"{case.id}, clusters of {blocks}")
-
-
-on_clusters = pytest.mark.parametrize(("shape", "dtype", "offset", "blocks"), list(cluster_cases()))
 
 
 @pytest.fixture
@@ -269,7 +274,6 @@ def check_clusters(chosen, blocks, x):
     assert all(plan is not None and plan.geometry.cluster == blocks for plan in chosen) or not fits
 
 
-@FUSED
 @on_clusters
 def test_bn_forward(rng, shape, dtype, offset, activation, has_residual, blocks, on_chip):
     arrays = Arrays(rng, shape, dtype, offset, has_residual)
@@ -294,7 +298,7 @@ def test_bn_forward(rng, shape, dtype, offset, activation, has_residual, blocks,
 
 @pytest.mark.parametrize("target", ["x", "residual"])
 @pytest.mark.parametrize("blocks", [8])
-@on_cases
+@on_float32
 def test_bn_forward_in_place(rng, shape, dtype, offset, target, blocks, on_chip):
     arrays = Arrays(rng, shape, dtype, offset, has_residual=True)
     x, residual = arrays.on_device("x", "residual")
@@ -308,7 +312,6 @@ def test_bn_forward_in_place(rng, shape, dtype, offset, target, blocks, on_chip)
     check_clusters(on_chip, blocks, x)
 
 
-@FUSED
 @on_clusters
 def test_bn_backward(rng, shape, dtype, offset, activation, has_residual, blocks, on_chip):
     arrays = Arrays(rng, shape, dtype, offset, has_residual)
