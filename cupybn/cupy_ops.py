@@ -342,10 +342,10 @@ def _resident_plan(
         geometry = _geometry.channels_first_resident(N, C, L, dtype.itemsize, width, ON_CHIP[step], device)
     if geometry is None:
         return None
-    beyond = (
-        geometry.threads // geometry.sizes.get("slots_per_row", geometry.threads) + 1
-    )  # rows that strides go too far
-    macros = _macros(dtype, vectorized, _index_bits((N + beyond, C, L)), geometry.threads, geometry.cluster)
+    # Strides of a block go over the end by so many rows.
+    beyond = geometry.threads // geometry.sizes.get("slots_per_row", geometry.threads) + 1
+    index_bits = _index_bits((N + beyond, C, L))
+    macros = _macros(dtype, vectorized, index_bits, geometry.threads, geometry.cluster)
     return _Plan(kernel(f"{layout}/{step}", **macros), geometry)
 
 

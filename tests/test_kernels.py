@@ -441,6 +441,16 @@ def test_64_bit_indices(shape, dtype, offset, monkeypatch):
     assert all_results(np.random.default_rng(0), shape, dtype, offset) == expected
 
 
+@pytest.mark.usefixtures("fresh_plans")
+@pytest.mark.parametrize(
+    ("shape", "bits"), [((2, 10**6, 8), 32), ((2, 10**8, 8), 64), ((1000, 2 * 10**5, 8), 32)], ids=str
+)
+def test_strides_over_the_end_count_for_indices(shape, bits):
+    """A stride of 128 rows, of arrays of fewer than 2^31 elements."""
+    plan = cupy_ops._resident_plan("bn_forward", shape, np.dtype(np.float16), True, 0)
+    assert f"-DINDEX_BITS={bits}" in plan.kernel.options
+
+
 @only_emulated
 @VARIED
 @pytest.mark.usefixtures("streamed")
