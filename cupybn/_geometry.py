@@ -1,6 +1,6 @@
 """How launches are laid over arrays: pure functions of shape, width of a pack and, for elementwise steps, the device.
 
-Sums are split by shape and alignment alone: the order of additions is the same on every device.
+Sums that are streamed are split by shape and alignment alone: the order of additions is the same on every device.
 """
 
 from __future__ import annotations

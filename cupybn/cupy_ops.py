@@ -145,10 +145,8 @@ def empty_mask(x: Array, residual: Array, out: Array) -> Array:
 
     uint8 where the step reads whole packs, bool where single elements.
     """
-    _, C, L = x.shape
-    width = PACK // x.dtype.itemsize
-    whole = width <= L if L > 1 else C % width == 0  # else several rows, or several threads, would share a byte
-    if not (whole and _aligned(x, residual, out)):
+    width, L = PACK // x.dtype.itemsize, x.shape[2]
+    if not (_whole_packs(x.shape, width) and _aligned(x, residual, out)):
         return empty(x.shape, x, np.bool_)
     packs = -(-x.size // width)
     return empty((packs if L % width == 0 or L == 1 else 2 * packs,), x, np.uint8)
@@ -299,6 +297,15 @@ def _vectorized(mask: Array | None, *arrays: Array | None) -> bool:
     return _aligned(*arrays) if mask is None else bool(mask.dtype == np.uint8)
 
 
+def _whole_packs(shape: tuple[int, int, int], width: int) -> bool:
+    """Whether packs have elements of one or two rows: of more, several blocks or threads would share a byte of a mask.
+
+    Steps that keep channels on chip read single elements then, with a mask and without: the bits are the same.
+    """
+    _, C, L = shape
+    return width <= L if L > 1 else C % width == 0
+
+
 def _aligned(*arrays: Array | None) -> bool:
     """Whether packs of all these can be read."""
     return all(array is None or array.data.ptr % PACK == 0 for array in arrays)
@@ -330,14 +337,12 @@ def _resident_plan(
     N, C, L = shape
     device = _device(device_index)
     width = PACK // dtype.itemsize if vectorized else 1
+    if not _whole_packs(shape, width):
+        vectorized, width = False, 1
     if L == 1:
-        if C % width > 0:
-            vectorized, width = False, 1
         layout = "channels_last"
         geometry = _geometry.channels_last_resident(N, C, dtype.itemsize, width, ON_CHIP[step], device)
     else:
-        if width > L:  # with a mask there would be no packs, and the bits must be the same
-            vectorized, width = False, 1
         layout = "channels_first"
         geometry = _geometry.channels_first_resident(N, C, L, dtype.itemsize, width, ON_CHIP[step], device)
     if geometry is None:

@@ -9,7 +9,7 @@ struct Moments {
 // The moments of two sets of values together; share = b.count / (a.count + b.count). Chan, Golub and LeVeque (1979).
 DEVICE Moments merge(const Moments& a, const Moments& b, double share) {
     const double delta = b.mean - a.mean;
-    return {a.count + b.count, a.mean + delta * share, a.m2 + b.m2 + delta * delta * (a.count * share)};
+    return {a.count + b.count, a.mean + delta * share, a.m2 + b.m2 + delta * (delta * (a.count * share))};
 }
 DEVICE Moments merge(const Moments& a, const Moments& b) {
     const double count = a.count + b.count;

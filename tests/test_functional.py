@@ -623,3 +623,24 @@ def test_a_fresh_layer_in_eval_is_nearly_the_identity(xp, device, view):
     layers = {2: cupybn.BatchNorm1d, 3: cupybn.BatchNorm1d, 4: cupybn.BatchNorm2d, 5: cupybn.BatchNorm3d}
     layer = layers[x.ndim](x.shape[view.axis], channel_axis=view.axis, device=device).eval()
     assert_close(layer(x), to_numpy(x) / np.sqrt(1 + 1e-5), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((20001, 10), np.float16), ((30001, 9), np.float64), ((8, 5, 3), np.float16)], ids=str
+)
+def test_the_way_back_changes_no_bits_of_the_output(xp, rng, shape, dtype):
+    """Rows that do not end with a pack, of many parts: a mask is written element by element."""
+    x, residual = (xp.asarray(rng.normal(size=shape).astype(dtype)) for _ in range(2))
+    outputs = []
+    for function in F.batch_norm, lambda *args, **kwargs: F.batch_norm_vjp(*args, **kwargs)[0]:
+        running = xp.zeros(shape[1]), xp.ones(shape[1])
+        y = function(x, *running, training=True, residual=residual, activation="relu")
+        outputs.append(bits(y, *running))
+    assert outputs[0] == outputs[1]
+
+
+def test_a_constant_channel_of_any_float64(xp):
+    for shape in (40, 4), (40, 3), (4, 3, 50), (9001, 6):
+        x = xp.asarray(np.full(shape, 1e200))
+        y = F.batch_norm(x, None, None, None, xp.asarray(np.full(shape[1], 0.5)), training=True)
+        assert np.all(to_numpy(y) == 0.5), shape

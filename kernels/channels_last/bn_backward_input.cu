@@ -40,7 +40,7 @@ extern "C" __global__ void LAUNCH_BOUNDS bn_backward_input(
 
     double all_dy = 0, all_dy_xhat = 0;  // of lane q, for threads that are lanes
     if (sums_dy) {
-        const Standing at(block.lanes, parts);
+        const Standing at(block.lanes, min((int)parts, MERGING_ROWS));
         const long long c = block.channel(at.q);
         for (int p = at.row; p < parts && at.row < at.rows; p += at.rows) {
             all_dy += sums_dy[p * C + c];

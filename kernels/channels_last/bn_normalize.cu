@@ -43,7 +43,7 @@ extern "C" __global__ void LAUNCH_BOUNDS bn_normalize(
 
     Moments batch = {0, 0, 0};  // of lane q, for threads that are lanes
     if (moments_count) {
-        const Standing at(block.lanes, parts);
+        const Standing at(block.lanes, min((int)parts, MERGING_ROWS));
         const long long c = block.channel(at.q);
         for (int p = at.row; p < parts && at.row < at.rows; p += at.rows)
             batch = merge(batch, {moments_count[p], moments_mean[p * C + c], moments_m2[p * C + c]});

@@ -14,6 +14,7 @@
 #include "../moments.cuh"
 
 constexpr int MOST_LANES = 32;  // of a tile
+constexpr int MERGING_ROWS = THREADS / MOST_LANES;  // of threads: parts merge in the same order, however wide a tile is
 
 // Where the mask of a pack is, out of the byte of each pack. There is a mask only if rows end with a pack.
 template <class T>
