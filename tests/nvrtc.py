@@ -24,7 +24,8 @@ from cupybn.cupy_ops import ON_CHIP, _macros
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 MEMORY = {(1, 32): FLOATS, (1, 64): ("float16", "float64"), (0, 32): ("bfloat16", "float32")}
-"""Whether whole packs are read, and bits of indices, with the dtypes to compile; CUPYBN_COMPILE_ALL=1 compiles all."""
+"""Whether whole packs are read, and bits of indices, with the dtypes to compile for the oldest, the newest and one more
+architecture; for others the first of these. CUPYBN_COMPILE_ALL=1 compiles all for all."""
 _LIBRARY = "nvrtc64_*_0.dll" if sys.platform == "win32" else "libnvrtc.so.*"
 
 
@@ -51,9 +52,10 @@ class Instance(NamedTuple):
         ).options
 
 
-def _choices() -> Iterable[tuple[Any, ...]]:
+def _choices(architecture: int) -> Iterable[tuple[Any, ...]]:
     every = os.environ.get("CUPYBN_COMPILE_ALL") == "1"
-    return ((dtype, memory) for memory, dtypes in MEMORY.items() for dtype in (FLOATS if every else dtypes))
+    some = MEMORY if every or architecture in (75, 90, 120) else {(1, 32): FLOATS}
+    return ((dtype, memory) for memory, dtypes in some.items() for dtype in (FLOATS if every else dtypes))
 
 
 def instances(kernel: str, architecture: int = 90) -> list[Instance]:
@@ -65,9 +67,9 @@ def instances(kernel: str, architecture: int = 90) -> list[Instance]:
     elif step in ON_CHIP:
         threads = RESIDENT_THREADS[-1] if layout == "channels_first" else THREADS
         blocks = BLOCKS[-1] if architecture >= 90 else BLOCKS[0]
-        choices = ((*choice, threads, blocks) for choice in _choices())
+        choices = ((*choice, threads, blocks) for choice in _choices(architecture))
     else:
-        choices = _choices()
+        choices = _choices(architecture)
     return [Instance(kernel, dtype, *memory, *more) for dtype, memory, *more in choices]
 
 
