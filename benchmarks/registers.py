@@ -22,7 +22,8 @@ from tests.nvrtc import ARCHITECTURES, Instance, Usage
 HEADER = """# Registers
 
 Registers of a thread, by compute capability, and static shared memory of a block in bytes; NVRTC {version}. Spills are
-bytes stored + loaded, where there are any. Written by `benchmarks/registers.py`.
+bytes stored + loaded, where there are any. Kernels that keep channels on chip are compiled for their largest blocks, in
+clusters of eight from 9.0 on. Written by `benchmarks/registers.py`.
 
 """
 COLUMNS = ["kernel", "dtype", "packs", "index", *(f"{a // 10}.{a % 10}" for a in ARCHITECTURES), "shared", "spills"]
@@ -52,8 +53,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=results, help="folder for the table")
     args = parser.parse_args()
 
-    instances = [instance for kernel in _kernels.kernel_names() for instance in nvrtc.instances(kernel)]
-    jobs = [(instance, architecture) for instance in instances for architecture in ARCHITECTURES]
+    by_architecture = [
+        [instance for kernel in _kernels.kernel_names() for instance in nvrtc.instances(kernel, a, everything=True)]
+        for a in ARCHITECTURES
+    ]
+    instances = by_architecture[-1]
+    jobs = [job for same in zip(*by_architecture, strict=True) for job in zip(same, ARCHITECTURES, strict=True)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         logs = pool.map(lambda job: nvrtc.compile_instance(*job)[1], jobs)
         usages = [nvrtc.usage(log) for log in tqdm(logs, total=len(jobs), unit="kernel")]

@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -25,7 +25,7 @@ from cupybn.cupy_ops import ON_CHIP, _macros
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 MEMORY = {(1, 32): FLOATS, (1, 64): ("float16", "float64"), (0, 32): ("bfloat16", "float32")}
 """Whether whole packs are read, and bits of indices, with the dtypes to compile for the oldest, the newest and one more
-architecture; for others the first of these. CUPYBN_COMPILE_ALL=1 compiles all for all."""
+architecture where a choice will do; for others it is the first of these."""
 _LIBRARY = "nvrtc64_*_0.dll" if sys.platform == "win32" else "libnvrtc.so.*"
 
 
@@ -52,25 +52,21 @@ class Instance(NamedTuple):
         ).options
 
 
-def _choices(architecture: int) -> Iterable[tuple[Any, ...]]:
-    every = os.environ.get("CUPYBN_COMPILE_ALL") == "1"
-    some = MEMORY if every or architecture in (75, 90, 120) else {(1, 32): FLOATS}
-    return ((dtype, memory) for memory, dtypes in some.items() for dtype in (FLOATS if every else dtypes))
-
-
-def instances(kernel: str, architecture: int = 90) -> list[Instance]:
-    """What the library may ask for: of blocks and clusters the largest, 64-bit indices for whole packs alone."""
+def instances(kernel: str, architecture: int, everything: bool = False) -> list[Instance]:
+    """What the library may ask for: of blocks and clusters the largest; a choice of it, or everything."""
     layout, _, step = kernel.rpartition("/")
-    choices: Iterable[tuple[Any, ...]]
     if not layout:  # over vectors of one value per channel
-        choices = itertools.product(("float32", "float64"), [(0, 32)])
-    elif step in ON_CHIP:
+        return [Instance(kernel, dtype, 0, 32) for dtype in ("float32", "float64")]
+    more: tuple[int, ...] = ()
+    if step in ON_CHIP:
         threads = RESIDENT_THREADS[-1] if layout == "channels_first" else THREADS
-        blocks = BLOCKS[-1] if architecture >= 90 else BLOCKS[0]
-        choices = ((*choice, threads, blocks) for choice in _choices(architecture))
-    else:
-        choices = _choices(architecture)
-    return [Instance(kernel, dtype, *memory, *more) for dtype, memory, *more in choices]
+        more = (threads, BLOCKS[-1] if architecture >= 90 else BLOCKS[0])
+    some = MEMORY if everything or architecture in (75, 90, 120) else {(1, 32): FLOATS}
+    return [
+        Instance(kernel, dtype, *memory, *more)
+        for memory, dtypes in some.items()
+        for dtype in (FLOATS if everything else dtypes)
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

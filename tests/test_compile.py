@@ -15,6 +15,7 @@ from tests.nvrtc import ARCHITECTURES
 
 pytestmark = pytest.mark.skipif(nvrtc.find_library() is None, reason="no NVRTC: pip install nvidia-cuda-nvrtc")
 
+EVERYTHING = os.environ.get("CUPYBN_COMPILE_ALL") == "1"
 MOST_REGISTERS = 255  # of a thread
 REGISTERS = 65536  # of a block
 STATIC_SHARED = 48 << 10
@@ -23,7 +24,7 @@ STATIC_SHARED = 48 << 10
 @pytest.mark.parametrize("kernel", _kernels.kernel_names())
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_kernels_compile_without_warnings_and_spills(architecture, kernel):
-    instances = nvrtc.instances(kernel, architecture)
+    instances = nvrtc.instances(kernel, architecture, EVERYTHING)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         results = list(pool.map(lambda instance: nvrtc.compile_instance(instance, architecture), instances))
     for instance, (cubin, log) in zip(instances, results, strict=True):
@@ -48,7 +49,7 @@ def test_errors_name_file_and_line(kernel):
     line = 1 + next(number for number, text in enumerate(lines) if text.startswith(broken))
     text = _kernels.source(kernel).replace(broken, f"broken {broken}")
     with pytest.raises(nvrtc.CompileError, match=rf"(?m)^{re.escape(f'kernels/{kernel}.cu({line}): error')}"):
-        nvrtc.compile_text(text, 90, nvrtc.instances(kernel)[0].options)
+        nvrtc.compile_text(text, 90, nvrtc.instances(kernel, 90)[0].options)
 
 
 def test_errors_in_headers_name_the_header_and_its_line():
@@ -57,7 +58,7 @@ def test_errors_in_headers_name_the_header_and_its_line():
     line = 1 + next(number for number, text in enumerate(lines) if text.startswith(broken))
     text = _kernels.source("channels_first/bn_stats").replace(broken, f"broken {broken}")
     with pytest.raises(nvrtc.CompileError, match=rf"(?m)^kernels/types\.cuh\({line}\): error"):
-        nvrtc.compile_text(text, 90, nvrtc.instances("channels_first/bn_stats")[0].options)
+        nvrtc.compile_text(text, 90, nvrtc.instances("channels_first/bn_stats", 90)[0].options)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
