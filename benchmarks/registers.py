@@ -21,26 +21,27 @@ from tests.nvrtc import ARCHITECTURES, Instance, Usage
 
 HEADER = """# Registers
 
-Registers of a thread, by compute capability, and static shared memory of a block in bytes; NVRTC {version}. Spills are
-bytes stored + loaded, where there are any. Kernels that keep channels on chip are compiled for their largest blocks, in
-clusters of eight from 9.0 on. Written by `benchmarks/registers.py`.
+Registers of a thread, where whole packs are read and indices have 32 bits, by compute capability, and static shared
+memory of a block in bytes; NVRTC {version}. Spills are bytes stored + loaded, where there are any. Kernels that
+keep channels on chip are compiled for their largest blocks, in clusters of eight from 9.0 on. Written by
+`benchmarks/registers.py`.
 
 """
-COLUMNS = ["kernel", "dtype", "packs", "index", *(f"{a // 10}.{a % 10}" for a in ARCHITECTURES), "shared", "spills"]
+USUAL = (1, 32)
+"""Of the instances: those that read whole packs and have 32-bit indices."""
+COLUMNS = ["kernel", "dtype", *(f"{a // 10}.{a % 10}" for a in ARCHITECTURES), "shared", "spills"]
 
 
 def row(instance: Instance, usages: list[Usage]) -> list[str]:
     """The cells of an instance, from its usage on each architecture."""
     spills = [
         f"{column}: {usage.spill_stores} + {usage.spill_loads}"
-        for column, usage in zip(COLUMNS[4:], usages, strict=False)
+        for column, usage in zip(COLUMNS[2:], usages, strict=False)
         if usage.spilled
     ]
     return [
         instance.kernel,
         instance.dtype,
-        "yes" if instance.vectorized else "no",
-        f"{instance.index_bits} bits",
         *(str(usage.registers) for usage in usages),
         str(max(usage.shared for usage in usages)),
         ", ".join(spills) or "-",
@@ -54,7 +55,12 @@ def main() -> None:
     args = parser.parse_args()
 
     by_architecture = [
-        [instance for kernel in _kernels.kernel_names() for instance in nvrtc.instances(kernel, a, everything=True)]
+        [
+            i
+            for kernel in _kernels.kernel_names()
+            for i in nvrtc.instances(kernel, a)
+            if (i.vectorized, i.index_bits) == USUAL
+        ]
         for a in ARCHITECTURES
     ]
     instances = by_architecture[-1]
@@ -66,7 +72,7 @@ def main() -> None:
     each = len(ARCHITECTURES)
     rows = [row(instance, usages[i * each : (i + 1) * each]) for i, instance in enumerate(instances)]
     lines = ["| " + " | ".join(cells) + " |" for cells in (COLUMNS, *rows)]
-    lines.insert(1, "|" + "---|" * 4 + "---:|" * (each + 1) + "---|")
+    lines.insert(1, "|" + "---|" * 2 + "---:|" * (each + 1) + "---|")
     args.output.mkdir(parents=True, exist_ok=True)
     path = args.output / "registers.md"
     path.write_text(HEADER.format(version=nvrtc.version()) + "\n".join(lines) + "\n")

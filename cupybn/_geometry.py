@@ -21,9 +21,9 @@ MOST_GRID_Y = 65535
 MOST_GRID_X = 1 << 30
 """Half of CUDA's own limit."""
 
-RESIDENT_THREADS = (128, 256, 512)
+RESIDENT_THREADS = (128, 512)
 """Channels first, on chip: of a block, fewer where there is less to do."""
-PACKS_PER_THREAD = 4
+PACKS_PER_THREAD = 8
 """Channels first, on chip: that the smaller of these blocks are meant for."""
 SEGMENT = 1 << 12
 """Channels first: elements of a row that a row of threads takes at a time; of its last ones, up to twice as many."""

@@ -24,8 +24,8 @@ from cupybn.cupy_ops import ON_CHIP, _macros
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 MEMORY = {(1, 32): FLOATS, (1, 64): ("float16", "float64"), (0, 32): ("bfloat16", "float32")}
-"""Whether whole packs are read, and bits of indices, with the dtypes to compile for the oldest, the newest and one more
-architecture where a choice will do; for others it is the first of these."""
+"""Whether whole packs are read, and bits of indices, with the dtypes to compile where a choice will do; all but the
+first for one architecture alone."""
 _LIBRARY = "nvrtc64_*_0.dll" if sys.platform == "win32" else "libnvrtc.so.*"
 
 
@@ -61,7 +61,7 @@ def instances(kernel: str, architecture: int, everything: bool = False) -> list[
     if step in ON_CHIP:
         threads = RESIDENT_THREADS[-1] if layout == "channels_first" else THREADS
         more = (threads, BLOCKS[-1] if architecture >= 90 else BLOCKS[0])
-    some = MEMORY if everything or architecture in (75, 90, 120) else {(1, 32): FLOATS}
+    some = MEMORY if everything or architecture == 90 else {(1, 32): FLOATS}
     return [
         Instance(kernel, dtype, *memory, *more)
         for memory, dtypes in some.items()

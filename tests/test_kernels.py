@@ -64,6 +64,8 @@ def fused(cases):
 def clustered(cases):
     """With clusters of eight blocks, and some without."""
     for case in cases:
+        if "bfloat16" in case.id:
+            continue  # what it has of its own is in the steps' tests
         both = case.id.startswith(SOME) and case.id.endswith(("float32, residual, relu", "float16, residual, relu"))
         for blocks in (1, 8) if both else (8,):
             yield pytest.param(*case.values, blocks, id=f"{case.id}, clusters of {blocks}")

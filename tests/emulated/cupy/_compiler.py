@@ -34,7 +34,7 @@ CHECKS = (
 )
 FLAGS = (
     "-std=c++17",
-    "-O1",
+    "-Og",
     "-g1",
     "-gdwarf-4",  # of version 5, some addr2line take the first file for the second
     "-w",
