@@ -27,8 +27,8 @@ cudaDevAttrMemoryClockRate = 36
 cudaDevAttrGlobalMemoryBusWidth = 37
 cudaDevAttrL2CacheSize = 38
 cudaDevAttrMaxThreadsPerMultiProcessor = 39
-cudaDevAttrComputeCapabilityMajor = 75
-cudaDevAttrComputeCapabilityMinor = 76
+deviceAttributeComputeCapabilityMajor = 75  # by these names in CuPy, and by no others
+deviceAttributeComputeCapabilityMinor = 76
 cudaDevAttrMaxSharedMemoryPerMultiprocessor = 81
 cudaDevAttrMaxRegistersPerMultiprocessor = 82
 cudaDevAttrCooperativeLaunch = 95
@@ -159,7 +159,9 @@ def _properties(device: int) -> emulator.Properties:
 
 
 _ATTRIBUTES = {
-    number: name.removeprefix("cudaDevAttr") for name, number in globals().items() if name.startswith("cudaDevAttr")
+    number: name.removeprefix("cudaDevAttr").removeprefix("deviceAttribute")
+    for name, number in globals().items()
+    if name.startswith(("cudaDevAttr", "deviceAttribute"))
 }
 _PROPERTIES = {
     "MaxThreadsPerBlock": "maxThreadsPerBlock",
