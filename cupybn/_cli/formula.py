@@ -11,7 +11,6 @@ import numpy as np
 import numpy.typing as npt
 
 from cupybn._moments import Moments, Statistics, Sums
-from cupybn.numpy_ops import merge
 
 Array = npt.NDArray[Any]
 
@@ -58,7 +57,7 @@ def bn_normalize(
         statistics = Statistics(running_mean.astype(np.float64), running_var.astype(np.float64))
     else:
         statistics = Statistics(*mean_and_var(moments, np.float64))
-        count = merge(moments)[0]
+        count = moments.count.sum()
         for running, new in (running_mean, statistics.mean), (running_var, statistics.var * count / (count - 1)):
             running[...] = (1 - momentum) * running + momentum * new
         if num_batches_tracked is not None:

@@ -93,7 +93,7 @@ def share_of_bound(found: Array, expected: Result, case: Case, against_mirrors: 
         return np.inf
     error = np.abs(found.astype(np.float64) - expected.value.astype(np.float64))
     bound = np.broadcast_to(expected.bound(case, against_mirrors), error.shape)
-    if against_mirrors is False and found.dtype.name in HALF_ULP:  # rounded once more than the formula
+    if not against_mirrors and found.dtype.name in HALF_ULP:  # rounded once more than the formula
         bound = bound + 2 * HALF_ULP[found.dtype.name] * np.abs(expected.value.astype(np.float64))
     share = np.divide(error, bound, out=np.where(error == 0, 0.0, np.inf), where=bound > 0)
     return float(np.max(np.where(np.isnan(share), np.inf, share), initial=0.0))
