@@ -4,6 +4,15 @@ from cupybn import functional
 from cupybn._tracking import no_stats_update
 from cupybn.batchnorm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from cupybn.functional import BatchNormGrads
+from cupybn.syncbatchnorm import SyncBatchNorm
 
 __version__ = "0.1.0"
-__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "BatchNormGrads", "functional", "no_stats_update"]
+__all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "BatchNormGrads",
+    "SyncBatchNorm",
+    "functional",
+    "no_stats_update",
+]

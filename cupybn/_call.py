@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cupybn import _checks
+from cupybn._group import Group
 from cupybn._layout import Layout
 from cupybn._tracking import updates_stats
 
@@ -31,6 +32,8 @@ class Call(NamedTuple):
     channel_axis: int
     num_batches_tracked: Array | None = None
     of_layer: bool = False
+    group: Group | None = None
+    """The ranks that the batch is spread over, in training."""
 
     def checked_layout(self, out: Array | None = None) -> Layout:
         """How the input lies in memory, if all is well.
@@ -71,6 +74,7 @@ class Call(NamedTuple):
                 self.channel_axis,
                 type(self.channel_axis),
                 self.of_layer,
+                self.group and self.group.kinds,
                 updates_stats(),
             )
             hash(key)
@@ -105,7 +109,9 @@ class Call(NamedTuple):
             suggest_axis=self.of_layer,
         )
         _checks.check_eps(self.eps, self.training)
-        if self.training and input.size:
+        if self.group is not None:
+            _checks.check_kind("input", input, self.group.kinds)
+        elif self.training and input.size:
             _checks.check_more_than_one_value(input.shape, axis)
         for name, array in ("residual", self.residual), ("out", out):
             if array is not None:

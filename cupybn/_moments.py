@@ -19,6 +19,12 @@ class Moments(NamedTuple):
     batches: Array | None = None
     """0-d int64: the number of batches before this one, for whoever moves the counter and needs its old value."""
 
+    @classmethod
+    def of_rows(cls, rows: Array, batches: Array | None = None) -> Moments:
+        """Of the rows that `merge_moments` makes, (P, 1 + 2 C): what ranks send each other."""
+        C = rows.shape[1] // 2
+        return cls(rows[:, 0], rows[:, 1 : 1 + C], rows[:, 1 + C :], batches)
+
 
 class Statistics(NamedTuple):
     """Mean and biased variance of each channel: copies, so that what used them stays right. float64."""
@@ -32,3 +38,9 @@ class Sums(NamedTuple):
 
     dy: Array  # (P, C)  sum(dy), the gradient of bias
     dy_xhat: Array  # (P, C)  sum(dy * xhat), the gradient of weight
+
+    @classmethod
+    def of_rows(cls, rows: Array) -> Sums:
+        """Of the row that `merge_sums` makes, (1, 2 C)."""
+        C = rows.shape[1] // 2
+        return cls(rows[:, :C], rows[:, C:])

@@ -178,9 +178,7 @@ class _BatchNorm:
     def _settled(self, input: Array) -> Iterator[None]:
         """Check the rank and, on the first input, take the number of features from it, unless the call fails."""
         _checks.check_array("input", input)
-        if input.ndim not in self._ranks:
-            expected = " or ".join(f"{rank}D" for rank in self._ranks)
-            raise ValueError(f"expected {expected} input (got {input.ndim}D input)")
+        self._check_rank(input.ndim)
         axis = _checks.check_channel_axis(self.channel_axis, input.ndim)
         lazy = self.num_features is None
         if lazy:
@@ -191,6 +189,11 @@ class _BatchNorm:
             if lazy:
                 self._release()
             raise
+
+    def _check_rank(self, rank: int) -> None:
+        if rank not in self._ranks:
+            expected = " or ".join(f"{rank}D" for rank in self._ranks)
+            raise ValueError(f"expected {expected} input (got {rank}D input)")
 
     # -----------------------------------------------------------------------------------------------------------------
     # Modes and state

@@ -47,16 +47,65 @@ def bn_stats(x: Array, num_batches_tracked: Array | None = None, scratch: Array 
     return moments
 
 
+def merge_moments(moments: Moments) -> Array:
+    """See `numpy_ops.merge_moments`."""
+    count, mean, m2, _ = moments
+    parts, C = mean.shape
+    row = empty((1, 1 + 2 * C), mean, np.float64)
+    _over_channels(
+        "merge_moments",
+        row.dtype,
+        moments_count=_span(count),
+        moments_mean=_span(mean),
+        moments_m2=_span(m2),
+        row=row,
+        parts=parts,
+        C=C,
+        count_stride=count.strides[0] // count.itemsize,
+        stride=mean.strides[0] // mean.itemsize,
+    )
+    return row
+
+
 def mean_and_var(moments: Moments, dtype: np.dtype[Any]) -> tuple[Array, Array]:
     """See `numpy_ops.mean_and_var`."""
-    parts, C = moments.mean.shape
-    mean, var = empty((C,), moments.mean, dtype), empty((C,), moments.mean, dtype)
-    fields = _fields("moments", moments, Moments)
-    del fields["moments_batches"]
-    kernel("mean_and_var", **_macros(dtype, False, 32)).launch(
-        _geometry.over_channels(C), THREADS, {**fields, "mean": mean, "var": var, "parts": parts, "C": C}
+    count, mean_of_parts, m2, _ = moments
+    parts, C = mean_of_parts.shape
+    mean, var = empty((C,), m2, dtype), empty((C,), m2, dtype)
+    _over_channels(
+        "mean_and_var",
+        dtype,
+        moments_count=count,
+        moments_mean=mean_of_parts,
+        moments_m2=m2,
+        mean=mean,
+        var=var,
+        parts=parts,
+        C=C,
     )
     return mean, var
+
+
+def bn_update_running(
+    moments: Moments,
+    running_mean: Array,
+    running_var: Array,
+    momentum: float | None,
+    num_batches_tracked: Array | None,
+) -> None:
+    """See `numpy_ops.bn_update_running`."""
+    kernel("bn_update_running", **_macros(moments.mean.dtype, False, 32)).launch(
+        (1,),
+        THREADS,
+        {
+            **_fields("moments", moments, Moments),
+            "running_mean": running_mean,
+            "running_var": running_var,
+            "momentum": 0 if momentum is None else momentum,
+            "num_batches_tracked": num_batches_tracked,
+            "C": moments.mean.shape[1],
+        },
+    )
 
 
 def bn_normalize(
@@ -182,6 +231,24 @@ def bn_backward_reduce(
     return sums
 
 
+def merge_sums(sums: Sums, count: Array, dweight: Array | None, dbias: Array | None) -> Array:
+    """See `numpy_ops.merge_sums`."""
+    parts, C = sums.dy.shape
+    row = empty((1, 2 * C), sums.dy, np.float64)
+    _over_channels(
+        "merge_sums",
+        row.dtype,
+        **_fields("sums", sums, Sums),
+        count=count,
+        dweight=dweight,
+        dbias=dbias,
+        row=row,
+        parts=parts,
+        C=C,
+    )
+    return row
+
+
 def bn_backward_input(
     dy: Array,
     x: Array,
@@ -280,6 +347,12 @@ class _Plan(NamedTuple):
         """With these arguments, and the sizes that the geometry knows."""
         geometry = self.geometry
         self.kernel.launch(geometry.grid, geometry.threads, arguments | geometry.sizes, geometry.shared)
+
+
+def _over_channels(step: str, dtype: np.dtype[Any], C: int, **arguments: Any) -> None:
+    """Launch a step that takes a block for each channel."""
+    geometry = _geometry.over_channels(C)
+    kernel(step, **_macros(dtype, False, 32)).launch(geometry, THREADS, {**arguments, "C": C})
 
 
 def _choose(step: str, x: Array, *others: Array | None, mask: Array | None = None) -> _Plan:
@@ -385,6 +458,14 @@ def _device(index: int) -> Device:
 def _empty_statistics(x: Array) -> Statistics:
     C = x.shape[1:2]
     return Statistics(empty(C, x, np.float64), empty(C, x, np.float64))
+
+
+def _span(array: Array) -> Array:
+    """All memory from the first element of an array to the last one, for kernels that know its strides."""
+    if array.flags.c_contiguous:
+        return array
+    last = sum((n - 1) * stride for n, stride in zip(array.shape, array.strides, strict=True))
+    return import_cupy().ndarray((last // array.itemsize + 1,), array.dtype, memptr=array.data)
 
 
 def _fields(prefix: str, value: tuple[Any, ...] | None, kind: type[Any]) -> dict[str, Any]:

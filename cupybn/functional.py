@@ -3,7 +3,8 @@
 input -> layout (N, C, L) -> bn_stats -> bn_normalize -> output, running statistics
 grad_output -> bn_backward_reduce -> bn_backward_input -> gradients
 
-In training the two steps each way are one, bn_forward and bn_backward, as nothing happens in between.
+In training the two steps each way are one, bn_forward and bn_backward: nothing happens in between, unless the batch is
+spread over ranks (`_synchronized`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from cupybn._devices import current, empty_like, kind, zeros_like
 from cupybn._dtypes import accumulation_dtype
 from cupybn._layout import Layout
 from cupybn._moments import Statistics
+from cupybn._synchronized import Synchronized
 
 __all__ = ["BatchNormGrads", "batch_norm", "batch_norm_vjp", "moments"]
 
@@ -178,7 +180,7 @@ def moments(input: Array, *, channel_axis: int = 1) -> tuple[Array, Array]:
     axis = _checks.check_channel_axis(channel_axis, input.ndim)
     if input.size == 0:
         raise ValueError(f"expected an input that is not empty (got shape {input.shape})")
-    ops = ops_for(input)
+    ops = steps_for(input)
     layout = Layout.of(input, axis)
     with current(input):
         parts = ops.bn_stats(layout.view(layout.conform(input)))
@@ -218,7 +220,8 @@ class Saved(NamedTuple):
     eps: float
     activation: str | None
     layout: Layout
-    statistics: Statistics | None  # None for an empty input, which has none
+    ops: Any  # the steps; None if there is nothing to do
+    statistics: Statistics | None  # of an input that is not empty
     has_residual: bool
     mask: Array | None  # where ReLU passed, if a residual had its part in it
 
@@ -232,14 +235,14 @@ def _forward(call: Call, out: Array | None, for_vjp: bool) -> tuple[Array, Saved
 
 def _checked_forward(call: Call, layout: Layout, out: Array | None, for_vjp: bool) -> tuple[Array, Saved | None]:
     """The same for arguments that fit together, on the current device."""
-    ops = ops_for(call.input)
+    ops = ops_for(call, layout)
     input: Array = layout.conform(call.input)
     eps, has_residual = float(call.eps), call.residual is not None
     output = out if out is not None and layout.matches(out) else layout.empty_like(input)
     x, residual, y = layout.view(input), layout.view(layout.conform(call.residual)), layout.view(output)
     statistics = mask = None
 
-    if input.size > 0:
+    if ops is not None:
         if for_vjp and has_residual and call.activation is not None:
             mask = ops.empty_mask(x, residual, y)
         step = (eps, call.weight, call.bias, residual, call.activation, *call.running(), y, mask, for_vjp)
@@ -255,27 +258,26 @@ def _checked_forward(call: Call, layout: Layout, out: Array | None, for_vjp: boo
         return output, None
     training = call.training
     return output, Saved(
-        input, call.weight, call.bias, training, eps, call.activation, layout, statistics, has_residual, mask
+        input, call.weight, call.bias, training, eps, call.activation, layout, ops, statistics, has_residual, mask
     )
 
 
 def backward(saved: Saved, grad_output: Array) -> BatchNormGrads:
     """The gradients of the arguments, from that of the output."""
-    input, weight, bias, training, eps, activation, layout, statistics, has_residual, mask = saved
-    ops = ops_for(input)
+    input, weight, bias, training, eps, activation, layout, ops, statistics, has_residual, mask = saved
     grad_output = layout.conform(grad_output)
     dinput = layout.empty_like(input)
-    new = zeros_like if statistics is None else empty_like
+    new = zeros_like if ops is None else empty_like
     dweight, dbias = (None if vector is None else new(vector) for vector in (weight, bias))
     # What nothing masked is the gradient of the output.
     dresidual = layout.empty_like(input) if has_residual and activation is not None else grad_output
 
-    if statistics is not None:
+    if ops is not None:
         dy, x, dx = layout.view(grad_output), layout.view(input), layout.view(dinput)
         step = (dy, x, statistics, eps, weight, bias, activation, mask)
         gradients = (dx, layout.view(dresidual) if mask is not None else None, dweight, dbias)
         if training or dweight is not None or dbias is not None:
-            inv_count = layout.shape[1] / input.size if training else 0.0
+            inv_count = layout.shape[1] / input.size if training and input.size > 0 else 0.0
             ops.bn_backward(*step, inv_count, *gradients, scratch=dx)
         else:
             ops.bn_backward_input(*step, None, 0.0, *gradients)
@@ -283,6 +285,15 @@ def backward(saved: Saved, grad_output: Array) -> BatchNormGrads:
     return BatchNormGrads(dinput, dweight, dbias, dresidual if has_residual else None)
 
 
-def ops_for(array: Array) -> ModuleType:
+def ops_for(call: Call, layout: Layout) -> Any:
+    """The steps for arrays of this kind, of one call if the batch is spread over ranks; None if there are none."""
+    _, C, _ = layout.shape
+    if C == 0 or (call.input.size == 0 and call.group is None):
+        return None
+    ops = steps_for(call.input)
+    return ops if call.group is None else Synchronized(ops, call.group)
+
+
+def steps_for(array: Array) -> ModuleType:
     """The steps for this kind of array."""
     return numpy_ops if kind(array) == "numpy" else cupy_ops

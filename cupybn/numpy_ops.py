@@ -26,7 +26,6 @@ from cupybn._tiles import tile_map, tile_sums
 Array = npt.NDArray[Any]
 Terms = list[tuple[Array, ...]]
 Column = Callable[[Array], Array]
-Merged = tuple[float, Array, Array]  # count, mean (C,), m2 (C,)
 
 _quiet = np.errstate(all="ignore")  # inf and NaN are data here
 
@@ -71,24 +70,29 @@ def bn_stats(x: Array, num_batches_tracked: Array | None = None, scratch: Array 
 
 
 @_quiet
-def merge(moments: Moments) -> Merged:
-    """Count, mean and m2 of all parts together.
+def merge_moments(moments: Moments) -> Array:
+    """Count, mean and m2 of all parts together: a row of one count, C means and C m2, as `Moments.of_rows` reads it.
 
-    Exact for parts of one mean. Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing
-    sample variances" (1979), for many parts at once.
+    Exact for parts of one mean; parts without values are left out. Chan, Golub and LeVeque, "Updating formulae and a
+    pairwise algorithm for computing sample variances" (1979), for many parts at once.
     """
-    n = moments.count[:, None]
-    count = float(moments.count.sum())
-    pivot = moments.mean[0]
+    C = moments.mean.shape[1]
+    row = np.zeros((1, 1 + 2 * C))
+    count = moments.count.sum()
+    if count == 0:
+        return row
+    n, pivot = moments.count[:, None], moments.mean[np.argmax(moments.count > 0)]
     mean = pivot + (n * (moments.mean - pivot)).sum(axis=0) / count
-    return count, mean, (moments.m2 + n * (moments.mean - mean) ** 2).sum(axis=0)
+    row[0, 0], row[0, 1 : 1 + C] = count, mean
+    row[0, 1 + C :] = (moments.m2 + n * (moments.mean - mean) ** 2).sum(axis=0)
+    return row
 
 
 @_quiet
 def mean_and_var(moments: Moments, dtype: npt.DTypeLike) -> tuple[Array, Array]:
     """Mean and biased variance of each channel, rounded to a dtype."""
-    count, mean, m2 = merge(moments)
-    return mean.astype(dtype), (m2 / count).astype(dtype)
+    batch = Moments.of_rows(merge_moments(moments))
+    return batch.mean[0].astype(dtype), (batch.m2[0] / batch.count).astype(dtype)
 
 
 def _sample_mean(x: Array) -> Array:
@@ -126,8 +130,7 @@ def _moments_about(center: Array, x: Array, dtype: npt.DTypeLike, scratch: Array
 
 @_quiet
 def bn_update_running(
-    batch: Merged,
-    batches: Array | None,
+    moments: Moments,
     running_mean: Array,
     running_var: Array,
     momentum: float | None,
@@ -135,12 +138,20 @@ def bn_update_running(
 ) -> None:
     """running = (1 - momentum) * running + momentum * batch, in place, with the unbiased variance of the batch.
 
-    ``momentum=None`` stands for 1 / (batches + 1), the mean over all batches; num_batches_tracked counts this one.
+    ``momentum=None`` stands for 1 / (batches + 1), the mean over all batches; num_batches_tracked counts this one. A
+    batch of less than two values for each channel, whose unbiased variance is not defined, changes nothing.
+
+    Parameters
+    ----------
+    moments : Moments
+        Of the batch, in one part.
     """
-    count, mean, m2 = batch
+    count, mean, m2 = moments.count[0], moments.mean[0], moments.m2[0]
+    if not count > 1:
+        return
     if momentum is None:
-        assert batches is not None
-        momentum = 1 / (int(batches) + 1)
+        assert moments.batches is not None
+        momentum = 1 / (int(moments.batches) + 1)
     if num_batches_tracked is not None:
         num_batches_tracked += 1
     for running, new in (running_mean, mean), (running_var, m2 / (count - 1)):
@@ -188,8 +199,8 @@ def bn_normalize(
         assert running_var is not None
         statistics = Statistics(running_mean.astype(np.float64), running_var.astype(np.float64))
     else:
-        batch = count, mean, m2 = merge(moments)
-        statistics = Statistics(mean, m2 / count)
+        batch = Moments.of_rows(merge_moments(moments), moments.batches)
+        statistics = Statistics(batch.mean[0], batch.m2[0] / batch.count)
     affine = _affine(x.dtype, statistics, eps, weight, bias)
     in_place = residual is None or not np.may_share_memory(out, residual)
 
@@ -211,7 +222,7 @@ def bn_normalize(
         temporaries = not in_place or out.dtype != dtype or activation is not None
         tile_map(core, arrays, vectors, temporaries)
     if moments is not None and running_mean is not None and running_var is not None:
-        bn_update_running(batch, moments.batches, running_mean, running_var, momentum, num_batches_tracked)
+        bn_update_running(batch, running_mean, running_var, momentum, num_batches_tracked)
     return statistics
 
 
@@ -298,6 +309,30 @@ def bn_backward_reduce(
     for channels in _runs(affine.wide | ~np.isfinite(sum_dy) | ~np.isfinite(sum_dy_xhat)):
         sum_dy[channels], sum_dy_xhat[channels] = sums(channels, np.float64)
     return Sums(sum_dy[None], sum_dy_xhat[None])
+
+
+@_quiet
+def merge_sums(sums: Sums, count: Array, dweight: Array | None, dbias: Array | None) -> Array:
+    """The sums of all parts divided by count, as a row that `Sums.of_rows` reads: the shares of one rank in the means.
+
+    Those of all ranks add up to the means over the whole batch, which `bn_backward_input` takes with ``inv_count=1``.
+
+    Parameters
+    ----------
+    sums : Sums
+        Of the batch of this rank; no parts, if it is empty.
+    count : (1,) array, float64
+        The number of values for each channel in the whole batch.
+    dweight, dbias : (C,) arrays or None
+        Get the gradients of this rank: sum(dy * xhat) and sum(dy).
+    """
+    dy, dy_xhat = sums.dy.sum(axis=0), sums.dy_xhat.sum(axis=0)
+    if dweight is not None:
+        dweight[...] = dy_xhat
+    if dbias is not None:
+        dbias[...] = dy
+    row: Array = np.concatenate([dy, dy_xhat])[None] / max(count[0], 1)
+    return row
 
 
 @_quiet

@@ -17,7 +17,7 @@ extern "C" __global__ void LAUNCH_BOUNDS mean_and_var(
     const Place place(C, false);
     if (place.none) return;
     const long long c = place.c;
-    const Moments all = merge_parts(moments_count, moments_mean, moments_m2, parts, C, c);
+    const Moments all = merge_parts(moments_count, 1, moments_mean, moments_m2, C, parts, c);
     if (threadIdx.x == 0) {
         narrow(all.mean, mean[c]);
         narrow(all.m2 / all.count, var[c]);

@@ -20,8 +20,13 @@ HOST_ONLY = {"scratch", "dtype", "keep"}
 """Parameters of mirrors that no kernel has: memory to work in, what DATA_T says, and whether results are null."""
 GROUPS = {"moments": Moments, "statistics": Statistics, "sums": Sums}
 """Parameters that kernels take field by field."""
-FROM_FUSED = {"bn_update_running"}
-"""Mirrors of what is part of another launch."""
+OVER_CHANNELS = {
+    "merge_moments": ["row"],
+    "mean_and_var": ["mean", "var"],
+    "bn_update_running": [],
+    "merge_sums": ["row"],
+}
+"""The steps that know no layout, and what they return."""
 ALLOCATORS = {"empty_mask"}
 """Functions that launch nothing."""
 
@@ -54,7 +59,7 @@ def results(function):
 
 def test_every_step_has_a_kernel_for_each_layout():
     assert sorted(KERNEL_NAMES) == sorted(
-        [f"{layout}/{step}" for layout in LAYOUTS for step in STEPS] + ["mean_and_var"]
+        [f"{layout}/{step}" for layout in LAYOUTS for step in STEPS] + [*OVER_CHANNELS]
     )
 
 
@@ -63,9 +68,7 @@ def test_mirrors_and_launchers_are_the_same_functions():
         return {
             name: list(inspect.signature(function).parameters.values())
             for name, function in inspect.getmembers(module, inspect.isfunction)
-            if not name.startswith("_")
-            and function.__module__ == module.__name__
-            and name not in FROM_FUSED | {"merge"}
+            if not name.startswith("_") and function.__module__ == module.__name__
         }
 
     mirrors, launchers = steps(numpy_ops), steps(cupy_ops)
@@ -80,10 +83,8 @@ def test_mirrors_and_launchers_are_the_same_functions():
 def test_kernel_takes_what_its_mirror_takes_and_writes_what_it_returns(name):
     parameters = signature(name)
     taken = [p for p in inspect.signature(mirror(name)).parameters if p not in HOST_ONLY]
-    if name == "mean_and_var":
-        returned, unused = ["mean", "var"], {"moments_batches"}
-    else:
-        returned, unused = results(mirror(name)), set()
+    returned = OVER_CHANNELS[name] if name in OVER_CHANNELS else results(mirror(name))
+    unused = {"moments_batches"} if name in ("merge_moments", "mean_and_var") else set()
     expected = [field for p in taken for field in expand(p) if field not in unused] + returned
     assert [p.name for p in parameters if p.section != "sizes"] == expected
     outputs = [p.name for p in parameters if p.section == "outputs"]
@@ -115,7 +116,7 @@ def test_source(name):
     assert f"// Mirror: numpy_ops.{stem(name)}\n" in text
     parameters = text[text.index("__global__") : text.index(") {", text.index("__global__"))]
     for line in re.findall(r"^    .*(?:\*|Vector) \w+,.*$", parameters, re.MULTILINE):
-        assert re.search(r"// (\[[\w, ]*\]|as .*mask_of|as bn_normalize left it)", line), line
+        assert re.search(r"// (\[[\w, +]*\]|as .*mask_of|as bn_normalize left it)", line), line
     whole = _kernels.source(name)
     assert "#include" not in whole
     assert f'#line 1 "kernels/{name}.cu"' in whole

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cupybn import numpy_ops as ops
-from cupybn._moments import Moments, Statistics
+from cupybn._moments import Moments, Statistics, Sums
 from tests import reference
 
 SHAPES = [
@@ -89,24 +89,44 @@ def test_moments_of_parts_merge_to_those_of_the_whole(x):
     cuts = sorted({0, n // 7, n // 3, n - 1, n})
     parts = [ops.bn_stats(np.ascontiguousarray(x[i:j])) for i, j in itertools.pairwise(cuts) if i < j]
     merged = Moments(*(np.concatenate(field) for field in list(zip(*parts, strict=True))[:3]))
-    for ours, wanted in zip(ops.merge(merged), ops.merge(ops.bn_stats(x)), strict=True):
-        np.testing.assert_allclose(ours, wanted, rtol=3e-7)
+    row = ops.merge_moments(merged)
+    np.testing.assert_allclose(row, ops.merge_moments(ops.bn_stats(x)), rtol=3e-7)
+    np.testing.assert_array_equal(ops.merge_moments(Moments.of_rows(row)), row)
 
 
 def test_merge_of_parts_of_one_mean_is_exact():
-    mean = np.full((5, 3), 0.1)
-    count, merged, m2 = ops.merge(Moments(np.array([3.0, 1, 7, 2, 11]), mean, np.zeros((5, 3))))
-    assert count == 24
-    np.testing.assert_array_equal(merged, mean[0])
-    np.testing.assert_array_equal(m2, 0)
+    """Also if a part has no values: its mean counts for nothing."""
+    mean = np.full((6, 3), 0.1)
+    mean[0] = 0
+    moments = Moments.of_rows(ops.merge_moments(Moments(np.array([0, 3.0, 1, 7, 2, 11]), mean, np.zeros((6, 3)))))
+    assert moments.count == 24
+    np.testing.assert_array_equal(moments.mean, mean[1:2])
+    np.testing.assert_array_equal(moments.m2, 0)
+
+
+@pytest.mark.parametrize("parts", [0, 2])
+def test_merge_of_nothing_is_nothing(parts):
+    nothing = Moments(np.zeros(parts), np.zeros((parts, 3)), np.zeros((parts, 3)))
+    np.testing.assert_array_equal(ops.merge_moments(nothing), np.zeros((1, 7)))
+
+
+def test_merge_sums(rng):
+    dy, dy_xhat = rng.standard_normal((2, 5, 3))
+    dweight, dbias = np.empty((2, 3))
+    row = ops.merge_sums(Sums(dy, dy_xhat), np.array([4.0]), dweight, dbias)
+    np.testing.assert_array_equal((dbias, dweight), (dy.sum(axis=0), dy_xhat.sum(axis=0)))
+    np.testing.assert_array_equal(Sums.of_rows(row), (dbias[None] / 4, dweight[None] / 4))
+    nothing = ops.merge_sums(Sums(dy[:0], dy_xhat[:0]), np.array([0.0]), dweight, None)
+    np.testing.assert_array_equal(nothing, np.zeros((1, 6)))
+    np.testing.assert_array_equal(dweight, 0)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 @pytest.mark.parametrize("momentum", [0.0, 0.1, 1.0])
 def test_bn_update_running(dtype, momentum):
-    batch = 5.0, np.array([2.0, -1.0]), np.array([8.0, 0.0])
+    batch = Moments(np.array([5.0]), np.array([[2.0, -1.0]]), np.array([[8.0, 0.0]]))
     running_mean, running_var = np.array([10, 20], dtype), np.array([1, 3], dtype)
-    ops.bn_update_running(batch, None, running_mean, running_var, momentum, None)
+    ops.bn_update_running(batch, running_mean, running_var, momentum, None)
     expected_mean = np.array([(1 - momentum) * 10 + momentum * 2, (1 - momentum) * 20 - momentum])
     expected_var = np.array([(1 - momentum) + momentum * 2, (1 - momentum) * 3])
     assert running_mean.dtype == dtype
@@ -117,10 +137,18 @@ def test_bn_update_running(dtype, momentum):
 def test_bn_update_running_takes_the_mean_of_all_batches_without_momentum():
     running_mean, running_var, counter = np.zeros(1), np.ones(1), np.array(0)
     for value in 1.0, 2.0, 6.0:
-        batch = 2.0, np.array([value]), np.array([value])
-        ops.bn_update_running(batch, counter.copy(), running_mean, running_var, None, counter)
+        batch = Moments(np.array([2.0]), np.array([[value]]), np.array([[value]]), counter)
+        ops.bn_update_running(batch, running_mean, running_var, None, counter)
     assert counter == 3
     np.testing.assert_allclose([running_mean[0], running_var[0]], 3)
+
+
+@pytest.mark.parametrize("count", [0, 1, np.nan])
+def test_bn_update_running_leaves_all_alone_without_a_variance(count):
+    running_mean, running_var, counter = np.zeros(1), np.ones(1), np.array(0)
+    batch = Moments(np.array([float(count)]), np.array([[5.0]]), np.array([[0.0]]))
+    ops.bn_update_running(batch, running_mean, running_var, 0.1, counter)
+    assert (running_mean, running_var, counter) == (0, 1, 0)
 
 
 @pytest.mark.parametrize("activation", [None, "relu"])

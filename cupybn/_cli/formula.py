@@ -32,6 +32,23 @@ def mean_and_var(moments: Moments, dtype: npt.DTypeLike) -> tuple[Array, Array]:
     return mean.astype(dtype), var.astype(dtype)
 
 
+def merge_moments(moments: Moments) -> Array:
+    """The same, as one row: count, mean, m2."""
+    count, (mean, var) = moments.count.sum(), mean_and_var(moments, np.float64)
+    return np.concatenate([[count], mean, var * count])[None]
+
+
+def bn_update_running(
+    moments: Moments, running_mean: Array, running_var: Array, momentum: float, num_batches_tracked: Array
+) -> None:
+    """running = (1 - momentum) * running + momentum * batch."""
+    count = moments.count.sum()
+    mean, var = mean_and_var(moments, np.float64)
+    for running, new in (running_mean, mean), (running_var, var * count / (count - 1)):
+        running[...] = (1 - momentum) * running + momentum * new
+    num_batches_tracked += 1
+
+
 def empty_mask(x: Array, residual: Array, out: Array) -> Array:  # noqa: ARG001
     """Room for a truth value per element."""
     return np.empty(x.shape, bool)
@@ -56,12 +73,9 @@ def bn_normalize(
     if moments is None:
         statistics = Statistics(running_mean.astype(np.float64), running_var.astype(np.float64))
     else:
+        assert num_batches_tracked is not None
         statistics = Statistics(*mean_and_var(moments, np.float64))
-        count = moments.count.sum()
-        for running, new in (running_mean, statistics.mean), (running_var, statistics.var * count / (count - 1)):
-            running[...] = (1 - momentum) * running + momentum * new
-        if num_batches_tracked is not None:
-            num_batches_tracked += 1
+        bn_update_running(moments, running_mean, running_var, momentum, num_batches_tracked)
     y = _preactivation(x, statistics, eps, weight, bias)
     if residual is not None:
         y += residual.astype(np.float64)
@@ -89,6 +103,13 @@ def bn_backward_reduce(
     """sum(dy) and sum(dy * xhat), where activation passed dy."""
     g = _passed(dy, x, statistics, eps, weight, bias, activation, mask)
     return Sums(_total(g)[None], _total(g * _xhat(x, statistics, eps))[None])
+
+
+def merge_sums(sums: Sums, count: Array, dweight: Array, dbias: Array) -> Array:
+    """Both sums over all parts, divided by count, and the gradients that they are."""
+    dbias[...], dweight[...] = sums.dy.sum(axis=0), sums.dy_xhat.sum(axis=0)
+    row: Array = np.concatenate([dbias, dweight])[None] / count
+    return row
 
 
 def bn_backward_input(

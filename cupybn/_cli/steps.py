@@ -11,16 +11,16 @@ from cupybn import numpy_ops
 from cupybn._cli import formula
 from cupybn._cli.cases import EPS, HALF_ULP, MOMENTUM, NEAR, Case, Variant
 from cupybn._cli.sides import Result, Results, Side
-from cupybn._moments import Statistics, Sums
+from cupybn._moments import Moments, Statistics, Sums
 
 
 def bn_stats(case: Case, side: Side) -> Results:
     """The parts merge to the mean and the squared deviations of the whole, which is what a user sees of them."""
     parts = side.host_all(side.ops.bn_stats(side.put(case.x, case.offset), side.put(np.array(5))))
-    count, mean, m2 = numpy_ops.merge(parts)
+    count, mean, m2, _ = Moments.of_rows(numpy_ops.merge_moments(parts))
     std = np.sqrt(m2 / count)
     return {
-        "count": Result(np.array(count), 0, 0),
+        "count": Result(count, 0, 0),
         "batches": Result(np.asarray(parts.batches), 0, 0),
         "mean": Result(mean, 4, std),
         "m2": Result(m2, 8, m2),
@@ -36,6 +36,29 @@ def mean_and_var(case: Case, side: Side) -> Results:
             host = side.host(vector)
             results[f"{name} {np.dtype(dtype)}"] = Result(host, 4 * HALF_ULP["float64"] / case.unit, np.abs(host))
     return results
+
+
+def merge_moments(case: Case, side: Side) -> Results:
+    """Of moments in three parts, as steps leave them, and of rows, as ranks exchange them."""
+    moments = side.put_all(case.moments)
+    rows = side.put(np.stack([np.hstack(part) for part in zip(*case.moments[:3], strict=True)]))
+    ours = {"row": side.ops.merge_moments(moments), "row of rows": side.ops.merge_moments(Moments.of_rows(rows))}
+    hosts = {name: side.host(row) for name, row in ours.items()}
+    return {name: Result(row, 8 * HALF_ULP["float64"] / case.unit, np.abs(row)) for name, row in hosts.items()}
+
+
+def bn_update_running(case: Case, side: Side) -> Results:
+    """From moments in one part."""
+    moments = side.put_all(Moments(*(field[:1] for field in case.moments[:3])))
+    running = [side.put(case.mean.astype(np.float64)), side.put(case.var)]
+    counter = side.put(np.array(2))
+    side.ops.bn_update_running(moments, *running, MOMENTUM, counter)
+    running_mean, running_var = map(side.host, running)
+    return {
+        "running_mean": Result(running_mean, 4 * HALF_ULP["float64"] / case.unit, np.abs(running_mean) + 2),
+        "running_var": Result(running_var, 4 * HALF_ULP["float64"] / case.unit, running_var),
+        "num_batches_tracked": Result(side.host(counter), 0, 0),
+    }
 
 
 def bn_normalize(case: Case, side: Side) -> Results:
@@ -64,6 +87,15 @@ def bn_backward_reduce(case: Case, side: Side) -> Results:
             sums.dy_xhat.sum(axis=0), 32, (terms * np.abs(case.xhat(case.statistics))).sum((0, 2))
         ),
     }
+
+
+def merge_sums(case: Case, side: Side) -> Results:
+    """Of the sums in two parts."""
+    parts = Sums(*(np.concatenate([part, -3 * part]) for part in case.sums))
+    dweight, dbias = side.out(case.weight), side.out(case.bias)
+    row = side.host(side.ops.merge_sums(side.put_all(parts), side.put(np.array([float(case.count)])), dweight, dbias))
+    hosts = {"row": row, "dweight": side.host(dweight), "dbias": side.host(dbias)}
+    return {name: Result(host, 8, np.abs(host.astype(np.float64))) for name, host in hosts.items()}
 
 
 def bn_backward_input(case: Case, side: Side) -> Results:
@@ -177,9 +209,12 @@ _BACKWARD = tuple(Variant(training, *fused) for training in (True, False) for fu
 STEPS = {
     "bn_stats": Step(bn_stats, (Variant(),)),
     "mean_and_var": Step(mean_and_var, (Variant(),)),
+    "merge_moments": Step(merge_moments, (Variant(),)),
+    "bn_update_running": Step(bn_update_running, (Variant(),)),
     "bn_normalize": Step(bn_normalize, tuple(Variant(t, *fused) for t in (True, False) for fused in _FUSED)),
     "bn_forward": Step(bn_forward, _FORWARD),
     "bn_backward_reduce": Step(bn_backward_reduce, _REDUCE),
+    "merge_sums": Step(merge_sums, (Variant(),)),
     "bn_backward_input": Step(bn_backward_input, _BACKWARD),
     "bn_backward": Step(bn_backward, _BACKWARD),
 }

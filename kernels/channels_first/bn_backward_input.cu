@@ -37,12 +37,8 @@ extern "C" __global__ void LAUNCH_BOUNDS bn_backward_input(
     const Place place(C, true);
     if (place.none) return;
     const long long c = place.c;
-    double sums[2] = {0, 0};
-    for (int p = threadIdx.x; sums_dy && p < parts; p += THREADS) {
-        sums[0] += sums_dy[p * C + c];
-        sums[1] += sums_dy_xhat[p * C + c];
-    }
-    block_sum(sums);
+    double sums[2];
+    add_parts(sums_dy, sums_dy_xhat, parts, C, c, sums);
     __shared__ Channel channel;
     if (threadIdx.x == 0) {
         channel = make_channel(statistics_mean[c], statistics_var[c], eps, weight, bias, c);

@@ -43,7 +43,7 @@ extern "C" __global__ void LAUNCH_BOUNDS bn_normalize(
     const bool owns_channel = place.share == 0 && threadIdx.x == 0;
     double mean, var;
     if (moments_count) {
-        const Moments batch = merge_parts(moments_count, moments_mean, moments_m2, parts, C, c);
+        const Moments batch = merge_parts(moments_count, 1, moments_mean, moments_m2, C, parts, c);
         mean = batch.mean;
         var = batch.m2 / batch.count;
         if (owns_channel && running_mean)

@@ -153,12 +153,23 @@ DEVICE Moments block_merge(const Moments& own) {
     return {sums[0], mean, m2[0]};
 }
 
-// The moments of channel c, from its parts; a thread that has several merges them one after the other. All threads of the
-// block call it and get them.
-DEVICE Moments merge_parts(const double* count, const double* mean, const double* m2, long long parts, long long C,
-                           long long c) {
+// The moments of channel c, from its parts, which lie so many elements apart; a thread that has several merges them one
+// after the other. All threads of the block call it and get them.
+DEVICE Moments merge_parts(const double* count, long long count_stride, const double* mean, const double* m2,
+                           long long stride, long long parts, long long c) {
     Moments own = {0, 0, 0};
     for (long long p = threadIdx.x; p < parts; p += THREADS)
-        own = merge(own, {count[p], mean[p * C + c], m2[p * C + c]});
+        own = merge(own, {count[p * count_stride], mean[p * stride + c], m2[p * stride + c]});
     return block_merge(own);
+}
+
+// The sums of channel c over its parts, likewise.
+DEVICE void add_parts(const double* dy, const double* dy_xhat, long long parts, long long C, long long c,
+                      double (&sums)[2]) {
+    sums[0] = sums[1] = 0;
+    for (long long p = threadIdx.x; p < parts; p += THREADS) {
+        sums[0] += dy[p * C + c];
+        sums[1] += dy_xhat[p * C + c];
+    }
+    block_sum(sums);
 }

@@ -1,0 +1,91 @@
+"""The two steps of a batch that is spread over ranks: those of one GPU, with an exchange in between."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from cupybn._devices import empty
+from cupybn._group import Group
+from cupybn._moments import Moments, Statistics, Sums
+
+Array = Any  # numpy.ndarray or cupy.ndarray
+
+
+class Synchronized:
+    """`bn_forward` and `bn_backward` of one call, with the statistics and sums of all ranks.
+
+    Parameters
+    ----------
+    ops : module
+        The steps for the arrays of this rank.
+    group : Group
+    """
+
+    def __init__(self, ops: ModuleType, group: Group) -> None:
+        self._ops, self._group = ops, group
+        self.empty_mask = ops.empty_mask
+
+    def bn_forward(
+        self,
+        x: Array,
+        eps: float,
+        weight: Array | None,
+        bias: Array | None,
+        residual: Array | None,
+        activation: str | None,
+        running_mean: Array | None,
+        running_var: Array | None,
+        momentum: float | None,
+        num_batches_tracked: Array | None,
+        out: Array,
+        mask: Array | None,
+        keep: bool = True,
+        scratch: Array | None = None,
+    ) -> Statistics | None:
+        """See `numpy_ops.bn_forward`. x may be empty, and one value for each channel is enough."""
+        ops, C = self._ops, x.shape[1]
+        parts = ops.bn_stats(x, None, scratch) if x.size > 0 else Moments(*_no_parts(x, (0,), (0, C), (0, C)))
+        rows = self._group.gather(ops.merge_moments(parts), x.size // C, x.dtype)
+        batches = num_batches_tracked if momentum is None else None
+        moments = Moments.of_rows(ops.merge_moments(Moments.of_rows(rows)), batches)
+        self._count = moments.count  # stays with the device
+        statistics: Statistics | None = None
+        if x.size > 0:
+            step = (eps, weight, bias, residual, activation, None, None, None, None, out, mask, keep)
+            statistics = ops.bn_normalize(x, moments, *step)
+        if running_mean is not None:  # by the same step on all ranks: the same bits
+            ops.bn_update_running(moments, running_mean, running_var, momentum, num_batches_tracked)
+        return statistics
+
+    def bn_backward(
+        self,
+        dy: Array,
+        x: Array,
+        statistics: Statistics,
+        eps: float,
+        weight: Array | None,
+        bias: Array | None,
+        activation: str | None,
+        mask: Array | None,
+        inv_count: float,  # noqa: ARG002
+        dx: Array,
+        dresidual: Array | None,
+        dweight: Array | None,
+        dbias: Array | None,
+        scratch: Array | None = None,
+    ) -> None:
+        """See `numpy_ops.bn_backward`. dweight and dbias are those of this rank; the count is that of all ranks."""
+        ops, C = self._ops, x.shape[1]
+        step = (dy, x, statistics, eps, weight, bias, activation, mask)
+        sums = ops.bn_backward_reduce(*step, scratch) if x.size > 0 else Sums(*_no_parts(x, (0, C), (0, C)))
+        means = Sums.of_rows(self._group.sum(ops.merge_sums(sums, self._count, dweight, dbias)))
+        if x.size > 0:
+            ops.bn_backward_input(*step, means, 1.0, dx, dresidual, None, None)
+
+
+def _no_parts(like: Array, *shapes: tuple[int, ...]) -> list[Array]:
+    """What the steps that sum return of a batch without samples."""
+    return [empty(shape, like, np.float64) for shape in shapes]

@@ -1,0 +1,100 @@
+"""What ends a message of NCCL that never comes to its end."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from cupybn._devices import import_cupy
+
+NAP = 0.02
+"""Seconds between two looks at the device."""
+
+
+class _Message(NamedTuple):
+    """A collective of NCCL, between two events of its stream."""
+
+    begin: Any
+    end: Any
+    timeout: float | None
+
+
+class Watch:
+    """A thread that aborts a communicator when one of its collectives fails, or takes longer than it may.
+
+    A kernel of NCCL whose peer is gone spins for ever, and with it every stream and host that waits for it.
+
+    Parameters
+    ----------
+    comm : cupy.cuda.nccl.NcclCommunicator
+    """
+
+    def __init__(self, comm: Any) -> None:
+        self.comm = comm
+        self._failure: str | None = None
+        self._messages: queue.SimpleQueue[_Message] = queue.SimpleQueue()
+        threading.Thread(target=self._look_after, name="cupybn-nccl", daemon=True).start()
+
+    @contextlib.contextmanager
+    def over(self, stream: Any, timeout: float | None) -> Iterator[Any]:
+        """Watch the collective that is started in this context, on this stream.
+
+        Parameters
+        ----------
+        timeout : float or None
+            Seconds, from when the stream has come to the collective. None watches for failures alone.
+
+        Raises
+        ------
+        RuntimeError
+            If this one cannot be started, or an earlier one has failed.
+        """
+        if self._failure is not None:
+            raise RuntimeError(f"NCCL has lost other ranks: {self._failure}")
+        if stream.is_capturing():  # nothing runs yet, and there is no time to look at
+            yield stream
+            return
+        begin, end = (import_cupy().cuda.Event(disable_timing=True) for _ in range(2))
+        begin.record(stream)
+        try:
+            yield stream
+        except Exception as error:
+            self._failure = str(error)
+            raise RuntimeError(f"NCCL has lost other ranks: {error}") from error
+        end.record(stream)
+        self._messages.put(_Message(begin, end, timeout))
+
+    def _look_after(self) -> None:
+        while self._failure is None:
+            begin, end, timeout = self._messages.get()
+            while not begin.done:
+                time.sleep(NAP)
+            began = time.monotonic()
+            while not end.done and self._failure is None:
+                self._failure = self._what_failed(time.monotonic() - began, timeout)
+                time.sleep(NAP)
+        self.comm.abort()
+
+    def _what_failed(self, seconds: float, timeout: float | None) -> str | None:
+        try:
+            self.comm.check_async_error()
+        except Exception as error:
+            return str(error)
+        if timeout is not None and seconds > timeout:
+            return f"a message has taken more than {timeout:g} s"
+        return None
+
+
+_watches: dict[int, Watch] = {}
+
+
+def watch_of(comm: Any) -> Watch:
+    """The one `Watch` of a communicator, which many layers may share."""
+    watch = _watches.get(comm.comm)
+    if watch is None or watch.comm is not comm:
+        watch = _watches[comm.comm] = Watch(comm)
+    return watch

@@ -1,0 +1,210 @@
+"""The layer whose batch is spread over the ranks of a communicator."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import numpy.typing as npt
+
+from cupybn import _checks
+from cupybn._call import Call
+from cupybn._engines import engine_for
+from cupybn._group import Group, group_of
+from cupybn.batchnorm import BatchNorm1d, BatchNorm2d, BatchNorm3d, _BatchNorm
+from cupybn.functional import BatchNormGrads, VjpFn
+
+Array = Any  # numpy.ndarray or cupy.ndarray
+
+TIMEOUT = 20.0
+"""Seconds that a rank waits for the others."""
+
+
+class SyncBatchNorm(_BatchNorm):
+    """Batch normalization of (N, C, ...) arrays with the statistics of all ranks together.
+
+        y = activation(weight * (x - mean) / sqrt(var + eps) + bias + residual)
+
+    In training mode every rank calls the layer with its part of the batch, at the same time: mean and var are those of
+    the whole batch, and the running statistics follow them with the same bits on every rank. Parts may differ in all
+    but C and dtype; a rank may have one sample, or none. In eval mode nothing is exchanged.
+
+    Gradients of the input and the residual are those of a loss that is summed over all ranks; every rank calls
+    ``vjp_fn`` as often as the others. The gradients of weight and bias are those of the rank's own part: who trains
+    adds them up, as those of any other layer.
+
+    Parameters
+    ----------
+    num_features, eps, momentum, affine, track_running_stats, device, dtype, bias, channel_axis, activation
+        As for `BatchNorm2d`.
+    comm : communicator or None
+        Of mpi4py, an NCCLBackend of `cupyx.distributed`, or a ``cupy.cuda.nccl.NcclCommunicator``; the last two for
+        CuPy arrays. None is a single process. No other thread may use it while the layer is called.
+    timeout : float or None
+        Seconds that a rank waits for the others before it raises. None waits for ever.
+
+    Attributes
+    ----------
+    comm : communicator or None
+        May be set. Copies and pickles of the layer are without one, and train when they have been given one.
+
+    Raises
+    ------
+    TypeError, ValueError, RuntimeError
+        As `BatchNorm2d`, and if comm is no communicator, or not one of this process.
+
+    See Also
+    --------
+    cupybn.BatchNorm2d : What is the same here.
+
+    Notes
+    -----
+    Each forward pass in training gathers one message of 1 + 2 C numbers of float64 from each rank, (count, mean, M2);
+    each backward pass adds up one of 2 C, (sum(dy), sum(dy * xhat)). Before its first pass a layer asks whether all
+    ranks have the same channels. Means and squared deviations merge as those of the blocks of a GPU do (Chan, Golub and
+    LeVeque, 1979).
+
+    If a rank raises, or has another number of channels or dtype, all ranks raise. If one is lost, they raise after
+    ``timeout`` seconds, and the communicator is of no more use. With NCCL, whose messages no host sees, the outputs of
+    a pass are NaN if another rank has raised. Buffers are as they were, in any case.
+
+    Examples
+    --------
+    >>> layer = SyncBatchNorm(64, comm=MPI.COMM_WORLD)
+    >>> y, vjp_fn = layer.vjp(x_of_this_rank)
+    """
+
+    def __init__(
+        self,
+        num_features: int | None,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: str | None = None,
+        dtype: npt.DTypeLike | None = None,
+        *,
+        bias: bool = True,
+        channel_axis: int = 1,
+        activation: str | None = None,
+        comm: Any = None,
+        timeout: float | None = TIMEOUT,
+    ) -> None:
+        super().__init__(
+            num_features,
+            eps,
+            momentum,
+            affine,
+            track_running_stats,
+            device,
+            dtype,
+            bias=bias,
+            channel_axis=channel_axis,
+            activation=activation,
+        )
+        self._kind: type[_BatchNorm] | None = None  # of layer, without ranks
+        self._connect(comm, timeout)
+
+    @classmethod
+    def from_batchnorm(cls, layer: _BatchNorm, comm: Any = None, timeout: float | None = TIMEOUT) -> SyncBatchNorm:
+        """A synchronized layer that shares the arrays of another one, and has its modes and settings.
+
+        Parameters
+        ----------
+        layer : BatchNorm1d, BatchNorm2d or BatchNorm3d
+        comm, timeout
+            As for the constructor.
+
+        Raises
+        ------
+        TypeError
+            If this is not a batch norm layer.
+        """
+        if not isinstance(layer, _BatchNorm):
+            raise TypeError(f"expected layer to be a batch norm layer (got {type(layer).__qualname__})")
+        kind = layer._kind if isinstance(layer, SyncBatchNorm) else type(layer)
+        new = cls.__new__(cls)
+        vars(new).update(vars(layer), _kind=kind)
+        new._connect(comm, timeout)
+        return new
+
+    def to_batchnorm(self) -> _BatchNorm:
+        """A layer of one process that shares the arrays of this one, and has its modes and settings.
+
+        It is of the class that this one was made from, else of that which takes inputs like those seen so far.
+
+        Raises
+        ------
+        ValueError
+            If there was neither, or there is no such class.
+        """
+        if self._kind is None:
+            raise ValueError(
+                "expected a layer that was made by from_batchnorm, or has seen an input of 2 to 5 dimensions: which of "
+                "BatchNorm1d, BatchNorm2d and BatchNorm3d is it to be?"
+            )
+        new = self._kind.__new__(self._kind)
+        vars(new).update({name: value for name, value in vars(self).items() if name not in _OWN})
+        return new
+
+    @property
+    def comm(self) -> Any:
+        """The communicator."""
+        if self._left_out:
+            raise RuntimeError(
+                f"this copy of a {type(self).__name__} has no communicator: set layer.comm to one, or to None for a "
+                "single process"
+            )
+        return self._comm
+
+    @comm.setter
+    def comm(self, comm: Any) -> None:
+        self._connect(comm, self.timeout)
+
+    def forward(self, input: Array, residual: Array | None = None) -> Array:
+        """See `BatchNorm2d.forward`; in training all ranks call it."""
+        with self._taking_part():
+            return super().forward(input, residual)
+
+    def vjp(self, input: Array, residual: Array | None = None) -> tuple[Array, VjpFn]:
+        """See `BatchNorm2d.vjp`; after a forward pass in training, all ranks call ``vjp_fn``."""
+        with self._taking_part() as group:
+            output, vjp_fn = super().vjp(input, residual)
+        if group is None:
+            return output, vjp_fn
+
+        def synchronized_vjp_fn(grad_output: Array) -> BatchNormGrads:
+            with group.taking_part(forward=False):
+                return vjp_fn(grad_output)
+
+        return output, synchronized_vjp_fn
+
+    def _taking_part(self) -> contextlib.AbstractContextManager[Group | None]:
+        """Where the other ranks hear of it if this one raises."""
+        if not self.training or self.comm is None or self._group is None:
+            return contextlib.nullcontext()
+        return self._group.taking_part(forward=True)
+
+    def _call(self, input: Array, residual: Array | None) -> Call:
+        call = super()._call(input, residual)
+        return call._replace(group=self._group) if self.training else call
+
+    def _check_rank(self, rank: int) -> None:
+        _checks.check_channel_axis(self.channel_axis, rank)
+        if self._kind is None:
+            self._kind = _KINDS.get(rank)
+
+    def _connect(self, comm: Any, timeout: float | None) -> None:
+        """Take a communicator, or leave all as it is and raise."""
+        group = None if comm is None else group_of(engine_for(comm, timeout))
+        self._comm, self._group, self.timeout, self._left_out = comm, group, timeout, False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the communicator, which is of this process."""
+        return vars(self) | {"_comm": None, "_group": None, "_left_out": self._left_out or self._comm is not None}
+
+
+_OWN = ("_kind", "_comm", "_group", "_left_out", "timeout")
+"""Attributes that layers of one process do not have."""
+_KINDS: dict[int, type[_BatchNorm]] = {2: BatchNorm1d, 3: BatchNorm1d, 4: BatchNorm2d, 5: BatchNorm3d}
+"""By the rank of inputs."""

@@ -1,0 +1,119 @@
+"""The kernels that merge parts, of blocks or of ranks, against their mirrors."""
+
+from __future__ import annotations
+
+import cupy as cp
+import numpy as np
+import pytest
+
+from cupybn import cupy_ops, numpy_ops
+from cupybn._moments import Moments, Sums
+
+PARTS = [1, 3, 700]  # less and more than a block has threads
+C = 5
+ROUNDINGS = 8 * np.finfo(np.float64).eps
+
+
+def moments_of(rng, parts):
+    """Of parts that lie far from zero, one of them without values."""
+    count = rng.integers(1, 9, parts).astype(np.float64)
+    mean, m2 = rng.normal(1e6, 1, (parts, C)), rng.uniform(1, 2, (parts, C))
+    if parts > 1:
+        count[0] = mean[0] = m2[0] = 0
+    return Moments(count, mean, m2)
+
+
+def to_device(fields):
+    return type(fields)(*(None if field is None else cp.asarray(field) for field in fields))
+
+
+def rows_of(moments):
+    return np.hstack([moments.count[:, None], moments.mean, moments.m2])
+
+
+@pytest.mark.parametrize("parts", PARTS)
+def test_merge_moments(rng, parts):
+    moments = moments_of(rng, parts)
+    expected = numpy_ops.merge_moments(moments)
+    ours = cupy_ops.merge_moments(to_device(moments)).get()
+    size = np.abs(expected)
+    size[0, 1 + C :] += moments.count.sum() * 1e6  # deviations of 1 are off by roundings of means of 1e6
+    assert np.all(np.abs(ours - expected) <= ROUNDINGS * size)
+
+
+@pytest.mark.parametrize("parts", PARTS)
+@pytest.mark.parametrize("header", [0, 2])
+def test_merge_moments_of_rows_that_are_further_apart(rng, parts, header):
+    """As messages of ranks are, some with numbers of the host before them."""
+    moments = moments_of(rng, parts)
+    messages = cp.asarray(np.hstack([np.full((parts, header), np.nan), rows_of(moments)]))
+    ours = cupy_ops.merge_moments(Moments.of_rows(messages[:, header:])).get()
+    np.testing.assert_array_equal(ours, cupy_ops.merge_moments(to_device(moments)).get())
+
+
+@pytest.mark.parametrize("parts", [0, 2])
+def test_merge_moments_of_nothing(parts):
+    nothing = Moments(*(cp.zeros(shape) for shape in ((parts,), (parts, C), (parts, C))))
+    np.testing.assert_array_equal(cupy_ops.merge_moments(nothing).get(), np.zeros((1, 1 + 2 * C)))
+
+
+def test_merge_moments_of_one_mean_is_exact(rng):
+    moments = moments_of(rng, 7)
+    moments.mean[1:] = 0.1
+    row = cupy_ops.merge_moments(to_device(moments)).get()
+    np.testing.assert_array_equal(row[0, 1 : 1 + C], 0.1)
+
+
+@pytest.mark.parametrize("spoilt", [np.nan, np.inf])
+def test_merge_moments_keeps_channels_apart(rng, spoilt):
+    moments = moments_of(rng, 7)
+    clean = cupy_ops.merge_moments(to_device(moments)).get()
+    moments.mean[3, 2] = spoilt
+    row = cupy_ops.merge_moments(to_device(moments)).get()
+    touched = np.isin(np.arange(1 + 2 * C), [1 + 2, 1 + C + 2])
+    assert not np.isfinite(row[0, touched]).any()
+    np.testing.assert_array_equal(row[0, ~touched], clean[0, ~touched])
+
+
+def test_a_part_of_nan_values_spoils_all(rng):
+    """What a rank sends that has failed."""
+    moments = moments_of(rng, 3)
+    for field in moments[:3]:
+        field[1] = np.nan
+    for ops, arrays in (numpy_ops, moments), (cupy_ops, to_device(moments)):
+        row = ops.merge_moments(arrays)
+        assert np.isnan(row if ops is numpy_ops else row.get()).all()
+
+
+@pytest.mark.parametrize("parts", [0, *PARTS])
+def test_merge_sums(rng, parts):
+    sums, count = Sums(*rng.standard_normal((2, parts, C))), np.array([12.0 if parts else 0.0])
+    ours, theirs = (
+        [xp.empty(2 * C, np.float32)[::2], xp.empty(C, np.float64)] for xp in (cp, np)
+    )  # dweight may be strided
+    row = cupy_ops.merge_sums(to_device(sums), cp.asarray(count), *ours).get()
+    expected = numpy_ops.merge_sums(sums, count, *theirs)
+    terms = ROUNDINGS * max(parts, 1) ** 0.5 * 4
+    np.testing.assert_allclose(row, expected, rtol=0, atol=terms)
+    np.testing.assert_allclose(ours[1].get(), theirs[1], rtol=0, atol=terms)
+    np.testing.assert_allclose(ours[0].get(), theirs[0], rtol=1e-6, atol=1e-6)
+    np.testing.assert_array_equal(cupy_ops.merge_sums(to_device(sums), cp.asarray(count), None, None).get(), row)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 9, np.nan])
+@pytest.mark.parametrize("momentum", [None, 0.1])
+@pytest.mark.parametrize("C", [1, 5, 777])
+def test_bn_update_running(rng, C, momentum, count):
+    """The same bits as the mirror, also where counter and batches are one array."""
+    mean, m2 = rng.standard_normal((1, C)), rng.uniform(1, 2, (1, C))
+    results = []
+    for ops, xp in (numpy_ops, np), (cupy_ops, cp):
+        running = [xp.full(C, 0.5, np.float32), xp.full(2 * C, 2.0)[::2]]
+        counter = xp.array(3)
+        batch = Moments(*map(xp.asarray, (np.array([float(count)]), mean, m2)), None if momentum else counter)
+        ops.bn_update_running(batch, *running, momentum, counter)
+        results.append([a if xp is np else a.get() for a in (*running, counter)])
+    for theirs, ours in zip(*results, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert results[0][2] == (4 if count > 1 else 3)
+    assert (results[0][0] == 0.5).all() == (not count > 1)
