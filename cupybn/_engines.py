@@ -6,6 +6,7 @@ imported, and `cupyx.distributed` imports mpi4py.)
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import functools
 import os
@@ -170,15 +171,34 @@ class MPIEngine:
                 looks += 1
                 time.sleep(0 if looks < SPINS else min(waited / 50, LONGEST_NAP))
         except BaseException as error:
-            _abandoned.append((requests, buffers))
+            _abandon(self._comm, requests, buffers)
             self._lost = f"rank {self.rank} has lost the other ranks: {error}"
             if isinstance(error, Exception) and type(error) is not RuntimeError:
                 raise RuntimeError(self._lost) from error
             raise
 
 
-_abandoned: list[object] = []
-"""Of exchanges that never ended: MPI may still write into their memory."""
+_abandoned: list[tuple[Any, list[Any], object]] = []
+"""Communicators, requests and buffers of exchanges that never ended: MPI may still write into their memory."""
+
+
+def _abandon(comm: Any, requests: list[Any], buffers: object) -> None:
+    if not _abandoned:
+        atexit.register(_abort_if_lost)
+    _abandoned.append((comm, requests, buffers))
+
+
+def _abort_if_lost() -> None:
+    """At the end of a process: MPI would wait for the ranks that it has lost, for ever."""
+    for comm, requests, _ in _abandoned:
+        try:
+            lost = not all(request.Test() for request in requests)
+        except Exception:
+            lost = True
+        if lost:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            comm.Abort(1)
 
 
 class _Staging:
@@ -250,7 +270,6 @@ class NCCLEngine:
     def gather(self, row: Array, header: Header) -> tuple[Array, Header | None]:  # noqa: ARG002
         """See `Engine`."""
         cupy = import_cupy()
-        row = cupy.asarray(row)
         rows = cupy.empty((self.size, row.size))
         rows.data.memset_async(0xFF, rows.nbytes)  # NaN, which moves no running statistics, if it is aborted
         with self._watch.over(cupy.cuda.get_current_stream(), self._timeout) as stream:
@@ -260,7 +279,6 @@ class NCCLEngine:
     def sum(self, row: Array, header: Header) -> tuple[Array, Header | None]:  # noqa: ARG002
         """See `Engine`."""
         cupy = import_cupy()
-        row = cupy.asarray(row)
         total, nccl = cupy.empty((1, row.size)), cupy.cuda.nccl
         with self._watch.over(cupy.cuda.get_current_stream(), self._timeout) as stream:
             self._comm.allReduce(row.data.ptr, total.data.ptr, row.size, nccl.NCCL_FLOAT64, nccl.NCCL_SUM, stream.ptr)
@@ -268,7 +286,8 @@ class NCCLEngine:
 
     def texts(self, text: str) -> list[str]:
         """See `Engine`."""
-        rows, _ = self.gather(_encode(text).view(np.float64)[None], np.empty(0))
+        row = import_cupy().asarray(_encode(text).view(np.float64)[None])
+        rows, _ = self.gather(row, np.empty(0))
         return [_decode(row.view(np.uint8)) for row in rows.get()]
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from cupybn._devices import current, empty
 from cupybn._dtypes import FLOATS
 from cupybn._engines import Engine
 
@@ -33,7 +34,7 @@ class Group:
         self.kinds = engine.kinds  # of arrays
         self._engine = engine
         self._agreed: set[int] = set()  # numbers of channels
-        self._channels: int | None = None  # of the last exchange
+        self._row: Array | None = None  # of the last pass forward
         self._spoke = False  # since the call began
 
     @contextlib.contextmanager
@@ -76,7 +77,7 @@ class Group:
         if channels not in self._agreed:
             self._compare(text)
             self._agreed.add(channels)
-        self._channels = channels
+        self._row = row
         rows, headers = self._engine.gather(row, np.array([FLOATS.index(dtype.name), count], np.float64))
         if headers is not None:
             if (headers[:, 0] != headers[self._engine.rank, 0]).any():
@@ -101,12 +102,14 @@ class Group:
 
     def _withdraw(self, text: str, forward: bool) -> None:
         """Say that this rank has failed in the exchange that the others are waiting in, then why."""
-        if self._channels is not None:
-            if forward:
-                row, header = np.full((1, 1 + 2 * self._channels), np.nan), np.array([np.nan, 0])
-                headers = self._engine.gather(row, header)[1]
-            else:
-                headers = self._engine.sum(np.full((1, 2 * self._channels), np.nan), np.ones(1))[1]
+        if self._row is not None:
+            with current(self._row):
+                row = empty(self._row.shape if forward else (1, self._row.size - 1), self._row)
+                row.fill(np.nan)
+                if forward:
+                    headers = self._engine.gather(row, np.array([np.nan, 0]))[1]
+                else:
+                    headers = self._engine.sum(row, np.ones(1))[1]
             if headers is None:
                 return  # nobody has seen it: they go on with NaN
         self._engine.texts(text)

@@ -7,7 +7,8 @@ import queue
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 from cupybn._devices import import_cupy
 
@@ -15,12 +16,15 @@ NAP = 0.02
 """Seconds between two looks at the device."""
 
 
-class _Message(NamedTuple):
+@dataclass
+class _Message:
     """A collective of NCCL, between two events of its stream."""
 
     begin: Any
     end: Any
     timeout: float | None
+    started: bool = False
+    """Whether the host has started it: it may wait for other ranks, too."""
 
 
 class Watch:
@@ -53,30 +57,35 @@ class Watch:
         RuntimeError
             If this one cannot be started, or an earlier one has failed.
         """
-        if self._failure is not None:
-            raise RuntimeError(f"NCCL has lost other ranks: {self._failure}")
+        self._check()
         if stream.is_capturing():  # nothing runs yet, and there is no time to look at
             yield stream
             return
         begin, end = (import_cupy().cuda.Event(disable_timing=True) for _ in range(2))
         begin.record(stream)
+        message = _Message(begin, end, timeout)
+        self._messages.put(message)
         try:
             yield stream
         except Exception as error:
-            self._failure = str(error)
-            raise RuntimeError(f"NCCL has lost other ranks: {error}") from error
+            self._failure = self._failure or str(error)
+        self._check()
         end.record(stream)
-        self._messages.put(_Message(begin, end, timeout))
+        message.started = True
+
+    def _check(self) -> None:
+        if self._failure is not None:
+            raise RuntimeError(f"NCCL has lost other ranks: {self._failure}")
 
     def _look_after(self) -> None:
         while self._failure is None:
-            begin, end, timeout = self._messages.get()
-            while not begin.done:
+            message = self._messages.get()
+            while not message.begin.done:
                 time.sleep(NAP)
             began = time.monotonic()
-            while not end.done and self._failure is None:
-                self._failure = self._what_failed(time.monotonic() - began, timeout)
+            while self._failure is None and not (message.started and message.end.done):
                 time.sleep(NAP)
+                self._failure = self._failure or self._what_failed(time.monotonic() - began, message.timeout)
         self.comm.abort()
 
     def _what_failed(self, seconds: float, timeout: float | None) -> str | None:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakValueDictionary
 
 import numpy as np
 import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from cupy.cuda import Stream
 
 ALIGNMENT = 512  # as CuPy's memory pool has it
 GUARD = 512
@@ -86,6 +90,69 @@ class MemoryPointer:
         from cupy.cuda import Device
 
         return Device(self.mem.device)
+
+    def memset(self, value: int, size: int) -> None:
+        """Set so many bytes from here on."""
+        from cupy.cuda import get_current_stream
+
+        if get_current_stream().is_capturing():
+            raise RuntimeError("the current stream is capturing, so synchronous API calls are disallowed")
+        self._memset(value, size)()
+
+    def memset_async(self, value: int, size: int, stream: Stream | None = None) -> None:
+        """Set so many bytes from here on, or note it where the stream is being captured."""
+        from cupy.cuda import get_current_stream
+
+        stream = get_current_stream() if stream is None else stream
+        work = self._memset(value, size)
+        if stream.is_capturing():
+            stream._record(work)
+        else:
+            work()
+
+    def _memset(self, value: int, size: int) -> Callable[[], None]:
+        from cupy.cuda.runtime import CUDARuntimeError
+
+        if size == 0:
+            return lambda: None
+        found = span(self.ptr, size)
+        if found is None:
+            raise CUDARuntimeError(1, f"no {size} bytes of an array at {self.ptr:#x}")
+        return lambda: found.write(np.uint8(value & 0xFF))
+
+
+class Span(NamedTuple):
+    """Some bytes of an allocation, which they keep alive."""
+
+    allocation: Allocation
+    start: int
+    nbytes: int
+
+    def read(self) -> bytes:
+        """The bytes, all of which must have been written."""
+        where = slice(self.start, self.start + self.nbytes)
+        if not self.allocation._complete:
+            missing = self.nbytes - np.count_nonzero(self.allocation.initialised[where])
+            if missing:
+                raise UninitialisedMemoryError(
+                    f"{missing} of {self.nbytes} bytes that were read on device {self.allocation.device} "
+                    "were never written"
+                )
+        return self.allocation.host[where].tobytes()
+
+    def write(self, data: npt.ArrayLike) -> None:
+        """Set the bytes, and note that they were written."""
+        where = slice(self.start, self.start + self.nbytes)
+        self.allocation.host[where] = data
+        self.allocation.initialised[where] = 1
+
+
+def span(ptr: int, nbytes: int) -> Span | None:
+    """So many bytes from an address on, if a live allocation has all of them."""
+    allocation = find(ptr)
+    if allocation is None or not 0 <= nbytes <= allocation.ptr + allocation.nbytes - ptr:
+        return None
+    return Span(allocation, ptr - allocation.ptr, nbytes)
 
 
 def find(ptr: int) -> Allocation | None:

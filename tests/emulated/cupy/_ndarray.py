@@ -205,6 +205,7 @@ class ndarray:  # noqa: N801 - as CuPy has it
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
+        self._mark()  # whoever asks may write there, unseen
         return {
             "shape": self.shape,
             "typestr": self.dtype.str,
@@ -236,8 +237,15 @@ class ndarray:  # noqa: N801 - as CuPy has it
         """A copy in host memory. The host waits for it."""
         if order.upper() not in ("C", "F", "A"):
             raise ValueError(f"unsupported order: {order}")
-        if out is not None and (out.dtype != self.dtype or out.shape != self.shape):
-            raise ValueError(f"Shape or dtype mismatch: expected {self.dtype} {self.shape}")
+        if out is not None:
+            if not isinstance(out, np.ndarray):
+                raise TypeError("Only numpy.ndarray can be obtained from cupy.ndarray")
+            if self.dtype != out.dtype:
+                raise TypeError(f"{out.dtype} array cannot be obtained from {self.dtype} array")
+            if self.shape != out.shape:
+                raise ValueError(f"Shape mismatch. Expected shape: {self.shape}, actual shape: {out.shape}")
+            if not (out.flags.c_contiguous or out.flags.f_contiguous):
+                raise RuntimeError("`out` cannot be specified when copying to non-contiguous ndarray")
         if blocking:
             note_sync("get", stream)
         else:

@@ -4,6 +4,7 @@ from cupy._memory import MemoryPointer
 from cupy.cuda import runtime
 from cupy.cuda.device import Device
 from cupy.cuda.memory import MemoryPool, alloc, get_allocator, get_default_memory_pool, set_allocator
+from cupy.cuda.pinned_memory import PinnedMemoryPointer, alloc_pinned_memory
 from cupy.cuda.stream import Event, Graph, Stream, get_current_stream, get_elapsed_time
 
 __all__ = [
@@ -12,8 +13,10 @@ __all__ = [
     "Graph",
     "MemoryPointer",
     "MemoryPool",
+    "PinnedMemoryPointer",
     "Stream",
     "alloc",
+    "alloc_pinned_memory",
     "get_allocator",
     "get_current_stream",
     "get_default_memory_pool",

@@ -136,6 +136,18 @@ def deviceSynchronize() -> None:
     note_sync("synchronize")
 
 
+def streamIsCapturing(stream: int) -> bool:
+    """Whether the work of a stream, by its handle, waits for the launch of a graph."""
+    from cupy.cuda.stream import find_stream
+
+    found = find_stream(stream)
+    if found is None:
+        raise CUDARuntimeError(400)
+    if found.is_capturing() and found._invalid:
+        raise RuntimeError("the stream was capturing, but an error has invalidated the capture sequence")
+    return found.is_capturing()
+
+
 def memGetInfo() -> tuple[int, int]:
     """Bytes of the current device's memory that are free, and all of them."""
     from cupy import _memory

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from typing import ClassVar
+from weakref import WeakValueDictionary
 
 from cupy import emulator
 from cupy.cuda import runtime
@@ -60,6 +61,8 @@ class Stream:
         self.is_non_blocking, self.priority = non_blocking, priority or 0
         self._captured: list[Work] | None = None
         self._invalid = False
+        if own:
+            _live[self.ptr] = self
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Stream) and self.ptr == other.ptr
@@ -168,6 +171,13 @@ def get_current_stream(device_id: int = -1) -> Stream:
     return _currents().get(runtime.getDevice() if device_id < 0 else device_id, Stream.null)
 
 
+def find_stream(ptr: int) -> Stream | None:
+    """The live stream of a handle."""
+    if ptr in (Stream.null.ptr, runtime.streamLegacy):
+        return Stream.null
+    return Stream.ptds if ptr == Stream.ptds.ptr else _live.get(ptr)
+
+
 def forbid_capture(what: str, stream: Stream | None = None) -> None:
     """Raise an error, and spoil the capture, if the (current) stream captures."""
     stream = get_current_stream() if stream is None else stream
@@ -197,5 +207,6 @@ def _currents() -> dict[int, Stream]:
     return streams
 
 
+_live: WeakValueDictionary[int, Stream] = WeakValueDictionary()
 Stream.null = Stream(null=True)
 Stream.ptds = Stream(ptds=True)

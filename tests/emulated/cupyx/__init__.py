@@ -1,0 +1,1 @@
+"""The part of ``cupyx`` that the stand-in for CuPy has."""

@@ -1,0 +1,179 @@
+"""What goes wrong on one rank is said on all of them, changes nothing, and the next pass works again."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import time
+
+import numpy as np
+import pytest
+
+from tests.ranks.world import arrays_of, fill
+from tests.reference import bits, to_numpy
+
+
+def share_of(world, C=3, dtype=np.float32):
+    return world.xp.asarray(np.random.default_rng(world.rank).standard_normal((4, C, 2)).astype(dtype))
+
+
+def works(world, layer):
+    """A step in training, and one back."""
+    y, vjp_fn = layer.vjp(share_of(world))
+    np.testing.assert_allclose(world.gather(y).mean((0, 2)), to_numpy(layer.bias), rtol=0, atol=1e-5)
+    assert np.isfinite(to_numpy(vjp_fn(y).input)).all()
+    world.everywhere(*(layer.state_dict()[name] for name in ("running_mean", "running_var", "num_batches_tracked")))
+
+
+def test_another_number_of_channels(world):
+    layer = world.layer(4 if world.rank == 1 else 3)
+    with world.all_raise(RuntimeError, "rank 0 has 3 channels of float32; rank 1 has 4", *arrays_of(layer)):
+        layer(share_of(world, layer.num_features))
+    with world.all_raise(RuntimeError, "rank 1 has 4 channels", *arrays_of(layer)):  # and so the next time
+        layer(share_of(world, layer.num_features))
+    works(world, world.layer(3))
+
+
+def test_another_dtype(world):
+    layer = world.layer(3)
+    odd = np.float64 if world.rank == world.size - 1 else np.float32
+    with world.all_raise(RuntimeError, f"rank {world.size - 1} has 3 channels of float64", *arrays_of(layer)):
+        layer(share_of(world, dtype=odd))
+    works(world, layer)
+    if world.host_sees:  # at any time
+        with world.all_raise(RuntimeError, f"rank {world.size - 1} has 3 channels of float64", *arrays_of(layer)):
+            layer(share_of(world, dtype=odd))
+        works(world, layer)
+
+
+def test_a_rank_that_raises(world):
+    """Before the first exchange, when nobody knows how long a message is to be, and later on."""
+    for lazy in False, True:
+        layer = world.layer(None if lazy else 3)
+        for again in False, True:
+            failing = world.rank == 1
+            expected = (
+                (ValueError, r"^expected at least 2D") if failing else (RuntimeError, r"rank 1 raised ValueError")
+            )
+            if again and not world.host_sees and not failing:
+                before = bits(*arrays_of(layer))
+                assert np.isnan(to_numpy(layer(share_of(world)))).all()
+                assert bits(*arrays_of(layer)) == before
+                world.mpi.Barrier()
+            else:
+                with world.all_raise(*expected, *arrays_of(layer)):
+                    layer(share_of(world)[:, 0, 0] if failing else share_of(world))
+            if not again:
+                assert (layer.num_features is None) == lazy
+            works(world, layer)
+
+
+def test_several_ranks_that_raise(world):
+    layer = world.layer(3)
+    if world.rank == 0:
+        with world.all_raise(RuntimeError, "rank 1 raised TypeError: expected residual"):
+            layer(share_of(world))
+    else:
+        with world.all_raise(TypeError, "^expected residual"):
+            layer(share_of(world), residual="no array")
+    works(world, layer)
+
+
+def test_a_rank_that_raises_on_the_way_back(world):
+    layer = world.layer(3)
+    y, vjp_fn = layer.vjp(share_of(world))
+    if world.rank == 0:
+        with world.all_raise(ValueError, "^expected grad_output of the input's shape"):
+            vjp_fn(y[:1])
+    elif world.host_sees:
+        with world.all_raise(RuntimeError, "rank 0 raised ValueError: expected grad_output"):
+            vjp_fn(y)
+    else:
+        assert np.isnan(to_numpy(vjp_fn(y).input)).all()
+        world.mpi.Barrier()
+    assert np.isfinite(to_numpy(vjp_fn(y).input)).all()
+    works(world, layer)
+
+
+def test_errors_of_a_single_process_are_raised_on_all(world):
+    """Each rank finds them by itself, and says so to the others: they are not in the way."""
+    layer = world.layer(3)
+    with world.all_raise(ValueError, "^running_mean should contain 5 elements not 3", *arrays_of(layer)):
+        layer(share_of(world, 5))
+    layer.eps = 0.0
+    with world.all_raise(ValueError, "^batch_norm eps must be positive", *arrays_of(layer)):
+        layer(share_of(world))
+    layer.eps = 1e-5
+    works(world, layer)
+
+
+def test_arrays_that_the_engine_does_not_know(world):
+    if world.engine not in ("cupyx", "nccl"):
+        return
+    layer = world.layer(3, device="cpu")
+    with world.all_raise(TypeError, "^expected input to be a CuPy array, for this communicator", *arrays_of(layer)):
+        layer(to_numpy(share_of(world)))
+
+
+def test_copies_ask_for_a_communicator(world):
+    layer = fill(world.layer(3), world.random)
+    works(world, layer)
+    for duplicate in copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)):
+        assert bits(*arrays_of(duplicate)) == bits(*arrays_of(layer))
+        before = bits(*arrays_of(duplicate))
+        with pytest.raises(RuntimeError, match=r"has no communicator: set layer\.comm"):
+            duplicate(share_of(world))
+        with pytest.raises(RuntimeError, match="has no communicator"):
+            _ = pickle.loads(pickle.dumps(duplicate)).comm
+        assert bits(*arrays_of(duplicate)) == before
+        x = share_of(world)
+        assert bits(duplicate.eval()(x)) == bits(layer.eval()(x))
+        layer.train()
+        duplicate.train().comm = world.comm
+        assert duplicate.timeout == layer.timeout
+        works(world, duplicate)
+        duplicate.comm = None
+        x = share_of(world)
+        assert bits(duplicate(x[..., None])) == bits(duplicate.to_batchnorm()(x))
+
+
+def test_a_rank_that_does_not_come(world):
+    """The others give up, and go on to do so: with this communicator they have lost each other."""
+    layer = world.layer(3, comm=duplicate_of(world), timeout=0.3)
+    layer(share_of(world))
+    world.mpi.Barrier()
+    if world.rank == 0:
+        time.sleep(1)
+    else:
+        before, began = bits(*arrays_of(layer)), time.monotonic()
+        with pytest.raises(RuntimeError, match=GIVES_UP if world.host_sees else "NCCL has lost other ranks"):
+            keep_calling(layer, share_of(world))
+        assert time.monotonic() - began < 10
+        with pytest.raises(RuntimeError, match=r"has lost (the )?other ranks"):
+            layer(share_of(world))
+        assert bits(*arrays_of(layer)) == before
+    world.mpi.Barrier()
+    if world.rank == 0 and world.host_sees:
+        layer(share_of(world))  # is late: the others have been here
+    works(world, world.layer(3))
+
+
+def keep_calling(layer, x):
+    """Of NCCL the host hears later."""
+    for _ in range(100):
+        layer(x)
+        time.sleep(0.1)
+
+
+GIVES_UP = r"^rank \d expected all \d ranks to exchange statistics within 0\.3 s"
+
+
+def duplicate_of(world):
+    """A communicator that may be lost."""
+    if world.host_sees:
+        return world.mpi.Dup()
+    from cupy.cuda import nccl
+
+    return nccl.NcclCommunicator(
+        world.size, world.mpi.bcast(nccl.get_unique_id() if world.rank == 0 else None), world.rank
+    )
