@@ -233,7 +233,7 @@ def cuda_aware() -> bool:
     the function that Open MPI has invented.
     """
     overruled = os.environ.get("CUPYBN_CUDA_AWARE_MPI")
-    if overruled is not None:
+    if overruled:
         return overruled == "1"
     MPI = sys.modules["mpi4py.MPI"]
     kinds = MPI.COMM_WORLD.Get_info().Get("mpi_memory_alloc_kinds") or ""

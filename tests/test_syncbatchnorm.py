@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 import cupybn
-from cupybn import BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm
+from cupybn import BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm, _engines
 from tests.conftest import EMULATED
 from tests.reference import bits, to_numpy
 
@@ -226,6 +226,39 @@ def test_importing_and_building_layers_starts_no_mpi():
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Engines of one's own, and what NCCL does not tell
+
+
+def test_nccl_of_one_rank(rng):
+    """What a single GPU can tell: the messages themselves, and that a layer does without them."""
+    cp = pytest.importorskip("cupy")
+    from cupy.cuda import nccl
+
+    if not nccl.available:
+        pytest.skip("no NCCL")
+    comm = nccl.NcclCommunicator(1, nccl.get_unique_id(), 0)
+    engine = _engines.engine_for(comm, 30)
+    row = cp.asarray(rng.standard_normal((1, 7)))
+    for collective in engine.gather, engine.sum:
+        result, header = collective(row, np.empty(0))
+        assert header is None
+        assert bits(result) == bits(row)
+        assert result.shape == row.shape
+    assert engine.texts("3 channels of float32") == ["3 channels of float32"]
+    x = cp.asarray(rng.standard_normal((4, 3, 5)))
+    layers = SyncBatchNorm(3, device="cuda:0", comm=comm), BatchNorm1d(3, device="cuda:0")
+    assert bits(layers[0](x)) == bits(layers[1](x))
+
+
+def test_where_mpi_says_that_it_takes_memory_of_gpus(monkeypatch):
+    """An MPI that does not know may be overruled."""
+    code = "from mpi4py import MPI; from cupybn._engines import cuda_aware; print(cuda_aware(), cuda_aware())"
+    said = {}
+    for value in "", "0", "1":
+        monkeypatch.setenv("CUPYBN_CUDA_AWARE_MPI", value)
+        said[value] = finish(start(1, "-c", code), 60).split()
+    assert said["0"] == ["False", "False"]
+    assert said["1"] == ["True", "True"]
+    assert said[""] in (["False", "False"], ["True", "True"])
 
 
 class Alone:

@@ -1,0 +1,155 @@
+"""Messages of NCCL that fail or never end, with a communicator and streams that do as they are told."""
+
+from __future__ import annotations
+
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from cupybn import _watch
+from cupybn._watch import Watch, watch_of
+
+LOST = "^NCCL has lost other ranks: "
+
+
+class Event:
+    """Done as soon as it is recorded, if its stream runs."""
+
+    def __init__(self, disable_timing):
+        assert disable_timing
+        self.stream = None
+
+    def record(self, stream):
+        self.stream = stream
+
+    @property
+    def done(self):
+        return self.stream is None or self.stream.runs  # as CUDA has it, also where nothing was recorded
+
+
+class Stream:
+    def __init__(self, runs=True, capturing=False):
+        self.runs, self.capturing = runs, capturing
+
+    def is_capturing(self):
+        return self.capturing
+
+
+class Communicator:
+    comm = 7
+
+    def __init__(self, error=None):
+        self.error, self.aborted = error, threading.Event()
+
+    def check_async_error(self):
+        if self.error:
+            raise RuntimeError(self.error)
+
+    def abort(self):
+        self.aborted.set()
+
+
+@pytest.fixture(autouse=True)
+def events(monkeypatch):
+    monkeypatch.setattr(_watch, "import_cupy", lambda: SimpleNamespace(cuda=SimpleNamespace(Event=Event)))
+    monkeypatch.setattr(_watch, "NAP", 0.001)
+
+
+def start(watch, stream, timeout=None):
+    with watch.over(stream, timeout) as same:
+        assert same is stream
+
+
+class Stuck(Stream):
+    """All that comes after its first event never runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = 0
+
+    @property
+    def runs(self):
+        self.seen += 1
+        return self.seen == 1
+
+    @runs.setter
+    def runs(self, value):
+        pass
+
+
+def test_messages_that_end_are_forgotten():
+    comm = Communicator()
+    watch = Watch(comm)
+    for _ in range(3):
+        start(watch, Stream(), timeout=0.001)
+    time.sleep(0.05)
+    start(watch, Stream())
+    assert not comm.aborted.is_set()
+
+
+def test_a_message_that_never_ends():
+    comm = Communicator()
+    watch = Watch(comm)
+    start(watch, Stuck(), timeout=0.01)
+    assert comm.aborted.wait(10)
+    with pytest.raises(RuntimeError, match=rf"{LOST}a message has taken more than 0.01 s"):
+        start(watch, Stream())
+
+
+def test_without_a_limit_it_waits():
+    comm = Communicator()
+    watch = Watch(comm)
+    start(watch, Stuck(), timeout=None)
+    assert not comm.aborted.wait(0.1)
+    comm.error = "remote process exited"
+    assert comm.aborted.wait(10)
+
+
+def test_work_before_the_message_takes_as_long_as_it_likes():
+    comm, stream = Communicator(), Stream(runs=False)
+    watch = Watch(comm)
+    start(watch, stream, timeout=0.01)
+    assert not comm.aborted.wait(0.1)
+    stream.runs = True
+    start(watch, Stream())
+    assert not comm.aborted.wait(0.05)
+
+
+def test_a_failure_that_nccl_tells():
+    comm = Communicator("remote process exited")
+    watch = Watch(comm)
+    start(watch, Stuck())
+    assert comm.aborted.wait(10)
+    with pytest.raises(RuntimeError, match=f"{LOST}remote process exited"):
+        start(watch, Stream())
+
+
+def test_a_message_that_cannot_be_started():
+    watch = Watch(Communicator())
+    with pytest.raises(RuntimeError, match=f"{LOST}no"), watch.over(Stream(), None):
+        raise RuntimeError("no")
+    with pytest.raises(RuntimeError, match=f"{LOST}no"):
+        start(watch, Stream())
+
+
+def test_a_host_that_waits_in_the_call():
+    """As it does where ranks first connect: the abort lets it go, and it says why."""
+    comm = Communicator()
+    watch = Watch(comm)
+    with pytest.raises(RuntimeError, match=f"{LOST}a message has taken more than"), watch.over(Stream(), 0.01):
+        assert comm.aborted.wait(10)
+
+
+def test_what_a_graph_captures_is_not_watched():
+    comm = Communicator("remote process exited")
+    start(Watch(comm), Stream(runs=False, capturing=True))
+    assert not comm.aborted.wait(0.05)
+
+
+def test_layers_share_the_watch_of_a_communicator():
+    first, second = Communicator(), Communicator()
+    watch = watch_of(first)
+    assert watch_of(first) is watch
+    assert watch_of(second) is not watch  # at the address of one that is gone
