@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 RUNTIME = Path(__file__).parent / "runtime"
+DEVICE = '#include "device.h"'
 BOUNDS = (
     r"(?:__(?:launch_bounds|cluster_dims)__\s*\((?:[^()]|\([^()]*\))*\)\s*|[A-Z_][A-Z_0-9]*\s+)*"  # or macros for them
 )
@@ -37,6 +38,9 @@ FLAGS = (
     "-Og",
     "-g1",
     "-gdwarf-4",  # of version 5, some addr2line take the first file for the second
+    "-fno-var-tracking",  # nobody asks where variables are
+    "-fno-exceptions",
+    "-fno-asynchronous-unwind-tables",  # nor who called whom
     "-w",
     "-fPIC",
     "-fno-gnu-unique",  # each module has shared memory of its own
@@ -44,10 +48,11 @@ FLAGS = (
     "-fno-tree-vectorize",  # accesses are as wide as the kernel wrote them
     "-ffp-contract=off",
     "-fsanitize=thread," + ",".join(CHECKS),
+    "-fno-sanitize-recover=" + ",".join(CHECKS),  # the runtime's functions for them do not return
 )
 # Without the libraries of the sanitizers. Without the files that C++ starts with: what kernels share is then all that
 # there is of zeroed memory.
-LINK_FLAGS = ("-nostartfiles", "-Wl,-Bsymbolic")
+LINK_FLAGS = ("-shared", "-nostdlib", "-Wl,-Bsymbolic", "-lm", "-lc", "-lgcc")
 
 
 class CompileException(Exception):  # noqa: N818 - its name in CuPy
@@ -84,28 +89,49 @@ def _run(command: Sequence[str | Path]) -> str:
     return done.stdout
 
 
-def _build(text: str, flags: Sequence[str], link_flags: Sequence[str] = ()) -> Path:
-    """A shared library of this text, out of the cache if it is there."""
+def _cached(ending: str, text: str, options: Sequence[str], more: Sequence[str | Path] = ()) -> Path:
+    """What g++ makes of this text, out of the cache if it is there.
+
+    Parameters
+    ----------
+    ending : str
+        Of the file, which is alone in its folder if it is a header: there g++ finds what it has compiled of it.
+    more
+        Options that say only where something is: what is there is part of the key, so that checkouts share the cache.
+    """
     path, version = compiler()
-    surroundings = "".join(path.read_text() for path in sorted(RUNTIME.iterdir()) if path.is_file())
-    key = hashlib.sha256("\0".join((text, version, surroundings, *flags, *link_flags)).encode()).hexdigest()[:32]
-    library = cache_folder() / f"{key}.so"
-    if not library.exists():
+    key = hashlib.sha256("\0".join((text, version, _surroundings(), *options)).encode()).hexdigest()[:32]
+    result = cache_folder() / f"{key}{ending}"
+    if not result.exists():
+        result.parent.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache_folder()) as folder:
-            source, compiled, linked = (Path(folder) / name for name in ("kernel.cpp", "kernel.o", "kernel.so"))
+            source, made = Path(folder) / "kernel.cpp", Path(folder) / "made"
             source.write_text(text)
-            _run([path, *flags, "-c", source, "-o", compiled])
-            _run([path, "-shared", *link_flags, compiled, "-o", linked, "-ldl"])
-            linked.replace(library)
-    return library
+            language = ("-x", "c++-header") if ending.endswith(".gch") else ()
+            _run([path, *language, source, *options, *more, "-o", made])
+            made.replace(result)  # at once, whoever else makes it
+    return result
+
+
+@functools.cache
+def _surroundings() -> str:
+    """The texts that others include."""
+    return "".join(path.read_text() for path in sorted(RUNTIME.iterdir()) if path.is_file())
+
+
+@functools.cache
+def _headers() -> tuple[str, ...]:
+    """Options for where ``device.h`` is: first where g++ finds it compiled, for most kernels are shorter than it."""
+    precompiled = _cached("/device.h.gch", DEVICE, (*FLAGS, *_garbage()), (f"-I{RUNTIME}",))
+    return f"-I{precompiled.parent}", f"-I{RUNTIME}"
 
 
 @functools.cache
 def runtime() -> ctypes.CDLL:
     """The library that runs kernels; their modules find its functions."""
     text = (RUNTIME / "runtime.cpp").read_text()
-    library = _build(text, ("-std=c++17", "-O2", "-fPIC", "-U_FORTIFY_SOURCE", f"-I{RUNTIME}"))
-    return ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+    options = ("-std=c++17", "-O2", "-fPIC", "-U_FORTIFY_SOURCE", "-shared", "-ldl")
+    return ctypes.CDLL(str(_cached(".so", text, options, (f"-I{RUNTIME}",))), mode=ctypes.RTLD_GLOBAL)
 
 
 class Parameter(ctypes.Structure):
@@ -136,7 +162,7 @@ class Module:
         ]
         text = "\n".join(
             [
-                '#include "device.h"',
+                DEVICE,
                 '#line 1 "kernel.cu"',
                 re.sub(r"extern\s+__shared__", "extern __dynamic_shared__", code),
                 '#line 1 "entry.cpp"',
@@ -149,7 +175,8 @@ class Module:
             ]
         )
         runtime()
-        self.path = _build(text, (*FLAGS, *_garbage(), f"-I{RUNTIME}", *_translate(options)), LINK_FLAGS)
+        flags = (*FLAGS, *_garbage(), *_translate(options), *LINK_FLAGS)
+        self.path = _cached(".so", text, flags, _headers())
         self.binary = ctypes.CDLL(str(self.path))
         begin, end = ctypes.c_void_p(), ctypes.c_void_p()
         self.binary.emulated_shared(ctypes.byref(begin), ctypes.byref(end))

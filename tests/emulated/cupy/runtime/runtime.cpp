@@ -185,7 +185,8 @@ void __tsan_func_exit() {}
 void __tsan_init() {}
 
 // ---------------------------------------------------------------------------------------------------------------------
-// What -fsanitize=undefined calls, each with data that begin with the place in the source
+// What -fsanitize=undefined calls, each with data that begin with the place in the source; "abort" means that the kernel
+// does not go on
 
 struct Place {
     const char* file;
@@ -197,24 +198,24 @@ struct Mismatch {
     unsigned char log_alignment, kind;
 };
 
-void __ubsan_handle_type_mismatch_v1(Mismatch* data, uintptr_t p) {
+void __ubsan_handle_type_mismatch_v1_abort(Mismatch* data, uintptr_t p) {
     if ((p & ((1ull << data->log_alignment) - 1)) == 0)
         fail(nullptr, "null pointer at %s:%u", data->place.file, data->place.line);
     fail(nullptr, "misaligned: address %#llx is no multiple of %u at %s:%u", (unsigned long long)p,
          1u << data->log_alignment, data->place.file, data->place.line);
 }
-void __ubsan_handle_out_of_bounds(Place* place, uintptr_t index) {
+void __ubsan_handle_out_of_bounds_abort(Place* place, uintptr_t index) {
     fail(nullptr, "out of bounds: index %lld of an array at %s:%u", (long long)index, place->file, place->line);
 }
 #define HANDLER(name, text) \
     void __ubsan_handle_##name(Place* place) { fail(nullptr, text " at %s:%u", place->file, place->line); }
-HANDLER(add_overflow, "integer overflow in an addition")
-HANDLER(sub_overflow, "integer overflow in a subtraction")
-HANDLER(mul_overflow, "integer overflow in a multiplication")
-HANDLER(negate_overflow, "integer overflow in a negation")
-HANDLER(divrem_overflow, "integer division by zero or overflow")
-HANDLER(shift_out_of_bounds, "shift out of bounds")
-HANDLER(load_invalid_value, "a bool or enum that holds no such value")
+HANDLER(add_overflow_abort, "integer overflow in an addition")
+HANDLER(sub_overflow_abort, "integer overflow in a subtraction")
+HANDLER(mul_overflow_abort, "integer overflow in a multiplication")
+HANDLER(negate_overflow_abort, "integer overflow in a negation")
+HANDLER(divrem_overflow_abort, "integer division by zero or overflow")
+HANDLER(shift_out_of_bounds_abort, "shift out of bounds")
+HANDLER(load_invalid_value_abort, "a bool or enum that holds no such value")
 HANDLER(missing_return, "end of a function that returns a value")
 HANDLER(builtin_unreachable, "unreachable place reached")
 
