@@ -24,12 +24,15 @@ struct Index {
 
 enum State { READY, AT_BLOCK_BARRIER, AT_WARP_BARRIER, AT_CLUSTER_BARRIER, DONE };
 
+// Mostly they are one and the same.
+bool same_text(const char* a, const char* b) { return a == b || strcmp(a, b) == 0; }
+
 struct Site {
     const char* what;
     const char* file;
     int line;
 
-    bool same_place(const Site& other) const { return line == other.line && strcmp(file, other.file) == 0; }
+    bool same_place(const Site& other) const { return line == other.line && same_text(file, other.file); }
     bool operator<(const Site& other) const {
         return std::make_pair(std::string(file), line) < std::make_pair(std::string(other.file), other.line);
     }

@@ -84,7 +84,7 @@ void release_warp() {
         const Thread& thread = *lanes[lane];
         const Site& there = thread.site;
         // Any __syncwarp goes with any other; of what moves values, all lanes must execute the same.
-        if (strcmp(there.what, here.what) != 0 ||
+        if (!same_text(there.what, here.what) ||
             (!there.same_place(here) && strcmp(here.what, "__syncwarp") != 0))
             return report("lanes disagree: of mask %08x, one is in %s at %s:%d, another in %s at %s:%d", mask, here.what,
                           here.file, here.line, there.what, there.file, there.line);
