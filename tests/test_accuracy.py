@@ -15,7 +15,7 @@ LAYOUTS = {  # shape, channel axis, memory order of the axes
     "long rows": ((3, 4, 9001), 1, (0, 1, 2)),
     "NC": ((5000, 7), 1, (0, 1)),
     "few values": ((5, 7), 1, (0, 1)),
-    "wide": ((40, 3000), 1, (0, 1)),
+    "wide": ((40, 1100), 1, (0, 1)),
     "CNL": ((6, 4, 999), 1, (1, 0, 2)),
 }
 RATIOS = [0, 1, 1e2, 1e4, 1e5, 1e6]
