@@ -74,7 +74,7 @@ class Call(NamedTuple):
                 self.channel_axis,
                 type(self.channel_axis),
                 self.of_layer,
-                self.group and self.group.kinds,
+                self.group is not None,
                 updates_stats(),
             )
             hash(key)
@@ -109,9 +109,7 @@ class Call(NamedTuple):
             suggest_axis=self.of_layer,
         )
         _checks.check_eps(self.eps, self.training)
-        if self.group is not None:
-            _checks.check_kind("input", input, self.group.kinds)
-        elif self.training and input.size:
+        if self.training and input.size and self.group is None:
             _checks.check_more_than_one_value(input.shape, axis)
         for name, array in ("residual", self.residual), ("out", out):
             if array is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import operator
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from cupybn._devices import describe, device_of, kind
@@ -31,13 +31,6 @@ def check_like(name: str, array: Any, input: Any) -> None:
         raise TypeError(f"expected {name} of the input's dtype {input.dtype} (got {array.dtype})")
     if array.shape != input.shape:
         raise ValueError(f"expected {name} of the input's shape {input.shape} (got {array.shape})")
-
-
-def check_kind(name: str, array: Any, kinds: Collection[str]) -> None:
-    """An array of one of these kinds."""
-    if kind(array) not in kinds:
-        expected = " or ".join({"numpy": "NumPy", "cupy": "CuPy"}[known] for known in kinds)
-        raise TypeError(f"expected {name} to be a {expected} array, for this communicator (got {describe(array)})")
 
 
 def check_writeable(name: str, array: Any) -> None:

@@ -23,14 +23,9 @@ from cupybn._watch import watch_of
 
 Array = Any  # numpy.ndarray or cupy.ndarray
 Header = npt.NDArray[np.float64]
-Start = Callable[[Array, Array], Any]  # a collective of MPI: from, to
 
 TEXT = 256
 """Bytes of a text that ranks exchange; what is longer is cut."""
-SPINS = 1000
-"""Looks at a message before a rank lets go of its processor between two of them."""
-LONGEST_NAP = 1e-3
-"""Seconds between two looks."""
 
 
 class Engine(Protocol):
@@ -40,17 +35,21 @@ class Engine(Protocol):
     None if the host does not see what is exchanged: it does not wait for the device.
     """
 
-    rank: int
     size: int
-    kinds: tuple[str, ...]
-    """Of arrays: "numpy", "cupy"."""
+    """How many ranks there are."""
+    timeout: float | None
+    """Seconds after which a rank gives up waiting for the others. None waits for ever."""
+
+    def check(self, input: Any) -> None:
+        """Raise TypeError for an array that cannot be sent."""
+        ...
 
     def gather(self, row: Array, header: Header) -> tuple[Array, Header | None]:
         """The rows of all ranks in their order, (size, n), and their headers."""
         ...
 
     def sum(self, row: Array, header: Header) -> tuple[Array, Header | None]:
-        """The sums over all ranks, (1, n), the same bits on each of them, and those of their headers."""
+        """The sums over all ranks, (1, n), and those of their headers."""
         ...
 
     def texts(self, text: str) -> list[str]:
@@ -66,7 +65,7 @@ def engine_for(comm: Any, timeout: float | None) -> Engine:
     TypeError
         If it is none that is known.
     ValueError
-        If this process is not in it.
+        If this process is not in it, or it has been aborted.
     """
     names = {f"{cls.__module__}.{cls.__qualname__}" for cls in type(comm).__mro__}
     if "mpi4py.MPI.Comm" in names:
@@ -75,33 +74,38 @@ def engine_for(comm: Any, timeout: float | None) -> Engine:
         return NCCLEngine(comm._comm, timeout)
     if any(name.endswith(".nccl.NcclCommunicator") for name in names):
         return NCCLEngine(comm, timeout)
-    if all(hasattr(comm, name) for name in ("rank", "size", "kinds", "gather", "sum", "texts")):
+    if all(hasattr(comm, name) for name in ("size", "check", "gather", "sum", "texts")):
         engine: Engine = comm
+        engine.timeout = timeout
         return engine
     raise TypeError(
         "expected comm to be a communicator of mpi4py, an NCCLBackend of cupyx.distributed, a "
-        f"cupy.cuda.nccl.NcclCommunicator or None (got {describe(comm)})"
+        f"cupy.cuda.nccl.NcclCommunicator, an engine or None (got {describe(comm)})"
     )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # MPI
 
+TAG = 0x6362  # "cb"; every MPI has tags up to 0x7fff
+SPINS = 1000
+"""Looks at a message before a rank lets go of its processor between two of them."""
+LONGEST_NAP = 1e-3
+"""Seconds between two looks."""
+
 
 class MPIEngine:
     """An intracommunicator of mpi4py.
 
-    Collectives do not block, so that a rank that waits for another one can give up. CuPy arrays go through pinned
-    memory of the host, or as they are where MPI says that it knows GPUs.
+    Nothing blocks, so that a rank that waits for another one can give up. CuPy arrays go through pinned memory of the
+    host; those that are gathered go as they are where MPI says that it knows GPUs. They are then sent from rank to
+    rank: Open MPI takes them in no collective that does not block, and crashes in reductions.
 
     Parameters
     ----------
     comm : mpi4py.MPI.Intracomm
     timeout : float or None
-        Seconds after which a rank gives up waiting. None waits for ever.
     """
-
-    kinds: tuple[str, ...] = ("numpy", "cupy")
 
     def __init__(self, comm: Any, timeout: float | None) -> None:
         if not comm:
@@ -110,84 +114,99 @@ class MPIEngine:
             raise TypeError("expected comm to be an intracommunicator (got an intercommunicator)")
         self.rank: int = comm.Get_rank()
         self.size: int = comm.Get_size()
-        self._comm, self._timeout = comm, timeout
-        self._lost: str | None = None
+        self.timeout = timeout
+        self._comm = comm
         self._staging: dict[tuple[int, int], _Staging] = {}
+
+    def check(self, input: Any) -> None:
+        """All arrays can be sent."""
 
     def gather(self, row: Array, header: Header) -> tuple[Array, Header | None]:
         """See `Engine`."""
-        return self._exchange(self._comm.Iallgather, self.size, row, header)
+        if kind(row) == "cupy" and cuda_aware():
+            return self._gather_on_device(row, header)
+        return self._collect(self._comm.Iallgather, self.size, row, header)
 
     def sum(self, row: Array, header: Header) -> tuple[Array, Header | None]:
         """See `Engine`."""
-        total, headers = self._exchange(self._comm.Iallreduce, 1, row, header)
+        total, headers = self._collect(self._comm.Iallreduce, 1, row, header)
         return total, headers[0]
 
     def texts(self, text: str) -> list[str]:
         """See `Engine`."""
-        received = np.zeros((self.size, TEXT), np.uint8)
-        sent = _encode(text)
-        self._wait([self._comm.Iallgather(sent, received)], (sent, received))
+        sent, received = _encode(text), np.zeros((self.size, TEXT), np.uint8)
+        self._wait((sent, received), lambda: self._comm.Iallgather(sent, received))
         return [_decode(row) for row in received]
 
-    def _exchange(self, start: Start, rows: int, row: Array, header: Header) -> tuple[Array, Header]:
-        """Start a collective whose result has so many rows, and wait for it."""
-        self._check_alive()
-        if kind(row) == "cupy" and cuda_aware():
-            import_cupy().cuda.get_current_stream().synchronize()  # MPI knows nothing of streams
-            received, headers = empty((rows, row.size), row), np.empty((rows, header.size))
-            requests = [start(header, headers), start(row, received)]
-            self._wait(requests, (row, received, header, headers))
-            return received, headers
-        # Header and row in one message.
+    def _collect(
+        self, collective: Callable[[Array, Array], Any], rows: int, row: Array, header: Header
+    ) -> tuple[Array, Header]:
+        """The result of a collective, which has so many rows: header and row in one message of the host."""
         h, n = header.size, row.size
         if kind(row) == "numpy":
-            sent, host = np.concatenate([header, row[0]]), np.empty((rows, h + n))
-            self._wait([start(sent, host)], (sent, host))
-            return host[:, h:], host[:, :h]
+            sent, received = np.concatenate([header, row[0]]), np.empty((rows, h + n))
+            self._wait((sent, received), lambda: collective(sent, received))
+            return received[:, h:], received[:, :h]
         if (rows, h + n) not in self._staging:
             self._staging[rows, h + n] = _Staging(rows, h + n)
         staging = self._staging[rows, h + n]
         staging.download(header, row)
-        self._wait([start(staging.sent, staging.received)], staging)
+        self._wait(staging, lambda: collective(staging.sent, staging.received))
         return staging.upload(row)[:, h:], staging.received[:, :h].copy()
 
-    def _check_alive(self) -> None:
-        if self._lost is not None:
-            raise RuntimeError(self._lost)
+    def _gather_on_device(self, row: Array, header: Header) -> tuple[Array, Header]:
+        comm, others = self._comm, [rank for rank in range(self.size) if rank != self.rank]
+        rows, headers = empty((self.size, row.size), row), np.empty((self.size, header.size))
+        rows[self.rank] = row[0]
+        import_cupy().cuda.get_current_stream().synchronize()  # MPI knows nothing of streams
+        self._wait(
+            (row, rows, header, headers),
+            lambda: comm.Iallgather(header, headers),
+            *(functools.partial(comm.Irecv, rows[rank], rank, TAG) for rank in others),
+            *(functools.partial(comm.Isend, row, rank, TAG) for rank in others),
+        )
+        return rows, headers
 
-    def _wait(self, requests: list[Any], buffers: object) -> None:
-        """Until all requests are done, or the time is over."""
-        self._check_alive()
+    def _wait(self, buffers: object, *starts: Callable[[], Any]) -> None:
+        """Start what returns requests, and wait until all are done or the time is over."""
+        lost = self._comm.Get_attr(_lost_key())
+        if lost is not None:
+            raise RuntimeError(lost)
+        requests: list[Any] = []
         began, looks = time.monotonic(), 0
         try:
+            for start in starts:
+                requests.append(start())
             while not all(request.Test() for request in requests):
                 waited = time.monotonic() - began
-                if self._timeout is not None and waited > self._timeout:
+                if self.timeout is not None and waited > self.timeout:
                     raise RuntimeError(
                         f"rank {self.rank} expected all {self.size} ranks to exchange statistics within "
-                        f"{self._timeout:g} s: one has died, is late, or does not make the same calls"
+                        f"{self.timeout:g} s: one has died, is late, or does not make the same calls"
                     )
                 looks += 1
                 time.sleep(0 if looks < SPINS else min(waited / 50, LONGEST_NAP))
         except BaseException as error:
-            _abandon(self._comm, requests, buffers)
-            self._lost = f"rank {self.rank} has lost the other ranks: {error}"
+            _abandoned.append((self._comm, requests, buffers))
+            lost = f"rank {self.rank} has lost the other ranks: {str(error) or type(error).__qualname__}"
+            self._comm.Set_attr(_lost_key(), lost)
             if isinstance(error, Exception) and type(error) is not RuntimeError:
-                raise RuntimeError(self._lost) from error
+                raise RuntimeError(lost) from error
             raise
+
+
+@functools.cache
+def _lost_key() -> int:
+    """Under which a communicator holds why it is of no more use."""
+    key: int = sys.modules["mpi4py.MPI"].Comm.Create_keyval()
+    return key
 
 
 _abandoned: list[tuple[Any, list[Any], object]] = []
 """Communicators, requests and buffers of exchanges that never ended: MPI may still write into their memory."""
 
 
-def _abandon(comm: Any, requests: list[Any], buffers: object) -> None:
-    if not _abandoned:
-        atexit.register(_abort_if_lost)
-    _abandoned.append((comm, requests, buffers))
-
-
+@atexit.register
 def _abort_if_lost() -> None:
     """At the end of a process: MPI would wait for the ranks that it has lost, for ever."""
     for comm, requests, _ in _abandoned:
@@ -250,45 +269,65 @@ def cuda_aware() -> bool:
 class NCCLEngine:
     """An NCCL communicator of CuPy, on the current stream: the host waits for nothing and sees nothing.
 
+    What does not end in time is ended by aborting the communicator, and the next call raises.
+
     Parameters
     ----------
     comm : cupy.cuda.nccl.NcclCommunicator
-        Of the device of the arrays.
     timeout : float or None
-        Seconds that a message may take. Then the communicator is aborted, which ends it on the device, and the next
-        call raises. None waits for ever.
     """
 
-    kinds: tuple[str, ...] = ("cupy",)
-
     def __init__(self, comm: Any, timeout: float | None) -> None:
-        self.rank: int = comm.rank_id()
+        if not comm.comm:
+            raise ValueError("expected comm to be alive (got an NCCL communicator that was aborted or destroyed)")
         self.size: int = comm.size()
-        self._comm, self._timeout = comm, timeout
+        self.timeout = timeout
+        self._comm = comm
+        self._device: int = comm.device_id()
         self._watch = watch_of(comm)
+
+    def check(self, input: Any) -> None:
+        """See `Engine`: CuPy arrays on the device of the communicator."""
+        expected = f"CuPy array on cuda:{self._device}"
+        if kind(input) != "cupy" or input.data.device_id != self._device:
+            raise TypeError(f"expected input to be a {expected}, as the communicator is (got {describe(input)})")
 
     def gather(self, row: Array, header: Header) -> tuple[Array, Header | None]:  # noqa: ARG002
         """See `Engine`."""
-        cupy = import_cupy()
-        rows = cupy.empty((self.size, row.size))
-        rows.data.memset_async(0xFF, rows.nbytes)  # NaN, which moves no running statistics, if it is aborted
-        with self._watch.over(cupy.cuda.get_current_stream(), self._timeout) as stream:
-            self._comm.allGather(row.data.ptr, rows.data.ptr, row.size, cupy.cuda.nccl.NCCL_FLOAT64, stream.ptr)
+        rows = _nan((self.size, row.size))
+        with self._watched() as stream:
+            self._comm.allGather(row.data.ptr, rows.data.ptr, row.size, _nccl().NCCL_FLOAT64, stream.ptr)
         return rows, None
 
     def sum(self, row: Array, header: Header) -> tuple[Array, Header | None]:  # noqa: ARG002
         """See `Engine`."""
-        cupy = import_cupy()
-        total, nccl = cupy.empty((1, row.size)), cupy.cuda.nccl
-        with self._watch.over(cupy.cuda.get_current_stream(), self._timeout) as stream:
+        total, nccl = _nan((1, row.size)), _nccl()
+        with self._watched() as stream:
             self._comm.allReduce(row.data.ptr, total.data.ptr, row.size, nccl.NCCL_FLOAT64, nccl.NCCL_SUM, stream.ptr)
         return total, None
 
     def texts(self, text: str) -> list[str]:
         """See `Engine`."""
-        row = import_cupy().asarray(_encode(text).view(np.float64)[None])
-        rows, _ = self.gather(row, np.empty(0))
-        return [_decode(row.view(np.uint8)) for row in rows.get()]
+        cupy = import_cupy()
+        with cupy.cuda.Device(self._device):
+            rows, _ = self.gather(cupy.asarray(_encode(text).view(np.float64)[None]), np.empty(0))
+            received = rows.get()
+        self._watch.check()
+        return [_decode(row.view(np.uint8)) for row in received]
+
+    def _watched(self) -> Any:
+        return self._watch.over(import_cupy().cuda.get_current_stream(), self.timeout)
+
+
+def _nan(shape: tuple[int, ...]) -> Array:
+    """NaN, which is what stays of a message that is aborted."""
+    array = import_cupy().empty(shape)
+    array.data.memset_async(0xFF, array.nbytes)
+    return array
+
+
+def _nccl() -> Any:
+    return import_cupy().cuda.nccl
 
 
 def _encode(text: str) -> npt.NDArray[np.uint8]:

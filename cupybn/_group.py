@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import enum
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from cupybn._devices import current, empty
+from cupybn._devices import current, full, kind
 from cupybn._dtypes import FLOATS
 from cupybn._engines import Engine
 
@@ -18,12 +19,21 @@ FAILED = "!"
 """What the text of a rank begins with that has raised."""
 
 
+class _Exchange(enum.Enum):
+    """How far that of a call has come."""
+
+    AHEAD = enum.auto()
+    BEGUN = enum.auto()
+    OVER = enum.auto()
+
+
 class Group:
     """The ranks of one layer.
 
     A message that says that its rank has failed is as long as those that the others expect: no rank waits for one that
-    will not come, and no message is taken for another one. So that lengths are the same, ranks agree on the number of
-    channels before the first exchange.
+    will not come, and no message is taken for another one. So that lengths are the same, ranks compare their numbers of
+    channels in texts, which all have one length: before the first exchange of a layer, and before every one if only
+    the input has a number of channels.
 
     Parameters
     ----------
@@ -31,22 +41,41 @@ class Group:
     """
 
     def __init__(self, engine: Engine) -> None:
-        self.kinds = engine.kinds  # of arrays
-        self._engine = engine
-        self._agreed: set[int] = set()  # numbers of channels
-        self._row: Array | None = None  # of the last pass forward
-        self._spoke = False  # since the call began
+        self.engine = engine
+        self._agreed: int | None = None  # channels, in the last texts
+        self._compared = False  # whether this call needs no texts
+        self._exchange = _Exchange.AHEAD
+        self._behind: str | None = None  # why this rank did not finish its last call
 
     @contextlib.contextmanager
-    def taking_part(self, forward: bool) -> Iterator[Group]:
-        """A call that has one exchange: if it raises before, the other ranks are told, and raise as well."""
-        self._spoke = False
+    def taking_part(self, forward: bool, channels: int | None, device: str) -> Iterator[Group]:
+        """A call that has one exchange: if it raises before, the other ranks are told, and raise as well.
+
+        If it raises afterwards, they have gone on. They are told at the next call, which raises.
+
+        Parameters
+        ----------
+        forward : bool
+            Which exchange: `gather` or `sum`.
+        channels : int or None
+            Of the layer. None if only the input has a number of them.
+        device : str
+            Of the layer.
+        """
+        self._exchange = _Exchange.AHEAD
+        self._compared = channels is not None and (not forward or channels == self._agreed)
         try:
+            if self._behind is not None:
+                told, self._behind = self._behind, None
+                raise RuntimeError(f"this rank is behind the others since {told}")
             yield self
         except Exception as error:
-            if not self._spoke:
-                with contextlib.suppress(RuntimeError):  # what it was to say is worth more than that nobody listens
-                    self._withdraw(f"{FAILED}{type(error).__qualname__}: {error}", forward)
+            text = f"{type(error).__qualname__}: {error}"
+            if self._exchange is _Exchange.OVER:
+                self._behind = text
+            elif self._exchange is _Exchange.AHEAD:
+                with contextlib.suppress(Exception):  # what it was to say is worth more than that nobody listens
+                    self._withdraw(FAILED + text, forward, channels, device)
             raise
 
     def gather(self, row: Array, count: int, dtype: np.dtype[Any]) -> Array:
@@ -71,19 +100,20 @@ class Group:
         ValueError
             If there is but one value for each channel on all ranks.
         """
-        self._spoke = True
+        self._exchange = _Exchange.BEGUN
         channels = row.shape[1] // 2
-        text = f"{channels} channels of {dtype.name}"
-        if channels not in self._agreed:
+        arrays = {"numpy": "NumPy", "cupy": "CuPy"}[kind(row) or ""]
+        text = f"{channels} channels of {dtype.name} in {arrays} arrays"
+        if not self._compared:
             self._compare(text)
-            self._agreed.add(channels)
-        self._row = row
-        rows, headers = self._engine.gather(row, np.array([FLOATS.index(dtype.name), count], np.float64))
+            self._agreed = channels
+        rows, headers = self.engine.gather(row, np.array([FLOATS.index(dtype.name), count], np.float64))
         if headers is not None:
-            if (headers[:, 0] != headers[self._engine.rank, 0]).any():
+            if (headers[:, 0] != headers[0, 0]).any():
                 self._compare(text)
             if headers[:, 1].sum() == 1:
                 raise ValueError("Expected more than 1 value per channel when training, got 1 on all ranks together")
+        self._exchange = _Exchange.OVER
         return rows
 
     def sum(self, row: Array) -> Array:
@@ -94,37 +124,32 @@ class Group:
         RuntimeError
             If a rank has raised, or does not answer.
         """
-        self._spoke = True
-        total, headers = self._engine.sum(row, np.zeros(1))
+        self._exchange = _Exchange.BEGUN
+        total, headers = self.engine.sum(row, np.zeros(1))
         if headers is not None and headers[0] > 0:
-            self._compare("")
+            self._compare("a pass backward")
+        self._exchange = _Exchange.OVER
         return total
 
-    def _withdraw(self, text: str, forward: bool) -> None:
+    def _withdraw(self, text: str, forward: bool, channels: int | None, device: str) -> None:
         """Say that this rank has failed in the exchange that the others are waiting in, then why."""
-        if self._row is not None:
-            with current(self._row):
-                row = empty(self._row.shape if forward else (1, self._row.size - 1), self._row)
-                row.fill(np.nan)
-                if forward:
-                    headers = self._engine.gather(row, np.array([np.nan, 0]))[1]
-                else:
-                    headers = self._engine.sum(row, np.ones(1))[1]
+        if self._compared:
+            assert channels is not None
+            row = full((1, forward + 2 * channels), np.nan, np.dtype(np.float64), device)
+            with current(row):
+                _, headers = (
+                    self.engine.gather(row, np.array([np.nan, 0])) if forward else self.engine.sum(row, np.ones(1))
+                )
             if headers is None:
                 return  # nobody has seen it: they go on with NaN
-        self._engine.texts(text)
+        self.engine.texts(text)
 
     def _compare(self, text: str) -> None:
         """Raise unless all ranks say the same."""
-        texts = self._engine.texts(text)
+        texts = self.engine.texts(text)
         failures = [f"rank {rank} raised {said[1:]}" for rank, said in enumerate(texts) if said.startswith(FAILED)]
         if failures:
             raise RuntimeError(f"synchronized batch norm: {'; '.join(failures)}")
         if len(set(texts)) > 1:
             told = "; ".join(f"rank {rank} has {said}" for rank, said in enumerate(texts))
             raise RuntimeError(f"synchronized batch norm: expected the same on all ranks ({told})")
-
-
-def group_of(engine: Engine) -> Group | None:
-    """Its ranks, or None if there is but one, which has nobody to talk to."""
-    return Group(engine) if engine.size > 1 else None

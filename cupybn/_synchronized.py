@@ -47,6 +47,11 @@ class Synchronized:
     ) -> Statistics | None:
         """See `numpy_ops.bn_forward`. x may be empty, and one value for each channel is enough."""
         ops, C = self._ops, x.shape[1]
+        if C == 0:
+            row = empty((1, 1), x, np.float64)
+            row.fill(0)
+            self._group.gather(row, 0, x.dtype)  # the others may have some
+            return None
         parts = ops.bn_stats(x, None, scratch) if x.size > 0 else Moments(*_no_parts(x, (0,), (0, C), (0, C)))
         rows = self._group.gather(ops.merge_moments(parts), x.size // C, x.dtype)
         batches = num_batches_tracked if momentum is None else None
@@ -79,6 +84,8 @@ class Synchronized:
     ) -> None:
         """See `numpy_ops.bn_backward`. dweight and dbias are those of this rank; the count is that of all ranks."""
         ops, C = self._ops, x.shape[1]
+        if C == 0:  # on all ranks
+            return
         step = (dy, x, statistics, eps, weight, bias, activation, mask)
         sums = ops.bn_backward_reduce(*step, scratch) if x.size > 0 else Sums(*_no_parts(x, (0, C), (0, C)))
         means = Sums.of_rows(self._group.sum(ops.merge_sums(sums, self._count, dweight, dbias)))

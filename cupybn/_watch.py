@@ -6,6 +6,7 @@ import contextlib
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,8 @@ from cupybn._devices import import_cupy
 
 NAP = 0.02
 """Seconds between two looks at the device."""
+IDLE = 1.0
+"""Seconds without a message after which the thread ends."""
 
 
 @dataclass
@@ -41,7 +44,8 @@ class Watch:
         self.comm = comm
         self._failure: str | None = None
         self._messages: queue.SimpleQueue[_Message] = queue.SimpleQueue()
-        threading.Thread(target=self._look_after, name="cupybn-nccl", daemon=True).start()
+        self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()
 
     @contextlib.contextmanager
     def over(self, stream: Any, timeout: float | None) -> Iterator[Any]:
@@ -57,36 +61,56 @@ class Watch:
         RuntimeError
             If this one cannot be started, or an earlier one has failed.
         """
-        self._check()
+        self.check()
         if stream.is_capturing():  # nothing runs yet, and there is no time to look at
             yield stream
             return
         begin, end = (import_cupy().cuda.Event(disable_timing=True) for _ in range(2))
         begin.record(stream)
         message = _Message(begin, end, timeout)
-        self._messages.put(message)
+        self._put(message)
         try:
             yield stream
         except Exception as error:
             self._failure = self._failure or str(error)
-        self._check()
+        self.check()
         end.record(stream)
         message.started = True
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raise RuntimeError if the communicator has been aborted."""
         if self._failure is not None:
-            raise RuntimeError(f"NCCL has lost other ranks: {self._failure}")
+            raise RuntimeError(f"NCCL has lost the other ranks: {self._failure}")
+
+    def _put(self, message: _Message) -> None:
+        with self._lock:
+            self._messages.put(message)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._look_after, name="cupybn-nccl", daemon=True)
+                self._thread.start()
 
     def _look_after(self) -> None:
+        """Of all messages, one after the other, until there are none for a while."""
         while self._failure is None:
-            message = self._messages.get()
-            while not message.begin.done:
-                time.sleep(NAP)
-            began = time.monotonic()
-            while self._failure is None and not (message.started and message.end.done):
-                time.sleep(NAP)
-                self._failure = self._failure or self._what_failed(time.monotonic() - began, message.timeout)
+            try:
+                message = self._messages.get(timeout=IDLE)
+            except queue.Empty:
+                with self._lock:
+                    if self._messages.empty():
+                        self._thread = None
+                        return
+                continue
+            self._look_after_one(message)
         self.comm.abort()
+
+    def _look_after_one(self, message: _Message) -> None:
+        began = None
+        while self._failure is None and not (message.started and message.end.done):
+            if began is None and message.begin.done:
+                began = time.monotonic()
+            seconds = 0.0 if began is None else time.monotonic() - began
+            self._failure = self._failure or self._what_failed(seconds, message.timeout)
+            time.sleep(NAP)
 
     def _what_failed(self, seconds: float, timeout: float | None) -> str | None:
         try:
@@ -98,7 +122,7 @@ class Watch:
         return None
 
 
-_watches: dict[int, Watch] = {}
+_watches: weakref.WeakValueDictionary[int, Watch] = weakref.WeakValueDictionary()
 
 
 def watch_of(comm: Any) -> Watch:

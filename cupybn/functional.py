@@ -235,7 +235,7 @@ def _forward(call: Call, out: Array | None, for_vjp: bool) -> tuple[Array, Saved
 
 def _checked_forward(call: Call, layout: Layout, out: Array | None, for_vjp: bool) -> tuple[Array, Saved | None]:
     """The same for arguments that fit together, on the current device."""
-    ops = ops_for(call, layout)
+    ops = ops_for(call)
     input: Array = layout.conform(call.input)
     eps, has_residual = float(call.eps), call.residual is not None
     output = out if out is not None and layout.matches(out) else layout.empty_like(input)
@@ -285,13 +285,12 @@ def backward(saved: Saved, grad_output: Array) -> BatchNormGrads:
     return BatchNormGrads(dinput, dweight, dbias, dresidual if has_residual else None)
 
 
-def ops_for(call: Call, layout: Layout) -> Any:
+def ops_for(call: Call) -> Any:
     """The steps for arrays of this kind, of one call if the batch is spread over ranks; None if there are none."""
-    _, C, _ = layout.shape
-    if C == 0 or (call.input.size == 0 and call.group is None):
-        return None
     ops = steps_for(call.input)
-    return ops if call.group is None else Synchronized(ops, call.group)
+    if call.group is not None:
+        return Synchronized(ops, call.group)
+    return ops if call.input.size > 0 else None
 
 
 def steps_for(array: Array) -> ModuleType:

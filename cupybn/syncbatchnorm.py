@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy.typing as npt
@@ -10,7 +11,7 @@ import numpy.typing as npt
 from cupybn import _checks
 from cupybn._call import Call
 from cupybn._engines import engine_for
-from cupybn._group import Group, group_of
+from cupybn._group import Group
 from cupybn.batchnorm import BatchNorm1d, BatchNorm2d, BatchNorm3d, _BatchNorm
 from cupybn.functional import BatchNormGrads, VjpFn
 
@@ -39,14 +40,18 @@ class SyncBatchNorm(_BatchNorm):
         As for `BatchNorm2d`.
     comm : communicator or None
         Of mpi4py, an NCCLBackend of `cupyx.distributed`, or a ``cupy.cuda.nccl.NcclCommunicator``; the last two for
-        CuPy arrays. None is a single process. No other thread may use it while the layer is called.
+        CuPy arrays on their device. None is a single process. Anything else that has what
+        ``cupybn._engines.Engine`` says will do. No other thread may use it while the layer is called.
     timeout : float or None
-        Seconds that a rank waits for the others before it raises. None waits for ever.
+        Seconds that a rank waits for the others before it raises, whatever these are doing meanwhile. None waits for
+        ever.
 
     Attributes
     ----------
     comm : communicator or None
-        May be set. Copies and pickles of the layer are without one, and train when they have been given one.
+        May be set. Copies and pickles of the layer leave it out, and want it back before they train.
+    timeout : float or None
+        May be set.
 
     Raises
     ------
@@ -59,14 +64,18 @@ class SyncBatchNorm(_BatchNorm):
 
     Notes
     -----
-    Each forward pass in training gathers one message of 1 + 2 C numbers of float64 from each rank, (count, mean, M2);
-    each backward pass adds up one of 2 C, (sum(dy), sum(dy * xhat)). Before its first pass a layer asks whether all
-    ranks have the same channels. Means and squared deviations merge as those of the blocks of a GPU do (Chan, Golub and
-    LeVeque, 1979).
+    Each forward pass in training gathers one message of each rank: (count, mean, M2), 1 + 2 C numbers of float64 beside
+    two of the host. Each backward pass adds up one, (sum(dy), sum(dy * xhat)), 2 C numbers beside one. Before its first
+    pass a layer compares what all ranks have; one without any arrays does so before each. Means and squared deviations
+    merge as those of the blocks of a GPU do (Chan, Golub and LeVeque, 1979).
 
-    If a rank raises, or has another number of channels or dtype, all ranks raise. If one is lost, they raise after
-    ``timeout`` seconds, and the communicator is of no more use. With NCCL, whose messages no host sees, the outputs of
-    a pass are NaN if another rank has raised. Buffers are as they were, in any case.
+    If a rank raises, or has another number of channels, dtype or kind of arrays, all ranks raise; one that raises after
+    the exchange, as where memory runs out, is heard of at the next call. If one is lost, the others raise after
+    ``timeout`` seconds, and the communicator is of no more use. Buffers are as they were.
+
+    With NCCL, no host sees what is sent or waits for it. Where a rank raises after the first pass, outputs of the
+    others are NaN; where one is lost, those of the pass are, and the next call raises. Another dtype is noticed in the
+    first pass alone; it does no harm later.
 
     Examples
     --------
@@ -107,7 +116,7 @@ class SyncBatchNorm(_BatchNorm):
 
     @classmethod
     def from_batchnorm(cls, layer: _BatchNorm, comm: Any = None, timeout: float | None = TIMEOUT) -> SyncBatchNorm:
-        """A synchronized layer that shares the arrays of another one, and has its modes and settings.
+        """A synchronized layer that shares the arrays of another one, once it has some, and has its modes and settings.
 
         Parameters
         ----------
@@ -131,7 +140,7 @@ class SyncBatchNorm(_BatchNorm):
     def to_batchnorm(self) -> _BatchNorm:
         """A layer of one process that shares the arrays of this one, and has its modes and settings.
 
-        It is of the class that this one was made from, else of that which takes inputs like those seen so far.
+        It is of the class that this one was made from, else of that which takes inputs like the first one.
 
         Raises
         ------
@@ -150,61 +159,85 @@ class SyncBatchNorm(_BatchNorm):
     @property
     def comm(self) -> Any:
         """The communicator."""
-        if self._left_out:
-            raise RuntimeError(
-                f"this copy of a {type(self).__name__} has no communicator: set layer.comm to one, or to None for a "
-                "single process"
-            )
         return self._comm
 
     @comm.setter
     def comm(self, comm: Any) -> None:
-        self._connect(comm, self.timeout)
+        self._connect(comm, self._timeout)
+
+    @property
+    def timeout(self) -> float | None:
+        """Seconds that a rank waits for the others before it raises."""
+        return self._timeout
+
+    @timeout.setter
+    def timeout(self, timeout: float | None) -> None:
+        self._timeout = _checked_timeout(timeout)
+        if self._group is not None:
+            self._group.engine.timeout = timeout
 
     def forward(self, input: Array, residual: Array | None = None) -> Array:
         """See `BatchNorm2d.forward`; in training all ranks call it."""
-        with self._taking_part():
+        with self._together(input):
             return super().forward(input, residual)
 
     def vjp(self, input: Array, residual: Array | None = None) -> tuple[Array, VjpFn]:
         """See `BatchNorm2d.vjp`; after a forward pass in training, all ranks call ``vjp_fn``."""
-        with self._taking_part() as group:
+        with self._together(input) as group:
             output, vjp_fn = super().vjp(input, residual)
-        if group is None:
+        channels, device = input.shape[self.channel_axis], self._device
+        if group is None or channels == 0:  # which exchanges nothing on the way back
             return output, vjp_fn
 
         def synchronized_vjp_fn(grad_output: Array) -> BatchNormGrads:
-            with group.taking_part(forward=False):
+            with group.taking_part(False, channels, device):
                 return vjp_fn(grad_output)
 
         return output, synchronized_vjp_fn
 
-    def _taking_part(self) -> contextlib.AbstractContextManager[Group | None]:
-        """Where the other ranks hear of it if this one raises."""
-        if not self.training or self.comm is None or self._group is None:
-            return contextlib.nullcontext()
-        return self._group.taking_part(forward=True)
+    @contextlib.contextmanager
+    def _together(self, input: Array) -> Iterator[Group | None]:
+        """Where the other ranks, if they take part in the call, hear of it if this one raises."""
+        if self.training and self._left_out:
+            raise RuntimeError(
+                f"this copy of a {type(self).__name__} has no communicator: set layer.comm to one, or to None for a "
+                "single process"
+            )
+        group = self._group if self.training else None
+        if group is None:
+            yield None
+        else:
+            with group.taking_part(True, self.num_features if self._arrays() else None, self._device):
+                group.engine.check(input)
+                yield group
+        if self._kind is None:
+            self._kind = _KINDS.get(input.ndim)
 
     def _call(self, input: Array, residual: Array | None) -> Call:
         call = super()._call(input, residual)
         return call._replace(group=self._group) if self.training else call
 
     def _check_rank(self, rank: int) -> None:
-        _checks.check_channel_axis(self.channel_axis, rank)
-        if self._kind is None:
-            self._kind = _KINDS.get(rank)
+        """Any that has a channel axis."""
 
     def _connect(self, comm: Any, timeout: float | None) -> None:
         """Take a communicator, or leave all as it is and raise."""
-        group = None if comm is None else group_of(engine_for(comm, timeout))
-        self._comm, self._group, self.timeout, self._left_out = comm, group, timeout, False
+        engine = None if comm is None else engine_for(comm, _checked_timeout(timeout))
+        self._group = Group(engine) if engine is not None and engine.size > 1 else None
+        self._comm, self._timeout, self._left_out = comm, _checked_timeout(timeout), False
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the communicator, which is of this process."""
         return vars(self) | {"_comm": None, "_group": None, "_left_out": self._left_out or self._comm is not None}
 
 
-_OWN = ("_kind", "_comm", "_group", "_left_out", "timeout")
+_OWN = ("_kind", "_comm", "_group", "_left_out", "_timeout")
 """Attributes that layers of one process do not have."""
 _KINDS: dict[int, type[_BatchNorm]] = {2: BatchNorm1d, 3: BatchNorm1d, 4: BatchNorm2d, 5: BatchNorm3d}
 """By the rank of inputs."""
+
+
+def _checked_timeout(timeout: float | None) -> float | None:
+    if timeout is not None and not _checks.as_float("timeout", timeout) > 0:
+        raise ValueError(f"expected timeout > 0 or None (got {timeout})")
+    return timeout

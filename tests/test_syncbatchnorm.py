@@ -160,6 +160,23 @@ def test_constructor_and_text():
     assert cupybn.SyncBatchNorm is SyncBatchNorm
 
 
+@pytest.mark.parametrize("timeout", [0, -1, np.nan, "5"])
+def test_time_limits_that_are_none(timeout):
+    layer = SyncBatchNorm(3, device="cpu", timeout=5)
+    for call in (
+        lambda: SyncBatchNorm(3, device="cpu", timeout=timeout),
+        lambda: SyncBatchNorm.from_batchnorm(layer, None, timeout),
+        lambda: setattr(layer, "timeout", timeout),
+    ):
+        with pytest.raises((TypeError, ValueError), match=r"^expected timeout "):
+            call()
+    assert layer.timeout == 5
+    engine = Alone()
+    layer.comm = engine
+    layer.timeout = None
+    assert engine.timeout is None
+
+
 @pytest.mark.parametrize("cls", [BatchNorm1d, BatchNorm2d, BatchNorm3d])
 def test_there_and_back(cls):
     plain = cls(3, eps=0.01, momentum=None, bias=False, device="cpu", channel_axis=-1, activation="relu").eval()
@@ -264,10 +281,13 @@ def test_where_mpi_says_that_it_takes_memory_of_gpus(monkeypatch):
 class Alone:
     """The protocol of an engine: a second rank that always has what this one has."""
 
-    rank, size, kinds = 0, 2, ("numpy", "cupy")
+    size = 2
 
     def __init__(self):
         self.messages = []
+
+    def check(self, input):
+        pass
 
     def gather(self, row, header):
         self.messages.append(("gather", row.size, header.size))
@@ -296,7 +316,7 @@ def test_an_engine_of_ones_own(xp, device, rng):
         y, vjp_fn = layer.vjp(xp.asarray(x))
         grads = vjp_fn(y)
     texts, *messages = engine.messages
-    assert texts == ("texts", len("3 channels of float32"))
+    assert texts == ("texts", len("3 channels of float32 in NumPy arrays") - (xp is not np))
     assert messages == [("gather", 7, 2), ("sum", 6, 1)] * 2
     twice = xp.asarray(np.concatenate([x, x]))
     for _ in range(2):

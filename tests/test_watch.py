@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from cupybn import _watch
 from cupybn._watch import Watch, watch_of
 
-LOST = "^NCCL has lost other ranks: "
+LOST = "^NCCL has lost the other ranks: "
 
 
 class Event:
@@ -98,13 +99,15 @@ def test_a_message_that_never_ends():
         start(watch, Stream())
 
 
-def test_without_a_limit_it_waits():
+def test_without_a_limit_it_waits_for_failures():
     comm = Communicator()
     watch = Watch(comm)
     start(watch, Stuck(), timeout=None)
     assert not comm.aborted.wait(0.1)
     comm.error = "remote process exited"
     assert comm.aborted.wait(10)
+    with pytest.raises(RuntimeError, match=f"{LOST}remote process exited"):
+        start(watch, Stream())
 
 
 def test_work_before_the_message_takes_as_long_as_it_likes():
@@ -115,15 +118,6 @@ def test_work_before_the_message_takes_as_long_as_it_likes():
     stream.runs = True
     start(watch, Stream())
     assert not comm.aborted.wait(0.05)
-
-
-def test_a_failure_that_nccl_tells():
-    comm = Communicator("remote process exited")
-    watch = Watch(comm)
-    start(watch, Stuck())
-    assert comm.aborted.wait(10)
-    with pytest.raises(RuntimeError, match=f"{LOST}remote process exited"):
-        start(watch, Stream())
 
 
 def test_a_message_that_cannot_be_started():
@@ -146,6 +140,21 @@ def test_what_a_graph_captures_is_not_watched():
     comm = Communicator("remote process exited")
     start(Watch(comm), Stream(runs=False, capturing=True))
     assert not comm.aborted.wait(0.05)
+
+
+def test_threads_and_communicators_are_let_go(monkeypatch):
+    monkeypatch.setattr(_watch, "IDLE", 0.01)
+    comm = Communicator()
+    watch = Watch(comm)
+    for _ in range(2):  # a thread anew, when there is something to watch
+        start(watch, Stream())
+        thread = watch._thread
+        thread.join(10)
+        assert not thread.is_alive()
+        assert watch._thread is None
+    reference = weakref.ref(comm)
+    del comm, watch
+    assert reference() is None
 
 
 def test_layers_share_the_watch_of_a_communicator():

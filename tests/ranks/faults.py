@@ -9,6 +9,7 @@ import time
 import numpy as np
 import pytest
 
+from cupybn import cupy_ops, numpy_ops
 from tests.ranks.world import arrays_of, fill
 from tests.reference import bits, to_numpy
 
@@ -27,7 +28,9 @@ def works(world, layer):
 
 def test_another_number_of_channels(world):
     layer = world.layer(4 if world.rank == 1 else 3)
-    with world.all_raise(RuntimeError, "rank 0 has 3 channels of float32; rank 1 has 4", *arrays_of(layer)):
+    with world.all_raise(
+        RuntimeError, r"rank 0 has 3 channels of float32 in \w+ arrays; rank 1 has 4", *arrays_of(layer)
+    ):
         layer(share_of(world, layer.num_features))
     with world.all_raise(RuntimeError, "rank 1 has 4 channels", *arrays_of(layer)):  # and so the next time
         layer(share_of(world, layer.num_features))
@@ -111,8 +114,74 @@ def test_arrays_that_the_engine_does_not_know(world):
     if world.engine not in ("cupyx", "nccl"):
         return
     layer = world.layer(3, device="cpu")
-    with world.all_raise(TypeError, "^expected input to be a CuPy array, for this communicator", *arrays_of(layer)):
+    with world.all_raise(TypeError, r"^expected input to be a CuPy array on cuda:\d, as the communicator is"):
         layer(to_numpy(share_of(world)))
+
+
+def test_layers_without_arrays_compare_their_channels_each_time(world):
+    """No message is as long as one of another pass."""
+    layer = world.layer(None, affine=False, track_running_stats=False)
+    for C in 3, 5:
+        layer(share_of(world, C))
+    with world.all_raise(RuntimeError, r"rank 0 has 3 channels of float32 .*; rank 1 has 5"):
+        layer(share_of(world, 3 if world.rank == 0 else 5))
+    y, vjp_fn = layer.vjp(share_of(world, 3))
+    layer(share_of(world, 5))
+    if world.rank == 0:
+        with world.all_raise(ValueError, "^expected grad_output"):
+            vjp_fn(y[:1])
+    elif world.host_sees:
+        with world.all_raise(RuntimeError, "rank 0 raised ValueError: expected grad_output"):
+            vjp_fn(y)
+    else:
+        vjp_fn(y)
+        world.mpi.Barrier()
+    expected = (TypeError, "^expected residual") if world.rank == 1 else (RuntimeError, "rank 1 raised TypeError")
+    with world.all_raise(*expected):
+        layer(share_of(world, 3), residual=3 if world.rank == 1 else None)
+    assert np.isfinite(to_numpy(layer(share_of(world, 3)))).all()
+
+
+def test_no_channels_on_one_rank(world):
+    layer = world.layer(0 if world.rank == 0 else 3)
+    with world.all_raise(RuntimeError, r"rank 0 has 0 channels .*; rank 1 has 3 channels", *arrays_of(layer)):
+        layer(share_of(world, layer.num_features))
+    layer = world.layer(0)
+    y, vjp_fn = layer.vjp(share_of(world, 0))
+    assert vjp_fn(y).weight.shape == (0,)
+    works(world, world.layer(3))
+
+
+def test_a_rank_that_raises_after_the_exchange(world):
+    """The others have gone on. They hear of it at the next call, and raise; the one after that works."""
+    layer = world.layer(3)
+    layer(share_of(world))
+    ops = numpy_ops if world.xp is np else cupy_ops
+    if world.rank == 1:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ops, "bn_normalize", raise_memory_error)
+            with pytest.raises(MemoryError):
+                layer(share_of(world))
+    else:
+        layer(share_of(world))
+    before = bits(*arrays_of(layer))
+    if world.rank == 1:
+        with world.all_raise(RuntimeError, "^this rank is behind the others since MemoryError: too much"):
+            layer(share_of(world))
+    elif world.host_sees:
+        with world.all_raise(RuntimeError, "rank 1 raised RuntimeError: this rank is behind the others"):
+            layer(share_of(world))
+    else:
+        assert np.isnan(to_numpy(layer(share_of(world)))).all()
+        world.mpi.Barrier()
+    assert bits(*arrays_of(layer)) == before
+    for array, whole in zip(arrays_of(layer), world.mpi.bcast([to_numpy(a) for a in arrays_of(layer)]), strict=True):
+        array[...] = world.xp.asarray(whole)  # as whoever restores a checkpoint
+    works(world, layer)
+
+
+def raise_memory_error(*_, **__):
+    raise MemoryError("too much")
 
 
 def test_copies_ask_for_a_communicator(world):
@@ -123,8 +192,9 @@ def test_copies_ask_for_a_communicator(world):
         before = bits(*arrays_of(duplicate))
         with pytest.raises(RuntimeError, match=r"has no communicator: set layer\.comm"):
             duplicate(share_of(world))
+        assert duplicate.comm is None
         with pytest.raises(RuntimeError, match="has no communicator"):
-            _ = pickle.loads(pickle.dumps(duplicate)).comm
+            pickle.loads(pickle.dumps(duplicate))(share_of(world))
         assert bits(*arrays_of(duplicate)) == before
         x = share_of(world)
         assert bits(duplicate.eval()(x)) == bits(layer.eval()(x))
@@ -146,16 +216,38 @@ def test_a_rank_that_does_not_come(world):
         time.sleep(1)
     else:
         before, began = bits(*arrays_of(layer)), time.monotonic()
-        with pytest.raises(RuntimeError, match=GIVES_UP if world.host_sees else "NCCL has lost other ranks"):
+        with pytest.raises(RuntimeError, match=GIVES_UP if world.host_sees else "NCCL has lost the other ranks"):
             keep_calling(layer, share_of(world))
         assert time.monotonic() - began < 10
-        with pytest.raises(RuntimeError, match=r"has lost (the )?other ranks"):
+        with pytest.raises(RuntimeError, match="has lost the other ranks"):
             layer(share_of(world))
         assert bits(*arrays_of(layer)) == before
+        if world.host_sees:  # of no more use for any layer
+            with pytest.raises(RuntimeError, match="has lost the other ranks"):
+                world.layer(5, comm=layer.comm)(share_of(world, 5))
+        else:
+            with pytest.raises(ValueError, match=r"^expected comm to be alive"):
+                layer.comm = layer.comm
     world.mpi.Barrier()
     if world.rank == 0 and world.host_sees:
         layer(share_of(world))  # is late: the others have been here
+    if world.host_sees:
+        check_that_nothing_more_comes(world, layer.comm)
     works(world, world.layer(3))
+
+
+def check_that_nothing_more_comes(world, comm):
+    """A lost rank sends nothing on: its messages would be taken for others."""
+    sent, received = np.zeros(1), np.zeros(world.size)
+    if world.rank == 0:
+        request = comm.Iallgather(sent, received)
+        time.sleep(0.1)
+        assert not request.Test()
+        world.mpi.Barrier()
+    else:
+        world.mpi.Barrier()
+        request = comm.Iallgather(sent, received)
+    request.Wait()
 
 
 def keep_calling(layer, x):
