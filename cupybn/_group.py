@@ -135,11 +135,13 @@ class Group:
         """Say that this rank has failed in the exchange that the others are waiting in, then why."""
         if self._compared:
             assert channels is not None
-            row = full((1, forward + 2 * channels), np.nan, np.dtype(np.float64), device)
+            n = 1 + 2 * channels if forward else 2 * channels
+            row = full((1, n), np.nan, np.dtype(np.float64), device)
             with current(row):
-                _, headers = (
-                    self.engine.gather(row, np.array([np.nan, 0])) if forward else self.engine.sum(row, np.ones(1))
-                )
+                if forward:
+                    _, headers = self.engine.gather(row, np.array([np.nan, 0]))
+                else:
+                    _, headers = self.engine.sum(row, np.ones(1))
             if headers is None:
                 return  # nobody has seen it: they go on with NaN
         self.engine.texts(text)

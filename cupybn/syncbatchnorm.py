@@ -116,7 +116,9 @@ class SyncBatchNorm(_BatchNorm):
 
     @classmethod
     def from_batchnorm(cls, layer: _BatchNorm, comm: Any = None, timeout: float | None = TIMEOUT) -> SyncBatchNorm:
-        """A synchronized layer that shares the arrays of another one, once it has some, and has its modes and settings.
+        """A synchronized layer that shares the arrays of another one, and has its modes and settings.
+
+        A layer that takes its features from the first input has no arrays to share before that.
 
         Parameters
         ----------
