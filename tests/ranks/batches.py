@@ -265,6 +265,33 @@ def test_a_vjp_fn_outlives_the_next_passes(world):
     assert bits(*vjp_fn(world.share(dy, sizes))) == first
 
 
+def test_a_graph_of_a_training_step(world):
+    """Of NCCL, whose messages wait for nothing on the host: it is replayed with other data, and counts on."""
+    if world.engine != "nccl":
+        return
+    sizes = [2] * world.size
+    first, dy, second = whole(world, (3, 4), sizes)
+    x, dy = world.share(first, sizes), world.share(dy, sizes)
+    layer, plain = world.layer(3, momentum=None), world.layer(3, momentum=None)
+    stream = world.xp.cuda.Stream(non_blocking=True)
+    with stream:
+        with cupybn.no_stats_update():
+            layer.vjp(x)[1](dy)  # compiles, and compares channels
+        stream.begin_capture()
+        y, vjp_fn = layer.vjp(x)
+        grads = vjp_fn(dy)
+        graph = stream.end_capture()
+        for batch in first, second:
+            x[...] = world.share(batch, sizes)
+            graph.launch()
+            stream.synchronize()
+            expected, plain_vjp_fn = plain.vjp(world.share(batch, sizes))
+            stream.synchronize()
+            assert bits(y, *grads) == bits(expected, *plain_vjp_fn(dy))
+    assert bits(*arrays_of(layer)) == bits(*arrays_of(plain))
+    assert layer.num_batches_tracked == 2
+
+
 def test_parts_of_the_world(world):
     """Each group of ranks has statistics of its own. A group of one rank is a single process, to the bit."""
     if world.engine != "mpi":
