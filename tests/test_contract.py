@@ -13,6 +13,7 @@ from cupybn._checks import ACTIVATIONS
 from cupybn._dtypes import FLOATS
 from cupybn._kernels import KERNELS, kernel_names, signature
 from cupybn._moments import Moments, Statistics, Sums
+from cupybn._synchronized import Synchronized
 
 LAYOUTS = ("channels_first", "channels_last")
 STEPS = ("bn_stats", "bn_normalize", "bn_forward", "bn_backward_reduce", "bn_backward_input", "bn_backward")
@@ -77,6 +78,15 @@ def test_mirrors_and_launchers_are_the_same_functions():
     for name, parameters in mirrors.items():
         ours = [(p.name, p.default) for p in launchers[name]]
         assert ours == [(p.name, p.default) for p in parameters], name
+
+
+@pytest.mark.parametrize("step", ["bn_forward", "bn_backward"])
+def test_steps_of_several_ranks_take_the_same(step):
+    """The flow of a call does not know them apart."""
+    ours, theirs = (
+        list(inspect.signature(getattr(ops, step)).parameters.values()) for ops in (Synchronized, numpy_ops)
+    )
+    assert [(p.name, p.default) for p in ours[1:]] == [(p.name, p.default) for p in theirs]
 
 
 @pytest.mark.parametrize("name", KERNEL_NAMES)

@@ -167,7 +167,7 @@ DEVICE Moments merge_parts(const double* count, long long count_stride, const do
 DEVICE void add_parts(const double* dy, const double* dy_xhat, long long parts, long long C, long long c,
                       double (&sums)[2]) {
     sums[0] = sums[1] = 0;
-    for (long long p = threadIdx.x; p < parts; p += THREADS) {
+    for (int p = threadIdx.x; p < parts; p += THREADS) {
         sums[0] += dy[p * C + c];
         sums[1] += dy_xhat[p * C + c];
     }
