@@ -181,8 +181,8 @@ class MPIEngine:
                 waited = time.monotonic() - began
                 if self.timeout is not None and waited > self.timeout:
                     raise RuntimeError(
-                        f"rank {self.rank} expected all {self.size} ranks to exchange statistics within "
-                        f"{self.timeout:g} s: one has died, is late, or does not make the same calls"
+                        f"rank {self.rank} expected all {self.size} ranks to exchange statistics within timeout="
+                        f"{self.timeout:g} s: one has died, is busy elsewhere, or does not make the same calls"
                     )
                 looks += 1
                 if looks < SPINS:
@@ -191,7 +191,8 @@ class MPIEngine:
                     time.sleep(min(waited / 50, LONGEST_NAP))
         except BaseException as error:
             _abandoned.append((self._comm, requests, buffers))
-            lost = f"rank {self.rank} has lost the other ranks: {str(error) or type(error).__qualname__}"
+            reason = str(error).removeprefix(f"rank {self.rank} ") or type(error).__qualname__
+            lost = f"rank {self.rank} has lost the other ranks of this communicator: {reason}"
             self._comm.Set_attr(_lost_key(), lost)
             if isinstance(error, Exception) and type(error) is not RuntimeError:
                 raise RuntimeError(lost) from error

@@ -80,7 +80,7 @@ class Watch:
     def check(self) -> None:
         """Raise RuntimeError if the communicator has been aborted."""
         if self._failure is not None:
-            raise RuntimeError(f"NCCL has lost the other ranks: {self._failure}")
+            raise RuntimeError(f"NCCL has lost the other ranks of this communicator: {self._failure}")
 
     def _put(self, message: _Message) -> None:
         with self._lock:

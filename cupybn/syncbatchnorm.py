@@ -27,12 +27,13 @@ class SyncBatchNorm(_BatchNorm):
         y = activation(weight * (x - mean) / sqrt(var + eps) + bias + residual)
 
     In training mode every rank calls the layer with its part of the batch, at the same time: mean and var are those of
-    the whole batch, and the running statistics follow them with the same bits on every rank. Parts may differ in all
-    but C and dtype; a rank may have one sample, or none. In eval mode nothing is exchanged.
+    the whole batch, and the running statistics follow them, with the same bits on every rank if they start from the
+    same. Parts may differ in all but C and dtype; a rank may have one sample, or none. In eval mode nothing is
+    exchanged.
 
-    Gradients of the input and the residual are those of a loss that is summed over all ranks; every rank calls
-    ``vjp_fn`` as often as the others. The gradients of weight and bias are those of the rank's own part: who trains
-    adds them up, as those of any other layer.
+    Gradients of the input and the residual are those of a loss that is summed over all ranks: where it is a mean over
+    the batch, each rank has its share of it. Every rank calls ``vjp_fn`` as often as the others. The gradients of
+    weight and bias are those of the rank's own part: who trains adds them up, as those of any other layer.
 
     Parameters
     ----------
@@ -40,11 +41,10 @@ class SyncBatchNorm(_BatchNorm):
         As for `BatchNorm2d`.
     comm : communicator or None
         Of mpi4py, an NCCLBackend of `cupyx.distributed`, or a ``cupy.cuda.nccl.NcclCommunicator``; the last two for
-        CuPy arrays on their device. None is a single process. Anything else that has what
-        ``cupybn._engines.Engine`` says will do. No other thread may use it while the layer is called.
+        CuPy arrays on their device. None is a single process. No other thread may use it while the layer is called.
     timeout : float or None
-        Seconds that a rank waits for the others before it raises, whatever these are doing meanwhile. None waits for
-        ever.
+        Seconds that a rank waits for the others before it raises, whatever these are doing meanwhile: more than one
+        rank takes alone, to validate or to write a checkpoint. None waits for ever.
 
     Attributes
     ----------
@@ -64,14 +64,18 @@ class SyncBatchNorm(_BatchNorm):
 
     Notes
     -----
-    Each forward pass in training gathers one message of each rank: (count, mean, M2), 1 + 2 C numbers of float64 beside
-    two of the host. Each backward pass adds up one, (sum(dy), sum(dy * xhat)), 2 C numbers beside one. Before its first
-    pass a layer compares what all ranks have; one without any arrays does so before each. Means and squared deviations
-    merge as those of the blocks of a GPU do (Chan, Golub and LeVeque, 1979).
+    Each forward pass in training gathers one message from each rank, (count, mean, M2): 1 + 2 C numbers of float64.
+    Each backward pass adds up one, (sum(dy), sum(dy * xhat)): 2 C numbers. Before its first pass a layer compares
+    channels, dtype and kind of arrays of all ranks; before every pass, if it has neither parameters nor buffers. Means
+    and squared deviations merge as those of the blocks of a GPU do (Chan, Golub and LeVeque, 1979).
 
-    If a rank raises, or has another number of channels, dtype or kind of arrays, all ranks raise; one that raises after
-    the exchange, as where memory runs out, is heard of at the next call. If one is lost, the others raise after
-    ``timeout`` seconds, and the communicator is of no more use. Buffers are as they were.
+    If a rank raises in the layer, or has other channels, another dtype or kind of arrays, all ranks raise, and their
+    buffers are as they were. One that raises after the exchange, as where memory runs out, is heard of at the next
+    call.
+
+    If a rank is lost, the others raise after ``timeout`` seconds, their buffers as they were. The communicator is of no
+    more use then: a rank that was only late may have gone on, and has other buffers. At the end of such a process MPI
+    is aborted, as it would wait for ever.
 
     With NCCL, no host sees what is sent or waits for it. Where a rank raises after the first pass, outputs of the
     others are NaN; where one is lost, those of the pass are, and the next call raises. Another dtype is noticed in the
@@ -79,8 +83,11 @@ class SyncBatchNorm(_BatchNorm):
 
     Examples
     --------
+    >>> from mpi4py import MPI
     >>> layer = SyncBatchNorm(64, comm=MPI.COMM_WORLD)
-    >>> y, vjp_fn = layer.vjp(x_of_this_rank)
+    >>> y, vjp_fn = layer.vjp(x)  # of this rank
+    >>> dx, dweight, dbias, _ = vjp_fn(dy)
+    >>> MPI.COMM_WORLD.Allreduce(MPI.IN_PLACE, dweight)
     """
 
     def __init__(

@@ -12,7 +12,7 @@ import pytest
 from cupybn import _watch
 from cupybn._watch import Watch, watch_of
 
-LOST = "^NCCL has lost the other ranks: "
+LOST = "^NCCL has lost the other ranks of this communicator: "
 
 
 class Event:

@@ -257,7 +257,7 @@ def keep_calling(layer, x):
         time.sleep(0.1)
 
 
-GIVES_UP = r"^rank \d expected all \d ranks to exchange statistics within 0\.3 s"
+GIVES_UP = r"^rank \d expected all \d ranks to exchange statistics within timeout=0\.3 s"
 
 
 def duplicate_of(world):
