@@ -54,7 +54,7 @@ def test_info_names_gpus_and_versions(capsys):
     assert main(["info"]) == 0
     lines = dict(line.split(":", 1) for line in capsys.readouterr().out.splitlines())
     assert "multiprocessors" in lines["GPU 0"]
-    for name in "CuPy", "CUDA runtime", "CUDA driver supports", "NVRTC", "compiled kernels":
+    for name in "CuPy", "CUDA runtime", "CUDA driver supports", "NVRTC", "NCCL", "mpi4py", "compiled kernels":
         assert lines[name].strip(), name
 
 

@@ -36,6 +36,7 @@ def lines() -> Iterator[tuple[str, str]]:
     yield "Python", f"{platform.python_version()} on {platform.machine()}"
     yield "NumPy", np.__version__
     yield "bfloat16 (ml_dtypes)", getattr(optional("ml_dtypes"), "__version__", "not found; the extra bf16 installs it")
+    yield "mpi4py", getattr(optional("mpi4py"), "__version__", "not found; the extra mpi installs it")
     yield "kernels", f"{len(kernel_names())} in {KERNELS}"
     missing = cuda_missing()
     if missing:
@@ -49,9 +50,20 @@ def lines() -> Iterator[tuple[str, str]]:
     yield "CUDA driver supports", found(lambda: version(runtime.driverGetVersion()))
     yield "CUDA runtime", found(lambda: version(runtime.runtimeGetVersion()))
     yield "NVRTC", found(lambda: ".".join(map(str, cupy.cuda.nvrtc.getVersion())))
+    yield "NCCL", found(nccl_version)
     yield "compiled kernels", cache_folder()
     for index in range(runtime.getDeviceCount()):
         yield f"GPU {index}", describe(runtime.getDeviceProperties(index))
+
+
+def nccl_version() -> str:
+    """Such as 2.27.3."""
+    from cupy.cuda import nccl
+
+    if not nccl.available:
+        return "not found"
+    number = nccl.get_version()
+    return f"{number // 10000}.{number // 100 % 100}.{number % 100}"
 
 
 def found(get: Callable[[], str]) -> str:
