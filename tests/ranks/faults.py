@@ -209,12 +209,13 @@ def test_copies_ask_for_a_communicator(world):
 
 def test_a_rank_that_does_not_come(world):
     """The others give up, and go on to do so: with this communicator they have lost each other."""
-    layer = world.layer(3, comm=duplicate_of(world), timeout=0.3)
+    layer = world.layer(3, comm=duplicate_of(world))
     layer(share_of(world))
     world.mpi.Barrier()
     if world.rank == 0:
         time.sleep(1)
     else:
+        layer.timeout = 0.3
         before, began = bits(*arrays_of(layer)), time.monotonic()
         with pytest.raises(RuntimeError, match=GIVES_UP if world.host_sees else "NCCL has lost the other ranks"):
             keep_calling(layer, share_of(world))

@@ -27,6 +27,7 @@ def main() -> None:
     (folder / f"process{comm.rank}").write_text(str(os.getpid()))
     layer = SyncBatchNorm(3, device="cpu", comm=comm, timeout=timeout)
     x = np.random.default_rng(comm.rank).standard_normal((4, 3, 2)).astype(np.float32)
+    comm.Barrier()
     layer(x)
     comm.Barrier()
     arrays = [layer.running_mean, layer.running_var, layer.num_batches_tracked]
