@@ -254,3 +254,31 @@ def test_messages_of_wrong_ranks(xp, device, kind):
             theirs(torch.ones((3,) * rank))
         with pytest.raises(ValueError, match=exactly(str(wanted.value))):
             ours(xp.ones((3,) * rank, np.float32))
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_synchronized_layers_of_one_process(xp, device, rng, kind):
+    """What PyTorch's SyncBatchNorm does without a group of processes: text, keys, numbers, and what it refuses."""
+    options = {"eps": 1e-3, "momentum": 0.3}
+    ours, theirs = cupybn.SyncBatchNorm(3, device=device, **options), torch.nn.SyncBatchNorm(3, **options)
+    assert repr(ours) == repr(theirs)
+    x = rng.normal(3, 2, SHAPES[kind]).astype(np.float32)
+    for training in True, True, False:
+        ours.train(training)
+        theirs.train(training)
+        assert_agree(ours(xp.asarray(x)), theirs(to_torch(x)))
+        assert_same_state(ours, theirs)
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - its text is compared
+        theirs(torch.ones(3))
+    with pytest.raises(ValueError, match=exactly(str(error.value))):
+        ours(xp.ones(3))
+
+
+def test_converted_layers_share_their_arrays(device):
+    """And keep their mode, as PyTorch's do."""
+    plain, theirs = cupybn.BatchNorm2d(3, device=device).eval(), torch.nn.BatchNorm2d(3).eval()
+    ours, converted = cupybn.SyncBatchNorm.from_batchnorm(plain), torch.nn.SyncBatchNorm.convert_sync_batchnorm(theirs)
+    assert ours.training == converted.training
+    assert ours.weight is plain.weight
+    assert converted.weight is theirs.weight
+    assert repr(ours) == repr(converted)
