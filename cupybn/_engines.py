@@ -288,13 +288,13 @@ class NCCLEngine:
     """
 
     def __init__(self, comm: Any, timeout: float | None) -> None:
-        if not comm.comm:
+        self._watch = watch_of(comm)
+        if not comm.comm or self._watch.failed:  # which is soon aborted
             raise ValueError("expected comm to be alive (got an NCCL communicator that was aborted or destroyed)")
         self.size: int = comm.size()
         self.timeout = timeout
         self._comm = comm
         self._device: int = comm.device_id()
-        self._watch = watch_of(comm)
 
     def check(self, input: Any) -> None:
         """See `Engine`: CuPy arrays on the device of the communicator."""

@@ -82,6 +82,11 @@ class Watch:
         if self._failure is not None:
             raise RuntimeError(f"NCCL has lost the other ranks of this communicator: {self._failure}")
 
+    @property
+    def failed(self) -> bool:
+        """Whether a message has failed: its communicator is aborted, or about to be."""
+        return self._failure is not None
+
     def _put(self, message: _Message) -> None:
         with self._lock:
             self._messages.put(message)

@@ -95,6 +95,7 @@ def test_a_message_that_never_ends():
     watch = Watch(comm)
     start(watch, Stuck(), timeout=0.01)
     assert comm.aborted.wait(10)
+    assert watch.failed
     with pytest.raises(RuntimeError, match=rf"{LOST}a message has taken more than 0.01 s"):
         start(watch, Stream())
 

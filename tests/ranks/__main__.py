@@ -6,6 +6,7 @@ import sys
 import traceback
 import warnings
 
+import pytest
 from mpi4py import MPI
 
 from tests.ranks import batches, faults
@@ -25,7 +26,7 @@ def main() -> None:
             failure = None
             try:
                 case(world)
-            except Exception:
+            except (Exception, pytest.fail.Exception):
                 failure = traceback.format_exc()
             failures = comm.allgather(failure)
             if any(failures):
