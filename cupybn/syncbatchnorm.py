@@ -231,9 +231,10 @@ class SyncBatchNorm(_BatchNorm):
 
     def _connect(self, comm: Any, timeout: float | None) -> None:
         """Take a communicator, or leave all as it is and raise."""
-        engine = None if comm is None else engine_for(comm, _checked_timeout(timeout))
+        timeout = _checked_timeout(timeout)
+        engine = None if comm is None else engine_for(comm, timeout)
         self._group = Group(engine) if engine is not None and engine.size > 1 else None
-        self._comm, self._timeout, self._left_out = comm, _checked_timeout(timeout), False
+        self._comm, self._timeout, self._left_out = comm, timeout, False
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the communicator, which is of this process."""
