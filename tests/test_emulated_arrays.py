@@ -98,10 +98,22 @@ def test_advanced_indices_read_and_write_what_they_name():
 
 def test_outputs_are_written_where_their_mask_is():
     out = cupy.empty(3)
-    cupy.add(cupy.ones(3), 1, out=out, where=cupy.array([True, False, True]))
+    cupy.copyto(out, 2, where=cupy.array([True, False, True]))
     np.testing.assert_array_equal(out[::2].get(), [2, 2])
     with pytest.raises(Uninitialised, match="1 of 3"):
         out.get()
+
+
+def test_what_universal_functions_have_in_cupy():
+    x = cupy.ones(3)
+    for keyword in ({"where": True}, {"order": "K"}, {"subok": True}):
+        with pytest.raises(TypeError, match="Wrong arguments"):
+            cupy.exp(x, **keyword)
+    assert cupy.add(x, 1, dtype=np.float32, casting="unsafe").dtype == np.float32
+    assert (cupy.add.reduce(x), cupy.multiply.accumulate(x).tolist()) == (3, [1, 1, 1])
+    for method, arguments in (("reduce", (x,)), ("accumulate", (x,)), ("at", (x, 0, 1))):
+        with pytest.raises(NotImplementedError, match=f"cupy_arctan2.{method}"):
+            getattr(cupy.arctan2, method)(*arguments)
 
 
 def test_views_need_no_elements():

@@ -28,7 +28,7 @@ from cupy._creation import (
 from cupy._functions import astype, can_cast, copy, copyto, lookup, result_type, ufunc
 from cupy._ndarray import ndarray
 from cupy._raw import RawKernel, RawModule
-from cupy.cuda import get_default_memory_pool
+from cupy.cuda import MemoryPool, memory
 
 __version__ = "14.2.0"
 
@@ -64,6 +64,11 @@ __all__ = [
     "zeros",
     "zeros_like",
 ]
+
+
+def get_default_memory_pool() -> MemoryPool:
+    """The pool that arrays come from unless `cuda.set_allocator` says otherwise."""
+    return memory._pool
 
 
 def __getattr__(name: str) -> Any:

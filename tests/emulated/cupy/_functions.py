@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ HOST = _names(
     floating complexfloating bool bool_ int8 int16 int32 int64 intp intc int_ byte short long longlong uint8 uint16
     uint32 uint64 uintp uintc uint ubyte ushort ulong ulonglong half single double float16 float32 float64 csingle
     cdouble complex64 complex128 broadcast_shapes promote_types issubdtype isdtype isscalar iterable ndindex s_
-    index_exp printoptions set_printoptions get_printoptions errstate
+    index_exp printoptions set_printoptions get_printoptions
     """
 )
 """What CuPy has from NumPy as it is."""
@@ -32,15 +32,13 @@ VIEWS = _names(
     """
     transpose permute_dims matrix_transpose reshape ravel broadcast_to broadcast_arrays expand_dims squeeze swapaxes
     moveaxis rollaxis atleast_1d atleast_2d atleast_3d flip fliplr flipud rot90 split array_split hsplit vsplit dsplit
-    diagonal real imag sliding_window_view as_strided shape ndim size may_share_memory shares_memory iscomplexobj
-    isrealobj isfortran
+    diagonal real imag sliding_window_view shape ndim size may_share_memory shares_memory iscomplexobj isrealobj
+    isfortran
     """
 )
 """Functions that look at no element where they can give a view."""
 
-CREATION = _names(
-    "arange linspace logspace geomspace eye identity tri indices bartlett blackman hamming hanning kaiser"
-)
+CREATION = _names("arange linspace logspace eye identity tri indices bartlett blackman hamming hanning kaiser")
 
 WAITING = _names(
     """
@@ -49,6 +47,12 @@ WAITING = _names(
     """
 )
 """Functions whose results have a shape that depends on the elements: the host waits for it."""
+
+ABSENT = _names("isnat matvec spacing vecdot vecmat")
+"""Universal functions of NumPy that CuPy does not have."""
+
+SCATTERS = _names("add subtract maximum minimum bitwise_and bitwise_or bitwise_xor")
+"""Universal functions whose `at` CuPy has."""
 
 SCALARS = _names("allclose array_equal array_equiv count_nonzero")
 """Functions that give a Python scalar in NumPy and an array of no dimension in CuPy."""
@@ -73,7 +77,7 @@ def lookup(name: str) -> Any:
     if name in HOST:
         return getattr(np, name)
     theirs = getattr(np, name, None)
-    if isinstance(theirs, np.ufunc):
+    if isinstance(theirs, np.ufunc) and name not in ABSENT:
         return ufunc(theirs)
     if theirs is None or name not in VIEWS | CREATION | WAITING | SCALARS | OTHERS:
         raise AttributeError(f"the stand-in for the module 'cupy' has no attribute {name!r}")
@@ -114,6 +118,8 @@ class ufunc:  # noqa: N801 - as CuPy has it
         self.nin, self.nout = theirs.nin, theirs.nout
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._theirs.signature is None and not kwargs.keys() <= {"out", "dtype", "casting"}:
+            raise TypeError(f"Wrong arguments {kwargs}")
         args, outs = args[: self.nin], args[self.nin :]
         if outs:
             kwargs["out"] = outs if self.nout > 1 else outs[0]
@@ -131,28 +137,35 @@ class ufunc:  # noqa: N801 - as CuPy has it
     def __repr__(self) -> str:
         return f"<ufunc 'cupy_{self.__name__}'>"
 
-    def reduce(self, *args: Any, **kwargs: Any) -> Any:
-        """As :meth:`numpy.ufunc.reduce`."""
-        self._reject_host_data(args[:1])
-        return run(self._theirs.reduce, args, kwargs)
+    def reduce(self, array: Any, axis: Any = 0, dtype: Any = None, out: Any = None, keepdims: bool = False) -> Any:
+        """As :meth:`numpy.ufunc.reduce`, of sums and products."""
+        self._expect("reduce", {"add", "multiply"})
+        self._reject_host_data((array,))
+        return run(self._theirs.reduce, (array, axis, dtype), {"out": out, "keepdims": keepdims})
 
-    def accumulate(self, *args: Any, **kwargs: Any) -> Any:
-        """As :meth:`numpy.ufunc.accumulate`."""
-        self._reject_host_data(args[:1])
-        return run(self._theirs.accumulate, args, kwargs)
+    def accumulate(self, array: Any, axis: int = 0, dtype: Any = None, out: Any = None) -> Any:
+        """As :meth:`numpy.ufunc.accumulate`, of sums and products."""
+        self._expect("accumulate", {"add", "multiply"})
+        self._reject_host_data((array,))
+        return run(self._theirs.accumulate, (array, axis, dtype), {"out": out})
 
-    def outer(self, *args: Any, **kwargs: Any) -> Any:
+    def outer(self, A: Any, B: Any, **kwargs: Any) -> Any:
         """As :meth:`numpy.ufunc.outer`."""
-        self._reject_host_data(args)
-        return run(self._theirs.outer, args, kwargs)
+        self._reject_host_data((A, B))
+        return run(self._theirs.outer, (A, B), kwargs)
 
-    def at(self, array: Any, indices: Any, *operand: Any) -> None:
-        """As :meth:`numpy.ufunc.at`."""
+    def at(self, a: Any, indices: Any, b: Any = None) -> None:
+        """As :meth:`numpy.ufunc.at`, of few functions."""
+        self._expect("at", SCATTERS)
 
-        def work(host: Any, indices: Any, *operand: Any, out: Any) -> None:  # noqa: ARG001
-            self._theirs.at(host, indices, *operand)  # both are the array: it is read, and written
+        def work(host: Any, indices: Any, b: Any, out: Any) -> None:  # noqa: ARG001
+            self._theirs.at(host, indices, b)  # both are the array: it is read, and written
 
-        run(work, (array, indices, *operand), {"out": array})
+        run(work, (a, indices, b), {"out": a})
+
+    def _expect(self, method: str, names: Set[str]) -> None:
+        if self.__name__ not in names:
+            raise NotImplementedError(f"`cupy_{self.__name__}.{method}` is not supported yet")
 
     @staticmethod
     def _reject_host_data(args: tuple[Any, ...]) -> None:
@@ -174,14 +187,14 @@ def result_type(*values: Any) -> np.dtype[Any]:
     return np.result_type(*map(_dtype_of, values))
 
 
-def can_cast(value: Any, to: Any, casting: Any = "safe") -> bool:
+def can_cast(from_: Any, to: Any, casting: Any = "safe") -> bool:
     """As :func:`numpy.can_cast`."""
-    return np.can_cast(_dtype_of(value), to, casting)
+    return np.can_cast(_dtype_of(from_), to, casting)
 
 
 def copyto(dst: Any, src: Any, casting: Any = "same_kind", where: Any = None) -> None:
     """As :func:`numpy.copyto`."""
-    if not np.can_cast(_dtype_of(src), dst.dtype, casting) and isinstance(src, (cupy.ndarray, np.generic)):
+    if isinstance(src, (cupy.ndarray, np.generic)) and not np.can_cast(_dtype_of(src), dst.dtype, casting):
         raise TypeError(f"Cannot cast {src.dtype!r} to {dst.dtype!r} in {casting!r} casting mode")
     if where is None:
         dst[...] = src

@@ -4,7 +4,7 @@ from cupy._memory import MemoryPointer
 from cupy.cuda import driver, runtime
 from cupy.cuda.device import Device
 from cupy.cuda.graph import Graph
-from cupy.cuda.memory import MemoryPool, alloc, get_allocator, get_default_memory_pool, set_allocator
+from cupy.cuda.memory import MemoryPool, alloc, get_allocator, set_allocator
 from cupy.cuda.pinned_memory import PinnedMemoryPointer, alloc_pinned_memory
 from cupy.cuda.stream import Event, Stream, get_current_stream, get_elapsed_time
 
@@ -21,7 +21,6 @@ __all__ = [
     "driver",
     "get_allocator",
     "get_current_stream",
-    "get_default_memory_pool",
     "get_elapsed_time",
     "is_available",
     "runtime",

@@ -8,6 +8,8 @@ from cupy._memory import ALIGNMENT, Allocation, MemoryPointer, usage
 from cupy.cuda import runtime
 from cupy.cuda._capture import check, status_of_unsafe_call
 
+__all__ = ["MemoryPointer", "MemoryPool", "alloc", "get_allocator", "set_allocator"]
+
 Allocator = Callable[[int], MemoryPointer]
 
 
@@ -47,11 +49,6 @@ class MemoryPool:
 
 _pool = MemoryPool()
 _allocator: Allocator = _pool.malloc
-
-
-def get_default_memory_pool() -> MemoryPool:
-    """The pool that arrays come from unless `set_allocator` says otherwise."""
-    return _pool
 
 
 def get_allocator() -> Allocator:

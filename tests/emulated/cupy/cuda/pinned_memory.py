@@ -8,6 +8,8 @@ from cupy._memory import POISON
 from cupy.cuda import runtime
 from cupy.cuda._capture import check, status_of_unsafe_call
 
+__all__ = ["PinnedMemoryPointer", "alloc_pinned_memory"]
+
 
 class PinnedMemoryPointer(bytearray):
     """A buffer that NumPy's arrays can be made of."""

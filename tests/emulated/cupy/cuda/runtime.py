@@ -28,8 +28,6 @@ cudaDevAttrMemoryClockRate = 36
 cudaDevAttrGlobalMemoryBusWidth = 37
 cudaDevAttrL2CacheSize = 38
 cudaDevAttrMaxThreadsPerMultiProcessor = 39
-deviceAttributeComputeCapabilityMajor = 75  # by these names in CuPy, and by no others
-deviceAttributeComputeCapabilityMinor = 76
 cudaDevAttrMaxSharedMemoryPerMultiprocessor = 81
 cudaDevAttrMaxRegistersPerMultiprocessor = 82
 cudaDevAttrCooperativeLaunch = 95
@@ -98,9 +96,9 @@ def getDeviceProperties(device: int) -> dict[str, Any]:
     }
 
 
-def deviceGetAttribute(attribute: int, device: int) -> int:
+def deviceGetAttribute(attrib: int, device: int) -> int:
     """One attribute of a device, by the number of a ``cudaDevAttr...``."""
-    name = _ATTRIBUTES.get(attribute)
+    name = _ATTRIBUTES.get(attrib)
     if name is None:
         raise CUDARuntimeError(1)
     axis = "XYZ".find(name[-1]) if "Dim" in name else 0
@@ -172,9 +170,7 @@ def _properties(device: int) -> emulator.Properties:
 
 
 _ATTRIBUTES = {
-    number: name.removeprefix("cudaDevAttr").removeprefix("deviceAttribute")
-    for name, number in globals().items()
-    if name.startswith(("cudaDevAttr", "deviceAttribute"))
+    number: name.removeprefix("cudaDevAttr") for name, number in globals().items() if name.startswith("cudaDevAttr")
 }
 _PROPERTIES = {
     "MaxThreadsPerBlock": "maxThreadsPerBlock",
@@ -190,8 +186,6 @@ _PROPERTIES = {
     "GlobalMemoryBusWidth": "memoryBusWidth",
     "L2CacheSize": "l2CacheSize",
     "MaxThreadsPerMultiProcessor": "maxThreadsPerMultiProcessor",
-    "ComputeCapabilityMajor": "major",
-    "ComputeCapabilityMinor": "minor",
     "MaxSharedMemoryPerMultiprocessor": "sharedMemPerMultiprocessor",
     "MaxRegistersPerMultiprocessor": "regsPerMultiprocessor",
     "CooperativeLaunch": "cooperativeLaunch",

@@ -17,6 +17,8 @@ from cupy.cuda import _capture, runtime
 from cupy.cuda._capture import Capture, Work, check
 from cupy.cuda.graph import Graph
 
+__all__ = ["Event", "Stream", "get_current_stream", "get_elapsed_time"]
+
 _local = threading.local()
 _handles = itertools.count(0x1000, 0x10)
 

@@ -1,0 +1,67 @@
+"""What the stand-in has that CuPy has not, or not like this."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+Entry = dict[str, Any]
+
+
+def differences(stand_in: dict[str, Any], real: dict[str, Any]) -> dict[str, str]:
+    """By dotted name, what a program that works with the stand-in fails by with CuPy."""
+    found: dict[str, str] = {}
+    for module, entries in stand_in.items():
+        if module == "errors":
+            texts = real["errors"]
+            found |= {f"error {k}": f"{v!r}, in CuPy {texts[k]!r}" for k, v in entries.items() if v != texts[k]}
+            continue
+        for name, entry in entries.items():
+            found |= dict(of_entry(f"{module}.{name}", entry, real[module].get(name)))
+    return found
+
+
+def of_entry(path: str, ours: Entry, theirs: Entry | None) -> Iterator[tuple[str, str]]:
+    """Of one name, and of what is in it."""
+    if theirs is None:
+        if ours.get("public", True):
+            yield path, f"only the stand-in has it ({ours['kind']})"
+        return
+    kinds = {ours["kind"], theirs["kind"]}
+    if len(kinds) == 2 and kinds != {"property", "value"}:
+        yield path, f"a {ours['kind']}, in CuPy a {theirs['kind']}"
+        return
+    if {"value"} <= ours.keys() & theirs.keys() and ours["value"] != theirs["value"]:
+        yield path, f"{ours['value']}, in CuPy {theirs['value']}"
+    wrong = unlike(ours.get("parameters"), theirs.get("parameters"))
+    if wrong:
+        yield path, f"{wrong} (takes {ours['parameters']}, in CuPy {theirs['parameters']})"
+    for name, entry in ours.get("members", {}).items():
+        yield from of_entry(f"{path}.{name}", entry, theirs.get("members", {}).get(name))
+
+
+def unlike(ours: list[str] | None, theirs: list[str] | None) -> str:
+    """What a call that fits the stand-in's parameters can fail by; empty if nothing."""
+    if ours is None or theirs is None or "*args" in ours:
+        return ""
+    positional, keywords = parts(ours)
+    their_positional, their_keywords = parts(theirs)
+    takes_any = "**kwargs" in theirs
+    wrong = []
+    if "*args" not in theirs:
+        for i, name in enumerate(positional):
+            if i < len(their_positional) and their_positional[i] != name:
+                wrong.append(f"parameter {i} is {their_positional[i]}, not {name}")
+            elif i >= len(their_positional) and name not in their_keywords and not takes_any:
+                wrong.append(f"{name} is not taken")
+    known = their_positional + their_keywords
+    wrong += [f"keyword {name} is not taken" for name in keywords if name not in known and not takes_any]
+    needed = [name for name in theirs if name.isidentifier() and name not in positional + keywords]
+    return ", ".join(wrong + [f"{name} is needed" for name in needed])
+
+
+def parts(found: list[str]) -> tuple[list[str], list[str]]:
+    """The parameters that can be passed by position, and those that cannot."""
+    end = next((i for i, name in enumerate(found) if name in ("*", "*args")), len(found))
+    names = [[name.rstrip("=") for name in half if not name.startswith("*")] for half in (found[:end], found[end:])]
+    return names[0], names[1]
