@@ -646,6 +646,67 @@ def test_local_variables_that_nobody_set_hold_garbage():
     assert out.get()[0] != 3
 
 
+TINY = 2.0**-1030  # subnormal in float64
+OF_FLOAT32 = [  # expression, its operands a and b, and the result
+    ("a + b", 2.0**-130, 0, 0),
+    ("a * b", 2.0**-70, -(2.0**-70), -0.0),
+    ("a / b", 2.0**-120, 2.0**20, 0),
+    ("a - b", 2.0**-126, 1.5 * 2.0**-126, -0.0),
+    ("a > b", 2.0**-130, 0, 0),
+    ("sqrtf(a)", 2.0**-130, 0, 0),
+    ("fmaf(a, b, 0.0f)", 2.0**-70, 2.0**-70, 0),
+    ("(double)a * 1e300", 2.0**-130, 0, 0),
+    ("a * b", 2.0**-63, 2.0**-63, 2.0**-126),
+]
+OF_FLOAT64 = [
+    ("a + b", TINY, 0, TINY),
+    ("a * b", 2.0**-500, -(2.0**-530), -TINY),
+    ("a / b", 2.0**-1000, 2.0**30, TINY),
+    ("a - b", 2.0**-1022, 1.5 * 2.0**-1022, -0.5 * 2.0**-1022),
+    ("a > b", TINY, 0, 1),
+    ("sqrt(a)", TINY, 0, 2.0**-515),
+    ("fma(a, b, 0.0)", 2.0**-500, 2.0**-530, TINY),
+    ("(float)a * 1e30f", 2.0**-140, 0, 0),
+    ("(float)a * 1e30f", TINY, 0, 0),
+    ("(float)a", -TINY, 0, -0.0),
+]
+
+
+@pytest.mark.parametrize(("name", "cases"), [("float", OF_FLOAT32), ("double", OF_FLOAT64)], ids=["float32", "float64"])
+def test_subnormals_are_zeros_in_float32_alone(name, cases):
+    body = "\n".join(f"out[{i}] = of{i}(x[{i}], y[{i}]);" for i in range(len(cases)))
+    functions = "\n".join(
+        f"__device__ __noinline__ double of{i}({name} a, {name} b) {{ return {expression}; }}"
+        for i, (expression, *_) in enumerate(cases)
+    )
+    kernel = make(f"const {name}* x, const {name}* y, double* out", body, before=f"{functions}\n")
+    x, y = (cupy.asarray([case[i] for case in cases], "f4" if name == "float" else "f8") for i in (1, 2))
+    out = cupy.empty(len(cases), float)
+    launch(kernel, x, y, out, block=1)
+    assert list(map(float.hex, out.tolist())) == [float(case[3]).hex() for case in cases]
+    assert np.float64(TINY) * 2 > 0  # the host is as it was
+
+
+def test_many_subnormals():
+    """Among numbers that are none, with registers and memory of all kinds in use."""
+    body = """
+    const int i = blockIdx.x * blockDim.x + threadIdx.x;
+    float f = x[i];
+    double d = x[i];
+    for (int k = 0; k < 3; k++) f *= 0x1p-20f, d *= 0x1p-20, d += 0x1p-1060;
+    y[i] = f;
+    z[i] = d;"""
+    x = np.ldexp(np.random.default_rng(0).uniform(1, 2, 256), np.arange(256) % 128 - 126).astype(np.float32)
+    y, z = cupy.empty(256, np.float32), cupy.empty(256, float)
+    launch(make("const float* x, float* y, double* z", body), cupy.asarray(x), y, z, grid=2, block=128)
+    f, d = x, x.astype(float)
+    for _ in range(3):
+        f, d = f * np.float32(2**-20), d * 2**-20 + 2.0**-1060
+        f[np.abs(f) < 2.0**-126] = 0
+    np.testing.assert_array_equal(y.get(), f)
+    np.testing.assert_array_equal(z.get(), d)
+
+
 def test_float32_is_not_fused_and_subnormals_are_zeros():
     out = cupy.empty(2, np.float32)
     x, y = np.float32(1 + 2**-12), np.float32(-(1 + 2**-11))

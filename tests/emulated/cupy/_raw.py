@@ -333,7 +333,6 @@ def _launch(
             (_Range * len(ranges))(*ranges),
             len(ranges),
             ctypes.c_uint64(emulator.seed),
-            1,
             ctypes.byref(result),
         )
     if result.message:

@@ -8,12 +8,11 @@
 // An error ends the launch: the message is kept, and all fibres are abandoned. That jumps over frames of fibres, so what
 // runs in a fibre owns nothing: no std::string, no std::vector.
 //
-// launch.h has what is known while a kernel runs, access.h what happens at an access, schedule.h who runs when.
+// launch.h has what is known while a kernel runs, access.h what happens at an access, schedule.h who runs when, flush.h
+// what becomes of subnormal numbers.
 #include <dlfcn.h>
-#if defined(__SSE__)
-#include <xmmintrin.h>
-#endif
 
+#include "flush.h"
 #include "schedule.h"
 
 extern "C" {
@@ -22,8 +21,7 @@ extern "C" {
 // most 8, are neighbours in x; a cluster of 0 blocks is one of 1 on a device that knows no clusters.
 void emulated_launch(void (*entry)(void**), void** arguments, const unsigned* grid, const unsigned* block_dim,
                      unsigned cluster, char* shared_begin, char* shared_end, char* dynamic_begin, size_t dynamic_size,
-                     size_t dynamic_limit, const Argument* ranges, int range_count, uint64_t seed, int flush_denormals,
-                     Result* result) {
+                     size_t dynamic_limit, const Argument* ranges, int range_count, uint64_t seed, Result* result) {
     memset(result, 0, sizeof *result);
     launch.entry = entry;
     launch.arguments = arguments;
@@ -53,23 +51,19 @@ void emulated_launch(void (*entry)(void**), void** arguments, const unsigned* gr
         launch.blocks[rank].shared = Shadow(launch.shared_begin, launch.shared_end);
     }
     block = &launch.blocks[0];
-#if defined(__SSE__)
-    const unsigned rounding = _mm_getcsr();
-    if (flush_denormals) _mm_setcsr(rounding | 0x8040);
-#endif
     std::vector<uint32_t> firsts(grid[0] * grid[1] * grid[2] / blocks_of_cluster);  // the first block of each cluster
     for (uint32_t c = 0; c < firsts.size(); c++) firsts[c] = c * blocks_of_cluster;
     shuffle(firsts);
-    for (uint32_t first : firsts) {
-        run_cluster(first);
-        if (failed()) {
-            for (auto& thread : pool) thread->started = false;  // where they are, they stay
-            break;
+    {
+        const Flush flush;
+        for (uint32_t first : firsts) {
+            run_cluster(first);
+            if (failed()) {
+                for (auto& thread : pool) thread->started = false;  // where they are, they stay
+                break;
+            }
         }
     }
-#if defined(__SSE__)
-    _mm_setcsr(rounding);
-#endif
     launch.ranges.clear();
     launch.blocks.clear();
 }
