@@ -330,6 +330,8 @@ def test_a_device_waits_for_its_own_streams():
         stream = Stream()
         stream.begin_capture()
         cupy.cuda.Device(1).synchronize()
+        with cupy.cuda.Device(1):
+            cupy.ones(1)  # on its own default stream
         assert in_thread(status_of, cupy.cuda.Device(0).synchronize) == UNSUPPORTED
         assert status_of(stream.end_capture) == INVALIDATED
 

@@ -61,6 +61,7 @@ def stand_in(python):
 def test_which_is_which(stand_in, real):
     assert "emulator" in stand_in["cupy"]
     assert "emulator" not in real["cupy"]
+    assert "exp" in stand_in["cupy"]  # made on demand
     assert "allReduce" in real["cupy.cuda.nccl"]["NcclCommunicator"]["members"]
 
 
@@ -118,6 +119,7 @@ def function(*parameters):
         (function("x"), function("x", "y="), None),
         (function("x", "*", "y="), function("x", "**kwargs"), None),
         (function("*args"), function("x"), None),
+        ({"kind": "property"}, {"kind": "value"}, None),
         (function("x"), function("*args", "x="), None),
         (function("x"), None, "only the stand-in has it"),
         (function("x"), {"kind": "class"}, "a function, in CuPy a class"),
@@ -154,7 +156,7 @@ PACKAGE = {
     ("text", "wrong"),
     [
         ("import cupy\ncupy.empty(3, dtype=int).sum(axis=0)", None),
-        ("import cupy\ncupy.empty(*shape)", None),
+        ("import cupy\ncupy.empty(1, 2, *shape)", None),
         ("import cupy\ncupy.cuda.Stream().ptr", None),
         ("import numpy\nnumpy.nothing", None),
         ("cupy = pytest.importorskip('cupy')\ncupy.nothing", "no cupy.nothing"),
