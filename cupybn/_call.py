@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cupybn import _checks
+from cupybn._devices import copied, kind
 from cupybn._group import Group
 from cupybn._layout import Layout
+from cupybn._overlap import overlapping
 from cupybn._tracking import updates_stats
 
 Array = Any  # numpy.ndarray or cupy.ndarray
@@ -138,6 +140,50 @@ class Call(NamedTuple):
             return Running(None, None, None, None)
         counter = self.num_batches_tracked if self.training else None
         return Running(self.running_mean, self.running_var, self.momentum, counter)
+
+    def apart(self, layout: Layout, for_vjp: bool) -> tuple[Call, Written]:
+        """The same call where nothing that it moves is read later, and what is to be written when all else is done.
+
+        Arrays may share memory, as a weight that is also the running variance: what is read is a copy where it does.
+        The way back reads after buffers have moved, be it in another call. Buffers that share memory with each other
+        are moved as copies; so are all on NumPy, where an interrupt may come in the middle of a step.
+        """
+        moves = self.updates_running()
+        if self.running_mean is None or not (moves or for_vjp):
+            return self, []
+        buffers = {"running_mean": self.running_mean, "running_var": self.running_var}
+        if moves:
+            buffers["num_batches_tracked"] = self.num_batches_tracked
+        read = {"input": self.input, "residual": self.residual, "weight": self.weight, "bias": self.bias}
+        shared = overlapping(read | buffers, buffers)
+        copies = {
+            name: layout.copy(read[name]) if name in ("input", "residual") else copied(read[name])
+            for name in shared
+            if name in read
+        }
+        written: Written = []
+        if moves:
+            for name, buffer in buffers.items():
+                if buffer is not None and (name in shared or kind(buffer) == "numpy"):
+                    copies[name] = copied(buffer)
+                    written.append((buffer, copies[name]))
+        return (self._replace(**copies) if copies else self), written
+
+    def shares_with_vectors(self, out: Array) -> bool:
+        """Whether an array has memory in common with a vector of this call."""
+        vectors = {
+            "running_mean": self.running_mean,
+            "running_var": self.running_var,
+            "weight": self.weight,
+            "bias": self.bias,
+        }
+        if self.updates_running():
+            vectors["num_batches_tracked"] = self.num_batches_tracked
+        return bool(overlapping({"out": out}, vectors))
+
+
+Written = list[tuple[Array, Array]]
+"""Arrays, and the values that they are to get."""
 
 
 def _form(array: Array | None) -> Hashable:

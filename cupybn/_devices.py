@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
+import operator
 import re
+from collections import deque
+from collections.abc import Iterable
 from types import ModuleType
 from typing import Any
 
@@ -100,6 +104,22 @@ def zeros_like(vector: Any) -> Any:
     zeros = empty_like(vector)
     zeros.fill(0)
     return zeros
+
+
+def copied(vector: Any) -> Any:
+    """A C-contiguous copy on the current device."""
+    copy = empty_like(vector)
+    copy[...] = vector
+    return copy
+
+
+def write_at_once(written: Iterable[tuple[Any, Any]]) -> None:
+    """Fill arrays with values of their own shapes and dtypes.
+
+    Those of NumPy get all or none: an interrupt comes between two steps of Python, and this is a single one.
+    """
+    arrays, values = zip(*written, strict=True)
+    deque(map(operator.setitem, arrays, itertools.repeat(...), values), maxlen=0)
 
 
 def current(array: Any) -> contextlib.AbstractContextManager[Any]:

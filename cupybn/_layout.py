@@ -44,8 +44,10 @@ class Layout(NamedTuple):
 
     def conform(self, array: Array | None) -> Array | None:
         """The array itself if it has this layout, else a copy that has; None for None."""
-        if array is None or self.matches(array):
-            return array
+        return array if array is None or self.matches(array) else self.copy(array)
+
+    def copy(self, array: Array) -> Array:
+        """A copy that has this layout."""
         copy = self.empty_like(array)
         copy[...] = array
         return copy

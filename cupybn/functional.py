@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from cupybn import _checks, cupy_ops, numpy_ops
 from cupybn._call import Call
-from cupybn._devices import current, empty_like, kind, zeros_like
+from cupybn._devices import current, empty_like, kind, write_at_once, zeros_like
 from cupybn._dtypes import accumulation_dtype
 from cupybn._layout import Layout
 from cupybn._moments import Statistics
@@ -236,30 +236,33 @@ def _forward(call: Call, out: Array | None, for_vjp: bool) -> tuple[Array, Saved
 def _checked_forward(call: Call, layout: Layout, out: Array | None, for_vjp: bool) -> tuple[Array, Saved | None]:
     """The same for arguments that fit together, on the current device."""
     ops = ops_for(call)
+    call, written = call.apart(layout, for_vjp)
     input: Array = layout.conform(call.input)
-    eps, has_residual = float(call.eps), call.residual is not None
-    output = out if out is not None and layout.matches(out) else layout.empty_like(input)
+    eps, training, has_residual = float(call.eps), call.training, call.residual is not None
+    in_place = out is not None and layout.matches(out) and not call.shares_with_vectors(out)
+    output = out if in_place else layout.empty_like(input)
     x, residual, y = layout.view(input), layout.view(layout.conform(call.residual)), layout.view(output)
-    statistics = mask = None
+    statistics = mask = saved = None
 
     if ops is not None:
         if for_vjp and has_residual and call.activation is not None:
             mask = ops.empty_mask(x, residual, y)
         step = (eps, call.weight, call.bias, residual, call.activation, *call.running(), y, mask, for_vjp)
-        if call.training:
+        if training:
             statistics = ops.bn_forward(x, *step, scratch=y if out is None else None)
         else:
             statistics = ops.bn_normalize(x, None, *step)
-        if out is not None and output is not out:
-            out[...] = output
 
-    output = output if out is None else out
-    if not for_vjp:
-        return output, None
-    training = call.training
-    return output, Saved(
-        input, call.weight, call.bias, training, eps, call.activation, layout, ops, statistics, has_residual, mask
-    )
+    if for_vjp:
+        saved = Saved(
+            input, call.weight, call.bias, training, eps, call.activation, layout, ops, statistics, has_residual, mask
+        )
+    if out is not None and not in_place:
+        written.append((out, output))  # the last: it is right, whatever it shares with the buffers
+        output = out
+    if ops is not None and written:
+        write_at_once(written)
+    return output, saved
 
 
 def backward(saved: Saved, grad_output: Array) -> BatchNormGrads:

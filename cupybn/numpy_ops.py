@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from cupybn._devices import write_at_once
 from cupybn._dtypes import accumulation_dtype
 from cupybn._moments import Moments, Statistics, Sums
 from cupybn._tiles import tile_map, tile_sums
@@ -59,7 +60,9 @@ def bn_stats(x: Array, num_batches_tracked: Array | None = None, scratch: Array 
     count = x.shape[0] * x.shape[2]
     center = _sample_mean(x)
     mean, m2 = _moments_about(center, x, dtype, scratch)
-    held = (m2 == 0) | (m2 / count > 1e4 * np.finfo(dtype).tiny) & (m2 < np.inf)
+    held = (m2 / count > 1e4 * np.finfo(dtype).tiny) & (m2 < np.inf)
+    for channels in _runs(m2 == 0):
+        held[channels] = _constant(x[:, channels], center[channels], dtype)
     trusted = held & ((mean - center) ** 2 <= m2 / count)
     for channels in _runs(~trusted):
         pivot = x[0, channels, 0].astype(np.float64)
@@ -128,6 +131,17 @@ def _moments_about(center: Array, x: Array, dtype: npt.DTypeLike, scratch: Array
     return center + sum_d / count, np.maximum(sum_dd - sum_d**2 / count, 0)
 
 
+def _constant(x: Array, center: Array, dtype: npt.DTypeLike) -> Array:
+    """Whether all values of a channel are its center: squares of differences may be 0 though these are not."""
+
+    def core(column: Column, x: Array, center: Array) -> Terms:
+        return [(np.subtract(x, column(center), dtype=dtype) != 0,)]
+
+    (differing,) = tile_sums(core, [x], [center.astype(dtype)], True, 1)
+    constant: Array = differing == 0
+    return constant
+
+
 @_quiet
 def bn_update_running(
     moments: Moments,
@@ -139,7 +153,8 @@ def bn_update_running(
     """running = (1 - momentum) * running + momentum * batch, in place, with the unbiased variance of the batch.
 
     ``momentum=None`` stands for 1 / (batches + 1), the mean over all batches; num_batches_tracked counts this one. A
-    batch of less than two values for each channel, whose unbiased variance is not defined, changes nothing.
+    count below 0, which is none, stands for 0. A batch of less than two values for each channel, whose unbiased
+    variance is not defined, changes nothing.
 
     Parameters
     ----------
@@ -151,11 +166,14 @@ def bn_update_running(
         return
     if momentum is None:
         assert moments.batches is not None
-        momentum = 1 / (int(moments.batches) + 1)
+        momentum = 1 / (max(float(moments.batches), 0) + 1)
+    written = [
+        (running, ((1 - momentum) * running.astype(np.float64) + momentum * batch).astype(running.dtype))
+        for running, batch in ((running_mean, mean), (running_var, m2 / (count - 1)))
+    ]
     if num_batches_tracked is not None:
-        num_batches_tracked += 1
-    for running, new in (running_mean, mean), (running_var, m2 / (count - 1)):
-        running[...] = (1 - momentum) * running.astype(np.float64) + momentum * new
+        written.append((num_batches_tracked, num_batches_tracked + 1))
+    write_at_once(written)
 
 
 @_quiet
