@@ -26,11 +26,12 @@ def no_stats_update() -> Iterator[None]:
     >>> with cupybn.no_stats_update():
     ...     y = layer(x)
     """
-    _depth.value += 1
+    outside = _depth.value
     try:
+        _depth.value = outside + 1
         yield
     finally:
-        _depth.value -= 1
+        _depth.value = outside
 
 
 def updates_stats() -> bool:

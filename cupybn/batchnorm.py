@@ -181,9 +181,9 @@ class _BatchNorm:
         self._check_rank(input.ndim)
         axis = _checks.check_channel_axis(self.channel_axis, input.ndim)
         lazy = self.num_features is None
-        if lazy:
-            self._allocate(input.shape[axis])
         try:
+            if lazy:
+                self._allocate(input.shape[axis])
             yield
         except BaseException:
             if lazy:
@@ -267,8 +267,9 @@ class _BatchNorm:
             name: _devices.transfer(own[name], self._dtype_of(name), self._device) for name in names if name in own
         }
         if self.num_features is None:
-            self._allocate(features)
-        self._fill(loaded)
+            self._allocate(features, loaded)
+        else:
+            self._fill(loaded)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Unpickled CuPy arrays are on the current device: bring them to that of the layer."""
@@ -287,8 +288,7 @@ class _BatchNorm:
         target = _devices.resolve_device(device)
         if target != self._device:
             moved = {name: _devices.transfer(array, array.dtype, target) for name, array in self._arrays().items()}
-            vars(self).update(moved)
-            self._device = target
+            vars(self).update(moved, _device=target)
         return self
 
     def __repr__(self) -> str:
@@ -307,9 +307,13 @@ class _BatchNorm:
         """The arrays that there are, in the order of the state dict."""
         return {name: getattr(self, name) for name in INITIAL if getattr(self, name) is not None}
 
-    def _allocate(self, num_features: int) -> None:
+    def _allocate(self, num_features: int, values: Mapping[str, Array] | None = None) -> None:
+        """Take new arrays: those that are given, and others with what they start from."""
+        given = values or {}
         arrays = {
-            name: _devices.full(
+            name: given[name]
+            if name in given
+            else _devices.full(
                 () if name == _state.COUNTER else (num_features,), INITIAL[name], self._dtype_of(name), self._device
             )
             for name in self._members
@@ -325,10 +329,18 @@ class _BatchNorm:
             if _devices.kind(getattr(self, name)) is None:
                 raise TypeError(f"expected {name} to be an array (got {_devices.describe(getattr(self, name))})")
             _checks.check_writeable(name, getattr(self, name))
-        for name, value in values.items():
-            array = getattr(self, name)
-            with _devices.current(array):
-                array[...] = value
+        before: list[tuple[Array, Array]] = []
+        try:
+            for name, value in values.items():
+                array = getattr(self, name)
+                with _devices.current(array):
+                    before.append((array, _devices.copied(array)))
+                    array[...] = value
+        except BaseException:
+            for array, value in reversed(before):
+                with _devices.current(array):
+                    array[...] = value
+            raise
 
     def _dtype_of(self, name: str) -> np.dtype[Any]:
         return np.dtype(np.int64) if name == _state.COUNTER else self.dtype

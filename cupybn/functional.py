@@ -236,10 +236,10 @@ def _forward(call: Call, out: Array | None, for_vjp: bool) -> tuple[Array, Saved
 def _checked_forward(call: Call, layout: Layout, out: Array | None, for_vjp: bool) -> tuple[Array, Saved | None]:
     """The same for arguments that fit together, on the current device."""
     ops = ops_for(call)
+    in_place = out is not None and layout.matches(out) and not call.shares_with_vectors(out)
     call, written = call.apart(layout, for_vjp)
     input: Array = layout.conform(call.input)
     eps, training, has_residual = float(call.eps), call.training, call.residual is not None
-    in_place = out is not None and layout.matches(out) and not call.shares_with_vectors(out)
     output = out if in_place else layout.empty_like(input)
     x, residual, y = layout.view(input), layout.view(layout.conform(call.residual)), layout.view(output)
     statistics = mask = saved = None
