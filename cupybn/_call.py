@@ -170,15 +170,13 @@ class Call(NamedTuple):
         return (self._replace(**copies) if copies else self), written
 
     def shares_with_vectors(self, out: Array) -> bool:
-        """Whether an array has memory in common with a vector of this call."""
+        """Whether an output has memory in common with a vector of this call."""
         vectors = {
             "running_mean": self.running_mean,
             "running_var": self.running_var,
             "weight": self.weight,
             "bias": self.bias,
         }
-        if self.updates_running():
-            vectors["num_batches_tracked"] = self.num_batches_tracked
         return bool(overlapping({"out": out}, vectors))
 
 

@@ -47,18 +47,23 @@ def state(layer):
     return bits(*arrays.values()), layer.num_features, layer.device, layer.training
 
 
-def check(make, act, may_be_done=False):
-    """`act` on what `make` returns leaves it as it was, wherever the interrupt comes; or as it is when all is done."""
+def check(make, act, last_lines=0):
+    """`act` on what `make` returns leaves it as it was, wherever the interrupt comes.
+
+    In the last lines of the call, so many, all may be done.
+    """
     done = make()
     act(done)
-    after, at = state(done), 0
+    after, at, late = state(done), 0, 0
     while True:
         layer, at = make(), at + 1
         before = state(layer)
         if not interrupted(lambda layer=layer: act(layer), at):
             break
-        assert state(layer) == before or (may_be_done and state(layer) == after), f"at line {at} of the call"
+        late += state(layer) == after
+        assert state(layer) in (before, after), f"at line {at} of the call"
     assert at > 10
+    assert late <= last_lines
     assert state(layer) == after
 
 
@@ -80,10 +85,14 @@ def make(device):
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
-def test_a_pass_in_training(make, x, momentum):
-    """When the running statistics have moved, a few lines are left that return what was asked for."""
-    check(lambda: make(momentum=momentum), lambda layer: layer(x), may_be_done=True)
-    check(lambda: make(momentum=momentum), lambda layer: layer.vjp(x, x), may_be_done=True)
+def test_a_pass_in_training(make, x, momentum, device):
+    """When the running statistics have moved, a few lines are left that return what was asked for.
+
+    On a GPU they move in the launch that makes the output.
+    """
+    last_lines = 6 if device == "cpu" else 13
+    check(lambda: make(momentum=momentum), lambda layer: layer(x), last_lines)
+    check(lambda: make(momentum=momentum), lambda layer: layer.vjp(x, x), last_lines)
 
 
 def test_the_first_pass_of_a_lazy_layer(device, x):
@@ -114,7 +123,7 @@ def test_resets(make):
 
 def test_to(make, device):
     pytest.importorskip("cupy")
-    check(make, lambda layer: layer.to("cpu" if device != "cpu" else "cuda:0"), may_be_done=True)
+    check(make, lambda layer: layer.to("cpu" if device != "cpu" else "cuda:0"), last_lines=1)
 
 
 def test_no_stats_update(make, x):
