@@ -15,6 +15,8 @@ CHANNELS = {
     "pairs among zeros": lambda n: np.where(np.arange(n) % 40 < 2, np.resize([TINY, -TINY], n), 0),
     "one pair in the middle": lambda n: np.where(np.arange(n) // 2 == n // 4, np.resize([TINY, -TINY], n), 0),
     "one pair at the end": lambda n: np.where(np.arange(n) >= n - 2, np.resize([TINY, -TINY], n), 0),
+    "pairs that are 128 apart": lambda n: np.array([0, TINY, -TINY, 0])[np.arange(n) // 128 % 4],  # rows of one thread
+    "pairs that are 256 apart": lambda n: np.array([0, TINY, -TINY, 0])[np.arange(n) // 256 % 4],
     "a mean": lambda n: 3 * TINY + np.resize([TINY, -TINY], n),
     "constant": lambda n: np.full(n, TINY),
     "zeros": np.zeros,
