@@ -11,7 +11,7 @@ from cupybn import _checks
 from cupybn._devices import copied, kind
 from cupybn._group import Group
 from cupybn._layout import Layout
-from cupybn._overlap import overlapping
+from cupybn._overlap import Extent, may_overlap, overlapping
 from cupybn._tracking import updates_stats
 
 Array = Any  # numpy.ndarray or cupy.ndarray
@@ -37,10 +37,11 @@ class Call(NamedTuple):
     group: Group | None = None
     """The ranks that the batch is spread over, in training."""
 
-    def checked_layout(self, out: Array | None = None) -> Layout:
-        """How the input lies in memory, if all is well.
+    def checked(self, out: Array | None = None) -> Checked:
+        """What is to be known of the arguments, if all is well.
 
-        What is checked does not depend on the elements of arrays: calls that are alike but for these are checked once.
+        What is checked does not depend on addresses and elements of arrays: calls that are alike but for these are
+        checked once.
 
         Raises
         ------
@@ -48,14 +49,15 @@ class Call(NamedTuple):
             See `check`.
         """
         key = self._key(out)
-        layout = _layouts.get(key)
-        if layout is None:
+        checked = _checked.get(key)
+        if checked is None:
             layout = Layout.of(self.input, self.check(out))
+            checked = Checked(layout, [Extent.of(array) for array in self._arrays()])
             if key is not None:
-                if len(_layouts) >= MOST_LAYOUTS:
-                    _layouts.clear()
-                _layouts[key] = layout
-        return layout
+                if len(_checked) >= MOST_CHECKED:
+                    _checked.clear()
+                _checked[key] = checked
+        return checked
 
     def _key(self, out: Array | None) -> Hashable:
         """All that `check` looks at; None for what cannot be an argument."""
@@ -141,7 +143,21 @@ class Call(NamedTuple):
         counter = self.num_batches_tracked if self.training else None
         return Running(self.running_mean, self.running_var, self.momentum, counter)
 
-    def apart(self, layout: Layout, for_vjp: bool) -> tuple[Call, Written]:
+    def _arrays(self) -> list[Array]:
+        """The arrays that a call reads or moves."""
+        counter = self.num_batches_tracked if self.updates_running() else None
+        arrays = (
+            self.input,
+            self.residual,
+            self.weight,
+            self.bias,
+            self.running_mean,
+            self.running_var,
+            counter,
+        )
+        return [array for array in arrays if array is not None]
+
+    def apart(self, checked: Checked, for_vjp: bool) -> tuple[Call, Written]:
         """The same call where nothing that it moves is read later, and what is to be written when all else is done.
 
         Arrays may share memory, as a weight that is also the running variance: what is read is a copy where it does.
@@ -151,33 +167,36 @@ class Call(NamedTuple):
         moves = self.updates_running()
         if self.running_mean is None or not (moves or for_vjp):
             return self, []
-        buffers = {"running_mean": self.running_mean, "running_var": self.running_var}
-        if moves:
-            buffers["num_batches_tracked"] = self.num_batches_tracked
-        read = {"input": self.input, "residual": self.residual, "weight": self.weight, "bias": self.bias}
-        shared = overlapping(read | buffers, buffers)
+        on_host, may_share = kind(self.input) == "numpy", may_overlap(self._arrays(), checked.extents)
+        if not (may_share or (on_host and moves)):
+            return self, []
+        buffers = self._named("running_mean", "running_var", *(["num_batches_tracked"] if moves else []))
+        read = self._named("input", "residual", "weight", "bias")
+        shared = overlapping(read | buffers, buffers) if may_share else []
         copies = {
-            name: layout.copy(read[name]) if name in ("input", "residual") else copied(read[name])
-            for name in shared
-            if name in read
+            name: checked.layout.copy(array) if name in ("input", "residual") else copied(array)
+            for name, array in read.items()
+            if name in shared
         }
-        written: Written = []
-        if moves:
-            for name, buffer in buffers.items():
-                if buffer is not None and (name in shared or kind(buffer) == "numpy"):
-                    copies[name] = copied(buffer)
-                    written.append((buffer, copies[name]))
-        return (self._replace(**copies) if copies else self), written
+        moved = {name: copied(array) for name, array in buffers.items() if moves and (on_host or name in shared)}
+        return self._replace(**copies, **moved), [(buffers[name], copy) for name, copy in moved.items()]
 
     def shares_with_vectors(self, out: Array) -> bool:
         """Whether an output has memory in common with a vector of this call."""
-        vectors = {
-            "running_mean": self.running_mean,
-            "running_var": self.running_var,
-            "weight": self.weight,
-            "bias": self.bias,
-        }
+        vectors = self._named("running_mean", "running_var", "weight", "bias")
         return bool(overlapping({"out": out}, vectors))
+
+    def _named(self, *names: str) -> dict[str, Array]:
+        """Those of these arrays that there are, by name."""
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+
+class Checked(NamedTuple):
+    """What is known of calls whose arguments fit together, and which are alike but for addresses and elements."""
+
+    layout: Layout
+    extents: list[Extent]
+    """Those of the arrays that a call reads or moves."""
 
 
 Written = list[tuple[Array, Array]]
@@ -193,9 +212,10 @@ def _form(array: Array | None) -> Hashable:
     return type(array), array.shape, array.strides, array.dtype, array.data.device_id
 
 
-MOST_LAYOUTS = 4096
-_layouts: dict[Hashable, Layout] = {}
-"""Of calls that have been checked."""
+MOST_CHECKED = 4096
+"""Calls that are remembered, before all are forgotten."""
+_checked: dict[Hashable, Checked] = {}
+"""The calls that have been checked, by what `Call.check` looks at."""
 
 
 class Running(NamedTuple):

@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from cupybn import _checks, cupy_ops, numpy_ops
-from cupybn._call import Call
+from cupybn._call import Call, Checked
 from cupybn._devices import current, empty_like, kind, write_at_once, zeros_like
 from cupybn._dtypes import accumulation_dtype
 from cupybn._layout import Layout
@@ -228,16 +228,17 @@ class Saved(NamedTuple):
 
 def _forward(call: Call, out: Array | None, for_vjp: bool) -> tuple[Array, Saved | None]:
     """The output and, for the way back, what it needs."""
-    layout = call.checked_layout(out)
+    checked = call.checked(out)
     with current(call.input):
-        return _checked_forward(call, layout, out, for_vjp)
+        return _checked_forward(call, checked, out, for_vjp)
 
 
-def _checked_forward(call: Call, layout: Layout, out: Array | None, for_vjp: bool) -> tuple[Array, Saved | None]:
+def _checked_forward(call: Call, checked: Checked, out: Array | None, for_vjp: bool) -> tuple[Array, Saved | None]:
     """The same for arguments that fit together, on the current device."""
+    layout = checked.layout
     ops = ops_for(call)
     in_place = out is not None and layout.matches(out) and not call.shares_with_vectors(out)
-    call, written = call.apart(layout, for_vjp)
+    call, written = call.apart(checked, for_vjp)
     input: Array = layout.conform(call.input)
     eps, training, has_residual = float(call.eps), call.training, call.residual is not None
     output = out if in_place else layout.empty_like(input)

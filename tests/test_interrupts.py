@@ -90,7 +90,7 @@ def test_a_pass_in_training(make, x, momentum, device):
 
     On a GPU they move in the launch that makes the output.
     """
-    last_lines = 6 if device == "cpu" else 13
+    last_lines = 6 if device == "cpu" else 14
     check(lambda: make(momentum=momentum), lambda layer: layer(x), last_lines)
     check(lambda: make(momentum=momentum), lambda layer: layer.vjp(x, x), last_lines)
 

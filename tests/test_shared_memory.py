@@ -161,7 +161,7 @@ def test_overlapping(xp):
     memory = xp.zeros(40)
     grid = memory[:36].reshape(6, 6)
     arrays = {"all": memory, "begin": memory[:10], "end": memory[10:], "even": memory[::2], "odd": memory[1::2]}
-    arrays |= {"row": grid[2], "column": grid[:, 2], "reversed": memory[9::-1], "elsewhere": xp.zeros(40), "none": None}
+    arrays |= {"row": grid[2], "column": grid[:, 2], "reversed": memory[9::-1], "elsewhere": xp.zeros(40)}
     arrays |= {"bytes": memory.view(np.uint8)[12:20], "empty": memory[:0], "empty rows": grid[:, :0]}
     expected = {
         *(("all", name) for name in ("begin", "end", "even", "odd", "row", "column", "reversed", "bytes")),
