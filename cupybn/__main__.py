@@ -19,7 +19,21 @@ CLOSED_PIPE, INTERRUPTED = 128 + 13, 128 + 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return the exit status."""
+    """Run one command and return the exit status; quietly, where nobody reads on or somebody interrupts."""
+    try:
+        try:
+            return run(arguments)
+        finally:
+            print(end="", flush=True)  # not at the end of Python, which would tell of a closed pipe
+    except BrokenPipeError:  # whoever read has seen enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be written
+        return CLOSED_PIPE
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def run(arguments: Sequence[str] | None) -> int:
+    """Parse the arguments and run the command."""
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
         description=SUMMARY,
@@ -35,14 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         status: int = COMMANDS[options.command].run(options)
-        print(end="", flush=True)
     except UsageError as error:
         commands.choices[options.command].error(str(error))
-    except BrokenPipeError:  # whoever read has seen enough, as `head` has
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
-        return CLOSED_PIPE
-    except KeyboardInterrupt:
-        return INTERRUPTED
     return status
 
 

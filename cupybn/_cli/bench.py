@@ -38,9 +38,7 @@ from cupybn._cli.table import table
 from cupybn._devices import cuda_missing, import_cupy
 
 USAGE = "--shape SHAPE [options]"
-RATIOS = (
-    "x / cupybn is how many times as long x takes: at 2.0 cupybn takes half the time, at 0.5 twice (-: not measured)"
-)
+RATIOS = "x / cupybn: how many times as long x takes. At 2.0 cupybn takes half the time, at 0.5 twice. -: not measured."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

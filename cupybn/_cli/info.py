@@ -43,7 +43,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def facts() -> dict[str, Any]:
-    """All that `info` knows, under the same keys on every machine."""
+    """All that `info` knows, under the same keys on every machine; None for what is not there."""
     missing = cuda_missing()
     here: dict[str, Any] = {
         "cupybn": cupybn.__version__,
@@ -57,21 +57,32 @@ def facts() -> dict[str, Any]:
         "cupy_missing": missing or None,
     }
     on_gpu = dict.fromkeys(("cupy", "stand_in", "cuda_driver", "cuda_runtime", "nvrtc", "nccl", "kernel_cache"))
-    return {**here, **on_gpu, "gpus": []} if missing else {**here, **cupy_facts()}
+    return {**here, **on_gpu, "not_found": {}, "gpus": []} if missing else {**here, **on_gpu, **cupy_facts()}
 
 
 def cupy_facts() -> dict[str, Any]:
     """Those that take a CuPy and a GPU."""
     cupy = import_cupy()
     runtime = cupy.cuda.runtime
+    found: dict[str, str] = {}
+    not_found: dict[str, str] = {}
+    versions: dict[str, Callable[[], str]] = {
+        "cuda_driver": lambda: version(runtime.driverGetVersion()),
+        "cuda_runtime": lambda: version(runtime.runtimeGetVersion()),
+        "nvrtc": lambda: ".".join(map(str, cupy.cuda.nvrtc.getVersion())),
+        "nccl": nccl_version,
+    }
+    for name, get in versions.items():
+        try:
+            found[name] = get()
+        except Exception as error:  # a library that cannot be loaded raises anything
+            not_found[name] = repr(error)
     return {
         "cupy": cupy.__version__,
         "stand_in": hasattr(cupy, "emulator"),
-        "cuda_driver": found(lambda: version(runtime.driverGetVersion())),
-        "cuda_runtime": found(lambda: version(runtime.runtimeGetVersion())),
-        "nvrtc": found(lambda: ".".join(map(str, cupy.cuda.nvrtc.getVersion()))),
-        "nccl": found(nccl_version),
+        **found,
         "kernel_cache": cache_folder(),
+        "not_found": not_found,
         "gpus": [gpu(runtime.getDeviceProperties(index)) for index in range(runtime.getDeviceCount())],
     }
 
@@ -91,10 +102,13 @@ def lines() -> Iterator[tuple[str, str]]:
         return
     stand_in = " (the stand-in, which runs kernels on the CPU)" if known["stand_in"] else ""
     yield "CuPy", f"{known['cupy']}{stand_in}"
-    yield "CUDA driver supports", known["cuda_driver"]
-    yield "CUDA runtime", known["cuda_runtime"]
-    yield "NVRTC", known["nvrtc"]
-    yield "NCCL", known["nccl"]
+    for name, key in (
+        ("CUDA driver supports", "cuda_driver"),
+        ("CUDA runtime", "cuda_runtime"),
+        ("NVRTC", "nvrtc"),
+        ("NCCL", "nccl"),
+    ):
+        yield name, known[key] or f"not found ({known['not_found'][key]})"
     yield "compiled kernels", known["kernel_cache"]
     for index, properties in enumerate(known["gpus"]):
         yield f"GPU {index}", describe(properties)
@@ -105,17 +119,9 @@ def nccl_version() -> str:
     from cupy.cuda import nccl
 
     if not nccl.available:
-        return "not found"
+        raise RuntimeError("this CuPy was built without it")
     number = nccl.get_version()
     return f"{number // 10000}.{number // 100 % 100}.{number % 100}"
-
-
-def found(get: Callable[[], str]) -> str:
-    """A value, or what CuPy says where it has none: `info` is there for machines that are not set up well."""
-    try:
-        return get()
-    except Exception as error:  # a library that cannot be loaded raises anything
-        return f"not found ({error!r})"
 
 
 def version(number: int) -> str:
