@@ -279,8 +279,11 @@ def test_check_without_gpu():
 
 
 @pytest.mark.parametrize("command", ["check", "check --dtype float32", "bench --shape 4,3"], ids=str)
-def test_a_dtype_that_is_wanted_and_missing(command, monkeypatch, capsys):
+@pytest.mark.parametrize("gpu", [True, False], ids=["gpu", "cpu"])
+def test_a_dtype_that_is_wanted_and_missing(command, gpu, monkeypatch, capsys):
     missing(monkeypatch, "ml_dtypes")
+    for module in bench, check:
+        monkeypatch.setattr(module, "cuda_missing", lambda: "" if gpu else "told so")
     message = refused([*command.split(), "--dtype", "bfloat16"], capsys)
     assert message.startswith("argument --dtype: bfloat16 cannot be used here: ")
     assert "`pip install '.[bf16]'`" in message

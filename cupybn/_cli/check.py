@@ -70,10 +70,9 @@ class Job(NamedTuple):
 
 def run(options: argparse.Namespace) -> int:
     """Check, and print a table."""
-    missing = cuda_missing()
+    dtypes, missing = chosen_dtypes(options.dtypes, FLOATS), cuda_missing()
     if missing:
         print(f"There are no kernels to check here: {missing}.\nChecking the NumPy mirrors against a plain formula.")
-    dtypes = chosen_dtypes(options.dtypes, FLOATS)
     shapes = QUICK if options.quick else SHAPES
     if missing:
         found = check(mirror_jobs(dtypes, shapes), MIRRORS, FORMULA)
