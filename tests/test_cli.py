@@ -119,17 +119,23 @@ def test_bad_options_are_told_in_two_lines(arguments, message, gpu, monkeypatch,
     assert message in refused(arguments.split(), capsys)
 
 
-def test_memory_that_runs_out_is_no_traceback(monkeypatch, capsys):
+class OutOfMemoryError(RuntimeError):
+    """PyTorch's, by its name."""
+
+
+@pytest.mark.parametrize("error", [MemoryError, OutOfMemoryError])
+def test_memory_that_runs_out_is_no_traceback(error, monkeypatch, capsys):
     """Where nothing tells how much there is, and on a GPU."""
 
     def full(*_):
-        raise MemoryError("no more")
+        raise error("no more\nand a lot of advice")
 
     for name in "cpu_row", "gpu_row":
         monkeypatch.setattr(bench, name, full)
     with pytest.raises(SystemExit, match=r"^2$"):
         main(["bench", "--shape", "4,3"])
-    assert "argument --shape: 4x3 float32 does not fit in memory: no more" in capsys.readouterr().err
+    _, message = capsys.readouterr().err.splitlines()
+    assert message.endswith("argument --shape: 4x3 float32 does not fit in memory: no more")
 
 
 def test_other_errors_keep_their_traceback(monkeypatch):

@@ -76,7 +76,7 @@ def run(options: argparse.Namespace) -> int:
         row, effort, sets = gpu_row, AS_LITTLE_AS_POSSIBLE, AS_LITTLE_AS_POSSIBLE.most_sets
         note = "This CuPy is the stand-in that runs kernels on the CPU: the times below say nothing of a GPU."
     else:
-        row, effort, sets = gpu_row, Effort(options.seconds), 0  # of arrays in the memory of the host
+        row, effort, sets = gpu_row, Effort(options.seconds), 0  # the allocations tell
         note = ""
     for job in jobs:
         check_memory(*job, sets)
@@ -88,7 +88,7 @@ def run(options: argparse.Namespace) -> int:
             rows.append(row(problem, operation, effort))
         except Exception as error:
             if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # the latter is PyTorch's
-                raise too_large(problem, error) from error
+                raise too_large(problem, str(error).partition("\n")[0]) from error
             raise
     print(table(CPU_HEAD if missing else GPU_HEAD, rows))
     print(f"\n{RATIOS}")
