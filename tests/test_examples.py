@@ -116,3 +116,19 @@ def test_gradients_are_the_slopes_of_the_loss(xp, device, rng, monkeypatch):
     slope = (loss(1e-6) - loss(-1e-6)) / 2e-6
     expected = sum((g * d).sum() for g, d in zip(grads, directions, strict=True))
     assert float(slope) == pytest.approx(float(expected), rel=1e-6)
+
+
+@pytest.mark.parametrize("example", ["distributed_digits"], indirect=True)
+def test_losses_that_are_the_same_are_drawn(example, monkeypatch, tmp_path):
+    """At the bottom of a logarithmic axis, which has no place for a difference of 0."""
+    figures = []
+    monkeypatch.setattr(layers, "save_picture", lambda figure, *_, **__: figures.append(figure))
+    single = np.linspace(2, 1, 5)
+    distances = {example.SINGLE: 0, example.SYNCHRONIZED: np.array([0, 0, 1e-7, 0, 1e-4]), example.PLAIN: 0.1}
+    example.report(2, {n: single + d for n, d in distances.items()}, {name: [1.0] for name in distances}, tmp_path)
+    axes = figures[0].axes[1]
+    drawn = axes.lines[0].get_ydata()
+    assert drawn == pytest.approx([1e-8, 1e-8, 1e-7, 1e-8, 1e-4], rel=1e-6)
+    bottom, top = axes.get_ylim()
+    assert bottom < drawn.min() < drawn.max() < top
+    assert "1e-8" in axes.get_ylabel()
