@@ -67,6 +67,21 @@ class _BatchNorm:
         If num_features is not an integer, or dtype not float16, bfloat16, float32 or float64.
     RuntimeError
         If the device is not there.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cupybn import BatchNorm1d
+    >>> x = np.array([[1, 10], [3, 20], [5, 60]], np.float32)  # (N, C)
+    >>> layer = BatchNorm1d(2, device="cpu")
+    >>> layer(x).round(2)  # training mode
+    array([[-1.22, -0.93],
+           [ 0.  , -0.46],
+           [ 1.22,  1.39]], dtype=float32)
+    >>> layer.running_mean, layer.num_batches_tracked
+    (array([0.3, 3. ], dtype=float32), array(1))
+    >>> layer.eval()(x[:1]).round(2)  # with the running statistics, which one batch has moved by a tenth
+    array([[0.61, 0.83]], dtype=float32)
     """
 
     weight: Array | None
@@ -148,6 +163,21 @@ class _BatchNorm:
         vjp_fn : callable
             ``vjp_fn(grad_output) -> BatchNormGrads(input, weight, bias, residual)``; see
             `cupybn.functional.batch_norm_vjp`.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from cupybn import BatchNorm1d
+        >>> layer = BatchNorm1d(1, activation="relu", device="cpu")
+        >>> x = np.array([[0], [1], [5]], np.float32)
+        >>> y, vjp_fn = layer.vjp(x, residual=x)
+        >>> dx, dweight, dbias, dresidual = vjp_fn(np.ones_like(y))
+        >>> dbias, dresidual.ravel()  # ReLU stopped the first row
+        (array([2.], dtype=float32), array([0., 1., 1.], dtype=float32))
+        >>> for parameter, grad in zip(layer.parameters(), (dweight, dbias)):
+        ...     parameter -= 0.1 * grad  # in place: the layer keeps its arrays
+        >>> layer.bias
+        array([-0.2], dtype=float32)
         """
         with self._settled(input):
             return functional.forward_vjp(self._call(input, residual))
@@ -250,6 +280,20 @@ class _BatchNorm:
             If shapes are wrong, also when not strict.
         TypeError
             If a value is not an array of real numbers. Nothing has been loaded then.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from cupybn import BatchNorm2d
+        >>> checkpoint = {f"encoder.bn1.{name}": np.full(3, 2.0) for name in ("weight", "bias")}
+        >>> checkpoint |= {"encoder.bn1.running_mean": np.zeros(3), "encoder.bn1.running_var": np.ones(3)}
+        >>> layer = BatchNorm2d(3, device="cpu")
+        >>> layer.load_state_dict(checkpoint, prefix="encoder.bn1.")
+        >>> layer.weight
+        array([2., 2., 2.], dtype=float32)
+
+        A file that ``np.savez("layer.npz", **layer.state_dict())`` wrote is loaded by
+        ``layer.load_state_dict(np.load("layer.npz"))``.
         """
         names = self._members if self.num_features is None else tuple(self._arrays())
         own = _state.select(state, prefix)

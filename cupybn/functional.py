@@ -101,7 +101,16 @@ def batch_norm(
 
     Examples
     --------
-    >>> y = batch_norm(x, None, None, weight, bias, training=True, activation="relu")
+    >>> import numpy as np
+    >>> import cupybn.functional as F
+    >>> x = np.array([[1, 10], [3, 20], [5, 60]], np.float32)  # (N, C)
+    >>> running_mean, running_var = np.zeros(2, np.float32), np.ones(2, np.float32)
+    >>> F.batch_norm(x, running_mean, running_var, training=True, activation="relu").round(2)
+    array([[0.  , 0.  ],
+           [0.  , 0.  ],
+           [1.22, 1.39]], dtype=float32)
+    >>> running_mean, running_var
+    (array([0.3, 3. ], dtype=float32), array([ 1.3, 70.9], dtype=float32))
     """
     momentum = _checks.as_float("momentum", momentum)
     call = Call(
@@ -147,8 +156,15 @@ def batch_norm_vjp(
 
     Examples
     --------
-    >>> y, vjp_fn = batch_norm_vjp(x, None, None, weight, bias, training=True)
+    >>> import numpy as np
+    >>> import cupybn.functional as F
+    >>> x = np.array([[0], [1], [5]], np.float32)  # (N, C)
+    >>> weight, bias = np.ones(1, np.float32), np.zeros(1, np.float32)
+    >>> y, vjp_fn = F.batch_norm_vjp(x, None, None, weight, bias, training=True)
+    >>> dy = np.array([[1], [0], [0]], np.float32)  # of a loss that is y[0]
     >>> dx, dweight, dbias, _ = vjp_fn(dy)
+    >>> dx.round(3).ravel(), dweight.round(3), dbias
+    (array([ 0.176, -0.22 ,  0.044], dtype=float32), array([-0.926], dtype=float32), array([1.], dtype=float32))
     """
     momentum = _checks.as_float("momentum", momentum)
     call = Call(
@@ -175,6 +191,14 @@ def moments(input: Array, *, channel_axis: int = 1) -> tuple[Array, Array]:
         If `input` is not an array of a kind and dtype of `batch_norm`.
     ValueError
         If `input` is empty, or its rank or `channel_axis` does not fit.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cupybn.functional as F
+    >>> photos = np.arange(24, dtype=np.float32).reshape(2, 2, 2, 3)  # (N, H, W, C)
+    >>> F.moments(photos, channel_axis=-1)
+    (array([10.5, 11.5, 12.5], dtype=float32), array([47.25, 47.25, 47.25], dtype=float32))
     """
     _checks.check_array("input", input)
     axis = _checks.check_channel_axis(channel_axis, input.ndim)

@@ -83,11 +83,18 @@ class SyncBatchNorm(_BatchNorm):
 
     Examples
     --------
+    >>> import numpy as np
+    >>> from cupybn import SyncBatchNorm
     >>> from mpi4py import MPI
-    >>> layer = SyncBatchNorm(64, comm=MPI.COMM_WORLD)
-    >>> y, vjp_fn = layer.vjp(x)  # of this rank
-    >>> dx, dweight, dbias, _ = vjp_fn(dy)
-    >>> MPI.COMM_WORLD.Allreduce(MPI.IN_PLACE, dweight)
+    >>> comm = MPI.COMM_WORLD
+    >>> layer = SyncBatchNorm(2, comm=comm, device="cpu")
+    >>> x = np.random.default_rng(comm.rank).normal(size=(8, 2)).astype(np.float32)  # the part of this rank
+    >>> y, vjp_fn = layer.vjp(x)
+    >>> dx, dweight, dbias, _ = vjp_fn(np.ones_like(y))
+    >>> for grad in dweight, dbias:
+    ...     comm.Allreduce(MPI.IN_PLACE, grad)
+    >>> bool((dbias == 8 * comm.size).all())
+    True
     """
 
     def __init__(
@@ -137,6 +144,16 @@ class SyncBatchNorm(_BatchNorm):
         ------
         TypeError
             If this is not a batch norm layer.
+
+        Examples
+        --------
+        >>> from cupybn import BatchNorm2d, SyncBatchNorm
+        >>> layer = BatchNorm2d(3, device="cpu")
+        >>> synchronized = SyncBatchNorm.from_batchnorm(layer, comm=None)  # or MPI.COMM_WORLD
+        >>> synchronized.weight is layer.weight
+        True
+        >>> type(synchronized.to_batchnorm())
+        <class 'cupybn.batchnorm.BatchNorm2d'>
         """
         if not isinstance(layer, _BatchNorm):
             raise TypeError(f"expected layer to be a batch norm layer (got {type(layer).__qualname__})")
