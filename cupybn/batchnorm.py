@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import operator
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +13,9 @@ from cupybn import _checks, _devices, _state, functional
 from cupybn._call import Call
 from cupybn._dtypes import parameter_dtype
 from cupybn.functional import VjpFn
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Array = Any  # numpy.ndarray or cupy.ndarray
 
@@ -91,8 +93,11 @@ class _BatchNorm:
         channel_axis: int = 1,
         activation: str | None = None,
     ) -> None:
-        if num_features is not None and operator.index(num_features) < 0:
+        if num_features is not None and _checks.as_int("num_features", num_features) < 0:
             raise ValueError(f"expected num_features >= 0 (got {num_features})")
+        for name, flag in ("affine", affine), ("track_running_stats", track_running_stats), ("bias", bias):
+            _checks.check_bool(name, flag)
+        _checks.as_int("channel_axis", channel_axis)
         _checks.check_activation(activation)
         self.num_features = num_features
         self.eps = eps
@@ -154,6 +159,8 @@ class _BatchNorm:
 
     def _call(self, input: Array, residual: Array | None) -> Call:
         """Which statistics, which update: torch's table."""
+        for name in "training", "track_running_stats":
+            _checks.check_bool(name, getattr(self, name))
         _checks.check_both_or_neither(self.running_mean, self.running_var)
         momentum = None if self.momentum is None else _checks.as_float("momentum", self.momentum)
         moves = momentum is not None or self.num_batches_tracked is not None
@@ -171,7 +178,7 @@ class _BatchNorm:
             self.activation,
             self.channel_axis,
             self.num_batches_tracked,
-            of_layer=True,
+            layer_device=self._device,
         )
 
     @contextlib.contextmanager
@@ -198,14 +205,14 @@ class _BatchNorm:
     # -----------------------------------------------------------------------------------------------------------------
     # Modes and state
 
-    def train(self, mode: bool = True) -> _BatchNorm:
+    def train(self, mode: bool = True) -> Self:
         """Training mode, or eval mode with ``mode=False``. Returns the layer."""
-        if not isinstance(mode, bool):
-            raise ValueError(f"expected mode to be a bool (got {type(mode).__qualname__})")
-        self.training = mode
+        if not isinstance(mode, (bool, np.bool_)):
+            raise ValueError(f"expected mode to be a bool (got {_devices.show(mode)})")  # PyTorch's kind of error
+        self.training = bool(mode)
         return self
 
-    def eval(self) -> _BatchNorm:
+    def eval(self) -> Self:
         """Eval mode. Returns the layer."""
         return self.train(False)
 
@@ -228,6 +235,7 @@ class _BatchNorm:
 
     def state_dict(self, prefix: str = "") -> dict[str, Array]:
         """The layer's arrays themselves, not copies, under torch's names and in torch's order."""
+        _checks.check_str("prefix", prefix)
         return {prefix + name: array for name, array in self._arrays().items()}
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True, prefix: str = "") -> None:
@@ -251,16 +259,20 @@ class _BatchNorm:
         TypeError
             If a value is not an array of real numbers. Nothing has been loaded then.
         """
+        _checks.check_bool("strict", strict, f"; did you mean prefix={strict!r}?" if isinstance(strict, str) else "")
+        _checks.check_str("prefix", prefix)
+        _state.check_mapping(state)
         names = self._members if self.num_features is None else tuple(self._arrays())
-        own = _state.select(state, prefix)
-        own |= {name: _state.as_array(prefix + name, own[name]) for name in names if name in own}
+        keys = _state.under(prefix, state.keys())
+        own = {name: _state.as_array(prefix + name, state[prefix + name]) for name in names if prefix + name in keys}
+        unexpected = [key for key in keys if key not in [prefix + name for name in names]]
         features = self.num_features
         if features is None:
             features = next((own[name].size for name in names if name in own and own[name].ndim == 1), None)
         shapes: dict[str, tuple[int, ...]] = dict.fromkeys(names, (features or 0,))
         if _state.COUNTER in shapes:
             shapes[_state.COUNTER] = ()
-        _state.check(own, shapes, strict, prefix)
+        _state.check(state, own, unexpected, shapes, strict, prefix)
         if features is None:  # nothing here tells a lazy layer its size
             return
         loaded = {
@@ -282,9 +294,9 @@ class _BatchNorm:
         """``"cpu"`` or ``"cuda:N"``."""
         return self._device
 
-    def to(self, device: str) -> _BatchNorm:
+    def to(self, device: str) -> Self:
         """Move the layer's arrays to a device: new arrays, if it is another one. Returns the layer."""
-        target = _devices.resolve_device(device)
+        target = _devices.named_device(device)
         if target != self._device:
             moved = {name: _devices.transfer(array, array.dtype, target) for name, array in self._arrays().items()}
             vars(self).update(moved)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from cupybn import _checks, cupy_ops, numpy_ops
 from cupybn._call import Call
-from cupybn._devices import current, empty_like, kind, zeros_like
+from cupybn._devices import current, empty_like, kind, plain, zeros_like
 from cupybn._dtypes import accumulation_dtype
 from cupybn._layout import Layout
 from cupybn._moments import Statistics
@@ -180,6 +180,7 @@ def moments(input: Array, *, channel_axis: int = 1) -> tuple[Array, Array]:
     axis = _checks.check_channel_axis(channel_axis, input.ndim)
     if input.size == 0:
         raise ValueError(f"expected an input that is not empty (got shape {input.shape})")
+    input = plain(input)
     ops = steps_for(input)
     layout = Layout.of(input, axis)
     with current(input):
@@ -200,14 +201,15 @@ def forward_vjp(call: Call) -> tuple[Array, VjpFn]:
     def vjp_fn(grad_output: Array) -> BatchNormGrads:
         _checks.check_like("grad_output", grad_output, saved.input)
         with current(grad_output):
-            return backward(saved, grad_output)
+            return backward(saved, plain(grad_output))
 
     return output, vjp_fn
 
 
 def forward(call: Call, out: Array | None = None) -> Array:
     """The output."""
-    return _forward(call, out, for_vjp=False)[0]
+    output = _forward(call, out, for_vjp=False)[0]
+    return output if out is None else out
 
 
 class Saved(NamedTuple):
@@ -230,7 +232,7 @@ def _forward(call: Call, out: Array | None, for_vjp: bool) -> tuple[Array, Saved
     """The output and, for the way back, what it needs."""
     layout = call.checked_layout(out)
     with current(call.input):
-        return _checked_forward(call, layout, out, for_vjp)
+        return _checked_forward(call.plain(), layout, plain(out), for_vjp)
 
 
 def _checked_forward(call: Call, layout: Layout, out: Array | None, for_vjp: bool) -> tuple[Array, Saved | None]:
