@@ -28,12 +28,14 @@ def check_array(name: str, array: Any, like: Any = None) -> None:
     if kind(array) is None:
         raise TypeError(f"expected {name} to be a NumPy or CuPy array (got {describe(array)}){_to_array(name, array)}")
     if not is_float(array.dtype):
-        way_out = _new_out(like) if name == "out" else _to_float(name, array.dtype)
+        way_out = f": use {_new_out(like)}" if name == "out" else _to_float(name, array.dtype)
         raise TypeError(f"expected {name} of dtype {', '.join(FLOATS)} (got {array.dtype.name}){way_out}")
     if like is not None and device_of(array) != device_of(like):
+        ways = [_to_device(name, array, like), _to_device("input", like, array)]
+        ways = [_new_out(like)] if name == "out" else sorted(ways, key=lambda way: "asnumpy" in way)  # to a GPU first
         raise TypeError(
             f"expected {name} to be a {describe(like)} like input (got a {describe(array)}): all arrays of a call are "
-            f"on one device; {_to_device('input', like, array)}, or {_to_device(name, array, like)}"
+            f"on one device, use {' or '.join(ways)}"
         )
 
 
@@ -41,20 +43,20 @@ def _to_array(name: str, given: Any) -> str:
     """How to make an array of something else: the end of a message."""
     cls = type(given)
     if issubclass(cls, np.ma.MaskedArray):
-        return f": masks are not supported, {name}.filled(...) has none"
+        return f": masks are not supported, use {name}.filled(...)"
     if issubclass(cls, np.ndarray):
-        return f": numpy.asarray({name})"
+        return f": use numpy.asarray({name})"
     if hasattr(cls, "__dlpack__"):
         on_host = True
         with contextlib.suppress(Exception):
             on_host = given.__dlpack_device__()[0] == DLPACK_ON_HOST
         if getattr(given, "requires_grad", False) is True:  # PyTorch does not hand these out
             name += ".detach()"
-        return f": {'numpy' if on_host else 'cupy'}.from_dlpack({name})"
+        return f": use {'numpy' if on_host else 'cupy'}.from_dlpack({name})"
     if hasattr(cls, "__cuda_array_interface__"):
-        return f": cupy.asarray({name})"
+        return f": use cupy.asarray({name})"
     if issubclass(cls, (list, tuple, memoryview)) or hasattr(cls, "__array__"):
-        return f": numpy.asarray({name}, 'float32')"
+        return f": use numpy.asarray({name}, 'float32')"
     return ""
 
 
@@ -63,8 +65,8 @@ def _to_float(name: str, dtype: np.dtype[Any]) -> str:
     if dtype.kind == "c":
         return ": complex numbers are not supported"
     if dtype.kind == "f" and dtype.itemsize > 8:
-        return f": {name}.astype(np.float64)"
-    return f": {name}.astype(np.float32)" if dtype.kind in "fiubO" or dtype.names is None else ""
+        return f": use {name}.astype(np.float64)"
+    return f": use {name}.astype(np.float32)" if dtype.kind in "fiubO" or dtype.names is None else ""
 
 
 def _to_device(name: str, array: Any, other: Any) -> str:
@@ -78,18 +80,18 @@ def _to_device(name: str, array: Any, other: Any) -> str:
 
 
 def _new_out(input: Any) -> str:
-    """How to make an array for the output: the end of a message."""
-    return f": {kind(input)}.empty_like(input)"
+    """How to make an array for the output: part of a message."""
+    return f"{kind(input)}.empty_like(input)"
 
 
 def check_like(name: str, array: Any, input: Any) -> None:
     """An array of the input's kind, device, dtype and shape."""
     check_array(name, array, input)
     if array.dtype != input.dtype:
-        way_out = _new_out(input) if name == "out" else f": {name}.astype({input.dtype.name!r})"
+        way_out = f": use {_new_out(input)}" if name == "out" else f": use {name}.astype({input.dtype.name!r})"
         raise TypeError(f"expected {name} of the input's dtype {input.dtype} (got {array.dtype}){way_out}")
     if array.shape != input.shape:
-        way_out = _new_out(input) if name == "out" else _to_shape(name, array, input)
+        way_out = f": use {_new_out(input)}" if name == "out" else _to_shape(name, array, input)
         raise ValueError(f"expected {name} of the input's shape {input.shape} (got {array.shape}){way_out}")
 
 
@@ -97,14 +99,14 @@ def _to_shape(name: str, array: Any, input: Any) -> str:
     """How to make an array of the input's shape, if it broadcasts to it: the end of a message."""
     with contextlib.suppress(ValueError):
         if np.broadcast_shapes(array.shape, input.shape) == input.shape:
-            return f": {kind(input)}.broadcast_to({name}, {input.shape})"
+            return f": use {kind(input)}.broadcast_to({name}, {input.shape})"
     return ""
 
 
 def check_writeable(name: str, array: Any) -> None:
     """An array that may be written to."""
     if kind(array) == "numpy" and not array.flags.writeable:
-        raise ValueError(f"expected {name} to be writeable (got a read-only array): {name}.copy() is writeable")
+        raise ValueError(f"expected {name} to be writeable (got a read-only array): use {name}.copy()")
 
 
 def check_counter(counter: Any, like: Any) -> None:
@@ -146,23 +148,22 @@ def check_str(name: str, value: str) -> None:
 
 
 def as_int(name: str, value: Any) -> int:
-    """A whole number of the type of one."""
-    try:
-        return operator.index(value)
-    except TypeError:
-        pass
+    """A whole number of a type of whole numbers, which bool is not meant to be."""
+    if not isinstance(value, bool):
+        with contextlib.suppress(TypeError):
+            return operator.index(value)
     way_out = ""
     if isinstance(value, (list, tuple)) and name == "channel_axis":
-        way_out = ": transpose and reshape the input, so that these axes are one"
-    elif isinstance(value, numbers.Real) and value == value // 1:
-        way_out = f": int({name})"
+        way_out = ": make these axes one, use input.transpose(...).reshape(...)"
+    elif isinstance(value, numbers.Real) and not isinstance(value, bool) and value == value // 1:
+        way_out = f": use int({name})"
     raise TypeError(f"expected {name} to be an int (got {show(value)}){way_out}")
 
 
 def as_float(name: str, value: Any) -> float:
     """A number that the host knows, as a float."""
     if not isinstance(value, numbers.Real):
-        way_out = f": float({name})" if getattr(value, "shape", None) == () else ""
+        way_out = f": use float({name})" if getattr(value, "shape", None) == () else ""
         if value is None and name == "momentum":  # of the functions
             way_out = ": layers count their batches, functions do not; 1 / n with the n-th batch is the mean over n"
         raise TypeError(f"expected {name} to be a float (got {show(value)}){way_out}")
@@ -220,7 +221,7 @@ def check_beside_layer(input: Any, vector: Any) -> None:
     if device_of(input) != device_of(vector):
         raise TypeError(
             f"expected input to be a {describe(vector)}, as the layer is on {device_of(vector)} (got a "
-            f'{describe(input)}): {_to_device("input", input, vector)}, or layer.to("{device_of(input)}")'
+            f'{describe(input)}): use {_to_device("input", input, vector)}, or layer.to("{device_of(input)}")'
         )
 
 

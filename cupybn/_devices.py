@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import numbers
 import re
 from types import ModuleType
 from typing import Any
@@ -67,7 +68,10 @@ def describe(array: object) -> str:
 
 
 def show(value: object) -> str:
-    """What an error message says of a value: its text, or the class of what holds many numbers, maybe on a device."""
+    """What an error message says of a value: its text if that is short, and no array is read for it, or its class."""
+    simple = (str, bytes, numbers.Number, type(None))
+    if isinstance(value, (list, tuple)) and not all(isinstance(part, simple) for part in value):
+        return type(value).__qualname__
     cls = type(value)
     if kind(value) is not None or hasattr(cls, "__dlpack__") or hasattr(cls, "__cuda_array_interface__"):
         return describe(value)

@@ -38,14 +38,15 @@ def check_mapping(state: Any) -> None:
     if hasattr(state, "keys") and hasattr(state, "__getitem__"):
         return
     way_out = ""
-    if isinstance(state, (str, os.PathLike)):
-        way_out = f": load the file first, with {LOADERS.get(PurePath(state).suffix, 'numpy.load(path)')}"
+    if isinstance(state, (str, bytes, os.PathLike)):
+        suffix = PurePath(os.fsdecode(state)).suffix
+        way_out = f": load the file first, use {LOADERS.get(suffix, 'numpy.load(path)')}"
     elif kind(state) == "numpy" and state.shape == () and state.dtype == object:
-        way_out = ": state.item() is what was saved"
+        way_out = ": use state.item()"
     elif isinstance(state, (list, tuple)):
-        way_out = ": dict(state) is one, if these are pairs"
+        way_out = ": use dict(state), if these are pairs"
     elif hasattr(state, "state_dict"):
-        way_out = ": state.state_dict() is one"
+        way_out = ": use state.state_dict()"
     raise TypeError(f"expected state to be a mapping of names to arrays (got {show(state)}){way_out}")
 
 
@@ -64,7 +65,7 @@ def as_array(key: str, value: Any) -> Any:
     """
     if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):
         raise TypeError(
-            f"expected {key} to be an array of real numbers: masks are not supported, .filled(...) has none"
+            f"expected {key} to be an array of real numbers: masks are not supported, use .filled(...)"
         )
     try:
         array = plain(value) if kind(value) == "cupy" else np.asarray(value)
@@ -144,7 +145,7 @@ def _meant(state: Mapping[Any, Any], shapes: Mapping[str, tuple[int, ...]], pref
             if key in texts and hasattr(state[key], "keys"):
                 return f"; did you mean state[{key!r}]?"
     if any(isinstance(key, bytes) for key in state.keys()):  # noqa: SIM118
-        return "; keys are to be str, not bytes: key.decode()"
+        return "; keys are to be str, not bytes: use key.decode()"
     return ""
 
 
