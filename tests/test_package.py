@@ -46,6 +46,45 @@ except RuntimeError as error:
     assert re.search(r"no cache folder.*cuda12.*cuda13", message)
 
 
+def test_a_folder_called_cupy_does_no_harm(tmp_path):
+    """To Python it is a package, without `__init__.py` as well."""
+    (tmp_path / "cupy" / "images").mkdir(parents=True)
+    code = """
+import cupy, cupybn
+assert cupybn.BatchNorm2d(3).device == "cpu"
+try:
+    cupybn.BatchNorm2d(3, device="cuda")
+except RuntimeError as error:
+    print(error)
+"""
+    message = python(code, PYTHONPATH=os.pathsep.join([str(tmp_path), str(Path(cupybn.__file__).parent.parent)]))
+    assert f"the module 'cupy' in {tmp_path / 'cupy'} cannot be used" in message
+    assert re.search("cuda12.*cuda13", message)
+
+
+def test_numpy_arrays_do_not_import_cupy():
+    """Nor do those of derived classes, and wrong ones."""
+    code = """
+import sys, numpy as np, cupybn
+class Image(np.ndarray): pass
+class ndarray: pass
+x = np.ones((4, 3), np.float32)
+layer = cupybn.BatchNorm1d(3, device="cpu")
+for given in x, x.view(Image):
+    layer.vjp(given)[1](given)
+    cupybn.functional.moments(given)
+for given in [1.0], np.ma.ones(3), np.ones(3, int), ndarray():
+    try:
+        cupybn.functional.moments(given)
+    except TypeError:
+        continue
+    raise SystemExit(f"{given} is no array")
+layer.load_state_dict(layer.state_dict())
+print("cupy" in sys.modules)
+"""
+    assert python(code, PYTHONPATH=str(Path(cupybn.__file__).parent.parent)) == "False\n"
+
+
 def test_public_names():
     assert set(cupybn.__all__) <= set(dir(cupybn))
     for name in cupybn.__all__:
