@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cupybn import _checks
-from cupybn._devices import plain
+from cupybn._devices import is_derived, plain
 from cupybn._group import Group
 from cupybn._layout import Layout
 from cupybn._tracking import updates_stats
@@ -142,7 +142,7 @@ class Call(NamedTuple):
 
     def plain(self) -> Call:
         """The same with arrays of NumPy's and CuPy's own classes, in the same memory."""
-        return Call(*map(plain, self))
+        return Call(*map(plain, self)) if any(map(is_derived, map(type, self))) else self
 
     def updates_running(self) -> bool:
         """Whether this call moves the running statistics."""

@@ -34,7 +34,6 @@ def _kind_of(cls: Any) -> str | None:
     return None if of_many_devices or _cupy_class(cls) is None else "cupy"
 
 
-@functools.cache
 def _cupy_class(cls: Any) -> Any:
     """``cupy.ndarray`` if this is it or a class derived from it, else None. CuPy is not imported to find out."""
     for base in cls.__mro__:
@@ -43,18 +42,23 @@ def _cupy_class(cls: Any) -> Any:
     return None
 
 
+@functools.cache
+def is_derived(cls: Any) -> bool:
+    """Whether this is a class of arrays, but not that of NumPy or CuPy itself."""
+    return _kind_of(cls) is not None and cls is not np.ndarray and cls is not _cupy_class(cls)
+
+
 def plain(array: Any) -> Any:
     """The same memory as an array of the class of its kind: derived classes may compute by rules of their own.
 
-    What is no array is returned as it is.
+    Anything else is returned as it is.
     """
     cls: Any = type(array)
-    if cls is np.ndarray:
+    if not is_derived(cls):
         return array
-    if issubclass(cls, np.ndarray):
+    if _kind_of(cls) == "numpy":
         return np.ndarray.view(array, np.ndarray)
-    own = _cupy_class(cls)
-    return array if own is None or own is cls else own(array.shape, array.dtype, array.data, array.strides)
+    return _cupy_class(cls)(array.shape, array.dtype, array.data, array.strides)
 
 
 def describe(array: object) -> str:

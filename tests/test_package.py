@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import cupybn
 
 
@@ -99,6 +101,30 @@ def test_public_names():
 
 def test_typed():
     assert (Path(cupybn.__file__).parent / "py.typed").exists()
+
+
+LAYERS = """
+from typing_extensions import assert_type
+from cupybn import BatchNorm2d, SyncBatchNorm
+
+class Mine(BatchNorm2d):
+    pass
+
+assert_type(Mine(3).train(), Mine)
+assert_type(Mine(3).eval(), Mine)
+assert_type(Mine(3).to("cpu"), Mine)
+assert_type(SyncBatchNorm(3).train(False).eval().to("cpu"), SyncBatchNorm)
+"""
+
+
+def test_methods_that_return_the_layer_keep_its_type(tmp_path):
+    for name in "train", "eval", "to":
+        assert getattr(cupybn.BatchNorm2d, name).__annotations__["return"] == "Self"
+    pytest.importorskip("mypy")
+    (tmp_path / "layers.py").write_text(LAYERS)
+    command = [sys.executable, "-m", "mypy", "--strict", "--config-file=", "--no-error-summary", tmp_path / "layers.py"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(cupybn.__file__).parents[1])
+    assert (result.returncode, result.stdout) == (0, "")
 
 
 def test_kernel_folder_is_found():
