@@ -64,9 +64,7 @@ def as_array(key: str, value: Any) -> Any:
         If this is not an array of real numbers, or some are masked.
     """
     if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):
-        raise TypeError(
-            f"expected {key} to be an array of real numbers: masks are not supported, use .filled(...)"
-        )
+        raise TypeError(f"expected {key} to be an array of real numbers: masks are not supported, use .filled(...)")
     try:
         array = plain(value) if kind(value) == "cupy" else np.asarray(value)
     except Exception as error:  # whatever the value raises when it is asked for an array

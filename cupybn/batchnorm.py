@@ -66,9 +66,12 @@ class _BatchNorm:
     ValueError
         If num_features is negative, or the activation or the device is unknown.
     TypeError
-        If num_features is not an integer, or dtype not float16, bfloat16, float32 or float64.
+        If num_features or channel_axis is not an integer, affine, track_running_stats or bias not a bool, or dtype not
+        float16, bfloat16, float32 or float64.
     RuntimeError
         If the device is not there.
+    ImportError
+        If dtype is ``"bfloat16"``, and ml_dtypes is missing.
     """
 
     weight: Array | None
@@ -93,8 +96,10 @@ class _BatchNorm:
         channel_axis: int = 1,
         activation: str | None = None,
     ) -> None:
-        if num_features is not None and _checks.as_int("num_features", num_features) < 0:
-            raise ValueError(f"expected num_features >= 0 (got {num_features})")
+        if num_features is not None:
+            num_features = _checks.as_int("num_features", num_features)
+            if num_features < 0:
+                raise ValueError(f"expected num_features >= 0 (got {num_features})")
         for name, flag in ("affine", affine), ("track_running_stats", track_running_stats), ("bias", bias):
             _checks.check_bool(name, flag)
         _checks.as_int("channel_axis", channel_axis)
@@ -136,7 +141,8 @@ class _BatchNorm:
         Raises
         ------
         TypeError, ValueError
-            As `cupybn.functional.batch_norm`, and if the rank is wrong. The layer is as it was then.
+            As `cupybn.functional.batch_norm`, and if the rank is wrong, or ``training`` or ``track_running_stats`` has
+            been set to something else than a bool. The layer is as it was then.
         """
         with self._settled(input):
             return functional.forward(self._call(input, residual))
@@ -244,7 +250,8 @@ class _BatchNorm:
         Parameters
         ----------
         state : mapping of names to arrays
-            NumPy, CuPy or anything that ``numpy.asarray`` takes. ``num_batches_tracked`` may be missing.
+            NumPy, CuPy or anything that ``numpy.asarray`` takes. ``num_batches_tracked`` may be missing. Entries that
+            are not the layer's are not read.
         strict : bool
             Whether missing and unexpected keys are errors.
         prefix : str
@@ -253,11 +260,12 @@ class _BatchNorm:
         Raises
         ------
         KeyError
-            If keys are missing or unexpected.
+            If keys are missing or unexpected. Says under which other prefix they are, if there is one.
         ValueError
-            If shapes are wrong, also when not strict.
+            If shapes are wrong, or ``num_batches_tracked`` is not a whole number that an int64 holds, 0 or more; also
+            when not strict.
         TypeError
-            If a value is not an array of real numbers. Nothing has been loaded then.
+            If this is not a mapping, or a value not an array of real numbers. Nothing has been loaded then.
         """
         _checks.check_bool("strict", strict, f"; did you mean prefix={strict!r}?" if isinstance(strict, str) else "")
         _checks.check_str("prefix", prefix)
@@ -295,7 +303,13 @@ class _BatchNorm:
         return self._device
 
     def to(self, device: str) -> Self:
-        """Move the layer's arrays to a device: new arrays, if it is another one. Returns the layer."""
+        """Move the layer's arrays to a device: new arrays, if it is another one. Returns the layer.
+
+        Raises
+        ------
+        ValueError, RuntimeError
+            If the device is unknown, or is not there.
+        """
         target = _devices.named_device(device)
         if target != self._device:
             moved = {name: _devices.transfer(array, array.dtype, target) for name, array in self._arrays().items()}

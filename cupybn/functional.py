@@ -61,7 +61,8 @@ def batch_norm(
     Parameters
     ----------
     input : array of rank >= 2, float16, bfloat16, float32 or float64
-        NumPy or CuPy; all arrays of a call are of one kind and on one device.
+        NumPy or CuPy; all arrays of a call are of one kind and on one device. Those of derived classes are arrays like
+        others, but for masked arrays and matrices; what is returned is of NumPy's or CuPy's own class.
     running_mean, running_var : (C,) arrays or None
         Updated in place in training: running = (1 - momentum) * running + momentum * batch, with the unbiased variance.
         Used as they are otherwise.
@@ -89,11 +90,12 @@ def batch_norm(
     Raises
     ------
     TypeError
-        If an argument is not an array of the right kind, device and dtype, or momentum is not a number.
+        If an argument is not an array of the right kind, device and dtype, momentum or eps not a number, channel_axis
+        not an integer, or training not a bool.
     ValueError
         If shapes do not match; if training with a single value per channel, whose unbiased variance is not defined; if
-        eps is too small; if one running buffer comes without the other, or none when training is False. Nothing has
-        changed then.
+        eps is too small; if one running buffer comes without the other, or none when training is False; if the
+        activation is unknown. Nothing has changed then.
 
     References
     ----------
