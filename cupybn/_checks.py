@@ -149,7 +149,7 @@ def check_str(name: str, value: str) -> None:
 
 def as_int(name: str, value: Any) -> int:
     """A whole number of a type of whole numbers, which bool is not meant to be."""
-    if not isinstance(value, bool):
+    if not isinstance(value, bool) and kind(value) != "cupy":  # which would be read
         with contextlib.suppress(TypeError):
             return operator.index(value)
     way_out = ""

@@ -249,6 +249,13 @@ def test_whole_numbers(xp, rng, device, name, value, end):
 @pytest.mark.parametrize("value", [np.int8(1), np.array(1), np.uint64(1)], ids=repr)
 def test_whole_numbers_of_numpy(xp, rng, value):
     assert F.batch_norm(**arguments(xp, rng, SHAPE) | {"channel_axis": value}).shape == SHAPE
+    assert type(BatchNorm1d(value, device="cpu").num_features) is int
+
+
+def test_whole_numbers_on_a_device_are_not_read():
+    cupy = pytest.importorskip("cupy")
+    message = message_of(TypeError, F.moments, cupy.ones(SHAPE, np.float32), channel_axis=cupy.asarray(1))
+    assert message == "expected channel_axis to be an int (got CuPy array on cuda:0)"
 
 
 def test_several_channel_axes(device):
