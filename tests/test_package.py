@@ -53,6 +53,8 @@ def test_a_folder_called_cupy_does_no_harm(tmp_path):
     (tmp_path / "cupy" / "images").mkdir(parents=True)
     code = """
 import cupy, cupybn
+if cupy.__file__ is not None:
+    raise SystemExit(print("CuPy is installed, and found first"))
 assert cupybn.BatchNorm2d(3).device == "cpu"
 try:
     cupybn.BatchNorm2d(3, device="cuda")
@@ -60,6 +62,8 @@ except RuntimeError as error:
     print(error)
 """
     message = python(code, PYTHONPATH=os.pathsep.join([str(tmp_path), str(Path(cupybn.__file__).parent.parent)]))
+    if "CuPy is installed" in message:
+        pytest.skip("a package comes before a folder, wherever they are")
     assert f"the module 'cupy' in {tmp_path / 'cupy'} cannot be used" in message
     assert re.search("cuda12.*cuda13", message)
 
