@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cupybn import _checks
-from cupybn._devices import copied, kind
+from cupybn._devices import copied, is_derived, kind, plain
 from cupybn._group import Group
 from cupybn._layout import Layout
 from cupybn._overlap import Extent, may_overlap, overlapping
@@ -33,7 +33,8 @@ class Call(NamedTuple):
     activation: str | None
     channel_axis: int
     num_batches_tracked: Array | None = None
-    of_layer: bool = False
+    layer_device: str | None = None
+    """Of the layer that is called; None for the functions."""
     group: Group | None = None
     """The ranks that the batch is spread over, in training."""
 
@@ -71,13 +72,14 @@ class Call(NamedTuple):
                 _form(self.residual),
                 _form(self.num_batches_tracked),
                 _form(out),
-                bool(self.training),
+                self.training,
+                type(self.training),
                 self.eps,
                 type(self.eps),
                 self.activation,
                 self.channel_axis,
                 type(self.channel_axis),
-                self.of_layer,
+                self.layer_device,
                 self.group is not None,
                 updates_stats(),
             )
@@ -98,9 +100,13 @@ class Call(NamedTuple):
         _checks.check_array("input", input)
         axis = _checks.check_channel_axis(self.channel_axis, input.ndim)
         _checks.check_activation(self.activation)
+        _checks.check_bool("training", self.training)
         _checks.check_both_or_neither(self.running_mean, self.running_var)
         if self.running_mean is None and not self.training:
-            raise ValueError("running_mean and running_var must be given when training=False")
+            raise ValueError(
+                "running_mean and running_var must be given when training=False (training defaults to False; "
+                "training=True takes the statistics of the batch)"
+            )
         _checks.check_vectors(
             input,
             axis,
@@ -110,11 +116,11 @@ class Call(NamedTuple):
                 "weight": self.weight,
                 "bias": self.bias,
             },
-            suggest_axis=self.of_layer,
+            self.layer_device,
         )
         _checks.check_eps(self.eps, self.training)
         if self.training and input.size and self.group is None:
-            _checks.check_more_than_one_value(input.shape, axis)
+            _checks.check_more_than_one_value(input.shape, axis, self._way_to_eval())
         for name, array in ("residual", self.residual), ("out", out):
             if array is not None:
                 _checks.check_like(name, array, input)
@@ -131,6 +137,15 @@ class Call(NamedTuple):
             if array is not None:
                 _checks.check_writeable(name, array)
         return axis
+
+    def _way_to_eval(self) -> str:
+        """How a layer uses its running statistics instead of the batch's, if it has any: the end of a message."""
+        has_buffers = self.running_mean is not None or self.num_batches_tracked is not None
+        return "; did you mean layer.eval()?" if self.layer_device is not None and has_buffers else ""
+
+    def plain(self) -> Call:
+        """The same with arrays of NumPy's and CuPy's own classes, in the same memory."""
+        return Call(*map(plain, self)) if any(map(is_derived, map(type, self))) else self
 
     def updates_running(self) -> bool:
         """Whether this call moves the running statistics."""
@@ -207,8 +222,8 @@ def _form(array: Array | None) -> Hashable:
     """All that there is to know about an array but its address and its elements."""
     if array is None:
         return None
-    if type(array) is np.ndarray:
-        return array.shape, array.strides, array.dtype, array.flags.writeable
+    if isinstance(array, np.ndarray):
+        return type(array), array.shape, array.strides, array.dtype, array.flags.writeable
     return type(array), array.shape, array.strides, array.dtype, array.data.device_id
 
 

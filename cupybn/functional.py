@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from cupybn import _checks, cupy_ops, numpy_ops
 from cupybn._call import Call, Checked
-from cupybn._devices import current, empty_like, kind, write_at_once, zeros_like
+from cupybn._devices import current, empty_like, kind, plain, write_at_once, zeros_like
 from cupybn._dtypes import accumulation_dtype
 from cupybn._layout import Layout
 from cupybn._moments import Statistics
@@ -61,7 +61,8 @@ def batch_norm(
     Parameters
     ----------
     input : array of rank >= 2, float16, bfloat16, float32 or float64
-        NumPy or CuPy; all arrays of a call are of one kind and on one device.
+        NumPy or CuPy; all arrays of a call are of one kind and on one device. Those of derived classes are arrays like
+        others, but for masked arrays and matrices; what is returned is of NumPy's or CuPy's own class.
     running_mean, running_var : (C,) arrays or None
         Updated in place in training: running = (1 - momentum) * running + momentum * batch, with the unbiased variance.
         Used as they are otherwise.
@@ -89,11 +90,12 @@ def batch_norm(
     Raises
     ------
     TypeError
-        If an argument is not an array of the right kind, device and dtype, or momentum is not a number.
+        If an argument is not an array of the right kind, device and dtype, momentum or eps not a number, channel_axis
+        not an integer, or training not a bool.
     ValueError
         If shapes do not match; if training with a single value per channel, whose unbiased variance is not defined; if
-        eps is too small; if one running buffer comes without the other, or none when training is False. Nothing has
-        changed then.
+        eps is too small; if one running buffer comes without the other, or none when training is False; if the
+        activation is unknown. Nothing has changed then.
 
     References
     ----------
@@ -204,6 +206,7 @@ def moments(input: Array, *, channel_axis: int = 1) -> tuple[Array, Array]:
     axis = _checks.check_channel_axis(channel_axis, input.ndim)
     if input.size == 0:
         raise ValueError(f"expected an input that is not empty (got shape {input.shape})")
+    input = plain(input)
     ops = steps_for(input)
     layout = Layout.of(input, axis)
     with current(input):
@@ -224,14 +227,15 @@ def forward_vjp(call: Call) -> tuple[Array, VjpFn]:
     def vjp_fn(grad_output: Array) -> BatchNormGrads:
         _checks.check_like("grad_output", grad_output, saved.input)
         with current(grad_output):
-            return backward(saved, grad_output)
+            return backward(saved, plain(grad_output))
 
     return output, vjp_fn
 
 
 def forward(call: Call, out: Array | None = None) -> Array:
     """The output."""
-    return _forward(call, out, for_vjp=False)[0]
+    output = _forward(call, out, for_vjp=False)[0]
+    return output if out is None else out
 
 
 class Saved(NamedTuple):
@@ -254,7 +258,7 @@ def _forward(call: Call, out: Array | None, for_vjp: bool) -> tuple[Array, Saved
     """The output and, for the way back, what it needs."""
     checked = call.checked(out)
     with current(call.input):
-        return _checked_forward(call, checked, out, for_vjp)
+        return _checked_forward(call.plain(), checked, plain(out), for_vjp)
 
 
 def _checked_forward(call: Call, checked: Checked, out: Array | None, for_vjp: bool) -> tuple[Array, Saved | None]:

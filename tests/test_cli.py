@@ -198,7 +198,7 @@ def test_info_without_gpu():
     assert result.returncode == 0, result.stderr
     assert "NumPy mirrors" in result.stdout
     assert f"{len(kernel_names())} in " in result.stdout
-    assert "cuda13" in result.stdout
+    assert "pip install '.[cuda13]'" in result.stdout
 
 
 KEYS = (

@@ -101,7 +101,7 @@ def test_a_rank_that_raises_on_the_way_back(world):
 def test_errors_of_a_single_process_are_raised_on_all(world):
     """Each rank finds them by itself, and says so to the others: they are not in the way."""
     layer = world.layer(3)
-    with world.all_raise(ValueError, "^running_mean should contain 5 elements not 3", *arrays_of(layer)):
+    with world.all_raise(ValueError, r"^expected 3 channels \(num_features\) on axis 1, got 5", *arrays_of(layer)):
         layer(share_of(world, 5))
     layer.eps = 0.0
     with world.all_raise(ValueError, "^batch_norm eps must be positive", *arrays_of(layer)):
