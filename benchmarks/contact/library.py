@@ -1,0 +1,52 @@
+"""All that the stages take from inside of the library and of its tests: where these move, this file follows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from cupybn import cupy_ops
+from cupybn._dtypes import FLOATS, parameter_dtype
+from cupybn._engines import engine_for
+from cupybn._kernels import VECTOR
+from cupybn._watch import watch_of
+from tests.nvrtc import Instance, all_instances
+from tests.reference import ROUNDINGS, Reference, assert_close, batch_norm
+
+__all__ = [
+    "ON_CHIP",
+    "ROUNDINGS",
+    "VECTOR",
+    "Instance",
+    "Reference",
+    "all_instances",
+    "assert_close",
+    "batch_norm",
+    "dtypes",
+    "engine_for",
+    "how_on_chip",
+    "is_stand_in",
+    "watch_of",
+]
+
+ON_CHIP = tuple(cupy_ops.ON_CHIP)
+"""The steps that keep channels on chip where they fit."""
+
+
+def dtypes() -> list[np.dtype[Any]]:
+    """All that batch norm takes."""
+    return [parameter_dtype(name) for name in FLOATS]
+
+
+def how_on_chip(step: str, shape: tuple[int, int, int], dtype: np.dtype[Any]) -> str:
+    """How this device takes a step over (N, C, L): "streamed", or the cluster's blocks and their threads."""
+    plan = cupy_ops._resident_plan(step, shape, dtype, True, 0)
+    return "streamed" if plan is None else f"{plan.geometry.cluster} x {plan.geometry.threads}"
+
+
+def is_stand_in() -> bool:
+    """Whether CuPy is the one of ``tests/emulated``."""
+    import cupy
+
+    return hasattr(cupy, "emulator")

@@ -1,0 +1,70 @@
+"""NVIDIA's Compute Sanitizer over all kernels: its four tools, at once."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from typing import NamedTuple
+
+from contact.log import write_whole
+from contact.processes import Ended, LimitedProcess
+from contact.stages.sanitizer_work import DONE
+from contact.task import Task
+
+TOOLS = {
+    "memcheck": ("--leak-check", "no"),
+    "racecheck": ("--racecheck-report", "all"),
+    "synccheck": (),
+    "initcheck": (),
+}
+"""With the options of each."""
+FOUND = 9
+"""The exit status of a tool that has found something."""
+SUMMARY = re.compile(r"=+ ((?:ERROR|RACECHECK) SUMMARY: .*)")
+FINDING = re.compile(r"=+ +(.*(?:Invalid|Error:|Warning:|[Hh]azard|Barrier error|Uninitialized| at .*\().*)")
+MOST_OF_A_LOG, MOST_FINDINGS = 60_000, 4
+
+
+class Judgement(NamedTuple):
+    """What the output of a tool means."""
+
+    passed: bool
+    detail: str
+    findings: list[str]
+
+
+def run(task: Task) -> None:
+    """Run the tools, and enter what each has found."""
+    tool = shutil.which("compute-sanitizer")
+    if tool is None:
+        task.log.skip("no compute-sanitizer here")
+        return
+    limit = task.left() - 4
+    work = task.command("sanitizer_work", limit - 8)
+    running = {
+        name: LimitedProcess(
+            [tool, "--tool", name, *options, "--print-limit", "20", "--error-exitcode", str(FOUND), *work], limit
+        )
+        for name, options in TOOLS.items()
+    }
+    ended = {name: process.wait() for name, process in running.items()}
+    logs = [f"==== {name}, exit {done.returncode}\n{done.output[-MOST_OF_A_LOG:]}" for name, done in ended.items()]
+    write_whole(task.out / "sanitizer.log", "\n".join(logs))
+    for name, done in ended.items():
+        judgement = judge(done)
+        if not task.log.check(f"compute-sanitizer {name}", judgement.passed, judgement.detail):
+            for finding in judgement.findings[:MOST_FINDINGS]:
+                task.log.note(f"{name}: {finding}")
+
+
+def judge(done: Ended) -> Judgement:
+    """A tool that found nothing until the time was over has found nothing; one that did not run has failed."""
+    lines = [line for line in done.lines if line.startswith("=====")]
+    findings = [match[1] for line in lines if (match := FINDING.match(line)) and not SUMMARY.match(line)]
+    summaries = [match[1] for line in lines if (match := SUMMARY.match(line))]
+    finished = any(line.startswith(DONE) for line in done.lines)
+    passed = (done.timed_out and bool(lines) and not findings) or (done.returncode == 0 and finished)
+    words = summaries[-1:] or ([] if passed else done.lines[-1:])
+    if not finished:
+        words = [*words, f"(did not come to its end{', the time was over' if done.timed_out else ''})"]
+    return Judgement(passed, " ".join(words), findings)
