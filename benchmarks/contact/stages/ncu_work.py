@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,39 +21,48 @@ def run(task: Task) -> None:
     """A forward pass over each shape, and a backward pass over the first one."""
     import cupy
 
-    calls = []
-    for shape, axis in TINY if task.rehearse else SHAPES:
-        x = cupy.empty(shape, np.float16)
-        flat = x.reshape(-1)
-        flat[...] = cupy.arange(flat.size, dtype=np.float32) % 977 / 100
-        calls.append(Forward(x, axis))
-    vjp_fn, *_ = [call() for call in calls]
-    vjp_fn(calls[0].x)  # by now all is compiled
+    shapes = TINY if task.rehearse else SHAPES
+    xs = [values(shape) for shape, _ in shapes]
+    forward = [partial(forward_pass, x, axis) for x, (_, axis) in zip(xs, shapes, strict=True)]
+    vjp_fn, *_ = [call() for call in forward]
+    vjp_fn(xs[0])  # by now all is compiled
     scrub = cupy.zeros(TINY_SCRUB if task.rehearse else SCRUB, np.uint8)
-    runtime = cupy.cuda.runtime
-    for call in (*calls, lambda: vjp_fn(calls[0].x)):
+    for call in (*forward, partial(vjp_fn, xs[0])):
         scrub.fill(1)
         cupy.cuda.Device().synchronize()
-        if hasattr(runtime, "profilerStart"):  # the stand-in has none
-            runtime.profilerStart()
-        call()
-        cupy.cuda.Device().synchronize()
-        if hasattr(runtime, "profilerStop"):
-            runtime.profilerStop()
+        with profiled():
+            call()
+            cupy.cuda.Device().synchronize()
 
 
-class Forward:
-    """A forward pass in training, as a call without arguments that returns its `vjp_fn`."""
+def values(shape: tuple[int, ...]) -> Any:
+    """An array that is no constant."""
+    import cupy
 
-    def __init__(self, x: Any, channel_axis: int) -> None:
-        import cupy
+    array = cupy.empty(shape, np.float16)
+    flat = array.reshape(-1)
+    flat[...] = cupy.arange(flat.size, dtype=np.float32) % 977 / 100
+    return array
 
-        C = x.shape[channel_axis]
-        self.x, self._channel_axis = x, channel_axis
-        self._vectors = [fill(C, np.float32) for fill in (cupy.zeros, cupy.ones, cupy.ones, cupy.zeros)]
 
-    def __call__(self) -> Any:
-        """The pass."""
-        import cupybn.functional as F
+def forward_pass(x: Any, channel_axis: int) -> Any:
+    """Training with all vectors; returns the way back."""
+    import cupy
 
-        return F.batch_norm_vjp(self.x, *self._vectors, True, channel_axis=self._channel_axis)[1]
+    import cupybn.functional as F
+
+    mean, var, weight, bias = (
+        fill(x.shape[channel_axis], np.float32) for fill in (cupy.zeros, cupy.ones, cupy.ones, cupy.zeros)
+    )
+    return F.batch_norm_vjp(x, mean, var, weight, bias, True, channel_axis=channel_axis)[1]
+
+
+@contextlib.contextmanager
+def profiled() -> Any:
+    """Where the profiler looks; the stand-in has none."""
+    import cupy
+
+    start, stop = (getattr(cupy.cuda.runtime, f"profiler{what}", lambda: None) for what in ("Start", "Stop"))
+    start()
+    yield
+    stop()

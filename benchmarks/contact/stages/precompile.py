@@ -51,7 +51,9 @@ def compile_share(index: int, shares: int, seconds: float, rehearse: bool) -> Sh
 
     end = time.monotonic() + seconds
     instances = list(islice(all_instances(), TINY if rehearse else None))[index::shares]
-    compiled, failed, local = 0, [], []
+    compiled = 0
+    failed: list[str] = []
+    local: list[str] = []
     for number, instance in enumerate(instances):
         if time.monotonic() > end:
             return Share(compiled, len(instances) - number, failed, local)

@@ -20,8 +20,8 @@ TOOLS = {
 """With the options of each."""
 FOUND = 9
 """The exit status of a tool that has found something."""
-SUMMARY = re.compile(r"=+ ((?:ERROR|RACECHECK) SUMMARY: .*)")
-FINDING = re.compile(r"=+ +(.*(?:Invalid|Error:|Warning:|[Hh]azard|Barrier error|Uninitialized| at .*\().*)")
+FAULT = re.compile(r"Invalid|Error|[Hh]azard|Race reported|Barrier error|Uninitialized")
+PLACE = re.compile(r"Warning| at .*(?:\+0x|\()")
 MOST_OF_A_LOG, MOST_FINDINGS = 60_000, 4
 
 
@@ -59,12 +59,13 @@ def run(task: Task) -> None:
 
 def judge(done: Ended) -> Judgement:
     """A tool that found nothing until the time was over has found nothing; one that did not run has failed."""
-    lines = [line for line in done.lines if line.startswith("=====")]
-    findings = [match[1] for line in lines if (match := FINDING.match(line)) and not SUMMARY.match(line)]
-    summaries = [match[1] for line in lines if (match := SUMMARY.match(line))]
+    of_tool = [line.lstrip("=").strip() for line in done.lines if line.startswith("=====")]
+    summaries = [line for line in of_tool if " SUMMARY: " in line]
+    lines = [line for line in of_tool if line not in summaries]
+    faults = [line for line in lines if FAULT.search(line)]
     finished = any(line.startswith(DONE) for line in done.lines)
-    passed = (done.timed_out and bool(lines) and not findings) or (done.returncode == 0 and finished)
+    passed = (done.timed_out and bool(of_tool) and not faults) or (done.returncode == 0 and finished)
     words = summaries[-1:] or ([] if passed else done.lines[-1:])
     if not finished:
         words = [*words, f"(did not come to its end{', the time was over' if done.timed_out else ''})"]
-    return Judgement(passed, " ".join(words), findings)
+    return Judgement(passed, " ".join(words), [line for line in lines if line in faults or PLACE.search(f" {line}")])

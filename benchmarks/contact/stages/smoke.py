@@ -55,15 +55,17 @@ def cases_of_all_plans(most_elements: int) -> list[Case]:
     """For each way that this device has to take a step, the smallest shape that is taken so; ReLU for every other."""
     shapes = [(N, C, L) for (N, L), C in product(SAMPLES_AND_POSITIONS, CHANNELS)]
     shapes = sorted((shape for shape in shapes if math.prod(shape) <= most_elements), key=math.prod)
-    found: dict[tuple[Any, ...], Case] = {}
-    for shape, dtype, step in product(shapes, library.dtypes(), library.ON_CHIP):
+    seen: set[tuple[Any, ...]] = set()
+    cases: list[Case] = []
+    for shape, dtype in product(shapes, library.dtypes()):
         N, C, L = shape
-        how = library.how_on_chip(step, shape, dtype)
-        if (L == 1, dtype, step, how) not in found:
-            label = f"{step} {how}"
-            found[L == 1, dtype, step, how] = Case((N, C) if L == 1 else shape, dtype, label=label)
-    cases = {(case.shape, case.dtype): case for case in found.values()}.values()  # one may serve both steps
-    return [case._replace(activation="relu" if i % 2 else None) for i, case in enumerate(cases)]
+        ways = {(L == 1, dtype, step, library.how_on_chip(step, shape, dtype)) for step in library.ON_CHIP}
+        if not ways <= seen:
+            seen |= ways
+            label = ", ".join(f"{step} {how}" for *_, step, how in sorted(ways, key=str))
+            activation = "relu" if len(cases) % 2 else None
+            cases.append(Case((N, C) if L == 1 else shape, dtype, 1, activation, label))
+    return cases
 
 
 def odd_cases(rehearse: bool) -> list[Case]:
