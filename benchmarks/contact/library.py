@@ -12,20 +12,19 @@ from cupybn._engines import engine_for
 from cupybn._kernels import VECTOR
 from cupybn._watch import watch_of
 from tests.nvrtc import Instance, all_instances
-from tests.reference import ROUNDINGS, Reference, assert_close, batch_norm
+from tests.reference import ROUNDINGS, assert_close, batch_norm
 
 __all__ = [
     "ON_CHIP",
     "ROUNDINGS",
     "VECTOR",
-    "Instance",
-    "Reference",
-    "all_instances",
     "assert_close",
     "batch_norm",
     "dtypes",
     "engine_for",
+    "has_clusters",
     "how_on_chip",
+    "instances_here",
     "is_stand_in",
     "watch_of",
 ]
@@ -43,6 +42,16 @@ def how_on_chip(step: str, shape: tuple[int, int, int], dtype: np.dtype[Any]) ->
     """How this device takes a step over (N, C, L): "streamed", or the cluster's blocks and their threads."""
     plan = cupy_ops._resident_plan(step, shape, dtype, True, 0)
     return "streamed" if plan is None else f"{plan.geometry.cluster} x {plan.geometry.threads}"
+
+
+def has_clusters() -> bool:
+    """Whether this device runs blocks in clusters."""
+    return cupy_ops._device(0).clusters
+
+
+def instances_here() -> list[Instance]:
+    """All instances of kernels that the library may ask this device for, the most used first."""
+    return [instance for instance in all_instances() if instance.cluster <= 1 or has_clusters()]
 
 
 def is_stand_in() -> bool:

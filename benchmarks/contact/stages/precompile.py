@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from concurrent.futures import ProcessPoolExecutor
-from itertools import islice
 from multiprocessing import get_context
 from typing import NamedTuple
 
@@ -47,10 +46,10 @@ def run(task: Task) -> None:
 
 def compile_share(index: int, shares: int, seconds: float, rehearse: bool) -> Share:
     """Compile every so manieth instance, until the time is over."""
-    from contact.library import all_instances
+    from contact.library import instances_here
 
     end = time.monotonic() + seconds
-    instances = list(islice(all_instances(), TINY if rehearse else None))[index::shares]
+    instances = instances_here()[: TINY if rehearse else None][index::shares]
     compiled = 0
     failed: list[str] = []
     local: list[str] = []

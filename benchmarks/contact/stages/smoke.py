@@ -72,7 +72,7 @@ def odd_cases(rehearse: bool) -> list[Case]:
     """Rows that begin anywhere in a pack, the channels last, and rows of more than one segment."""
     shapes = (((2, 3, 5 if rehearse else 20, 7), 1), ((2, 5, 7, 8), 3), ((3, 2, 41 if rehearse else 4099), 1))
     dtypes = (np.dtype(np.float16), np.dtype(np.float32))
-    return [Case(shape, dtype, axis) for (shape, axis), dtype in product(shapes, dtypes)]
+    return [Case(shape, dtype, axis) for shape, axis in shapes for dtype in dtypes]
 
 
 def try_case(case: Case) -> None:
@@ -82,7 +82,8 @@ def try_case(case: Case) -> None:
     import cupybn.functional as F
 
     rng = np.random.default_rng(1)
-    C, options = case.shape[case.channel_axis], {"channel_axis": case.channel_axis}
+    C = case.shape[case.channel_axis]
+    options: dict[str, Any] = {"channel_axis": case.channel_axis}
     x = (rng.standard_normal(case.shape, np.float32) * 2 + 3).astype(case.dtype)
     dy = rng.standard_normal(case.shape, np.float32).astype(case.dtype)
     weight, bias = rng.uniform(0.5, 1.5, C).astype(np.float32), rng.standard_normal(C).astype(np.float32)
@@ -98,6 +99,7 @@ def try_case(case: Case) -> None:
         y, vjp_fn = F.batch_norm_vjp(*arguments, activation=case.activation, **options)
         passes.append((y, *vjp_fn(cupy.asarray(dy))[:3]))
     cupy.cuda.Device().synchronize()
+    assert expected.terms is not None
     for name, one, two in zip(("y", "dx", "dweight", "dbias"), *passes, strict=True):
         assert one.get().tobytes() == two.get().tobytes(), f"{name}: two runs differ"
         close(name, one, getattr(expected, name), case.dtype, expected.terms[name], library.ROUNDINGS[name])
