@@ -26,8 +26,9 @@ sys.path.append(str(BENCHMARKS))
 
 from contact import library, plan, report, runner  # noqa: E402
 from contact.log import Check, Findings, Log  # noqa: E402
-from contact.processes import Ended, run_limited  # noqa: E402
-from contact.stages import graph, large, nccl, ncu, sanitizer, smoke, suite  # noqa: E402
+from contact.processes import Ended, LimitedProcess, run_limited  # noqa: E402
+from contact.stages import bench, check, graph, large, mpi, nccl, ncu, precompile, sanitizer, smoke, suite  # noqa: E402
+from contact.task import Task  # noqa: E402
 
 EMULATED = hasattr(cp, "emulator")
 
@@ -207,6 +208,26 @@ def test_help_has_all_stages(tmp_path):
     assert status == 0
     for stage in (*plan.ALONE, *plan.TOGETHER):
         assert f"{stage.seconds:.0f} s  {stage.purpose}" in printed
+
+
+def test_interrupted_stages_leave_nothing_behind(tmp_path, monkeypatch):
+    started = []
+
+    class Process(LimitedProcess):
+        def __init__(self, *args):
+            super().__init__(*args)
+            started.append(self)
+
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setenv("FIRST_CONTACT_FAULT", "large:hang,graph:hang")
+    monkeypatch.setattr(runner, "LimitedProcess", Process)
+    monkeypatch.setattr(runner.time, "sleep", interrupt)
+    stages = [plan.Stage(name, 100, "") for name in ("large", "graph")]
+    with pytest.raises(KeyboardInterrupt):
+        runner.run(stages, report.Report(tmp_path, rehearse=True), 100)
+    assert [process.wait().returncode for process in started] == [-9, -9]
 
 
 def test_time_is_over_for_all_that_a_process_has_started():
@@ -421,6 +442,96 @@ def test_graph_sees_a_replay_that_differs(monkeypatch, wrong, words):
     monkeypatch.setattr(graph, "step", step)
     with pytest.raises(AssertionError, match=words):
         graph.replays_are_steps(graph.TINY[0], None)
+
+
+def test_threads_that_see_different_results(monkeypatch):
+    right, count = functional.batch_norm, iter(range(1000))
+
+    def wrong(*args, **kwargs):
+        y = right(*args, **kwargs)
+        y[:1] += next(count) == 5
+        return y
+
+    monkeypatch.setattr(functional, "batch_norm", wrong)
+    with pytest.raises(AssertionError, match=r"different results of each thread: .*2"):
+        graph.threads_on_streams(2)
+
+
+def test_precompile_sees_what_does_not_compile(monkeypatch):
+    share = precompile.compile_share(0, 2, 100, rehearse=True)
+    assert (share.compiled, share.left, share.failed) == (precompile.TINY // 2, 0, [])
+    assert precompile.compile_share(0, 2, -1, rehearse=True).left == precompile.TINY // 2
+    monkeypatch.setattr(_kernels, "source", lambda name: f"error in {name}")
+    failed = precompile.compile_share(0, 2, 100, rehearse=True).failed
+    assert len(failed) == precompile.TINY // 2
+    assert all("-DDATA_T=" in text for text in failed)
+
+
+@pytest.fixture
+def task(tmp_path):
+    return Task(Log(tmp_path / "findings"), tmp_path, 100, rehearse=False)
+
+
+@pytest.mark.parametrize("stage", [check, mpi], ids=["check", "mpi"])
+@pytest.mark.parametrize(
+    ("returncode", "timed_out", "output", "detail"),
+    [
+        (1, False, "\n3 of 9 calls are off by more than is allowed:\n  bn_stats, float32: mean, 3 times\n\n", ""),
+        (-9, True, "3 cases on 2 ranks", "the time was over"),
+        (1, False, "", ""),
+    ],
+)
+def test_commands_that_fail(task, monkeypatch, stage, returncode, timed_out, output, detail):
+    ends = iter([Ended(0, False, 1.0, "")] * (stage is mpi) + [Ended(returncode, timed_out, 1.0, output)])
+    monkeypatch.setattr(stage, "run_limited", lambda *_, **__: next(ends))
+    monkeypatch.setattr(mpi.shutil, "which", lambda *_, **__: "mpiexec")
+    stage.run(task)
+    ((_, passed, said),) = task.log.findings.checks
+    assert not passed
+    assert said.startswith(detail)
+    if "3 times" in output:
+        assert any("bn_stats, float32: mean, 3 times" in note for note in task.log.findings.notes)
+
+
+@pytest.mark.parametrize(("output", "passed"), [("60 cases on 2 ranks", True), ("0 cases on 2 ranks", False)])
+def test_ranks_without_cases(task, monkeypatch, output, passed):
+    monkeypatch.setattr(mpi, "run_limited", lambda *_, **__: Ended(0, False, 1.0, output))
+    monkeypatch.setattr(mpi.shutil, "which", lambda *_, **__: "mpiexec")
+    mpi.run(task)
+    assert task.log.findings.checks[0].passed is passed
+
+
+def test_machines_without_tools(task, monkeypatch):
+    for stage in mpi, ncu, sanitizer:
+        monkeypatch.setattr(stage.shutil, "which", lambda *_, **__: None)
+        stage.run(task)
+    assert task.log.findings.skipped == ["no mpiexec here", "no ncu here", "no compute-sanitizer here"]
+    assert task.log.findings.checks == []
+
+
+def test_bench_sees_what_is_wrong(task):
+    row = bench.Row("NC", (6, 5), "float32", ("training", "inference", "backward"))
+
+    def record(operation, peer, **more):
+        fields = {"operation": operation, "peer": peer, "cold_us": {"median": 10.0 if peer == "cupybn" else 25.0}}
+        return {**fields, "share_of_copy": 0.9, "launches": 1, "error_over_allowed": 0.5, **more}
+
+    records = [
+        record("training", "cupybn", error_over_allowed=float("nan")),
+        record("training", "PyTorch"),
+        record("inference", "cupybn", error="RuntimeError()"),
+        {"operation": "backward", "peer": "PyTorch", "error": "no memory"},
+    ]
+    bench.report(task, row, records)
+    found = task.log.findings
+    assert [(name, passed) for name, passed, _ in found.checks] == [
+        ("NC 6x5 float32 training is right", False),
+        ("NC 6x5 float32 inference", False),
+        ("NC 6x5 float32 backward", False),
+    ]
+    assert found.table[0].items() >= {"us": 10.0, "torch_x": 2.5, "of_copy": 0.9, "launches": 1}.items()
+    assert found.notes == ["PyTorch failed: NC 6x5 float32 backward: no memory"]
+    assert "10.0 us, 0.90 of copy, torch x2.5" in found.highlights[0]
 
 
 @pytest.mark.skipif(not EMULATED, reason="needs no second look where the stage itself runs")

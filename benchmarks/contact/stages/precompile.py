@@ -49,7 +49,10 @@ def compile_share(index: int, shares: int, seconds: float, rehearse: bool) -> Sh
     from contact.library import instances_here
 
     end = time.monotonic() + seconds
-    instances = instances_here()[: TINY if rehearse else None][index::shares]
+    instances = instances_here()
+    if rehearse:
+        instances = instances[:: len(instances) // TINY]
+    instances = instances[index::shares]
     compiled = 0
     failed: list[str] = []
     local: list[str] = []
