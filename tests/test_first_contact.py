@@ -25,8 +25,8 @@ if not BENCHMARKS.is_dir():
 sys.path.append(str(BENCHMARKS))
 
 from contact import library, plan, report, runner  # noqa: E402
-from contact.log import Check, Findings, Log  # noqa: E402
-from contact.processes import Ended, LimitedProcess, run_limited  # noqa: E402
+from contact.log import Check, Findings, Log, write_whole  # noqa: E402
+from contact.processes import Ended, LimitedProcess, run_limited, variables  # noqa: E402
 from contact.stages import bench, check, graph, large, mpi, nccl, ncu, precompile, sanitizer, smoke, suite  # noqa: E402
 from contact.task import Task  # noqa: E402
 
@@ -240,6 +240,19 @@ def test_time_is_over_for_all_that_a_process_has_started():
     while is_running(int(done.lines[0])):
         assert time.monotonic() < end
         time.sleep(0.02)
+
+
+def test_a_process_that_is_asked_first_has_its_last_words():
+    code = "import time\ntry: time.sleep(1e6)\nexcept KeyboardInterrupt: print('so far')"
+    done = run_limited([sys.executable, "-c", code], 2, ask_first=True)
+    assert (done.timed_out, done.output) == (True, "so far\n")
+
+
+def test_modules_come_from_the_checkout_first(monkeypatch):
+    """Processes start in its root, wherever this one was started."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["somewhere", ""]))
+    path = variables()["PYTHONPATH"].split(os.pathsep)
+    assert path == [str(ROOT), str(Path("somewhere").absolute()), str(BENCHMARKS)]
 
 
 def is_running(process):
@@ -630,3 +643,21 @@ def test_findings_outlive_the_process(tmp_path):
     assert (read.facts, read.table, read.notes) == ({"answer": "42.0"}, [{"a": 1}], ["a note"])
     assert (read.skipped, read.highlights) == (["no tool"], ["a line"])
     assert Findings.read(tmp_path / "none") == Findings()
+
+
+def test_files_are_whole(tmp_path, monkeypatch):
+    """Whoever is interrupted leaves the old text."""
+    path = tmp_path / "report.md"
+    write_whole(path, "old")
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    for name in "write_text", "replace":
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, name, interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                write_whole(path, "new")
+        assert path.read_text() == "old"
+    write_whole(path, "new")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["new"]

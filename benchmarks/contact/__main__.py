@@ -38,7 +38,7 @@ def main() -> None:
 
 
 def fail_on_purpose(name: str) -> None:
-    """As the environment asks for."""
+    """Crash or hang, if the environment asks for it."""
     faults = os.environ.get("FIRST_CONTACT_FAULT", "")
     fault = dict(item.split(":") for item in faults.split(",") if item).get(name)
     if fault == "crash":

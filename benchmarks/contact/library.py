@@ -1,4 +1,4 @@
-"""All that the stages take from inside of the library and of its tests: where these move, this file follows."""
+"""The insides of the library and of its tests that the stages lean on: where these move, this file follows."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ON_CHIP = tuple(cupy_ops.ON_CHIP)
 
 
 def dtypes() -> list[np.dtype[Any]]:
-    """All that batch norm takes."""
+    """The dtypes that batch norm takes."""
     return [parameter_dtype(name) for name in FLOATS]
 
 

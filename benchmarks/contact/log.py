@@ -1,4 +1,4 @@
-"""What a stage finds, kept in a file that is written anew after each entry: what came before a crash is not lost."""
+"""The log of a stage, a file that is written anew after each entry: what came before a crash is not lost."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Findings:
     table: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
-    """What could not be done here, or was left out."""
+    """Reasons why something could not be done here, or was left out."""
     highlights: list[str] = field(default_factory=list)
     """Lines for the summary."""
 

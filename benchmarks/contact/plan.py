@@ -11,7 +11,7 @@ class Stage(NamedTuple):
 
     name: str
     seconds: float
-    """That it may take at most."""
+    """The most that it may take."""
     purpose: str
 
 
@@ -22,7 +22,7 @@ ALONE = (
     Stage("bench", 95, "copies, then 13 shapes against PyTorch with cold caches, through the scripts gpu_*.py"),
     Stage("ncu", 45, "Nsight Compute over four calls: time, memory, issue slots, reasons to stall"),
 )
-"""Those that need the GPU for themselves, or prepare it: one after the other."""
+"""Stages that need the GPU for themselves, or prepare it: one after the other."""
 TOGETHER = (
     Stage("check", 70, "python -m cupybn check: every kernel against its mirror"),
     Stage("suite", 190, "the tests, but for those that need no GPU"),
@@ -32,12 +32,12 @@ TOGETHER = (
     Stage("nccl", 40, "one rank over NCCL: collectives, in a graph, watched, aborted, by cupyx.distributed"),
     Stage("mpi", 70, "two ranks on one GPU over MPI"),
 )
-"""Those whose time does not matter: all at once."""
+"""Stages whose time does not matter: all at once."""
 NAMES = tuple(stage.name for stage in (*ALONE, *TOGETHER))
 
 
 def chosen(stages: tuple[Stage, ...], only: Collection[str], skip: Collection[str]) -> list[Stage]:
-    """Those of some stages that are wanted; all are where `only` is empty."""
+    """The stages among these that are wanted: where `only` is empty, all but those to skip."""
     return [stage for stage in stages if stage.name not in skip and (not only or stage.name in only)]
 
 

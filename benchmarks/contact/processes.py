@@ -26,7 +26,7 @@ class Ended(NamedTuple):
     timed_out: bool
     seconds: float
     output: str
-    """What it printed, errors included."""
+    """Everything that it printed, errors included."""
 
     @property
     def lines(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""What is known so far, as files that are written anew after each stage, and as a summary."""
+"""The report: files that are written anew after each stage, and a summary."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pathlib import Path
 from contact.log import Findings, write_whole
 
 MOST_LINES, MOST_COLUMNS = 60, 190
-"""Of the summary: the tools that run this elsewhere may return no more than 12,000 characters."""
+"""Lines of the summary, and characters of a line: what runs this elsewhere may return no more than 12,000 of them."""
 MOST_FAILURES, MOST_OF_A_STAGE = 24, 6
-"""Lines of failures in the summary, and of one stage."""
+"""Lines of failures in the summary, and failed checks of one stage among them."""
 GOOD = ("passed", "skipped")
 
 
@@ -116,7 +116,7 @@ class Report:
         return "\n".join(line.replace("\n", " ")[:MOST_COLUMNS] for line in lines + last)
 
     def _machine(self) -> Iterator[str]:
-        """What the stage environment says of it."""
+        """The GPU, CuPy and PyTorch, as the stage environment found them."""
         if "environment" in self.outcomes:
             facts = self.outcomes["environment"].findings.facts
             gpu = next((value for name, value in facts.items() if name.startswith("GPU")), "no GPU")

@@ -1,4 +1,4 @@
-"""What a stage is told, and the command that starts one."""
+"""The task that a stage is given, and the command that starts a stage."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Task:
     out : Path
         Folder for files that are too long for a report.
     seconds : float
-        That it may take.
+        How long it may take.
     rehearse : bool
-        Tiny sizes: to see whether it runs, on whatever there is.
+        Whether sizes are tiny, to see whether the stage runs on whatever there is.
     """
 
     def __init__(self, log: Log, out: Path, seconds: float, rehearse: bool) -> None:

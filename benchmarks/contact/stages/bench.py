@@ -18,7 +18,7 @@ from cupybn._dtypes import parameter_dtype
 
 FUSED = ("training + add + ReLU", "backward + add + ReLU")
 SECONDS = 0.02
-"""For each figure."""
+"""Seconds of measuring for each figure."""
 LEAST_LEFT = 6.0
 """Seconds that a case may take."""
 
@@ -33,12 +33,12 @@ class Row(NamedTuple):
 
     @property
     def name(self) -> str:
-        """For tables."""
+        """The row, for tables."""
         return f"{self.layout} {'x'.join(map(str, self.shape))} {self.dtype}"
 
     @property
     def case(self) -> Case:
-        """As the benchmark takes it."""
+        """The same as `gpu_measure` takes it."""
         problem = Problem(self.shape, parameter_dtype(self.dtype), self.layout.index("C"))
         return Case("first contact", self.layout, problem, self.operations, all_peers=False)
 

@@ -1,4 +1,4 @@
-"""What is found on the machine, and whether the mechanisms work that all kernels rest on."""
+"""The machine: what is found there, and whether the mechanisms work that all kernels rest on."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ATTRIBUTES = (
 
 
 def run(task: Task) -> None:
-    """All of it, what needs least first."""
+    """Enter everything, what needs least first."""
     machine(task.log)
     with task.log.checking("cupybn finds a GPU"):
         library(task.log)
@@ -35,8 +35,8 @@ def run(task: Task) -> None:
 
 
 def machine(log: Log) -> None:
-    """What is known without CuPy."""
-    log.fact("Python", f"{sys.version.split()[0]} {sys.executable}")
+    """Enter what is known without CuPy."""
+    log.fact("executable", sys.executable)
     log.fact("processors", os.cpu_count())
     for tool in TOOLS:
         log.fact(tool, shutil.which(tool) or "not in PATH")
@@ -51,7 +51,7 @@ def machine(log: Log) -> None:
 
 
 def library(log: Log) -> None:
-    """What ``python -m cupybn info`` says."""
+    """Enter what ``python -m cupybn info`` says."""
     from cupybn._cli import info
     from cupybn._devices import cuda_missing
 
@@ -62,7 +62,7 @@ def library(log: Log) -> None:
 
 
 def device(log: Log) -> None:
-    """What the library's choices depend on."""
+    """Enter what the library's choices depend on."""
     import cupy
 
     runtime = cupy.cuda.runtime

@@ -62,12 +62,12 @@ def step(layer: Any, x: Any, dy: Any) -> list[Any]:
 
 
 def bits(arrays: Any) -> list[bytes]:
-    """What arrays hold, on the host."""
+    """The bits of arrays."""
     return [array.get().tobytes() for array in arrays]
 
 
 def threads_on_streams(calls: int) -> None:
-    """All threads compile, load and launch the same kernel at once; each gets the same bits in every call."""
+    """Threads that compile, load and launch the same kernel at once each get the same bits in every call."""
     import cupy
 
     import cupybn.functional as F

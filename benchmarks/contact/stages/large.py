@@ -14,9 +14,9 @@ from cupybn._cli.problem import Array, Arrays, Problem, make_arrays
 
 SHAPES = {1: (33, 2, 32_600_007), -1: (33_600_001, 64)}
 TINY = {1: (3, 2, 1001), -1: (501, 4)}
-"""By channel axis."""
+"""Shapes by their channel axis."""
 ARRAYS = 3
-"""Of this size, that are there at the same time."""
+"""Arrays of this size that are there at the same time."""
 PIECE = 100
 """Elements at the beginning and at the end of a sample that are compared; of samples without positions, so many."""
 CHUNK = 1 << 24
@@ -25,7 +25,7 @@ EPS = 1e-5
 
 
 class Results(NamedTuple):
-    """What the library made of the arrays."""
+    """The results of the library."""
 
     y: Array
     dx: Array
@@ -34,7 +34,7 @@ class Results(NamedTuple):
 
 
 def run(task: Task) -> None:
-    """Both layouts, where the memory is enough."""
+    """Try both layouts, where the memory is enough."""
     import cupy
 
     for axis, shape in (TINY if task.rehearse else SHAPES).items():

@@ -58,7 +58,7 @@ def run(task: Task) -> None:
 
 
 def arguments_by_value() -> None:
-    """What the launcher hands to kernels comes out there."""
+    """Compare what a kernel gets with what it is given, for all that the launcher gives."""
     import cupy
 
     from contact.library import VECTOR
@@ -72,7 +72,7 @@ def arguments_by_value() -> None:
 
 
 def host_times(rounds: int) -> dict[str, float]:
-    """What the ways to give structs cost, in microseconds; nothing on the stand-in."""
+    """Microseconds of a launch for each way to give structs; nothing on the stand-in."""
     import cupy
 
     from contact.library import VECTOR, is_stand_in

@@ -31,7 +31,7 @@ METRICS = (
     *(STALL.format(reason) for reason in REASONS),
 )
 WAYS = (("--metrics", ",".join(METRICS)), ("--set", "basic"))
-"""What is asked for, and what instead where a version does not know one of these metrics."""
+"""Options that ask for these metrics, and others for a version that does not know one of them."""
 LEAST_LEFT = 12.0
 """Seconds that are worth to try the second way for."""
 
@@ -60,7 +60,7 @@ class Launch(NamedTuple):
         return ", ".join(f"{reason} {ratio:.1f}" for ratio, reason in worst)
 
     def row(self) -> dict[str, Any]:
-        """Of the report's table."""
+        """The row of the report's table."""
         return {
             "kernel": self.values.get("Kernel Name", "?").partition("(")[0],
             "grid": self.values.get(GRID) or self.values.get("Grid Size"),

@@ -12,7 +12,7 @@ from contact.task import Task
 
 SHAPES = (((32, 256, 56, 56), 1), ((32, 56, 56, 256), 3), ((32, 64, 112, 112), 1))
 TINY = (((2, 4, 5, 5), 1), ((2, 4, 4, 8), 3))
-"""With the channel axis of each."""
+"""Shapes and their channel axes."""
 SCRUB, TINY_SCRUB = 1 << 27, 1 << 10
 """Bytes that are written before each call, so that nothing of its arrays is left in a cache."""
 
@@ -59,7 +59,7 @@ def forward_pass(x: Any, channel_axis: int) -> Any:
 
 @contextlib.contextmanager
 def profiled() -> Any:
-    """Where the profiler looks; the stand-in has none."""
+    """A context that the profiler looks at, where there is one: the stand-in has none."""
     import cupy
 
     start, stop = (getattr(cupy.cuda.runtime, f"profiler{what}", lambda: None) for what in ("Start", "Stop"))

@@ -16,13 +16,13 @@ MOST_SHARES = 14
 
 
 class Share(NamedTuple):
-    """What one process has compiled of its part."""
+    """The result of one process."""
 
     compiled: int
     left: int
     failed: list[str]
     with_local_memory: list[str]
-    """Spills and arrays that did not stay in registers."""
+    """Kernels that spill, or keep an array of a thread in memory."""
 
 
 def run(task: Task) -> None:
@@ -45,7 +45,7 @@ def run(task: Task) -> None:
 
 
 def compile_share(index: int, shares: int, seconds: float, rehearse: bool) -> Share:
-    """Compile every so manieth instance, until the time is over."""
+    """Compile the part of one process of all instances, until the time is over."""
     from contact.library import instances_here
 
     end = time.monotonic() + seconds

@@ -17,7 +17,7 @@ TOOLS = {
     "synccheck": (),
     "initcheck": (),
 }
-"""With the options of each."""
+"""The tools, with the options of each."""
 FOUND = 9
 """The exit status of a tool that has found something."""
 FAULT = re.compile(r"Invalid|Error|[Hh]azard|Race reported|Barrier error|Uninitialized")
@@ -26,7 +26,7 @@ MOST_OF_A_LOG, MOST_FINDINGS = 60_000, 4
 
 
 class Judgement(NamedTuple):
-    """What the output of a tool means."""
+    """The meaning of a tool's output."""
 
     passed: bool
     detail: str

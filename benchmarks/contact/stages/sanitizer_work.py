@@ -15,9 +15,9 @@ SHAPES = (
     *(((4, 5, 7, 7), 1), ((3, 4, 3, 3), 1), ((2, 2, 4099), 1), ((37, 16), 1)),
     *(((37, 3), 1), ((6, 5, 4, 64), 3), ((2, 2, 70000), 1)),
 )
-"""With the channel axis of each."""
+"""Shapes and their channel axes."""
 FEW_ELEMENTS = 200
-"""Of a shape of a rehearsal."""
+"""Elements that a shape of a rehearsal has less than."""
 DONE = "the work is done"
 
 
@@ -41,7 +41,7 @@ def run(task: Task) -> None:
 
 
 def all_functions(shape: tuple[int, ...], axis: int, dtype: np.dtype[Any]) -> None:
-    """Both modes, forward and backward, bare and fused, in place, and the moments."""
+    """Every function: both modes, forward and backward, bare and fused, in place, and the moments."""
     import cupy
 
     import cupybn.functional as F

@@ -12,7 +12,7 @@ from contact import library
 from contact.task import Task
 
 MOST_ELEMENTS, FEW_ELEMENTS = 1 << 22, 1 << 12
-"""Of a shape, and of one in a rehearsal."""
+"""Elements of the largest shape, and of the largest one in a rehearsal."""
 CHANNELS = (2, 8, 16, 48, 64, 130, 256)
 SAMPLES_AND_POSITIONS = (
     *((2, 33), (8, 49), (16, 196), (32, 196), (32, 784), (32, 1003), (64, 784), (32, 3136), (64, 3136)),
@@ -36,7 +36,7 @@ class Case(NamedTuple):
 
     @property
     def name(self) -> str:
-        """For the report."""
+        """The case, for the report."""
         return f"{self.label}: {self.shape}, axis {self.channel_axis}, {self.dtype.name}, {self.activation or 'bare'}"
 
 
@@ -52,7 +52,7 @@ def run(task: Task) -> None:
 
 
 def cases_of_all_plans(most_elements: int) -> list[Case]:
-    """For each way that this device has to take a step, the smallest shape that is taken so; ReLU for every other."""
+    """The smallest shape for each way that this device has to take a step; every second case with ReLU."""
     shapes = [(N, C, L) for (N, L), C in product(SAMPLES_AND_POSITIONS, CHANNELS)]
     shapes = sorted((shape for shape in shapes if math.prod(shape) <= most_elements), key=math.prod)
     seen: set[tuple[Any, ...]] = set()

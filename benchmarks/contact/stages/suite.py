@@ -16,12 +16,12 @@ from contact.task import Task
 
 TESTS = ROOT / "tests"
 FIRST = ("test_kernels.py", "test_launching.py", "test_accuracy.py", "test_functional.py", "test_batchnorm.py")
-"""What is worth most, should the time not be enough."""
+"""The files that are worth most, should the time not be enough."""
 LEFT_OUT = (
     *("test_compile.py", "test_torch.py", "test_tiles.py", "test_numpy_ops.py", "test_readme.py", "test_package.py"),
     *("test_first_contact.py", "test_geometry.py"),
 )
-"""What needs no GPU, beside the tests of the stand-in."""
+"""The files that need no GPU, beside those of the stand-in."""
 TINY = ("test_layout.py",)
 WORKERS, MOST_FAILURES, SECONDS_OF_A_TEST = 8, 50, 120
 MARKS = re.compile(r"([.sFExX]+) *(\[ *\d+%\])?")
@@ -31,7 +31,7 @@ PLUGINS = ("xdist", "pytest_timeout")
 
 
 class Score(NamedTuple):
-    """What pytest says in the end or, where it does not come to its end, has said by then."""
+    """The counts of pytest; where it does not come to its end, those until then."""
 
     passed: int
     failed: int
@@ -83,7 +83,7 @@ def files(rehearse: bool) -> list[Path]:
 
 
 def command(paths: Sequence[Path], plugins: Collection[str], workers: int) -> list[str]:
-    """Of pytest, with options of those plugins alone that are there."""
+    """The command of pytest, with options of those plugins alone that are there."""
     return python(
         *("-m", "pytest", "-q", f"--maxfail={MOST_FAILURES}", "-p", "no:cacheprovider", "--tb=short", "-rfE"),
         *("-k", "not cpu", "--deselect", "tests/test_syncbatchnorm.py::test_ranks[8]", "--durations=5"),
@@ -94,7 +94,7 @@ def command(paths: Sequence[Path], plugins: Collection[str], workers: int) -> li
 
 
 def environment(required: bool) -> dict[str, str]:
-    """Variables of pytest: none of another pytest that this is a part of; CI, so that nobody minds slow examples."""
+    """The variables of pytest: none of another pytest that runs this; CI, for which hypothesis knows no deadlines."""
     inherited = {name: "" for name in os.environ if name.startswith("PYTEST_")}
     return {**inherited, "CI": "true", **({"CUPYBN_REQUIRE_GPU": "1"} if required else {})}
 
