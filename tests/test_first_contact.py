@@ -27,7 +27,20 @@ sys.path.append(str(BENCHMARKS))
 from contact import library, plan, report, runner  # noqa: E402
 from contact.log import Check, Findings, Log, write_whole  # noqa: E402
 from contact.processes import Ended, LimitedProcess, run_limited, variables  # noqa: E402
-from contact.stages import bench, check, graph, large, mpi, nccl, ncu, precompile, sanitizer, smoke, suite  # noqa: E402
+from contact.stages import (  # noqa: E402
+    bench,
+    check,
+    environment,
+    graph,
+    large,
+    mpi,
+    nccl,
+    ncu,
+    precompile,
+    sanitizer,
+    smoke,
+    suite,
+)
 from contact.task import Task  # noqa: E402
 
 EMULATED = hasattr(cp, "emulator")
@@ -504,6 +517,15 @@ def test_commands_that_fail(task, monkeypatch, stage, returncode, timed_out, out
     assert said.startswith(detail)
     if "3 times" in output:
         assert any("bn_stats, float32: mean, 3 times" in note for note in task.log.findings.notes)
+
+
+@pytest.mark.parametrize("stage", [check, environment], ids=["check", "environment"])
+def test_without_a_gpu_nothing_is_right(task, monkeypatch, stage):
+    monkeypatch.setattr(library, "cuda_missing", lambda: "no GPU")
+    monkeypatch.setattr(environment, "mechanisms", type("None", (), {"run": staticmethod(lambda _: None)}))
+    stage.run(task)
+    assert not task.log.findings.checks[0].passed
+    assert "no GPU" in task.log.findings.checks[0].detail
 
 
 @pytest.mark.parametrize(("output", "passed"), [("60 cases on 2 ranks", True), ("0 cases on 2 ranks", False)])

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from cupybn import cupy_ops
+from cupybn._devices import cuda_missing
 from cupybn._dtypes import FLOATS, parameter_dtype
 from cupybn._engines import engine_for
 from cupybn._kernels import VECTOR
@@ -20,6 +21,7 @@ __all__ = [
     "VECTOR",
     "assert_close",
     "batch_norm",
+    "cuda_missing",
     "dtypes",
     "engine_for",
     "has_clusters",

@@ -52,8 +52,8 @@ def machine(log: Log) -> None:
 
 def library(log: Log) -> None:
     """Enter what ``python -m cupybn info`` says."""
+    from contact.library import cuda_missing
     from cupybn._cli import info
-    from cupybn._devices import cuda_missing
 
     for name, value in info.lines():
         log.fact(name, value)
