@@ -372,6 +372,12 @@ def test_without_plugins_of_pytest(tmp_path):
     assert [option for option in with_all if option not in command] == ["-n", "8", "--timeout=120"]
 
 
+def test_variables_of_pytest(monkeypatch):
+    monkeypatch.setenv("PYTEST_ADDOPTS", "--no-such-option")
+    assert suite.environment(required=True).items() >= {"CUPYBN_REQUIRE_GPU": "1", "PYTEST_ADDOPTS": ""}.items()
+    assert "CUPYBN_REQUIRE_GPU" not in suite.environment(required=False)
+
+
 def test_the_tests_that_are_run():
     names = [path.name for path in suite.files(rehearse=False)]
     assert names[: len(suite.FIRST)] == list(suite.FIRST)
@@ -385,12 +391,29 @@ def test_the_tests_that_are_run():
 
 @pytest.mark.skipif(not EMULATED, reason="the plans are those of an H200")
 def test_smoke_takes_every_size_of_cluster_and_block():
-    labels = {(len(case.shape), step) for case in smoke.cases_of_all_plans(1 << 22) for step in case.label.split(", ")}
+    cases = smoke.cases_of_all_plans(smoke.MOST_ELEMENTS)
+    assert {(len(case.shape), case.activation) for case in cases} == {(2, None), (2, "relu"), (3, None), (3, "relu")}
+    labels = {(len(case.shape), step) for case in cases for step in case.label.split(", ")}
     for step in "bn_forward", "bn_backward":
         assert {(2, f"{step} {blocks} x 256") for blocks in (1, 2, 4, 8)} <= labels
         assert {(3, f"{step} {blocks} x 128") for blocks in (1, 2, 4, 8)} <= labels
         assert {(ndim, f"{step} streamed") for ndim in (2, 3)} <= labels
     assert {(3, f"bn_backward {blocks} x 512") for blocks in (2, 4, 8)} <= labels
+
+
+def test_smoke_and_bench_end_when_their_time_is_over(tmp_path):
+    for stage in smoke, bench:
+        task = Task(Log(None), tmp_path, 0, rehearse=True)
+        stage.run(task)
+        assert "left out for lack of time" in task.log.findings.skipped[-1]
+        assert [passed for _, passed, _ in task.log.findings.checks] == [False] * (stage is bench)
+
+
+def test_work_that_a_tool_watches_ends_by_itself(tmp_path):
+    """Tools are slow: the work takes what it needs for a case, and says how far it has come."""
+    done = run_limited(Task(Log(None), tmp_path, 100, rehearse=True).command("sanitizer_work", -5), 100)
+    assert done.returncode == 0, done.output
+    assert done.output.startswith(f"{sanitizer.DONE}, as far as there was time: until ")
 
 
 @pytest.mark.parametrize("name", ["y", "dx", "dweight", "dbias", "running_mean", "running_var"])
