@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -506,7 +507,8 @@ def test_threads_that_see_different_results(monkeypatch):
         graph.threads_on_streams(2)
 
 
-def test_precompile_sees_what_does_not_compile(monkeypatch):
+def test_precompile_sees_what_does_not_compile(tmp_path, monkeypatch):
+    task = Task(Log(None), tmp_path, 100, rehearse=True)
     share = precompile.compile_share(0, 2, 100, rehearse=True)
     assert (share.compiled, share.left, share.failed) == (precompile.TINY // 2, 0, [])
     assert precompile.compile_share(0, 2, -1, rehearse=True).left == precompile.TINY // 2
@@ -514,6 +516,10 @@ def test_precompile_sees_what_does_not_compile(monkeypatch):
     failed = precompile.compile_share(0, 2, 100, rehearse=True).failed
     assert len(failed) == precompile.TINY // 2
     assert all("-DDATA_T=" in text for text in failed)
+    monkeypatch.setattr(precompile, "ProcessPoolExecutor", lambda shares, mp_context: ThreadPoolExecutor(shares))  # noqa: ARG005
+    precompile.run(task)
+    ((_, passed, detail),) = task.log.findings.checks
+    assert (passed, detail) == (False, f"{precompile.TINY} failed")
 
 
 @pytest.fixture
@@ -551,7 +557,9 @@ def test_without_a_gpu_nothing_is_right(task, monkeypatch, stage):
     assert "no GPU" in task.log.findings.checks[0].detail
 
 
-@pytest.mark.parametrize(("output", "passed"), [("60 cases on 2 ranks", True), ("0 cases on 2 ranks", False)])
+@pytest.mark.parametrize(
+    ("output", "passed"), [("60 cases on 2 ranks", True), ("0 cases on 2 ranks", False), ("done", False)]
+)
 def test_ranks_without_cases(task, monkeypatch, output, passed):
     monkeypatch.setattr(mpi, "run_limited", lambda *_, **__: Ended(0, False, 1.0, output))
     monkeypatch.setattr(mpi.shutil, "which", lambda *_, **__: "mpiexec")
