@@ -9,7 +9,7 @@ import itertools
 import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,12 +44,16 @@ class Instance(NamedTuple):
     cluster: int = 0  # blocks; 0 for kernels that are not told
 
     @property
+    def loader(self) -> _kernels.Kernel:
+        """The library's own object for it."""
+        dtype = np.dtype(getattr(ml_dtypes, self.dtype, self.dtype))
+        macros = _macros(dtype, bool(self.vectorized), self.index_bits, self.threads, self.cluster)
+        return _kernels.Kernel(self.kernel, macros)
+
+    @property
     def options(self) -> tuple[str, ...]:
         """The macros, as the library hands them to CuPy."""
-        dtype = np.dtype(getattr(ml_dtypes, self.dtype, self.dtype))
-        return _kernels.Kernel(
-            self.kernel, _macros(dtype, bool(self.vectorized), self.index_bits, self.threads, self.cluster)
-        ).options
+        return self.loader.options
 
 
 def instances(kernel: str, architecture: int, everything: bool = False) -> list[Instance]:
@@ -67,6 +71,23 @@ def instances(kernel: str, architecture: int, everything: bool = False) -> list[
         for memory, dtypes in some.items()
         for dtype in (FLOATS if everything else dtypes)
     ]
+
+
+def all_instances() -> Iterator[Instance]:
+    """All that the library may ask a GPU with clusters for, every size of block and cluster; the most used first."""
+    for vectorized, index_bits in itertools.product((1, 0), (32, 64)):
+        for kernel in _kernels.kernel_names():
+            layout, _, step = kernel.rpartition("/")
+            if not layout:
+                if (vectorized, index_bits) == (1, 32):  # once
+                    yield from instances(kernel, 90)
+                continue
+            more: Iterable[tuple[int, ...]] = [()]
+            if step in ON_CHIP:
+                threads = RESIDENT_THREADS if layout == "channels_first" else (THREADS,)
+                more = itertools.product(threads, BLOCKS)
+            for dtype, sizes in itertools.product(FLOATS, list(more)):
+                yield Instance(kernel, dtype, vectorized, index_bits, *sizes)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
