@@ -90,6 +90,12 @@ class SyncBatchNorm(_BatchNorm):
     >>> MPI.COMM_WORLD.Allreduce(MPI.IN_PLACE, dweight)
     """
 
+    _comm: Any
+    _group: Group | None
+    _timeout: float | None
+    _left_out: bool
+    """Whether this is a copy of a layer with a communicator, which the copy has not got."""
+
     def __init__(
         self,
         num_features: int | None,
@@ -233,8 +239,8 @@ class SyncBatchNorm(_BatchNorm):
         """Take a communicator, or leave all as it is and raise."""
         timeout = _checked_timeout(timeout)
         engine = None if comm is None else engine_for(comm, timeout)
-        self._group = Group(engine) if engine is not None and engine.size > 1 else None
-        self._comm, self._timeout, self._left_out = comm, timeout, False
+        group = Group(engine) if engine is not None and engine.size > 1 else None
+        vars(self).update(_comm=comm, _group=group, _timeout=timeout, _left_out=False)
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the communicator, which is of this process."""

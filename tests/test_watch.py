@@ -23,16 +23,32 @@ class Event:
         self.stream = None
 
     def record(self, stream):
-        self.stream = stream
+        self.stream, self.place = stream, stream.events
+        stream.events += 1
 
     @property
-    def done(self):
-        return self.stream is None or self.stream.runs  # as CUDA has it, also where nothing was recorded
+    def ptr(self):
+        return self
+
+    @property
+    def status(self):
+        if self.stream is None:
+            return 0  # as CUDA has it where nothing was recorded
+        return self.stream.fault or (0 if self.stream.has_come_to(self.place) else 600)
+
+
+class CUDARuntimeError(RuntimeError):
+    pass
 
 
 class Stream:
+    events = fault = 0
+
     def __init__(self, runs=True, capturing=False):
         self.runs, self.capturing = runs, capturing
+
+    def has_come_to(self, place):
+        return self.runs
 
     def is_capturing(self):
         return self.capturing
@@ -54,7 +70,9 @@ class Communicator:
 
 @pytest.fixture(autouse=True)
 def events(monkeypatch):
-    monkeypatch.setattr(_watch, "import_cupy", lambda: SimpleNamespace(cuda=SimpleNamespace(Event=Event)))
+    runtime = SimpleNamespace(getDevice=lambda: 0, eventQuery=lambda ptr: ptr.status, CUDARuntimeError=CUDARuntimeError)
+    cuda = SimpleNamespace(Event=Event, Device=lambda _: SimpleNamespace(use=lambda: None), runtime=runtime)
+    monkeypatch.setattr(_watch, "import_cupy", lambda: SimpleNamespace(cuda=cuda))
     monkeypatch.setattr(_watch, "NAP", 0.001)
 
 
@@ -66,18 +84,8 @@ def start(watch, stream, timeout=None):
 class Stuck(Stream):
     """All that comes after its first event never runs."""
 
-    def __init__(self):
-        super().__init__()
-        self.seen = 0
-
-    @property
-    def runs(self):
-        self.seen += 1
-        return self.seen == 1
-
-    @runs.setter
-    def runs(self, value):
-        pass
+    def has_come_to(self, place):
+        return place == 0
 
 
 def test_messages_that_end_are_forgotten():
@@ -109,6 +117,29 @@ def test_without_a_limit_it_waits_for_failures():
     assert comm.aborted.wait(10)
     with pytest.raises(RuntimeError, match=f"{LOST}remote process exited"):
         start(watch, Stream())
+
+
+@pytest.mark.parametrize("make", [lambda: Stream(runs=False), Stuck], ids=["before", "within"])
+def test_a_device_that_fails(make):
+    """It is seen at once, and not taken for work that goes on."""
+    comm, stream = Communicator(), make()
+    watch = Watch(comm)
+    start(watch, stream, timeout=None)
+    assert not comm.aborted.wait(0.05)
+    stream.fault = 719
+    assert comm.aborted.wait(10)
+    with pytest.raises(RuntimeError, match=f"{LOST}719"):
+        start(watch, Stream())
+
+
+def test_a_host_that_is_interrupted():
+    """The message may be on its way: it is watched until it ends, and if it has ended nothing is wrong."""
+    comm = Communicator()
+    watch = Watch(comm)
+    for stream in Stream(), Stuck():
+        with pytest.raises(KeyboardInterrupt), watch.over(stream, 0.01):
+            raise KeyboardInterrupt
+        assert comm.aborted.wait(10 if isinstance(stream, Stuck) else 0.1) == isinstance(stream, Stuck)
 
 
 def test_work_before_the_message_takes_as_long_as_it_likes():

@@ -1,0 +1,295 @@
+"""What engines do with streams, pinned memory and threads: on the stand-in, whose streams are made to lag behind."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+
+from cupybn import SyncBatchNorm, _engines, _watch
+from cupybn._watch import Watch
+from tests.reference import bits
+
+cupy = pytest.importorskip("cupy")
+if not hasattr(cupy, "emulator"):
+    pytest.skip("a GPU does not lag behind when it is told to", allow_module_level=True)
+
+from cupy import emulator  # noqa: E402
+from cupy.cuda import nccl, runtime  # noqa: E402
+
+# ---------------------------------------------------------------------------------------------------------------------
+# MPI, and streams that come to their work when somebody waits for them
+
+
+class Stream(cupy.cuda.Stream):
+    """What is copied to the device waits here until the host waits for the stream."""
+
+    def __init__(self):
+        super().__init__(non_blocking=True)
+        self.late = []
+
+    def synchronize(self):
+        while self.late:
+            self.late.pop(0)()
+        super().synchronize()
+
+
+@pytest.fixture
+def lag(monkeypatch):
+    """Copies from the host are late, as they may be from pinned memory."""
+    on_time = cupy.ndarray.set
+
+    def late(array, host):
+        cupy.cuda.get_current_stream().late.append(lambda: on_time(array, host))
+
+    monkeypatch.setattr(cupy.ndarray, "set", late)
+
+
+class Done:
+    def Test(self):  # noqa: N802
+        return True
+
+
+class Communicator:
+    """Of mpi4py, with a second rank that sends what this one does."""
+
+    def __init__(self):
+        self.attributes, self.sent = {}, []
+
+    def Is_inter(self):  # noqa: N802
+        return False
+
+    def Get_rank(self):  # noqa: N802
+        return 0
+
+    def Get_size(self):  # noqa: N802
+        return 2
+
+    def Get_attr(self, key):  # noqa: N802
+        return self.attributes.get(key)
+
+    def Set_attr(self, key, value):  # noqa: N802
+        self.attributes[key] = value
+
+    def Iallgather(self, sent, received):  # noqa: N802
+        received[...] = sent
+        return Done()
+
+    def Iallreduce(self, sent, received):  # noqa: N802
+        np.multiply(sent, 2, out=received[0])
+        return Done()
+
+    def Isend(self, row, rank, tag):  # noqa: N802
+        self.sent.append((rank, row.get(blocking=False)))
+        return Done()
+
+    def Irecv(self, row, rank, tag):  # noqa: N802
+        return Done()
+
+
+@pytest.fixture
+def engine(monkeypatch):
+    monkeypatch.setattr(_engines, "_lost_key", lambda: "lost")
+    monkeypatch.setattr(_engines, "_abandoned", [])
+    return _engines.MPIEngine(Communicator(), 5)
+
+
+def row_of(value):
+    return cupy.full((1, 3), float(value))
+
+
+def test_pinned_memory_over_two_streams(lag, engine, monkeypatch):
+    """A message of one stream does not overwrite what another one has not yet copied to the device."""
+    monkeypatch.setattr(_engines, "cuda_aware", lambda: False)
+    rows, results = [row_of(1), row_of(2)], []
+    streams = Stream(), Stream()
+    for collective, factor in (engine.gather, 1), (engine.sum, 2):
+        results = []
+        for stream, row in zip(streams, rows, strict=True):
+            with stream:
+                results.append(collective(row, np.zeros(1))[0])
+        for stream, result, value in zip(streams, results, (1, 2), strict=True):
+            stream.synchronize()
+            assert (result.get() == factor * value).all()
+
+
+def test_pinned_memory_that_is_freed_after_a_pass(lag, engine):
+    """CuPy may give it to somebody else at once, whatever streams have still to do with it."""
+    row, stream = row_of(1), Stream()
+    with stream:
+        total, _ = engine.sum(row, np.zeros(1))
+        (staging,) = engine._staging.values()
+        staging.received[...] = staging.sent[...] = -1
+        stream.synchronize()
+    assert (total.get() == 2).all()
+
+
+def test_memory_of_a_gpu_is_sent_when_it_is_written(engine, monkeypatch):
+    """MPI knows nothing of streams."""
+    monkeypatch.setattr(_engines, "cuda_aware", lambda: True)
+    row, stream = row_of(0), Stream()
+    stream.late.append(lambda: row.fill(7))
+    with stream:
+        engine.gather(row, np.zeros(2))
+    ((rank, sent),) = engine._comm.sent
+    assert rank == 1
+    assert (sent == 7).all()
+
+
+def test_memory_is_allocated_before_a_message_is_sent(engine, monkeypatch):
+    """A rank that runs out of it afterwards would be behind the others."""
+    row, sent = row_of(0), []
+    monkeypatch.setattr(engine._comm, "Iallreduce", lambda *_: sent.append(1))
+    engine._staging[1, 4] = _engines._Staging(1, 4)
+
+    def malloc(size):
+        raise MemoryError
+
+    cupy.cuda.set_allocator(malloc)
+    try:
+        with pytest.raises(MemoryError):
+            engine.sum(row, np.zeros(1))
+    finally:
+        cupy.cuda.set_allocator()
+    assert sent == []
+
+
+def test_a_lost_communicator_used_again(engine, monkeypatch):
+    """By any layer, and in any way: nothing more is sent, and it says at once why."""
+    started = []
+
+    class Never:
+        def Test(self):  # noqa: N802
+            return False
+
+    def start(*_):
+        started.append(1)
+        return Never()
+
+    for name in "Iallgather", "Iallreduce", "Isend", "Irecv":
+        monkeypatch.setattr(engine._comm, name, start)
+    engine.timeout = 0.01
+    with pytest.raises(RuntimeError, match=r"^rank 0 expected all 2 ranks to exchange statistics within timeout=0\.01"):
+        engine.texts("hello")
+    assert started == [1]
+    again = _engines.MPIEngine(engine._comm, None)  # would wait for ever
+    for aware in False, True:
+        monkeypatch.setattr(_engines, "cuda_aware", lambda aware=aware: aware)
+        for call in (
+            lambda: again.texts("hello"),
+            lambda: again.gather(np.ones((1, 3)), np.zeros(2)),
+            lambda: again.gather(row_of(1), np.zeros(2)),
+            lambda: again.sum(row_of(1), np.zeros(1)),
+        ):
+            with pytest.raises(RuntimeError, match=r"^rank 0 has lost the other ranks .*: expected all 2 ranks"):
+                call()
+    assert started == [1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# NCCL, and what threads may do
+
+
+class Aborted(nccl.NcclCommunicator):
+    """Of two ranks, and none of its messages ever comes."""
+
+    comm = 1
+
+    def __init__(self):
+        self.aborted = threading.Event()
+
+    def size(self):
+        return 2
+
+    def device_id(self):
+        return runtime.getDevice()
+
+    def check_async_error(self):
+        pass
+
+    def allGather(self, *_):  # noqa: N802
+        pass
+
+    def allReduce(self, *_):  # noqa: N802
+        pass
+
+    def abort(self):
+        self.aborted.set()
+
+
+@pytest.fixture(autouse=True)
+def threads(monkeypatch):
+    """Of watches: they end soon."""
+    monkeypatch.setattr(_watch, "IDLE", 0.02)
+    monkeypatch.setattr(_watch, "NAP", 0.001)
+
+
+def wait_for(watch):
+    thread = watch._thread
+    if thread is not None:
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+def test_what_an_aborted_message_leaves_is_nan(rng):
+    """No rank takes for the statistics of all what memory held before."""
+    x = cupy.asarray(rng.standard_normal((4, 3, 5)))
+    layer = SyncBatchNorm(3, device="cuda:0", comm=Aborted())
+    before = bits(*layer.state_dict().values())
+    y, vjp_fn = layer.vjp(x)
+    assert np.isnan(y.get()).all()
+    assert np.isnan(vjp_fn(x).input.get()).all()
+    assert bits(*layer.state_dict().values()) == before
+    engine = layer._group.engine
+    assert np.isnan(engine.gather(row_of(1), np.zeros(2))[0].get()).all()
+    assert np.isnan(engine.sum(row_of(1), np.zeros(1))[0].get()).all()
+
+
+def test_a_communicator_whose_module_nobody_has_imported(monkeypatch):
+    """CuPy does not import `cupy.cuda.nccl` by itself, and its class is that of another module."""
+    monkeypatch.delattr(cupy.cuda, "nccl")
+    engine = _engines.engine_for(Aborted(), 5)
+    assert engine.gather(row_of(1), np.zeros(2))[0].shape == (2, 3)
+    assert engine.sum(row_of(1), np.zeros(1))[0].shape == (1, 3)
+
+
+def test_a_message_is_watched_while_another_thread_captures():
+    """In the mode of PyTorch, where nobody may ask for an event who has not said that it means no harm."""
+    captures, stream = cupy.cuda.Stream(non_blocking=True), cupy.cuda.Stream(non_blocking=True)
+    comm = Aborted()
+    watch = Watch(comm)
+    captures.begin_capture(runtime.streamCaptureModeGlobal)
+    with watch.over(stream, 10):
+        pass
+    wait_for(watch)
+    captures.end_capture()
+    assert not watch.failed
+    assert not comm.aborted.is_set()
+
+
+def test_a_fault_of_the_device_ends_a_message_at_once():
+    """With its own text; there is no time limit here."""
+    comm = Aborted()
+    watch = Watch(comm)
+    text = r"^NCCL has lost the other ranks of this communicator: cudaErrorLaunchFailure: unspecified launch failure$"
+    with pytest.raises(RuntimeError, match=text), watch.over(cupy.cuda.Stream(), None), emulator.broken():
+        assert comm.aborted.wait(10)
+    with pytest.raises(RuntimeError, match=text):
+        watch.check()
+
+
+def test_the_thread_works_on_the_device_of_the_message():
+    """Else it would start the first one, for nothing."""
+    asked = threading.Event()
+
+    class Asked(Aborted):
+        def check_async_error(self):
+            self.device = runtime.getDevice()
+            asked.set()
+
+    with emulator.pretend(emulator.H200, emulator.H200), cupy.cuda.Device(1):
+        comm = Asked()
+        with Watch(comm).over(cupy.cuda.Stream(), None):
+            assert asked.wait(10)
+    assert comm.device == 1
