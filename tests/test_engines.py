@@ -80,11 +80,11 @@ class Communicator:
         np.multiply(sent, 2, out=received[0])
         return Done()
 
-    def Isend(self, row, rank, tag):  # noqa: N802
+    def Isend(self, row, rank, _):  # noqa: N802
         self.sent.append((rank, row.get(blocking=False)))
         return Done()
 
-    def Irecv(self, row, rank, tag):  # noqa: N802
+    def Irecv(self, *_):  # noqa: N802
         return Done()
 
 
@@ -99,7 +99,8 @@ def row_of(value):
     return cupy.full((1, 3), float(value))
 
 
-def test_pinned_memory_over_two_streams(lag, engine, monkeypatch):
+@pytest.mark.usefixtures("lag")
+def test_pinned_memory_over_two_streams(engine, monkeypatch):
     """A message of one stream does not overwrite what another one has not yet copied to the device."""
     monkeypatch.setattr(_engines, "cuda_aware", lambda: False)
     rows, results = [row_of(1), row_of(2)], []
@@ -114,7 +115,8 @@ def test_pinned_memory_over_two_streams(lag, engine, monkeypatch):
             assert (result.get() == factor * value).all()
 
 
-def test_pinned_memory_that_is_freed_after_a_pass(lag, engine):
+@pytest.mark.usefixtures("lag")
+def test_pinned_memory_that_is_freed_after_a_pass(engine):
     """CuPy may give it to somebody else at once, whatever streams have still to do with it."""
     row, stream = row_of(1), Stream()
     with stream:
@@ -143,7 +145,7 @@ def test_memory_is_allocated_before_a_message_is_sent(engine, monkeypatch):
     monkeypatch.setattr(engine._comm, "Iallreduce", lambda *_: sent.append(1))
     engine._staging[1, 4] = _engines._Staging(1, 4)
 
-    def malloc(size):
+    def malloc(_):
         raise MemoryError
 
     cupy.cuda.set_allocator(malloc)
@@ -173,7 +175,7 @@ def test_a_lost_communicator_used_again(engine, monkeypatch):
     with pytest.raises(RuntimeError, match=r"^rank 0 expected all 2 ranks to exchange statistics within timeout=0\.01"):
         engine.texts("hello")
     assert started == [1]
-    again = _engines.MPIEngine(engine._comm, None)  # would wait for ever
+    again = _engines.MPIEngine(engine._comm, 0.01)
     for aware in False, True:
         monkeypatch.setattr(_engines, "cuda_aware", lambda aware=aware: aware)
         for call in (

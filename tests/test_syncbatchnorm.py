@@ -45,12 +45,12 @@ def start(ranks, *arguments):
 
 
 def finish(process, timeout):
-    """Its output. It is killed if it takes too long."""
+    """Its output. If it takes too long it is ended, and the test fails."""
     try:
         return process.communicate(timeout=timeout)[0]
     except subprocess.TimeoutExpired:
         process.terminate()  # so that mpiexec takes the ranks with it
-        return f"{process.communicate()[0]}\nmore than {timeout} s"
+        pytest.fail(f"{process.communicate()[0]}\nmore than {timeout} s")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

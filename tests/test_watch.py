@@ -47,7 +47,7 @@ class Stream:
     def __init__(self, runs=True, capturing=False):
         self.runs, self.capturing = runs, capturing
 
-    def has_come_to(self, place):
+    def has_come_to(self, _):
         return self.runs
 
     def is_capturing(self):
