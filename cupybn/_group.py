@@ -81,10 +81,10 @@ class Group:
             if self._exchange is _Exchange.OVER:
                 self._behind = text
             elif self._exchange is _Exchange.AHEAD:
-                self._behind = text  # if this is interrupted in its turn
+                self._lost = text  # if this is interrupted in its turn
                 with contextlib.suppress(Exception):  # what it was to say is worth more than that nobody listens
                     self._withdraw(FAILED + text, forward, channels, device)
-                self._behind = None
+                self._lost = None
             elif not isinstance(error, (RuntimeError, ValueError)):  # which are raised on all ranks
                 self._lost = text
             raise
