@@ -191,7 +191,7 @@ class MPIEngine:
                 else:
                     time.sleep(min(waited / 50, LONGEST_NAP))
         except BaseException as error:
-            _abandoned.append((self._comm, requests, buffers))
+            _abandoned.append((self._comm, requests if len(requests) == len(starts) else None, buffers))
             reason = str(error).removeprefix(f"rank {self.rank} ") or type(error).__qualname__
             lost = f"rank {self.rank} has lost the other ranks of this communicator: {reason}"
             self._comm.Set_attr(_lost_key(), lost)
@@ -213,8 +213,11 @@ def _lost_key() -> int:
     return key
 
 
-_abandoned: list[tuple[Any, list[Any], object]] = []
-"""Communicators, requests and buffers of exchanges that never ended: MPI may still write into their memory."""
+_abandoned: list[tuple[Any, list[Any] | None, object]] = []
+"""Communicators, requests and buffers of exchanges that never ended: MPI may still write into their memory.
+
+Requests are None if not all of them are known.
+"""
 
 
 @atexit.register
@@ -222,7 +225,7 @@ def _abort_if_lost() -> None:
     """At the end of a process: MPI would wait for the ranks that it has lost, for ever."""
     for comm, requests, _ in _abandoned:
         try:
-            lost = not all(request.Test() for request in requests)
+            lost = requests is None or not all(request.Test() for request in requests)
         except Exception:
             lost = True
         if lost:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -46,9 +47,16 @@ def lag(monkeypatch):
     monkeypatch.setattr(cupy.ndarray, "set", late)
 
 
-class Done:
+class Request:
+    """That is done, is not, or raises an error."""
+
+    def __init__(self, done=True):
+        self.done = done
+
     def Test(self):  # noqa: N802
-        return True
+        if self.done is None:
+            raise OSError("a rank has died")
+        return self.done
 
 
 class Communicator:
@@ -74,18 +82,18 @@ class Communicator:
 
     def Iallgather(self, sent, received):  # noqa: N802
         received[...] = sent
-        return Done()
+        return Request()
 
     def Iallreduce(self, sent, received):  # noqa: N802
         np.multiply(sent, 2, out=received[0])
-        return Done()
+        return Request()
 
     def Isend(self, row, rank, _):  # noqa: N802
         self.sent.append((rank, row.get(blocking=False)))
-        return Done()
+        return Request()
 
     def Irecv(self, *_):  # noqa: N802
-        return Done()
+        return Request()
 
 
 @pytest.fixture
@@ -103,16 +111,17 @@ def row_of(value):
 def test_pinned_memory_over_two_streams(engine, monkeypatch):
     """A message of one stream does not overwrite what another one has not yet copied to the device."""
     monkeypatch.setattr(_engines, "cuda_aware", lambda: False)
-    rows, results = [row_of(1), row_of(2)], []
+    rows = row_of(1), row_of(2)
     streams = Stream(), Stream()
     for collective, factor in (engine.gather, 1), (engine.sum, 2):
         results = []
-        for stream, row in zip(streams, rows, strict=True):
+        for stream, row, value in zip(streams, rows, (1, 2), strict=True):
             with stream:
-                results.append(collective(row, np.zeros(1))[0])
-        for stream, result, value in zip(streams, results, (1, 2), strict=True):
+                results.append(collective(row, np.array([value + 10.0])))
+        for stream, (result, header), value in zip(streams, results, (1, 2), strict=True):
             stream.synchronize()
             assert (result.get() == factor * value).all()
+            assert (header == factor * (value + 10)).all()
 
 
 @pytest.mark.usefixtures("lag")
@@ -161,13 +170,9 @@ def test_a_lost_communicator_used_again(engine, monkeypatch):
     """By any layer, and in any way: nothing more is sent, and it says at once why."""
     started = []
 
-    class Never:
-        def Test(self):  # noqa: N802
-            return False
-
     def start(*_):
         started.append(1)
-        return Never()
+        return Request(done=False)
 
     for name in "Iallgather", "Iallreduce", "Isend", "Irecv":
         monkeypatch.setattr(engine._comm, name, start)
@@ -187,6 +192,73 @@ def test_a_lost_communicator_used_again(engine, monkeypatch):
             with pytest.raises(RuntimeError, match=r"^rank 0 has lost the other ranks .*: expected all 2 ranks"):
                 call()
     assert started == [1]
+
+
+def test_all_messages_of_an_exchange_are_waited_for(engine, monkeypatch):
+    monkeypatch.setattr(_engines, "cuda_aware", lambda: True)
+    monkeypatch.setattr(engine._comm, "Isend", lambda *_: Request(done=False))
+    engine.timeout = 0.01
+    with pytest.raises(RuntimeError, match=r"^rank 0 expected all 2 ranks"):
+        engine.gather(row_of(1), np.zeros(2))
+
+
+def test_memory_that_mpi_may_still_write_to_is_kept(engine, monkeypatch):
+    kept = []
+
+    def start(*buffers):
+        arrays = [array if array.base is None else array.base for array in buffers if not isinstance(array, int)]
+        kept.extend(map(weakref.ref, arrays))
+        return Request(done=False)
+
+    for name in "Iallgather", "Iallreduce", "Isend", "Irecv":
+        monkeypatch.setattr(engine._comm, name, start)
+    engine.timeout = 0.001
+    for aware, row in (False, np.ones((1, 3))), (False, row_of(1)), (True, row_of(1)):
+        monkeypatch.setattr(_engines, "cuda_aware", lambda aware=aware: aware)
+        for call, header in (engine.gather, np.zeros(2)), (engine.sum, np.zeros(1)):
+            engine._comm.attributes.clear()
+            engine._staging.clear()
+            with pytest.raises(RuntimeError, match=r"^rank 0 expected all"):
+                call(row, header)
+    del row, header, call
+    assert len(kept) == 4 + 4 + 6
+    assert all(reference() is not None for reference in kept)
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError, None])
+def test_mpi_is_aborted_at_the_end_if_an_exchange_never_ended(engine, monkeypatch, error, late):
+    """Not if it has ended since, but where nobody knows."""
+    comm, aborted, request = engine._comm, [], Request(done=False)
+    comm.Abort = aborted.append
+
+    def start(*_):
+        if error is not None:
+            raise error
+        return request
+
+    monkeypatch.setattr(comm, "Iallgather", start)
+    engine.timeout = 0.001
+    _engines._abort_if_lost()
+    with pytest.raises(KeyboardInterrupt if error is KeyboardInterrupt else RuntimeError):
+        engine.texts("hello")
+    request.done = late
+    _engines._abort_if_lost()
+    assert aborted == ([] if late and error is None else [1])
+    request.done = None
+    _engines._abort_if_lost()
+    assert aborted[-1:] == [1]
+
+
+def test_errors_of_mpi_are_told_in_the_librarys_words(engine, monkeypatch):
+    def start(*_):
+        raise OSError("a rank has died")
+
+    monkeypatch.setattr(engine._comm, "Iallreduce", start)
+    text = "^rank 0 has lost the other ranks of this communicator: a rank has died$"
+    with pytest.raises(RuntimeError, match=text) as caught:
+        engine.sum(np.ones((1, 3)), np.zeros(1))
+    assert type(caught.value.__cause__) is OSError
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -85,23 +85,26 @@ class Stuck(Stream):
     """All that comes after its first event never runs."""
 
     def has_come_to(self, place):
-        return place == 0
+        return self.runs and place == 0
 
 
 def test_messages_that_end_are_forgotten():
     comm = Communicator()
     watch = Watch(comm)
     for _ in range(3):
-        start(watch, Stream(), timeout=0.001)
-    time.sleep(0.05)
+        stream = Stream(runs=False)  # while the host is in the call
+        start(watch, stream, timeout=0.05)
+        stream.runs = True
+    time.sleep(0.2)
     start(watch, Stream())
     assert not comm.aborted.is_set()
 
 
 def test_a_message_that_never_ends():
-    comm = Communicator()
+    comm, stream = Communicator(), Stuck(runs=False)
     watch = Watch(comm)
-    start(watch, Stuck(), timeout=0.01)
+    start(watch, stream, timeout=0.01)
+    stream.runs = True
     assert comm.aborted.wait(10)
     assert watch.failed
     with pytest.raises(RuntimeError, match=rf"{LOST}a message has taken more than 0.01 s"):
