@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import io
+import sys
 import threading
 import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -228,9 +232,18 @@ def test_memory_that_mpi_may_still_write_to_is_kept(engine, monkeypatch):
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError, None])
 def test_mpi_is_aborted_at_the_end_if_an_exchange_never_ended(engine, monkeypatch, error, late):
-    """Not if it has ended since, but where nobody knows."""
+    """Not if it has ended since, but where nobody knows. What has been printed is not lost."""
     comm, aborted, request = engine._comm, [], Request(done=False)
-    comm.Abort = aborted.append
+    printed = [io.TextIOWrapper(io.BytesIO()) for _ in range(2)]
+    for name, stream in zip(("stdout", "stderr"), printed, strict=True):
+        monkeypatch.setattr(sys, name, stream)
+        stream.write("lost")
+
+    def abort(status):
+        assert [stream.buffer.getvalue() for stream in printed] == [b"lost"] * 2
+        aborted.append(status)
+
+    comm.Abort = abort
 
     def start(*_):
         if error is not None:
@@ -259,6 +272,43 @@ def test_errors_of_mpi_are_told_in_the_librarys_words(engine, monkeypatch):
     with pytest.raises(RuntimeError, match=text) as caught:
         engine.sum(np.ones((1, 3)), np.zeros(1))
     assert type(caught.value.__cause__) is OSError
+
+
+@pytest.mark.parametrize(
+    ("kinds", "query", "expected"),
+    [
+        ("system,cuda:device", None, True),
+        ("system", None, False),
+        (None, 1, True),
+        (None, 0, False),
+        (None, None, False),
+        ("system", 1, True),
+    ],
+)
+@pytest.mark.parametrize(("overruled", "result"), [("0", False), ("1", True), ("", None), (None, None)])
+def test_where_mpi_says_that_it_takes_memory_of_gpus(monkeypatch, kinds, query, expected, overruled, result):
+    """In an info, or by a function. An empty variable overrules nothing."""
+    if overruled is None:
+        monkeypatch.delenv("CUPYBN_CUDA_AWARE_MPI", raising=False)
+    else:
+        monkeypatch.setenv("CUPYBN_CUDA_AWARE_MPI", overruled)
+    info = SimpleNamespace(Get={"mpi_memory_alloc_kinds": kinds}.get)
+    world = SimpleNamespace(Get_info=lambda: info)
+    monkeypatch.setitem(sys.modules, "mpi4py.MPI", SimpleNamespace(COMM_WORLD=world, __file__="mpi"))
+    library = SimpleNamespace() if query is None else SimpleNamespace(MPIX_Query_cuda_support=lambda: query)
+    monkeypatch.setattr(_engines.ctypes, "CDLL", {"mpi": library}.get)
+    assert _engines.cuda_aware.__wrapped__() is (expected if result is None else result)
+
+
+def test_texts_have_one_length(engine):
+    """Longer ones are cut, also in the middle of a letter."""
+    for text, said in (
+        ("3 channels", "3 channels"),
+        ("", ""),
+        ("a" * 300, "a" * 256),
+        ("a" + "ä" * 300, "a" + "ä" * 127),
+    ):
+        assert engine.texts(text) == [said] * 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -326,6 +376,55 @@ def test_a_communicator_whose_module_nobody_has_imported(monkeypatch):
     engine = _engines.engine_for(Aborted(), 5)
     assert engine.gather(row_of(1), np.zeros(2))[0].shape == (2, 3)
     assert engine.sum(row_of(1), np.zeros(1))[0].shape == (1, 3)
+
+
+def test_what_a_communicator_can_send():
+    """CuPy arrays on its device: the pointers of others mean nothing to it."""
+    with emulator.pretend(emulator.H200, emulator.H200):
+        engine = _engines.engine_for(Aborted(), 5)
+        with cupy.cuda.Device(1):
+            elsewhere = row_of(1)
+        engine.check(row_of(1))
+        for array, said in (elsewhere, "CuPy array on cuda:1"), (np.ones((1, 3)), "NumPy array"):
+            with pytest.raises(TypeError, match=rf"^expected input to be a CuPy array on cuda:0, .* \(got {said}\)$"):
+                engine.check(array)
+
+
+def test_communicators_that_are_no_more():
+    comm = Aborted()
+    engine = _engines.engine_for(comm, 5)
+    assert _engines.engine_for(comm, 5)._watch is engine._watch
+    engine._watch._failure = "a rank has died"  # and the communicator is about to be aborted
+    destroyed = Aborted()
+    destroyed.comm = 0
+    for lost in comm, destroyed:
+        with pytest.raises(ValueError, match=r"^expected comm to be alive \(got an NCCL communicator that was aborted"):
+            _engines.engine_for(lost, 5)
+
+
+def test_texts_go_over_the_device_of_the_communicator(monkeypatch):
+    """Whatever the current one is. What an aborted message leaves is no text."""
+
+    class Echo(Aborted):
+        def allGather(self, sent, received, count, *_):  # noqa: N802
+            assert runtime.getDevice() == 1
+            ctypes.memmove(received, sent, 8 * count)
+            ctypes.memmove(received + 8 * count, sent, 8 * count)
+
+    with emulator.pretend(emulator.H200, emulator.H200):
+        with cupy.cuda.Device(1):
+            engine = _engines.engine_for(Echo(), 5)
+            assert engine._device == 1
+        assert engine.texts("3 channels") == ["3 channels"] * 2
+        get = cupy.ndarray.get
+
+        def aborted_meanwhile(array, *args, **kwargs):
+            engine._watch._failure = "a rank has died"
+            return get(array, *args, **kwargs)
+
+        monkeypatch.setattr(cupy.ndarray, "get", aborted_meanwhile)
+        with pytest.raises(RuntimeError, match=r"^NCCL has lost the other ranks .*: a rank has died$"):
+            engine.texts("3 channels")
 
 
 def test_a_message_is_watched_while_another_thread_captures():

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -173,6 +174,7 @@ def test_time_limits_that_are_none(timeout):
     assert layer.timeout == 5
     engine = Alone()
     layer.comm = engine
+    assert engine.timeout == 5
     layer.timeout = None
     assert engine.timeout is None
 
@@ -213,6 +215,14 @@ def test_what_is_no_communicator(comm):
         with pytest.raises(TypeError, match=r"^expected comm to be a communicator of mpi4py.* \(got "):
             call()
     assert layer.comm is None
+
+
+@pytest.mark.parametrize("name", ["size", "check", "gather", "sum", "texts"])
+def test_what_is_no_engine(name):
+    """It lacks something of the protocol, which would be missed in the middle of a pass."""
+    engine = SimpleNamespace(**{other: None for other in ("size", "check", "gather", "sum", "texts") if other != name})
+    with pytest.raises(TypeError, match=r"^expected comm to be .*an engine or None \(got SimpleNamespace\)$"):
+        SyncBatchNorm(3, device="cpu", comm=engine)
 
 
 def test_communicators_that_cannot_be_used():
