@@ -75,7 +75,8 @@ class SyncBatchNorm(_BatchNorm):
 
     If a rank is lost, the others raise after ``timeout`` seconds, their buffers as they were. The communicator is of no
     more use then: a rank that was only late may have gone on, and has other buffers. At the end of such a process MPI
-    is aborted, as it would wait for ever.
+    is aborted, as it would wait for ever. A rank that is interrupted, as by Ctrl-C, tells the others like one that
+    raises; in the middle of an exchange, it has lost them.
 
     With NCCL, no host sees what is sent or waits for it. Where a rank raises after the first pass, outputs of the
     others are NaN; where one is lost, those of the pass are, and the next call raises. Another dtype is noticed in the

@@ -44,7 +44,7 @@ class Rank:
 
     def exchange(self, what, message):
         self.inboxes[1 - self.rank].put((what, message))
-        received = self.inboxes[self.rank].get(timeout=60)
+        received = self.inboxes[self.rank].get(timeout=20)
         if received is LEFT:
             self.inboxes[self.rank].put(LEFT)
             raise RuntimeError("the other rank has left")
