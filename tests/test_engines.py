@@ -402,6 +402,27 @@ def test_communicators_that_are_no_more():
             _engines.engine_for(lost, 5)
 
 
+def test_a_rank_that_raises_says_so_on_the_device_of_the_layer():
+    """Whatever the current one is."""
+    devices = []
+
+    class Seen(Aborted):
+        def allGather(self, *_):  # noqa: N802
+            devices.append(runtime.getDevice())
+
+        allReduce = allGather  # noqa: N815
+
+    with emulator.pretend(emulator.H200, emulator.H200):
+        with cupy.cuda.Device(1):
+            layer, x = SyncBatchNorm(3, device="cuda:1", comm=Seen()), cupy.ones((4, 3))
+        _, vjp_fn = layer.vjp(x)
+        devices.clear()
+        for call in lambda: layer(x, residual=3), lambda: vjp_fn(3):
+            with pytest.raises(TypeError, match=r"^expected (residual|grad_output) to be"):
+                call()
+        assert devices == [1, 1]
+
+
 def test_texts_go_over_the_device_of_the_communicator(monkeypatch):
     """Whatever the current one is. What an aborted message leaves is no text."""
 

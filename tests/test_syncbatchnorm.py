@@ -172,11 +172,16 @@ def test_time_limits_that_are_none(timeout):
         with pytest.raises((TypeError, ValueError), match=r"^expected timeout "):
             call()
     assert layer.timeout == 5
+
+
+def test_time_limits_reach_the_engine():
+    layer = SyncBatchNorm(3, device="cpu", timeout=5)
     engine = Alone()
     layer.comm = engine
     assert engine.timeout == 5
-    layer.timeout = None
-    assert engine.timeout is None
+    for timeout in 1e9, np.inf, None:
+        layer.timeout = timeout
+        assert engine.timeout is layer.timeout is timeout
 
 
 @pytest.mark.parametrize("cls", [BatchNorm1d, BatchNorm2d, BatchNorm3d])
@@ -198,8 +203,13 @@ def test_back_from_a_layer_that_was_never_there():
     layer = SyncBatchNorm(3, device="cpu")
     with pytest.raises(ValueError, match=r"^expected a layer that was made by from_batchnorm"):
         layer.to_batchnorm()
-    layer(np.ones((2, 3, 4, 5)))
-    assert type(layer.to_batchnorm()) is BatchNorm2d
+    with pytest.raises(ValueError, match=r"channels|elements"):
+        layer(np.ones((2, 4)))
+    with pytest.raises(ValueError, match=r"^expected a layer that was made by from_batchnorm"):
+        layer.to_batchnorm()
+    for shape in (2, 3, 4, 5), (2, 3):  # the first one tells
+        layer(np.ones(shape))
+        assert type(layer.to_batchnorm()) is BatchNorm2d
     with pytest.raises(TypeError, match=r"^expected layer to be a batch norm layer \(got int\)$"):
         SyncBatchNorm.from_batchnorm(3)
 
@@ -346,6 +356,9 @@ def test_eval_mode_sends_nothing(xp, device):
     ):
         _, vjp_fn = layer.eval().vjp(xp.ones((4, 3, 5)))
         vjp_fn(xp.ones((4, 3, 5)))
+        for call in lambda: layer("no array"), lambda: layer.vjp("no array"), lambda: vjp_fn("no array"):  # noqa: B023
+            with pytest.raises(TypeError, match="no|str"):
+                call()
     assert engine.messages == []
 
 

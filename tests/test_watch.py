@@ -135,6 +135,26 @@ def test_a_device_that_fails(make):
         start(watch, Stream())
 
 
+def test_what_failed_first_is_told():
+    """An abort may take long, and other things fail meanwhile."""
+
+    class Late(Communicator):
+        def check_async_error(self):
+            time.sleep(0.02)
+            raise RuntimeError("remote process exited")
+
+    comm = Late()
+    watch = Watch(comm)
+
+    def call():
+        with watch.over(Stream(), 0.01):
+            assert comm.aborted.wait(10)
+            raise RuntimeError("a message that was aborted")
+
+    with pytest.raises(RuntimeError, match=f"{LOST}remote process exited"):
+        call()
+
+
 def test_a_host_that_is_interrupted():
     """The message may be on its way: it is watched until it ends, and if it has ended nothing is wrong."""
     comm = Communicator()
@@ -184,6 +204,7 @@ def test_threads_and_communicators_are_let_go(monkeypatch):
     for _ in range(2):  # a thread anew, when there is something to watch
         start(watch, Stream())
         thread = watch._thread
+        assert thread.daemon  # a process may end meanwhile
         thread.join(10)
         assert not thread.is_alive()
         assert watch._thread is None
