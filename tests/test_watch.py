@@ -135,6 +135,20 @@ def test_a_device_that_fails(make):
         start(watch, Stream())
 
 
+def test_nothing_is_sent_after_a_failure():
+    """Not even before the communicator is aborted."""
+    watch, sent = Watch(Communicator()), []
+    watch._failure = "remote process exited"
+
+    def call():
+        with watch.over(Stream(), None):
+            sent.append(1)
+
+    with pytest.raises(RuntimeError, match=f"{LOST}remote process exited"):
+        call()
+    assert sent == []
+
+
 def test_what_failed_first_is_told():
     """An abort may take long, and other things fail meanwhile."""
 
