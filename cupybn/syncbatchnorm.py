@@ -75,7 +75,8 @@ class SyncBatchNorm(_BatchNorm):
 
     If a rank is lost, the others raise after ``timeout`` seconds, their buffers as they were. The communicator is of no
     more use then: a rank that was only late may have gone on, and has other buffers. At the end of such a process MPI
-    is aborted, as it would wait for ever.
+    is aborted, as it would wait for ever. A rank that is interrupted, as by Ctrl-C, tells the others like one that
+    raises; in the middle of an exchange, it has lost them.
 
     With NCCL, no host sees what is sent or waits for it. Where a rank raises after the first pass, outputs of the
     others are NaN; where one is lost, those of the pass are, and the next call raises. Another dtype is noticed in the
@@ -96,6 +97,12 @@ class SyncBatchNorm(_BatchNorm):
     >>> bool((dbias == 8 * comm.size).all())
     True
     """
+
+    _comm: Any
+    _group: Group | None
+    _timeout: float | None
+    _left_out: bool
+    """Whether this is a copy of a layer with a communicator, which the copy has not got."""
 
     def __init__(
         self,
@@ -250,8 +257,8 @@ class SyncBatchNorm(_BatchNorm):
         """Take a communicator, or leave all as it is and raise."""
         timeout = _checked_timeout(timeout)
         engine = None if comm is None else engine_for(comm, timeout)
-        self._group = Group(engine) if engine is not None and engine.size > 1 else None
-        self._comm, self._timeout, self._left_out = comm, timeout, False
+        group = Group(engine) if engine is not None and engine.size > 1 else None
+        vars(self).update(_comm=comm, _group=group, _timeout=timeout, _left_out=False)
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the communicator, which is of this process."""

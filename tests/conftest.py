@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -30,6 +31,13 @@ def _use_a_gpu_or_the_stand_in() -> None:
 
 
 _use_a_gpu_or_the_stand_in()
+
+with contextlib.suppress(ImportError):
+    from hypothesis import settings
+
+    # The same examples in every run, however long a busy machine takes for one.
+    settings.register_profile("cupybn", deadline=None, derandomize=True)
+    settings.load_profile("cupybn")
 
 
 @pytest.fixture(params=["cpu", "cuda:0"])

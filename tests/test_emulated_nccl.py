@@ -212,54 +212,6 @@ def test_memset():
     cupy.empty(0).data.memset(0, 0)
 
 
-def test_memset_can_be_captured():
-    x = cupy.ones(4, np.uint8)
-    with cupy.cuda.Stream() as stream:
-        stream.begin_capture()
-        x.data.memset_async(5, 2)
-        with pytest.raises(RuntimeError, match="the current stream is capturing"):
-            x.data.memset(0, 4)
-        with cupy.cuda.Stream.null:
-            x.data.memset_async(6, 3, stream)
-        graph = stream.end_capture()
-    np.testing.assert_array_equal(x.get(), [1, 1, 1, 1])
-    graph.launch()
-    np.testing.assert_array_equal(x.get(), [6, 6, 6, 1])
-
-
-def test_streams_by_their_handles():
-    is_capturing = cupy.cuda.runtime.streamIsCapturing
-    stream = cupy.cuda.Stream()
-    ptr = stream.ptr
-    assert not is_capturing(0)
-    assert not is_capturing(cupy.cuda.Stream.ptds.ptr)
-    assert not is_capturing(ptr)
-    with stream:
-        stream.begin_capture()
-        assert is_capturing(ptr)
-        with pytest.raises(CUDARuntimeError):
-            stream.synchronize()
-        with pytest.raises(RuntimeError, match="has invalidated the capture"):
-            is_capturing(ptr)
-        with pytest.raises(CUDARuntimeError):
-            stream.end_capture()
-    del stream
-    with pytest.raises(CUDARuntimeError, match="InvalidResourceHandle"):
-        is_capturing(ptr)
-
-
-def test_events_wait_on_the_host():
-    stream, event = cupy.cuda.Stream(), cupy.cuda.Event(disable_timing=True)
-    assert event.done
-    event.record(stream)
-    with emulator.record_syncs() as syncs:
-        assert event.done
-        assert syncs == []
-        event.synchronize()
-        stream.synchronize()
-        assert syncs == ["synchronize"] * 2
-
-
 def test_what_get_takes():
     x = cupy.ones((2, 3))
     for out, error in (

@@ -181,6 +181,7 @@ class Module:
         begin, end = ctypes.c_void_p(), ctypes.c_void_p()
         self.binary.emulated_shared(ctypes.byref(begin), ctypes.byref(end))
         self.shared = min(begin.value or 0, end.value or 0), end.value or 0  # the begin of nothing can be anywhere
+        self.devices: set[int] = set()  # where it has been loaded
         self.clusters = {name: self._cluster(name) for name in self.names}
 
     def _cluster(self, name: str) -> int:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import cupy
 from cupy import _dtypes
 from cupy._run import _leaves, run
-from cupy.cuda.stream import forbid_capture
+from cupy.cuda.stream import note_set
 
 Shape = int | tuple[int, ...]
 
@@ -110,7 +110,7 @@ def array(
         result = run(lambda obj: np.array(obj, dtype), (obj,))
     else:
         host = np.array(obj, dtype, order=order.upper())  # type: ignore[call-overload]
-        forbid_capture("a copy from the host, which the stand-in cannot capture,")
+        note_set()
         result = cupy.ndarray(host.shape, host.dtype, strides=_dense_strides(host, order))
         result._host[...] = host
         result._mark()

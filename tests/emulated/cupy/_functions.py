@@ -10,7 +10,7 @@ import numpy as np
 
 import cupy
 from cupy._run import run
-from cupy.cuda.stream import note_sync
+from cupy.cuda.stream import note_get
 
 
 def _names(text: str) -> frozenset[str]:
@@ -89,7 +89,7 @@ def lift(theirs: Callable[..., Any]) -> Callable[..., Any]:
         if name not in CREATION and args and _is_host_data(args[0]):
             raise TypeError(f"Unsupported type {type(args[0])}")
         if name in WAITING:
-            note_sync(name)
+            note_get(name)
         if name in SCALARS:
             return run(lambda *args, **kwargs: np.asarray(theirs(*args, **kwargs)), args, kwargs)
         return run(theirs, args, kwargs, view=name in VIEWS)

@@ -12,6 +12,8 @@ from weakref import WeakValueDictionary
 import numpy as np
 import numpy.typing as npt
 
+from cupy._errors import CUDARuntimeError, DetailError
+
 if TYPE_CHECKING:
     from cupy.cuda import Stream
 
@@ -93,31 +95,25 @@ class MemoryPointer:
 
     def memset(self, value: int, size: int) -> None:
         """Set so many bytes from here on."""
-        from cupy.cuda import get_current_stream
+        from cupy.cuda import Stream, get_current_stream
 
         if get_current_stream().is_capturing():
             raise RuntimeError("the current stream is capturing, so synchronous API calls are disallowed")
-        self._memset(value, size)()
+        Stream.null._enqueue(self._memset(value, size), "memset")
 
     def memset_async(self, value: int, size: int, stream: Stream | None = None) -> None:
         """Set so many bytes from here on, or note it where the stream is being captured."""
         from cupy.cuda import get_current_stream
 
         stream = get_current_stream() if stream is None else stream
-        work = self._memset(value, size)
-        if stream.is_capturing():
-            stream._record(work)
-        else:
-            work()
+        stream._enqueue(self._memset(value, size), "memset_async")
 
     def _memset(self, value: int, size: int) -> Callable[[], None]:
-        from cupy.cuda.runtime import CUDARuntimeError
-
         if size == 0:
             return lambda: None
         found = span(self.ptr, size)
         if found is None:
-            raise CUDARuntimeError(1, f"no {size} bytes of an array at {self.ptr:#x}")
+            raise CUDARuntimeError(1) from DetailError(f"no {size} bytes of an array at {self.ptr:#x}")
         return lambda: found.write(np.uint8(value & 0xFF))
 
 

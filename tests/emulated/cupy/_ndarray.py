@@ -14,7 +14,7 @@ import cupy
 from cupy import _dtypes, _memory
 from cupy._run import assign, run
 from cupy.cuda import Device, Stream, memory, runtime
-from cupy.cuda.stream import forbid_capture, get_current_stream, note_sync
+from cupy.cuda.stream import get_current_stream, note_get, note_set
 
 _IMPLICIT = (
     "Implicit conversion to a NumPy array is not allowed. Please use `.get()` to construct a NumPy array explicitly."
@@ -246,10 +246,7 @@ class ndarray:  # noqa: N801 - as CuPy has it
                 raise ValueError(f"Shape mismatch. Expected shape: {self.shape}, actual shape: {out.shape}")
             if not (out.flags.c_contiguous or out.flags.f_contiguous):
                 raise RuntimeError("`out` cannot be specified when copying to non-contiguous ndarray")
-        if blocking:
-            note_sync("get", stream)
-        else:
-            forbid_capture("get", stream)
+        note_get("get", stream, blocking)
         self._check()
         if out is None:
             return self._host.copy(order.upper())  # type: ignore[arg-type]
@@ -266,7 +263,7 @@ class ndarray:  # noqa: N801 - as CuPy has it
             raise ValueError(f"Shape mismatch. Old shape: {self.shape}, new shape: {arr.shape}")
         if not self.flags.forc:
             raise RuntimeError("Cannot set to non-contiguous array")
-        forbid_capture("a copy from the host", stream)
+        note_set(stream)
         self._host[...] = arr
         self._mark()
 
@@ -342,7 +339,7 @@ class ndarray:  # noqa: N801 - as CuPy has it
             return self._view(self._host[items if any(item is ... for item in items) else (*items, ...)])
         items = _indices(items)
         if any(isinstance(item, ndarray) and item.dtype == bool for item in items):
-            note_sync("boolean index")  # how many elements there are, only the device knows
+            note_get("boolean index")  # how many elements there are, only the device knows
 
         def take(host: npt.NDArray[Any], *key: Any) -> Any:
             return host[key]
@@ -384,7 +381,8 @@ class ndarray:  # noqa: N801 - as CuPy has it
             source = self.astype(self.dtype, order=order, copy=False)
         if not source.flags.forc:
             raise NotImplementedError("CuPy cannot copy non-contiguous array between devices.")
-        forbid_capture("a copy between devices, which the stand-in cannot capture,")
+        if get_current_stream()._capture is not None:
+            raise NotImplementedError("the stand-in for CuPy cannot capture a copy between devices")
         source._check()
         result = _empty_of_order(source, source.dtype, "K")
         result._host[...] = source._host
@@ -458,7 +456,7 @@ class ndarray:  # noqa: N801 - as CuPy has it
 
     def nonzero(self) -> tuple[ndarray, ...]:
         """The indices of the elements that are not zero."""
-        note_sync("nonzero")
+        note_get("nonzero")
         result: tuple[ndarray, ...] = run(np.nonzero, (self,))
         return result
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import operator
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -12,9 +13,9 @@ import numpy as np
 
 from cupy import _memory, emulator
 from cupy._compiler import MOST_SHARED, CompileException, Module, Parameter, runtime
+from cupy._errors import CUDADriverError, DetailError
 from cupy._ndarray import byte_range, ndarray
-from cupy.cuda import Device, get_current_stream
-from cupy.cuda import runtime as cuda_runtime
+from cupy.cuda import Device, _capture, get_current_stream
 
 
 class EmulationError(RuntimeError):
@@ -52,11 +53,20 @@ def _has_clusters() -> bool:
 
 
 def _compile(module: Module | None, code: str, options: Sequence[str]) -> Module:
-    """Compile, unless it is done. The text is for the current device, which can be another one than before."""
+    """Compile, and load for the current device, unless it is done."""
     module = Module(code, options) if module is None else module
     if any(module.clusters.values()) and not _has_clusters():
         raise CompileException("error: __cluster_dims__ is not supported for this GPU architecture")
+    device = Device().id
+    if device not in module.devices:
+        _capture.check(_capture.status_of_unsafe_call(device), "cuModuleLoadData", CUDADriverError)
+        module.devices.add(device)
     return module
+
+
+def _expect_tuple(name: str, value: Any) -> None:
+    if not isinstance(value, tuple):
+        raise TypeError(f"Argument {name!r} has incorrect type (expected tuple, got {type(value).__name__})")
 
 
 class RawModule:
@@ -66,14 +76,15 @@ class RawModule:
         self,
         *,
         code: str,
-        options: Sequence[str] = (),
+        options: tuple[str, ...] = (),
         backend: str = "nvrtc",
         name_expressions: Sequence[str] | None = None,
         enable_cooperative_groups: bool = False,
     ) -> None:
         if name_expressions or enable_cooperative_groups:
             raise NotImplementedError('the stand-in for CuPy has extern "C" kernels and ordinary launches only')
-        self.code, self.options, self.backend = code, tuple(options), backend
+        _expect_tuple("options", options)
+        self.code, self.options, self.backend = code, options, backend
         self._module: Module | None = None
 
     def compile(self, log_stream: Any = None) -> None:  # noqa: ARG002
@@ -96,14 +107,15 @@ class RawKernel:
         self,
         code: str,
         name: str,
-        options: Sequence[str] = (),
+        options: tuple[str, ...] = (),
         backend: str = "nvrtc",
         *,
         enable_cooperative_groups: bool = False,
     ) -> None:
         if enable_cooperative_groups:
             raise NotImplementedError("the stand-in for CuPy has ordinary launches only")
-        self.code, self.name, self.options, self.backend = code, name, tuple(options), backend
+        _expect_tuple("options", options)
+        self.code, self.name, self.options, self.backend = code, name, options, backend
         self._max_dynamic: dict[int, int] = {}  # of each device where the program has set it
         self._module: Module | None = None
 
@@ -111,7 +123,7 @@ class RawKernel:
         """Compile, unless it is done."""
         self._module = _compile(self._module, self.code, self.options)
         if self.name not in self._module.names:
-            raise cuda_runtime.CUDARuntimeError(f"CUDA_ERROR_NOT_FOUND: named symbol not found ({self.name})")
+            raise CUDADriverError(500) from DetailError(self.name)
 
     @property
     def kernel(self) -> RawKernel:
@@ -138,15 +150,13 @@ class RawKernel:
     def max_dynamic_shared_size_bytes(self, size: int) -> None:
         device = Device().id
         if not 0 <= size <= emulator.devices[device].shared_memory_per_block_optin - self.shared_size_bytes:
-            raise cuda_runtime.CUDARuntimeError(
-                f"CUDA_ERROR_INVALID_VALUE: invalid argument ({size} bytes of dynamic shared memory)"
-            )
+            raise CUDADriverError(1) from DetailError(f"{size} bytes of dynamic shared memory")
         self._max_dynamic[device] = size
 
     def __call__(
         self,
-        grid: Sequence[int],
-        block: Sequence[int],
+        grid: tuple[int, ...],
+        block: tuple[int, ...],
         args: Sequence[Any],
         *,
         shared_mem: int = 0,
@@ -180,15 +190,12 @@ class RawKernel:
                 emulator.Launch(self.name, *dims, shared_mem, device.id, stream.ptr, *traffic, max(1, cluster))
             )
 
-        if stream.is_capturing():
-            stream._record(run)
-        else:
-            run()
+        stream._enqueue(run, f"launch of {self.name}", CUDADriverError)
 
     def _check_size(self, block: tuple[int, ...], shared_mem: int) -> None:
         properties = emulator.devices[Device().id]
         if math.prod(block) > properties.threads_per_block:
-            raise cuda_runtime.CUDARuntimeError(f"cudaErrorInvalidConfiguration: {block} threads in a block")
+            raise CUDADriverError(1) from DetailError(f"{block} threads in a block")
         static, most = self.shared_size_bytes, self.max_dynamic_shared_size_bytes
         shared = static + shared_mem
         if (
@@ -196,23 +203,23 @@ class RawKernel:
             or shared_mem > most
             or shared > properties.shared_memory_per_block_optin
         ):
-            raise cuda_runtime.CUDARuntimeError(f"cudaErrorInvalidValue: {shared} bytes of shared memory in a block")
+            raise CUDADriverError(1) from DetailError(f"{shared} bytes of shared memory in a block")
 
 
 def _check_cluster(grid: tuple[int, int, int], cluster: int) -> None:
     if cluster > MOST_BLOCKS:
-        raise cuda_runtime.CUDARuntimeError(f"cudaErrorInvalidClusterSize: {cluster} blocks in a cluster")
+        raise CUDADriverError(912) from DetailError(f"{cluster} blocks in a cluster")
     if cluster and grid[0] % cluster != 0:
-        raise cuda_runtime.CUDARuntimeError(
-            f"cudaErrorInvalidConfiguration: grid {grid} for clusters of {cluster} blocks along x"
-        )
+        raise CUDADriverError(1) from DetailError(f"grid {grid} for clusters of {cluster} blocks along x")
 
 
-def _dims(name: str, dims: Sequence[int], most: tuple[int, int, int]) -> tuple[int, int, int]:
-    x, y, z = (*dims, 1, 1)[:3]
-    if not all(1 <= size <= limit for size, limit in zip((x, y, z), most, strict=True)):
-        raise cuda_runtime.CUDARuntimeError(f"cudaErrorInvalidConfiguration: {name} {tuple(dims)}")
-    return int(x), int(y), int(z)
+def _dims(name: str, dims: tuple[int, ...], most: tuple[int, int, int]) -> tuple[int, int, int]:
+    """What CuPy passes on: the first three sizes, none of them below 1."""
+    _expect_tuple(name, dims)
+    x, y, z = (max(1, operator.index(size)) for size in (*dims, 1, 1)[:3])
+    if not all(size <= limit for size, limit in zip((x, y, z), most, strict=True)):
+        raise CUDADriverError(1) from DetailError(f"{name} {dims}")
+    return x, y, z
 
 
 class _Value:

@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 
 import cupy
+from cupy._errors import CUDADriverError
 from cupy.cuda import runtime
+from cupy.cuda._capture import check
 from cupy.cuda.stream import get_current_stream
 
 Check = Callable[[], object]
@@ -78,11 +80,12 @@ def run(
         return result
 
     stream = get_current_stream()
-    if not stream.is_capturing():
+    check(stream._status_of_use(), "launch", CUDADriverError)
+    if stream._capture is None:
         result = work()
         return _map(result, _new) if out is None else out
     if out is not None:
-        stream._record(work)
+        stream._capture.work.append(work)
         return out
     promised = _map(compute(_blank), _promise)  # on zeros: shapes and dtypes alone count
     targets = [leaf for leaf in _leaves(promised) if isinstance(leaf, cupy.ndarray)]
@@ -93,7 +96,7 @@ def run(
             target._host[...] = value
             target._mark()
 
-    stream._record(deliver)
+    stream._capture.work.append(deliver)
     return promised
 
 

@@ -23,7 +23,9 @@ __all__ = [
     "Properties",
     "UninitialisedMemoryError",
     "Usage",
+    "broken",
     "devices",
+    "faults",
     "launches",
     "pretend",
     "record",
@@ -130,6 +132,9 @@ launches: list[Launch] = []
 syncs: list[str] = []
 """What made the host wait for a device: "get", "synchronize", ..., or what did since `record_syncs` was entered."""
 
+faults: dict[int, int] = {}
+"""The error that all calls of a device report since a kernel on it has failed, by the device's number."""
+
 _lock = threading.Lock()
 
 
@@ -171,6 +176,16 @@ def record_syncs() -> Iterator[list[str]]:
     finally:
         outer += syncs
         syncs = outer
+
+
+@contextmanager
+def broken(device: int = 0, status: int = 719) -> Iterator[None]:
+    """Inside the block, all calls of a device report this error, as after a kernel that has failed."""
+    faults[device] = status
+    try:
+        yield
+    finally:
+        del faults[device]
 
 
 def count_sync(reason: str) -> None:

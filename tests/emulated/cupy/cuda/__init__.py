@@ -1,11 +1,12 @@
 """The part of ``cupy.cuda`` that the stand-in has."""
 
 from cupy._memory import MemoryPointer
-from cupy.cuda import runtime
+from cupy.cuda import driver, runtime
 from cupy.cuda.device import Device
+from cupy.cuda.graph import Graph
 from cupy.cuda.memory import MemoryPool, alloc, get_allocator, get_default_memory_pool, set_allocator
 from cupy.cuda.pinned_memory import PinnedMemoryPointer, alloc_pinned_memory
-from cupy.cuda.stream import Event, Graph, Stream, get_current_stream, get_elapsed_time
+from cupy.cuda.stream import Event, Stream, get_current_stream, get_elapsed_time
 
 __all__ = [
     "Device",
@@ -17,6 +18,7 @@ __all__ = [
     "Stream",
     "alloc",
     "alloc_pinned_memory",
+    "driver",
     "get_allocator",
     "get_current_stream",
     "get_default_memory_pool",

@@ -6,7 +6,6 @@ import threading
 from typing import Any
 
 from cupy.cuda import runtime
-from cupy.cuda.stream import note_sync
 
 _local = threading.local()
 
@@ -47,7 +46,8 @@ class Device:
 
     def synchronize(self) -> None:
         """Wait for all work of this device."""
-        note_sync("synchronize")
+        with self:
+            runtime.deviceSynchronize()
 
     @property
     def compute_capability(self) -> str:

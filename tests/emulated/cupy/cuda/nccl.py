@@ -16,6 +16,7 @@ from weakref import WeakSet
 import numpy as np
 
 from cupy import _memory
+from cupy._errors import CUDARuntimeError
 from cupy._raw import EmulationError
 from cupy.cuda import runtime
 from cupy.cuda._hub import TOKEN_BYTES, Hub, Member
@@ -219,10 +220,10 @@ class NcclCommunicator:
             if received is not None:
                 target.write(np.frombuffer(received, np.uint8))
 
-        if queue.is_capturing():
-            queue._record(work)
-        else:
-            work()
+        try:
+            queue._enqueue(work, "a collective")
+        except CUDARuntimeError as error:
+            raise NcclError(_UNHANDLED_CUDA_ERROR) from error
 
     def _span(self, name: str, ptr: int, nbytes: int) -> _memory.Span:
         span = _memory.span(ptr, nbytes)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 
 from cupy._memory import POISON
+from cupy.cuda import runtime
+from cupy.cuda._capture import check, status_of_unsafe_call
 
 
 class PinnedMemoryPointer(bytearray):
@@ -22,4 +24,5 @@ class PinnedMemoryPointer(bytearray):
 
 def alloc_pinned_memory(size: int) -> PinnedMemoryPointer:
     """So many bytes, poisoned as those of devices are."""
+    check(status_of_unsafe_call(runtime.getDevice()), "cudaHostAlloc")
     return PinnedMemoryPointer(bytes([POISON]) * size)

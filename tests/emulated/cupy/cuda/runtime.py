@@ -9,6 +9,7 @@ import threading
 from typing import Any
 
 from cupy import emulator
+from cupy._errors import CUDARuntimeError
 
 cudaDevAttrMaxThreadsPerBlock = 1
 cudaDevAttrMaxBlockDimX = 2
@@ -43,28 +44,6 @@ streamPerThread = 2
 streamCaptureModeGlobal = 0
 streamCaptureModeThreadLocal = 1
 streamCaptureModeRelaxed = 2
-
-_ERRORS = {
-    1: ("cudaErrorInvalidValue", "invalid argument"),
-    100: ("cudaErrorNoDevice", "no CUDA-capable device is detected"),
-    101: ("cudaErrorInvalidDevice", "invalid device ordinal"),
-    400: ("cudaErrorInvalidResourceHandle", "invalid resource handle"),
-    401: ("cudaErrorIllegalState", "the operation cannot be performed in the present state"),
-    900: ("cudaErrorStreamCaptureUnsupported", "operation not permitted when stream is capturing"),
-    901: ("cudaErrorStreamCaptureInvalidated", "operation failed due to a previous error during capture"),
-}
-
-
-class CUDARuntimeError(RuntimeError):
-    """An error that the CUDA runtime reports, by its number."""
-
-    def __init__(self, status: int, detail: str = "") -> None:
-        self.status = status
-        super().__init__(": ".join(filter(None, (*_ERRORS.get(status, (f"error {status}",)), detail))))
-
-    def __reduce__(self) -> Any:
-        return type(self), (self.status,)
-
 
 _local = threading.local()
 
@@ -131,21 +110,43 @@ def deviceGetAttribute(attribute: int, device: int) -> int:
 
 def deviceSynchronize() -> None:
     """Wait for all work of the current device."""
-    from cupy.cuda.stream import note_sync
+    from cupy.cuda import _capture
 
-    note_sync("synchronize")
+    _capture.check(_capture.status_of_whole_device(getDevice()), "synchronize")
+    emulator.count_sync("synchronize")
 
 
 def streamIsCapturing(stream: int) -> bool:
     """Whether the work of a stream, by its handle, waits for the launch of a graph."""
+    from cupy.cuda import _capture
     from cupy.cuda.stream import find_stream
 
     found = find_stream(stream)
     if found is None:
         raise CUDARuntimeError(400)
-    if found.is_capturing() and found._invalid:
+    if found._capture is None:
+        if stream in (0, streamLegacy) and _capture.before_legacy_stream(getDevice()):
+            raise CUDARuntimeError(906)
+        return False
+    if not found._capture.valid:
         raise RuntimeError("the stream was capturing, but an error has invalidated the capture sequence")
-    return found.is_capturing()
+    return True
+
+
+def streamQuery(stream: int) -> int:
+    """What CUDA reports where a program asks whether a stream is done: 0 if it is. No status is an exception here."""
+    from cupy.cuda.stream import find_stream
+
+    found = find_stream(stream)
+    return 400 if found is None else found._status_of_query()
+
+
+def eventQuery(event: int) -> int:
+    """What CUDA reports where a program asks whether an event is done: 0 if it is. No status is an exception here."""
+    from cupy.cuda.stream import find_event
+
+    found = find_event(event)
+    return 400 if found is None else found._status()
 
 
 def memGetInfo() -> tuple[int, int]:

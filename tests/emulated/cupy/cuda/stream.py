@@ -8,42 +8,17 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Callable
 from typing import ClassVar
 from weakref import WeakValueDictionary
 
 from cupy import emulator
-from cupy.cuda import runtime
-
-Work = Callable[[], object]
+from cupy._errors import CUDARuntimeError, _CUDAError
+from cupy.cuda import _capture, runtime
+from cupy.cuda._capture import Capture, Work, check
+from cupy.cuda.graph import Graph
 
 _local = threading.local()
 _handles = itertools.count(0x1000, 0x10)
-
-
-class Graph:
-    """Captured work. It keeps the arrays alive that it works on, which CUDA's graphs do not."""
-
-    def __init__(self, work: list[Work], device: int) -> None:
-        self._work, self._device = work, device
-
-    def launch(self, stream: Stream | None = None) -> None:
-        """Do the work in the order in which it was captured."""
-        stream = get_current_stream() if stream is None else stream
-        if stream.is_capturing():
-            stream._record(self._run)
-        else:
-            self._run()
-
-    def upload(self, stream: Stream | None = None) -> None:
-        """Nothing to do here."""
-
-    def _run(self) -> None:
-        from cupy.cuda.device import Device
-
-        with Device(self._device):
-            for work in self._work:
-                work()
 
 
 class Stream:
@@ -59,8 +34,7 @@ class Stream:
         self.ptr = next(_handles) if own else 0 if null else runtime.streamPerThread
         self.device_id = runtime.getDevice() if own else -1
         self.is_non_blocking, self.priority = non_blocking, priority or 0
-        self._captured: list[Work] | None = None
-        self._invalid = False
+        self._capture: Capture | None = None
         if own:
             _live[self.ptr] = self
 
@@ -95,12 +69,12 @@ class Stream:
 
     def synchronize(self) -> None:
         """Wait for all work of this stream."""
-        note_sync("synchronize", self)
+        self._wait("synchronize")
 
     @property
     def done(self) -> bool:
-        """Always: work runs at once."""
-        return True
+        """Whether CUDA says so, which it does not where it reports an error. Work runs at once."""
+        return runtime.streamQuery(self.ptr) == 0
 
     def record(self, event: Event | None = None) -> Event:
         """Note the time in an event."""
@@ -109,61 +83,128 @@ class Stream:
         return event
 
     def wait_event(self, event: Event) -> None:
-        """Nothing to wait for: what the event stands for has happened."""
+        """Nothing to wait for: what the event stands for has happened, or belongs to the same graph."""
+        if event._capture is self._capture:
+            check(self._status_of_use(), "wait for an event")
+        elif self._capture is not None:
+            self._capture.valid = False
+            raise CUDARuntimeError(905)
+        else:
+            raise NotImplementedError("the stand-in for CuPy captures one stream, and no other ones by its events")
 
     def begin_capture(self, mode: int | None = None) -> None:
         """From now on, work of this stream waits for the launch of a graph."""
-        if not self.ptr:
+        if self.ptr in (0, runtime.streamLegacy):
             raise RuntimeError("cannot capture on the default (legacy) stream")
-        if self._captured is not None:
-            raise runtime.CUDARuntimeError(401)
-        self._captured, self._invalid = [], False
+        mode = runtime.streamCaptureModeRelaxed if mode is None else mode
+        if mode not in (_capture.GLOBAL, _capture.THREAD_LOCAL, _capture.RELAXED):
+            raise CUDARuntimeError(1)
+        if self._capture is not None:
+            raise CUDARuntimeError(401)
+        self._capture = Capture(self._device(), mode, not self.is_non_blocking)
 
     def end_capture(self) -> Graph:
         """The graph of the work since `begin_capture`."""
-        if self._captured is None:
-            raise runtime.CUDARuntimeError(401)
-        work, self._captured = self._captured, None
-        if self._invalid:
-            raise runtime.CUDARuntimeError(901)
-        return Graph(work, runtime.getDevice() if self.device_id < 0 else self.device_id)
+        capture = self._capture
+        if capture is None:
+            raise CUDARuntimeError(401)
+        if capture.mode != _capture.RELAXED and capture.thread != threading.get_ident():
+            raise CUDARuntimeError(908)
+        capture.end()
+        self._capture = None
+        if not capture.valid:
+            raise CUDARuntimeError(901)
+        return Graph._from_stream(capture.work, capture.device)
 
     def is_capturing(self) -> bool:
-        """Whether work waits for the launch of a graph."""
-        return self._captured is not None
+        """Whether work waits for the launch of a graph; an error if there will be none."""
+        return runtime.streamIsCapturing(self.ptr)
 
-    def _record(self, work: Work) -> None:
-        """Keep work for the launch of the graph."""
-        if self._captured is None:
-            raise runtime.CUDARuntimeError(401)
-        self._captured.append(work)
+    # -----------------------------------------------------------------------------------------------------------------
+    # What the stand-in does with streams
+
+    def _enqueue(self, work: Work, what: str, kind: type[_CUDAError] = CUDARuntimeError) -> None:
+        """Do the work now, or keep it for the launch of the graph."""
+        check(self._status_of_use(), what, kind)
+        if self._capture is None:
+            work()
+        else:
+            self._capture.work.append(work)
+
+    def _wait(self, what: str) -> None:
+        """Note that the host waits for this stream."""
+        check(self._status_of_query(), what)
+        emulator.count_sync(what)
+
+    def _status_of_use(self) -> int:
+        """What a call reports that gives the stream something to do."""
+        if self._capture is not None:
+            return 0 if self._capture.valid else 901
+        if self.ptr in (0, runtime.streamLegacy):
+            return _capture.status_of_legacy_stream(self._device())
+        return emulator.faults.get(self._device(), 0)
+
+    def _status_of_query(self) -> int:
+        """What a call reports that asks the stream how far it is, or waits for it."""
+        if self._capture is not None:
+            self._capture.valid = False
+            return 900
+        return self._status_of_use() or _capture.status_of_unsafe_call(self._device())
+
+    def _forbid_transfer(self, direction: str) -> None:
+        """Raise what CuPy raises where this stream is to copy from or to the host while it captures."""
+        if self.is_capturing():
+            raise RuntimeError(f"the current stream is capturing, so {direction} transfers are disallowed")
+
+    def _device(self) -> int:
+        return runtime.getDevice() if self.device_id < 0 else self.device_id
 
 
 class Event:
     """A moment in the work of a stream."""
 
     def __init__(self, block: bool = False, disable_timing: bool = False, interprocess: bool = False) -> None:
+        if interprocess and not disable_timing:
+            raise ValueError("Timing must be disabled for interprocess events")
+        self.ptr = next(_handles)
+        self._device = runtime.getDevice()
+        self._timing = not disable_timing
         self._time: float | None = None
+        self._capture: Capture | None = None  # that of the stream where it was recorded last
+        _events[self.ptr] = self
 
     def record(self, stream: Stream | None = None) -> None:
-        """Note the time."""
-        self._time = time.perf_counter()
+        """Note the time, unless the stream captures: then the event stands for a place in the graph."""
+        stream = get_current_stream() if stream is None else stream
+        check(stream._status_of_use(), "record")
+        self._capture, self._time = stream._capture, time.perf_counter()
 
     def synchronize(self) -> None:
         """Wait for what came before the event."""
-        note_sync("synchronize")
+        check(self._status(), "synchronize")
+        emulator.count_sync("synchronize")
 
     @property
     def done(self) -> bool:
-        """Always: work runs at once."""
-        return True
+        """Whether CUDA says so, which it does not where it reports an error. Work runs at once."""
+        return runtime.eventQuery(self.ptr) == 0
+
+    def _status(self) -> int:
+        """What a call reports that asks how far the event is, or waits for it."""
+        if self._capture is not None:
+            self._capture.valid = False
+            return 907
+        return _capture.status_of_unsafe_call(self._device)
 
 
-def get_elapsed_time(start: Event, end: Event) -> float:
+def get_elapsed_time(start_event: Event, end_event: Event) -> float:
     """Milliseconds between two events."""
-    if start._time is None or end._time is None:
-        raise runtime.CUDARuntimeError(400)
-    return (end._time - start._time) * 1e3
+    events = start_event, end_event
+    if any(event._capture is not None for event in events):
+        raise CUDARuntimeError(907)
+    if start_event._time is None or end_event._time is None or not all(event._timing for event in events):
+        raise CUDARuntimeError(400)
+    return (end_event._time - start_event._time) * 1e3
 
 
 def get_current_stream(device_id: int = -1) -> Stream:
@@ -178,18 +219,29 @@ def find_stream(ptr: int) -> Stream | None:
     return Stream.ptds if ptr == Stream.ptds.ptr else _live.get(ptr)
 
 
-def forbid_capture(what: str, stream: Stream | None = None) -> None:
-    """Raise an error, and spoil the capture, if the (current) stream captures."""
+def find_event(ptr: int) -> Event | None:
+    """The live event of a handle."""
+    return _events.get(ptr)
+
+
+def note_get(what: str, stream: Stream | None = None, blocking: bool = True) -> None:
+    """Note that a stream (by default the current one) copies to the host, which waits for it if it blocks."""
     stream = get_current_stream() if stream is None else stream
-    if stream.is_capturing():
-        stream._invalid = True
-        raise runtime.CUDARuntimeError(900, what)
+    stream._forbid_transfer("D2H")
+    check(stream._status_of_use(), what)
+    if blocking:
+        stream._wait(what)
 
 
-def note_sync(what: str, stream: Stream | None = None) -> None:
-    """Note that the host waits for a device: an error while the stream captures."""
-    forbid_capture(what, stream)
-    emulator.count_sync(what)
+def note_set(stream: Stream | None = None) -> None:
+    """Note that a stream copies from the host.
+
+    CuPy asks whether earlier copies are done, so that their buffers can be used again: an unsafe call.
+    """
+    stream = get_current_stream() if stream is None else stream
+    stream._forbid_transfer("H2D")
+    check(stream._status_of_use(), "a copy from the host")
+    _capture.status_of_unsafe_call(stream._device())  # CuPy does not look at what it reports
 
 
 def _entered() -> list[tuple[int, Stream]]:
@@ -208,5 +260,6 @@ def _currents() -> dict[int, Stream]:
 
 
 _live: WeakValueDictionary[int, Stream] = WeakValueDictionary()
+_events: WeakValueDictionary[int, Event] = WeakValueDictionary()
 Stream.null = Stream(null=True)
 Stream.ptds = Stream(ptds=True)
