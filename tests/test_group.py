@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cupybn import SyncBatchNorm, _group, _synchronized, batchnorm, functional, syncbatchnorm
+from cupybn import SyncBatchNorm, _group, _synchronized, batchnorm, functional, numpy_ops, syncbatchnorm
 from tests.reference import bits
 
-FILES = {module.__file__ for module in (batchnorm, functional, _group, _synchronized, syncbatchnorm)}
+FILES = {module.__file__ for module in (batchnorm, functional, numpy_ops, _group, _synchronized, syncbatchnorm)}
 LEFT = object()
 WITHDRAWN = "RuntimeError: synchronized batch norm: rank 0 raised KeyboardInterrupt"
 
