@@ -75,3 +75,14 @@ def streamed(monkeypatch, fresh_plans):  # noqa: ARG001
 def either(request):
     """As it comes, and with nothing kept on chip."""
     request.getfixturevalue("fresh_plans" if request.param == "on chip" else "streamed")
+
+
+@pytest.fixture(params=["NumPy", "on chip", "streamed"])
+def way(request):
+    """The module of the arrays, whose steps are NumPy's own or one of the two families of kernels."""
+    if request.param == "NumPy":
+        return np
+    request.getfixturevalue("fresh_plans" if request.param == "on chip" else "streamed")
+    import cupy
+
+    return cupy

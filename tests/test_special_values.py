@@ -19,7 +19,6 @@ NAN = np.uint32(0x7FFFFFFF).view(np.float32)
 on_shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
 on_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.name)
 in_both_modes = pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
-by_both_families = pytest.mark.usefixtures("either")
 
 
 @pytest.fixture(params=[1.0, 2.0**-130], ids=["", "wide"])
@@ -49,15 +48,14 @@ def on_both(call, *arrays):
 @in_both_modes
 @on_dtypes
 @on_shapes
-@by_both_families
-def test_nan_stays_nan(rng, shape, dtype, training, activation, var):
+def test_nan_stays_nan(way, rng, shape, dtype, training, activation, var):
     """Of whatever payload, on its way to any dtype; where ReLU sees it, its gradient stops."""
     arrays = Arrays(rng, shape, dtype, 0)
-    x, dy, mean = map(cp.asarray, (arrays.x, arrays.dy, arrays.mean))
-    var = cp.full(shape[1], var)
+    x, dy, mean = map(way.asarray, (arrays.x, arrays.dy, arrays.mean))
+    var = way.full(shape[1], var)
     weight, bias = np.ones((2, shape[1]), np.float32)
     bias[0] = weight[1] = bias[2] = weight[2] = NAN
-    weight, bias = map(cp.asarray, (weight, bias))
+    weight, bias = map(way.asarray, (weight, bias))
     y, vjp_fn = F.batch_norm_vjp(x, mean, var, weight, bias, training, 0.1, 1e-60, activation=activation)
     nan = np.isnan(to_numpy(y).astype(np.float64))
     assert nan[:, :3].all()
@@ -74,16 +72,15 @@ def test_nan_stays_nan(rng, shape, dtype, training, activation, var):
     ids=str,
 )
 @on_shapes
-@by_both_families
-def test_nan_of_16_bits_in_the_input(rng, shape, dtype, payload):
+def test_nan_of_16_bits_in_the_input(way, rng, shape, dtype, payload):
     """Also in running statistics of 16 bits, and in the gradients of what comes back."""
     nan = np.uint16(payload).view(dtype)
     arrays = Arrays(rng, shape, dtype, 0)
     arrays.x[0, 1, 0] = arrays.dy[0, 2, 0] = nan
-    running = [cp.zeros(shape[1], dtype) for _ in range(2)]
-    weight, bias = (cp.ones(shape[1], dtype) for _ in range(2))
-    y, vjp_fn = F.batch_norm_vjp(cp.asarray(arrays.x), *running, weight, bias, True)
-    grads = [np.isnan(to_numpy(g).astype(np.float64)) for g in vjp_fn(cp.asarray(arrays.dy))[:3]]
+    running = [way.zeros(shape[1], dtype) for _ in range(2)]
+    weight, bias = (way.ones(shape[1], dtype) for _ in range(2))
+    y, vjp_fn = F.batch_norm_vjp(way.asarray(arrays.x), *running, weight, bias, True)
+    grads = [np.isnan(to_numpy(g).astype(np.float64)) for g in vjp_fn(way.asarray(arrays.dy))[:3]]
     spoilt = [np.isnan(to_numpy(v).astype(np.float64)) for v in (y, *running)]
     for array, touched in zip((*spoilt, *grads), ([1], [1], [1], [1, 2], [1, 2], [2]), strict=True):
         by_channel = array if array.ndim == 1 else array.any((0, 2))
@@ -99,8 +96,7 @@ def test_nan_of_16_bits_in_the_input(rng, shape, dtype, payload):
 @pytest.mark.parametrize("stopped", [1, np.inf, -np.inf, np.nan])
 @on_dtypes
 @on_shapes
-@by_both_families
-def test_relu_stops_at_exactly_zero_whatever_comes_back(rng, shape, dtype, stopped, has_residual, var):
+def test_relu_stops_at_exactly_zero_whatever_comes_back(way, rng, shape, dtype, stopped, has_residual, var):
     """Gradients are those of a dy that is 0 there: 0 * inf would be NaN.
 
     Of integers about a running mean of 1, with an rstd that is a power of two: all sums are exact.
@@ -120,7 +116,7 @@ def test_relu_stops_at_exactly_zero_whatever_comes_back(rng, shape, dtype, stopp
     results = []
     for value in stopped, 0:
         dy[y <= 0] = value
-        given = [None if a is None else cp.asarray(a) for a in (x, mean, var, weight, bias, residual, dy)]
+        given = [None if a is None else way.asarray(a) for a in (x, mean, var, weight, bias, residual, dy)]
         out, vjp_fn = F.batch_norm_vjp(*given[:5], eps=0.0, residual=given[5], activation="relu")
         same(out, np.maximum(y, 0))
         results.append(vjp_fn(given[6]))
@@ -137,19 +133,18 @@ def test_relu_stops_at_exactly_zero_whatever_comes_back(rng, shape, dtype, stopp
 @pytest.mark.parametrize("has_residual", [False, True], ids=["recomputed", "mask"])
 @on_dtypes
 @on_shapes
-@by_both_families
-def test_relu_stops_a_constant_channel_in_training(rng, shape, dtype, stopped, has_residual):
+def test_relu_stops_a_constant_channel_in_training(way, rng, shape, dtype, stopped, has_residual):
     """Its output is exactly bias: nothing passes where that is 0."""
     C = shape[1]
     x = rng.standard_normal(shape).astype(dtype)
     x[:, 1] = 7
-    residual = cp.zeros(shape, dtype) if has_residual else None
+    residual = way.zeros(shape, dtype) if has_residual else None
     dy = rng.standard_normal(shape).astype(dtype)
     dy[:, 1] = stopped
-    weight, bias = cp.ones(C, np.float32), cp.zeros(C, np.float32)
-    y, vjp_fn = F.batch_norm_vjp(cp.asarray(x), None, None, weight, bias, True, residual=residual, activation="relu")
+    weight, bias = way.ones(C, np.float32), way.zeros(C, np.float32)
+    y, vjp_fn = F.batch_norm_vjp(way.asarray(x), None, None, weight, bias, True, residual=residual, activation="relu")
     same(y[:, 1], np.zeros(shape[:1] + shape[2:]))
-    for grad in vjp_fn(cp.asarray(dy)):
+    for grad in vjp_fn(way.asarray(dy)):
         assert grad is None or not to_numpy(grad if grad.ndim == 1 else grad[:, 1])[... if grad.ndim > 1 else 1].any()
 
 
@@ -161,7 +156,7 @@ def test_relu_stops_a_constant_channel_in_training(rng, shape, dtype, stopped, h
 @pytest.mark.parametrize("activation", [None, "relu"])
 @on_dtypes
 @on_shapes
-@by_both_families
+@pytest.mark.usefixtures("either")
 def test_statistics_that_are_not_numbers_of_float32(rng, shape, dtype, activation, has_residual):
     """var + eps = 0, infinite means and variances, weights of 0, inf among the values: as NumPy, to the bit."""
     arrays = Arrays(rng, shape, dtype, 0, has_residual)
