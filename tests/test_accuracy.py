@@ -215,7 +215,13 @@ def test_tiny_values(F, layout, std, rng):
 
 @pytest.mark.parametrize(
     ("value", "mean", "var", "weight", "bias"),
-    [(3.4e38, -0.9e38, 1e20, 1, 0), (3.4e38, 0, 1, 2, -3.4e38), (1e-30, 0, 1e-60, 1, 0), (1e35, 0, 1e30, 1e-30, 0)],
+    [
+        (3.4e38, -0.9e38, 1e20, 1, 0),
+        (3.4e38, 0, 1, 2, -3.4e38),
+        (1e-30, 0, 1e-60, 1, 0),
+        (1e35, 0, 1e30, 1e-30, 0),
+        (1e38, 1e39, 1e74, 1, 0),
+    ],
 )
 def test_nothing_overflows_on_the_way_in_eval(F, value, mean, var, weight, bias):
     x = np.full((3, 1, 5), value, np.float32)
@@ -224,13 +230,14 @@ def test_nothing_overflows_on_the_way_in_eval(F, value, mean, var, weight, bias)
     np.testing.assert_allclose(y, exact, rtol=1e-6)
 
 
-@pytest.mark.parametrize(("std", "dy_size", "weight"), [(1e14, 1e-28, 1e12), (1e12, 1e20, 1e-30)])
-def test_gradients_with_factors_that_float32_does_not_hold(F, std, dy_size, weight, rng):
-    x = (rng.standard_normal((8, 3, 50)) * std).astype(np.float32)
+@pytest.mark.parametrize(("std", "dy_size", "weight"), [(1e14, 1e-28, 1e12), (1e12, 1e20, 1e-30), (1e38, 1, 1e10)])
+def test_gradients_with_factors_that_float32_does_not_hold(F, layout, std, dy_size, weight, rng):
+    axis = layout[1]
+    x = fill(layout, lambda s: rng.uniform(-1.7, 1.7, s) * std)
     dy = (rng.standard_normal(x.shape) * dy_size).astype(np.float32)
-    weight = np.full(3, weight, np.float32)
-    grads = F.batch_norm_vjp(x, None, None, weight, np.zeros_like(weight), training=True)[1](dy)
-    check_gradients(grads, reference.batch_norm(x, weight, dy=dy), x, weight, 1)
+    weight = np.full(x.shape[axis], weight, np.float32)
+    grads = F.batch_norm_vjp(x, None, None, weight, np.zeros_like(weight), training=True, channel_axis=axis)[1](dy)
+    check_gradients(grads, reference.batch_norm(x, weight, dy=dy, channel_axis=axis), x, weight, axis)
 
 
 @pytest.mark.parametrize("sign", [-1, 1])

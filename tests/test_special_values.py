@@ -8,6 +8,7 @@ import pytest
 
 import cupybn.functional as F
 from cupybn import cupy_ops, numpy_ops
+from cupybn._moments import Sums
 from tests.reference import DTYPES, bits, to_numpy
 from tests.steps import EPS, Arrays
 
@@ -217,3 +218,48 @@ def test_special_values_anywhere(rng, shape, dtype, activation, has_residual):
     numpy_ops.bn_backward_input(arrays.dy, arrays.x, host, *mirror, activation, masks[1], None, 0.0, *expected, *none)
     for ours, theirs in zip((out, dx, dresidual), (y, *expected), strict=True):
         np.testing.assert_allclose(to_numpy(ours).astype(np.float64), theirs.astype(np.float64), rtol=0, atol=2.0**-126)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Near the limits of float32
+
+LIMITS = {  # size of mean, var, weight, bias, sum(dy), sum(dy * xhat): what float64 is for, each alone
+    "ordinary": (1, 1, 1, 1, 1, 1),
+    "rstd small": (1, 1e31, 1e10, 1, 1, 1e10),
+    "rstd large": (1, 1e-31, 1e-10, 1, 1, 1e-10),
+    "scale small": (1, 1, 1e-31, 1, 1, 1),
+    "scale large": (1, 1, 1e31, 1, 1, 1),
+    "mean large": (1e31, 1e16, 1, 1, 1, 1),
+    "bias large": (1, 1, 1, 1e31, 1, 1),
+    "slope small": (1, 1, 1, 1, 1, 1e-31),
+    "slope large": (1, 1, 1, 1, 1, 1e32),
+    "offset small": (1e-10, 1, 1, 1, 1e-31, 1e-20),  # the mean has a rest, which counts less
+    "offset large": (1, 1, 1, 1, 1e32, 1),
+}
+
+
+@pytest.mark.parametrize("shape", [(4, 11, 49), (57, 11, 1), (16, 11, 1)], ids=str)
+@pytest.mark.parametrize("dtype", [DTYPES[0], DTYPES[2]], ids=lambda dtype: dtype.name)
+def test_float64_is_taken_where_the_mirror_takes_it(rng, shape, dtype):
+    """To the bit: results in float64 are others."""
+    mean, var, weight, bias, *sums = np.array(list(LIMITS.values())).T * rng.uniform(1, 2, (6, len(LIMITS)))
+    x, dy = rng.standard_normal((2, *shape))
+    if dtype == np.float32:
+        x = x * np.sqrt(var[:, None]) + mean[:, None]
+    x, dy = x.astype(dtype), dy.astype(dtype)
+    sums = Sums(*(v[None] for v in sums))
+    weight, bias = weight.astype(np.float32), bias.astype(np.float32)
+    results = []
+    for ops, xp in (numpy_ops, np), (cupy_ops, cp):
+        given = [xp.asarray(v) for v in (x, mean, var, weight, bias, dy)]
+        y, dx = (xp.zeros(shape, dtype) for _ in range(2))
+        step = (0.0, *given[3:5], None)
+        statistics = ops.bn_normalize(given[0], None, *step, None, *given[1:3], None, None, y, None)
+        step = (given[5], given[0], statistics, *step, None, Sums(*map(xp.asarray, sums)), 0.1, dx)
+        ops.bn_backward_input(*step, None, None, None)
+        results.append((y, dx))
+    for theirs, ours in zip(*results, strict=True):
+        for c, name in enumerate(LIMITS):
+            np.testing.assert_array_equal(
+                to_numpy(ours)[:, c].astype(np.float64), theirs[:, c].astype(np.float64), err_msg=name
+            )
