@@ -75,8 +75,6 @@ on_cases = pytest.mark.parametrize(CASE, list(cases()))
 on_float32 = pytest.mark.parametrize(CASE, [case for case in cases() if case.values[1] == np.float32])
 on_fused = pytest.mark.parametrize((*CASE, "activation", "has_residual"), list(fused(cases())))
 on_clusters = pytest.mark.parametrize((*CASE, "activation", "has_residual", "blocks"), list(clustered(fused(cases()))))
-ACTIVATIONS = pytest.mark.parametrize("activation", [None, "relu"])
-RESIDUALS = pytest.mark.parametrize("has_residual", [False, True], ids=["", "residual"])
 
 
 def merged(parts):
