@@ -95,16 +95,17 @@ def test_bn_backward_input(shape, dtype, offset, role):
             assert bits(*results[0]) == bits(*results[1])
 
 
+@pytest.mark.parametrize("masked", [False, True], ids=["", "mask"])
 @pytest.mark.parametrize("role", ["x", "residual", "out"])
 @on_offsets
 @on_shapes
 @pytest.mark.usefixtures("either")
-def test_bn_forward(shape, dtype, offset, role):
+def test_bn_forward(shape, dtype, offset, role, masked):
     def forward(roles):
         arrays = Shifted(np.random.default_rng(0), shape, dtype, offset, roles)
         x, residual, out = map(arrays.get, ("x", "residual", "out"))
-        mask = cupy_ops.empty_mask(x, residual, out)
-        step = (EPS, *arrays.vectors(), residual, "relu", None, None, 0, None)
+        mask = cupy_ops.empty_mask(x, residual, out) if masked else None
+        step = (EPS, *arrays.vectors(), residual, "relu" if masked else None, None, None, 0, None)
         cupy_ops.bn_forward(x, *step, out, mask)
         return arrays, out
 
@@ -112,17 +113,20 @@ def test_bn_forward(shape, dtype, offset, role):
     arrays.close(out, to_numpy(expected), 1 + np.abs(arrays.weight[:, None]), 16)
 
 
-@pytest.mark.parametrize("role", ["dy", "x", "dx", "dresidual", "mask"])
+@pytest.mark.parametrize(
+    ("role", "masked"),
+    [("dy", False), ("x", False), ("dx", False), ("dresidual", False), ("dy", True), ("mask", True)],
+)
 @on_offsets
 @on_shapes
 @pytest.mark.usefixtures("either")
-def test_bn_backward(shape, dtype, offset, role):
+def test_bn_backward(shape, dtype, offset, role, masked):
     """Sums add in another order, of packs and of single elements."""
 
     def backward(roles):
         arrays = Shifted(np.random.default_rng(0), shape, dtype, offset, roles)
         mask = None
-        if role in ("dy", "mask"):
+        if masked:
             of_mask = tuple({"mask"} & {*roles})
             mask = normalize(Shifted(np.random.default_rng(0), shape, dtype, offset, of_mask), masked=True)[1]
         dy, x, dx, dresidual = map(arrays.get, ("dy", "x", "dx", "dresidual"))
