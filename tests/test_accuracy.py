@@ -253,6 +253,17 @@ def test_sums_that_float32_does_not_hold(F, layout, along, sign, rng):
     check_gradients(grads, reference.batch_norm(x, weight, weight, channel_axis=axis, dy=dy), x, weight, axis)
 
 
+@pytest.mark.parametrize(("xhat", "dy_size"), [(0, 2e38), (1e6, 1e35)])
+def test_one_sum_alone_that_float32_does_not_hold(F, layout, xhat, dy_size, rng):
+    axis = layout[1]
+    x = fill(layout, lambda s: xhat * rng.uniform(1, 2, s))
+    dy = (dy_size * rng.uniform(0.5, 1, x.shape)).astype(np.float32)
+    mean, var = np.zeros(x.shape[axis]), np.ones(x.shape[axis])
+    grads = F.batch_norm_vjp(x, mean, var, var, mean, channel_axis=axis)[1](dy)
+    expected = reference.batch_norm(x, var, mean, running=(mean, var), channel_axis=axis, dy=dy)
+    check_gradients(grads, expected._replace(mean=mean, var=var), x, var, axis)
+
+
 @pytest.mark.parametrize(
     ("std", "dy_size", "eps"),
     [(1e-30, 1e-9, 1e-70), (1e-20, 1e-20, 1e-42), (3e-20, 1, 1e-70), (1e-13, 1e-27, 1e-40), (1e-13, 1e-31, 1e-40)],
