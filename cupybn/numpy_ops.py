@@ -99,22 +99,15 @@ def mean_and_var(moments: Moments, dtype: npt.DTypeLike) -> tuple[Array, Array]:
 
 
 def _sample_mean(x: Array) -> Array:
-    """The mean of a few values of each channel, spread over the array.
-
-    Rounded to a multiple of a power of two much smaller than their spread, so that x - center is exact or nearly
-    so. Where they are all the same, the mean is exactly their value.
-    """
+    """The mean of a few values of each channel, spread over the array: exactly their value, if all are the same."""
     N, C, L = x.shape
     along_n = min(N, SAMPLES)
     along_l = min(L, SAMPLES // along_n)
     spread_out = x[N // (2 * along_n) :: -(-N // along_n), :, L // (2 * along_l) :: -(-L // along_l)]
     sample = spread_out.transpose(0, 2, 1).reshape(-1, C).astype(np.float64)
-    first = sample[0].copy()
-    sample -= first
-    mean: Array = first + sample.sum(axis=0) / len(sample)
-    spread = np.abs(sample, out=sample).max(axis=0)
-    grid = np.ldexp(1.0, np.frexp(spread)[1] - 6)
-    return np.where(spread > 0, np.round(mean / grid) * grid, mean)
+    first = sample[0]
+    mean: Array = first + (sample - first).mean(axis=0)
+    return mean
 
 
 def _moments_about(center: Array, x: Array, dtype: npt.DTypeLike, scratch: Array | None = None) -> tuple[Array, Array]:

@@ -59,3 +59,38 @@ def xp(device):
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)
+
+
+@pytest.fixture
+def fresh_plans():
+    """No launch is planned as for another device or setting."""
+    from tests.steps import forget_plans
+
+    forget_plans()
+    yield
+    forget_plans()
+
+
+@pytest.fixture
+def streamed(monkeypatch, fresh_plans):  # noqa: ARG001
+    """Nothing is kept on chip."""
+    from cupybn import _resident
+
+    monkeypatch.setattr(_resident, "BLOCKS", ())
+
+
+@pytest.fixture(params=["on chip", "streamed"])
+def either(request):
+    """As it comes, and with nothing kept on chip."""
+    request.getfixturevalue("fresh_plans" if request.param == "on chip" else "streamed")
+
+
+@pytest.fixture(params=["NumPy", "on chip", "streamed"])
+def way(request):
+    """The module of the arrays, whose steps are NumPy's own or one of the two families of kernels."""
+    if request.param == "NumPy":
+        return np
+    request.getfixturevalue("fresh_plans" if request.param == "on chip" else "streamed")
+    import cupy
+
+    return cupy
