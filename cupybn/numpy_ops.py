@@ -309,16 +309,20 @@ def bn_backward_reduce(
         d = np.subtract(x, column(affine[0]), out=scratch, dtype=affine[0].dtype)
         return [(dy,), (dy, d)]
 
-    def sums(channels: slice, dtype: npt.DTypeLike) -> tuple[Array, Array]:
+    def sums(channels: slice, dtype: npt.DTypeLike) -> list[Array]:
         usable = _usable(scratch, dtype)
         arrays = [None if a is None else a[:, channels] for a in (dy, x, mask, usable)]
         vectors = [v[channels].astype(dtype) for v in (affine.center, affine.scale, affine.shift)]
-        sum_dy, sum_dy_d = tile_sums(core, arrays, vectors, usable is None or activation is not None, 2)
-        return sum_dy, (sum_dy_d - affine.rest[channels] * sum_dy) * affine.rstd[channels]
+        return tile_sums(core, arrays, vectors, usable is None or activation is not None, 2)
 
-    sum_dy, sum_dy_xhat = sums(slice(0, x.shape[1]), accumulation_dtype(x.dtype))
-    for channels in _runs(affine.wide | ~np.isfinite(sum_dy) | ~np.isfinite(sum_dy_xhat)):
-        sum_dy[channels], sum_dy_xhat[channels] = sums(channels, np.float64)
+    sum_dy, sum_dy_d = sums(slice(0, x.shape[1]), affine.dtype)
+    if affine.dtype != np.float64:
+        # Products too small for float32 are lost in part: that matters in sums that are no larger than this.
+        least = x.shape[0] * x.shape[2] * np.finfo(affine.dtype).tiny / 8
+        held = np.isfinite(sum_dy) & np.isfinite(sum_dy_d) & (np.abs(sum_dy_d) > least)
+        for channels in _runs(affine.wide | ~held):
+            sum_dy[channels], sum_dy_d[channels] = sums(channels, np.float64)
+    sum_dy_xhat = (sum_dy_d - affine.rest * sum_dy) * affine.rstd
     return Sums(sum_dy[None], sum_dy_xhat[None])
 
 
