@@ -1,4 +1,4 @@
-"""Which 64-bit integers the kernels cut to 32 bits without saying so: sizes that stay small however large arrays are."""
+"""Which 64-bit integers the kernels cut to 32 bits without saying so: sizes that are small however large arrays are."""
 
 from __future__ import annotations
 
@@ -25,10 +25,11 @@ WARNING = re.compile(r"(?m)^kernels/(.+):(\d+):(\d+): warning: ")
 def conversions(text, vectorized):
     """Where integers are converted to what may not hold them: file, line, column."""
     macros = [f"-D{name}={value}" for name, value in {**MACROS, "VECTORIZED": vectorized}.items()]
+    text = '#include "device.h"\n' + text.replace("extern __shared__", "extern")
     done = subprocess.run(
         [COMPILER, "-std=c++17", "-fsyntax-only", "-Wconversion", "-Wno-float-conversion", *macros,
          "-isystem", EMULATED / "cupy" / "runtime", "-xc++", "-"],
-        input='#include "device.h"\n' + text.replace("extern __shared__", "extern"), capture_output=True, text=True, check=False,
+        input=text, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return {(file, int(line), int(column)) for file, line, column in WARNING.findall(done.stderr)}
@@ -49,8 +50,8 @@ needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no g++")
 @needs_compiler
 @pytest.mark.parametrize("name", kernel_names())
 def test_indices_are_not_cut(name):
-    # magnitude: of a float16. rows: where it is made in a lambda, g++ does not say of which argument it speaks; it says so
-    # where bn_stats makes it of the same arguments.
+    # magnitude: of a float16. rows: made in a lambda, where g++ does not say which argument it speaks of; it does where
+    # bn_stats makes it of the same ones.
     assert converted(name, 1) | converted(name, 0) <= SMALL | {"magnitude", "rows"}
 
 
