@@ -94,7 +94,7 @@ def test_large_grids_on_large_devices_alone(devices):
     grids = {}
     for device, properties in enumerate(devices):
         with cp.cuda.Device(device):
-            x = cp.empty((4, 1, 200_000), np.float32)
+            x = cp.empty((4, 1, 1_000_000), np.float32)
         for step in "bn_normalize", "bn_backward_input", *cupy_ops.SUMS:
             grids[step, properties is SMALL] = np.prod(cupy_ops._choose(step, x).geometry.grid)
     for step in "bn_normalize", "bn_backward_input":
