@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cupybn import cupy_ops
 from cupybn._geometry import (
     CHANNELS_FIRST_SUM,
     CHANNELS_LAST_SUM,
@@ -109,21 +111,31 @@ counts = st.none() | st.integers(1, 200) | st.integers(10**4, 10**6)
 channels = st.integers(1, 2**20) | st.integers(2**20, 2**35)  # of float16, 64 GiB for one value of each
 
 
-@given(huge, channels, huge, st.sampled_from([2, 4, 8]), st.booleans(), counts, st.sampled_from([1, 2]))
-def test_every_grid_can_be_launched(N, C, L, itemsize, vectorized, multiprocessors, arrays):
+@given(huge, channels, huge | st.just(1), st.sampled_from(["f2", "f4", "f8"]), st.booleans(), counts)
+def test_every_grid_can_be_launched(N, C, L, dtype, vectorized, multiprocessors):
     """Whatever the array, and the device that may come."""
-    width = 16 // itemsize if vectorized else 1
+    dtype = np.dtype(dtype)
+    width = 16 // dtype.itemsize if vectorized else 1
     device = H200._replace(multiprocessors=multiprocessors or 132)
     whole = -(-C // width) * width
     for geometry in (
-        channels_first(N, C, L, width, multiprocessors),
-        channels_last(N, C, width, multiprocessors),
-        channels_first_resident(N, C, L, itemsize, width, arrays, device),
-        channels_last_resident(N, whole, itemsize, width, arrays, device),
+        cupy_ops._plan("bn_stats", (N, C, L), dtype, vectorized, multiprocessors).geometry,
+        channels_first_resident(N, C, L, dtype.itemsize, width, 1, device),
+        channels_last_resident(N, whole, dtype.itemsize, width, 1, device),
     ):
         if geometry is not None:
             assert all(1 <= size <= most for size, most in zip(geometry.grid, GRID, strict=False))
             assert geometry.grid[0] % geometry.cluster == 0
+
+
+def test_more_columns_of_packs_than_a_grid_is_wide():
+    """Where C is odd, there are as many columns of packs as channels; of elements, a tile has more columns."""
+    for C, vectorized in (2**32 - 1, True), (2**33 + 1, False), (2**33 + 8, True):
+        plan = cupy_ops._plan("bn_normalize", (1, C, 1), np.dtype(np.float16), True, 132)
+        sizes = plan.geometry.sizes
+        assert f"-DVECTORIZED={int(vectorized)}" in plan.kernel.options
+        assert sizes["columns"] == (C // 8 if C % 8 == 0 else C)
+        assert plan.geometry.grid[0] * sizes["tile"] >= sizes["columns"]
 
 
 @pytest.mark.parametrize("M", [2**44, 2**44 + 5])
