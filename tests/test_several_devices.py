@@ -241,23 +241,24 @@ def test_a_limit_that_was_refused_is_asked_for_again(asking):
     assert raw.asked == [(0, 50_000), (0, 90_000)]
 
 
-def test_a_thread_that_asks_for_less_comes_second(asking):
-    """One is about to set a low limit when another one wants a higher one."""
+@pytest.mark.parametrize("sizes", [(40_000, 90_000), (90_000, 40_000)], ids=str)
+def test_two_threads_that_ask_at_once(asking, sizes):
+    """One is about to set its limit when the other one finds that it needs another one."""
     raw, launch = asking
     inside, other = threading.Event(), threading.Event()
 
     def before_setting():
         if not inside.is_set():
             inside.set()
-            other.wait(0.2)  # which the other one may not get to
+            other.wait(0.2)  # if that can go on meanwhile
 
     raw.before_setting = before_setting
     with ThreadPoolExecutor(2) as pool:
-        low = pool.submit(launch, 40_000)
+        first = pool.submit(launch, sizes[0])
         assert inside.wait(10)
-        high = pool.submit(lambda: (launch(90_000), other.set()))
-        low.result()
-        high.result()
+        second = pool.submit(lambda: (launch(sizes[1]), other.set()))
+        first.result()
+        second.result()
     assert raw.limits == {0: 90_000}
     launch(90_000)
 
