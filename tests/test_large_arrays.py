@@ -436,3 +436,29 @@ def test_vectors_of_large_strides(rng, shape):
     weight, bias, mean, var = host
     numpy_ops.bn_normalize(x, None, EPS, weight, bias, None, None, mean, var, 0.1, None, y, None)
     np.testing.assert_array_equal(to_numpy(out), y)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The checks above are worth something
+
+
+def test_what_is_not_there_is_out_of_bounds():
+    shape = 1, 3, 8
+    x, out = (sparse(shape, np.float32, [(16, 24)]) for _ in range(2))
+    fill(x, np.ones)
+    mean, var = cp.zeros(3), cp.ones(3)
+    step = (x, None, EPS, None, None, None, None, mean, var, None, None, out, None)
+    with emulator.run_only((0, 0, 0)):  # of the last channel
+        cupy_ops.bn_normalize(*step)
+    assert written(out) == [(16, 24)]
+    with emulator.run_only((1, 0, 0)), pytest.raises(RuntimeError, match="out of bounds"):
+        cupy_ops.bn_normalize(*step)
+    with emulator.run_only((3, 0, 0)), pytest.raises(ValueError, match="expected a block of the grid"):
+        cupy_ops.bn_normalize(*step)
+    assert written(out) == [(16, 24)]
+
+
+def test_what_nobody_wrote_is_not_read():
+    x, out = (sparse((1, 3, 8), np.float32, [(0, 24)]) for _ in range(2))
+    with pytest.raises(RuntimeError, match="uninitialised"):
+        cupy_ops.bn_normalize(x, None, EPS, None, None, None, None, cp.zeros(3), cp.ones(3), None, None, out, None)

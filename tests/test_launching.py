@@ -135,6 +135,16 @@ def test_missing_and_unknown_names(example, arguments):
         example.launch((2,), 64, arguments | {"c": 1})
 
 
+def test_one_name_too_many_or_too_few(example, arguments):
+    with pytest.raises(TypeError, match=r"\(missing or unknown: c\)$"):
+        example.launch((2,), 64, arguments | {"c": 1})
+    for name in arguments:
+        fewer = {other: value for other, value in arguments.items() if other != name}
+        with pytest.raises(TypeError, match=rf"\(missing or unknown: {name}\)$"):
+            example.launch((2,), 64, fewer)
+    assert not arguments["y"].get().any()
+
+
 def test_arrays_on_another_device(example, arguments):
     if not hasattr(cp, "emulator"):
         pytest.skip("needs two GPUs")
