@@ -84,8 +84,8 @@ def channels_first(N: int, C: int, L: int, width: int, multiprocessors: int | No
     else:
         wanted = multiprocessors * CHANNELS_FIRST_MAP
         shares = min(math.ceil(wanted / C), math.ceil(N * L / LEAST_MAPPED), MOST_GRID_Y)
-    segments_per_block = math.ceil(segments / min(shares, segments))
-    slots = _slots(segment + L % segment, L, width)
+    segments_per_block = math.ceil(segments / shares)
+    slots = _slots(segment + L % segment, width)
     shares = math.ceil(segments / segments_per_block)
     sizes = {
         "N": N,
@@ -98,16 +98,19 @@ def channels_first(N: int, C: int, L: int, width: int, multiprocessors: int | No
     return Geometry(over_channels(C, shares), sizes, shares)
 
 
-def _slots(elements: int, L: int, width: int) -> int:
-    """The most packs that so many elements of a row touch; rows begin anywhere in a pack, unless L is whole packs."""
-    return elements // width if L % width == 0 else (elements + 2 * width - 2) // width
+def _slots(elements: int, width: int) -> int:
+    """The most packs that so many elements of a row touch, up to its end.
+
+    Segments are whole packs: if these elements are, so is the row, and all rows begin where a pack does.
+    """
+    return elements // width if elements % width == 0 else (elements + 2 * width - 2) // width
 
 
 def channels_first_resident(
     N: int, C: int, L: int, itemsize: int, width: int, arrays: int, device: Device
 ) -> Geometry | None:
     """A cluster for each channel; see ``channels_first/slots.cuh``. None where a channel is not to be kept on chip."""
-    slots_per_row = _slots(L, L, width)
+    slots_per_row = _slots(L, width)
     cluster = choose_cluster(C, N * slots_per_row, width * itemsize, arrays, device, CHANNELS_FIRST_OWN)
     if cluster is None or C * cluster.blocks > MOST_GRID_X:
         return None
