@@ -155,13 +155,12 @@ def channels_last(M: int, C: int, width: int, multiprocessors: int | None) -> Ge
     wide, narrow = TILE_PACKS if width > 1 else TILE_ELEMENTS
     tile = min(columns, wide if columns > FEW_COLUMNS else narrow)
     tiles = math.ceil(columns / tile)
-    rows_of_threads = THREADS // tile
     per_row = tile * width  # elements of a row that a block takes
     replicas_kept = 1 if tiles == 1 else replicas  # where a tile has all columns, its block merges them
     shares = min(math.ceil(CHANNELS_LAST_SUM / tiles), math.ceil(super_rows * per_row / LEAST_SUMMED))
     if multiprocessors is not None:
         parts = shares * replicas_kept
-        least = max(math.ceil(LEAST_MAPPED / per_row), parts * ROWS_PER_PART, rows_of_threads)
+        least = max(math.ceil(LEAST_MAPPED / per_row), parts * ROWS_PER_PART)
         wanted = multiprocessors * CHANNELS_LAST_MAP
         shares = min(math.ceil(wanted / tiles), math.ceil(super_rows / least), MOST_GRID_Y - 1)
     super_rows_per_block = math.ceil(super_rows / max(1, shares)) or 1

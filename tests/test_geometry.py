@@ -13,9 +13,11 @@ from cupybn import cupy_ops
 from cupybn._geometry import (
     CHANNELS_FIRST_SUM,
     CHANNELS_LAST_SUM,
+    LEAST_MAPPED,
     MOST_GRID_X,
     MOST_GRID_Y,
     MOST_LANES,
+    ROWS_PER_PART,
     THREADS,
     channels_first,
     channels_first_resident,
@@ -63,6 +65,24 @@ def test_channels_last(M, C, width, multiprocessors):
     assert (full - 1) * s["super_rows_per_block"] < s["super_rows"] <= full * s["super_rows_per_block"]
     assert parts == full * (1 if tiles == 1 else replicas) + tail
     assert 1 <= shares <= MOST_GRID_Y
+
+
+@given(sizes, sizes, widths, st.integers(1, 10**4))
+def test_blocks_have_more_to_do_than_to_merge(M, C, width, multiprocessors):
+    """Where rows are shared out, elementwise steps have many of them for each part that they merge first."""
+    (_, shares), s, _ = channels_last(M, C, width, multiprocessors)[:3]
+    tail = M % (s["columns"] * width // C) > 0
+    if shares - tail > 1:
+        parts = channels_last(M, C, width, None).parts - tail
+        wanted = max(LEAST_MAPPED / (s["tile"] * width), ROWS_PER_PART * parts)
+        assert s["super_rows_per_block"] >= wanted / 2  # two shares of little more than one
+
+
+@given(sizes, sizes, sizes, widths, st.integers(1, 10**4))
+def test_blocks_of_rows_have_enough_to_do(N, C, L, width, multiprocessors):
+    (_, shares, _), s, _ = channels_first(N, C, L, width, multiprocessors)[:3]
+    if shares > 1:
+        assert s["segments_per_block"] * (s["segment"] + L % s["segment"]) >= LEAST_MAPPED / 2
 
 
 def test_more_channels_than_a_grid_is_wide():
