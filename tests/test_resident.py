@@ -145,3 +145,17 @@ def test_few_packs_take_few_threads():
     for packs, threads in (1, least), (least * 8, least), (least * 8 + 1, most):
         geometry = _geometry.channels_first_resident(1, 1000, packs * 8, 2, 8, 1, H200._replace(clusters=False))
         assert geometry.threads == threads
+
+
+def test_small_blocks_are_not_split_further():
+    """Though they leave most of a large GPU empty."""
+    packs = 16 * KiB // 16
+    assert [choose_cluster(10, n, 16, 1, H200).blocks for n in (packs, packs + 1, 4 * packs + 1)] == [1, 2, 8]
+
+
+def test_how_much_a_few_blocks_may_have():
+    """They are done before two launches would be; of more, most of the GPU would wait for them."""
+    packs = 8 * 48 * KiB // 16
+    assert choose_cluster(5, packs, 16, 1, H200).shared == 48 * KiB
+    assert choose_cluster(5, packs + 1, 16, 1, H200) is None
+    assert choose_cluster(6, packs + 1, 16, 1, H200).blocks == 8  # 48 of 132 multiprocessors have work
