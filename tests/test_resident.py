@@ -159,3 +159,12 @@ def test_how_much_a_few_blocks_may_have():
     assert choose_cluster(5, packs, 16, 1, H200).shared == 48 * KiB
     assert choose_cluster(5, packs + 1, 16, 1, H200) is None
     assert choose_cluster(6, packs + 1, 16, 1, H200).blocks == 8  # 48 of 132 multiprocessors have work
+
+
+def test_the_widest_tile_that_keeps_the_device_busy():
+    """Of four packs, or of two where there would be fewer blocks than multiprocessors; no wider than the array."""
+    tiles = {C: _geometry.channels_last_resident(100, C, 2, 8, 1, H200).sizes["tile"] for C in (8192, 4096, 2048)}
+    assert tiles == {8192: 4, 4096: 2, 2048: 2}
+    small = H200._replace(multiprocessors=1)
+    tiles = [_geometry.channels_last_resident(100, C, 2, 8, 1, small).sizes["tile"] for C in (8, 16, 24, 32, 40)]
+    assert tiles == [1, 2, 4, 4, 4]
