@@ -92,3 +92,12 @@ def test_axes_of_length_1(shape):
         assert Layout.of(odd, 1).matches(odd)
         assert np.array_equal(Layout.of(odd, 1).view(odd), layout.view(x))
         assert np.shares_memory(Layout.of(odd, 1).view(odd), x)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (0, 2, 1), (2, 0, 1)], ids=str)
+def test_flipped_axes_keep_their_order(order):
+    """The copy of what runs backwards has its axes where the array has them."""
+    x = dense((4, 3, 5), order)
+    for flipped in x[::-1], x[:, ::-1], x[..., ::-1], x[::-1, ::-1, ::-1]:
+        assert Layout.of(flipped, 1) == Layout.of(x, 1)
+        assert Layout.of(flipped, 1).conform(flipped).strides == x.strides
