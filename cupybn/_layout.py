@@ -28,9 +28,9 @@ class Layout(NamedTuple):
     @classmethod
     def of(cls, array: Array, channel_axis: int) -> Layout:
         """The layout of an array; for one that is not dense, that of a dense array with its axes in the same order."""
-        # Strides of axes of length 1 mean nothing: such axes go to the front. If the channel axis is one of them, all
-        # the array is one channel, (1, 1, L).
-        axes = sorted(range(array.ndim), key=lambda i: (array.shape[i] != 1, -abs(array.strides[i]), i))
+        # Strides of axes of length 1 mean nothing, but wherever they go, such axes change neither N nor L. If the
+        # channel axis is one of them, all the array is one channel, (1, 1, L).
+        axes = sorted(range(array.ndim), key=lambda i: (-abs(array.strides[i]), i))
         if array.shape[channel_axis] == 1:
             axes.remove(channel_axis)
             axes.insert(0, channel_axis)

@@ -157,8 +157,17 @@ def compile_text(text: str, architecture: int, options: Iterable[str] = ()) -> t
     CompileError
         With the log.
     """
+    return _compile(text, [*options, "-ftz=true", f"-arch=sm_{architecture}", "--ptxas-options=-v"], "CUBIN")
+
+
+def ptx(text: str, architecture: int, options: Iterable[str] = ()) -> str:
+    """The same up to PTX, the assembler that does not yet know how many registers there are."""
+    return _compile(text, [*options, "-ftz=true", f"-arch=compute_{architecture}"], "PTX")[0].decode()
+
+
+def _compile(text: str, options: list[str], result: str) -> tuple[bytes, str]:
     nvrtc = _load()
-    flags = ["--std=c++17", *options, "-ftz=true", f"-arch=sm_{architecture}", "--ptxas-options=-v"]
+    flags = ["--std=c++17", *options]
     program, size = ctypes.c_void_p(), ctypes.c_size_t()
     if nvrtc.nvrtcCreateProgram(ctypes.byref(program), text.encode(), b"text.cu", 0, None, None):
         raise CompileError("NVRTC cannot be set up")
@@ -170,10 +179,10 @@ def compile_text(text: str, architecture: int, options: Iterable[str] = ()) -> t
         nvrtc.nvrtcGetProgramLog(program, log)
         if failed:
             raise CompileError(log.value.decode())
-        nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size))
-        cubin = ctypes.create_string_buffer(size.value)
-        nvrtc.nvrtcGetCUBIN(program, cubin)
-        return cubin.raw, log.value.decode()
+        getattr(nvrtc, f"nvrtcGet{result}Size")(program, ctypes.byref(size))
+        code = ctypes.create_string_buffer(size.value)
+        getattr(nvrtc, f"nvrtcGet{result}")(program, code)
+        return code.raw, log.value.decode()
     finally:
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
 
