@@ -79,7 +79,6 @@ class Call(NamedTuple):
                 self.activation,
                 self.channel_axis,
                 type(self.channel_axis),
-                self.layer_device,
                 self.group is not None,
                 updates_stats(),
             )

@@ -11,7 +11,7 @@ import pytest
 
 import cupybn
 from cupybn import _call
-from cupybn._call import Call
+from cupybn._call import Call, Checked
 from cupybn._layout import Layout
 
 cp = pytest.importorskip("cupy")
@@ -19,13 +19,13 @@ emulator = getattr(cp, "emulator", None)
 
 ARRAYS = tuple(name for name in Call._fields if "Array" in str(Call.__annotations__[name]))
 """The fields that are arrays."""
-NO_DIFFERENCE = {"momentum", "of_layer"}
+NO_DIFFERENCE = {"momentum", "layer_device"}
 """Fields of which no value is wrong here: one is checked before, the other one tells how to say what is wrong."""
 
 
 @pytest.fixture(autouse=True)
 def empty_cache(monkeypatch):
-    monkeypatch.setattr(_call, "_layouts", {})
+    monkeypatch.setattr(_call, "_checked", {})
 
 
 @pytest.fixture(params=["numpy", "cupy"])
@@ -82,12 +82,12 @@ def array_alternatives(array):
 
 
 ALTERNATIVES = {
-    "training": [True, False],
+    "training": [True, False, 1, "no"],
     "momentum": [0.2],
     "eps": [0.0, -1.0, 1 + 0j, float("nan"), "1", None],
     "activation": ["gelu", ["relu"]],
     "channel_axis": [2, -3, 4, 1.0, None],
-    "of_layer": [True],
+    "layer_device": ["cpu"],
     "group": [None, object()],
 }
 """Of the fields that are no arrays. 1 + 0j and 1.0 are equal to the values that they stand for."""
@@ -101,10 +101,10 @@ class Made(NamedTuple):
     moves_statistics: bool = True
 
     def outcome(self):
-        """The layout, or the error."""
+        """What is found out, or the error."""
         with contextlib.nullcontext() if self.moves_statistics else cupybn.no_stats_update():
             try:
-                return self.call.checked_layout(self.out)
+                return self.call.checked(self.out)
             except (TypeError, ValueError) as error:
                 return type(error), str(error)
 
@@ -157,7 +157,7 @@ def pairs(xp):
             for field, what, other in alternatives(good)
         ]
         for index, pair in enumerate(made):
-            _call._layouts.clear()
+            _call._checked.clear()
             made[index] = pair._replace(expected=pair.other.outcome())
         yield made
 
@@ -166,8 +166,8 @@ def missed(pairs):
     """Those whose second call gets something else because of the first one."""
     found = []
     for pair in pairs:
-        _call._layouts.clear()
-        assert isinstance(pair.good.outcome(), Layout), pair.label
+        _call._checked.clear()
+        assert isinstance(pair.good.outcome(), Checked), pair.label
         if pair.other.outcome() != pair.expected:
             found.append(pair.label)
     return found
@@ -180,7 +180,7 @@ def test_a_call_like_a_good_one(pairs):
 def test_every_field_has_a_wrong_value(pairs):
     """A new field needs an entry above, and a place in the key if what is checked depends on it."""
     assert {pair.field for pair in pairs} == {*Call._fields, "out", "moves_statistics"}
-    wrong = {pair.field for pair in pairs if not isinstance(pair.expected, Layout)}
+    wrong = {pair.field for pair in pairs if not isinstance(pair.expected, Checked)}
     assert {pair.field for pair in pairs} - wrong == NO_DIFFERENCE
 
 
@@ -195,11 +195,10 @@ def without(original, index):
 
 
 def test_every_part_of_the_key_counts(xp, pairs, monkeypatch):
-    """If any were left out, one of the pairs would tell; but for fields that make no difference."""
+    """If any were left out, one of the pairs would tell."""
     call, out, _ = bases(xp)["training"]
     original, key = Call._key, call._key(out)
-    idle = {i for i, part in enumerate(call._replace(of_layer=True)._key(out)) if part != key[i]}
-    for index in set(range(len(key))) - idle:
+    for index in range(len(key)):
         monkeypatch.setattr(Call, "_key", without(original, index))
         assert missed(pairs), f"part {index}, {key[index]!r}, is in the key for nothing"
 
@@ -213,19 +212,20 @@ def test_every_part_of_a_form_counts(xp, pairs, monkeypatch):
 
 def test_errors_are_not_kept(pairs):
     for pair in pairs:
-        _call._layouts.clear()
+        _call._checked.clear()
         assert pair.other.outcome() == pair.other.outcome() == pair.expected
-        assert isinstance(pair.expected, Layout) or not _call._layouts
+        assert isinstance(pair.expected, Checked) or not _call._checked
 
 
-def test_so_many_layouts_and_no_more(xp, monkeypatch):
-    monkeypatch.setattr(_call, "MOST_LAYOUTS", 4)
+def test_so_many_calls_and_no_more(xp, monkeypatch):
+    monkeypatch.setattr(_call, "MOST_CHECKED", 4)
     sizes = []
     for shape in list(itertools.product((2, 3, 4), (1, 2, 5), (2, 3))) * 2:
         x = xp.zeros(shape, np.float32)
         call = Call(x, None, None, None, None, True, 0.1, 1.0, None, None, 1)
-        assert call.checked_layout() == call.checked_layout() == Layout.of(x, 1)
-        sizes.append(len(_call._layouts))
+        assert call.checked() is call.checked()
+        assert call.checked().layout == Layout.of(x, 1)
+        sizes.append(len(_call._checked))
     assert max(sizes) == 4
     assert sizes.count(1) > 5  # it begins anew
 
