@@ -9,7 +9,7 @@ import pytest
 
 import cupybn
 import cupybn.functional as F
-from cupybn import _overlap, _resident, cupy_ops
+from cupybn import _overlap
 from tests.reference import bits, to_numpy
 
 C = 5
@@ -25,14 +25,14 @@ OVERLAPS = {  # two vectors in memory of 2 C elements
 }
 
 
-@pytest.fixture(params=["cpu", "cuda:0", "cuda:0, streamed"])
-def device(request, monkeypatch):
-    """As elsewhere, and the kernels that keep nothing on chip."""
-    if "streamed" in request.param:
-        monkeypatch.setattr(_resident, "BLOCKS", ())
-    cupy_ops._resident_plan.cache_clear()
-    yield request.param.partition(",")[0]
-    cupy_ops._resident_plan.cache_clear()
+@pytest.fixture
+def xp(way):
+    return way
+
+
+@pytest.fixture
+def device(way):
+    return "cpu" if way is np else "cuda:0"
 
 
 def arguments(xp, rng, shape):

@@ -6,7 +6,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from cupybn import _resident, cupy_ops
 from tests import reference
 
 TINY = 1e-24  # its square is 0 in float32
@@ -31,13 +30,9 @@ LAYOUTS = {  # shape, channel axis
 }
 
 
-@pytest.fixture(params=["cpu", "cuda:0", "cuda:0, streamed"])
-def device(request, monkeypatch):
-    if "streamed" in request.param:
-        monkeypatch.setattr(_resident, "BLOCKS", ())
-    cupy_ops._resident_plan.cache_clear()
-    yield request.param.partition(",")[0]
-    cupy_ops._resident_plan.cache_clear()
+@pytest.fixture
+def xp(way):
+    return way
 
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16], ids=["float32", "bfloat16"])
