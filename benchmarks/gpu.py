@@ -71,7 +71,7 @@ def measure(args: argparse.Namespace, effort: Effort) -> dict[str, Any]:
     deadline = float("inf") if args.full or args.dry_run else time.monotonic() + 60 * args.minutes
     records: list[Record] = []
     skipped = 0
-    warm_up(bench)
+    bench.warm_up()
     for case in tqdm(cases(args.full, args.dry_run), unit="case"):
         if time.monotonic() > deadline:
             skipped += 1
@@ -93,14 +93,6 @@ def measure(args: argparse.Namespace, effort: Effort) -> dict[str, Any]:
         "notes": notes,
         "records": [record | ({"note": DRY_RUN} if args.dry_run else {}) for record in records],
     }
-
-
-def warm_up(bench: Bench) -> None:
-    """Until the clocks of the GPU have gone up."""
-    end = time.monotonic() + min(1.0, 30 * bench.effort.seconds)
-    bench.copy(1 << 16)
-    while time.monotonic() < end:
-        bench.copy.__wrapped__(1 << 28)
 
 
 def machine() -> dict[str, str]:

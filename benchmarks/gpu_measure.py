@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -34,6 +35,13 @@ class Bench:
         device = cupy.cuda.runtime.getDevice()
         self.l2_bytes = int(cupy.cuda.runtime.getDeviceProperties(device)["l2CacheSize"])
         self.copy = functools.cache(lambda nbytes: copy_time(nbytes, self.l2_bytes, effort))
+
+    def warm_up(self) -> None:
+        """Copy until the clocks of the GPU have gone up."""
+        end = time.monotonic() + min(1.0, 30 * self.effort.seconds)
+        self.copy(1 << 16)
+        while time.monotonic() < end:
+            copy_time(1 << 28, self.l2_bytes, self.effort)
 
     def records(self, case: Case) -> Iterator[Record]:
         """One for each operation, peer and state of the cache; with an ``"error"`` where something failed."""

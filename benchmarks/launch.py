@@ -9,6 +9,7 @@ time for those. Microseconds for one call, the least of several rounds.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import sys
 import timeit
@@ -18,6 +19,10 @@ from typing import Any
 import numpy as np
 
 CALLS, ROUNDS = 2000, 9
+
+
+_addresses = itertools.count(1 << 40, 1 << 32)
+"""Of arrays: none overlaps another one."""
 
 
 class Array:
@@ -32,7 +37,7 @@ class Array:
         self.strides = tuple(math.prod(shape[i + 1 :]) * self.itemsize for i in range(len(shape)))
         self.nbytes = self.size * self.itemsize
         self.flags = types.SimpleNamespace(c_contiguous=True)
-        self.data = types.SimpleNamespace(ptr=4096, device_id=0)
+        self.data = types.SimpleNamespace(ptr=next(_addresses), device_id=0)
         self.device = types.SimpleNamespace(id=0)
 
     def transpose(self, *_: Any) -> Array:

@@ -1,26 +1,56 @@
-"""``python -m cupybn``: what is found on this machine, whether the kernels are right on it, and how fast they are."""
+"""``python -m cupybn``: three commands in a terminal."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
+import cupybn
 from cupybn._cli import bench, check, info
+from cupybn._cli.options import UsageError
 
 COMMANDS = {"info": info, "check": check, "bench": bench}
+PROGRAM = "python -m cupybn"
+SUMMARY = "What is found on this machine, whether the kernels are right on it, and how fast they are."
+CLOSED_PIPE, INTERRUPTED = 128 + 13, 128 + 2
+"""Exit statuses: as of a program that is ended by SIGPIPE and by SIGINT."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m cupybn", description=(__doc__ or "").partition(": ")[2])
-    commands = parser.add_subparsers(dest="command", required=True)
+    """Run one command and return the exit status; quietly, where nobody reads on or somebody interrupts."""
+    try:
+        try:
+            return run(arguments)
+        finally:
+            print(end="", flush=True)  # not at the end of Python, which would tell of a closed pipe
+    except BrokenPipeError:  # whoever read has seen enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be written
+        return CLOSED_PIPE
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def run(arguments: Sequence[str] | None) -> int:
+    """Parse the arguments and run the command."""
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description=SUMMARY,
+        usage=f"{PROGRAM} [--help] [--version] {{{','.join(COMMANDS)}}} ...",
+    )
+    parser.add_argument("--version", action="version", version=f"cupybn {cupybn.__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="command", required=True, prog=PROGRAM)
     for name, module in COMMANDS.items():
         summary = module.__doc__ or ""
-        command = commands.add_parser(name, help=summary.partition("\n")[0], description=summary)
+        usage = f"{PROGRAM} {name} {module.USAGE}"
+        command = commands.add_parser(name, help=summary.partition("\n")[0], description=summary, usage=usage)
         module.add_arguments(command)
     options = parser.parse_args(arguments)
-    status: int = COMMANDS[options.command].run(options)
+    try:
+        status: int = COMMANDS[options.command].run(options)
+    except UsageError as error:
+        commands.choices[options.command].error(str(error))
     return status
 
 

@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cupybn import _checks
+from cupybn._devices import copied, is_derived, kind, plain
 from cupybn._group import Group
 from cupybn._layout import Layout
+from cupybn._overlap import Extent, may_overlap, overlapping
 from cupybn._tracking import updates_stats
 
 Array = Any  # numpy.ndarray or cupy.ndarray
@@ -31,14 +33,16 @@ class Call(NamedTuple):
     activation: str | None
     channel_axis: int
     num_batches_tracked: Array | None = None
-    of_layer: bool = False
+    layer_device: str | None = None
+    """Of the layer that is called; None for the functions."""
     group: Group | None = None
     """The ranks that the batch is spread over, in training."""
 
-    def checked_layout(self, out: Array | None = None) -> Layout:
-        """How the input lies in memory, if all is well.
+    def checked(self, out: Array | None = None) -> Checked:
+        """What is to be known of the arguments, if all is well.
 
-        What is checked does not depend on the elements of arrays: calls that are alike but for these are checked once.
+        What is checked does not depend on addresses and elements of arrays: calls that are alike but for these are
+        checked once.
 
         Raises
         ------
@@ -46,14 +50,15 @@ class Call(NamedTuple):
             See `check`.
         """
         key = self._key(out)
-        layout = _layouts.get(key)
-        if layout is None:
+        checked = _checked.get(key)
+        if checked is None:
             layout = Layout.of(self.input, self.check(out))
+            checked = Checked(layout, [Extent.of(array) for array in self._arrays()])
             if key is not None:
-                if len(_layouts) >= MOST_LAYOUTS:
-                    _layouts.clear()
-                _layouts[key] = layout
-        return layout
+                if len(_checked) >= MOST_CHECKED:
+                    _checked.clear()
+                _checked[key] = checked
+        return checked
 
     def _key(self, out: Array | None) -> Hashable:
         """All that `check` looks at; None for what cannot be an argument."""
@@ -67,13 +72,13 @@ class Call(NamedTuple):
                 _form(self.residual),
                 _form(self.num_batches_tracked),
                 _form(out),
-                bool(self.training),
+                self.training,
+                type(self.training),
                 self.eps,
                 type(self.eps),
                 self.activation,
                 self.channel_axis,
                 type(self.channel_axis),
-                self.of_layer,
                 self.group is not None,
                 updates_stats(),
             )
@@ -94,9 +99,13 @@ class Call(NamedTuple):
         _checks.check_array("input", input)
         axis = _checks.check_channel_axis(self.channel_axis, input.ndim)
         _checks.check_activation(self.activation)
+        _checks.check_bool("training", self.training)
         _checks.check_both_or_neither(self.running_mean, self.running_var)
         if self.running_mean is None and not self.training:
-            raise ValueError("running_mean and running_var must be given when training=False")
+            raise ValueError(
+                "running_mean and running_var must be given when training=False (training defaults to False; "
+                "training=True takes the statistics of the batch)"
+            )
         _checks.check_vectors(
             input,
             axis,
@@ -106,11 +115,11 @@ class Call(NamedTuple):
                 "weight": self.weight,
                 "bias": self.bias,
             },
-            suggest_axis=self.of_layer,
+            self.layer_device,
         )
         _checks.check_eps(self.eps, self.training)
         if self.training and input.size and self.group is None:
-            _checks.check_more_than_one_value(input.shape, axis)
+            _checks.check_more_than_one_value(input.shape, axis, self._way_to_eval())
         for name, array in ("residual", self.residual), ("out", out):
             if array is not None:
                 _checks.check_like(name, array, input)
@@ -128,6 +137,15 @@ class Call(NamedTuple):
                 _checks.check_writeable(name, array)
         return axis
 
+    def _way_to_eval(self) -> str:
+        """How a layer uses its running statistics instead of the batch's, if it has any: the end of a message."""
+        has_buffers = self.running_mean is not None or self.num_batches_tracked is not None
+        return "; did you mean layer.eval()?" if self.layer_device is not None and has_buffers else ""
+
+    def plain(self) -> Call:
+        """The same with arrays of NumPy's and CuPy's own classes, in the same memory."""
+        return Call(*map(plain, self)) if any(map(is_derived, map(type, self))) else self
+
     def updates_running(self) -> bool:
         """Whether this call moves the running statistics."""
         return self.training and self.running_mean is not None and updates_stats()
@@ -139,19 +157,79 @@ class Call(NamedTuple):
         counter = self.num_batches_tracked if self.training else None
         return Running(self.running_mean, self.running_var, self.momentum, counter)
 
+    def _arrays(self) -> list[Array]:
+        """The arrays that a call reads or moves."""
+        counter = self.num_batches_tracked if self.updates_running() else None
+        arrays = (
+            self.input,
+            self.residual,
+            self.weight,
+            self.bias,
+            self.running_mean,
+            self.running_var,
+            counter,
+        )
+        return [array for array in arrays if array is not None]
+
+    def apart(self, checked: Checked, for_vjp: bool) -> tuple[Call, Written]:
+        """The same call where nothing that it moves is read later, and what is to be written when all else is done.
+
+        Arrays may share memory, as a weight that is also the running variance: what is read is a copy where it does.
+        The way back reads after buffers have moved, be it in another call. Buffers that share memory with each other
+        are moved as copies; so are all on NumPy, where an interrupt may come in the middle of a step.
+        """
+        moves = self.updates_running()
+        if self.running_mean is None or not (moves or for_vjp):
+            return self, []
+        on_host, may_share = kind(self.input) == "numpy", may_overlap(self._arrays(), checked.extents)
+        if not (may_share or (on_host and moves)):
+            return self, []
+        buffers = self._named("running_mean", "running_var", *(["num_batches_tracked"] if moves else []))
+        read = self._named("input", "residual", "weight", "bias")
+        shared = overlapping(read | buffers, buffers) if may_share else []
+        copies = {
+            name: checked.layout.copy(array) if name in ("input", "residual") else copied(array)
+            for name, array in read.items()
+            if name in shared
+        }
+        moved = {name: copied(array) for name, array in buffers.items() if moves and (on_host or name in shared)}
+        return self._replace(**copies, **moved), [(buffers[name], copy) for name, copy in moved.items()]
+
+    def shares_with_vectors(self, out: Array) -> bool:
+        """Whether an output has memory in common with a vector of this call."""
+        vectors = self._named("running_mean", "running_var", "weight", "bias")
+        return bool(overlapping({"out": out}, vectors))
+
+    def _named(self, *names: str) -> dict[str, Array]:
+        """Those of these arrays that there are, by name."""
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+
+class Checked(NamedTuple):
+    """What is known of calls whose arguments fit together, and which are alike but for addresses and elements."""
+
+    layout: Layout
+    extents: list[Extent]
+    """Those of the arrays that a call reads or moves."""
+
+
+Written = list[tuple[Array, Array]]
+"""Arrays, and the values that they are to get."""
+
 
 def _form(array: Array | None) -> Hashable:
     """All that there is to know about an array but its address and its elements."""
     if array is None:
         return None
-    if type(array) is np.ndarray:
-        return array.shape, array.strides, array.dtype, array.flags.writeable
+    if isinstance(array, np.ndarray):
+        return type(array), array.shape, array.strides, array.dtype, array.flags.writeable
     return type(array), array.shape, array.strides, array.dtype, array.data.device_id
 
 
-MOST_LAYOUTS = 4096
-_layouts: dict[Hashable, Layout] = {}
-"""Of calls that have been checked."""
+MOST_CHECKED = 4096
+"""Calls that are remembered, before all are forgotten."""
+_checked: dict[Hashable, Checked] = {}
+"""The calls that have been checked, by what `Call.check` looks at."""
 
 
 class Running(NamedTuple):

@@ -1,58 +1,129 @@
-"""Everything that can be wrong with the arguments, found before any array is touched or any kernel is launched."""
+"""Everything that can be wrong with the arguments, found before any array is touched or any kernel is launched.
+
+A message names the argument, what was expected and what was given, in PyTorch's words where it has such an error, and
+ends with the way out where there is one.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import numbers
 import operator
 from collections.abc import Mapping
 from typing import Any
 
-from cupybn._devices import describe, device_of, kind
+import numpy as np
+
+from cupybn._devices import describe, device_of, kind, show
 from cupybn._dtypes import FLOATS, is_float
 
 ACTIVATIONS = (None, "relu")
+DLPACK_ON_HOST = 1
+"""The kind of device that DLPack calls kDLCPU."""
 
 
 def check_array(name: str, array: Any, like: Any = None) -> None:
-    """An array of a kind and dtype that batch norm takes, on the device of ``like``."""
+    """An array of a kind and dtype that batch norm takes, on the device of ``like``, which is the input."""
     if kind(array) is None:
-        raise TypeError(f"expected {name} to be a NumPy or CuPy array (got {describe(array)})")
+        raise TypeError(f"expected {name} to be a NumPy or CuPy array (got {describe(array)}){_to_array(name, array)}")
     if not is_float(array.dtype):
-        raise TypeError(f"expected {name} of dtype {', '.join(FLOATS)} (got {array.dtype.name})")
+        way_out = f": use {_new_out(like)}" if name == "out" else _to_float(name, array.dtype)
+        raise TypeError(f"expected {name} of dtype {', '.join(FLOATS)} (got {array.dtype.name}){way_out}")
     if like is not None and device_of(array) != device_of(like):
-        raise TypeError(f"expected {name} to be a {describe(like)} like input (got a {describe(array)})")
+        ways = [_to_device(name, array, like), _to_device("input", like, array)]
+        ways = [_new_out(like)] if name == "out" else sorted(ways, key=lambda way: "asnumpy" in way)  # to a GPU first
+        raise TypeError(
+            f"expected {name} to be a {describe(like)} like input (got a {describe(array)}): all arrays of a call are "
+            f"on one device, use {' or '.join(ways)}"
+        )
+
+
+def _to_array(name: str, given: Any) -> str:
+    """How to make an array of something else: the end of a message."""
+    cls = type(given)
+    if issubclass(cls, np.ma.MaskedArray):
+        return f": masks are not supported, use {name}.filled(...)"
+    if issubclass(cls, np.ndarray):
+        return f": use numpy.asarray({name})"
+    if hasattr(cls, "__dlpack__"):
+        on_host = True
+        with contextlib.suppress(Exception):
+            on_host = given.__dlpack_device__()[0] == DLPACK_ON_HOST
+        if getattr(given, "requires_grad", False) is True:  # PyTorch does not hand these out
+            name += ".detach()"
+        return f": use {'numpy' if on_host else 'cupy'}.from_dlpack({name})"
+    if hasattr(cls, "__cuda_array_interface__"):
+        return f": use cupy.asarray({name})"
+    if issubclass(cls, (list, tuple, memoryview)) or hasattr(cls, "__array__"):
+        return f": use numpy.asarray({name}, 'float32')"
+    return ""
+
+
+def _to_float(name: str, dtype: np.dtype[Any]) -> str:
+    """How to make floats of other elements: the end of a message."""
+    if dtype.kind == "c":
+        return ": complex numbers are not supported"
+    if dtype.kind == "f" and dtype.itemsize > 8:
+        return f": use {name}.astype(np.float64)"
+    return f": use {name}.astype(np.float32)" if dtype.kind in "fiubO" or dtype.names is None else ""
+
+
+def _to_device(name: str, array: Any, other: Any) -> str:
+    """How to copy an array to the device of another one: part of a message."""
+    device = device_of(other)
+    if device == "cpu":
+        return f"cupy.asnumpy({name})"
+    if device == "cuda:0" and kind(array) == "numpy":
+        return f"cupy.asarray({name})"
+    return f"cupy.asarray({name}) within `with cupy.cuda.Device({device.removeprefix('cuda:')})`"
+
+
+def _new_out(input: Any) -> str:
+    """How to make an array for the output: part of a message."""
+    return f"{kind(input)}.empty_like(input)"
 
 
 def check_like(name: str, array: Any, input: Any) -> None:
     """An array of the input's kind, device, dtype and shape."""
     check_array(name, array, input)
     if array.dtype != input.dtype:
-        raise TypeError(f"expected {name} of the input's dtype {input.dtype} (got {array.dtype})")
+        way_out = f": use {_new_out(input)}" if name == "out" else f": use {name}.astype({input.dtype.name!r})"
+        raise TypeError(f"expected {name} of the input's dtype {input.dtype} (got {array.dtype}){way_out}")
     if array.shape != input.shape:
-        raise ValueError(f"expected {name} of the input's shape {input.shape} (got {array.shape})")
+        way_out = f": use {_new_out(input)}" if name == "out" else _to_shape(name, array, input)
+        raise ValueError(f"expected {name} of the input's shape {input.shape} (got {array.shape}){way_out}")
+
+
+def _to_shape(name: str, array: Any, input: Any) -> str:
+    """How to make an array of the input's shape, if it broadcasts to it: the end of a message."""
+    with contextlib.suppress(ValueError):
+        if np.broadcast_shapes(array.shape, input.shape) == input.shape:
+            return f": use {kind(input)}.broadcast_to({name}, {input.shape})"
+    return ""
 
 
 def check_writeable(name: str, array: Any) -> None:
     """An array that may be written to."""
     if kind(array) == "numpy" and not array.flags.writeable:
-        raise ValueError(f"expected {name} to be writeable (got a read-only array)")
+        raise ValueError(f"expected {name} to be writeable (got a read-only array): use {name}.copy()")
 
 
 def check_counter(counter: Any, like: Any) -> None:
     """A 0-d int64 array, on the device of ``like``: it counts in place."""
+    way_out = ": set it in place, layer.num_batches_tracked[...] = n"
     if kind(counter) is None or counter.dtype != "int64" or device_of(counter) != device_of(like):
         given = f"{describe(counter)} of {counter.dtype}" if kind(counter) else describe(counter)
-        raise TypeError(f"expected num_batches_tracked to be an int64 array beside input (got {given})")
+        raise TypeError(f"expected num_batches_tracked to be an int64 array beside input (got {given}){way_out}")
     if counter.shape != ():
-        raise ValueError(f"expected num_batches_tracked of shape () (got {counter.shape})")
+        raise ValueError(f"expected num_batches_tracked of shape () (got {counter.shape}){way_out}")
 
 
 def check_channel_axis(channel_axis: int, ndim: int) -> int:
     """The channel axis counted from the front."""
     if ndim < 2:
         raise ValueError(f"expected at least 2D input (got {ndim}D input)")
-    axis = operator.index(channel_axis)
+    axis = as_int("channel_axis", channel_axis)
     if not -ndim <= axis < ndim:
         raise ValueError(f"expected channel_axis in [{-ndim}, {ndim}) for {ndim}D input (got {axis})")
     return axis % ndim
@@ -60,15 +131,46 @@ def check_channel_axis(channel_axis: int, ndim: int) -> int:
 
 def check_activation(activation: str | None) -> None:
     """One of ``ACTIVATIONS``."""
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"unknown activation {activation!r}: expected one of {', '.join(map(repr, ACTIVATIONS))}")
+    if activation is not None and not (isinstance(activation, str) and activation in ACTIVATIONS):
+        raise ValueError(f"unknown activation {show(activation)}: expected one of {', '.join(map(repr, ACTIVATIONS))}")
+
+
+def check_bool(name: str, value: bool, way_out: str = "") -> None:
+    """Python's bool, or NumPy's: anything else is true or false as well, but seldom what was meant."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"expected {name} to be a bool (got {show(value)}){way_out}")
+
+
+def check_str(name: str, value: str) -> None:
+    """A text."""
+    if not isinstance(value, str):
+        raise TypeError(f"expected {name} to be a str (got {show(value)})")
+
+
+def as_int(name: str, value: Any) -> int:
+    """A whole number of a type of whole numbers, which bool is not meant to be."""
+    if not isinstance(value, bool) and kind(value) != "cupy":  # which would be read
+        with contextlib.suppress(TypeError):
+            return operator.index(value)
+    way_out = ""
+    if isinstance(value, (list, tuple)) and name == "channel_axis":
+        way_out = ": make these axes one, use input.transpose(...).reshape(...)"
+    elif isinstance(value, numbers.Real) and not isinstance(value, bool) and value == value // 1:
+        way_out = f": use int({name})"
+    raise TypeError(f"expected {name} to be an int (got {show(value)}){way_out}")
 
 
 def as_float(name: str, value: Any) -> float:
     """A number that the host knows, as a float."""
     if not isinstance(value, numbers.Real):
-        raise TypeError(f"expected {name} to be a float (got {type(value).__qualname__})")
-    return float(value)
+        way_out = f": use float({name})" if getattr(value, "shape", None) == () else ""
+        if value is None and name == "momentum":  # of the functions
+            way_out = ": layers count their batches, functions do not; 1 / n with the n-th batch is the mean over n"
+        raise TypeError(f"expected {name} to be a float (got {show(value)}){way_out}")
+    try:
+        return float(value)
+    except OverflowError:
+        raise OverflowError(f"expected {name} to be a float (got a number beyond float64)") from None
 
 
 def check_eps(eps: float, training: bool) -> None:
@@ -86,23 +188,26 @@ def check_both_or_neither(running_mean: Any, running_var: Any) -> None:
         raise ValueError("running_mean and running_var must either both be None or neither be None")
 
 
-def check_vectors(input: Any, axis: int, vectors: Mapping[str, Any], suggest_axis: bool) -> None:
+def check_vectors(input: Any, axis: int, vectors: Mapping[str, Any], layer_device: str | None) -> None:
     """Per-channel vectors: kind, device, dtype, and one element for each channel.
 
-    The message may suggest another axis, which a layer can be made for.
+    Those of a layer, which is on a device, are not what the caller passed: the message is about the input then.
     """
+    vectors = {name: vector for name, vector in vectors.items() if vector is not None}
     for name, vector in vectors.items():
-        if vector is not None:
-            check_array(name, vector, input)
+        if layer_device is not None and kind(vector) is not None and device_of(vector) == layer_device:
+            check_beside_layer(input, vector)
+        check_array(name, vector, input)
     channels = input.shape[axis]
+    sizes = {vector.size for vector in vectors.values() if vector.ndim == 1}
     for name, vector in vectors.items():
-        if vector is None:
-            continue
         if vector.ndim != 1:
             raise ValueError(f"expected {name} of shape ({channels},) (got {vector.shape})")
         if vector.size != channels:
-            message = f"{name} should contain {channels} elements not {vector.size}"
-            if suggest_axis and vector.size in input.shape:
+            if layer_device is None or len(sizes) > 1:
+                raise ValueError(f"{name} should contain {channels} elements not {vector.size}")
+            message = f"expected {vector.size} channels (num_features) on axis {axis}, got {channels}"
+            if vector.size in input.shape:
                 meant = input.ndim - 1 - input.shape[::-1].index(vector.size)
                 message += (
                     f" (axis {axis} of the input of shape {input.shape} has {channels}, axis {meant} has "
@@ -111,7 +216,16 @@ def check_vectors(input: Any, axis: int, vectors: Mapping[str, Any], suggest_axi
             raise ValueError(message)
 
 
-def check_more_than_one_value(shape: tuple[int, ...], axis: int) -> None:
-    """The unbiased variance of a single value is not defined."""
+def check_beside_layer(input: Any, vector: Any) -> None:
+    """An input on the device of a layer, which is that of its vectors."""
+    if device_of(input) != device_of(vector):
+        raise TypeError(
+            f"expected input to be a {describe(vector)}, as the layer is on {device_of(vector)} (got a "
+            f'{describe(input)}): use {_to_device("input", input, vector)}, or layer.to("{device_of(input)}")'
+        )
+
+
+def check_more_than_one_value(shape: tuple[int, ...], axis: int, way_out: str = "") -> None:
+    """The unbiased variance of a single value is not defined. The way out ends the message."""
     if math.prod(shape) == shape[axis]:
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape}")
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape}{way_out}")

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
+import numbers
+import operator
 import re
+from collections import deque
+from collections.abc import Iterable
 from types import ModuleType
 from typing import Any
 
@@ -12,7 +17,10 @@ import numpy as np
 import numpy.typing as npt
 
 _KNOWN = "'cpu', 'cuda', 'cuda:0', 'cuda:1', ..."
-_INSTALL = "`pip install cupybn[cuda12]` or `cupybn[cuda13]` installs the CuPy for that version of CUDA"
+_INSTALL = (
+    "`pip install '.[cuda12]'` or `pip install '.[cuda13]'`, in a clone of cupybn, installs the CuPy for that version "
+    "of CUDA"
+)
 
 
 def kind(array: object) -> str | None:
@@ -26,8 +34,35 @@ def _kind_of(cls: Any) -> str | None:
     """Asked of the class: of an array, the interface would be made anew each time."""
     if issubclass(cls, np.ndarray):
         return None if issubclass(cls, (np.ma.MaskedArray, np.matrix)) else "numpy"  # of rules of their own
-    of_cupy = cls.__module__.partition(".")[0] == "cupy" and hasattr(cls, "__cuda_array_interface__")
-    return "cupy" if of_cupy else None
+    of_many_devices = any(base.__module__.startswith("cupyx.") for base in cls.__mro__)
+    return None if of_many_devices or _cupy_class(cls) is None else "cupy"
+
+
+def _cupy_class(cls: Any) -> Any:
+    """``cupy.ndarray`` if this is it or a class derived from it, else None. CuPy is not imported to find out."""
+    for base in cls.__mro__:
+        if base.__name__ == "ndarray" and base.__module__.partition(".")[0] == "cupy":
+            return base
+    return None
+
+
+@functools.cache
+def is_derived(cls: Any) -> bool:
+    """Whether this is a class of arrays, but not that of NumPy or CuPy itself."""
+    return _kind_of(cls) is not None and cls is not np.ndarray and cls is not _cupy_class(cls)
+
+
+def plain(array: Any) -> Any:
+    """The same memory as an array of the class of its kind: derived classes may compute by rules of their own.
+
+    Anything else is returned as it is.
+    """
+    cls: Any = type(array)
+    if not is_derived(cls):
+        return array
+    if _kind_of(cls) == "numpy":
+        return np.ndarray.view(array, np.ndarray)
+    return _cupy_class(cls)(array.shape, array.dtype, array.data, array.strides)
 
 
 def describe(array: object) -> str:
@@ -38,6 +73,18 @@ def describe(array: object) -> str:
     if known == "cupy":
         return f"CuPy array on {device_of(array)}"
     return type(array).__qualname__
+
+
+def show(value: object) -> str:
+    """What an error message says of a value: its text if that is short, and no array is read for it, or its class."""
+    simple = (str, bytes, numbers.Number, type(None))
+    if isinstance(value, (list, tuple)) and not all(isinstance(part, simple) for part in value):
+        return type(value).__qualname__
+    cls = type(value)
+    if kind(value) is not None or hasattr(cls, "__dlpack__") or hasattr(cls, "__cuda_array_interface__"):
+        return describe(value)
+    text = repr(value)
+    return text if len(text) <= 80 else cls.__qualname__
 
 
 def device_of(array: Any) -> str:
@@ -57,9 +104,14 @@ def resolve_device(device: str | None) -> str:
     """
     if device is None:
         return f"cuda:{import_cupy().cuda.runtime.getDevice()}" if not cuda_missing() else "cpu"
-    match = re.fullmatch(r"cpu|cuda(?::(\d+))?", device) if isinstance(device, str) else None
+    return named_device(device)
+
+
+def named_device(device: str) -> str:
+    """As `resolve_device`, of a name: None is not one."""
+    match = _match(device) if isinstance(device, str) else None
     if match is None:
-        raise ValueError(f"unknown device {device!r}: expected one of {_KNOWN}")
+        raise ValueError(f"unknown device {show(device)}: expected one of {_KNOWN}{_meant(device)}")
     if device == "cpu":
         return "cpu"
     missing = cuda_missing()
@@ -68,8 +120,28 @@ def resolve_device(device: str | None) -> str:
     runtime = import_cupy().cuda.runtime
     index = runtime.getDevice() if match[1] is None else int(match[1])
     if index >= runtime.getDeviceCount():
-        raise RuntimeError(f"device {device!r} is not available: {runtime.getDeviceCount()} CUDA devices were found")
+        found = ", ".join(f"'cuda:{i}'" for i in range(runtime.getDeviceCount()))
+        raise RuntimeError(f"device {device!r} is not available: the CUDA devices are {found}")
     return f"cuda:{index}"
+
+
+def _match(name: str) -> re.Match[str] | None:
+    """What a name of a device says, if it is one."""
+    return re.fullmatch(r"cpu|cuda(?::([0-9]+))?", name)
+
+
+def _meant(device: object) -> str:
+    """The name that was meant by a number, or by what reads like a name, as a device of PyTorch does."""
+    cls = type(device)
+    if cls.__module__.partition(".")[0] == "cupy":
+        device = getattr(device, "id", None)
+    if isinstance(device, (int, np.integer)):
+        name = f"cuda:{device}"
+    elif isinstance(device, str) or cls.__name__ == "device":
+        name = str(device).strip().lower().replace("gpu", "cuda").replace(" ", ":")
+    else:
+        return ""
+    return f"; did you mean {name!r}?" if _match(name) else ""
 
 
 @functools.cache
@@ -79,8 +151,13 @@ def cuda_missing() -> str:
         cupy = import_cupy()
     except Exception as error:  # a CuPy that cannot be used raises anything: no library, no cache folder, a bad wheel
         return f"CuPy cannot be imported ({error!r}); {_INSTALL}"
-    if not cupy.cuda.is_available():
-        return f"CuPy finds no CUDA device or driver; {_INSTALL}"
+    try:
+        if not cupy.cuda.is_available():
+            return f"CuPy finds no CUDA device or driver; {_INSTALL}"
+        cupy.cuda.runtime.getDevice()
+    except Exception as error:  # half a CuPy: a folder of that name, an installation that broke off, a driver at fault
+        place = getattr(cupy, "__file__", None) or ", ".join(getattr(cupy, "__path__", ()))
+        return f"the module 'cupy' in {place} cannot be used ({error!r}); {_INSTALL}"
     return ""
 
 
@@ -100,6 +177,22 @@ def zeros_like(vector: Any) -> Any:
     zeros = empty_like(vector)
     zeros.fill(0)
     return zeros
+
+
+def copied(vector: Any) -> Any:
+    """A C-contiguous copy on the current device."""
+    copy = empty_like(vector)
+    copy[...] = vector
+    return copy
+
+
+def write_at_once(written: Iterable[tuple[Any, Any]]) -> None:
+    """Fill arrays with values of their own shapes and dtypes.
+
+    Those of NumPy get all or none: an interrupt comes between two steps of Python, and this is a single one.
+    """
+    arrays, values = zip(*written, strict=True)
+    deque(map(operator.setitem, arrays, itertools.repeat(...), values), maxlen=0)
 
 
 def current(array: Any) -> contextlib.AbstractContextManager[Any]:

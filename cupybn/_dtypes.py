@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from cupybn._devices import show
+
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -24,12 +26,29 @@ def accumulation_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
 
 
 def parameter_dtype(dtype: npt.DTypeLike) -> np.dtype[Any]:
-    """The dtype that a layer was asked for; ``"bfloat16"`` is known by name once ml_dtypes is there."""
-    if isinstance(dtype, str) and dtype == "bfloat16":
-        import ml_dtypes
+    """The dtype that a layer was asked for; ``"bfloat16"`` is known by name once ml_dtypes is there.
 
+    Raises
+    ------
+    TypeError
+        If this is not one of the four.
+    ImportError
+        If it is ``"bfloat16"``, and ml_dtypes is missing.
+    """
+    if isinstance(dtype, str) and dtype == "bfloat16":
+        try:
+            import ml_dtypes
+        except ImportError as error:
+            raise ImportError(
+                "dtype='bfloat16' needs ml_dtypes: `pip install '.[bf16]'`, in a clone of cupybn, installs it"
+            ) from error
         dtype = ml_dtypes.bfloat16
-    result: np.dtype[Any] = np.dtype(dtype)
+    try:
+        result: np.dtype[Any] = np.dtype(dtype)
+    except Exception:  # a TypeError mostly, but text and tuples are parsed, and raise what they like
+        name = str(dtype).removeprefix("torch.")
+        way_out = f"; did you mean dtype={name!r}?" if name in FLOATS else ""
+        raise TypeError(f"expected dtype to be one of {', '.join(FLOATS)} (got {show(dtype)}){way_out}") from None
     if result.name not in FLOATS:
-        raise TypeError(f"expected a dtype of {', '.join(FLOATS)} (got {result.name})")
+        raise TypeError(f"expected dtype to be one of {', '.join(FLOATS)} (got {result.name})")
     return result

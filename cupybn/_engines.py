@@ -149,10 +149,11 @@ class MPIEngine:
             return received[:, h:], received[:, :h]
         if (rows, h + n) not in self._staging:
             self._staging[rows, h + n] = _Staging(rows, h + n)
-        staging = self._staging[rows, h + n]
+        staging, result = self._staging[rows, h + n], empty((rows, h + n), row)
         staging.download(header, row)
         self._wait(staging, lambda: collective(staging.sent, staging.received))
-        return staging.upload(row)[:, h:], staging.received[:, :h].copy()
+        staging.upload(result)
+        return result[:, h:], staging.received[:, :h].copy()
 
     def _gather_on_device(self, row: Array, header: Header) -> tuple[Array, Header]:
         comm, others = self._comm, [rank for rank in range(self.size) if rank != self.rank]
@@ -190,7 +191,7 @@ class MPIEngine:
                 else:
                     time.sleep(min(waited / 50, LONGEST_NAP))
         except BaseException as error:
-            _abandoned.append((self._comm, requests, buffers))
+            _abandoned.append((self._comm, requests if len(requests) == len(starts) else None, buffers))
             reason = str(error).removeprefix(f"rank {self.rank} ") or type(error).__qualname__
             lost = f"rank {self.rank} has lost the other ranks of this communicator: {reason}"
             self._comm.Set_attr(_lost_key(), lost)
@@ -212,8 +213,11 @@ def _lost_key() -> int:
     return key
 
 
-_abandoned: list[tuple[Any, list[Any], object]] = []
-"""Communicators, requests and buffers of exchanges that never ended: MPI may still write into their memory."""
+_abandoned: list[tuple[Any, list[Any] | None, object]] = []
+"""Communicators, requests and buffers of exchanges that never ended: MPI may still write into their memory.
+
+Requests are None if not all of them are known.
+"""
 
 
 @atexit.register
@@ -221,7 +225,7 @@ def _abort_if_lost() -> None:
     """At the end of a process: MPI would wait for the ranks that it has lost, for ever."""
     for comm, requests, _ in _abandoned:
         try:
-            lost = not all(request.Test() for request in requests)
+            lost = requests is None or not all(request.Test() for request in requests)
         except Exception:
             lost = True
         if lost:
@@ -231,27 +235,26 @@ def _abort_if_lost() -> None:
 
 
 class _Staging:
-    """Pinned memory of the host, which a message passes on its way between the device and MPI."""
+    """Pinned memory of the host, which a message passes on its way between the device and MPI.
+
+    Streams copy from it as they get to it, and it knows nothing of streams: the host waits until it is free for another
+    message, or for whoever gets the memory next.
+    """
 
     def __init__(self, rows: int, n: int) -> None:
         cuda = import_cupy().cuda
         self.sent = np.frombuffer(cuda.alloc_pinned_memory(n * 8), np.float64, n)
         self.received = np.frombuffer(cuda.alloc_pinned_memory(rows * n * 8), np.float64, rows * n).reshape(rows, n)
-        self._uploaded: Any = None
 
     def download(self, header: Header, row: Array) -> None:
         """Header and row as one message, when the stream has come so far."""
-        if self._uploaded is not None:
-            self._uploaded.synchronize()  # long ago, unless the stream is another one now
         self.sent[: header.size] = header
         row[0].get(out=self.sent[header.size :])
 
-    def upload(self, like: Array) -> Array:
-        """What has been received, on the device."""
-        rows = empty(self.received.shape, like)
+    def upload(self, rows: Array) -> None:
+        """Copy to the device what has been received."""
         rows.set(self.received)
-        self._uploaded = import_cupy().cuda.get_current_stream().record()
-        return rows
+        import_cupy().cuda.get_current_stream().synchronize()
 
 
 @functools.cache
@@ -337,7 +340,10 @@ def _nan(shape: tuple[int, ...]) -> Array:
 
 
 def _nccl() -> Any:
-    return import_cupy().cuda.nccl
+    """CuPy imports it for those who ask, and whoever made the communicator may have found its class elsewhere."""
+    from cupy.cuda import nccl
+
+    return nccl
 
 
 def _encode(text: str) -> npt.NDArray[np.uint8]:

@@ -84,8 +84,8 @@ def channels_first(N: int, C: int, L: int, width: int, multiprocessors: int | No
     else:
         wanted = multiprocessors * CHANNELS_FIRST_MAP
         shares = min(math.ceil(wanted / C), math.ceil(N * L / LEAST_MAPPED), MOST_GRID_Y)
-    segments_per_block = math.ceil(segments / min(shares, segments))
-    slots = _slots(segment + L % segment, L, width)
+    segments_per_block = math.ceil(segments / shares)
+    slots = _slots(segment + L % segment, width)
     shares = math.ceil(segments / segments_per_block)
     sizes = {
         "N": N,
@@ -98,16 +98,19 @@ def channels_first(N: int, C: int, L: int, width: int, multiprocessors: int | No
     return Geometry(over_channels(C, shares), sizes, shares)
 
 
-def _slots(elements: int, L: int, width: int) -> int:
-    """The most packs that so many elements of a row touch; rows begin anywhere in a pack, unless L is whole packs."""
-    return elements // width if L % width == 0 else (elements + 2 * width - 2) // width
+def _slots(elements: int, width: int) -> int:
+    """The most packs that so many elements of a row touch, up to its end.
+
+    Segments are whole packs: if these elements are, so is the row, and all rows begin where a pack does.
+    """
+    return elements // width if elements % width == 0 else (elements + 2 * width - 2) // width
 
 
 def channels_first_resident(
     N: int, C: int, L: int, itemsize: int, width: int, arrays: int, device: Device
 ) -> Geometry | None:
     """A cluster for each channel; see ``channels_first/slots.cuh``. None where a channel is not to be kept on chip."""
-    slots_per_row = _slots(L, L, width)
+    slots_per_row = _slots(L, width)
     cluster = choose_cluster(C, N * slots_per_row, width * itemsize, arrays, device, CHANNELS_FIRST_OWN)
     if cluster is None or C * cluster.blocks > MOST_GRID_X:
         return None
@@ -152,13 +155,12 @@ def channels_last(M: int, C: int, width: int, multiprocessors: int | None) -> Ge
     wide, narrow = TILE_PACKS if width > 1 else TILE_ELEMENTS
     tile = min(columns, wide if columns > FEW_COLUMNS else narrow)
     tiles = math.ceil(columns / tile)
-    rows_of_threads = THREADS // tile
     per_row = tile * width  # elements of a row that a block takes
     replicas_kept = 1 if tiles == 1 else replicas  # where a tile has all columns, its block merges them
     shares = min(math.ceil(CHANNELS_LAST_SUM / tiles), math.ceil(super_rows * per_row / LEAST_SUMMED))
     if multiprocessors is not None:
         parts = shares * replicas_kept
-        least = max(math.ceil(LEAST_MAPPED / per_row), parts * ROWS_PER_PART, rows_of_threads)
+        least = max(math.ceil(LEAST_MAPPED / per_row), parts * ROWS_PER_PART)
         wanted = multiprocessors * CHANNELS_LAST_MAP
         shares = min(math.ceil(wanted / tiles), math.ceil(super_rows / least), MOST_GRID_Y - 1)
     super_rows_per_block = math.ceil(super_rows / max(1, shares)) or 1

@@ -23,8 +23,11 @@ class _Exchange(enum.Enum):
     """How far that of a call has come."""
 
     AHEAD = enum.auto()
+    """Nothing has been sent."""
     BEGUN = enum.auto()
+    """Something may have been sent."""
     OVER = enum.auto()
+    """All has been sent and received: the other ranks go on."""
 
 
 class Group:
@@ -46,12 +49,14 @@ class Group:
         self._compared = False  # whether this call needs no texts
         self._exchange = _Exchange.AHEAD
         self._behind: str | None = None  # why this rank did not finish its last call
+        self._lost: str | None = None  # why it does not know what the others wait for
 
     @contextlib.contextmanager
     def taking_part(self, forward: bool, channels: int | None, device: str) -> Iterator[Group]:
         """A call that has one exchange: if it raises before, the other ranks are told, and raise as well.
 
-        If it raises afterwards, they have gone on. They are told at the next call, which raises.
+        If it raises afterwards, they have gone on. They are told at the next call, which raises. If it is cut off in
+        between, as by Ctrl-C, nothing more is sent: it might be taken for another message.
 
         Parameters
         ----------
@@ -62,6 +67,8 @@ class Group:
         device : str
             Of the layer.
         """
+        if self._lost is not None:
+            raise RuntimeError(f"this rank has lost the others since {self._lost}")
         self._exchange = _Exchange.AHEAD
         self._compared = channels is not None and (not forward or channels == self._agreed)
         try:
@@ -69,13 +76,17 @@ class Group:
                 told, self._behind = self._behind, None
                 raise RuntimeError(f"this rank is behind the others since {told}")
             yield self
-        except Exception as error:
-            text = f"{type(error).__qualname__}: {error}"
+        except BaseException as error:
+            text = f"{type(error).__qualname__}: {error}".removesuffix(": ")
             if self._exchange is _Exchange.OVER:
                 self._behind = text
             elif self._exchange is _Exchange.AHEAD:
+                self._lost = text  # if this is interrupted in its turn
                 with contextlib.suppress(Exception):  # what it was to say is worth more than that nobody listens
                     self._withdraw(FAILED + text, forward, channels, device)
+                self._lost = None
+            elif not isinstance(error, (RuntimeError, ValueError)):  # which are raised on all ranks
+                self._lost = text
             raise
 
     def gather(self, row: Array, count: int, dtype: np.dtype[Any]) -> Array:
@@ -100,14 +111,15 @@ class Group:
         ValueError
             If there is but one value for each channel on all ranks.
         """
-        self._exchange = _Exchange.BEGUN
         channels = row.shape[1] // 2
         arrays = {"numpy": "NumPy", "cupy": "CuPy"}[kind(row) or ""]
         text = f"{channels} channels of {dtype.name} in {arrays} arrays"
+        header = np.array([FLOATS.index(dtype.name), count], np.float64)
+        self._exchange = _Exchange.BEGUN
         if not self._compared:
             self._compare(text)
             self._agreed = channels
-        rows, headers = self.engine.gather(row, np.array([FLOATS.index(dtype.name), count], np.float64))
+        rows, headers = self.engine.gather(row, header)
         if headers is not None:
             if (headers[:, 0] != headers[0, 0]).any():
                 self._compare(text)
@@ -124,8 +136,9 @@ class Group:
         RuntimeError
             If a rank has raised, or does not answer.
         """
+        header = np.zeros(1)
         self._exchange = _Exchange.BEGUN
-        total, headers = self.engine.sum(row, np.zeros(1))
+        total, headers = self.engine.sum(row, header)
         if headers is not None and headers[0] > 0:
             self._compare("a pass backward")
         self._exchange = _Exchange.OVER

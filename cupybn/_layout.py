@@ -28,9 +28,9 @@ class Layout(NamedTuple):
     @classmethod
     def of(cls, array: Array, channel_axis: int) -> Layout:
         """The layout of an array; for one that is not dense, that of a dense array with its axes in the same order."""
-        # Strides of axes of length 1 mean nothing: such axes go to the front. If the channel axis is one of them, all
-        # the array is one channel, (1, 1, L).
-        axes = sorted(range(array.ndim), key=lambda i: (array.shape[i] != 1, -abs(array.strides[i]), i))
+        # Strides of axes of length 1 mean nothing, but wherever they go, such axes change neither N nor L. If the
+        # channel axis is one of them, all the array is one channel, (1, 1, L).
+        axes = sorted(range(array.ndim), key=lambda i: (-abs(array.strides[i]), i))
         if array.shape[channel_axis] == 1:
             axes.remove(channel_axis)
             axes.insert(0, channel_axis)
@@ -44,8 +44,10 @@ class Layout(NamedTuple):
 
     def conform(self, array: Array | None) -> Array | None:
         """The array itself if it has this layout, else a copy that has; None for None."""
-        if array is None or self.matches(array):
-            return array
+        return array if array is None or self.matches(array) else self.copy(array)
+
+    def copy(self, array: Array) -> Array:
+        """A copy that has this layout."""
         copy = self.empty_like(array)
         copy[...] = array
         return copy

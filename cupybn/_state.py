@@ -1,21 +1,58 @@
-"""State dicts: which keys and shapes a layer expects, and everything that is wrong with those it gets."""
+"""State dicts: which keys, shapes and counts a layer expects, and everything that is wrong with those it gets."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import itertools
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
 
-from cupybn._devices import kind
+from cupybn._devices import kind, plain, show
 from cupybn._dtypes import is_float
 
 COUNTER = "num_batches_tracked"
+MOST_BATCHES = 2**63 - 1
+"""What an int64 counter holds."""
+LOADERS = {
+    ".safetensors": "safetensors.numpy.load_file(path)",
+    ".pt": "torch.load(path, map_location='cpu')",
+    ".pth": "torch.load(path, map_location='cpu')",
+}
+"""What reads a file into a mapping, by its suffix."""
+NESTED = ("state_dict", "model_state_dict", "model")
+"""Where checkpoints of whole programs keep the state of the model."""
 
 
-def select(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """The entries under a prefix, without it."""
-    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+def check_mapping(state: Any) -> None:
+    """A mapping of names to arrays, or what acts like one.
+
+    Raises
+    ------
+    TypeError
+        If this is something else: how to come from there to a mapping.
+    """
+    if hasattr(state, "keys") and hasattr(state, "__getitem__"):
+        return
+    way_out = ""
+    if isinstance(state, (str, bytes, os.PathLike)):
+        suffix = PurePath(os.fsdecode(state)).suffix
+        way_out = f": load the file first, use {LOADERS.get(suffix, 'numpy.load(path)')}"
+    elif kind(state) == "numpy" and state.shape == () and state.dtype == object:
+        way_out = ": use state.item()"
+    elif isinstance(state, (list, tuple)):
+        way_out = ": use dict(state), if these are pairs"
+    elif hasattr(state, "state_dict"):
+        way_out = ": use state.state_dict()"
+    raise TypeError(f"expected state to be a mapping of names to arrays (got {show(state)}){way_out}")
+
+
+def under(prefix: str, keys: Iterable[Any]) -> list[Any]:
+    """The keys that are a layer's: those that start with its prefix; without one, what is no string as well."""
+    return [key for key in keys if (key.startswith(prefix) if isinstance(key, str) else not prefix)]
 
 
 def as_array(key: str, value: Any) -> Any:
@@ -24,36 +61,102 @@ def as_array(key: str, value: Any) -> Any:
     Raises
     ------
     TypeError
-        If this is not an array of real numbers.
+        If this is not an array of real numbers, or some are masked.
     """
-    array = value if kind(value) == "cupy" else np.asarray(value)
-    if array.dtype.kind not in "fiub" and not is_float(array.dtype):
+    if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):
+        raise TypeError(f"expected {key} to be an array of real numbers: masks are not supported, use .filled(...)")
+    try:
+        array = plain(value) if kind(value) == "cupy" else np.asarray(value)
+    except Exception as error:  # whatever the value raises when it is asked for an array
+        given = f"{type(value).__qualname__}: {error}"
+        raise TypeError(f"expected {key} to be an array of real numbers (got {given})") from error
+    beyond = isinstance(value, int)  # an integer that no dtype holds is an object to NumPy
+    if array.dtype.kind not in "fiub" and not is_float(array.dtype) and not beyond:
         raise TypeError(f"expected {key} to be an array of real numbers (got dtype {array.dtype})")
     return array
 
 
-def check(own: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]], strict: bool, prefix: str) -> None:
-    """Compare with the keys and shapes that a layer expects.
+def check(
+    state: Mapping[Any, Any],
+    own: Mapping[str, Any],
+    unexpected: Sequence[Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    strict: bool,
+    prefix: str,
+) -> None:
+    """Compare with the keys and shapes that a layer expects, and the counter with what it may count.
+
+    Parameters
+    ----------
+    state : mapping
+        What was given. Read for nothing but a hint at what was meant.
+    own : mapping of names to arrays
+        What it has of the layer.
+    unexpected : sequence
+        Keys that are the layer's, and that it does not know.
+    shapes : mapping of names to shapes
+    strict : bool
+    prefix : str
 
     Raises
     ------
     KeyError
-        If keys are missing or unexpected and `strict` is set; names the wrong shapes, too.
+        If keys are missing or unexpected and `strict` is set; names the wrong values, too.
     ValueError
-        If only shapes are wrong.
+        If only values are wrong.
     """
-    problems = []
-    if strict:
-        missing = [prefix + key for key in expected if key not in own and key != COUNTER]
-        unexpected = [prefix + key for key in own if key not in expected]
-        problems += [f"missing keys: {', '.join(missing)}"] if missing else []
-        problems += [f"unexpected keys: {', '.join(unexpected)}"] if unexpected else []
-    shapes = [
-        f"expected {prefix}{key} of shape {shape} (got {own[key].shape})"
-        for key, shape in expected.items()
-        if key in own and own[key].shape != shape
+    values = [
+        f"expected {prefix}{name} of shape {shape} (got {own[name].shape})"
+        for name, shape in shapes.items()
+        if name in own and own[name].shape != shape
     ]
-    if problems:
-        raise KeyError("; ".join(problems + shapes))
-    if shapes:
-        raise ValueError("; ".join(shapes))
+    if COUNTER in own and own[COUNTER].shape == ():
+        values += _wrong_count(prefix + COUNTER, own[COUNTER])
+    missing = [prefix + name for name in shapes if name not in own and name != COUNTER]
+    if strict and (missing or unexpected):
+        keys = [f"missing keys: {', '.join(missing)}"] if missing else []
+        keys += [f"unexpected keys: {', '.join(map(str, unexpected))}"] if unexpected else []
+        raise KeyError("; ".join(keys + values) + (_meant(state, shapes, prefix) if missing else ""))
+    if values:
+        raise ValueError("; ".join(values))
+
+
+def _wrong_count(key: str, counter: Any) -> list[str]:
+    """What is wrong with a counter. One on a device is read: it is the source of a copy, not part of a layer."""
+    value = (counter.get() if kind(counter) == "cupy" else counter).item()
+    if 0 <= value <= MOST_BATCHES and value == int(value):
+        return []
+    return [f"expected {key} to be a number of batches, a whole one from 0 to 2**63 - 1 (got {value})"]
+
+
+def _meant(state: Mapping[Any, Any], shapes: Mapping[str, tuple[int, ...]], prefix: str) -> str:
+    """Where the state has what the layer expects, if that is not under its prefix: the end of a message."""
+    texts = {key: None for key in state.keys() if isinstance(key, str)}  # noqa: SIM118 - it may act like a mapping
+    names = [name for name in shapes if name != COUNTER]
+    prefixes = [key.removesuffix(names[0]) for key in texts if key.endswith(names[0])]
+    complete = [other for other in prefixes if other != prefix and all(other + name in texts for name in names)]
+    for other in sorted(complete, key=lambda other: -_alike(other, prefix)):
+        if set(under(other, texts)) <= {other + name for name in shapes} and _fits(state, other, names, shapes):
+            return f"; did you mean prefix={other!r}?"
+    with contextlib.suppress(Exception):  # what cannot be read was not meant
+        for key in NESTED:
+            if key in texts and hasattr(state[key], "keys"):
+                return f"; did you mean state[{key!r}]?"
+    if any(isinstance(key, bytes) for key in state.keys()):  # noqa: SIM118
+        return "; keys are to be str, not bytes: use key.decode()"
+    return ""
+
+
+def _alike(prefix: str, other: str) -> int:
+    """How many of their last components two prefixes share."""
+    pairs = zip(reversed(prefix.rstrip(".").split(".")), reversed(other.rstrip(".").split(".")), strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def _fits(state: Mapping[Any, Any], prefix: str, names: Sequence[str], shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether the vectors under a prefix have the size of the layer, or all the same if it does not know its own."""
+    with contextlib.suppress(Exception):  # what cannot be read does not fit
+        given = {tuple(np.shape(state[prefix + name])) for name in names}
+        wanted = shapes[names[0]]
+        return len(given) == 1 and (given == {wanted} or (wanted == (0,) and len(given.pop()) == 1))
+    return False

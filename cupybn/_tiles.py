@@ -14,6 +14,7 @@ import functools
 import itertools
 import math
 import os
+import re
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -190,6 +191,7 @@ def tile_map(
         terms = core(lanes.column, *views, *(v[tile.c] for v in vectors))
         return [lanes.sum(*factors) for factors in terms or ()]
 
+    wanted_threads()  # what is wrong with the setting is said at the first call, also where one thread is enough
     workers = 1 if math.prod(shape) <= SMALL else min(num_threads(), len(work) // 4 if temporaries else len(work))
     return [(tile, sums) for (tile, _), sums in zip(work, run(task, work, workers), strict=True)]
 
@@ -215,10 +217,33 @@ MOST_THREADS = 64
 
 def num_threads() -> int:
     """Threads that share the tiles: CUPYBN_NUM_THREADS, else the processors that this process may use."""
-    wanted = os.environ.get("CUPYBN_NUM_THREADS")
+    wanted = wanted_threads()
     if wanted is not None:
-        return max(1, int(wanted))
+        return wanted
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def wanted_threads() -> int | None:
+    """CUPYBN_NUM_THREADS, if it is set.
+
+    Raises
+    ------
+    ValueError
+        If it is set to something else than a number of threads.
+    """
+    text = os.environ.get("CUPYBN_NUM_THREADS")
+    return None if text is None else _as_threads(text)
+
+
+@functools.lru_cache
+def _as_threads(text: str) -> int:
+    """A number of threads, from its text."""
+    if not re.fullmatch(r"\s*0*[1-9][0-9]{0,8}\s*", text):
+        raise ValueError(
+            f"expected CUPYBN_NUM_THREADS to be a number of threads, 1 or more (got {text!r}): unset it to use all "
+            "processors"
+        )
+    return int(text)
 
 
 @functools.cache

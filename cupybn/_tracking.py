@@ -23,14 +23,20 @@ def no_stats_update() -> Iterator[None]:
 
     Examples
     --------
+    >>> import cupybn
+    >>> import numpy as np
+    >>> layer = cupybn.BatchNorm1d(2, device="cpu")
     >>> with cupybn.no_stats_update():
-    ...     y = layer(x)
+    ...     y = layer(np.array([[1, 10], [3, 20]], np.float32))
+    >>> layer.running_mean, layer.num_batches_tracked
+    (array([0., 0.], dtype=float32), array(0))
     """
-    _depth.value += 1
+    outside = _depth.value
     try:
+        _depth.value = outside + 1
         yield
     finally:
-        _depth.value -= 1
+        _depth.value = outside
 
 
 def updates_stats() -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import queue
 import threading
 import time
@@ -17,6 +18,10 @@ NAP = 0.02
 """Seconds between two looks at the device."""
 IDLE = 1.0
 """Seconds without a message after which the thread ends."""
+NOT_READY = 600
+"""What CUDA says of an event that its stream has not come to."""
+RELAXED = 2
+"""The capture mode of a thread whose calls spoil no capture of another thread."""
 
 
 @dataclass
@@ -73,9 +78,11 @@ class Watch:
             yield stream
         except Exception as error:
             self._failure = self._failure or str(error)
+        finally:  # also where the host is interrupted: the message may be on its way
+            if not self.failed:
+                end.record(stream)
+                message.started = True
         self.check()
-        end.record(stream)
-        message.started = True
 
     def check(self) -> None:
         """Raise RuntimeError if the communicator has been aborted."""
@@ -91,11 +98,15 @@ class Watch:
         with self._lock:
             self._messages.put(message)
             if self._thread is None:
-                self._thread = threading.Thread(target=self._look_after, name="cupybn-nccl", daemon=True)
-                self._thread.start()
+                device = import_cupy().cuda.runtime.getDevice()
+                thread = threading.Thread(target=self._look_after, args=(device,), name="cupybn-nccl", daemon=True)
+                thread.start()
+                self._thread = thread
 
-    def _look_after(self) -> None:
+    def _look_after(self, device: int) -> None:
         """Of all messages, one after the other, until there are none for a while."""
+        _relax_captures()
+        import_cupy().cuda.Device(device).use()  # to ask for an event starts the current device, which is 0 in a thread
         while self._failure is None:
             try:
                 message = self._messages.get(timeout=IDLE)
@@ -110,21 +121,37 @@ class Watch:
 
     def _look_after_one(self, message: _Message) -> None:
         began = None
-        while self._failure is None and not (message.started and message.end.done):
-            if began is None and message.begin.done:
-                began = time.monotonic()
+        while self._failure is None:
+            try:
+                if message.started and _is_done(message.end):
+                    return
+                if _is_done(message.begin) and began is None:
+                    began = time.monotonic()
+                self.comm.check_async_error()
+            except Exception as error:  # of CUDA or NCCL
+                self._failure = self._failure or str(error)
             seconds = 0.0 if began is None else time.monotonic() - began
-            self._failure = self._failure or self._what_failed(seconds, message.timeout)
+            if message.timeout is not None and seconds > message.timeout:
+                self._failure = self._failure or f"a message has taken more than {message.timeout:g} s"
             time.sleep(NAP)
 
-    def _what_failed(self, seconds: float, timeout: float | None) -> str | None:
-        try:
-            self.comm.check_async_error()
-        except Exception as error:
-            return str(error)
-        if timeout is not None and seconds > timeout:
-            return f"a message has taken more than {timeout:g} s"
-        return None
+
+def _is_done(event: Any) -> bool:
+    """Whether the stream has come to an event. Unlike ``event.done``, an error is not the same as "not yet"."""
+    runtime = import_cupy().cuda.runtime
+    status: int = runtime.eventQuery(event.ptr)
+    if status not in (0, NOT_READY):
+        raise runtime.CUDARuntimeError(status)
+    return status == 0
+
+
+def _relax_captures() -> None:
+    """Let this thread ask for events while other threads capture graphs, which it would spoil otherwise.
+
+    The mode is the driver's. CuPy has no name for it, and links the runtime so that nobody else finds that.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # no driver, or one from before CUDA 10.1
+        ctypes.cdll["libcuda.so.1"].cuThreadExchangeStreamCaptureMode(ctypes.byref(ctypes.c_int(RELAXED)))
 
 
 _watches: weakref.WeakValueDictionary[int, Watch] = weakref.WeakValueDictionary()

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import operator
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +13,9 @@ from cupybn import _checks, _devices, _state, functional
 from cupybn._call import Call
 from cupybn._dtypes import parameter_dtype
 from cupybn.functional import VjpFn
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Array = Any  # numpy.ndarray or cupy.ndarray
 
@@ -64,9 +66,27 @@ class _BatchNorm:
     ValueError
         If num_features is negative, or the activation or the device is unknown.
     TypeError
-        If num_features is not an integer, or dtype not float16, bfloat16, float32 or float64.
+        If num_features or channel_axis is not an integer, affine, track_running_stats or bias not a bool, or dtype not
+        float16, bfloat16, float32 or float64.
     RuntimeError
         If the device is not there.
+    ImportError
+        If dtype is ``"bfloat16"``, and ml_dtypes is missing.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cupybn import BatchNorm1d
+    >>> x = np.array([[1, 10], [3, 20], [5, 60]], np.float32)  # (N, C)
+    >>> layer = BatchNorm1d(2, device="cpu")
+    >>> layer(x).round(2)  # training mode
+    array([[-1.22, -0.93],
+           [ 0.  , -0.46],
+           [ 1.22,  1.39]], dtype=float32)
+    >>> layer.running_mean, layer.num_batches_tracked
+    (array([0.3, 3. ], dtype=float32), array(1))
+    >>> layer.eval()(x[:1]).round(2)  # with the running statistics, which one batch has moved by a tenth
+    array([[0.61, 0.83]], dtype=float32)
     """
 
     weight: Array | None
@@ -91,8 +111,13 @@ class _BatchNorm:
         channel_axis: int = 1,
         activation: str | None = None,
     ) -> None:
-        if num_features is not None and operator.index(num_features) < 0:
-            raise ValueError(f"expected num_features >= 0 (got {num_features})")
+        if num_features is not None:
+            num_features = _checks.as_int("num_features", num_features)
+            if num_features < 0:
+                raise ValueError(f"expected num_features >= 0 (got {num_features})")
+        for name, flag in ("affine", affine), ("track_running_stats", track_running_stats), ("bias", bias):
+            _checks.check_bool(name, flag)
+        _checks.as_int("channel_axis", channel_axis)
         _checks.check_activation(activation)
         self.num_features = num_features
         self.eps = eps
@@ -131,7 +156,8 @@ class _BatchNorm:
         Raises
         ------
         TypeError, ValueError
-            As `cupybn.functional.batch_norm`, and if the rank is wrong. The layer is as it was then.
+            As `cupybn.functional.batch_norm`, and if the rank is wrong, or ``training`` or ``track_running_stats`` has
+            been set to something else than a bool. The layer is as it was then.
         """
         with self._settled(input):
             return functional.forward(self._call(input, residual))
@@ -148,12 +174,29 @@ class _BatchNorm:
         vjp_fn : callable
             ``vjp_fn(grad_output) -> BatchNormGrads(input, weight, bias, residual)``; see
             `cupybn.functional.batch_norm_vjp`.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from cupybn import BatchNorm1d
+        >>> layer = BatchNorm1d(1, activation="relu", device="cpu")
+        >>> x = np.array([[0], [1], [5]], np.float32)
+        >>> y, vjp_fn = layer.vjp(x, residual=x)
+        >>> dx, dweight, dbias, dresidual = vjp_fn(np.ones_like(y))
+        >>> dbias, dresidual.ravel()  # ReLU stopped the first row
+        (array([2.], dtype=float32), array([0., 1., 1.], dtype=float32))
+        >>> for parameter, grad in zip(layer.parameters(), (dweight, dbias)):
+        ...     parameter -= 0.1 * grad  # in place: the layer keeps its arrays
+        >>> layer.bias
+        array([-0.2], dtype=float32)
         """
         with self._settled(input):
             return functional.forward_vjp(self._call(input, residual))
 
     def _call(self, input: Array, residual: Array | None) -> Call:
         """Which statistics, which update: torch's table."""
+        for name in "training", "track_running_stats":
+            _checks.check_bool(name, getattr(self, name))
         _checks.check_both_or_neither(self.running_mean, self.running_var)
         momentum = None if self.momentum is None else _checks.as_float("momentum", self.momentum)
         moves = momentum is not None or self.num_batches_tracked is not None
@@ -171,7 +214,7 @@ class _BatchNorm:
             self.activation,
             self.channel_axis,
             self.num_batches_tracked,
-            of_layer=True,
+            layer_device=self._device,
         )
 
     @contextlib.contextmanager
@@ -181,9 +224,9 @@ class _BatchNorm:
         self._check_rank(input.ndim)
         axis = _checks.check_channel_axis(self.channel_axis, input.ndim)
         lazy = self.num_features is None
-        if lazy:
-            self._allocate(input.shape[axis])
         try:
+            if lazy:
+                self._allocate(input.shape[axis])
             yield
         except BaseException:
             if lazy:
@@ -198,14 +241,14 @@ class _BatchNorm:
     # -----------------------------------------------------------------------------------------------------------------
     # Modes and state
 
-    def train(self, mode: bool = True) -> _BatchNorm:
+    def train(self, mode: bool = True) -> Self:
         """Training mode, or eval mode with ``mode=False``. Returns the layer."""
-        if not isinstance(mode, bool):
-            raise ValueError(f"expected mode to be a bool (got {type(mode).__qualname__})")
-        self.training = mode
+        if not isinstance(mode, (bool, np.bool_)):
+            raise ValueError(f"expected mode to be a bool (got {_devices.show(mode)})")  # PyTorch's kind of error
+        self.training = bool(mode)
         return self
 
-    def eval(self) -> _BatchNorm:
+    def eval(self) -> Self:
         """Eval mode. Returns the layer."""
         return self.train(False)
 
@@ -228,6 +271,7 @@ class _BatchNorm:
 
     def state_dict(self, prefix: str = "") -> dict[str, Array]:
         """The layer's arrays themselves, not copies, under torch's names and in torch's order."""
+        _checks.check_str("prefix", prefix)
         return {prefix + name: array for name, array in self._arrays().items()}
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True, prefix: str = "") -> None:
@@ -236,7 +280,8 @@ class _BatchNorm:
         Parameters
         ----------
         state : mapping of names to arrays
-            NumPy, CuPy or anything that ``numpy.asarray`` takes. ``num_batches_tracked`` may be missing.
+            NumPy, CuPy or anything that ``numpy.asarray`` takes. ``num_batches_tracked`` may be missing. Entries that
+            are not the layer's are not read.
         strict : bool
             Whether missing and unexpected keys are errors.
         prefix : str
@@ -245,30 +290,50 @@ class _BatchNorm:
         Raises
         ------
         KeyError
-            If keys are missing or unexpected.
+            If keys are missing or unexpected. Says under which other prefix they are, if there is one.
         ValueError
-            If shapes are wrong, also when not strict.
+            If shapes are wrong, or ``num_batches_tracked`` is not a whole number that an int64 holds, 0 or more; also
+            when not strict.
         TypeError
-            If a value is not an array of real numbers. Nothing has been loaded then.
+            If this is not a mapping, or a value not an array of real numbers. Nothing has been loaded then.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from cupybn import BatchNorm2d
+        >>> checkpoint = {f"encoder.bn1.{name}": np.full(3, 2.0) for name in ("weight", "bias")}
+        >>> checkpoint |= {"encoder.bn1.running_mean": np.zeros(3), "encoder.bn1.running_var": np.ones(3)}
+        >>> layer = BatchNorm2d(3, device="cpu")
+        >>> layer.load_state_dict(checkpoint, prefix="encoder.bn1.")
+        >>> layer.weight
+        array([2., 2., 2.], dtype=float32)
+
+        A file that ``np.savez("layer.npz", **layer.state_dict())`` wrote is loaded by
+        ``layer.load_state_dict(np.load("layer.npz"))``.
         """
+        _checks.check_bool("strict", strict, f"; did you mean prefix={strict!r}?" if isinstance(strict, str) else "")
+        _checks.check_str("prefix", prefix)
+        _state.check_mapping(state)
         names = self._members if self.num_features is None else tuple(self._arrays())
-        own = _state.select(state, prefix)
-        own |= {name: _state.as_array(prefix + name, own[name]) for name in names if name in own}
+        keys = _state.under(prefix, state.keys())
+        own = {name: _state.as_array(prefix + name, state[prefix + name]) for name in names if prefix + name in keys}
+        unexpected = [key for key in keys if key not in [prefix + name for name in names]]
         features = self.num_features
         if features is None:
             features = next((own[name].size for name in names if name in own and own[name].ndim == 1), None)
         shapes: dict[str, tuple[int, ...]] = dict.fromkeys(names, (features or 0,))
         if _state.COUNTER in shapes:
             shapes[_state.COUNTER] = ()
-        _state.check(own, shapes, strict, prefix)
+        _state.check(state, own, unexpected, shapes, strict, prefix)
         if features is None:  # nothing here tells a lazy layer its size
             return
         loaded = {
             name: _devices.transfer(own[name], self._dtype_of(name), self._device) for name in names if name in own
         }
         if self.num_features is None:
-            self._allocate(features)
-        self._fill(loaded)
+            self._allocate(features, loaded)
+        else:
+            self._fill(loaded)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Unpickled CuPy arrays are on the current device: bring them to that of the layer."""
@@ -282,13 +347,18 @@ class _BatchNorm:
         """``"cpu"`` or ``"cuda:N"``."""
         return self._device
 
-    def to(self, device: str) -> _BatchNorm:
-        """Move the layer's arrays to a device: new arrays, if it is another one. Returns the layer."""
-        target = _devices.resolve_device(device)
+    def to(self, device: str) -> Self:
+        """Move the layer's arrays to a device: new arrays, if it is another one. Returns the layer.
+
+        Raises
+        ------
+        ValueError, RuntimeError
+            If the device is unknown, or is not there.
+        """
+        target = _devices.named_device(device)
         if target != self._device:
             moved = {name: _devices.transfer(array, array.dtype, target) for name, array in self._arrays().items()}
-            vars(self).update(moved)
-            self._device = target
+            vars(self).update(moved, _device=target)
         return self
 
     def __repr__(self) -> str:
@@ -307,9 +377,13 @@ class _BatchNorm:
         """The arrays that there are, in the order of the state dict."""
         return {name: getattr(self, name) for name in INITIAL if getattr(self, name) is not None}
 
-    def _allocate(self, num_features: int) -> None:
+    def _allocate(self, num_features: int, values: Mapping[str, Array] | None = None) -> None:
+        """Take new arrays: those that are given, and others with what they start from."""
+        given = values or {}
         arrays = {
-            name: _devices.full(
+            name: given[name]
+            if name in given
+            else _devices.full(
                 () if name == _state.COUNTER else (num_features,), INITIAL[name], self._dtype_of(name), self._device
             )
             for name in self._members
@@ -325,10 +399,18 @@ class _BatchNorm:
             if _devices.kind(getattr(self, name)) is None:
                 raise TypeError(f"expected {name} to be an array (got {_devices.describe(getattr(self, name))})")
             _checks.check_writeable(name, getattr(self, name))
-        for name, value in values.items():
-            array = getattr(self, name)
-            with _devices.current(array):
-                array[...] = value
+        before: list[tuple[Array, Array]] = []
+        try:
+            for name, value in values.items():
+                array = getattr(self, name)
+                with _devices.current(array):
+                    before.append((array, _devices.copied(array)))
+                    array[...] = value
+        except BaseException:
+            for array, value in reversed(before):
+                with _devices.current(array):
+                    array[...] = value
+            raise
 
     def _dtype_of(self, name: str) -> np.dtype[Any]:
         return np.dtype(np.int64) if name == _state.COUNTER else self.dtype

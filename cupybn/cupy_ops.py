@@ -14,7 +14,7 @@ import numpy as np
 
 from cupybn import _geometry
 from cupybn._devices import empty, import_cupy
-from cupybn._geometry import THREADS, Geometry
+from cupybn._geometry import MOST_GRID_X, THREADS, Geometry
 from cupybn._kernels import Kernel, kernel
 from cupybn._moments import Moments, Statistics, Sums
 from cupybn._resident import Device
@@ -398,6 +398,8 @@ def _plan(
     width = PACK // dtype.itemsize if vectorized else 1
     if L == 1:
         layout, geometry = "channels_last", _geometry.channels_last(N, C, width, multiprocessors)
+        if vectorized and geometry.grid[0] > MOST_GRID_X:  # of elements, tiles are wider: there are fewer
+            return _plan(step, shape, dtype, False, multiprocessors)
     else:
         layout, geometry = "channels_first", _geometry.channels_first(N, C, L, width, multiprocessors)
     return _Plan(kernel(f"{layout}/{step}", **_macros(dtype, vectorized, _index_bits(shape))), geometry)

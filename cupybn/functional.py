@@ -14,8 +14,8 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from cupybn import _checks, cupy_ops, numpy_ops
-from cupybn._call import Call
-from cupybn._devices import current, empty_like, kind, zeros_like
+from cupybn._call import Call, Checked
+from cupybn._devices import current, empty_like, kind, plain, write_at_once, zeros_like
 from cupybn._dtypes import accumulation_dtype
 from cupybn._layout import Layout
 from cupybn._moments import Statistics
@@ -61,7 +61,8 @@ def batch_norm(
     Parameters
     ----------
     input : array of rank >= 2, float16, bfloat16, float32 or float64
-        NumPy or CuPy; all arrays of a call are of one kind and on one device.
+        NumPy or CuPy; all arrays of a call are of one kind and on one device. Those of derived classes are arrays like
+        others, but for masked arrays and matrices; what is returned is of NumPy's or CuPy's own class.
     running_mean, running_var : (C,) arrays or None
         Updated in place in training: running = (1 - momentum) * running + momentum * batch, with the unbiased variance.
         Used as they are otherwise.
@@ -89,11 +90,12 @@ def batch_norm(
     Raises
     ------
     TypeError
-        If an argument is not an array of the right kind, device and dtype, or momentum is not a number.
+        If an argument is not an array of the right kind, device and dtype, momentum or eps not a number, channel_axis
+        not an integer, or training not a bool.
     ValueError
         If shapes do not match; if training with a single value per channel, whose unbiased variance is not defined; if
-        eps is too small; if one running buffer comes without the other, or none when training is False. Nothing has
-        changed then.
+        eps is too small; if one running buffer comes without the other, or none when training is False; if the
+        activation is unknown. Nothing has changed then.
 
     References
     ----------
@@ -101,7 +103,16 @@ def batch_norm(
 
     Examples
     --------
-    >>> y = batch_norm(x, None, None, weight, bias, training=True, activation="relu")
+    >>> import numpy as np
+    >>> import cupybn.functional as F
+    >>> x = np.array([[1, 10], [3, 20], [5, 60]], np.float32)  # (N, C)
+    >>> running_mean, running_var = np.zeros(2, np.float32), np.ones(2, np.float32)
+    >>> F.batch_norm(x, running_mean, running_var, training=True, activation="relu").round(2)
+    array([[0.  , 0.  ],
+           [0.  , 0.  ],
+           [1.22, 1.39]], dtype=float32)
+    >>> running_mean, running_var
+    (array([0.3, 3. ], dtype=float32), array([ 1.3, 70.9], dtype=float32))
     """
     momentum = _checks.as_float("momentum", momentum)
     call = Call(
@@ -147,8 +158,15 @@ def batch_norm_vjp(
 
     Examples
     --------
-    >>> y, vjp_fn = batch_norm_vjp(x, None, None, weight, bias, training=True)
+    >>> import numpy as np
+    >>> import cupybn.functional as F
+    >>> x = np.array([[0], [1], [5]], np.float32)  # (N, C)
+    >>> weight, bias = np.ones(1, np.float32), np.zeros(1, np.float32)
+    >>> y, vjp_fn = F.batch_norm_vjp(x, None, None, weight, bias, training=True)
+    >>> dy = np.array([[1], [0], [0]], np.float32)  # of a loss that is y[0]
     >>> dx, dweight, dbias, _ = vjp_fn(dy)
+    >>> dx.round(3).ravel(), dweight.round(3), dbias
+    (array([ 0.176, -0.22 ,  0.044], dtype=float32), array([-0.926], dtype=float32), array([1.], dtype=float32))
     """
     momentum = _checks.as_float("momentum", momentum)
     call = Call(
@@ -175,11 +193,20 @@ def moments(input: Array, *, channel_axis: int = 1) -> tuple[Array, Array]:
         If `input` is not an array of a kind and dtype of `batch_norm`.
     ValueError
         If `input` is empty, or its rank or `channel_axis` does not fit.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cupybn.functional as F
+    >>> photos = np.arange(24, dtype=np.float32).reshape(2, 2, 2, 3)  # (N, H, W, C)
+    >>> F.moments(photos, channel_axis=-1)
+    (array([10.5, 11.5, 12.5], dtype=float32), array([47.25, 47.25, 47.25], dtype=float32))
     """
     _checks.check_array("input", input)
     axis = _checks.check_channel_axis(channel_axis, input.ndim)
     if input.size == 0:
         raise ValueError(f"expected an input that is not empty (got shape {input.shape})")
+    input = plain(input)
     ops = steps_for(input)
     layout = Layout.of(input, axis)
     with current(input):
@@ -200,14 +227,15 @@ def forward_vjp(call: Call) -> tuple[Array, VjpFn]:
     def vjp_fn(grad_output: Array) -> BatchNormGrads:
         _checks.check_like("grad_output", grad_output, saved.input)
         with current(grad_output):
-            return backward(saved, grad_output)
+            return backward(saved, plain(grad_output))
 
     return output, vjp_fn
 
 
 def forward(call: Call, out: Array | None = None) -> Array:
     """The output."""
-    return _forward(call, out, for_vjp=False)[0]
+    output = _forward(call, out, for_vjp=False)[0]
+    return output if out is None else out
 
 
 class Saved(NamedTuple):
@@ -228,38 +256,42 @@ class Saved(NamedTuple):
 
 def _forward(call: Call, out: Array | None, for_vjp: bool) -> tuple[Array, Saved | None]:
     """The output and, for the way back, what it needs."""
-    layout = call.checked_layout(out)
+    checked = call.checked(out)
     with current(call.input):
-        return _checked_forward(call, layout, out, for_vjp)
+        return _checked_forward(call.plain(), checked, plain(out), for_vjp)
 
 
-def _checked_forward(call: Call, layout: Layout, out: Array | None, for_vjp: bool) -> tuple[Array, Saved | None]:
+def _checked_forward(call: Call, checked: Checked, out: Array | None, for_vjp: bool) -> tuple[Array, Saved | None]:
     """The same for arguments that fit together, on the current device."""
+    layout = checked.layout
     ops = ops_for(call)
+    in_place = out is not None and layout.matches(out) and not call.shares_with_vectors(out)
+    call, written = call.apart(checked, for_vjp)
     input: Array = layout.conform(call.input)
-    eps, has_residual = float(call.eps), call.residual is not None
-    output = out if out is not None and layout.matches(out) else layout.empty_like(input)
+    eps, training, has_residual = float(call.eps), call.training, call.residual is not None
+    output = out if in_place else layout.empty_like(input)
     x, residual, y = layout.view(input), layout.view(layout.conform(call.residual)), layout.view(output)
-    statistics = mask = None
+    statistics = mask = saved = None
 
     if ops is not None:
         if for_vjp and has_residual and call.activation is not None:
             mask = ops.empty_mask(x, residual, y)
         step = (eps, call.weight, call.bias, residual, call.activation, *call.running(), y, mask, for_vjp)
-        if call.training:
+        if training:
             statistics = ops.bn_forward(x, *step, scratch=y if out is None else None)
         else:
             statistics = ops.bn_normalize(x, None, *step)
-        if out is not None and output is not out:
-            out[...] = output
 
-    output = output if out is None else out
-    if not for_vjp:
-        return output, None
-    training = call.training
-    return output, Saved(
-        input, call.weight, call.bias, training, eps, call.activation, layout, ops, statistics, has_residual, mask
-    )
+    if for_vjp:
+        saved = Saved(
+            input, call.weight, call.bias, training, eps, call.activation, layout, ops, statistics, has_residual, mask
+        )
+    if out is not None and not in_place:
+        written.append((out, output))  # the last: it is right, whatever it shares with the buffers
+        output = out
+    if ops is not None and written:
+        write_at_once(written)
+    return output, saved
 
 
 def backward(saved: Saved, grad_output: Array) -> BatchNormGrads:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from cupybn._devices import write_at_once
 from cupybn._dtypes import accumulation_dtype
 from cupybn._moments import Moments, Statistics, Sums
 from cupybn._tiles import tile_map, tile_sums
@@ -59,7 +60,9 @@ def bn_stats(x: Array, num_batches_tracked: Array | None = None, scratch: Array 
     count = x.shape[0] * x.shape[2]
     center = _sample_mean(x)
     mean, m2 = _moments_about(center, x, dtype, scratch)
-    held = (m2 == 0) | (m2 / count > 1e4 * np.finfo(dtype).tiny) & (m2 < np.inf)
+    held = (m2 / count > 1e4 * np.finfo(dtype).tiny) & (m2 < np.inf)
+    for channels in _runs(m2 == 0):
+        held[channels] = _constant(x[:, channels], center[channels], dtype)
     trusted = held & ((mean - center) ** 2 <= m2 / count)
     for channels in _runs(~trusted):
         pivot = x[0, channels, 0].astype(np.float64)
@@ -96,22 +99,15 @@ def mean_and_var(moments: Moments, dtype: npt.DTypeLike) -> tuple[Array, Array]:
 
 
 def _sample_mean(x: Array) -> Array:
-    """The mean of a few values of each channel, spread over the array.
-
-    Rounded to a multiple of a power of two much smaller than their spread, so that x - center is exact or nearly
-    so. Where they are all the same, the mean is exactly their value.
-    """
+    """The mean of a few values of each channel, spread over the array: exactly their value, if all are the same."""
     N, C, L = x.shape
     along_n = min(N, SAMPLES)
     along_l = min(L, SAMPLES // along_n)
     spread_out = x[N // (2 * along_n) :: -(-N // along_n), :, L // (2 * along_l) :: -(-L // along_l)]
     sample = spread_out.transpose(0, 2, 1).reshape(-1, C).astype(np.float64)
-    first = sample[0].copy()
-    sample -= first
-    mean: Array = first + sample.sum(axis=0) / len(sample)
-    spread = np.abs(sample, out=sample).max(axis=0)
-    grid = np.ldexp(1.0, np.frexp(spread)[1] - 6)
-    return np.where(spread > 0, np.round(mean / grid) * grid, mean)
+    first = sample[0]
+    mean: Array = first + (sample - first).mean(axis=0)
+    return mean
 
 
 def _moments_about(center: Array, x: Array, dtype: npt.DTypeLike, scratch: Array | None = None) -> tuple[Array, Array]:
@@ -128,6 +124,17 @@ def _moments_about(center: Array, x: Array, dtype: npt.DTypeLike, scratch: Array
     return center + sum_d / count, np.maximum(sum_dd - sum_d**2 / count, 0)
 
 
+def _constant(x: Array, center: Array, dtype: npt.DTypeLike) -> Array:
+    """Whether all values of a channel are its center: squares of differences may be 0 though these are not."""
+
+    def core(column: Column, x: Array, center: Array) -> Terms:
+        return [(np.subtract(x, column(center), dtype=dtype) != 0,)]
+
+    (differing,) = tile_sums(core, [x], [center.astype(dtype)], True, 1)
+    constant: Array = differing == 0
+    return constant
+
+
 @_quiet
 def bn_update_running(
     moments: Moments,
@@ -139,7 +146,8 @@ def bn_update_running(
     """running = (1 - momentum) * running + momentum * batch, in place, with the unbiased variance of the batch.
 
     ``momentum=None`` stands for 1 / (batches + 1), the mean over all batches; num_batches_tracked counts this one. A
-    batch of less than two values for each channel, whose unbiased variance is not defined, changes nothing.
+    count below 0, which is none, stands for 0. A batch of less than two values for each channel, whose unbiased
+    variance is not defined, changes nothing.
 
     Parameters
     ----------
@@ -151,11 +159,14 @@ def bn_update_running(
         return
     if momentum is None:
         assert moments.batches is not None
-        momentum = 1 / (int(moments.batches) + 1)
+        momentum = 1 / (max(float(moments.batches), 0) + 1)
+    written = [
+        (running, ((1 - momentum) * running.astype(np.float64) + momentum * batch).astype(running.dtype))
+        for running, batch in ((running_mean, mean), (running_var, m2 / (count - 1)))
+    ]
     if num_batches_tracked is not None:
-        num_batches_tracked += 1
-    for running, new in (running_mean, mean), (running_var, m2 / (count - 1)):
-        running[...] = (1 - momentum) * running.astype(np.float64) + momentum * new
+        written.append((num_batches_tracked, num_batches_tracked + 1))
+    write_at_once(written)
 
 
 @_quiet
@@ -298,16 +309,20 @@ def bn_backward_reduce(
         d = np.subtract(x, column(affine[0]), out=scratch, dtype=affine[0].dtype)
         return [(dy,), (dy, d)]
 
-    def sums(channels: slice, dtype: npt.DTypeLike) -> tuple[Array, Array]:
+    def sums(channels: slice, dtype: npt.DTypeLike) -> list[Array]:
         usable = _usable(scratch, dtype)
         arrays = [None if a is None else a[:, channels] for a in (dy, x, mask, usable)]
         vectors = [v[channels].astype(dtype) for v in (affine.center, affine.scale, affine.shift)]
-        sum_dy, sum_dy_d = tile_sums(core, arrays, vectors, usable is None or activation is not None, 2)
-        return sum_dy, (sum_dy_d - affine.rest[channels] * sum_dy) * affine.rstd[channels]
+        return tile_sums(core, arrays, vectors, usable is None or activation is not None, 2)
 
-    sum_dy, sum_dy_xhat = sums(slice(0, x.shape[1]), accumulation_dtype(x.dtype))
-    for channels in _runs(affine.wide | ~np.isfinite(sum_dy) | ~np.isfinite(sum_dy_xhat)):
-        sum_dy[channels], sum_dy_xhat[channels] = sums(channels, np.float64)
+    sum_dy, sum_dy_d = sums(slice(0, x.shape[1]), affine.dtype)
+    if affine.dtype != np.float64:
+        # Products too small for float32 are lost in part: that matters in sums that are no larger than this.
+        least = x.shape[0] * x.shape[2] * np.finfo(affine.dtype).tiny / 8
+        held = np.isfinite(sum_dy) & np.isfinite(sum_dy_d) & (np.abs(sum_dy_d) > least)
+        for channels in _runs(affine.wide | ~held):
+            sum_dy[channels], sum_dy_d[channels] = sums(channels, np.float64)
+    sum_dy_xhat = (sum_dy_d - affine.rest * sum_dy) * affine.rstd
     return Sums(sum_dy[None], sum_dy_xhat[None])
 
 

@@ -75,7 +75,8 @@ class SyncBatchNorm(_BatchNorm):
 
     If a rank is lost, the others raise after ``timeout`` seconds, their buffers as they were. The communicator is of no
     more use then: a rank that was only late may have gone on, and has other buffers. At the end of such a process MPI
-    is aborted, as it would wait for ever.
+    is aborted, as it would wait for ever. A rank that is interrupted, as by Ctrl-C, tells the others like one that
+    raises; in the middle of an exchange, it has lost them.
 
     With NCCL, no host sees what is sent or waits for it. Where a rank raises after the first pass, outputs of the
     others are NaN; where one is lost, those of the pass are, and the next call raises. Another dtype is noticed in the
@@ -83,12 +84,25 @@ class SyncBatchNorm(_BatchNorm):
 
     Examples
     --------
+    >>> import numpy as np
+    >>> from cupybn import SyncBatchNorm
     >>> from mpi4py import MPI
-    >>> layer = SyncBatchNorm(64, comm=MPI.COMM_WORLD)
-    >>> y, vjp_fn = layer.vjp(x)  # of this rank
-    >>> dx, dweight, dbias, _ = vjp_fn(dy)
-    >>> MPI.COMM_WORLD.Allreduce(MPI.IN_PLACE, dweight)
+    >>> comm = MPI.COMM_WORLD
+    >>> layer = SyncBatchNorm(2, comm=comm, device="cpu")
+    >>> x = np.random.default_rng(comm.rank).normal(size=(8, 2)).astype(np.float32)  # the part of this rank
+    >>> y, vjp_fn = layer.vjp(x)
+    >>> dx, dweight, dbias, _ = vjp_fn(np.ones_like(y))
+    >>> for grad in dweight, dbias:
+    ...     comm.Allreduce(MPI.IN_PLACE, grad)
+    >>> bool((dbias == 8 * comm.size).all())
+    True
     """
+
+    _comm: Any
+    _group: Group | None
+    _timeout: float | None
+    _left_out: bool
+    """Whether this is a copy of a layer with a communicator, which the copy has not got."""
 
     def __init__(
         self,
@@ -137,6 +151,16 @@ class SyncBatchNorm(_BatchNorm):
         ------
         TypeError
             If this is not a batch norm layer.
+
+        Examples
+        --------
+        >>> from cupybn import BatchNorm2d, SyncBatchNorm
+        >>> layer = BatchNorm2d(3, device="cpu")
+        >>> synchronized = SyncBatchNorm.from_batchnorm(layer, comm=None)  # or MPI.COMM_WORLD
+        >>> synchronized.weight is layer.weight
+        True
+        >>> type(synchronized.to_batchnorm())
+        <class 'cupybn.batchnorm.BatchNorm2d'>
         """
         if not isinstance(layer, _BatchNorm):
             raise TypeError(f"expected layer to be a batch norm layer (got {type(layer).__qualname__})")
@@ -233,8 +257,8 @@ class SyncBatchNorm(_BatchNorm):
         """Take a communicator, or leave all as it is and raise."""
         timeout = _checked_timeout(timeout)
         engine = None if comm is None else engine_for(comm, timeout)
-        self._group = Group(engine) if engine is not None and engine.size > 1 else None
-        self._comm, self._timeout, self._left_out = comm, timeout, False
+        group = Group(engine) if engine is not None and engine.size > 1 else None
+        vars(self).update(_comm=comm, _group=group, _timeout=timeout, _left_out=False)
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the communicator, which is of this process."""

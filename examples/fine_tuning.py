@@ -4,6 +4,7 @@ There are three ways to treat batch norm meanwhile. In training mode the running
 eval mode they stay as they are, and the layers use them. With ``track_running_stats = False`` they stay, too, but the
 layers use the batch: the statistics are then out of date in eval mode, until one more pass over the data renews them.
 
+    pip install '.[examples]'
     python examples/fine_tuning.py
 """
 
@@ -62,6 +63,7 @@ def load(first):
 
 
 def main():
+    layers.options(__doc__)
     x, x_test, labels, labels_test = load(0)
     network = make_network()
     train(network, x, labels)

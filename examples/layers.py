@@ -1,8 +1,11 @@
-"""The few layers that the examples need beside batch normalization, on NumPy and on CuPy arrays.
+"""What the examples need beside batch normalization: a few layers, on NumPy and on CuPy arrays, and their options.
 
 As in cupybn, ``y, vjp_fn = layer.vjp(x)`` goes forward, and ``vjp_fn(dy)`` goes back: it returns dx, then the gradients
 of the layer's parameters in their order.
 """
+
+import argparse
+from pathlib import Path
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -211,3 +214,35 @@ def train_epoch(network, optimizer, x, labels, batch_size, rng):
         optimizer.step(grads)
         total += loss * len(batch)
     return float(total) / len(x)
+
+
+def options(text, epochs=None, output=None):
+    """The options of an example: of its text, how many epochs there are unless told otherwise, and what it writes."""
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if epochs is not None:
+        parser.add_argument("--epochs", type=positive, default=epochs, help=f"passes over the data (default: {epochs})")
+    if output is not None:
+        parser.add_argument("--output", type=Path, default="output", help=f"folder of {output} (default: output)")
+    args = parser.parse_args()
+    if output is not None:
+        try:
+            args.output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            parser.error(f"argument --output: {error}")
+    return args
+
+
+def positive(text):
+    """A whole number of 1 or more, as it is given on the command line."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of 1 or more (got {text!r})")
+    return int(text)
+
+
+def save_picture(figure, path, dpi):
+    """A PNG of 256 colours: a third of the size."""
+    from PIL import Image
+
+    figure.savefig(path, dpi=dpi)
+    Image.open(path).convert("RGB").quantize().save(path)
+    print(f"Picture: {path}")

@@ -4,6 +4,7 @@ A network with two hidden layers tells malignant from benign tumours by 30 measu
 on average and some 880, and nobody scaled them: the first batch norm does. Each network may have the learning rate
 that suits it.
 
+    pip install '.[examples]'
     python examples/mlp.py
 """
 
@@ -43,6 +44,7 @@ def held_out_accuracy(norm, learning_rate, seed):
 
 
 def main():
+    layers.options(__doc__)
     print("Held-out accuracy in eval mode, mean of 3 splits (always the larger class: 62.7%)")
     print("learning rate   with batch norm   without batch norm")
     for learning_rate in (1e-5, 1e-4, 1e-3, 1e-2):

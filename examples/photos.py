@@ -3,16 +3,13 @@
 The photographs are channels-last arrays and are normalised as such. The weights are random: there are shapes and
 statistics to see here, and how eval mode comes to agree with training mode; the scores of the classes mean nothing.
 
+    pip install '.[examples]'
     python examples/photos.py
 """
-
-import argparse
-from pathlib import Path
 
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
-from PIL import Image
 from sklearn.datasets import load_sample_images
 
 import cupybn.functional as F
@@ -71,10 +68,7 @@ def print_moments(title, x, channel_axis):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default="output", help="folder of the picture")
-    args = parser.parse_args()
-    args.output.mkdir(parents=True, exist_ok=True)
+    args = layers.options(__doc__, output="the picture")
 
     photos = np.stack(load_sample_images().images)[:, :416:2, ::2]
     x = xp.asarray(photos.astype(np.float32))
@@ -108,15 +102,13 @@ def main():
         for ax, mode, feature_map in zip(axes[photo, 1:], MODES, maps, strict=True):
             image = ax.imshow(feature_map, vmin=0, vmax=2.5, cmap=colormaps["magma"].resampled(10))
             ax.set_title(mode if photo == 0 else "", fontsize=10)
-        figure.colorbar(image, ax=axes[photo], label="channel 0", extend="max")
+        bar = figure.colorbar(image, ax=axes[photo], extend="max")
+        bar.set_label("output, channel 0\n(standard deviations)", fontsize=9)
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[])
     axes[0, 0].set_title("photograph", fontsize=10)
     figure.suptitle("Feature maps of two blocks with random weights", fontsize=12)
-    path = args.output / "photos.png"
-    figure.savefig(path, dpi=80)
-    Image.open(path).convert("RGB").quantize().save(path)  # 256 colours: a third of the size
-    print(f"Picture: {path}")
+    layers.save_picture(figure, args.output / "photos.png", dpi=80)
 
 
 if __name__ == "__main__":

@@ -4,18 +4,16 @@ The batches are strips of a photograph, two pixels wide, from left to right. The
 the later the running mean, and the longer it remembers that it started at 0. None is the plain mean of all batches so
 far.
 
+    pip install '.[examples]'
     python examples/running_statistics.py
 """
 
-import argparse
-from pathlib import Path
-
 import numpy as np
 from matplotlib.figure import Figure
-from PIL import Image
 from sklearn.datasets import load_sample_image
 
 import cupybn.functional as F
+import layers
 from cupybn import BatchNorm1d
 from layers import xp
 
@@ -27,10 +25,7 @@ STYLES = {
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default="output", help="folder of the picture")
-    args = parser.parse_args()
-    args.output.mkdir(parents=True, exist_ok=True)
+    args = layers.options(__doc__, output="the picture")
 
     photograph = load_sample_image("china.jpg")
     strips = np.split(photograph.astype(np.float32), photograph.shape[1] // 2, axis=1)
@@ -56,12 +51,9 @@ def main():
     top.set(title="Batch after batch, a photograph from left to right", yticks=[])
     for name, values in means.items():
         axes.plot(range(1, len(batches) + 1), values, label=name, **STYLES.get(name, {}))
-    axes.set(xlabel="batch", ylabel="running_mean of the blue channel")
+    axes.set(xlabel="batch", ylabel="running_mean of blue (0 to 255)")
     axes.legend(loc="lower right", ncols=2)
-    path = args.output / "running_statistics.png"
-    figure.savefig(path, dpi=80)
-    Image.open(path).convert("RGB").quantize().save(path)  # 256 colours: a third of the size
-    print(f"Picture: {path}")
+    layers.save_picture(figure, args.output / "running_statistics.png", dpi=80)
 
 
 if __name__ == "__main__":

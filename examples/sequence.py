@@ -3,12 +3,14 @@
 The sequences are the lines of a photograph, of 640 steps with three channels. The numbers are the same in every layout,
 up to the order in which they were added; those of a view are the same bits as those of the array that it looks at.
 
+    pip install '.[examples]'
     python examples/sequence.py
 """
 
 import numpy as np
 from sklearn.datasets import load_sample_image
 
+import layers
 from cupybn import BatchNorm1d
 from layers import xp
 
@@ -31,6 +33,7 @@ def results(x, dy, channel_axis):
 
 
 def main():
+    layers.options(__doc__)
     photograph = load_sample_image("china.jpg").astype(np.float32)
     rng = np.random.default_rng(0)
     x = xp.asarray(photograph)  # (N, L, C)

@@ -63,10 +63,10 @@ DEVICE Moments from_sums(int count, double inv_count, double pivot, double offse
     return {(double)count, pivot + (offset + sum_d * inv_count), m2 < 0 ? 0 : m2};
 }
 
-// Whether float32 held the squares of deviations, whose mean from a pivot is given.
+// Whether the dtype A held the squares of deviations. 0 may be the sum of squares that it lost.
 template <class A>
-DEVICE bool held(double m2, A offset) {
-    return sizeof(A) == 8 || (1e-28 < m2 && m2 < 1e36) || (m2 == 0 && offset == 0);
+DEVICE bool held_squares(double m2) {
+    return sizeof(A) == 8 || (1e-28 < m2 && m2 < 1e36);
 }
 
 // Whether float32 held a sum.

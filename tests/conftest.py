@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -31,6 +32,13 @@ def _use_a_gpu_or_the_stand_in() -> None:
 
 _use_a_gpu_or_the_stand_in()
 
+with contextlib.suppress(ImportError):
+    from hypothesis import settings
+
+    # The same examples in every run, however long a busy machine takes for one.
+    settings.register_profile("cupybn", deadline=None, derandomize=True)
+    settings.load_profile("cupybn")
+
 
 @pytest.fixture(params=["cpu", "cuda:0"])
 def device(request):
@@ -51,3 +59,38 @@ def xp(device):
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)
+
+
+@pytest.fixture
+def fresh_plans():
+    """No launch is planned as for another device or setting."""
+    from tests.steps import forget_plans
+
+    forget_plans()
+    yield
+    forget_plans()
+
+
+@pytest.fixture
+def streamed(monkeypatch, fresh_plans):  # noqa: ARG001
+    """Nothing is kept on chip."""
+    from cupybn import _resident
+
+    monkeypatch.setattr(_resident, "BLOCKS", ())
+
+
+@pytest.fixture(params=["on chip", "streamed"])
+def either(request):
+    """As it comes, and with nothing kept on chip."""
+    request.getfixturevalue("fresh_plans" if request.param == "on chip" else "streamed")
+
+
+@pytest.fixture(params=["NumPy", "on chip", "streamed"])
+def way(request):
+    """The module of the arrays, whose steps are NumPy's own or one of the two families of kernels."""
+    if request.param == "NumPy":
+        return np
+    request.getfixturevalue("fresh_plans" if request.param == "on chip" else "streamed")
+    import cupy
+
+    return cupy

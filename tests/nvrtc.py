@@ -9,7 +9,7 @@ import itertools
 import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,12 +44,16 @@ class Instance(NamedTuple):
     cluster: int = 0  # blocks; 0 for kernels that are not told
 
     @property
+    def loader(self) -> _kernels.Kernel:
+        """The library's own object for it."""
+        dtype = np.dtype(getattr(ml_dtypes, self.dtype, self.dtype))
+        macros = _macros(dtype, bool(self.vectorized), self.index_bits, self.threads, self.cluster)
+        return _kernels.Kernel(self.kernel, macros)
+
+    @property
     def options(self) -> tuple[str, ...]:
         """The macros, as the library hands them to CuPy."""
-        dtype = np.dtype(getattr(ml_dtypes, self.dtype, self.dtype))
-        return _kernels.Kernel(
-            self.kernel, _macros(dtype, bool(self.vectorized), self.index_bits, self.threads, self.cluster)
-        ).options
+        return self.loader.options
 
 
 def instances(kernel: str, architecture: int, everything: bool = False) -> list[Instance]:
@@ -67,6 +71,23 @@ def instances(kernel: str, architecture: int, everything: bool = False) -> list[
         for memory, dtypes in some.items()
         for dtype in (FLOATS if everything else dtypes)
     ]
+
+
+def all_instances() -> Iterator[Instance]:
+    """All that the library may ask a GPU with clusters for, every size of block and cluster; the most used first."""
+    for vectorized, index_bits in itertools.product((1, 0), (32, 64)):
+        for kernel in _kernels.kernel_names():
+            layout, _, step = kernel.rpartition("/")
+            if not layout:
+                if (vectorized, index_bits) == (1, 32):  # once
+                    yield from instances(kernel, 90)
+                continue
+            more: Iterable[tuple[int, ...]] = [()]
+            if step in ON_CHIP:
+                threads = RESIDENT_THREADS if layout == "channels_first" else (THREADS,)
+                more = itertools.product(threads, BLOCKS)
+            for dtype, sizes in itertools.product(FLOATS, list(more)):
+                yield Instance(kernel, dtype, vectorized, index_bits, *sizes)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -136,8 +157,17 @@ def compile_text(text: str, architecture: int, options: Iterable[str] = ()) -> t
     CompileError
         With the log.
     """
+    return _compile(text, [*options, "-ftz=true", f"-arch=sm_{architecture}", "--ptxas-options=-v"], "CUBIN")
+
+
+def ptx(text: str, architecture: int, options: Iterable[str] = ()) -> str:
+    """The same up to PTX, the assembler that does not yet know how many registers there are."""
+    return _compile(text, [*options, "-ftz=true", f"-arch=compute_{architecture}"], "PTX")[0].decode()
+
+
+def _compile(text: str, options: list[str], result: str) -> tuple[bytes, str]:
     nvrtc = _load()
-    flags = ["--std=c++17", *options, "-ftz=true", f"-arch=sm_{architecture}", "--ptxas-options=-v"]
+    flags = ["--std=c++17", *options]
     program, size = ctypes.c_void_p(), ctypes.c_size_t()
     if nvrtc.nvrtcCreateProgram(ctypes.byref(program), text.encode(), b"text.cu", 0, None, None):
         raise CompileError("NVRTC cannot be set up")
@@ -149,10 +179,10 @@ def compile_text(text: str, architecture: int, options: Iterable[str] = ()) -> t
         nvrtc.nvrtcGetProgramLog(program, log)
         if failed:
             raise CompileError(log.value.decode())
-        nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size))
-        cubin = ctypes.create_string_buffer(size.value)
-        nvrtc.nvrtcGetCUBIN(program, cubin)
-        return cubin.raw, log.value.decode()
+        getattr(nvrtc, f"nvrtcGet{result}Size")(program, ctypes.byref(size))
+        code = ctypes.create_string_buffer(size.value)
+        getattr(nvrtc, f"nvrtcGet{result}")(program, code)
+        return code.raw, log.value.decode()
     finally:
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -13,7 +15,7 @@ LAYOUTS = {  # shape, channel axis, memory order of the axes
     "NHWC": ((8, 23, 31, 6), 3, (0, 1, 2, 3)),
     "NCHW view of NHWC": ((8, 6, 23, 31), 1, (0, 2, 3, 1)),
     "long rows": ((3, 4, 9001), 1, (0, 1, 2)),
-    "NC": ((5000, 7), 1, (0, 1)),
+    "NC": ((5003, 7), 1, (0, 1)),
     "few values": ((5, 7), 1, (0, 1)),
     "wide": ((40, 1100), 1, (0, 1)),
     "CNL": ((6, 4, 999), 1, (1, 0, 2)),
@@ -22,8 +24,8 @@ RATIOS = [0, 1, 1e2, 1e4, 1e5, 1e6]
 
 
 @pytest.fixture
-def F(xp):  # noqa: N802 - the functions of cupybn.functional, on the device
-    return reference.OnDevice(xp)
+def F(way):  # noqa: N802 - the functions of cupybn.functional
+    return reference.OnDevice(way)
 
 
 @pytest.fixture(params=LAYOUTS.values(), ids=LAYOUTS.keys())
@@ -90,9 +92,17 @@ def test_large_means(F, layout, ratio, rng):
     check_all(F, x, layout[1], rng)
 
 
-@pytest.mark.parametrize("ratio", [0, 1e4, 1e6])
-@pytest.mark.parametrize("place", ["first", "middle", "last", "every sample"])
-@pytest.mark.parametrize("size", [1e1, 1e3, 1e6])
+def outliers():
+    """Ratio, place and size; the streamed kernels take those that decide, as all share what is done to a channel."""
+    for ratio, place, size in itertools.product(
+        [0, 1e4, 1e6], ["first", "middle", "last", "every sample"], [1e1, 1e3, 1e6]
+    ):
+        for way in "NumPy", "on chip", "streamed":
+            if way != "streamed" or (ratio, size) in ((0, 1e6), (1e6, 1e1)):
+                yield pytest.param(way, ratio, place, size, id=f"{way}-{ratio:g}-{place}-{size:g}")
+
+
+@pytest.mark.parametrize(("way", "ratio", "place", "size"), list(outliers()), indirect=["way"])
 def test_outliers(F, layout, ratio, place, size, rng):
     def values(shape):
         v = rng.standard_normal(shape) + ratio
@@ -169,7 +179,28 @@ def test_huge_values(F, layout, size, offset, rng):
     np.testing.assert_allclose(running_var, np.where(var > np.finfo(np.float32).max, np.inf, var), rtol=1e-6)
 
 
-@pytest.mark.parametrize("std", [1e-3, 1e-10, 1e-17, 1e-22, 1e-30])
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_values_near_the_limits_of_float32_among_others(F, layout, activation, rng):
+    """Channels that need float64 beside channels that do not, in the same packs."""
+    axis = layout[1]
+
+    def values(shape):
+        v = rng.standard_normal(shape)
+        v[:, ::2] = v[:, ::2] * 1e27 + 1e31
+        v[:, 3] *= 1e-25
+        return v
+
+    x = fill(layout, values)
+    dy = rng.standard_normal(x.shape).astype(np.float32)
+    weight, bias = np.full((2, x.shape[axis]), [[1.5], [0.25]], np.float32)
+    options = {"eps": 1e-60, "channel_axis": axis}
+    y, vjp_fn = F.batch_norm_vjp(x, None, None, weight, bias, True, activation=activation, **options)
+    expected = reference.batch_norm(x, weight, bias, dy=dy, relu=activation is not None, **options)
+    check_output(y, expected.y, 2.0**-21, 2e-6)
+    check_gradients(vjp_fn(dy), expected, x, weight, axis, eps=1e-60)
+
+
+@pytest.mark.parametrize("std", [1e-3, 1e-10, 1e-17, 1e-19, 3e-20, 1e-22, 1e-30])
 def test_tiny_values(F, layout, std, rng):
     """Squares that float32 does not hold are not lost."""
     axis = layout[1]
@@ -184,7 +215,13 @@ def test_tiny_values(F, layout, std, rng):
 
 @pytest.mark.parametrize(
     ("value", "mean", "var", "weight", "bias"),
-    [(3.4e38, -0.9e38, 1e20, 1, 0), (3.4e38, 0, 1, 2, -3.4e38), (1e-30, 0, 1e-60, 1, 0), (1e35, 0, 1e30, 1e-30, 0)],
+    [
+        (3.4e38, -0.9e38, 1e20, 1, 0),
+        (3.4e38, 0, 1, 2, -3.4e38),
+        (1e-30, 0, 1e-60, 1, 0),
+        (1e35, 0, 1e30, 1e-30, 0),
+        (1e38, 1e39, 1e74, 1, 0),
+    ],
 )
 def test_nothing_overflows_on_the_way_in_eval(F, value, mean, var, weight, bias):
     x = np.full((3, 1, 5), value, np.float32)
@@ -193,16 +230,44 @@ def test_nothing_overflows_on_the_way_in_eval(F, value, mean, var, weight, bias)
     np.testing.assert_allclose(y, exact, rtol=1e-6)
 
 
-@pytest.mark.parametrize(("std", "dy_size", "weight"), [(1e14, 1e-28, 1e12), (1e12, 1e20, 1e-30)])
-def test_gradients_with_factors_that_float32_does_not_hold(F, std, dy_size, weight, rng):
-    x = (rng.standard_normal((8, 3, 50)) * std).astype(np.float32)
+@pytest.mark.parametrize(("std", "dy_size", "weight"), [(1e14, 1e-28, 1e12), (1e12, 1e20, 1e-30), (1e38, 1, 1e10)])
+def test_gradients_with_factors_that_float32_does_not_hold(F, layout, std, dy_size, weight, rng):
+    axis = layout[1]
+    x = fill(layout, lambda s: rng.uniform(-1.7, 1.7, s) * std)
     dy = (rng.standard_normal(x.shape) * dy_size).astype(np.float32)
-    weight = np.full(3, weight, np.float32)
-    grads = F.batch_norm_vjp(x, None, None, weight, np.zeros_like(weight), training=True)[1](dy)
-    check_gradients(grads, reference.batch_norm(x, weight, dy=dy), x, weight, 1)
+    weight = np.full(x.shape[axis], weight, np.float32)
+    grads = F.batch_norm_vjp(x, None, None, weight, np.zeros_like(weight), training=True, channel_axis=axis)[1](dy)
+    check_gradients(grads, reference.batch_norm(x, weight, dy=dy, channel_axis=axis), x, weight, axis)
 
 
-@pytest.mark.parametrize(("std", "dy_size", "eps"), [(1e-30, 1e-9, 1e-70), (1e-20, 1e-20, 1e-42)])
+@pytest.mark.parametrize("sign", [-1, 1])
+@pytest.mark.parametrize("along", ["dy", "xhat"])
+def test_sums_that_float32_does_not_hold(F, layout, along, sign, rng):
+    axis = layout[1]
+    x = fill(layout, lambda s: rng.standard_normal(s) * 1e10)
+    dy = (sign * rng.uniform(1e38, 2e38, x.shape)).astype(np.float32)
+    if along == "xhat":
+        dy = np.copysign(dy, sign * x)
+    weight = np.ones(x.shape[axis])
+    grads = F.batch_norm_vjp(x, None, None, weight, weight, True, channel_axis=axis)[1](dy)
+    check_gradients(grads, reference.batch_norm(x, weight, weight, channel_axis=axis, dy=dy), x, weight, axis)
+
+
+@pytest.mark.parametrize(("xhat", "dy_size"), [(0, 2e38), (1e6, 1e35)])
+def test_one_sum_alone_that_float32_does_not_hold(F, layout, xhat, dy_size, rng):
+    axis = layout[1]
+    x = fill(layout, lambda s: xhat * rng.uniform(1, 2, s))
+    dy = (dy_size * rng.uniform(0.5, 1, x.shape)).astype(np.float32)
+    mean, var = np.zeros(x.shape[axis]), np.ones(x.shape[axis])
+    grads = F.batch_norm_vjp(x, mean, var, var, mean, channel_axis=axis)[1](dy)
+    expected = reference.batch_norm(x, var, mean, running=(mean, var), channel_axis=axis, dy=dy)
+    check_gradients(grads, expected._replace(mean=mean, var=var), x, var, axis)
+
+
+@pytest.mark.parametrize(
+    ("std", "dy_size", "eps"),
+    [(1e-30, 1e-9, 1e-70), (1e-20, 1e-20, 1e-42), (3e-20, 1, 1e-70), (1e-13, 1e-27, 1e-40), (1e-13, 1e-31, 1e-40)],
+)
 def test_gradients_of_tiny_values(F, layout, std, dy_size, eps, rng):
     """Products of what is tiny are not lost."""
     axis = layout[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import json
 import os
 import subprocess
 import sys
@@ -12,11 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import cupybn
 from cupybn import cupy_ops, numpy_ops
-from cupybn.__main__ import main
-from cupybn._cli import bench, cases, check, extras, sides
+from cupybn.__main__ import CLOSED_PIPE, COMMANDS, INTERRUPTED, main
+from cupybn._cli import bench, cases, check, extras, info, memory, sides
+from cupybn._cli import options as cli_options
 from cupybn._cli.measure import AS_LITTLE_AS_POSSIBLE, COLD, CupyGraph, cold_sets, device_time, rotate, spread
-from cupybn._cli.peers import cupybn_call
+from cupybn._cli.peers import cupybn_call, torch_call
 from cupybn._cli.problem import OPERATIONS, Problem, make_arrays
 from cupybn._cli.steps import STEPS
 from cupybn._cli.table import table
@@ -33,9 +36,157 @@ def without_gpu(*arguments):
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=env, check=False)
 
 
+def refused(arguments, capsys):
+    """What a command says of bad options: a line of usage and a line that says what is wrong, and status 2."""
+    with pytest.raises(SystemExit, match=r"^2$"):
+        main(arguments)
+    out, err = capsys.readouterr()
+    usage, error = err.splitlines()
+    assert usage.startswith("usage: python -m cupybn")
+    assert out == ""
+    return error.partition("error: ")[2]
+
+
+def missing(monkeypatch, *names):
+    """As on a machine without these modules."""
+    here = extras.optional
+    for module in extras, cli_options, info, bench:
+        monkeypatch.setattr(module, "optional", lambda name: None if name in names else here(name))
+
+
 @pytest.fixture
 def one_shape(monkeypatch):
     monkeypatch.setattr(check, "QUICK", {"channels_first": [(6, 5, 49)], "channels_last": [(37, 3, 1)]})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# All commands
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"cupybn {cupybn.__version__}\n"
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)], ids=str)
+def test_help(command, capsys):
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main([*command, "--help"])
+    usage, *rest = capsys.readouterr().out.splitlines()
+    assert usage.startswith(f"usage: {' '.join(['python -m cupybn', *command])}")
+    assert len(rest) > 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("", "required: command"),
+        ("train", "invalid choice: 'train'"),
+        ("info --xml", "unrecognized arguments: --xml"),
+        ("check --dtype int8", "argument --dtype: invalid choice: 'int8'"),
+        ("check --dtype", "argument --dtype: expected one argument"),
+        ("bench", "required: --shape"),
+        ("bench --shape 4,3 --dtype float8", "argument --dtype: invalid choice: 'float8'"),
+        ("bench --shape 3", "argument --shape: expected 2 to 32 positive sizes, such as 32,64,112,112 (got '3')"),
+        ("bench --shape 3,0", "(got '3,0')"),
+        ("bench --shape=-4,3", "(got '-4,3')"),
+        ("bench --shape 3,x", "(got '3,x')"),
+        ("bench --shape 3,4.0", "(got '3,4.0')"),
+        ("bench --shape=", "(got '')"),
+        (f"bench --shape 2{',1' * 40}", "argument --shape: expected 2 to 32"),
+        ("bench --shape 1,16", "argument --shape: Expected more than 1 value per channel when training"),
+        ("bench --shape 4,3 --shape 1,7,1", "got input size (1, 7, 1)"),
+        ("bench --shape 16,1 --channel-axis 0", "argument --shape: Expected more than 1 value"),
+        ("bench --shape 4,3 --channel-axis 9", "argument --channel-axis: expected channel_axis in [-2, 2) for 2D"),
+        ("bench --shape 4,3,2 --shape 4,3 --channel-axis -3", "argument --channel-axis: expected channel_axis"),
+        ("bench --shape 4,3 --channel-axis x", "argument --channel-axis: invalid int value: 'x'"),
+        ("bench --shape 4,3 --seconds -1", "argument --seconds: expected a number of seconds, 0 or more (got '-1')"),
+        ("bench --shape 4,3 --seconds nan", "(got 'nan')"),
+        ("bench --shape 4,3 --seconds inf", "(got 'inf')"),
+        ("bench --shape 4,3 --seconds soon", "(got 'soon')"),
+        ("bench --shape 400000000,1600000", "argument --shape: 400000000x1600000 float32 does not fit in memory"),
+        ("bench --shape 99999999999,99999999999 --dtype float16", "float16 does not fit in memory: training needs"),
+    ],
+)
+@pytest.mark.parametrize("gpu", [True, False], ids=["gpu", "cpu"])
+def test_bad_options_are_told_in_two_lines(arguments, message, gpu, monkeypatch, capsys):
+    if not gpu:
+        for module in bench, check:
+            monkeypatch.setattr(module, "cuda_missing", lambda: "told so")
+    elif "does not fit" in message and not hasattr(pytest.importorskip("cupy"), "emulator"):
+        pytest.skip("the allocation tells, after a line of notes")
+    assert message in refused(arguments.split(), capsys)
+
+
+class OutOfMemoryError(RuntimeError):
+    """PyTorch's, by its name."""
+
+
+@pytest.mark.parametrize("error", [MemoryError, OutOfMemoryError])
+def test_memory_that_runs_out_is_no_traceback(error, monkeypatch, capsys):
+    """Where nothing tells how much there is, and on a GPU."""
+
+    def full(*_):
+        raise error("no more\nand a lot of advice")
+
+    for name in "cpu_row", "gpu_row":
+        monkeypatch.setattr(bench, name, full)
+    with pytest.raises(SystemExit, match=r"^2$"):
+        main(["bench", "--shape", "4,3"])
+    _, message = capsys.readouterr().err.splitlines()
+    assert message.endswith("argument --shape: 4x3 float32 does not fit in memory: no more")
+
+
+def test_other_errors_keep_their_traceback(monkeypatch):
+    def broken(*_):
+        raise ValueError("told so")
+
+    for name in "cpu_row", "gpu_row":
+        monkeypatch.setattr(bench, name, broken)
+    with pytest.raises(ValueError, match="told so"):
+        main(["bench", "--shape", "4,3"])
+
+
+def test_what_fits_in_memory(monkeypatch):
+    """Backward passes take more, and so do narrow dtypes for their size."""
+    problem = Problem((1 << 10, 1 << 10), np.dtype(np.float16))
+    for name, arrays in ("training", 3 + 2 * 3), ("backward", 3 + 2 * 7):
+        monkeypatch.setattr(memory, "free_bytes", lambda arrays=arrays: 2 * arrays * problem.nbytes)
+        memory.check_memory(problem, OPERATIONS[name], sets=2)
+        with pytest.raises(cli_options.UsageError, match=f"{name} needs about"):
+            memory.check_memory(problem, OPERATIONS[name], sets=3)
+    assert memory.free_bytes() > 0
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("arguments", [["info"], ["--help"]], ids=str)
+def test_a_closed_pipe_is_quiet(arguments, unbuffered):
+    """As of `head`, which reads no more than it wants."""
+    read, write = os.pipe()
+    os.close(read)
+    env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": unbuffered}
+    command = [sys.executable, "-m", "cupybn", *arguments]
+    result = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, timeout=120, env=env, check=False)
+    os.close(write)
+    assert result.stderr == b""
+    told = "--help" in arguments and unbuffered  # argparse keeps what it hears to itself
+    assert result.returncode == (0 if told else CLOSED_PIPE)
+
+
+def test_a_closed_output_is_quiet():
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = f"exec {sys.executable} -m cupybn info >&-"
+    result = subprocess.run(["bash", "-c", command], stderr=subprocess.PIPE, timeout=120, env=env, check=False)
+    assert (result.returncode, result.stderr) == (0, b"")
+
+
+def test_interrupted(monkeypatch):
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(info, "run", interrupt)
+    assert main(["info"]) == INTERRUPTED
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -47,7 +198,43 @@ def test_info_without_gpu():
     assert result.returncode == 0, result.stderr
     assert "NumPy mirrors" in result.stdout
     assert f"{len(kernel_names())} in " in result.stdout
-    assert "cupybn[cuda13]" in result.stdout
+    assert "pip install '.[cuda13]'" in result.stdout
+
+
+KEYS = (
+    "cupybn python machine numpy ml_dtypes mpi4py kernels kernel_folder cupy_missing cupy stand_in cuda_driver "
+    "cuda_runtime nvrtc nccl kernel_cache not_found gpus"
+)
+"""Programs may count on them."""
+
+
+@pytest.mark.parametrize("gpu", [True, False], ids=["gpu", "cpu"])
+def test_info_as_json_has_the_same_keys_everywhere(gpu, monkeypatch, capsys):
+    if not gpu:
+        monkeypatch.setattr(info, "cuda_missing", lambda: "told so")
+    missing(monkeypatch, "ml_dtypes")
+    assert main(["info", "--json"]) == 0
+    known = json.loads(capsys.readouterr().out)
+    assert set(known) == set(KEYS.split())
+    assert known["cupybn"] == cupybn.__version__
+    assert known["kernels"] == len(kernel_names())
+    assert known["ml_dtypes"] is None
+    assert known["cupy_missing"] == (None if gpu else "told so")
+    assert (known["cupy"] is not None) == gpu
+    if gpu:
+        assert set(known["gpus"][0]) == {"name", "compute_capability", "multiprocessors", "memory_bytes", "l2_bytes"}
+    else:
+        assert known["gpus"] == []
+    for name in known["not_found"]:
+        assert known[name] is None
+
+
+def test_info_says_what_installs_what_is_missing(monkeypatch, capsys):
+    missing(monkeypatch, "ml_dtypes", "mpi4py")
+    assert main(["info"]) == 0
+    out = capsys.readouterr().out
+    assert "`pip install '.[bf16]'`" in out
+    assert "`pip install '.[mpi]'`" in out
 
 
 def test_info_names_gpus_and_versions(capsys):
@@ -71,6 +258,8 @@ def test_check_of_the_kernels(capsys):
     out = capsys.readouterr().out
     assert all(f"\n{name} " in out for name in kernel_names())
     assert "within their bounds" in out
+    if hasattr(pytest.importorskip("cupy"), "emulator"):
+        assert "No GPU was there" in out.splitlines()[-1]
 
 
 @pytest.mark.parametrize("name", kernel_names())
@@ -90,6 +279,45 @@ def test_check_without_gpu():
     assert result.returncode == 0, result.stdout + result.stderr
     assert "no kernels to check" in result.stdout
     assert all(f"\n{step} " in result.stdout for step in STEPS)
+    *_, last_but_one, last = result.stdout.splitlines()
+    assert "calls are within their bounds." in last_but_one
+    assert last == "No kernel has run: only their NumPy mirrors were compared, with a plain formula in NumPy."
+
+
+@pytest.mark.parametrize("command", ["check", "check --dtype float32", "bench --shape 4,3"], ids=str)
+@pytest.mark.parametrize("gpu", [True, False], ids=["gpu", "cpu"])
+def test_a_dtype_that_is_wanted_and_missing(command, gpu, monkeypatch, capsys):
+    missing(monkeypatch, "ml_dtypes")
+    for module in bench, check:
+        monkeypatch.setattr(module, "cuda_missing", lambda: "" if gpu else "told so")
+    message = refused([*command.split(), "--dtype", "bfloat16"], capsys)
+    assert message.startswith("argument --dtype: bfloat16 cannot be used here: ")
+    assert "`pip install '.[bf16]'`" in message
+
+
+@pytest.mark.usefixtures("one_shape")
+def test_check_of_all_dtypes_without_one(monkeypatch, capsys):
+    missing(monkeypatch, "ml_dtypes")
+    monkeypatch.setattr(check, "STEPS", {"mean_and_var": STEPS["mean_and_var"]})
+    monkeypatch.setattr(check, "cuda_missing", lambda: "told so")
+    assert main(["check", "--quick"]) == 0
+    out = capsys.readouterr().out
+    assert "Without bfloat16: ml_dtypes is missing" in out
+    assert next(line for line in out.splitlines() if "allowed" in line).split()[4:] == ["float16", "float32", "float64"]
+
+
+def test_a_dtype_twice_is_checked_once():
+    assert cli_options.chosen_dtypes(["float32", "float16", "float32"], ()) == [np.float32, np.float16]
+
+
+def test_a_check_of_nothing_fails(monkeypatch, capsys):
+    """As of an installation without its kernels."""
+    monkeypatch.setattr(check, "cuda_missing", lambda: "")
+    monkeypatch.setattr(check, "kernel_names", list)
+    assert main(["check", "--quick"]) == 1
+    out = capsys.readouterr().out
+    assert "Nothing was checked." in out
+    assert "within" not in out
 
 
 def spoiled(function):
@@ -185,16 +413,27 @@ def test_bench_without_gpu():
 @pytest.mark.parametrize("more", [[], ["--relu"], ["--residual", "--channel-axis", "-1"]], ids=str)
 def test_bench(more, capsys):
     assert main(["bench", "--shape", "2,3,4,5", "--dtype", "float16", "--backward", "--seconds", "0", *more]) == 0
-    rows = capsys.readouterr().out.splitlines()[-3:]
+    *_, first, second, third, empty, ratios = capsys.readouterr().out.splitlines()
+    rows = [first, second, third]
+    assert empty == ""
+    assert "at 2.0 cupybn takes half the time" in ratios.lower()
     assert [row.split(", ")[-1].split()[0] for row in rows] == ["training", "inference", "backward"]
     assert all(("channels last" in row) == ("-1" in more) for row in rows)
 
 
-@pytest.mark.parametrize("text", ["3", "3,0", "3,x", ""])
-def test_bench_refuses_what_is_no_shape(text, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        main(["bench", "--shape", text])
-    assert "--shape" in capsys.readouterr().err
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_pytorch_takes_what_it_is_given(dtype):
+    """Also float64, with which it takes no float32 vectors."""
+    torch = pytest.importorskip("torch")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    problem = Problem((4, 3, 5), cli_options.chosen_dtypes([dtype], ())[0])
+    (arrays,) = make_arrays(problem, np)
+    try:
+        for operation in OPERATIONS.values():
+            assert torch_call(torch, problem, operation, arrays)()[0].shape == problem.shape
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_operations_of_bench():
@@ -206,13 +445,22 @@ def test_operations_of_bench():
     assert chosen[2] == OPERATIONS["backward + add + ReLU"]
 
 
-@pytest.mark.parametrize("command", [["check", "--quick"], ["bench", "--shape", "4,3"]], ids=str)
-def test_without_tqdm(command, monkeypatch):
-    """A message that names the extra; `info` does without."""
-    monkeypatch.setattr(extras, "optional", lambda _: None)  # nor ml_dtypes
-    with pytest.raises(SystemExit, match=r"cupybn\[cli\]"):
-        main(command)
-    assert main(["info"]) == 0
+@pytest.mark.usefixtures("one_shape")
+@pytest.mark.parametrize("terminal", [True, False])
+@pytest.mark.parametrize("command", ["check --quick --dtype float32", "bench --shape 4,3 --seconds 0"], ids=str)
+def test_a_missing_tqdm_costs_the_bar_alone(command, terminal, monkeypatch, capsys):
+    missing(monkeypatch, "tqdm")
+    monkeypatch.setattr(check, "STEPS", {"mean_and_var": STEPS["mean_and_var"]})
+    monkeypatch.setattr(check, "kernel_names", lambda: ["mean_and_var"])
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    assert main(command.split()) == 0
+    assert ("`pip install '.[cli]'`" in capsys.readouterr().err) == terminal
+
+
+def test_the_bar_is_for_terminals(capsys):
+    pytest.importorskip("tqdm")
+    assert list(extras.progress([1, 2], "case")) == [1, 2]
+    assert capsys.readouterr().err == ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -246,8 +246,8 @@ def test_layer_names_the_axis_where_its_features_are(xp, device, rng, cls, shape
     layer = cls(3, device=device, **options).train(training)
     x = arguments(xp, rng, shape)["input"]
     message = fails_in_layer(ValueError, layer, x)
-    assert f"should contain {shape[1]} elements not 3" in message
-    assert "channel_axis" in message
+    assert message.startswith(f"expected 3 channels (num_features) on axis {1 % len(shape)}, got {shape[1]} (")
+    assert f"did you mean channel_axis={axis % len(shape)}?" in message
     axis = axis % len(shape)
     assert re.search(rf"axis\D*({axis}|{axis - len(shape)})\b", message)
     assert cls(3, device=device, channel_axis=axis, **options)(x).shape == shape
@@ -257,14 +257,18 @@ def test_layer_whose_features_are_on_no_axis(xp, device, rng):
     layer = BatchNorm2d(9, device=device)
     x = arguments(xp, rng, (2, 10, 4, 4))["input"]
     for mode in (True, False):
-        fails_in_layer(ValueError, layer.train(mode), x, match="^running_mean should contain 10 elements not 9")
+        message = "expected 9 channels (num_features) on axis 1, got 10"
+        fails_in_layer(ValueError, layer.train(mode), x, match=exactly(message))
 
 
 def test_layer_checks_the_channels_of_an_empty_input(xp, device):
     for mode in (True, False):
         layer = BatchNorm1d(9, device=device).train(mode)
         fails_in_layer(
-            ValueError, layer, xp.ones((0, 10), np.float32), match="running_mean should contain 10 elements not 9"
+            ValueError,
+            layer,
+            xp.ones((0, 10), np.float32),
+            match=exactly("expected 9 channels (num_features) on axis 1, got 10"),
         )
 
 
@@ -285,7 +289,11 @@ def test_one_value_per_channel(xp, device, rng, shape, axis):
     assert F.batch_norm(**kwargs).shape == shape  # eval does not mind
 
     options = {"channel_axis": axis, "device": device}
-    fails_in_layer(ValueError, BatchNorm1d(shape[axis], **options), kwargs["input"], match=match)
+    to_eval = match[:-1] + re.escape("; did you mean layer.eval()?") + "$"
+    layer = BatchNorm1d(shape[axis], **options)
+    fails_in_layer(ValueError, layer, kwargs["input"], match=to_eval)
+    layer.track_running_stats = False  # frozen, and there to be used
+    fails_in_layer(ValueError, layer, kwargs["input"], match=to_eval)
     without_buffers = BatchNorm1d(shape[axis], track_running_stats=False, **options).eval()
     fails_in_layer(ValueError, without_buffers, kwargs["input"], match=match)
     assert BatchNorm1d(shape[axis], **options).eval()(kwargs["input"]).shape == shape
@@ -347,7 +355,7 @@ def test_one_buffer_without_the_other(xp, device, rng, given, training):
 
 @pytest.mark.parametrize("shape", [SHAPE, (0, 3)], ids=str)
 def test_eval_without_buffers(xp, rng, shape):
-    match = exactly("running_mean and running_var must be given when training=False")
+    match = r"^running_mean and running_var must be given when training=False \(training defaults to False;"
     for function in FUNCTIONS:
         fails(ValueError, function, match=match, **call(xp, rng, shape, running_mean=None, running_var=None))
 

@@ -1,7 +1,9 @@
-"""The layers of the examples have the right gradients."""
+"""The layers of the examples have the right gradients, and every example says what it takes."""
 
 from __future__ import annotations
 
+import importlib
+import re
 import sys
 from pathlib import Path
 
@@ -11,8 +13,68 @@ import pytest
 from cupybn import BatchNorm2d
 
 pytest.importorskip("threadpoolctl")
-sys.path.append(str(Path(__file__).parent.parent / "examples"))
+ROOT = Path(__file__).parent.parent
+EXAMPLES = sorted(path.stem for path in (ROOT / "examples").glob("*.py") if path.stem != "layers")
+sys.path.append(str(ROOT / "examples"))
 layers = pytest.importorskip("layers")
+
+
+@pytest.fixture
+def example(request):
+    """An example as a module, if what it imports is there."""
+    try:
+        return importlib.import_module(request.param)
+    except (ImportError, RuntimeError) as error:  # the latter where there is no MPI
+        return pytest.skip(f"pip install '.[examples]': {error}")
+
+
+def status(example, arguments, monkeypatch):
+    """The status with which it ends, before it does anything."""
+    monkeypatch.setattr(sys, "argv", [f"{example.__name__}.py", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        example.main()
+    return caught.value.code
+
+
+@pytest.mark.parametrize("example", EXAMPLES, indirect=True)
+def test_help(example, monkeypatch, capsys):
+    """The text of the file: what it does, and how it is run."""
+    assert status(example, ["--help"], monkeypatch) == 0
+    out = capsys.readouterr().out
+    assert example.__doc__ in out
+    assert "    pip install '.[examples]'\n" in out
+    assert re.search(rf"^    (python|mpiexec -n 2 python -m mpi4py) examples/{example.__name__}.py$", out, re.MULTILINE)
+
+
+@pytest.mark.parametrize("example", EXAMPLES, indirect=True)
+def test_wrong_options(example, monkeypatch, capsys, tmp_path):
+    """A line of usage, and a line that says what is wrong."""
+    (tmp_path / "file").write_text("")
+    wrong = [["--no-such-option"], ["positional"]]
+    assert status(example, ["--help"], monkeypatch) == 0
+    known = capsys.readouterr().out
+    if "--epochs" in known:
+        wrong += [[f"--epochs={epochs}"] for epochs in ("0", "-1", "1.5", "many", "", "1e3", "\u00b2")]
+    if "--output" in known:
+        wrong += [["--output", str(tmp_path / "file")], ["--output", str(tmp_path / "file" / "below")]]
+    for arguments in wrong:
+        assert status(example, arguments, monkeypatch) == 2, arguments
+        usage, error = capsys.readouterr().err.splitlines()
+        assert usage.startswith(f"usage: {example.__name__}.py"), arguments
+        assert arguments[0].partition("=")[0] in error, arguments
+
+
+def test_the_readme_names_every_example():
+    named = re.findall(r"^\| `(\w+)\.py` \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert sorted(named) == EXAMPLES
+
+
+def test_pictures_are_small():
+    pictures = list((ROOT / "examples" / "pictures").iterdir())
+    assert pictures
+    for picture in pictures:
+        assert picture.stem in EXAMPLES
+        assert picture.stat().st_size < 100_000, picture
 
 
 def network(rng, device):
@@ -54,3 +116,19 @@ def test_gradients_are_the_slopes_of_the_loss(xp, device, rng, monkeypatch):
     slope = (loss(1e-6) - loss(-1e-6)) / 2e-6
     expected = sum((g * d).sum() for g, d in zip(grads, directions, strict=True))
     assert float(slope) == pytest.approx(float(expected), rel=1e-6)
+
+
+@pytest.mark.parametrize("example", ["distributed_digits"], indirect=True)
+def test_losses_that_are_the_same_are_drawn(example, monkeypatch, tmp_path):
+    """At the bottom of a logarithmic axis, which has no place for a difference of 0."""
+    figures = []
+    monkeypatch.setattr(layers, "save_picture", lambda figure, *_, **__: figures.append(figure))
+    single = np.linspace(2, 1, 5)
+    distances = {example.SINGLE: 0, example.SYNCHRONIZED: np.array([0, 0, 1e-7, 0, 1e-4]), example.PLAIN: 0.1}
+    example.report(2, {n: single + d for n, d in distances.items()}, {name: [1.0] for name in distances}, tmp_path)
+    axes = figures[0].axes[1]
+    drawn = axes.lines[0].get_ydata()
+    assert drawn == pytest.approx([1e-8, 1e-8, 1e-7, 1e-8, 1e-4], rel=1e-6)
+    bottom, top = axes.get_ylim()
+    assert bottom < drawn.min() < drawn.max() < top
+    assert "1e-8" in axes.get_ylabel()

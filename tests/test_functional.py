@@ -576,9 +576,7 @@ def views(draw):
     return View(whole.astype(np.float32), order, tuple(slice(None, None, step) for step in steps), axis)
 
 
-properties = settings(
-    max_examples=100, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+properties = settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @properties

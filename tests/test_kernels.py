@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import pickle
 from dataclasses import replace
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -15,12 +14,12 @@ import cupybn.functional as F
 from cupybn import _geometry, _resident, cupy_ops, numpy_ops
 from cupybn._moments import Moments, Statistics, Sums
 from tests.reference import DTYPES, HALF_ULP, bits, to_numpy
+from tests.steps import EPS, Arrays, forget_plans, to_device, to_host, ways
 
 cp = pytest.importorskip("cupy")
 emulator = getattr(cp, "emulator", None)
 only_emulated = pytest.mark.skipif(emulator is None, reason="a GPU does not tell")
 
-EPS = 1e-3
 SHAPES = {  # (N, C, L), and what is special
     "two values": (1, 1, 2),
     "(M, C)": (37, 4, 1),
@@ -76,50 +75,6 @@ on_cases = pytest.mark.parametrize(CASE, list(cases()))
 on_float32 = pytest.mark.parametrize(CASE, [case for case in cases() if case.values[1] == np.float32])
 on_fused = pytest.mark.parametrize((*CASE, "activation", "has_residual"), list(fused(cases())))
 on_clusters = pytest.mark.parametrize((*CASE, "activation", "has_residual", "blocks"), list(clustered(fused(cases()))))
-ACTIVATIONS = pytest.mark.parametrize("activation", [None, "relu"])
-RESIDUALS = pytest.mark.parametrize("has_residual", [False, True], ids=["", "residual"])
-
-
-def to_device(array, offset=0):
-    """A copy on the device whose memory begins some elements after an aligned address."""
-    if array is None:
-        return None
-    memory = cp.empty(array.size + offset, array.dtype)
-    view = memory[offset:].reshape(array.shape)
-    view[...] = cp.asarray(array)
-    return view
-
-
-class Arrays:
-    """Random arguments of all steps, on the host and on the device."""
-
-    def __init__(self, rng, shape, dtype, offset, has_residual=False):
-        self.offset = offset
-        C = shape[1]
-        self.x = (rng.standard_normal(shape) * 2 + 3).astype(dtype)
-        self.dy = rng.standard_normal(shape).astype(dtype)
-        self.residual = rng.standard_normal(shape).astype(dtype) if has_residual else None
-        self.weight, self.bias, self.mean = rng.standard_normal((3, C)).astype(np.float32)
-        self.var = rng.uniform(0.5, 2, C)
-        self.unit = 2 * HALF_ULP["float64" if dtype == np.float64 else "float32"]  # of the arithmetic
-
-    def on_device(self, *names):
-        return [to_device(getattr(self, name), self.offset) for name in names]
-
-    def empty(self):
-        return to_device(np.zeros_like(self.x), self.offset)
-
-    def close(self, ours, mirrored, size, roundings):
-        """Up to some roundings of terms of this size, and one of the dtype itself."""
-        ours, mirrored = (np.asarray(to_numpy(a), np.float64) for a in (ours, mirrored))
-        bound = roundings * self.unit * (np.abs(mirrored) + size) + 2 * HALF_ULP[self.x.dtype.name] * np.abs(mirrored)
-        error = np.abs(ours - mirrored)
-        assert np.all(error <= bound), f"off by {np.max(error)} where {np.min(bound)} and more is allowed"
-
-
-def to_host(value):
-    """A NamedTuple of arrays on the host."""
-    return type(value)(*(None if field is None else to_numpy(field) for field in value))
 
 
 def merged(parts):
@@ -192,35 +147,6 @@ def test_bn_normalize_in_place(rng, shape, dtype, offset, target):
     into = {"x": x, "residual": residual}[target]
     cupy_ops.bn_normalize(*step, into, None)
     assert bits(into) == expected
-
-
-class Way(NamedTuple):
-    """The statistics and the mask that a way back starts with, on the host and on the device."""
-
-    statistics: Statistics
-    mask: np.ndarray | None
-
-    @classmethod
-    def of(cls, arrays, ops, x, weight, bias, residual, activation, out):
-        """From running statistics, so that all have the same bits."""
-        xp = np if ops is numpy_ops else cp
-        mask = None if residual is None or activation is None else ops.empty_mask(x, residual, out)
-        running = xp.asarray(arrays.mean), xp.asarray(arrays.var)
-        return cls(
-            ops.bn_normalize(x, None, EPS, weight, bias, residual, activation, *running, 0, None, out, mask), mask
-        )
-
-
-def ways(arrays, activation):
-    """The first arguments of steps of the way back, on the device and on the host."""
-    dy, x, residual, weight, bias = arrays.on_device("dy", "x", "residual", "weight", "bias")
-    ours = Way.of(arrays, cupy_ops, x, weight, bias, residual, activation, arrays.empty())
-    host = (arrays.x, arrays.weight, arrays.bias, arrays.residual, activation, np.empty_like(arrays.x))
-    theirs = Way.of(arrays, numpy_ops, *host)
-    return (
-        (dy, x, ours.statistics, EPS, weight, bias, activation, ours.mask),
-        (arrays.dy, arrays.x, theirs.statistics, EPS, arrays.weight, arrays.bias, activation, theirs.mask),
-    )
 
 
 def close_sums(arrays, ours, theirs):
@@ -338,38 +264,6 @@ def test_bn_backward(rng, shape, dtype, offset, activation, has_residual, blocks
         arrays.close(dx, expected[0], np.abs(arrays.weight[:, None]) * 8, 32)
 
 
-@RESIDUALS
-@ACTIVATIONS
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.name)
-@pytest.mark.parametrize("shape", [(4, 5, 49), (57, 5, 1)], ids=str)
-def test_special_values(rng, shape, dtype, activation, has_residual):
-    """NaN, inf, the largest and the smallest numbers, in eval: what the mirror has, but for subnormal results."""
-    arrays = Arrays(rng, shape, dtype, 0, has_residual)
-    largest = 65504.0 if dtype.name == "float16" else 3.3e38
-    values = np.array([np.nan, np.inf, -np.inf, largest, -largest, 0.0, -0.0, 2.0**-14])
-    for array in (arrays.x, arrays.dy, *([arrays.residual] if has_residual else [])):
-        where = rng.random(shape) < 0.3
-        array[where] = rng.choice(values, where.sum()).astype(dtype)
-    arrays.weight[:2], arrays.mean[2:4] = (1e35, -1e-35), (3e38, -1e-20)
-    dy, x, residual, weight, bias, mean, var = arrays.on_device("dy", "x", "residual", "weight", "bias", "mean", "var")
-    out, dx, dresidual = arrays.empty(), arrays.empty(), arrays.empty()
-    none = (None, None)
-    masks = [None, None]
-    if has_residual and activation is not None:
-        masks = [cupy_ops.empty_mask(x, residual, out), np.empty(shape, bool)]
-    running = (mean, var, None, None)
-    statistics = cupy_ops.bn_normalize(x, None, EPS, weight, bias, residual, activation, *running, out, masks[0])
-    step = (EPS, weight, bias, activation, masks[0], None, 0.0, dx, dresidual, *none)
-    cupy_ops.bn_backward_input(dy, x, statistics, *step)
-    y, *expected = (np.empty_like(arrays.x) for _ in range(3))
-    mirror = (EPS, arrays.weight, arrays.bias)
-    options = (arrays.residual, activation, arrays.mean, arrays.var, None, None, y, masks[1])
-    host = numpy_ops.bn_normalize(arrays.x, None, *mirror, *options)
-    numpy_ops.bn_backward_input(arrays.dy, arrays.x, host, *mirror, activation, masks[1], None, 0.0, *expected, *none)
-    for ours, theirs in zip((out, dx, dresidual), (y, *expected), strict=True):
-        np.testing.assert_allclose(to_numpy(ours).astype(np.float64), theirs.astype(np.float64), rtol=0, atol=2.0**-126)
-
-
 @pytest.mark.parametrize("shape", [(4, 5, 40), (40, 5, 1)], ids=str)
 def test_sums_of_many_parts(rng, shape):
     """More parts than threads: each thread adds several."""
@@ -411,31 +305,6 @@ def all_results(rng, shape, dtype, offset=0, training=True):
 VARIED = pytest.mark.parametrize(
     "shape", [(6, 5, 49), (2, 3, 20011), (1029, 3, 1), (9001, 6, 1), (45, 301, 1)], ids=str
 )
-
-
-def forget_plans():
-    """Of devices and settings that are no more."""
-    for cached in (cupy_ops._plan, cupy_ops._resident_plan, cupy_ops._device):
-        cached.cache_clear()
-
-
-@pytest.fixture
-def fresh_plans():
-    forget_plans()
-    yield
-    forget_plans()
-
-
-@pytest.fixture
-def streamed(monkeypatch, fresh_plans):  # noqa: ARG001
-    """Nothing is kept on chip."""
-    monkeypatch.setattr(_resident, "BLOCKS", ())
-
-
-@pytest.fixture(params=["on chip", "streamed"])
-def either(request):
-    """As it comes, and with nothing kept on chip."""
-    request.getfixturevalue("fresh_plans" if request.param == "on chip" else "streamed")
 
 
 @VARIED

@@ -15,6 +15,7 @@ cp = pytest.importorskip("cupy")
 
 EXAMPLE = """// example: y = a * x + b + v
 #include "helper.cuh"
+#include "deeper/more.cuh"
 
 extern "C" __global__ void __launch_bounds__(THREADS) example(
     const data_t* x,             // [size]
@@ -135,6 +136,16 @@ def test_missing_and_unknown_names(example, arguments):
         example.launch((2,), 64, arguments | {"c": 1})
 
 
+def test_one_name_too_many_or_too_few(example, arguments):
+    with pytest.raises(TypeError, match=r"\(missing or unknown: c\)$"):
+        example.launch((2,), 64, arguments | {"c": 1})
+    for name in arguments:
+        fewer = {other: value for other, value in arguments.items() if other != name}
+        with pytest.raises(TypeError, match=rf"\(missing or unknown: {name}\)$"):
+            example.launch((2,), 64, fewer)
+    assert not arguments["y"].get().any()
+
+
 def test_arrays_on_another_device(example, arguments):
     if not hasattr(cp, "emulator"):
         pytest.skip("needs two GPUs")
@@ -160,7 +171,7 @@ def test_source_has_each_header_once_and_says_where_lines_come_from():
                 place = int(marker[1]) if marker[2] == f"kernels/{label}" else None
             elif place is not None:
                 wanted = original.splitlines()[place - 1]
-                assert line == ("" if wanted == "#pragma once" else wanted)
+                assert line == ("" if wanted.startswith(("#pragma once", "#include")) else wanted)
                 place += 1
 
 

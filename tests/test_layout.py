@@ -76,3 +76,28 @@ def test_conform_copies_only_another_order():
     assert layout.conform(x) is x
     assert np.array_equal(layout.conform(other), other)
     assert layout.conform(other).strides == x.strides
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 1, 1), (1, 3, 4, 1), (2, 3, 1, 5), (1, 3, 1, 1), (2, 3, 1)], ids=str)
+def test_axes_of_length_1(shape):
+    """The output has the strides of a contiguous input there, too; any others change nothing."""
+    x = dense(shape, range(len(shape)))
+    layout = Layout.of(x, 1)
+    assert layout.shape == (shape[0], 3, np.prod(shape[2:]))
+    assert layout.empty_like(x).strides == x.strides
+    for stride in 0, 8, -8, 1000:
+        strides = [stride if n == 1 else s for n, s in zip(shape, x.strides, strict=True)]
+        odd = np.lib.stride_tricks.as_strided(x, strides=strides)
+        assert Layout.of(odd, 1).shape == layout.shape
+        assert Layout.of(odd, 1).matches(odd)
+        assert np.array_equal(Layout.of(odd, 1).view(odd), layout.view(x))
+        assert np.shares_memory(Layout.of(odd, 1).view(odd), x)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (0, 2, 1), (2, 0, 1)], ids=str)
+def test_flipped_axes_keep_their_order(order):
+    """The copy of what runs backwards has its axes where the array has them."""
+    x = dense((4, 3, 5), order)
+    for flipped in x[::-1], x[:, ::-1], x[..., ::-1], x[::-1, ::-1, ::-1]:
+        assert Layout.of(flipped, 1) == Layout.of(x, 1)
+        assert Layout.of(flipped, 1).conform(flipped).strides == x.strides

@@ -103,17 +103,21 @@ def test_merge_sums(rng, parts):
 @pytest.mark.parametrize("count", [0, 1, 2, 9, np.nan])
 @pytest.mark.parametrize("momentum", [None, 0.1])
 @pytest.mark.parametrize("C", [1, 5, 777])
-def test_bn_update_running(rng, C, momentum, count):
-    """The same bits as the mirror, also where counter and batches are one array."""
+@pytest.mark.parametrize("before", [3, 0, -1, -5])
+def test_bn_update_running(rng, C, momentum, count, before):
+    """The same bits as the mirror, also where counter and batches are one array. A counter below 0 stands for 0."""
     mean, m2 = rng.standard_normal((1, C)), rng.uniform(1, 2, (1, C))
     results = []
     for ops, xp in (numpy_ops, np), (cupy_ops, cp):
         running = [xp.full(C, 0.5, np.float32), xp.full(2 * C, 2.0)[::2]]
-        counter = xp.array(3)
+        counter = xp.array(before)
         batch = Moments(*map(xp.asarray, (np.array([float(count)]), mean, m2)), None if momentum else counter)
         ops.bn_update_running(batch, *running, momentum, counter)
         results.append([a if xp is np else a.get() for a in (*running, counter)])
     for theirs, ours in zip(*results, strict=True):
         np.testing.assert_array_equal(ours, theirs)
-    assert results[0][2] == (4 if count > 1 else 3)
-    assert (results[0][0] == 0.5).all() == (not count > 1)
+    running_mean, _, counter = results[0]
+    assert counter == before + (count > 1)
+    assert (running_mean == 0.5).all() == (not count > 1)
+    if momentum is None and count > 1 and before <= 0:
+        np.testing.assert_array_equal(running_mean, mean[0].astype(np.float32))

@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import cupybn
 
 
@@ -46,6 +48,49 @@ except RuntimeError as error:
     assert re.search(r"no cache folder.*cuda12.*cuda13", message)
 
 
+def test_a_folder_called_cupy_does_no_harm(tmp_path):
+    """To Python it is a package, without `__init__.py` as well."""
+    (tmp_path / "cupy" / "images").mkdir(parents=True)
+    code = """
+import cupy, cupybn
+if cupy.__file__ is not None:
+    raise SystemExit(print("CuPy is installed, and found first"))
+assert cupybn.BatchNorm2d(3).device == "cpu"
+try:
+    cupybn.BatchNorm2d(3, device="cuda")
+except RuntimeError as error:
+    print(error)
+"""
+    message = python(code, PYTHONPATH=os.pathsep.join([str(tmp_path), str(Path(cupybn.__file__).parent.parent)]))
+    if "CuPy is installed" in message:
+        pytest.skip("a package comes before a folder, wherever they are")
+    assert f"the module 'cupy' in {tmp_path / 'cupy'} cannot be used" in message
+    assert re.search("cuda12.*cuda13", message)
+
+
+def test_numpy_arrays_do_not_import_cupy():
+    """Nor do those of derived classes, and wrong ones."""
+    code = """
+import sys, numpy as np, cupybn
+class Image(np.ndarray): pass
+class ndarray: pass
+x = np.ones((4, 3), np.float32)
+layer = cupybn.BatchNorm1d(3, device="cpu")
+for given in x, x.view(Image):
+    layer.vjp(given)[1](given)
+    cupybn.functional.moments(given)
+for given in [1.0], np.ma.ones(3), np.ones(3, int), ndarray():
+    try:
+        cupybn.functional.moments(given)
+    except TypeError:
+        continue
+    raise SystemExit(f"{given} is no array")
+layer.load_state_dict(layer.state_dict())
+print("cupy" in sys.modules)
+"""
+    assert python(code, PYTHONPATH=str(Path(cupybn.__file__).parent.parent)) == "False\n"
+
+
 def test_public_names():
     assert set(cupybn.__all__) <= set(dir(cupybn))
     for name in cupybn.__all__:
@@ -60,6 +105,30 @@ def test_public_names():
 
 def test_typed():
     assert (Path(cupybn.__file__).parent / "py.typed").exists()
+
+
+LAYERS = """
+from typing_extensions import assert_type
+from cupybn import BatchNorm2d, SyncBatchNorm
+
+class Mine(BatchNorm2d):
+    pass
+
+assert_type(Mine(3).train(), Mine)
+assert_type(Mine(3).eval(), Mine)
+assert_type(Mine(3).to("cpu"), Mine)
+assert_type(SyncBatchNorm(3).train(False).eval().to("cpu"), SyncBatchNorm)
+"""
+
+
+def test_methods_that_return_the_layer_keep_its_type(tmp_path):
+    for name in "train", "eval", "to":
+        assert getattr(cupybn.BatchNorm2d, name).__annotations__["return"] == "Self"
+    pytest.importorskip("mypy")
+    (tmp_path / "layers.py").write_text(LAYERS)
+    command = [sys.executable, "-m", "mypy", "--strict", "--config-file=", "--no-error-summary", tmp_path / "layers.py"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(cupybn.__file__).parents[1])
+    assert (result.returncode, result.stdout) == (0, "")
 
 
 def test_kernel_folder_is_found():

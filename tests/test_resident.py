@@ -125,3 +125,46 @@ def test_a_few_large_channels_are_streamed():
 def test_blocks_are_no_more_than_keep_the_device_busy():
     assert [choose_cluster(C, 10_000, 16, 1, H200).blocks for C in (2000, 264, 263, 132, 131, 66)] == [2, 2, 2, 2, 4, 4]
     assert [choose_cluster(C, 4_000, 16, 1, H200).blocks for C in (2000, 264, 263, 132, 131, 66)] == [1, 1, 2, 2, 4, 4]
+
+
+def test_two_blocks_fit_a_multiprocessor_if_they_can():
+    """CUDA takes 1 KiB for each: of 228 KiB there are 113 for a block, and what needs more is split."""
+    most = 113 * KiB // 16
+    assert [choose_cluster(1000, packs, 16, 1, H200).blocks for packs in (most, most + 1)] == [1, 2]
+    own = 5 * KiB
+    fits = (113 * KiB - own) // 16
+    assert [choose_cluster(1000, packs, 16, 1, H200, own).blocks for packs in (fits, fits + 1)] == [1, 2]
+    alone = H200.shared_per_block // 16  # without clusters: one block, if that fits
+    device = H200._replace(clusters=False)
+    assert choose_cluster(1000, alone, 16, 1, device).blocks == 1
+    assert choose_cluster(1000, alone + 1, 16, 1, device) is None
+
+
+def test_few_packs_take_few_threads():
+    least, most = _geometry.RESIDENT_THREADS
+    for packs, threads in (1, least), (least * 8, least), (least * 8 + 1, most):
+        geometry = _geometry.channels_first_resident(1, 1000, packs * 8, 2, 8, 1, H200._replace(clusters=False))
+        assert geometry.threads == threads
+
+
+def test_small_blocks_are_not_split_further():
+    """Though they leave most of a large GPU empty."""
+    packs = 16 * KiB // 16
+    assert [choose_cluster(10, n, 16, 1, H200).blocks for n in (packs, packs + 1, 4 * packs + 1)] == [1, 2, 8]
+
+
+def test_how_much_a_few_blocks_may_have():
+    """They are done before two launches would be; of more, most of the GPU would wait for them."""
+    packs = 8 * 48 * KiB // 16
+    assert choose_cluster(5, packs, 16, 1, H200).shared == 48 * KiB
+    assert choose_cluster(5, packs + 1, 16, 1, H200) is None
+    assert choose_cluster(6, packs + 1, 16, 1, H200).blocks == 8  # 48 of 132 multiprocessors have work
+
+
+def test_the_widest_tile_that_keeps_the_device_busy():
+    """Of four packs, or of two where there would be fewer blocks than multiprocessors; no wider than the array."""
+    tiles = {C: _geometry.channels_last_resident(100, C, 2, 8, 1, H200).sizes["tile"] for C in (8192, 4096, 2048)}
+    assert tiles == {8192: 4, 4096: 2, 2048: 2}
+    small = H200._replace(multiprocessors=1)
+    tiles = [_geometry.channels_last_resident(100, C, 2, 8, 1, small).sizes["tile"] for C in (8, 16, 24, 32, 40)]
+    assert tiles == [1, 2, 4, 4, 4]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from pathlib import PurePosixPath
 
 import numpy as np
 import pytest
@@ -317,3 +319,301 @@ def test_a_lazy_layer_takes_a_state_of_the_counter_alone(xp, device):
     layer.load_state_dict({"num_batches_tracked": np.array(3)}, strict=False)
     layer(xp.ones((2, 5), np.float32))
     assert layer.num_features == 5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is read
+
+
+class Selective(Mapping):
+    """A state dict whose entries can be read once, and only those that somebody is to read."""
+
+    def __init__(self, state, readable):
+        self.state, self.readable = state, set(readable)
+
+    def __iter__(self):
+        return iter(self.state)
+
+    def __len__(self):
+        return len(self.state)
+
+    def __getitem__(self, key):
+        self.readable.remove(key)
+        return self.state[key]
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("features", [3, None])
+def test_only_what_is_the_layers_is_read(device, rng, strict, features):
+    layer, state = BatchNorm1d(features, device=device), a_state(rng, prefix="bn.")
+    others = {"fc.weight": 1, "bn": 2, "weight": 3, "a.bn.weight": 4, 5: 5, b"bn.weight": 6, None: 7, ("bn.",): 8}
+    layer.load_state_dict(Selective(others | state, state), strict, "bn.")
+    assert_holds(layer, state, "bn.")
+
+
+def test_unexpected_entries_are_not_read(device, rng):
+    layer, state = BatchNorm1d(3, device=device), a_state(rng, bias=None, prefix="bn.")
+    given = state | {"bn.gamma": 1, "bn.bn.bias": 2}
+    layer.load_state_dict(Selective(given, state), strict=False, prefix="bn.")
+    assert_holds(layer, state | {"bn.bias": np.zeros(3)}, "bn.")
+    state["bn.bias"] = np.ones(3)
+    message = fails(layer, Selective(state | given, state), KeyError, prefix="bn.")
+    assert message == "'unexpected keys: bn.gamma, bn.bn.bias'"
+
+
+def test_files_that_hold_what_cannot_be_read(device, rng, tmp_path):
+    state = a_state(rng, prefix="bn.")
+    np.savez(tmp_path / "state.npz", **state, **{"fc.note": np.array({"lr": 0.1}, dtype=object)})
+    layer = BatchNorm1d(3, device=device)
+    with np.load(tmp_path / "state.npz") as file:
+        layer.load_state_dict(file, prefix="bn.")
+        assert_holds(layer, state, "bn.")
+        assert "did you mean prefix='bn.'?" in fails(layer, file, KeyError)
+
+
+@pytest.mark.parametrize("key", [3, None, b"weight", b"bn.weight", ("weight",), np.int64(1), 2.5], ids=repr)
+def test_keys_that_are_no_strings(device, rng, key):
+    layer = BatchNorm1d(3, device=device)
+    state = a_state(rng, prefix="bn.")
+    layer.load_state_dict({key: object()} | state, prefix="bn.")
+    assert_holds(layer, state, "bn.")
+    state = {key: object()} | a_state(rng)
+    assert fails(layer, state, KeyError) == str(KeyError(f"unexpected keys: {key}"))
+    layer.load_state_dict(state, strict=False)
+    assert_holds(layer, state)
+
+
+class Duck:
+    """Acts like a mapping without being one, as groups of HDF5 files do."""
+
+    def __init__(self, state):
+        self.keys, self.get_entry = state.keys, state.__getitem__
+
+    def __getitem__(self, key):
+        return self.get_entry(key)
+
+
+def test_what_acts_like_a_mapping(device, rng):
+    layer, state = BatchNorm1d(3, device=device), a_state(rng)
+    layer.load_state_dict(Duck(state))
+    assert_holds(layer, state)
+    assert "missing keys: bias" in fails(layer, Duck(a_state(rng, bias=None)), KeyError)
+
+
+@pytest.mark.parametrize(
+    ("state", "end"),
+    [
+        ("bn.npz", "(got 'bn.npz'): load the file first, use numpy.load(path)"),
+        (b"bn", "(got b'bn'): load the file first, use numpy.load(path)"),
+        (PurePosixPath("a.b/bn.pt"), "load the file first, use torch.load(path, map_location='cpu')"),
+        ("x.safetensors", "(got 'x.safetensors'): load the file first, use safetensors.numpy.load_file(path)"),
+        ([("weight", np.ones(3))], "(got list): use dict(state), if these are pairs"),
+        (np.array({"weight": np.ones(3)}, dtype=object), "(got NumPy array): use state.item()"),
+        (np.ones(3), "(got NumPy array)"),
+        (BatchNorm1d(3, device="cpu"), ": use state.state_dict()"),
+        (None, "(got None)"),
+        (3, "(got 3)"),
+    ],
+    ids=lambda value: type(value).__name__ if not isinstance(value, str) else "",
+)
+@pytest.mark.parametrize("strict", [True, False])
+def test_what_is_no_mapping(device, state, end, strict):
+    message = fails(BatchNorm1d(3, device=device), state, TypeError, strict=strict)
+    assert message.startswith("expected state to be a mapping of names to arrays (got ")
+    assert message.endswith(end)
+
+
+@pytest.mark.parametrize("prefix", [None, b"bn.", 0])
+def test_prefixes_that_are_no_strings(device, rng, prefix):
+    layer = BatchNorm1d(3, device=device)
+    message = f"expected prefix to be a str (got {prefix!r})"
+    assert fails(layer, a_state(rng), TypeError, prefix=prefix) == message
+    with pytest.raises(TypeError, match=re.escape(message)):
+        layer.state_dict(prefix)
+
+
+class Refusing:
+    def __array__(self, *_, **__):
+        raise RuntimeError("call detach() first")
+
+
+@pytest.mark.parametrize(
+    ("value", "end"),
+    [
+        (Refusing(), "(got Refusing: call detach() first)"),
+        (np.ma.masked_less([1.0, 2.0, 3.0], 2), ": masks are not supported, use .filled(...)"),
+        ("text", "(got dtype <U4)"),
+    ],
+    ids=["Refusing", "masked", "text"],
+)
+def test_values_that_give_no_array_are_named(device, rng, value, end):
+    message = fails(BatchNorm1d(3, device=device), a_state(rng, prefix="bn.", bias=value), TypeError, prefix="bn.")
+    assert message.startswith("expected bn.bias to be an array of real numbers")
+    assert message.endswith(end)
+
+
+def test_masks_that_hide_nothing(device, rng):
+    layer, state = BatchNorm1d(3, device=device), a_state(rng, bias=np.ma.ones(3))
+    layer.load_state_dict(state)
+    assert_holds(layer, state)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Counters
+
+
+NO_COUNTS = {
+    "nan": np.nan,
+    "inf": np.inf,
+    "1e30": 1e30,
+    "2**63 as a float": 2.0**63,
+    "-5": np.int64(-5),
+    "-1 of 8 bits": np.int8(-1),
+    "2.7": 2.7,
+    "2.5 of 16 bits": np.float16(2.5),
+    "0.1 of bfloat16": np.asarray(0.125).astype(DTYPES[1]),
+    "2**63": np.uint64(2**63),
+    "2**64": 2**64,
+    "-2**64": -(2**64),
+    "longdouble": np.longdouble(2) ** 80,
+}
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("features", [3, None])
+@pytest.mark.parametrize("value", NO_COUNTS.values(), ids=NO_COUNTS)
+def test_counters_that_are_no_counts(device, rng, value, features, strict):
+    layer = BatchNorm1d(features, device=device)
+    state = a_state(rng, prefix="bn.", num_batches_tracked=value)
+    message = fails(layer, state, ValueError, strict=strict, prefix="bn.")
+    assert message == (
+        "expected bn.num_batches_tracked to be a number of batches, a whole one from 0 to 2**63 - 1 "
+        f"(got {np.asarray(value).item()})"
+    )
+    assert layer.num_features is features
+
+
+@pytest.mark.parametrize("value", [-5, -1, np.nan, 1e30, 2.7])
+def test_counters_on_a_device_that_are_no_counts(xp, device, rng, value):
+    for here in "cpu", device:
+        layer = BatchNorm1d(3, device=here)
+        state = a_state(rng, num_batches_tracked=xp.asarray(value))
+        assert f"(got {value})" in fails(layer, state, ValueError)
+
+
+@pytest.mark.parametrize(
+    "value", [0, 5.0, -0.0, True, 2**63 - 1, np.uint64(2**63 - 1), 2.0**62, np.asarray(4).astype(DTYPES[1])], ids=repr
+)
+def test_counters_that_count(xp, device, rng, value):
+    layer = BatchNorm1d(3, device=device)
+    layer.load_state_dict(a_state(rng, num_batches_tracked=value))
+    assert int(layer.num_batches_tracked) == int(value)
+    layer.load_state_dict(a_state(rng, num_batches_tracked=0))
+    if np.asarray(value).dtype != DTYPES[1]:
+        layer.load_state_dict(a_state(rng, num_batches_tracked=xp.asarray(value)))
+        assert int(layer.num_batches_tracked) == int(value)
+
+
+def test_counters_of_layers_without_one_may_be_anything(device, rng):
+    layer = BatchNorm1d(3, track_running_stats=False, device=device)
+    layer.load_state_dict(a_state(rng, num_batches_tracked=np.nan), strict=False)
+    layer = BatchNorm1d(3, device=device)
+    layer.num_batches_tracked = None
+    layer.load_state_dict(a_state(rng, num_batches_tracked=np.nan), strict=False)
+
+
+def test_counters_stand_in_one_message_with_all_else(device, rng):
+    layer = BatchNorm1d(3, device=device)
+    state = a_state(rng, num_batches_tracked=-1, bias=np.ones(4))
+    for error, given in (ValueError, state), (KeyError, state | {"gamma": 1}):
+        message = fails(layer, given, error)
+        assert "bias of shape (3,) (got (4,))" in message
+        assert "(got -1)" in message
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What was meant
+
+
+def states(rng, *prefixes, **changes):
+    return {key: value for prefix in prefixes for key, value in a_state(rng, prefix=prefix, **changes).items()}
+
+
+@pytest.mark.parametrize(
+    ("there", "given", "meant"),
+    [
+        (["module.layers.0.bn."], "", "module.layers.0.bn."),
+        (["module.layers.0.bn."], "bn.", "module.layers.0.bn."),
+        ([""], "bn.", ""),
+        (["bn."], "bn", "bn."),
+        (["a.bn1.", "a.bn2.", "b.bn1.", "b.bn2."], "", "a.bn1."),
+        (["a.bn1.", "a.bn2.", "b.bn1.", "b.bn2."], "bn2.", "a.bn2."),
+        (["a.bn1.", "a.bn2.", "b.bn1.", "b.bn2."], "b.bn2", "b.bn2."),
+        (["m.a.bn1.", "m.b.bn1."], "b.bn1.", "m.b.bn1."),
+        (["a.bn1.", "b.bn1."], "bn9.", "a.bn1."),
+        (["a_"], "", "a_"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("features", [3, None])
+def test_another_prefix(device, rng, there, given, meant, features):
+    layer, state = BatchNorm1d(features, device=device), {"conv.weight": np.ones((3, 3)), 4: 4} | states(rng, *there)
+    if there == [""]:
+        state = states(rng, "")
+    message = fails(layer, state, KeyError, prefix=given)
+    assert message.endswith(f"; did you mean prefix={meant!r}?" + message[0])
+    layer.load_state_dict(state, prefix=meant)
+    assert_holds(layer, state, meant)
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"bn.weight": np.ones(3), "bn.bias": np.ones(3)},
+        {"bn." + name: np.ones(4) for name in ARRAYS},
+        {"bn." + name: np.ones((3, 1)) for name in ARRAYS},
+        {"bn." + name: np.ones(3) for name in [*ARRAYS, "gamma"]},
+        {"bn." + name: [[1], [2, 3]] for name in ARRAYS},
+        {"bn." + name.upper(): np.ones(3) for name in ARRAYS},
+    ],
+    ids=["missing", "size", "rank", "unexpected", "ragged", "names"],
+)
+def test_no_other_prefix_fits(device, state):
+    assert "did you mean" not in fails(BatchNorm1d(3, device=device), state, KeyError)
+
+
+def test_no_other_prefix_where_nothing_is_missing(device, rng):
+    """What is too much is not somewhere else."""
+    message = fails(BatchNorm1d(3, device=device), states(rng, "", "bn."), KeyError)
+    assert "did you mean" not in message
+
+
+def test_looking_for_another_prefix_fails_quietly(device, rng):
+    state = states(rng, "bn.")
+    assert "did you mean" not in fails(BatchNorm1d(3, device=device), Selective(state, []), KeyError)
+    assert "did you mean" not in fails(BatchNorm1d(3, device=device), Selective({"model": {}}, []), KeyError)
+
+
+@pytest.mark.parametrize("name", ["state_dict", "model"])
+def test_a_state_within_a_checkpoint(device, rng, name):
+    checkpoint = {"epoch": 3, name: a_state(rng)}
+    assert f"did you mean state['{name}']?" in fails(BatchNorm1d(3, device=device), checkpoint, KeyError)
+
+
+def test_keys_of_bytes(device, rng):
+    state = {key.encode(): value for key, value in a_state(rng).items()}
+    for prefix in "", "bn.":
+        message = fails(BatchNorm1d(3, device=device), state, KeyError, prefix=prefix)
+        assert "keys are to be str, not bytes: use key.decode()" in message
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_prefix_twice_in_a_key(device, rng, strict):
+    layer = BatchNorm1d(3, device=device)
+    state = a_state(rng, prefix="bn.")
+    doubled = {"bn." + key: 2 * value for key, value in state.items()}
+    if strict:
+        assert "unexpected keys: bn.bn.weight" in fails(layer, state | doubled, KeyError, prefix="bn.")
+    else:
+        layer.load_state_dict(state | doubled, strict=False, prefix="bn.")
+        assert_holds(layer, state, "bn.")

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -45,12 +46,12 @@ def start(ranks, *arguments):
 
 
 def finish(process, timeout):
-    """Its output. It is killed if it takes too long."""
+    """Its output. If it takes too long it is ended, and the test fails."""
     try:
         return process.communicate(timeout=timeout)[0]
     except subprocess.TimeoutExpired:
         process.terminate()  # so that mpiexec takes the ranks with it
-        return f"{process.communicate()[0]}\nmore than {timeout} s"
+        pytest.fail(f"{process.communicate()[0]}\nmore than {timeout} s")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -171,10 +172,16 @@ def test_time_limits_that_are_none(timeout):
         with pytest.raises((TypeError, ValueError), match=r"^expected timeout "):
             call()
     assert layer.timeout == 5
+
+
+def test_time_limits_reach_the_engine():
+    layer = SyncBatchNorm(3, device="cpu", timeout=5)
     engine = Alone()
     layer.comm = engine
-    layer.timeout = None
-    assert engine.timeout is None
+    assert engine.timeout == 5
+    for timeout in 1e9, np.inf, None:
+        layer.timeout = timeout
+        assert engine.timeout is layer.timeout is timeout
 
 
 @pytest.mark.parametrize("cls", [BatchNorm1d, BatchNorm2d, BatchNorm3d])
@@ -196,8 +203,13 @@ def test_back_from_a_layer_that_was_never_there():
     layer = SyncBatchNorm(3, device="cpu")
     with pytest.raises(ValueError, match=r"^expected a layer that was made by from_batchnorm"):
         layer.to_batchnorm()
-    layer(np.ones((2, 3, 4, 5)))
-    assert type(layer.to_batchnorm()) is BatchNorm2d
+    with pytest.raises(ValueError, match=r"channels|elements"):
+        layer(np.ones((2, 4)))
+    with pytest.raises(ValueError, match=r"^expected a layer that was made by from_batchnorm"):
+        layer.to_batchnorm()
+    for shape in (2, 3, 4, 5), (2, 3):  # the first one tells
+        layer(np.ones(shape))
+        assert type(layer.to_batchnorm()) is BatchNorm2d
     with pytest.raises(TypeError, match=r"^expected layer to be a batch norm layer \(got int\)$"):
         SyncBatchNorm.from_batchnorm(3)
 
@@ -213,6 +225,14 @@ def test_what_is_no_communicator(comm):
         with pytest.raises(TypeError, match=r"^expected comm to be a communicator of mpi4py.* \(got "):
             call()
     assert layer.comm is None
+
+
+@pytest.mark.parametrize("name", ["size", "check", "gather", "sum", "texts"])
+def test_what_is_no_engine(name):
+    """It lacks something of the protocol, which would be missed in the middle of a pass."""
+    engine = SimpleNamespace(**{other: None for other in ("size", "check", "gather", "sum", "texts") if other != name})
+    with pytest.raises(TypeError, match=r"^expected comm to be .*an engine or None \(got SimpleNamespace\)$"):
+        SyncBatchNorm(3, device="cpu", comm=engine)
 
 
 def test_communicators_that_cannot_be_used():
@@ -336,7 +356,21 @@ def test_eval_mode_sends_nothing(xp, device):
     ):
         _, vjp_fn = layer.eval().vjp(xp.ones((4, 3, 5)))
         vjp_fn(xp.ones((4, 3, 5)))
+        for call in lambda: layer("no array"), lambda: layer.vjp("no array"), lambda: vjp_fn("no array"):  # noqa: B023
+            with pytest.raises(TypeError, match="str"):
+                call()
     assert engine.messages == []
+
+
+def test_no_channels_send_nothing_on_the_way_back(xp, device):
+    engine = Alone()
+    layer = SyncBatchNorm(0, device=device, comm=engine)
+    y, vjp_fn = layer.vjp(xp.ones((4, 0)))
+    sent = len(engine.messages)
+    assert vjp_fn(y).input.shape == (4, 0)
+    with pytest.raises(TypeError, match="grad_output"):
+        vjp_fn("no array")
+    assert len(engine.messages) == sent > 0
 
 
 def test_layers_with_a_communicator_are_copied_without_it():

@@ -23,16 +23,32 @@ class Event:
         self.stream = None
 
     def record(self, stream):
-        self.stream = stream
+        self.stream, self.place = stream, stream.events
+        stream.events += 1
 
     @property
-    def done(self):
-        return self.stream is None or self.stream.runs  # as CUDA has it, also where nothing was recorded
+    def ptr(self):
+        return self
+
+    @property
+    def status(self):
+        if self.stream is None:
+            return 0  # as CUDA has it where nothing was recorded
+        return self.stream.fault or (0 if self.stream.has_come_to(self.place) else 600)
+
+
+class CUDARuntimeError(RuntimeError):
+    pass
 
 
 class Stream:
+    events = fault = 0
+
     def __init__(self, runs=True, capturing=False):
         self.runs, self.capturing = runs, capturing
+
+    def has_come_to(self, _):
+        return self.runs
 
     def is_capturing(self):
         return self.capturing
@@ -54,7 +70,9 @@ class Communicator:
 
 @pytest.fixture(autouse=True)
 def events(monkeypatch):
-    monkeypatch.setattr(_watch, "import_cupy", lambda: SimpleNamespace(cuda=SimpleNamespace(Event=Event)))
+    runtime = SimpleNamespace(getDevice=lambda: 0, eventQuery=lambda ptr: ptr.status, CUDARuntimeError=CUDARuntimeError)
+    cuda = SimpleNamespace(Event=Event, Device=lambda _: SimpleNamespace(use=lambda: None), runtime=runtime)
+    monkeypatch.setattr(_watch, "import_cupy", lambda: SimpleNamespace(cuda=cuda))
     monkeypatch.setattr(_watch, "NAP", 0.001)
 
 
@@ -66,34 +84,27 @@ def start(watch, stream, timeout=None):
 class Stuck(Stream):
     """All that comes after its first event never runs."""
 
-    def __init__(self):
-        super().__init__()
-        self.seen = 0
-
-    @property
-    def runs(self):
-        self.seen += 1
-        return self.seen == 1
-
-    @runs.setter
-    def runs(self, value):
-        pass
+    def has_come_to(self, place):
+        return self.runs and place == 0
 
 
 def test_messages_that_end_are_forgotten():
     comm = Communicator()
     watch = Watch(comm)
     for _ in range(3):
-        start(watch, Stream(), timeout=0.001)
-    time.sleep(0.05)
+        stream = Stream(runs=False)  # while the host is in the call
+        start(watch, stream, timeout=0.05)
+        stream.runs = True
+    time.sleep(0.2)
     start(watch, Stream())
     assert not comm.aborted.is_set()
 
 
 def test_a_message_that_never_ends():
-    comm = Communicator()
+    comm, stream = Communicator(), Stuck(runs=False)
     watch = Watch(comm)
-    start(watch, Stuck(), timeout=0.01)
+    start(watch, stream, timeout=0.01)
+    stream.runs = True
     assert comm.aborted.wait(10)
     assert watch.failed
     with pytest.raises(RuntimeError, match=rf"{LOST}a message has taken more than 0.01 s"):
@@ -109,6 +120,63 @@ def test_without_a_limit_it_waits_for_failures():
     assert comm.aborted.wait(10)
     with pytest.raises(RuntimeError, match=f"{LOST}remote process exited"):
         start(watch, Stream())
+
+
+@pytest.mark.parametrize("make", [lambda: Stream(runs=False), Stuck], ids=["before", "within"])
+def test_a_device_that_fails(make):
+    """It is seen at once, and not taken for work that goes on."""
+    comm, stream = Communicator(), make()
+    watch = Watch(comm)
+    start(watch, stream, timeout=None)
+    assert not comm.aborted.wait(0.05)
+    stream.fault = 719
+    assert comm.aborted.wait(10)
+    with pytest.raises(RuntimeError, match=f"{LOST}719"):
+        start(watch, Stream())
+
+
+def test_nothing_is_sent_after_a_failure():
+    """Not even before the communicator is aborted."""
+    watch, sent = Watch(Communicator()), []
+    watch._failure = "remote process exited"
+
+    def call():
+        with watch.over(Stream(), None):
+            sent.append(1)
+
+    with pytest.raises(RuntimeError, match=f"{LOST}remote process exited"):
+        call()
+    assert sent == []
+
+
+def test_what_failed_first_is_told():
+    """An abort may take long, and other things fail meanwhile."""
+
+    class Late(Communicator):
+        def check_async_error(self):
+            time.sleep(0.02)
+            raise RuntimeError("remote process exited")
+
+    comm = Late()
+    watch = Watch(comm)
+
+    def call():
+        with watch.over(Stream(), 0.01):
+            assert comm.aborted.wait(10)
+            raise RuntimeError("a message that was aborted")
+
+    with pytest.raises(RuntimeError, match=f"{LOST}remote process exited"):
+        call()
+
+
+def test_a_host_that_is_interrupted():
+    """The message may be on its way: it is watched until it ends, and if it has ended nothing is wrong."""
+    comm = Communicator()
+    watch = Watch(comm)
+    for stream in Stream(), Stuck():
+        with pytest.raises(KeyboardInterrupt), watch.over(stream, 0.01):
+            raise KeyboardInterrupt
+        assert comm.aborted.wait(10 if isinstance(stream, Stuck) else 0.1) == isinstance(stream, Stuck)
 
 
 def test_work_before_the_message_takes_as_long_as_it_likes():
@@ -150,6 +218,7 @@ def test_threads_and_communicators_are_let_go(monkeypatch):
     for _ in range(2):  # a thread anew, when there is something to watch
         start(watch, Stream())
         thread = watch._thread
+        assert thread.daemon  # a process may end meanwhile
         thread.join(10)
         assert not thread.is_alive()
         assert watch._thread is None

@@ -2,7 +2,7 @@
 
 On a GPU: time on the device, on buffers that are not in its L2 cache, the share of the bandwidth of a copy that it
 reaches at the least possible traffic, time of the host, and how many times as long PyTorch and plain CuPy take. Without
-a GPU: time of the NumPy path, and of PyTorch and plain NumPy on the CPU.
+a GPU: time of the NumPy path, and how many times as long PyTorch and plain NumPy take on the CPU.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cupybn._checks import check_channel_axis
-from cupybn._cli.extras import optional, progress, usable_dtypes
+from cupybn._checks import check_channel_axis, check_more_than_one_value
+from cupybn._cli.extras import optional, progress
 from cupybn._cli.measure import (
     AS_LITTLE_AS_POSSIBLE,
     Call,
@@ -30,11 +30,15 @@ from cupybn._cli.measure import (
     release,
     rotate,
 )
+from cupybn._cli.memory import check_memory, too_large
+from cupybn._cli.options import UsageError, add_dtypes, chosen_dtypes, seconds, shape
 from cupybn._cli.peers import cupybn_call, plain_call, torch_call
 from cupybn._cli.problem import Arrays, Operation, Problem, make_arrays
 from cupybn._cli.table import table
 from cupybn._devices import cuda_missing, import_cupy
-from cupybn._dtypes import FLOATS
+
+USAGE = "--shape SHAPE [options]"
+RATIOS = "x / cupybn: how many times as long x takes. At 2.0 cupybn takes half the time, at 0.5 twice. -: not measured."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,47 +46,66 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shape",
         type=shape,
+        metavar="SHAPE",
         action="append",
         dest="shapes",
         required=True,
         help="such as 32,64,112,112, as it lies in memory; may be given several times",
     )
-    parser.add_argument("--dtype", choices=FLOATS, action="append", dest="dtypes", help="default: float32")
-    parser.add_argument("--channel-axis", type=int, default=1, help="default: 1")
+    add_dtypes(parser, default="float32")
+    parser.add_argument("--channel-axis", type=int, default=1, metavar="AXIS", help="from either end (default: 1)")
     parser.add_argument("--backward", action="store_true", help="the gradients, too")
     parser.add_argument("--relu", action="store_true", help="with a fused ReLU")
     parser.add_argument("--residual", action="store_true", help="with a residual that is added before ReLU")
-    parser.add_argument("--seconds", type=float, default=0.2, help="for each measurement (default: 0.2)")
-
-
-def shape(text: str) -> tuple[int, ...]:
-    """A shape as it is given on the command line."""
-    sizes = tuple(int(size) for size in text.split(","))
-    if len(sizes) < 2 or min(sizes) < 1:
-        raise argparse.ArgumentTypeError(f"expected two or more positive sizes, such as 32,64,112,112 (got {text})")
-    return sizes
+    parser.add_argument("--seconds", type=seconds, default=0.2, metavar="S", help="for each measurement (default: 0.2)")
 
 
 def run(options: argparse.Namespace) -> int:
     """Measure, and print a table."""
     problems = [
-        Problem(shape, dtype, check_channel_axis(options.channel_axis, len(shape)))
-        for dtype in usable_dtypes(options.dtypes or ["float32"])
+        Problem(shape, dtype, channel_axis(shape, options.channel_axis))
+        for dtype in chosen_dtypes(options.dtypes, ("float32",))
         for shape in options.shapes
     ]
     jobs = [(problem, operation) for problem in problems for operation in operations(options)]
     missing = cuda_missing()
     if missing:
-        print(f"No GPU: {missing}.\nMeasuring the NumPy path on the CPU, time of the host alone.")
-        row, effort = cpu_row, Effort(options.seconds, burst=1)
+        row, effort, sets = cpu_row, Effort(options.seconds, burst=1), 1
+        note = f"No GPU: {missing}.\nMeasuring the NumPy path on the CPU, time of the host alone."
     elif hasattr(import_cupy(), "emulator"):
-        print("This CuPy is the stand-in that runs kernels on the CPU: the times below say nothing of a GPU.")
-        row, effort = gpu_row, AS_LITTLE_AS_POSSIBLE
+        row, effort, sets = gpu_row, AS_LITTLE_AS_POSSIBLE, AS_LITTLE_AS_POSSIBLE.most_sets
+        note = "This CuPy is the stand-in that runs kernels on the CPU: the times below say nothing of a GPU."
     else:
-        row, effort = gpu_row, Effort(options.seconds)
-    rows = [row(problem, operation, effort) for problem, operation in progress(jobs, "case")]
+        row, effort, sets = gpu_row, Effort(options.seconds), 0  # the allocations tell
+        note = ""
+    for job in jobs:
+        check_memory(*job, sets)
+    if note:
+        print(note, flush=True)
+    rows = []
+    for problem, operation in progress(jobs, "case"):
+        try:
+            rows.append(row(problem, operation, effort))
+        except Exception as error:
+            if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # the latter is PyTorch's
+                raise too_large(problem, str(error).partition("\n")[0]) from error
+            raise
     print(table(CPU_HEAD if missing else GPU_HEAD, rows))
+    print(f"\n{RATIOS}")
     return 0
+
+
+def channel_axis(shape: tuple[int, ...], axis: int) -> int:
+    """The channel axis of this shape, counted from the front."""
+    try:
+        axis = check_channel_axis(axis, len(shape))
+    except ValueError as error:
+        raise UsageError(f"argument --channel-axis: {error}") from error
+    try:
+        check_more_than_one_value(shape, axis)
+    except ValueError as error:
+        raise UsageError(f"argument --shape: {error}") from error
+    return axis
 
 
 def operations(options: argparse.Namespace) -> list[Operation]:

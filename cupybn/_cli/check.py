@@ -2,7 +2,8 @@
 
 Every dtype, aligned and unaligned memory, training and eval mode, with and without residual and ReLU, shapes of both
 memory layouts. A number of the table is the largest error, as a share of what is allowed. Without a GPU the mirrors are
-compared with a plain formula instead. The exit status is 1 if anything is off by more than it may be.
+compared with a plain formula instead. The exit status is 1 if anything is off by more than it may be, or if there was
+nothing to check.
 """
 
 from __future__ import annotations
@@ -15,15 +16,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cupybn._cli.cases import Case, Variant
-from cupybn._cli.extras import progress, usable_dtypes
+from cupybn._cli.extras import progress
+from cupybn._cli.options import add_dtypes, chosen_dtypes
 from cupybn._cli.sides import FORMULA, KERNELS, MIRRORS, Side, worst
 from cupybn._cli.steps import STEPS
 from cupybn._cli.table import table
-from cupybn._devices import cuda_missing
+from cupybn._devices import cuda_missing, import_cupy
 from cupybn._dtypes import FLOATS
 from cupybn._kernels import kernel_names
 
 Shape = tuple[int, int, int]
+
+USAGE = "[options]"
 
 QUICK: dict[str, list[Shape]] = {
     "channels_first": [(6, 5, 49), (4, 3, 64)],
@@ -39,9 +43,7 @@ SHAPES: dict[str, list[Shape]] = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What `run` looks at."""
     parser.add_argument("--quick", action="store_true", help="two shapes of each layout")
-    parser.add_argument(
-        "--dtype", choices=FLOATS, action="append", dest="dtypes", help="may be given several times (default: all)"
-    )
+    add_dtypes(parser, default="all")
 
 
 class Job(NamedTuple):
@@ -68,14 +70,20 @@ class Job(NamedTuple):
 
 def run(options: argparse.Namespace) -> int:
     """Check, and print a table."""
-    missing = cuda_missing()
+    dtypes, missing = chosen_dtypes(options.dtypes, FLOATS), cuda_missing()
     if missing:
         print(f"There are no kernels to check here: {missing}.\nChecking the NumPy mirrors against a plain formula.")
-    dtypes = usable_dtypes(options.dtypes or FLOATS)
     shapes = QUICK if options.quick else SHAPES
     if missing:
-        return report(check(mirror_jobs(dtypes, shapes), MIRRORS, FORMULA), dtypes)
-    return report(check(kernel_jobs(dtypes, shapes), KERNELS, MIRRORS), dtypes)
+        found = check(mirror_jobs(dtypes, shapes), MIRRORS, FORMULA)
+    else:
+        found = check(kernel_jobs(dtypes, shapes), KERNELS, MIRRORS)
+    status = report(found, dtypes)
+    if missing:
+        print("No kernel has run: only their NumPy mirrors were compared, with a plain formula in NumPy.")
+    elif hasattr(import_cupy(), "emulator"):
+        print("No GPU was there: the kernels have run on the CPU, through the stand-in for CuPy.")
+    return status
 
 
 def kernel_jobs(dtypes: Sequence[np.dtype[Any]], shapes: dict[str, list[Shape]]) -> list[Job]:
@@ -117,7 +125,10 @@ def check(jobs: Sequence[Job], ours: Side, referee: Side) -> dict[Job, tuple[flo
 
 
 def report(found: dict[Job, tuple[float, str]], dtypes: Sequence[np.dtype[Any]]) -> int:
-    """Print the table and what is wrong; 1 if anything is."""
+    """Print the table and what is wrong; 1 if anything is, or nothing was checked."""
+    if not found:
+        print("Nothing was checked.")
+        return 1
     cells: dict[tuple[str, str], float] = {}
     for job, (share, _) in found.items():
         key = job.row, job.dtype.name

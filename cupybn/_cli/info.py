@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 from collections.abc import Callable, Iterator
@@ -19,41 +20,98 @@ from cupybn._kernels import KERNELS, kernel_names
 MIB = 1 << 20
 
 
+USAGE = "[options]"
+MISSING = {
+    "ml_dtypes": "not found, `pip install '.[bf16]'` installs it",
+    "mpi4py": "not found, `pip install '.[mpi]'` installs it",
+}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """It takes none."""
+    """What `run` looks at."""
+    parser.add_argument("--json", action="store_true", help="one JSON object, with null for what is not there")
 
 
-def run(options: argparse.Namespace) -> int:  # noqa: ARG001
+def run(options: argparse.Namespace) -> int:
     """Print a line for each thing that is found, or why it is not."""
+    if options.json:
+        print(json.dumps(facts(), indent=2))
+        return 0
     for name, value in lines():
         print(f"{name + ':':26}{value}")
     return 0
 
 
-def lines() -> Iterator[tuple[str, str]]:
-    """Names and values."""
-    yield "cupybn", cupybn.__version__
-    yield "Python", f"{platform.python_version()} on {platform.machine()}"
-    yield "NumPy", np.__version__
-    yield "bfloat16 (ml_dtypes)", getattr(optional("ml_dtypes"), "__version__", "not found; the extra bf16 installs it")
-    yield "mpi4py", getattr(optional("mpi4py"), "__version__", "not found; the extra mpi installs it")
-    yield "kernels", f"{len(kernel_names())} in {KERNELS}"
+def facts() -> dict[str, Any]:
+    """All that `info` knows, under the same keys on every machine; None for what is not there."""
     missing = cuda_missing()
-    if missing:
-        yield "CuPy", f"cannot be used: {missing}"
+    here: dict[str, Any] = {
+        "cupybn": cupybn.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "numpy": np.__version__,
+        "ml_dtypes": getattr(optional("ml_dtypes"), "__version__", None),
+        "mpi4py": getattr(optional("mpi4py"), "__version__", None),
+        "kernels": len(kernel_names()),
+        "kernel_folder": str(KERNELS),
+        "cupy_missing": missing or None,
+    }
+    on_gpu = dict.fromkeys(("cupy", "stand_in", "cuda_driver", "cuda_runtime", "nvrtc", "nccl", "kernel_cache"))
+    return {**here, **on_gpu, "not_found": {}, "gpus": []} if missing else {**here, **on_gpu, **cupy_facts()}
+
+
+def cupy_facts() -> dict[str, Any]:
+    """Those that take a CuPy and a GPU."""
+    cupy = import_cupy()
+    runtime = cupy.cuda.runtime
+    found: dict[str, str] = {}
+    not_found: dict[str, str] = {}
+    versions: dict[str, Callable[[], str]] = {
+        "cuda_driver": lambda: version(runtime.driverGetVersion()),
+        "cuda_runtime": lambda: version(runtime.runtimeGetVersion()),
+        "nvrtc": lambda: ".".join(map(str, cupy.cuda.nvrtc.getVersion())),
+        "nccl": nccl_version,
+    }
+    for name, get in versions.items():
+        try:
+            found[name] = get()
+        except Exception as error:  # a library that cannot be loaded raises anything
+            not_found[name] = repr(error)
+    return {
+        "cupy": cupy.__version__,
+        "stand_in": hasattr(cupy, "emulator"),
+        **found,
+        "kernel_cache": cache_folder(),
+        "not_found": not_found,
+        "gpus": [gpu(runtime.getDeviceProperties(index)) for index in range(runtime.getDeviceCount())],
+    }
+
+
+def lines() -> Iterator[tuple[str, str]]:
+    """Names and values, for people."""
+    known = facts()
+    yield "cupybn", known["cupybn"]
+    yield "Python", f"{known['python']} on {known['machine']}"
+    yield "NumPy", known["numpy"]
+    yield "bfloat16 (ml_dtypes)", known["ml_dtypes"] or MISSING["ml_dtypes"]
+    yield "mpi4py", known["mpi4py"] or MISSING["mpi4py"]
+    yield "kernels", f"{known['kernels']} in {known['kernel_folder']}"
+    if known["cupy_missing"]:
+        yield "CuPy", f"cannot be used: {known['cupy_missing']}"
         yield "GPU", "none that can be used: calls on NumPy arrays use the NumPy mirrors of the kernels"
         return
-    cupy = import_cupy()
-    stand_in = " (the stand-in, which runs kernels on the CPU)" if hasattr(cupy, "emulator") else ""
-    yield "CuPy", f"{cupy.__version__}{stand_in}"
-    runtime = cupy.cuda.runtime
-    yield "CUDA driver supports", found(lambda: version(runtime.driverGetVersion()))
-    yield "CUDA runtime", found(lambda: version(runtime.runtimeGetVersion()))
-    yield "NVRTC", found(lambda: ".".join(map(str, cupy.cuda.nvrtc.getVersion())))
-    yield "NCCL", found(nccl_version)
-    yield "compiled kernels", cache_folder()
-    for index in range(runtime.getDeviceCount()):
-        yield f"GPU {index}", describe(runtime.getDeviceProperties(index))
+    stand_in = " (the stand-in, which runs kernels on the CPU)" if known["stand_in"] else ""
+    yield "CuPy", f"{known['cupy']}{stand_in}"
+    for name, key in (
+        ("CUDA driver supports", "cuda_driver"),
+        ("CUDA runtime", "cuda_runtime"),
+        ("NVRTC", "nvrtc"),
+        ("NCCL", "nccl"),
+    ):
+        yield name, known[key] or f"not found ({known['not_found'][key]})"
+    yield "compiled kernels", known["kernel_cache"]
+    for index, properties in enumerate(known["gpus"]):
+        yield f"GPU {index}", describe(properties)
 
 
 def nccl_version() -> str:
@@ -61,17 +119,9 @@ def nccl_version() -> str:
     from cupy.cuda import nccl
 
     if not nccl.available:
-        return "not found"
+        raise RuntimeError("this CuPy was built without it")
     number = nccl.get_version()
     return f"{number // 10000}.{number // 100 % 100}.{number % 100}"
-
-
-def found(get: Callable[[], str]) -> str:
-    """A value, or what CuPy says where it has none: `info` is there for machines that are not set up well."""
-    try:
-        return get()
-    except Exception as error:  # a library that cannot be loaded raises anything
-        return f"not found ({error!r})"
 
 
 def version(number: int) -> str:
@@ -86,10 +136,20 @@ def cache_folder() -> str:
     return os.environ.get("CUPY_CACHE_DIR") or str(Path.home() / ".cupy" / "kernel_cache")
 
 
-def describe(properties: dict[str, Any]) -> str:
+def gpu(properties: dict[str, Any]) -> dict[str, Any]:
+    """What there is to know of a GPU."""
+    return {
+        "name": properties["name"].decode(),
+        "compute_capability": f"{properties['major']}.{properties['minor']}",
+        "multiprocessors": properties["multiProcessorCount"],
+        "memory_bytes": properties["totalGlobalMem"],
+        "l2_bytes": properties["l2CacheSize"],
+    }
+
+
+def describe(gpu: dict[str, Any]) -> str:
     """A GPU in a line."""
     return (
-        f"{properties['name'].decode()}, compute capability {properties['major']}.{properties['minor']}, "
-        f"{properties['multiProcessorCount']} multiprocessors, {properties['totalGlobalMem'] / 2**30:.0f} GiB, "
-        f"{properties['l2CacheSize'] / MIB:.0f} MiB of L2"
+        f"{gpu['name']}, compute capability {gpu['compute_capability']}, {gpu['multiprocessors']} multiprocessors, "
+        f"{gpu['memory_bytes'] / 2**30:.0f} GiB, {gpu['l2_bytes'] / MIB:.0f} MiB of L2"
     )

@@ -95,6 +95,8 @@ def torch_call(torch: Any, problem: Problem, operation: Operation, a: Arrays) ->
     """
     x, dy, residual = (to_torch(torch, array, problem.channel_axis) for array in a[:3])
     weight, bias, running_mean, running_var = (to_torch(torch, vector) for vector in a[3:])
+    if x.dtype == torch.float64:  # PyTorch takes no narrower vectors with it
+        weight, bias, running_mean, running_var = (v.double() for v in (weight, bias, running_mean, running_var))
     batch_norm, relu = torch.nn.functional.batch_norm, torch.nn.functional.relu
 
     def forward(x: Any, residual: Any, weight: Any, bias: Any) -> Any:

@@ -62,7 +62,7 @@ DEVICE Moments slot_moments(const raw_t* shared, const Slots& own, bool& exact) 
         else
             add_squares(raw, slot, center, rest, sum_d, sum_dd);
     }
-    exact = count == 0 || held(sum_dd, (A)1);
+    exact = count == 0 || held_squares<A>(sum_dd);
     return from_sums(count, inv_count, mean, 0, sum_d, sum_dd);
 }
 

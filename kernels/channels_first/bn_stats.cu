@@ -8,6 +8,18 @@
 
 constexpr int LOADS = 4;  // in flight
 
+// Whether all elements of a chunk have this value: then, and only then, 0 is the right sum of squares.
+template <class A>
+DEVICE bool all_are(A value, const raw_t (&raw)[LOADS], const Slot (&slots)[LOADS]) {
+    bool same = true;
+#pragma unroll
+    for (int u = 0; u < LOADS; u++)
+#pragma unroll
+        for (int e = 0; e < WIDTH; e++)
+            if (slots[u].has(e)) same = same && element(raw[u], e) == value;
+    return same;
+}
+
 // The moments of a chunk, in the dtype A. About a neighbour as pivot, deviations are exact or nearly so.
 template <class A>
 DEVICE Moments chunk_moments(const raw_t (&raw)[LOADS], const Slot (&slots)[LOADS], bool& exact) {
@@ -37,7 +49,7 @@ DEVICE Moments chunk_moments(const raw_t (&raw)[LOADS], const Slot (&slots)[LOAD
         sum_d += sum_pairs(d);
         sum_dd += sum_pairs(dd);
     }
-    exact = held(sum_dd, offset);
+    exact = held_squares<A>(sum_dd) || (sum_dd == 0 && all_are(pivot, raw, slots));
     return from_sums(count, inv_count, pivot, offset, sum_d, sum_dd);
 }
 

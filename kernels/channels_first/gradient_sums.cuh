@@ -11,11 +11,10 @@ DEVICE bool add_chunk(const raw_t (&dy)[COUNT], const raw_t (&x)[COUNT], const S
     for (int u = 0; u < COUNT; u++) {
 #pragma unroll
         for (int e = 0; e < WIDTH; e++) {
-            const A g = element(dy[u], e), value = element(x[u], e);
-            if (slots[u].has(e) && passed[u].at(e, value, f)) {
-                sum_dy += g;
-                sum_dy_xhat += g * ((value - f.center) * f.rstd);  // the product of both may be too small
-            }
+            if (!slots[u].has(e)) continue;
+            const A value = element(x[u], e), g = passed[u].at(e, value, f) ? element(dy[u], e) : 0;
+            sum_dy += g;
+            sum_dy_xhat += g * ((value - f.center) * f.rstd);  // the product of both may be too small
         }
     }
     if (!held(sum_dy) || !held(sum_dy_xhat)) return false;

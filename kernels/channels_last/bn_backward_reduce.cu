@@ -16,11 +16,10 @@ DEVICE bool add_chunk(const raw_t (&dy)[LOADS], const raw_t (&x)[LOADS], const P
     A sum_dy = 0, sum_dy_xhat = 0;
 #pragma unroll
     for (int u = 0; u < LOADS; u++) {
-        const A g = element(dy[u], e), value = element(x[u], e);
-        if (u < count && passed[u].at(e, value, f)) {
-            sum_dy += g;
-            sum_dy_xhat += g * ((value - f.center) * f.rstd);  // the product of both may be too small
-        }
+        if (u >= count) continue;
+        const A value = element(x[u], e), g = passed[u].at(e, value, f) ? element(dy[u], e) : 0;
+        sum_dy += g;
+        sum_dy_xhat += g * ((value - f.center) * f.rstd);  // the product of both may be too small
     }
     if (!held(sum_dy) || !held(sum_dy_xhat)) return false;
     total_dy += sum_dy;

@@ -62,7 +62,7 @@ DEVICE unsigned column_moments(const raw_t* shared, const Tile& tile, double (&m
     unsigned missed = 0;
 #pragma unroll
     for (int e = 0; e < WIDTH; e++) {
-        if (!held(m2[e], (acc_t)1)) missed |= 1u << e;
+        if (!held_squares<acc_t>(m2[e])) missed |= 1u << e;
         const Moments moments = from_sums(count, inv_count, mean[e], 0, sum_d[e], m2[e]);
         mean[e] = moments.mean;
         m2[e] = moments.m2;

@@ -9,6 +9,16 @@
 
 constexpr int LOADS = 8;  // in flight
 
+// Whether element e of the first `count` packs has this value in all of them: then, and only then, 0 is the right sum of
+// squares.
+template <class A>
+DEVICE bool all_are(A value, const raw_t (&raw)[LOADS], int count, int e) {
+    bool same = true;
+#pragma unroll
+    for (int u = 0; u < LOADS; u++) same = same && (u >= count || element(raw[u], e) == value);
+    return same;
+}
+
 // The moments of element e of the first `count` packs, in the dtype A. About a neighbour as pivot, deviations are exact
 // or nearly so.
 template <class A>
@@ -27,7 +37,7 @@ DEVICE Moments chunk_moments(const raw_t (&raw)[LOADS], int count, int e, bool& 
         sum_d += d;
         sum_dd += d * d;
     }
-    exact = held(sum_dd, offset);
+    exact = held_squares<A>(sum_dd) || (sum_dd == 0 && all_are(pivot, raw, count, e));
     return from_sums(count, inv_count, pivot, offset, sum_d, sum_dd);
 }
 

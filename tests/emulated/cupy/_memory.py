@@ -66,6 +66,10 @@ class Allocation:
         self._complete = self._complete or bool(self.initialised.all())
         return self._complete
 
+    def visible(self, begin: int, end: int) -> list[tuple[int, int]]:
+        """Of the memory between two addresses, what a kernel may touch, by address."""
+        return [(begin, end)]
+
     def guards_intact(self) -> bool:
         """Whether nothing was written right before and right after the block."""
         before, after = self._buffer[: self._start], self._buffer[self._start + self.nbytes :]

@@ -169,8 +169,9 @@ class RawKernel:
         stream = get_current_stream() if stream is None else stream
         device = Device()
         dims = _dims("grid", grid, (2**31 - 1, 65535, 65535)), _dims("block", block, (1024, 1024, 64))
-        if math.prod(dims[0]) * math.prod(dims[1]) >= 2**30:
-            raise NotImplementedError("the stand-in for CuPy runs fewer than 2**30 threads")
+        most = 2**30 if emulator.chosen_blocks is None else 2**32
+        if math.prod(dims[0]) * math.prod(dims[1]) >= most:
+            raise NotImplementedError(f"the stand-in for CuPy runs fewer than {most} threads")
         self._check_size(dims[1], shared_mem)
         declared = module.clusters[self.name]
         _check_cluster(dims[0], declared)
@@ -283,7 +284,12 @@ def _describe(kind: str, size: int) -> str:
 def _ranges(values: list[_Value]) -> list[_Range]:
     """The memory that the arguments see, by address; what several of them see is one range."""
     extents = sorted(
-        ((begin, end, index, allocation) for index, v in enumerate(values) for allocation, begin, end in v.extents),
+        (
+            (begin, end, index, allocation)
+            for index, v in enumerate(values)
+            for allocation, first, last in v.extents
+            for begin, end in allocation.visible(first, last)
+        ),
         key=lambda extent: extent[:3],
     )
     merged: list[tuple[int, int, list[int], _memory.Allocation]] = []
@@ -306,6 +312,19 @@ def _ranges(values: list[_Value]) -> list[_Range]:
     ]
 
 
+def _chosen(grid: tuple[int, int, int], cluster: int) -> list[int] | None:
+    """The numbers of the first blocks of the clusters to run, in order; None is all of the grid."""
+    if emulator.chosen_blocks is None:
+        return None
+    numbers = []
+    for block in emulator.chosen_blocks:
+        if not all(0 <= index < size for index, size in zip(block, grid, strict=True)):
+            raise ValueError(f"expected a block of the grid {grid} (got {block})")
+        x, y, z = block
+        numbers.append(x + grid[0] * (y + grid[1] * z))
+    return sorted({number // cluster * cluster for number in numbers})
+
+
 def _launch(
     module: Module,
     name: str,
@@ -318,6 +337,7 @@ def _launch(
     arguments = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value.data) for value in values))
     result = _Result()
     begin, end = module.shared
+    chosen = _chosen(dims[0], max(1, cluster))
     with _one_at_a_time:
         runtime().emulated_launch(
             module.entry(name),
@@ -332,6 +352,8 @@ def _launch(
             ctypes.c_size_t(MOST_SHARED),
             (_Range * len(ranges))(*ranges),
             len(ranges),
+            chosen if chosen is None else (ctypes.c_uint32 * len(chosen))(*chosen),
+            0 if chosen is None else len(chosen),
             ctypes.c_uint64(emulator.seed),
             ctypes.byref(result),
         )

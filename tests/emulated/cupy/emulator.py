@@ -31,6 +31,7 @@ __all__ = [
     "record",
     "record_syncs",
     "reset_usage",
+    "run_only",
     "seed",
     "set_devices",
     "syncs",
@@ -129,6 +130,9 @@ seed: int = int(os.environ.get("CUPY_EMULATOR_SEED", "0"))
 launches: list[Launch] = []
 """All launches so far, or those since `record` was entered."""
 
+chosen_blocks: tuple[tuple[int, int, int], ...] | None = None
+"""The blocks that launches run, by their indices; None is all of a grid."""
+
 syncs: list[str] = []
 """What made the host wait for a device: "get", "synchronize", ..., or what did since `record_syncs` was entered."""
 
@@ -164,6 +168,17 @@ def record() -> Iterator[list[Launch]]:
     finally:
         outer += launches
         launches = outer
+
+
+@contextmanager
+def run_only(*blocks: tuple[int, int, int]) -> Iterator[None]:
+    """Of each grid that is launched inside the block, run these blocks alone, and the rest of their clusters."""
+    global chosen_blocks
+    outer, chosen_blocks = chosen_blocks, blocks
+    try:
+        yield
+    finally:
+        chosen_blocks = outer
 
 
 @contextmanager

@@ -17,11 +17,13 @@
 
 extern "C" {
 
-// The message of the result is empty if all went well. The grid has fewer than 2^30 threads. The blocks of a cluster, at
-// most 8, are neighbours in x; a cluster of 0 blocks is one of 1 on a device that knows no clusters.
+// The message of the result is empty if all went well. The blocks of a cluster, at most 8, are neighbours in x; a cluster
+// of 0 blocks is one of 1 on a device that knows no clusters. All of the grid is run if chosen is null, and it has fewer
+// than 2^30 threads then; else the clusters whose first blocks are named, and it has fewer than 2^32.
 void emulated_launch(void (*entry)(void**), void** arguments, const unsigned* grid, const unsigned* block_dim,
                      unsigned cluster, char* shared_begin, char* shared_end, char* dynamic_begin, size_t dynamic_size,
-                     size_t dynamic_limit, const Argument* ranges, int range_count, uint64_t seed, Result* result) {
+                     size_t dynamic_limit, const Argument* ranges, int range_count, const uint32_t* chosen,
+                     int chosen_count, uint64_t seed, Result* result) {
     memset(result, 0, sizeof *result);
     launch.entry = entry;
     launch.arguments = arguments;
@@ -51,8 +53,11 @@ void emulated_launch(void (*entry)(void**), void** arguments, const unsigned* gr
         launch.blocks[rank].shared = Shadow(launch.shared_begin, launch.shared_end);
     }
     block = &launch.blocks[0];
-    std::vector<uint32_t> firsts(grid[0] * grid[1] * grid[2] / blocks_of_cluster);  // the first block of each cluster
-    for (uint32_t c = 0; c < firsts.size(); c++) firsts[c] = c * blocks_of_cluster;
+    std::vector<uint32_t> firsts;  // the first block of each cluster
+    if (chosen)
+        firsts.assign(chosen, chosen + chosen_count);
+    else
+        for (uint32_t b = 0; b < grid[0] * grid[1] * grid[2]; b += blocks_of_cluster) firsts.push_back(b);
     shuffle(firsts);
     {
         const Flush flush;

@@ -1,0 +1,63 @@
+"""The insides of the library and of its tests that the stages lean on: where these move, this file follows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from cupybn import cupy_ops
+from cupybn._devices import cuda_missing
+from cupybn._dtypes import FLOATS, parameter_dtype
+from cupybn._engines import engine_for
+from cupybn._kernels import VECTOR
+from cupybn._watch import watch_of
+from tests.nvrtc import Instance, all_instances
+from tests.reference import ROUNDINGS, assert_close, batch_norm
+
+__all__ = [
+    "ON_CHIP",
+    "ROUNDINGS",
+    "VECTOR",
+    "assert_close",
+    "batch_norm",
+    "cuda_missing",
+    "dtypes",
+    "engine_for",
+    "has_clusters",
+    "how_on_chip",
+    "instances_here",
+    "is_stand_in",
+    "watch_of",
+]
+
+ON_CHIP = tuple(cupy_ops.ON_CHIP)
+"""The steps that keep channels on chip where they fit."""
+
+
+def dtypes() -> list[np.dtype[Any]]:
+    """The dtypes that batch norm takes."""
+    return [parameter_dtype(name) for name in FLOATS]
+
+
+def how_on_chip(step: str, shape: tuple[int, int, int], dtype: np.dtype[Any]) -> str:
+    """How this device takes a step over (N, C, L): "streamed", or the cluster's blocks and their threads."""
+    plan = cupy_ops._resident_plan(step, shape, dtype, True, 0)
+    return "streamed" if plan is None else f"{plan.geometry.cluster} x {plan.geometry.threads}"
+
+
+def has_clusters() -> bool:
+    """Whether this device runs blocks in clusters."""
+    return cupy_ops._device(0).clusters
+
+
+def instances_here() -> list[Instance]:
+    """All instances of kernels that the library may ask this device for, the most used first."""
+    return [instance for instance in all_instances() if instance.cluster <= 1 or has_clusters()]
+
+
+def is_stand_in() -> bool:
+    """Whether CuPy is the one of ``tests/emulated``."""
+    import cupy
+
+    return hasattr(cupy, "emulator")

@@ -1,0 +1,115 @@
+"""The log of a stage, a file that is written anew after each entry: what came before a crash is not lost."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import traceback
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+MOST_DETAIL, MOST_PRINTED = 600, 400
+"""Characters of a detail that are kept, and of a line that are printed."""
+
+
+class Check(NamedTuple):
+    """Something that must hold."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+@dataclass
+class Findings:
+    """All that a stage has to say."""
+
+    checks: list[Check] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+    table: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    """Reasons why something could not be done here, or was left out."""
+    highlights: list[str] = field(default_factory=list)
+    """Lines for the summary."""
+
+    @classmethod
+    def read(cls, path: Path) -> Findings:
+        """Those that a `Log` has left in a file; none where there is no file."""
+        if not path.exists():
+            return cls()
+        found = cls(**json.loads(path.read_text()))
+        found.checks = [Check(*check) for check in found.checks]
+        return found
+
+
+class Log:
+    """Takes down what a stage finds.
+
+    Parameters
+    ----------
+    path : Path or None
+        File for the findings. None for work that a tool watches: the tool says what it finds.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self.findings = Findings()
+
+    def check(self, name: str, passed: bool, detail: Any = "") -> bool:
+        """Enter whether something holds that must hold; returns it."""
+        check = Check(name, bool(passed), str(detail)[:MOST_DETAIL])
+        self.findings.checks.append(check)
+        self._write(f"{'ok  ' if passed else 'FAIL'} {name} {check.detail}")
+        return check.passed
+
+    @contextlib.contextmanager
+    def checking(self, name: str) -> Iterator[list[Any]]:
+        """Enter a check that passes if nothing is raised; yields a list for its details."""
+        details: list[Any] = []
+        try:
+            yield details
+        except Exception as error:
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            self.check(name, False, f"{type(error).__name__}: {error} [{place.filename}:{place.lineno}]")
+        else:
+            self.check(name, True, " ".join(map(str, details)))
+
+    def fact(self, name: str, value: Any) -> None:
+        """Enter something that is neither right nor wrong."""
+        self.findings.facts[name] = value
+        self._write(f"     {name}: {value}")
+
+    def row(self, **cells: Any) -> None:
+        """Enter a row of the table."""
+        self.findings.table.append(cells)
+        self._write("     " + "  ".join(f"{name}={value}" for name, value in cells.items()))
+
+    def note(self, text: str) -> None:
+        """Enter a sentence."""
+        self.findings.notes.append(text[:2000])
+        self._write(f"     {text}")
+
+    def skip(self, text: str) -> None:
+        """Enter what could not be done here, or was left out, and why."""
+        self.findings.skipped.append(text[:MOST_DETAIL])
+        self._write(f"skip {text}")
+
+    def highlight(self, line: str) -> None:
+        """Enter a line for the summary."""
+        self.findings.highlights.append(line)
+        self._write(f"     {line}")
+
+    def _write(self, line: str) -> None:
+        print(line[:MOST_PRINTED], flush=True)
+        if self._path is not None:
+            write_whole(self._path, json.dumps(asdict(self.findings), default=str))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that others find with its old text or with the new one, whatever happens in between."""
+    temporary = path.with_name(f"{path.name}.part")
+    temporary.write_text(text)
+    temporary.replace(path)

@@ -1,0 +1,132 @@
+"""The bandwidth of copies, and the most telling shapes against PyTorch, by the means of ``benchmarks/gpu.py``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from gpu_cases import BARE, Case
+from gpu_measure import Bench, Record
+from gpu_peers import CUPYBN, TORCH, peers
+
+from contact.log import write_whole
+from contact.task import Task
+from cupybn._cli.measure import AS_LITTLE_AS_POSSIBLE, Effort, copy_time
+from cupybn._cli.problem import Problem
+from cupybn._dtypes import parameter_dtype
+
+FUSED = ("training + add + ReLU", "backward + add + ReLU")
+SECONDS = 0.02
+"""Seconds of measuring for each figure."""
+LEAST_LEFT = 6.0
+"""Seconds that a case may take."""
+
+
+class Row(NamedTuple):
+    """A case in short."""
+
+    layout: str
+    shape: tuple[int, ...]
+    dtype: str
+    operations: tuple[str, ...] = BARE
+
+    @property
+    def name(self) -> str:
+        """The row, for tables."""
+        return f"{self.layout} {'x'.join(map(str, self.shape))} {self.dtype}"
+
+    @property
+    def case(self) -> Case:
+        """The same as `gpu_measure` takes it."""
+        problem = Problem(self.shape, parameter_dtype(self.dtype), self.layout.index("C"))
+        return Case("first contact", self.layout, problem, self.operations, all_peers=False)
+
+
+TINY = (Row("NCHW", (2, 3, 4, 4), "float32", BARE[::2]), Row("NHWC", (2, 4, 4, 8), "float16"))
+ROWS = (
+    Row("NCHW", (32, 256, 56, 56), "float16", (*BARE, *FUSED)),
+    Row("NHWC", (32, 56, 56, 256), "float16"),
+    Row("NCHW", (32, 64, 112, 112), "float16"),
+    Row("NCHW", (32, 64, 56, 56), "bfloat16"),
+    Row("NCHW", (32, 512, 28, 28), "float32"),
+    Row("NCHW", (32, 1024, 14, 14), "float16"),
+    Row("NCHW", (32, 2048, 7, 7), "float16"),
+    Row("NHWC", (32, 14, 14, 1024), "bfloat16"),
+    Row("NHWC", (32, 28, 28, 512), "float32", (*BARE, *FUSED)),
+    Row("NC", (65536, 256), "bfloat16"),
+    Row("NCHW", (256, 256, 56, 56), "float16"),
+    Row("NCHW", (32, 128, 28, 28), "float32"),
+    Row("NC", (128, 512), "float32"),
+)
+"""The most telling ones first."""
+
+
+def run(task: Task) -> None:
+    """Measure, as far as there is time."""
+    found, notes = peers()
+    ours_and_torch = [peer for peer in found if peer.name in (CUPYBN, TORCH)]
+    for note in notes:
+        if note.startswith(TORCH):
+            task.log.skip(note)
+    bench = Bench(ours_and_torch, AS_LITTLE_AS_POSSIBLE if task.rehearse else Effort(SECONDS))
+    bench.warm_up()
+    copies(task, bench)
+    records: list[Record] = []
+    for row in TINY if task.rehearse else ROWS:
+        if task.left() < LEAST_LEFT:
+            task.log.skip(f"{row.name}, left out for lack of time")
+            continue
+        found_here = list(bench.records(row.case))
+        records += found_here
+        report(task, row, found_here)
+        write_whole(task.out / "bench.json", json.dumps(records))
+    ours = [record for record in records if record["peer"] == CUPYBN and "error" not in record]
+    task.log.check("something was measured", bool(ours), f"{len(ours)} results of {CUPYBN}, {len(records)} in all")
+
+
+def copies(task: Task, bench: Bench) -> None:
+    """The bandwidth that everything is compared with."""
+    words = []
+    for mib in (1,) if task.rehearse else (16, 64, 256, 2048):
+        spread = copy_time(mib << 20, bench.l2_bytes, bench.effort)
+        words.append(f"{mib} MiB {(mib << 20) / spread.median / 1e3:.0f} GB/s")
+        task.log.fact(f"copy of {mib} MiB in all", f"{words[-1].partition('MiB ')[2]} ({spread.median:.1f} us)")
+    task.log.highlight(f"copy: {', '.join(words)}")
+
+
+def report(task: Task, row: Row, records: Iterable[Record]) -> None:
+    """A line for each operation, and a failed check where something is wrong."""
+    by_peer: dict[tuple[str, str], Record] = {(r["operation"], r["peer"]): r for r in records}
+    for operation in row.operations:
+        name = f"{row.name} {operation}"
+        ours = by_peer.get((operation, CUPYBN)) or by_peer.get((operation, "all")) or {"error": "there is no record"}
+        theirs = by_peer.get((operation, TORCH), {})
+        if "error" in theirs:
+            task.log.note(f"{TORCH} failed: {name}: {theirs['error'][:200]}")
+        if "error" in ours:
+            task.log.check(name, False, ours["error"])
+            continue
+        us, torch_us = median(ours, "cold_us"), median(theirs, "cold_us")
+        cells = {
+            "us": us,
+            "of_copy": round(ours["share_of_copy"], 2),
+            "torch_x": None if us is None or torch_us is None else round(torch_us / us, 2),
+            "warm": median(ours, "warm_us"),
+            "host": median(ours, "host_us"),
+            "torch_host": median(theirs, "host_us"),
+            "launches": ours["launches"],
+            "error": round(ours["error_over_allowed"], 3),
+        }
+        task.log.row(case=row.name, operation=operation, **cells)
+        task.log.highlight(
+            f"{row.name:36} {operation:21} {us:>8} us, {cells['of_copy']:.2f} of copy, torch x{cells['torch_x']}, "
+            f"host {cells['host']}/{cells['torch_host']}, err {cells['error']}"
+        )
+        if not ours["error_over_allowed"] <= 1:
+            task.log.check(f"{name} is right", False, f"{ours['error_over_allowed']:.3g} times the allowed error")
+
+
+def median(record: dict[str, Any], name: str) -> float | None:
+    """A figure in microseconds, where there is one."""
+    return round(record[name]["median"], 1) if name in record else None

@@ -1,0 +1,24 @@
+"""``python -m cupybn check``: every kernel against its mirror."""
+
+from __future__ import annotations
+
+from contact import library
+from contact.processes import python, run_limited
+from contact.task import Task
+
+MOST_MISSES = 8
+
+
+def run(task: Task) -> None:
+    """The command as users run it; only the quick part of it in a rehearsal."""
+    missing = library.cuda_missing()
+    if missing:  # the command would compare the mirrors with a formula, and be content
+        task.log.check("python -m cupybn check", False, missing)
+        return
+    options = ["--quick", "--dtype", "float32"] if task.rehearse else []
+    done = run_limited(python("-m", "cupybn", "check", *options), task.left() - 2)
+    print("\n".join(done.lines[-45:]))
+    for line in [line for line in done.lines if line.endswith(" times")][:MOST_MISSES]:
+        task.log.note(line.strip())
+    last = "the time was over" if done.timed_out else done.lines[-1] if done.lines else "it printed nothing"
+    task.log.check("python -m cupybn check", done.returncode == 0, last)

@@ -1,0 +1,149 @@
+"""The mechanisms of CUDA and CuPy that all kernels rest on, each tried by itself; a part of the stage environment."""
+
+from __future__ import annotations
+
+import time
+from itertools import product
+from statistics import median
+
+import numpy as np
+
+from contact.task import Task
+
+TAKE = r"""
+struct Vector { char* data; long long stride; long long dtype; };
+extern "C" __global__ void take(const float* x, Vector v, double d, long long n, float* none, double* out) {
+    out[0] = x[0]; out[1] = (double)(unsigned long long)v.data; out[2] = (double)v.stride; out[3] = (double)v.dtype;
+    out[4] = d; out[5] = (double)n; out[6] = none ? 1 : 0; out[7] = *(const float*)(v.data + v.stride);
+}
+"""
+FOUR = r"""
+struct Vector { char* data; long long stride; long long dtype; };
+typedef long long L;
+extern "C" __global__ void four(Vector a, Vector b, Vector c, Vector d, L e, L f, L g, L h, L i, L j, L k, L l) {}
+"""
+CLUSTER = r"""
+extern "C" __global__ void __cluster_dims__(BLOCKS, 1, 1) ranks(unsigned* out, int words) {
+    extern __shared__ __align__(16) unsigned memory[];
+    __cluster_barrier_arrive();
+    if (threadIdx.x == 0) memory[words - 1] = 7u;
+    __cluster_barrier_wait();
+    __syncthreads();
+    const unsigned rank = blockIdx.x % BLOCKS, next = (rank + 1) % BLOCKS;
+    if (threadIdx.x == 0) *(unsigned*)__cluster_map_shared_rank(memory, next) = blockIdx.x + 1;
+    __cluster_barrier_arrive();
+    __cluster_barrier_wait();
+    if (threadIdx.x == 0) out[blockIdx.x] = memory[0] * (memory[words - 1] == 7u);
+}
+"""
+"""Each block writes into the memory of the next one, and into the last word that it has itself."""
+CALLS = 100
+
+
+def run(task: Task) -> None:
+    """Try all of them."""
+    log = task.log
+    with log.checking("arguments by value: a struct of 24 bytes, double, long long, None"):
+        arguments_by_value()
+    with log.checking("host time of a launch, by how its arguments are given"):
+        for how, us in host_times(3 if task.rehearse else 15).items():
+            log.fact(f"us of the host for a launch with 8 integers and {how}", us)
+    for blocks, kib in product((2, 4, 8), (1, 110, 0)):
+        with log.checking(f"cluster of {blocks} blocks, {kib or 'as many as there are'} KiB each") as detail:
+            detail.append(cluster(blocks, kib << 10, 2 if task.rehearse else 40))
+    with log.checking("bfloat16 arrays: asarray, copy, fill, get, view") as detail:
+        detail.append(bfloat16())
+    with log.checking("transposed views, reshape without a copy, arrays of no and of one element"):
+        views()
+
+
+def arguments_by_value() -> None:
+    """Compare what a kernel gets with what it is given, for all that the launcher gives."""
+    import cupy
+
+    from contact.library import VECTOR
+
+    kernel = cupy.RawKernel(TAKE, "take")
+    x, out = cupy.asarray(np.array([2.5, 3.5], np.float32)), cupy.zeros(8)
+    vector = np.array((x.data.ptr, 4, 2), VECTOR)
+    kernel((1,), (1,), [x, vector, 0.25, 2**40 + 1, None, out], shared_mem=0)
+    found = out.get().tolist()
+    assert found == [2.5, float(x.data.ptr), 4, 2, 0.25, 2**40 + 1, 0, 3.5], found
+
+
+def host_times(rounds: int) -> dict[str, float]:
+    """Microseconds of a launch for each way to give structs; nothing on the stand-in."""
+    import cupy
+
+    from contact.library import VECTOR, is_stand_in
+
+    if is_stand_in():
+        return {}
+    from cupy.cuda.function import CNumpyArray
+
+    kernel = cupy.RawKernel(FOUR, "four")
+    vectors = [np.array((0, 4, 2), VECTOR)] * 4
+    ways = {
+        "4 structs as arrays": vectors,
+        "4 structs as CNumpyArray, made once": [CNumpyArray(vector) for vector in vectors],
+        "4 structs as arrays of V24": [vector.view("V24") for vector in vectors],
+    }
+    times: dict[str, list[float]] = {how: [] for how in ways}
+    for _ in range(rounds):
+        for how, structs in ways.items():
+            start = time.perf_counter()
+            for _ in range(CALLS):
+                kernel((1,), (32,), [*structs, *[7] * 8])
+            times[how].append((time.perf_counter() - start) * 1e6 / CALLS)
+            cupy.cuda.Device().synchronize()
+    return {how: round(median(values), 2) for how, values in times.items()}
+
+
+def cluster(blocks: int, nbytes: int, clusters: int) -> str:
+    """Blocks reach each other's dynamic shared memory, and the end of their own; 0 bytes mean as many as there are."""
+    import cupy
+
+    from contact.library import has_clusters
+
+    if not has_clusters():
+        return "this device has none"
+    runtime = cupy.cuda.runtime
+    nbytes = nbytes or runtime.deviceGetAttribute(runtime.cudaDevAttrMaxSharedMemoryPerBlockOptin, 0) - 1024
+    kernel = cupy.RawKernel(CLUSTER, "ranks", (f"-DBLOCKS={blocks}",))
+    kernel.max_dynamic_shared_size_bytes = nbytes
+    out = cupy.zeros(blocks * clusters, np.uint32)
+    kernel((out.size,), (128,), (out, np.int32(nbytes // 4)), shared_mem=nbytes)
+    i = np.arange(out.size)
+    expected = i - i % blocks + (i - 1) % blocks + 1  # the block before it wrote its own number
+    assert (out.get() == expected).all(), out.get()[:16]
+    return f"{nbytes >> 10} KiB"
+
+
+def bfloat16() -> str:
+    """CuPy carries arrays of a dtype that is not its own; returns how it calls it."""
+    import cupy
+    import ml_dtypes
+
+    host = np.array([1.5, -2, np.nan, np.inf, 1e-40], ml_dtypes.bfloat16)
+    array = cupy.asarray(host)
+    assert array.dtype.name == "bfloat16", array.dtype
+    copy = cupy.empty_like(array)
+    copy[...] = array
+    assert copy.get().tobytes() == host.tobytes(), copy.get()
+    assert cupy.asarray(host.view(np.int16)).view(host.dtype).get().tobytes() == host.tobytes()
+    copy.fill(0)
+    assert not copy.get().any()
+    return str(array.dtype.str)
+
+
+def views() -> None:
+    """Arrays share memory where the library counts on it."""
+    import cupy
+
+    a = cupy.zeros((2, 3, 4, 5), np.float32)
+    view = a.transpose(0, 2, 3, 1)
+    assert view.transpose(0, 3, 1, 2).reshape(2, 3, 20).data.ptr == a.data.ptr
+    assert cupy.empty((0, 3), np.float32).data.device_id == 0
+    counter = cupy.asarray(np.asarray(5, np.int64))
+    counter[...] = 7
+    assert int(counter) == 7

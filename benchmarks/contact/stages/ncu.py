@@ -1,0 +1,124 @@
+"""NVIDIA Nsight Compute over four calls: what their kernels wait for."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import re
+import shutil
+from typing import Any, NamedTuple
+
+from contact.log import write_whole
+from contact.processes import run_limited
+from contact.task import Task
+
+TIME, READ, WRITE = "gpu__time_duration.sum", "dram__bytes_read.sum", "dram__bytes_write.sum"
+DRAM = "dram__throughput.avg.pct_of_peak_sustained_elapsed"
+WARPS = "sm__warps_active.avg.pct_of_peak_sustained_active"
+ISSUE = "smsp__issue_active.avg.pct_of_peak_sustained_active"
+REGISTERS, GRID = "launch__registers_per_thread", "launch__grid_size"
+REASONS = (
+    *("long_scoreboard", "short_scoreboard", "barrier", "membar", "lg_throttle", "mio_throttle"),
+    *("math_pipe_throttle", "wait", "not_selected", "sleeping", "branch_resolving", "no_instruction"),
+)
+STALL = "smsp__average_warps_issue_stalled_{}_per_issue_active.ratio"
+METRICS = (
+    *(TIME, READ, WRITE, DRAM, WARPS, ISSUE, REGISTERS, GRID, "launch__block_size"),
+    *("launch__shared_mem_per_block_dynamic", "launch__waves_per_multiprocessor", "lts__t_sector_hit_rate.pct"),
+    *("l1tex__t_sectors_pipe_lsu_mem_global_op_ld.sum", "l1tex__t_sectors_pipe_lsu_mem_global_op_st.sum"),
+    "sm__inst_executed_pipe_fp64.avg.pct_of_peak_sustained_active",
+    *(STALL.format(reason) for reason in REASONS),
+)
+WAYS = (("--metrics", ",".join(METRICS)), ("--set", "basic"))
+"""Options that ask for these metrics, and others for a version that does not know one of them."""
+LEAST_LEFT = 12.0
+"""Seconds that are worth to try the second way for."""
+
+
+class Launch(NamedTuple):
+    """A kernel, and the values of its metrics as text, with their units."""
+
+    values: dict[str, str]
+    units: dict[str, str]
+
+    def number(self, metric: str) -> float:
+        """The value of a metric; NaN where there is none."""
+        try:
+            return float(self.values.get(metric, "").replace(",", ""))
+        except ValueError:
+            return math.nan
+
+    def with_unit(self, metric: str) -> str:
+        """The value of a metric for people."""
+        return f"{self.number(metric):.4g} {self.units.get(metric, '')}".strip()
+
+    def stalls(self) -> str:
+        """The three reasons that warps wait for most."""
+        ratios = [(self.number(STALL.format(reason)), reason) for reason in REASONS]
+        worst = sorted((pair for pair in ratios if not math.isnan(pair[0])), reverse=True)[:3]
+        return ", ".join(f"{reason} {ratio:.1f}" for ratio, reason in worst)
+
+    def row(self) -> dict[str, Any]:
+        """The row of the report's table."""
+        return {
+            "kernel": self.values.get("Kernel Name", "?").partition("(")[0],
+            "grid": self.values.get(GRID) or self.values.get("Grid Size"),
+            "time": self.with_unit(TIME),
+            "dram_pct": round(self.number(DRAM), 1),
+            "read": self.with_unit(READ),
+            "write": self.with_unit(WRITE),
+            "issue_pct": round(self.number(ISSUE), 1),
+            "warps_pct": round(self.number(WARPS), 1),
+            "registers": self.values.get(REGISTERS),
+            "stalls": self.stalls(),
+        }
+
+
+def run(task: Task) -> None:
+    """Profile, at the clocks that there are."""
+    tool = shutil.which("ncu")
+    if tool is None:
+        task.log.skip("no ncu here")
+        return
+    base = [
+        tool,
+        "--clock-control",
+        "none",
+        "--profile-from-start",
+        "off",
+        "-k",
+        "regex:^bn_",
+        "--csv",
+        "--page",
+        "raw",
+    ]
+    found: list[Launch] = []
+    for way in WAYS:
+        seconds = task.left() - 3
+        done = run_limited([*base, *way, *task.command("ncu_work", seconds)], seconds)
+        write_whole(task.out / "ncu.csv", done.output)
+        found = launches(done.output)
+        if found:
+            break
+        said = " | ".join(re.findall(r"^==(?:ERROR|WARNING)== .*", done.output, re.MULTILINE)) or done.output[-300:]
+        task.log.note(f"ncu {way[0]}: {said}")
+        if task.left() < LEAST_LEFT:
+            break
+    for launch in found:
+        row = launch.row()
+        task.log.row(**row)
+        task.log.highlight(
+            f"ncu {row['kernel']}: {row['time']}, dram {row['dram_pct']} %, issue {row['issue_pct']} %, {row['stalls']}"
+        )
+    task.log.check("ncu", bool(found), f"{len(found)} launches")
+
+
+def launches(output: str) -> list[Launch]:
+    """The launches in the output of ncu: a table whose second line has the units, among what others print."""
+    start = output.find('"ID"')
+    if start < 0:
+        return []
+    rows = list(csv.DictReader(io.StringIO(output[start:])))
+    units = next((row for row in rows if row["ID"] == ""), {})
+    return [Launch(row, units) for row in rows if (row["ID"] or "").isdigit()]

@@ -1,0 +1,71 @@
+"""Compiles every instance of every kernel into CuPy's cache on disk, on all processors: no later stage then waits."""
+
+from __future__ import annotations
+
+import os
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import NamedTuple
+
+from contact.task import Task
+
+TINY = 4
+"""Instances of a rehearsal."""
+MOST_SHARES = 14
+
+
+class Share(NamedTuple):
+    """The result of one process."""
+
+    compiled: int
+    left: int
+    failed: list[str]
+    with_local_memory: list[str]
+    """Kernels that spill, or keep an array of a thread in memory."""
+
+
+def run(task: Task) -> None:
+    """Compile, and say what failed."""
+    log, shares = task.log, 2 if task.rehearse else max(2, min(MOST_SHARES, (os.cpu_count() or 2) - 2))
+    began, seconds = time.monotonic(), max(5.0, task.left() - 6)
+    with ProcessPoolExecutor(shares, mp_context=get_context("spawn")) as pool:
+        jobs = [pool.submit(compile_share, i, shares, seconds, task.rehearse) for i in range(shares)]
+        done = [job.result() for job in jobs]
+    log.fact("compiled", sum(share.compiled for share in done))
+    log.fact("seconds", round(time.monotonic() - began, 1))
+    if left := sum(share.left for share in done):
+        log.skip(f"{left} instances, left out for lack of time")
+    local = [text for share in done for text in share.with_local_memory]
+    log.fact("with local memory", len(local))
+    failed = [text for share in done for text in share.failed]
+    for text in (*failed[:8], *local[:5]):
+        log.note(text)
+    log.check("all kernels compile and load", not failed, f"{len(failed)} failed")
+
+
+def compile_share(index: int, shares: int, seconds: float, rehearse: bool) -> Share:
+    """Compile the part of one process of all instances, until the time is over."""
+    from contact.library import instances_here
+
+    end = time.monotonic() + seconds
+    instances = instances_here()
+    if rehearse:
+        instances = instances[:: len(instances) // TINY]
+    instances = instances[index::shares]
+    compiled = 0
+    failed: list[str] = []
+    local: list[str] = []
+    for number, instance in enumerate(instances):
+        if time.monotonic() > end:
+            return Share(compiled, len(instances) - number, failed, local)
+        name = f"{instance.kernel} {' '.join(instance.options)}"
+        try:
+            kernel = instance.loader.raw
+            kernel.compile()
+            if getattr(kernel, "local_size_bytes", 0):
+                local.append(f"{name}: {kernel.num_regs} registers, {kernel.local_size_bytes} bytes of local memory")
+            compiled += 1
+        except Exception as error:
+            failed.append(f"{name}: {type(error).__name__}: {error}"[:600])
+    return Share(compiled, 0, failed, local)

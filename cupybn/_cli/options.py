@@ -1,0 +1,60 @@
+"""What the commands take: types of options that say what they expect, and the error for options that do not work."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from typing import Any
+
+import numpy as np
+
+from cupybn._cli.extras import optional
+from cupybn._dtypes import FLOATS, parameter_dtype
+
+MOST_DIMENSIONS = 32
+"""The most that CuPy takes."""
+
+
+class UsageError(Exception):
+    """Options that do not work on this machine or do not fit together: a line for the user, without a traceback."""
+
+
+def add_dtypes(parser: argparse.ArgumentParser, default: str) -> None:
+    """The option ``--dtype``."""
+    help = f"may be given several times (default: {default})"
+    parser.add_argument("--dtype", choices=FLOATS, action="append", dest="dtypes", help=help)
+
+
+def shape(text: str) -> tuple[int, ...]:
+    """A shape as it is given on the command line."""
+    try:
+        sizes = tuple(int(size) for size in text.split(","))
+    except ValueError:
+        sizes = ()
+    if not 2 <= len(sizes) <= MOST_DIMENSIONS or min(sizes) < 1:
+        raise argparse.ArgumentTypeError(
+            f"expected 2 to {MOST_DIMENSIONS} positive sizes, such as 32,64,112,112 (got {text!r})"
+        )
+    return sizes
+
+
+def seconds(text: str) -> float:
+    """A time as it is given on the command line."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number of seconds, 0 or more (got {text!r})")
+    return value
+
+
+def chosen_dtypes(names: list[str] | None, default: tuple[str, ...]) -> list[np.dtype[Any]]:
+    """Each of the named dtypes once; of those that nobody named, the ones that NumPy knows here."""
+    known = optional("ml_dtypes") is not None
+    hint = "ml_dtypes is missing, `pip install '.[bf16]'` installs it"
+    if names and "bfloat16" in names and not known:
+        raise UsageError(f"argument --dtype: bfloat16 cannot be used here: {hint}")
+    if not names and "bfloat16" in default and not known:
+        print(f"Without bfloat16: {hint}.", flush=True)
+    return [parameter_dtype(name) for name in dict.fromkeys(names or default) if known or name != "bfloat16"]

@@ -1,0 +1,79 @@
+"""Which arrays of a call share memory: what is written to one of them changes the other one.
+
+Addresses are compared: nothing on a device is read. All arrays are of one kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cupybn._devices import kind
+
+Array = Any  # numpy.ndarray or cupy.ndarray
+
+MOST_WORK = 1000
+"""Steps of NumPy's search for a common element, after which two arrays count as overlapping."""
+
+
+class Extent(NamedTuple):
+    """Where the bytes of an array begin and end, seen from the address of its first element."""
+
+    begin: int
+    end: int
+
+    @classmethod
+    def of(cls, array: Array) -> Extent:
+        """That of an array."""
+        if array.size == 0:
+            return cls(0, 0)
+        steps = [(n - 1) * stride for n, stride in zip(array.shape, array.strides, strict=True)]
+        return cls(sum(min(step, 0) for step in steps), sum(max(step, 0) for step in steps) + array.itemsize)
+
+
+def may_overlap(arrays: Sequence[Array], extents: Sequence[Extent]) -> bool:
+    """Whether any two arrays may have an element in common: an answer that costs little, for every call."""
+    if kind(arrays[0]) == "numpy":  # whose addresses are slow to get: no two arrays own the same memory
+        return len({id(array) for array in arrays if array.flags.owndata}) < len(arrays)
+    reached = 0
+    addresses = [array.data.ptr for array in arrays]
+    for begin, end in sorted([(a + first, a + last) for a, (first, last) in zip(addresses, extents, strict=True)]):
+        if begin < reached:
+            return True
+        reached = end
+    return False
+
+
+def overlapping(arrays: Mapping[str, Array], others: Mapping[str, Array]) -> list[str]:
+    """The names of the arrays that have an element in common with one of the others, if that has another name."""
+    return [
+        name
+        for name, array in arrays.items()
+        if any(name != other_name and _common_element(array, other) for other_name, other in others.items())
+    ]
+
+
+def _common_element(a: Array, b: Array) -> bool:
+    try:
+        return np.shares_memory(_on_host(a), _on_host(b), max_work=MOST_WORK)  # type: ignore[arg-type]
+    except np.exceptions.TooHardError:
+        return True
+
+
+def _on_host(array: Array) -> Array:
+    """The array, or one of NumPy at the same addresses, which cannot be read."""
+    if kind(array) == "numpy":
+        return array
+
+    class Memory:
+        __array_interface__ = {  # noqa: RUF012 - as NumPy wants it
+            "version": 3,
+            "data": (array.data.ptr, True),
+            "shape": array.shape,
+            "strides": array.strides,
+            "typestr": f"|V{array.itemsize}",
+        }
+
+    return np.asarray(Memory())

@@ -1,0 +1,238 @@
+"""Calls that are alike are checked once: a good call first, then the nearest other ones, in each part of each field."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+import cupybn
+from cupybn import _call
+from cupybn._call import Call, Checked
+from cupybn._layout import Layout
+
+cp = pytest.importorskip("cupy")
+emulator = getattr(cp, "emulator", None)
+
+ARRAYS = tuple(name for name in Call._fields if "Array" in str(Call.__annotations__[name]))
+"""The fields that are arrays."""
+NO_DIFFERENCE = {"momentum", "layer_device"}
+"""Fields of which no value is wrong here: one is checked before, the other one tells how to say what is wrong."""
+
+
+@pytest.fixture(autouse=True)
+def empty_cache(monkeypatch):
+    monkeypatch.setattr(_call, "_checked", {})
+
+
+@pytest.fixture(params=["numpy", "cupy"])
+def xp(request):
+    return {"numpy": np, "cupy": cp}[request.param]
+
+
+class Masquerade:
+    """All that a CuPy array tells of itself, of another class."""
+
+    def __init__(self, array):
+        self.shape, self.strides, self.dtype, self.data = array.shape, array.strides, array.dtype, array.data
+        self.ndim, self.size = array.ndim, array.size
+
+
+def read_only(array):
+    """A view that must not be written to."""
+    view = array.view()
+    view.flags.writeable = False
+    return view
+
+
+def other_order(array):
+    """The same shape in another order of memory; every other element of a vector."""
+    if array.ndim < 2:
+        return array.repeat(2).reshape(*array.shape, 2)[..., 0]
+    return array.T.copy().T
+
+
+def elsewhere(array):
+    """The same on another device."""
+    with cp.cuda.Device(1):
+        return cp.zeros(array.shape, array.dtype)
+
+
+def array_alternatives(array):
+    """The nearest other values: each differs from the array in one thing."""
+    yield "none", None
+    yield "shape", array[..., :-1].copy() if array.ndim else array.reshape(1)
+    yield "rank", array[None]
+    yield "order", other_order(array)
+    yield "dtype", array.astype(np.float16 if array.dtype == np.float32 else np.int32)
+    yield "integers", array.astype(np.int32)
+    yield "list", array.tolist()
+    if isinstance(array, np.ndarray):
+        yield "read-only", read_only(array)
+        yield "masked", np.ma.MaskedArray(array)
+        yield "kind", cp.asarray(array)
+    else:
+        yield "kind", array.get()
+        yield "class", Masquerade(array)
+        if emulator is not None:
+            yield "device", elsewhere(array)
+
+
+ALTERNATIVES = {
+    "training": [True, False, 1, "no"],
+    "momentum": [0.2],
+    "eps": [0.0, -1.0, 1 + 0j, float("nan"), "1", None],
+    "activation": ["gelu", ["relu"]],
+    "channel_axis": [2, -3, 4, 1.0, None],
+    "layer_device": ["cpu"],
+    "group": [None, object()],
+}
+"""Of the fields that are no arrays. 1 + 0j and 1.0 are equal to the values that they stand for."""
+
+
+class Made(NamedTuple):
+    """A call, and how it is made."""
+
+    call: Call
+    out: Any = None
+    moves_statistics: bool = True
+
+    def outcome(self):
+        """What is found out, or the error."""
+        with contextlib.nullcontext() if self.moves_statistics else cupybn.no_stats_update():
+            try:
+                return self.call.checked(self.out)
+            except (TypeError, ValueError) as error:
+                return type(error), str(error)
+
+
+def bases(xp):
+    """Calls that are right, by name; from none of them a single change leads to another one."""
+    x, vectors = xp.zeros((3, 4, 4), np.float32), [xp.ones(4, np.float32) for _ in range(4)]
+    whole = Call(x, *vectors, True, 0.1, 1.0, x.copy(), "relu", 1, xp.zeros((), np.int64))
+    return {
+        "training": Made(whole, x.copy()),
+        "eval": Made(whole._replace(training=False), x.copy()),
+        "eps = 0 in eval": Made(whole._replace(training=False, eps=0.0)),
+        "no buffers": Made(whole._replace(running_mean=None, running_var=None, num_batches_tracked=None)),
+        "one value": Made(whole._replace(input=x[:1, :, :1].copy(), residual=None, group=object())),
+        "no update": Made(whole._replace(num_batches_tracked=xp.zeros((), np.int32)), moves_statistics=False),
+    }
+
+
+def alternatives(made):
+    """What is other, and the call with that."""
+    for name in Call._fields:
+        value = getattr(made.call, name)
+        if name in ARRAYS:
+            others = () if value is None else array_alternatives(value)
+        else:
+            others = ((repr(other), other) for other in ALTERNATIVES[name])
+        for label, other in others:
+            yield name, label, made._replace(call=made.call._replace(**{name: other}))
+    for label, other in () if made.out is None else array_alternatives(made.out):
+        yield "out", label, made._replace(out=other)
+    yield "moves_statistics", "", made._replace(moves_statistics=not made.moves_statistics)
+
+
+class Pair(NamedTuple):
+    """A call that is right, another one, and what comes of that if nothing has been called before."""
+
+    field: str
+    label: str
+    good: Made
+    other: Made
+    expected: Any
+
+
+@pytest.fixture
+def pairs(xp):
+    with emulator.pretend(emulator.H200, emulator.H200) if emulator else contextlib.nullcontext():
+        made = [
+            Pair(field, f"{base}: {field} {what}", good, other, None)
+            for base, good in bases(xp).items()
+            for field, what, other in alternatives(good)
+        ]
+        for index, pair in enumerate(made):
+            _call._checked.clear()
+            made[index] = pair._replace(expected=pair.other.outcome())
+        yield made
+
+
+def missed(pairs):
+    """Those whose second call gets something else because of the first one."""
+    found = []
+    for pair in pairs:
+        _call._checked.clear()
+        assert isinstance(pair.good.outcome(), Checked), pair.label
+        if pair.other.outcome() != pair.expected:
+            found.append(pair.label)
+    return found
+
+
+def test_a_call_like_a_good_one(pairs):
+    assert missed(pairs) == []
+
+
+def test_every_field_has_a_wrong_value(pairs):
+    """A new field needs an entry above, and a place in the key if what is checked depends on it."""
+    assert {pair.field for pair in pairs} == {*Call._fields, "out", "moves_statistics"}
+    wrong = {pair.field for pair in pairs if not isinstance(pair.expected, Checked)}
+    assert {pair.field for pair in pairs} - wrong == NO_DIFFERENCE
+
+
+def without(original, index):
+    """The same function, whose result lacks one of its parts."""
+
+    def shortened(*arguments):
+        key = original(*arguments)
+        return key if key is None else key[:index] + key[index + 1 :]
+
+    return shortened
+
+
+def test_every_part_of_the_key_counts(xp, pairs, monkeypatch):
+    """If any were left out, one of the pairs would tell."""
+    call, out, _ = bases(xp)["training"]
+    original, key = Call._key, call._key(out)
+    for index in range(len(key)):
+        monkeypatch.setattr(Call, "_key", without(original, index))
+        assert missed(pairs), f"part {index}, {key[index]!r}, is in the key for nothing"
+
+
+def test_every_part_of_a_form_counts(xp, pairs, monkeypatch):
+    original = _call._form
+    for index in range(len(original(xp.zeros(3)))):
+        monkeypatch.setattr(_call, "_form", without(original, index))
+        assert missed(pairs), f"part {index} is in the form for nothing"
+
+
+def test_errors_are_not_kept(pairs):
+    for pair in pairs:
+        _call._checked.clear()
+        assert pair.other.outcome() == pair.other.outcome() == pair.expected
+        assert isinstance(pair.expected, Checked) or not _call._checked
+
+
+def test_so_many_calls_and_no_more(xp, monkeypatch):
+    monkeypatch.setattr(_call, "MOST_CHECKED", 4)
+    sizes = []
+    for shape in list(itertools.product((2, 3, 4), (1, 2, 5), (2, 3))) * 2:
+        x = xp.zeros(shape, np.float32)
+        call = Call(x, None, None, None, None, True, 0.1, 1.0, None, None, 1)
+        assert call.checked() is call.checked()
+        assert call.checked().layout == Layout.of(x, 1)
+        sizes.append(len(_call._checked))
+    assert max(sizes) == 4
+    assert sizes.count(1) > 5  # it begins anew
+
+
+def test_the_second_time_nothing_is_checked(xp, monkeypatch):
+    expected = {base: made.outcome() for base, made in bases(xp).items()}
+    monkeypatch.setattr(Call, "check", lambda *_: pytest.fail("checked again"))
+    for base, made in bases(xp).items():
+        again = made._replace(call=made.call._replace(momentum=0.7))
+        assert again.outcome() == expected[base]

@@ -1,0 +1,136 @@
+"""Arrays of classes derived from those of NumPy and CuPy: arrays like any other, whatever rules their classes have."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import pytest
+
+import cupybn.functional as F
+from cupybn import BatchNorm1d
+from cupybn._call import Call
+from tests.reference import arguments, bits
+
+SHAPE = (4, 3, 5)
+VECTORS = ("running_mean", "running_var", "weight", "bias")
+METHODS = ("__getitem__", "__setitem__", "__array_ufunc__", "__array_function__", "__array__")
+METHODS += ("reshape", "transpose", "ravel", "astype", "copy", "view", "fill", "get", "sum", "mean")
+
+
+@functools.cache
+def class_of_its_own(xp):
+    """Derived from the array class of a module; computing with its arrays by their own rules is an error."""
+
+    def refuse(name):
+        def method(*_, **__):
+            raise AssertionError(f"{name} of a derived class was called")
+
+        return method
+
+    return type("Temperature", (xp.ndarray,), {"__module__": __name__} | {name: refuse(name) for name in METHODS})
+
+
+def derived(xp, array):
+    """The same memory as an array of a derived class."""
+    if array is None:
+        return None
+    cls = class_of_its_own(xp)
+    if xp is np:
+        return np.ndarray.view(array, cls)
+    return cls(array.shape, array.dtype, array.data, array.strides)
+
+
+def both(xp, **given):
+    """Arguments twice, with memory of their own: plain arrays, and the memory and the arrays of a derived class."""
+    memory = {name: array.copy() if hasattr(array, "copy") else array for name, array in given.items()}
+    own = {name: derived(xp, array) if hasattr(array, "shape") else array for name, array in memory.items()}
+    return given, memory, own
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dense", [True, False])
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_functions(xp, rng, training, dense, activation):
+    given = arguments(xp, rng, SHAPE)
+    if not dense:
+        given["input"] = xp.asarray(rng.normal(size=(4, 3, 10)).astype(np.float32))[..., ::2]
+    plain, memory, own = both(xp, **given, training=training, activation=activation)
+    if not dense:
+        own["input"] = derived(xp, plain["input"])
+    dy = xp.asarray(rng.normal(size=SHAPE).astype(np.float32))
+    (y, vjp_fn), (own_y, own_vjp_fn) = F.batch_norm_vjp(**plain), F.batch_norm_vjp(**own)
+    grads, own_grads = vjp_fn(dy), own_vjp_fn(derived(xp, dy))
+    assert {type(array) for array in (own_y, *own_grads)} == {xp.ndarray}
+    assert bits(own_y, *own_grads) == bits(y, *grads)
+    assert bits(*(memory[name] for name in VECTORS)) == bits(*(plain[name] for name in VECTORS))
+    out = xp.empty(SHAPE, np.float32)
+    own_out = derived(xp, out)
+    assert F.batch_norm(**own, out=own_out) is own_out
+    assert bits(out) == bits(F.batch_norm(**plain))
+    assert type(F.batch_norm(**own)) is xp.ndarray
+
+
+def test_moments(xp, rng):
+    x = arguments(xp, rng, SHAPE)["input"]
+    results = F.moments(derived(xp, x))
+    assert {type(result) for result in results} == {xp.ndarray}
+    assert bits(*results) == bits(*F.moments(x))
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("lazy", [True, False])
+def test_layers(xp, device, rng, momentum, lazy):
+    x = arguments(xp, rng, SHAPE)["input"]
+    layers = [BatchNorm1d(None if lazy else 3, momentum=momentum, device=device) for _ in range(2)]
+    for layer, given in zip(layers, (x, derived(xp, x)), strict=True):
+        for mode in (True, False):
+            layer.train(mode)(given, given)
+    assert bits(*layers[0].state_dict().values()) == bits(*layers[1].state_dict().values())
+
+
+def test_layers_that_hold_them(xp, device, rng):
+    x = arguments(xp, rng, SHAPE)["input"]
+    plain, layer = (BatchNorm1d(3, momentum=None, device=device) for _ in range(2))
+    memory = layer.state_dict()
+    for name, array in memory.items():
+        setattr(layer, name, derived(xp, array))
+    assert bits(layer(x), *memory.values()) == bits(plain(x), *plain.state_dict().values())
+
+
+def test_state_dicts_that_hold_them(xp, device, rng):
+    source, layer = (BatchNorm1d(3, device=device) for _ in range(2))
+    source(arguments(xp, rng, SHAPE)["input"])
+    plain = type("Plain", (xp.ndarray,), {})
+    state = {}
+    for name, array in source.state_dict().items():
+        state[name] = array.view(plain) if xp is np else plain(array.shape, array.dtype, array.data, array.strides)
+    layer.load_state_dict(state)
+    assert bits(*layer.state_dict().values()) == bits(*source.state_dict().values())
+    assert {type(array) for array in layer.state_dict().values()} == {xp.ndarray}
+
+
+def test_memory_maps(tmp_path, rng):
+    x = rng.normal(size=SHAPE).astype(np.float32)
+    mapped = np.memmap(tmp_path / "x", np.float32, "w+", shape=SHAPE)
+    mapped[...] = x
+    y = F.batch_norm(mapped, None, None, training=True, out=mapped)
+    assert y is mapped
+    assert bits(mapped) == bits(F.batch_norm(x, None, None, training=True))
+
+
+def test_they_are_checked_once_like_others(xp, rng):
+    arrays = [derived(xp, arguments(xp, rng, SHAPE)[name]) for name in ("input", *VECTORS, "residual")]
+    x, *vectors, residual = arrays
+    call = Call(x, *vectors, True, 0.1, 1e-5, residual, None, 1)
+    assert call._key(None) is not None
+    assert call._key(None) != call._replace(input=arguments(xp, rng, SHAPE)["input"])._key(None)
+
+
+def test_arrays_of_many_devices_are_none():
+    """Those of `cupyx.distributed.array` have no memory of their own."""
+    cupy = pytest.importorskip("cupy")
+    spread = type("DistributedArray", (cupy.ndarray,), {"__module__": "cupyx.distributed.array._array"})
+    array = cupy.ones(SHAPE, np.float32)
+    with pytest.raises(TypeError, match="expected input to be a NumPy or CuPy array"):
+        F.moments(spread(array.shape, array.dtype, array.data, array.strides))

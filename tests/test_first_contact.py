@@ -1,0 +1,716 @@
+"""`benchmarks/first_contact.py` without a GPU: rehearsed on the stand-in, with stand-ins for NVIDIA's tools, too."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cupybn import _kernels, cupy_ops, functional
+
+pytest.importorskip("ml_dtypes")
+pytest.importorskip("tqdm")
+cp = pytest.importorskip("cupy")
+
+ROOT = Path(__file__).parent.parent
+BENCHMARKS = ROOT / "benchmarks"
+if not BENCHMARKS.is_dir():
+    pytest.skip("the benchmarks are not part of the wheel", allow_module_level=True)
+sys.path.append(str(BENCHMARKS))
+
+from contact import library, plan, report, runner  # noqa: E402
+from contact.log import Check, Findings, Log, write_whole  # noqa: E402
+from contact.processes import Ended, LimitedProcess, run_limited, variables  # noqa: E402
+from contact.stages import (  # noqa: E402
+    bench,
+    check,
+    environment,
+    graph,
+    large,
+    mpi,
+    nccl,
+    ncu,
+    precompile,
+    sanitizer,
+    smoke,
+    suite,
+)
+from contact.task import Task  # noqa: E402
+
+EMULATED = hasattr(cp, "emulator")
+
+
+def first_contact(out, *options, **env):
+    """What it printed, the outcomes by stage, and the exit status."""
+    command = [sys.executable, str(BENCHMARKS / "first_contact.py"), "--rehearse", "--out", str(out), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, env={**os.environ, **env}, check=False)
+    results = out / "results.json"
+    return done.stdout + done.stderr, json.loads(results.read_text()) if results.exists() else {}, done.returncode
+
+
+@pytest.fixture(autouse=True)
+def _stand_in(monkeypatch):
+    if EMULATED:
+        monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests" / "emulated"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stand-ins for tools
+
+SANITIZER = """#!{python}
+import os, subprocess, sys
+name = sys.argv[sys.argv.index("--tool") + 1]
+work = sys.argv[sys.argv.index(sys.executable):]
+print("========= COMPUTE-SANITIZER")
+fault = os.environ.get("TOOLS_FIND")
+if not fault:
+    status = subprocess.run(work).returncode
+    clean = "RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)" if name == "racecheck" else None
+    print("========= " + (clean or "ERROR SUMMARY: 0 errors"))
+    sys.exit(status)
+print(open(os.path.join(fault, name)).read())
+sys.exit(int(sys.argv[sys.argv.index("--error-exitcode") + 1]))
+"""
+SAID = {
+    "memcheck": """
+========= Invalid __global__ read of size 4 bytes
+=========     at bn_stats+0x2a0 in kernels/channels_first/rows.cuh:87
+=========     by thread (31,0,0) in block (0,0,0)
+=========     Access at 0x7f2e8be00c40 is out of bounds
+=========     and is 1 bytes after the nearest allocation at 0x7f2e8be00000 of size 3,136 bytes
+=========     Saved host backtrace up to driver entry point at kernel launch time
+=========         Host Frame: [0x2ea1c1] in libcuda.so.1
+the work is done
+========= ERROR SUMMARY: 1 error""",
+    "racecheck": """
+========= Error: Race reported between Write access at bn_stats+0x120 in kernels/moments.cuh:40
+=========     and Read access at bn_stats+0x1c0 in kernels/moments.cuh:44 [1520 hazards]
+=========
+the work is done
+========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)""",
+    "synccheck": """
+========= Barrier error detected. Divergent thread(s) in block.
+=========     at bn_forward+0x90 in kernels/cluster.cuh:21
+the work is done
+========= ERROR SUMMARY: 1 error""",
+    "initcheck": "========= Error: Target application terminated before first instrumented API call",
+}
+NCU = """#!{python}
+import os, subprocess, sys
+work = sys.argv[sys.argv.index(sys.executable):]
+found = os.environ.get("TOOLS_FIND")
+if found and "--metrics" in sys.argv:
+    print("==ERROR== Failed to find metric regex:^smsp__average_warps_issue_stalled_membar(\\\\.|$)")
+    sys.exit(1)
+if found:
+    print("==ERROR== ERR_NVGPUCTRPERM - The user does not have permission to access NVIDIA GPU Performance Counters")
+    sys.exit(1)
+print("==PROF== Connected to process 71 (python3)", flush=True)
+subprocess.run(work, check=True)
+print("==PROF== Disconnected from process 71")
+metrics = sys.argv[sys.argv.index("--metrics") + 1].split(",")
+units = {{"gpu__time_duration.sum": "us", "dram__bytes_read.sum": "Mbyte"}}
+head = ["ID", "Process ID", "Kernel Name", "Block Size", "Grid Size", *metrics]
+values = ["1,234.5" if "time" in m else "6.25" if "long_scoreboard" in m else "0.5" for m in metrics]
+rows = [head, ["", "", "", "", "", *(units.get(m, "") for m in metrics)]]
+rows += [[str(i), "71", name, "(256, 1, 1)", "(9, 1, 1)", *values] for i, name in enumerate(("bn_stats(int)", "bn_b"))]
+print("\\n".join(",".join(f'"{{cell}}"' for cell in row) for row in rows))
+print("said at the end")
+"""
+
+
+@pytest.fixture
+def tools(tmp_path, monkeypatch):
+    """Scripts that print what `ncu` and `compute-sanitizer` print, in PATH."""
+    folder = tmp_path / "tools"
+    folder.mkdir()
+    for name, text in (("ncu", NCU), ("compute-sanitizer", SANITIZER)):
+        (folder / name).write_text(text.format(python=sys.executable))
+        (folder / name).chmod(0o755)
+    for name, text in SAID.items():
+        (folder / name).write_text(text)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# All of it
+
+
+@pytest.mark.usefixtures("tools")
+def test_rehearsal(tmp_path):
+    out = tmp_path / "out"
+    printed, outcomes, status = first_contact(out, "--minutes", "6")
+    assert status == 0, printed
+    assert set(outcomes) == set(plan.NAMES)
+    verdicts = {name: outcome["verdict"] for name, outcome in outcomes.items()}
+    assert verdicts.pop("mpi") in report.GOOD, printed  # where there is one
+    assert set(verdicts.values()) == {"passed"}, printed
+    files = {"report.md", "results.json", "bench.json", "suite.log", "sanitizer.log", "ncu.csv"}
+    assert {path.name for path in out.iterdir()} == files
+    lines = printed.rpartition("===== FIRST CONTACT (REHEARSAL)")[2].splitlines()
+    assert "no failures" in lines
+    assert sum("of copy, torch x" in line for line in lines) == 5
+    assert "ncu bn_stats: 1234 us, dram 0.5 %, issue 0.5 %, long_scoreboard 6.2, wait 0.5, sleeping 0.5" in lines
+    page = (out / "report.md").read_text()
+    assert "rehearsal: says nothing of a GPU" in page
+    for name in plan.NAMES:
+        assert f"\n## {name}: {outcomes[name]['verdict']} in " in page
+    assert "compute-sanitizer racecheck RACECHECK SUMMARY: 0 hazards displayed" in page
+
+
+def test_a_stage_that_crashes_and_one_that_hangs_lose_only_themselves(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("FIRST_CONTACT_FAULT", "smoke:crash,graph:hang")
+    monkeypatch.setattr(runner, "LEAST", 0.5)
+    monkeypatch.setattr(runner, "MARGIN", 20.0)  # plenty, so that the hanging one ends itself
+    seconds = {"smoke": 100, "graph": 21, "large": 100}
+    found = report.Report(tmp_path, rehearse=True)
+    runner.run([plan.Stage(name, most, "") for name, most in seconds.items()], found, 200)
+    assert {name: o.verdict for name, o in found.outcomes.items()} == {
+        "smoke": "CRASHED",
+        "graph": "TIME OVER",
+        "large": "passed",
+    }
+    assert "Segmentation fault" in found.outcomes["smoke"].tail
+    assert "in fail_on_purpose" in found.outcomes["graph"].tail  # where it hung
+    assert not found.passed
+    summary = found.summary()
+    assert "smoke ended with -11: " in summary
+    assert "graph ended with 1 (time was over): " in summary
+    assert "large passed 2/2" in summary
+    assert "## graph: TIME OVER in" in (tmp_path / "report.md").read_text()
+    assert "--- large: passed in" in capfd.readouterr().out
+
+
+def test_what_has_no_time_is_no_success(tmp_path):
+    found = report.Report(tmp_path, rehearse=True)
+    runner.run([plan.Stage("smoke", 100, "")], found, 1)
+    assert not found.passed
+    assert "never run, the time was over: smoke" in found.summary()
+
+
+def test_exit_status(tmp_path):
+    printed, outcomes, status = first_contact(tmp_path, "--only", "smoke", FIRST_CONTACT_FAULT="smoke:crash")
+    assert status == 1
+    assert outcomes["smoke"]["verdict"] == "CRASHED"
+    assert "stages: smoke CRASHED 0/0" in printed
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--only", "smoke,smoker"], "no stage smoker (there are environment, precompile,"),
+        (["--only", "mpi", "--skip", "mpi"], "leave no stage"),
+    ],
+)
+def test_options_that_make_no_sense(tmp_path, options, words):
+    printed, _, status = first_contact(tmp_path / "out", *options)
+    assert status == 2
+    assert words in printed
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_has_all_stages(tmp_path):
+    printed, _, status = first_contact(tmp_path, "--help")
+    assert status == 0
+    for stage in (*plan.ALONE, *plan.TOGETHER):
+        assert f"{stage.seconds:.0f} s  {stage.purpose}" in printed
+
+
+def test_interrupted_stages_leave_nothing_behind(tmp_path, monkeypatch):
+    started = []
+
+    class Process(LimitedProcess):
+        def __init__(self, *args):
+            super().__init__(*args)
+            started.append(self)
+
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setenv("FIRST_CONTACT_FAULT", "large:hang,graph:hang")
+    monkeypatch.setattr(runner, "LimitedProcess", Process)
+    monkeypatch.setattr(runner.time, "sleep", interrupt)
+    stages = [plan.Stage(name, 100, "") for name in ("large", "graph")]
+    with pytest.raises(KeyboardInterrupt):
+        runner.run(stages, report.Report(tmp_path, rehearse=True), 100)
+    assert [process.wait().returncode for process in started] == [-9, -9]
+
+
+def test_time_is_over_for_all_that_a_process_has_started():
+    sleeper = "import time; print('slept', flush=True); time.sleep(1e6)"
+    code = f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {sleeper!r}]); print(p.pid); p.wait()"
+    done = run_limited([sys.executable, "-c", code], 2)
+    assert (done.timed_out, done.returncode) == (True, -9)
+    assert "slept" in done.output
+    end = time.monotonic() + 30  # a signal takes its time
+    while is_running(int(done.lines[0])):
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_a_process_that_is_asked_first_has_its_last_words():
+    code = "import time\ntry: time.sleep(1e6)\nexcept KeyboardInterrupt: print('so far')"
+    done = run_limited([sys.executable, "-c", code], 2, ask_first=True)
+    assert (done.timed_out, done.output) == (True, "so far\n")
+
+
+def test_modules_come_from_the_checkout_first(monkeypatch):
+    """Processes start in its root, wherever this one was started."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["somewhere", ""]))
+    path = variables()["PYTHONPATH"].split(os.pathsep)
+    assert path == [str(ROOT), str(Path("somewhere").absolute()), str(BENCHMARKS)]
+
+
+def is_running(process):
+    """A process that has ended may be left as a zombie, where nobody takes notice of it."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What tools say
+
+
+def test_tools_that_find_something(tmp_path, tools):
+    printed, outcomes, status = first_contact(tmp_path / "out", "--only", "ncu,sanitizer", TOOLS_FIND=str(tools))
+    assert status == 1, printed
+    checks = {name: (passed, detail) for name, passed, detail in outcomes["sanitizer"]["findings"]["checks"]}
+    assert checks == {
+        "compute-sanitizer memcheck": (False, "ERROR SUMMARY: 1 error"),
+        "compute-sanitizer racecheck": (False, "RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)"),
+        "compute-sanitizer synccheck": (False, "ERROR SUMMARY: 1 error"),
+        "compute-sanitizer initcheck": (False, f"{SAID['initcheck']} (did not come to its end)"),
+    }
+    notes = outcomes["sanitizer"]["findings"]["notes"]
+    assert "memcheck: at bn_stats+0x2a0 in kernels/channels_first/rows.cuh:87" in notes
+    assert any(note.startswith("racecheck: Error: Race reported between Write access at bn_stats") for note in notes)
+    metrics, basic = outcomes["ncu"]["findings"]["notes"]
+    assert "Failed to find metric" in metrics
+    assert basic.startswith("ncu --set: ==ERROR== ERR_NVGPUCTRPERM")
+    assert "ncu: ncu: 0 launches" in printed
+
+
+@pytest.mark.parametrize(
+    ("timed_out", "status", "output", "passed"),
+    [
+        (False, 0, f"{sanitizer.DONE}\n========= ERROR SUMMARY: 0 errors", True),
+        (False, 0, f"{sanitizer.DONE}, as far as there was time\n========= ERROR SUMMARY: 0 errors", True),
+        (False, 0, "========= ERROR SUMMARY: 0 errors", False),  # nothing was watched
+        (False, 1, f"{sanitizer.DONE}\n========= ERROR SUMMARY: 0 errors", False),
+        (True, -9, "========= COMPUTE-SANITIZER", True),
+        (True, -9, "========= COMPUTE-SANITIZER\n========= Uninitialized __global__ memory read of size 4", False),
+        (True, -9, "nothing of the tool", False),
+    ],
+)
+def test_what_a_sanitizer_means(timed_out, status, output, passed):
+    assert sanitizer.judge(Ended(status, timed_out, 1.0, output)).passed is passed
+
+
+def test_launches_of_ncu_without_the_metrics():
+    """As `--set basic` prints them, with what the program says before and after."""
+    table = '"ID","Kernel Name","Grid Size"\n"","",""\n"0","bn_stats(const half *, int)","(512, 1, 1)"'
+    (launch,) = ncu.launches(f"==PROF== x\nsaid\n{table}\nsaid\n")
+    row = launch.row()
+    assert (row["kernel"], row["grid"], row["stalls"]) == ("bn_stats", "(512, 1, 1)", "")
+    assert np.isnan(row["dram_pct"])
+    assert ncu.launches("==ERROR== none") == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tests on a GPU
+
+
+@pytest.mark.parametrize(
+    ("output", "counts", "failures"),
+    [
+        (".....F..s [ 60%]\n...E\n== 1 failed, 8 passed, 1 skipped, 1 error in 3.1s ==\n", (8, 2, 1), []),
+        ("....\nFAILED tests/a.py::b - assert 1\nERROR tests/c.py\n1 failed, 1 error in 2.00s\n", (0, 2, 0), 2),
+        (".....F..ss.. [ 60%]\n......E\nE   at a\nE\n.. [ 99%]\n!!!! KeyboardInterrupt !!!!\n", (17, 2, 2), []),
+        ("no tests ran in 0.01s\n", (0, 0, 0), []),
+    ],
+)
+def test_score_of_pytest(output, counts, failures):
+    score = suite.score(output)
+    assert (score.passed, score.failed, score.skipped) == counts
+    assert len(score.failures) == (failures or 0)
+
+
+@pytest.mark.parametrize(
+    ("returncode", "timed_out", "output", "passed"),
+    [
+        (0, False, "5 passed in 1s", True),
+        (1, False, "1 failed, 5 passed in 1s", False),
+        (5, False, "no tests ran in 0.01s", False),
+        (4, False, "ERROR: unrecognized arguments: -n", False),
+        (2, True, "....... [ 10%]", True),
+        (2, True, "...F... [ 10%]", False),
+        (-9, True, "", False),
+    ],
+)
+def test_what_pytest_means(tmp_path, returncode, timed_out, output, passed):
+    log = Log(tmp_path / "findings")
+    suite.judge(type("Task", (), {"log": log}), Ended(returncode, timed_out, 1.0, output))
+    assert Findings.read(tmp_path / "findings").checks[0].passed is passed
+
+
+def test_without_plugins_of_pytest(tmp_path):
+    test = tmp_path / "test_it.py"
+    test.write_text("def test_cuda(): pass\ndef test_cpu(): 1 / 0\n")
+    command = suite.command([test], plugins=(), workers=8)
+    done = run_limited([*command, "-p", "no:xdist", "-p", "no:timeout"], 60, suite.environment(required=False))
+    assert str(suite.score(done.output)) == "1 passed, 0 failed, 0 skipped", done.output
+    with_all = suite.command([test], plugins=suite.PLUGINS, workers=8)
+    assert [option for option in with_all if option not in command] == ["-n", "8", "--timeout=120"]
+
+
+def test_variables_of_pytest(monkeypatch):
+    monkeypatch.setenv("PYTEST_ADDOPTS", "--no-such-option")
+    assert suite.environment(required=True).items() >= {"CUPYBN_REQUIRE_GPU": "1", "PYTEST_ADDOPTS": ""}.items()
+    assert "CUPYBN_REQUIRE_GPU" not in suite.environment(required=False)
+
+
+def test_the_tests_that_are_run():
+    names = [path.name for path in suite.files(rehearse=False)]
+    assert names[: len(suite.FIRST)] == list(suite.FIRST)
+    assert "test_first_contact.py" not in names  # it would run itself
+    assert {"test_errors.py", "test_syncbatchnorm.py", "test_watch.py"} <= set(names)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The stages find what they are there to find
+
+
+@pytest.mark.skipif(not EMULATED, reason="the plans are those of an H200")
+def test_smoke_takes_every_size_of_cluster_and_block():
+    cases = smoke.cases_of_all_plans(smoke.MOST_ELEMENTS)
+    assert {(len(case.shape), case.activation) for case in cases} == {(2, None), (2, "relu"), (3, None), (3, "relu")}
+    labels = {(len(case.shape), step) for case in cases for step in case.label.split(", ")}
+    for step in "bn_forward", "bn_backward":
+        assert {(2, f"{step} {blocks} x 256") for blocks in (1, 2, 4, 8)} <= labels
+        assert {(3, f"{step} {blocks} x 128") for blocks in (1, 2, 4, 8)} <= labels
+        assert {(ndim, f"{step} streamed") for ndim in (2, 3)} <= labels
+    assert {(3, f"bn_backward {blocks} x 512") for blocks in (2, 4, 8)} <= labels
+
+
+def test_smoke_and_bench_end_when_their_time_is_over(tmp_path):
+    for stage in smoke, bench:
+        task = Task(Log(None), tmp_path, 0, rehearse=True)
+        stage.run(task)
+        assert "left out for lack of time" in task.log.findings.skipped[-1]
+        assert [passed for _, passed, _ in task.log.findings.checks] == [False] * (stage is bench)
+
+
+def test_work_that_a_tool_watches_ends_by_itself(tmp_path):
+    """Tools are slow: the work takes what it needs for a case, and says how far it has come."""
+    done = run_limited(Task(Log(None), tmp_path, 100, rehearse=True).command("sanitizer_work", -5), 100)
+    assert done.returncode == 0, done.output
+    assert done.output.startswith(f"{sanitizer.DONE}, as far as there was time: until ")
+
+
+@pytest.mark.parametrize("name", ["y", "dx", "dweight", "dbias", "running_mean", "running_var"])
+def test_smoke_sees_a_wrong_result(monkeypatch, name):
+    case = smoke.Case((4, 3, 5), np.dtype(np.float32), 1, "relu")
+    smoke.try_case(case)
+    spoil(monkeypatch, name)
+    with pytest.raises(AssertionError, match=rf"^{name}: off by"):
+        smoke.try_case(case)
+
+
+def test_smoke_sees_runs_that_differ(monkeypatch):
+    spoil(monkeypatch, "y", calls=1)
+    with pytest.raises(AssertionError, match=r"^y: two runs differ"):
+        smoke.try_case(smoke.Case((4, 3, 5), np.dtype(np.float32)))
+
+
+def spoil(monkeypatch, name, calls=2):
+    """Let the first calls of `batch_norm_vjp` have one result that is wrong in its last element."""
+    right = functional.batch_norm_vjp
+    count = 0
+
+    def wrong(x, running_mean, running_var, *args, **kwargs):
+        nonlocal count
+        count += 1
+        y, vjp_fn = right(x, running_mean, running_var, *args, **kwargs)
+        if count > calls:
+            return y, vjp_fn
+        for buffer, its in (running_mean, "running_mean"), (running_var, "running_var"), (y, "y"):
+            if its == name and buffer is not None:
+                buffer.reshape(-1)[-1] += 1e-1
+
+        def back(dy):
+            grads = vjp_fn(dy)
+            for grad, its in zip(grads, ("dx", "dweight", "dbias"), strict=False):
+                if its == name:
+                    grad.reshape(-1)[-1] += 1e-1
+            return grads
+
+        return y, back
+
+    monkeypatch.setattr(functional, "batch_norm_vjp", wrong)
+
+
+@pytest.mark.parametrize("axis", large.TINY)
+@pytest.mark.parametrize("name", ["output at", "gradient at", "mean of", "var of"])
+def test_large_sees_a_wrong_result(monkeypatch, axis, name):
+    problem = large.Problem(large.TINY[axis], np.dtype(np.float16), axis)
+    large.try_problem(problem)
+    spoil(monkeypatch, {"output at": "y", "gradient at": "dx"}.get(name), calls=1)
+    right = functional.moments
+
+    def wrong(x, **options):
+        mean, var = right(x, **options)
+        (mean if name == "mean of" else var)[-1] *= 1.001 if name in ("mean of", "var of") else 1
+        return mean, var
+
+    monkeypatch.setattr(functional, "moments", wrong)
+    with pytest.raises(AssertionError, match=f"^{name}"):
+        large.try_problem(problem)
+
+
+@pytest.mark.parametrize(("wrong", "words"), [("result", "replay 0 differs"), ("buffer", "buffers differ")])
+def test_graph_sees_a_replay_that_differs(monkeypatch, wrong, words):
+    right, layers = graph.step, []
+
+    def step(layer, x, dy):
+        results = right(layer, x, dy)
+        layers.append(layer)
+        if layer is not layers[0]:
+            (results[0] if wrong == "result" else layer.running_var)[:1] *= 2
+        return results
+
+    graph.replays_are_steps(graph.TINY[0], None)
+    monkeypatch.setattr(graph, "step", step)
+    with pytest.raises(AssertionError, match=words):
+        graph.replays_are_steps(graph.TINY[0], None)
+
+
+def test_threads_that_see_different_results(monkeypatch):
+    right, count = functional.batch_norm, iter(range(1000))
+
+    def wrong(*args, **kwargs):
+        y = right(*args, **kwargs)
+        y[:1] += next(count) == 5
+        return y
+
+    monkeypatch.setattr(functional, "batch_norm", wrong)
+    with pytest.raises(AssertionError, match=r"different results of each thread: .*2"):
+        graph.threads_on_streams(2)
+
+
+def test_precompile_sees_what_does_not_compile(tmp_path, monkeypatch):
+    task = Task(Log(None), tmp_path, 100, rehearse=True)
+    share = precompile.compile_share(0, 2, 100, rehearse=True)
+    assert (share.compiled, share.left, share.failed) == (precompile.TINY // 2, 0, [])
+    assert precompile.compile_share(0, 2, -1, rehearse=True).left == precompile.TINY // 2
+    monkeypatch.setattr(_kernels, "source", lambda name: f"error in {name}")
+    failed = precompile.compile_share(0, 2, 100, rehearse=True).failed
+    assert len(failed) == precompile.TINY // 2
+    assert all("-DDATA_T=" in text for text in failed)
+    monkeypatch.setattr(precompile, "ProcessPoolExecutor", lambda shares, mp_context: ThreadPoolExecutor(shares))  # noqa: ARG005
+    precompile.run(task)
+    ((_, passed, detail),) = task.log.findings.checks
+    assert (passed, detail) == (False, f"{precompile.TINY} failed")
+
+
+@pytest.fixture
+def task(tmp_path):
+    return Task(Log(tmp_path / "findings"), tmp_path, 100, rehearse=False)
+
+
+@pytest.mark.parametrize("stage", [check, mpi], ids=["check", "mpi"])
+@pytest.mark.parametrize(
+    ("returncode", "timed_out", "output", "detail"),
+    [
+        (1, False, "\n3 of 9 calls are off by more than is allowed:\n  bn_stats, float32: mean, 3 times\n\n", ""),
+        (-9, True, "3 cases on 2 ranks", "the time was over"),
+        (1, False, "", ""),
+    ],
+)
+def test_commands_that_fail(task, monkeypatch, stage, returncode, timed_out, output, detail):
+    ends = iter([Ended(0, False, 1.0, "")] * (stage is mpi) + [Ended(returncode, timed_out, 1.0, output)])
+    monkeypatch.setattr(stage, "run_limited", lambda *_, **__: next(ends))
+    monkeypatch.setattr(mpi.shutil, "which", lambda *_, **__: "mpiexec")
+    stage.run(task)
+    ((_, passed, said),) = task.log.findings.checks
+    assert not passed
+    assert said.startswith(detail)
+    if "3 times" in output:
+        assert any("bn_stats, float32: mean, 3 times" in note for note in task.log.findings.notes)
+
+
+@pytest.mark.parametrize("stage", [check, environment], ids=["check", "environment"])
+def test_without_a_gpu_nothing_is_right(task, monkeypatch, stage):
+    monkeypatch.setattr(library, "cuda_missing", lambda: "no GPU")
+    monkeypatch.setattr(environment, "mechanisms", type("None", (), {"run": staticmethod(lambda _: None)}))
+    stage.run(task)
+    assert not task.log.findings.checks[0].passed
+    assert "no GPU" in task.log.findings.checks[0].detail
+
+
+@pytest.mark.parametrize(
+    ("output", "passed"), [("60 cases on 2 ranks", True), ("0 cases on 2 ranks", False), ("done", False)]
+)
+def test_ranks_without_cases(task, monkeypatch, output, passed):
+    monkeypatch.setattr(mpi, "run_limited", lambda *_, **__: Ended(0, False, 1.0, output))
+    monkeypatch.setattr(mpi.shutil, "which", lambda *_, **__: "mpiexec")
+    mpi.run(task)
+    assert task.log.findings.checks[0].passed is passed
+
+
+def test_machines_without_tools(task, monkeypatch):
+    for stage in mpi, ncu, sanitizer:
+        monkeypatch.setattr(stage.shutil, "which", lambda *_, **__: None)
+        stage.run(task)
+    assert task.log.findings.skipped == ["no mpiexec here", "no ncu here", "no compute-sanitizer here"]
+    assert task.log.findings.checks == []
+
+
+def test_bench_sees_what_is_wrong(task):
+    row = bench.Row("NC", (6, 5), "float32", ("training", "inference", "backward"))
+
+    def record(operation, peer, **more):
+        fields = {"operation": operation, "peer": peer, "cold_us": {"median": 10.0 if peer == "cupybn" else 25.0}}
+        return {**fields, "share_of_copy": 0.9, "launches": 1, "error_over_allowed": 0.5, **more}
+
+    records = [
+        record("training", "cupybn", error_over_allowed=float("nan")),
+        record("training", "PyTorch"),
+        record("inference", "cupybn", error="RuntimeError()"),
+        {"operation": "backward", "peer": "PyTorch", "error": "no memory"},
+    ]
+    bench.report(task, row, records)
+    found = task.log.findings
+    assert [(name, passed) for name, passed, _ in found.checks] == [
+        ("NC 6x5 float32 training is right", False),
+        ("NC 6x5 float32 inference", False),
+        ("NC 6x5 float32 backward", False),
+    ]
+    assert found.table[0].items() >= {"us": 10.0, "torch_x": 2.5, "of_copy": 0.9, "launches": 1}.items()
+    assert found.notes == ["PyTorch failed: NC 6x5 float32 backward: no memory"]
+    assert "10.0 us, 0.90 of copy, torch x2.5" in found.highlights[0]
+
+
+@pytest.mark.skipif(not EMULATED, reason="needs no second look where the stage itself runs")
+def test_nccl_sees_a_communicator_that_is_not_refused():
+    class Comm:
+        size = 1
+        check = gather = sum = texts = abort = lambda *_: None
+
+    with pytest.raises(AssertionError, match="expected ValueError"):
+        nccl.refused_once_aborted(Comm())
+
+
+def test_all_that_the_library_asks_for_is_compiled():
+    """Every step over shapes, dtypes and alignments of all kinds, on the device that is there."""
+    compiled = {(instance.kernel, instance.options) for instance in library.instances_here()}
+    assert {kernel for kernel, _ in compiled} == set(_kernels.kernel_names())
+    shapes = [(N, C, L) for L in (1, 2, 49, 3136, 1 << 20) for N in (2, 64, 5000) for C in (2, 3, 64, 1000)]
+    steps = {"bn_stats": None, "bn_normalize": 132, "bn_backward_reduce": None, "bn_backward_input": 132}
+    asked = set()
+    for shape in shapes:
+        for dtype in library.dtypes():
+            for vectorized in True, False:
+                plans = [cupy_ops._plan(step, shape, dtype, vectorized, most) for step, most in steps.items()]
+                plans += [cupy_ops._resident_plan(step, shape, dtype, vectorized, 0) for step in library.ON_CHIP]
+                asked |= {(plan.kernel.name, plan.kernel.options) for plan in plans if plan is not None}
+    assert len(asked) > 200
+    assert asked <= compiled
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reports
+
+
+def outcome(*, checks=(), status=0, timed_out=False, **findings):
+    return report.Outcome(Findings(checks=list(checks), **findings), status, timed_out, 1.0, "said\n\nlast words\n")
+
+
+def test_a_summary_has_sixty_lines_at_most(tmp_path):
+    checks = [Check(f"check {i} " * 20, False, "why\nelse " * 60) for i in range(40)]
+    lists = {name: [f"{i} {name} " * 40 for i in range(100)] for name in ("notes", "skipped", "highlights")}
+    found = report.Report(tmp_path, rehearse=False)
+    for name in plan.NAMES:
+        found.add(name, outcome(checks=checks, status=1, **lists))
+    lines = found.summary().splitlines()
+    assert len(lines) == report.MOST_LINES
+    assert len(found.summary().encode()) < 12000
+    assert lines[-1].startswith("skipped: environment: 0 skipped")
+
+
+def test_the_longest_list_is_cut(tmp_path):
+    found = report.Report(tmp_path, rehearse=False)
+    found.add("bench", outcome(checks=[Check("ran", True, "")], highlights=[f"row {i}" for i in range(100)]))
+    found.add("ncu", outcome(checks=[Check("ran", True, "")], highlights=["ncu 0", "ncu 1"]))
+    lines = found.summary().splitlines()
+    assert "ncu 1" in lines
+    assert lines[-1].startswith("row ")
+    assert len(lines) == report.MOST_LINES
+
+
+@pytest.mark.parametrize(
+    ("verdict", "arguments"),
+    [
+        ("passed", {"checks": [Check("a", True, "")]}),
+        ("FAILED", {"checks": [Check("a", True, ""), Check("b", False, "")]}),
+        ("skipped", {"skipped": ["no tool"]}),
+        ("FAILED", {}),
+        ("CRASHED", {"checks": [Check("a", True, "")], "status": -11}),
+        ("TIME OVER", {"status": 1, "timed_out": True}),
+    ],
+)
+def test_verdicts(tmp_path, verdict, arguments):
+    found = report.Report(tmp_path, rehearse=False)
+    found.add("smoke", outcome(**arguments))
+    assert found.outcomes["smoke"].verdict == verdict
+    assert found.passed is (verdict in ("passed", "skipped"))
+    assert ("last words" in (tmp_path / "report.md").read_text()) is not found.passed
+    assert f"smoke {verdict}" in found.summary()
+    assert ("no failures" in found.summary()) is found.passed
+
+
+def test_findings_outlive_the_process(tmp_path):
+    """Each entry is in the file as soon as it is made."""
+    log, path = Log(tmp_path / "findings"), tmp_path / "findings"
+    with log.checking("divides") as details:
+        details.append(1 / 2)
+    assert Findings.read(path).checks == [("divides", True, "0.5")]
+    with log.checking("divides by zero"):
+        _ = 1 / 0
+    assert Findings.read(path).checks[1].detail.startswith("ZeroDivisionError: division by zero [")
+    log.fact("answer", np.float32(42))
+    log.row(a=1)
+    log.note("a note")
+    log.skip("no tool")
+    log.highlight("a line")
+    read = Findings.read(path)
+    assert (read.facts, read.table, read.notes) == ({"answer": "42.0"}, [{"a": 1}], ["a note"])
+    assert (read.skipped, read.highlights) == (["no tool"], ["a line"])
+    assert Findings.read(tmp_path / "none") == Findings()
+
+
+def test_files_are_whole(tmp_path, monkeypatch):
+    """Whoever is interrupted leaves the old text."""
+    path = tmp_path / "report.md"
+    write_whole(path, "old")
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    for name in "write_text", "replace":
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, name, interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                write_whole(path, "new")
+        assert path.read_text() == "old"
+    write_whole(path, "new")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["new"]

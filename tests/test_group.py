@@ -1,0 +1,192 @@
+"""What ranks that are interrupted leave behind: two of them in one process, each a thread."""
+
+from __future__ import annotations
+
+import itertools
+import queue
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cupybn import SyncBatchNorm, _group, _synchronized, batchnorm, functional, numpy_ops, syncbatchnorm
+from tests.reference import bits
+
+FILES = {module.__file__ for module in (batchnorm, functional, numpy_ops, _group, _synchronized, syncbatchnorm)}
+LEFT = object()
+WITHDRAWN = "RuntimeError: synchronized batch norm: rank 0 raised KeyboardInterrupt"
+
+
+class Rank:
+    """An engine. Messages of two ranks meet in the order in which they are sent, as those of MPI and NCCL."""
+
+    size = 2
+
+    def __init__(self, rank, inboxes):
+        self.rank, self.inboxes = rank, inboxes
+        self.mixed_up = []
+
+    def check(self, input):
+        pass
+
+    def gather(self, row, header):
+        both = self.exchange("gather", np.concatenate([header, row[0]]))
+        return both[:, header.size :], both[:, : header.size]
+
+    def sum(self, row, header):
+        total = self.exchange("sum", np.concatenate([header, row[0]])).sum(0)
+        return total[None, header.size :], total[: header.size]
+
+    def texts(self, text):
+        return self.exchange("texts", np.array(text)).tolist()
+
+    def exchange(self, what, message):
+        self.inboxes[1 - self.rank].put((what, message))
+        received = self.inboxes[self.rank].get(timeout=20)
+        if received is LEFT:
+            self.inboxes[self.rank].put(LEFT)
+            raise RuntimeError("the other rank has left")
+        theirs, theirs_message = received
+        if (what, message.size) != (theirs, theirs_message.size):
+            self.mixed_up.append(f"{what} of {message.size}, {theirs} of {theirs_message.size}")
+            raise RuntimeError("messages that do not belong together")
+        return np.stack([message, theirs_message] if self.rank == 0 else [theirs_message, message])
+
+    def leave(self):
+        self.inboxes[1 - self.rank].put(LEFT)
+
+
+class Interrupt:
+    """A trace function that raises KeyboardInterrupt before one of the lines that this thread comes to."""
+
+    def __init__(self, line):
+        self.lines, self.where = line, None
+
+    def __call__(self, frame, event, _):
+        if frame.f_code.co_filename not in FILES:
+            return None
+        if event == "line":
+            if self.lines == 0:
+                self.where = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+                raise KeyboardInterrupt
+            self.lines -= 1
+        return self
+
+
+def outcome(call):
+    try:
+        call()
+    except (RuntimeError, KeyboardInterrupt) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def interrupted(calls, interrupt):
+    """Both ranks make their call twice. The first one of rank 0 is interrupted; what they say of each, and rank 0's
+    arrays after the first one."""
+    said, arrays = ([], []), []
+
+    def other():
+        said[1].extend(outcome(calls[1]) for _ in range(2))
+        calls[1].engine.leave()
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    before = sys.gettrace()
+    sys.settrace(interrupt)
+    try:
+        said[0].append(outcome(calls[0]))
+    finally:
+        sys.settrace(before)
+    arrays = bits(*calls[0].layer.state_dict().values())
+    said[0].append(outcome(calls[0]))
+    calls[0].engine.leave()
+    thread.join(60)
+    assert not thread.is_alive()
+    return said, arrays
+
+
+class Call:
+    """A pass forward, or back."""
+
+    def __init__(self, engine, layer, x, forward):
+        self.engine, self.layer, self.x = engine, layer, x
+        self.vjp_fn = None if forward else layer.vjp(x)[1]
+
+    def __call__(self):
+        if self.vjp_fn is None:
+            self.layer(self.x)
+        else:
+            self.vjp_fn(self.x)
+
+
+def calls_of(forward, passes, **kwargs):
+    """Of two ranks that have made so many passes."""
+    inboxes = queue.SimpleQueue(), queue.SimpleQueue()
+    engines = [Rank(rank, inboxes) for rank in range(2)]
+    x = np.random.default_rng(0).standard_normal((2, 4, 3)).astype(np.float32)
+    calls = [None, None]
+
+    def make(rank):
+        layer = SyncBatchNorm(3, device="cpu", comm=engines[rank], **kwargs)
+        for _ in range(passes):
+            layer(x[rank])
+        calls[rank] = Call(engines[rank], layer, x[rank], forward)
+
+    thread = threading.Thread(target=make, args=(1,))
+    thread.start()
+    make(0)
+    thread.join(60)
+    return calls
+
+
+@pytest.mark.parametrize("bare", [False, True], ids=["arrays", "bare"])
+@pytest.mark.parametrize(("forward", "passes"), [(True, 0), (True, 1), (False, 0)], ids=["first", "later", "back"])
+def test_interrupts_at_every_line(forward, passes, bare):
+    """A call that is cut off leaves the layer as it was, or has done all. The other rank either goes on as this one
+    does, or one of the next calls raises on both; no message is taken for another one."""
+    kwargs = {"affine": False, "track_running_stats": False} if bare else {}
+    states = []
+    for passes_more in 0, 1:
+        calls = calls_of(True, passes + passes_more + (not forward), **kwargs)
+        states.append(bits(*calls[0].layer.state_dict().values()))
+    if not forward:
+        states[1] = states[0]
+    told = set()
+    for line in itertools.count():
+        calls, interrupt = calls_of(forward, passes, **kwargs), Interrupt(line)
+        said, arrays = interrupted(calls, interrupt)
+        if interrupt.where is None:
+            break
+        assert said[0][0].startswith("KeyboardInterrupt"), interrupt.where
+        assert [call.engine.mixed_up for call in calls] == [[], []], interrupt.where
+        assert arrays in states, interrupt.where
+        if said[0][1] == said[1][1] == "":
+            ours, theirs = (bits(*call.layer.state_dict().values()) for call in calls)
+            assert ours == theirs, interrupt.where
+        if said[1][0] == WITHDRAWN:
+            assert said[0][1] == said[1][1] == "", interrupt.where
+        told.update(said[1])
+    assert said == (["", ""], ["", ""])
+    assert line > 20
+    assert WITHDRAWN in told
+    assert any("behind the others since KeyboardInterrupt" in text for text in told)
+
+
+@pytest.mark.parametrize("message", ["gather", "texts"])
+def test_interrupts_while_the_others_are_told(monkeypatch, message):
+    """They may have heard, or not: nothing more is sent that they could take for something else."""
+    calls = calls_of(True, 1)
+
+    def interrupted_message(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(calls[0].engine, message, interrupted_message)
+    calls[0].x = "no array"
+    said, _ = interrupted(calls, None)
+    assert said[0][0] == "KeyboardInterrupt: "
+    assert said[0][1].startswith("RuntimeError: this rank has lost the others since TypeError: expected input to be")
+    assert said[1] == ["RuntimeError: the other rank has left"] * 2
+    assert calls[1].engine.mixed_up == []

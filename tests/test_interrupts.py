@@ -1,0 +1,189 @@
+"""Ctrl-C at any line of the library, memory that runs out at any allocation: all or nothing is written."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import cupybn
+import cupybn.functional as F
+from tests.reference import bits
+
+LIBRARY = str(Path(cupybn.__file__).parent)
+NAMES = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+
+
+def interrupted(call, at):
+    """Whether the call came to an end before it reached so many lines of the library; Ctrl-C comes there."""
+    lines = 0
+
+    def trace(frame, event, _):
+        nonlocal lines
+        if not frame.f_code.co_filename.startswith(LIBRARY):
+            return None
+        if event == "line":
+            lines += 1
+            if lines == at:
+                raise KeyboardInterrupt
+        return trace
+
+    outside = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(outside)
+    return False
+
+
+def state(layer):
+    """All that a layer holds."""
+    arrays = {name: getattr(layer, name) for name in NAMES}
+    return bits(*arrays.values()), layer.num_features, layer.device, layer.training
+
+
+def check(make, act, last_lines=0):
+    """`act` on what `make` returns leaves it as it was, wherever the interrupt comes.
+
+    In the last lines of the call, so many, all may be done.
+    """
+    done = make()
+    act(done)
+    after, at, late = state(done), 0, 0
+    while True:
+        layer, at = make(), at + 1
+        before = state(layer)
+        if not interrupted(lambda layer=layer: act(layer), at):
+            break
+        late += state(layer) == after
+        assert state(layer) in (before, after), f"at line {at} of the call"
+    assert at > 10
+    assert late <= last_lines
+    assert state(layer) == after
+
+
+@pytest.fixture
+def x(xp, rng):
+    return xp.asarray(rng.standard_normal((6, 3, 4)).astype(np.float32))
+
+
+@pytest.fixture
+def make(device):
+    """Layers that have seen something."""
+
+    def make(**options):
+        layer = cupybn.BatchNorm1d(3, device=device, **options)
+        layer.load_state_dict(dict(zip(NAMES, [*np.arange(2.0, 14).reshape(4, 3), np.int64(5)], strict=True)))
+        return layer
+
+    return make
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_a_pass_in_training(make, x, momentum, device):
+    """When the running statistics have moved, a few lines are left that return what was asked for.
+
+    On a GPU they move in the launch that makes the output.
+    """
+    last_lines = 6 if device == "cpu" else 14
+    check(lambda: make(momentum=momentum), lambda layer: layer(x), last_lines)
+    check(lambda: make(momentum=momentum), lambda layer: layer.vjp(x, x), last_lines)
+
+
+def test_the_first_pass_of_a_lazy_layer(device, x):
+    check(lambda: cupybn.BatchNorm1d(None, device=device), lambda layer: layer(x))
+
+
+def test_load_state_dict(device, make, rng):
+    values = [*rng.standard_normal((4, 3)), np.int64(9)]
+    other = dict(zip(NAMES, values, strict=True))
+    check(make, lambda layer: layer.load_state_dict(other))
+    check(lambda: cupybn.BatchNorm1d(None, device=device), lambda layer: layer.load_state_dict(other))
+
+
+def test_load_state_dict_into_an_array_of_two_roles(make, rng):
+    def shared():
+        layer = make()
+        layer.weight = layer.running_var
+        return layer
+
+    other = dict(zip(NAMES, [*rng.random((4, 3)), 9], strict=True))
+    check(shared, lambda layer: layer.load_state_dict(other))
+
+
+def test_resets(make):
+    check(make, lambda layer: layer.reset_parameters())
+    check(make, lambda layer: layer.reset_running_stats())
+
+
+def test_to(make, device):
+    pytest.importorskip("cupy")
+    check(make, lambda layer: layer.to("cpu" if device != "cpu" else "cuda:0"), last_lines=1)
+
+
+def test_no_stats_update(make, x):
+    """An interrupt on the way into the context leaves layers that track."""
+    layer, at, inside = make(), 0, False
+
+    def enter():
+        nonlocal inside
+        with cupybn.no_stats_update():
+            inside = True
+            sys.settrace(None)  # the way out goes on
+
+    while not inside:
+        at += 1
+        interrupted(enter, at)
+        before = state(layer)
+        layer(x)
+        assert state(layer) != before, f"at line {at}"
+    assert at > 2
+
+
+@pytest.mark.parametrize("into", ["an array of another order", "the input"])
+def test_functions(xp, x, into):
+    """The running statistics move as one, also where an output is copied at the end."""
+    at, more = 0, True
+    while more:
+        at += 1
+        buffers = [xp.zeros(3, np.float32), xp.ones(3, np.float32)]
+        before, given = bits(*buffers), x.copy()
+        out = given if into == "the input" else xp.zeros((4, 3, 6), np.float32).transpose(2, 1, 0)
+        more = interrupted(lambda given=given, b=buffers, out=out: F.batch_norm(given, *b, training=True, out=out), at)
+        moved = [now != then for now, then in zip(bits(*buffers), before, strict=True)]
+        assert all(moved) or (more and not any(moved)), f"at line {at}"
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_memory_that_runs_out(xp, make, x, momentum, monkeypatch):
+    """At each allocation in turn; the step that moves the buffers is after all of them."""
+    empty, left = xp.empty, 0
+
+    def failing(*arguments, **options):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise MemoryError
+        return empty(*arguments, **options)
+
+    monkeypatch.setattr(xp, "empty", failing)
+    for call in (lambda layer: layer(x), lambda layer: layer.vjp(x, x)):
+        for most in range(50):
+            left = 10**6
+            layer = make(momentum=momentum)
+            before, left = state(layer), most
+            try:
+                call(layer)
+            except MemoryError:
+                assert state(layer) == before
+            else:
+                assert state(layer) != before
+                assert most > 0
+                break
+        else:
+            pytest.fail("memory never sufficed")

@@ -1,0 +1,127 @@
+"""What layers hold in odd calls: frozen statistics, prefixes that repeat, interrupts, counters that have an axis."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from cupybn import BatchNorm1d, cupy_ops, numpy_ops
+from tests.reference import bits
+
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def moved(device, xp, rng, **options):
+    """A layer all of whose arrays have left where they started."""
+    layer = BatchNorm1d(3, device=device, **options)
+    layer(xp.asarray(rng.standard_normal((5, 3, 4)) * 3 + 2))
+    layer.weight[...], layer.bias[...] = 5, 7
+    return layer
+
+
+def held(layer, *names):
+    return bits(*(layer.state_dict()[name] for name in names))
+
+
+def test_frozen_statistics_are_not_reset(device, xp, rng):
+    """As in PyTorch: the flag is asked at each call."""
+    layer, fresh = moved(device, xp, rng), BatchNorm1d(3, device=device)
+    before = held(layer, *STATISTICS)
+    assert before != held(fresh, *STATISTICS)
+    layer.track_running_stats = False
+    layer.reset_running_stats()
+    assert held(layer, *STATISTICS) == before
+    layer.reset_parameters()
+    assert held(layer, *STATISTICS) == before
+    assert held(layer, "weight", "bias") == held(fresh, "weight", "bias")
+    layer.track_running_stats = True
+    layer.reset_running_stats()
+    assert held(layer, *STATISTICS) == held(fresh, *STATISTICS)
+
+
+def test_statistics_that_were_never_tracked_are_not_made(device, xp, rng):
+    layer = moved(device, xp, rng, track_running_stats=False)
+    layer.track_running_stats = True
+    layer.reset_running_stats()
+    assert list(layer.state_dict()) == ["weight", "bias"]
+    assert held(layer, "weight", "bias") == held(moved(device, xp, rng), "weight", "bias")
+
+
+@pytest.mark.parametrize("prefix", ["bn.", "weight", "b", "."])
+def test_a_prefix_twice_in_a_key(device, xp, rng, prefix):
+    """It is taken off once: the key belongs to something else."""
+    layer = moved(device, xp, rng)
+    own = {prefix + name: np.full(array.shape, 9) for name, array in layer.state_dict().items()}
+    twice = {prefix + key: np.full(array.shape, 4) for key, array in own.items()}
+    inside = {f"{prefix}bias{prefix}": np.zeros(8)}
+    before = bits(*layer.state_dict().values())
+    for others in twice, inside:
+        with pytest.raises(KeyError, match="unexpected"):
+            layer.load_state_dict(own | others, prefix=prefix)
+        with pytest.raises(KeyError, match="missing"):
+            layer.load_state_dict(others, prefix=prefix)
+        layer.load_state_dict(others, strict=False, prefix=prefix)
+    assert bits(*layer.state_dict().values()) == before
+    layer.load_state_dict(own | twice, strict=False, prefix=prefix)
+    assert all(bool((array == 9).all()) for array in layer.state_dict().values())
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, MemoryError])
+@pytest.mark.parametrize("way", ["forward", "vjp"])
+def test_a_lazy_layer_whose_first_call_is_interrupted(device, xp, rng, way, error, monkeypatch):
+    """It is lazy still, and takes another number of features."""
+    layer = BatchNorm1d(None, device=device)
+    ops = numpy_ops if device == "cpu" else cupy_ops
+
+    def interrupt(*_, **__):
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ops, "bn_forward", interrupt)
+        with pytest.raises(error):
+            getattr(layer, way)(xp.asarray(rng.standard_normal((5, 3, 4))))
+    assert layer.num_features is None
+    assert layer.state_dict() == {}
+    layer(xp.asarray(rng.standard_normal((5, 7, 4))))
+    assert layer.num_features == 7
+    assert int(layer.num_batches_tracked) == 1
+
+
+def test_a_settled_layer_stays_so_when_a_call_is_interrupted(device, xp, rng, monkeypatch):
+    layer = moved(device, xp, rng)
+    arrays, before = layer.state_dict(), bits(*layer.state_dict().values())
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(numpy_ops if device == "cpu" else cupy_ops, "bn_forward", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        layer(xp.asarray(rng.standard_normal((5, 3, 4))))
+    assert all(array is arrays[name] for name, array in layer.state_dict().items())
+    assert bits(*arrays.values()) == before
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_counter_of_shape_1_is_not_loaded(device, xp, rng, strict):
+    layer = moved(device, xp, rng)
+    before = bits(*layer.state_dict().values())
+    state = {name: np.ones(array.shape) for name, array in layer.state_dict().items()}
+    state["num_batches_tracked"] = np.array([4])
+    with pytest.raises(ValueError, match=r"num_batches_tracked.*\(1,\)"):
+        layer.load_state_dict(state, strict=strict)
+    assert bits(*layer.state_dict().values()) == before
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_a_counter_of_shape_1_is_not_counted_with(device, xp, rng, momentum):
+    """Though that would be one number, too: a state dict with it could not be loaded."""
+    layer = moved(device, xp, rng, momentum=momentum)
+    layer.num_batches_tracked = xp.zeros((1,), np.int64)
+    before = bits(*layer.state_dict().values())
+    x = xp.asarray(rng.standard_normal((5, 3, 4)))
+    with pytest.raises(ValueError, match=r"num_batches_tracked.*\(1,\)"):
+        layer(x)
+    assert bits(*layer.state_dict().values()) == before
+    layer.eval()
+    layer(x)
+    assert bits(*layer.state_dict().values()) == before

@@ -1,0 +1,436 @@
+"""What a message says: which argument, what was expected, what was given, and the way out where there is one."""
+
+from __future__ import annotations
+
+import re
+import types
+from fractions import Fraction
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import cupybn.functional as F
+from cupybn import BatchNorm1d, BatchNorm2d, _tiles
+from cupybn._devices import show
+from tests.reference import arguments, bits
+
+SHAPE = (4, 3, 5)
+FUNCTIONS = [F.batch_norm, F.batch_norm_vjp]
+
+
+def message_of(error, function, *args, **kwargs):
+    with pytest.raises(error) as raised:
+        function(*args, **kwargs)
+    assert raised.type is error
+    return str(raised.value)
+
+
+def a_tensor(on=1, **members):
+    """What DLPack knows: 1 is the host and 2 a GPU of CUDA."""
+    members |= {"__dlpack__": lambda _, **__: None, "__dlpack_device__": lambda _: (on, 0)}
+    return type("Tensor", (), members)()
+
+
+def broken_tensor():
+    def lost(_):
+        raise RuntimeError("no device")
+
+    return type("Tensor", (), {"__dlpack__": None, "__dlpack_device__": lost})()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is no array
+
+WAYS_TO_ARRAYS = {
+    "tensor": (a_tensor, "(got Tensor): use numpy.from_dlpack({})"),
+    "tensor on a GPU": (lambda: a_tensor(on=2), "(got Tensor): use cupy.from_dlpack({})"),
+    "tensor on a broken device": (broken_tensor, "(got Tensor): use numpy.from_dlpack({})"),
+    "tensor of a tape": (lambda: a_tensor(requires_grad=True), "(got Tensor): use numpy.from_dlpack({}.detach())"),
+    "masked": (lambda: np.ma.ones(SHAPE), "(got MaskedArray): masks are not supported, use {}.filled(...)"),
+    "interface of CUDA": (
+        lambda: type("DeviceNDArray", (), {"__cuda_array_interface__": {}})(),
+        "(got DeviceNDArray): use cupy.asarray({})",
+    ),
+    "array protocol": (
+        lambda: type("DataFrame", (), {"__array__": None})(),
+        "(got DataFrame): use numpy.asarray({}, 'float32')",
+    ),
+    "list": (lambda: [[1.0]], "(got list): use numpy.asarray({}, 'float32')"),
+    "tuple": (lambda: (1.0,), "(got tuple): use numpy.asarray({}, 'float32')"),
+    "text": (lambda: "x", "(got str)"),
+}
+
+
+@pytest.mark.parametrize(("make", "end"), WAYS_TO_ARRAYS.values(), ids=WAYS_TO_ARRAYS)
+@pytest.mark.parametrize("name", ["input", "running_mean", "running_var", "weight", "bias", "residual", "out"])
+def test_no_array(xp, rng, name, make, end):
+    kwargs = arguments(xp, rng, SHAPE) | {name: make()}
+    message = message_of(TypeError, F.batch_norm, **kwargs)
+    assert message == f"expected {name} to be a NumPy or CuPy array {end.format(name)}"
+
+
+def test_no_array_of_torch(xp, rng):
+    torch = pytest.importorskip("torch")
+    x = torch.ones(SHAPE)
+    assert message_of(TypeError, F.moments, x).endswith("(got Tensor): use numpy.from_dlpack(input)")
+    assert bits(*F.moments(np.from_dlpack(x))) == bits(np.ones(3, np.float32), np.zeros(3, np.float32))
+    _, vjp_fn = F.batch_norm_vjp(**arguments(xp, rng, SHAPE))
+    message = message_of(TypeError, vjp_fn, x.requires_grad_())
+    assert message.endswith(
+        "grad_output to be a NumPy or CuPy array (got Tensor): use numpy.from_dlpack(grad_output.detach())"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Elements, shapes, devices
+
+
+@pytest.mark.parametrize(
+    ("dtype", "end"),
+    [
+        ("int64", ": use input.astype(np.float32)"),
+        ("uint8", ": use input.astype(np.float32)"),
+        ("bool", ": use input.astype(np.float32)"),
+        (ml_dtypes.float8_e4m3fn, ": use input.astype(np.float32)"),
+        ("longdouble", ": use input.astype(np.float64)"),
+        ("object", ": use input.astype(np.float32)"),
+        ("complex64", ": complex numbers are not supported"),
+        ("f4,f4", ""),
+    ],
+    ids=str,
+)
+def test_dtypes(dtype, end):
+    dtype = np.dtype(dtype)
+    message = message_of(TypeError, F.moments, np.ones(SHAPE, dtype))
+    assert message == f"expected input of dtype float16, bfloat16, float32, float64 (got {dtype.name}){end}"
+
+
+def test_what_is_not_like_input(xp, rng):
+    kwargs = arguments(xp, rng, SHAPE)
+    module = xp.__name__
+    new = f": use {module}.empty_like(input)"
+    ends = {
+        "residual": [": use residual.astype('float32')", f": use {module}.broadcast_to(residual, (4, 3, 5))"],
+        "out": [new, new],
+    }
+    for name, (of_dtype, of_shape) in ends.items():
+        assert message_of(TypeError, F.batch_norm, **kwargs | {name: xp.ones(SHAPE)}).endswith(
+            f"(got float64){of_dtype}"
+        )
+        other = xp.ones((4, 1, 5), np.float32)
+        assert message_of(ValueError, F.batch_norm, **kwargs | {name: other}).endswith(f"(got (4, 1, 5)){of_shape}")
+        other = xp.ones((4, 2, 5), np.float32)
+        message = message_of(ValueError, F.batch_norm, **kwargs | {name: other})
+        assert message.endswith(f"(got (4, 2, 5)){new if name == 'out' else ''}")
+    assert message_of(TypeError, F.batch_norm, **kwargs, out=xp.ones(SHAPE, int)).endswith(f"(got int64){new}")
+    F.batch_norm(**kwargs | {"residual": xp.broadcast_to(xp.ones((4, 1, 5), np.float32), SHAPE)})
+
+
+def test_arrays_on_two_devices(rng):
+    cupy = pytest.importorskip("cupy")
+    kwargs, on_gpu = (arguments(xp, rng, SHAPE) for xp in (np, cupy))
+    for name in ("running_mean", "bias", "residual"):
+        assert message_of(TypeError, F.batch_norm, **kwargs | {name: on_gpu[name]}) == (
+            f"expected {name} to be a NumPy array like input (got a CuPy array on cuda:0): all arrays of a call are on "
+            f"one device, use cupy.asarray(input) or cupy.asnumpy({name})"
+        )
+        assert message_of(TypeError, F.batch_norm, **on_gpu | {name: kwargs[name]}) == (
+            f"expected {name} to be a CuPy array on cuda:0 like input (got a NumPy array): all arrays of a call are on "
+            f"one device, use cupy.asarray({name}) or cupy.asnumpy(input)"
+        )
+    message = message_of(TypeError, F.batch_norm, **kwargs, out=on_gpu["input"])
+    assert message.endswith("on one device, use numpy.empty_like(input)")
+
+
+@pytest.mark.parametrize("options", [{}, {"affine": False}, {"track_running_stats": False}], ids=str)
+@pytest.mark.parametrize("features", [3, None])
+@pytest.mark.parametrize("training", [True, False])
+def test_layers_say_where_they_are(rng, options, features, training):
+    cupy = pytest.importorskip("cupy")
+    inputs = {"cpu": arguments(np, rng, SHAPE)["input"], "cuda:0": arguments(cupy, rng, SHAPE)["input"]}
+    messages = {
+        "cpu": "expected input to be a NumPy array, as the layer is on cpu (got a CuPy array on cuda:0): use "
+        'cupy.asnumpy(input), or layer.to("cuda:0")',
+        "cuda:0": "expected input to be a CuPy array on cuda:0, as the layer is on cuda:0 (got a NumPy array): use "
+        'cupy.asarray(input), or layer.to("cpu")',
+    }
+    for here, there in ("cpu", "cuda:0"), ("cuda:0", "cpu"):
+        layer = BatchNorm1d(features, device=here, **options).train(training)
+        before = bits(*layer.state_dict().values())
+        for call in layer, layer.vjp:
+            assert message_of(TypeError, call, inputs[there]) == messages[here]
+        assert bits(*layer.state_dict().values()) == before
+        if features is not None:
+            assert layer.to(there)(inputs[there]).shape == SHAPE
+
+
+def test_layers_say_where_they_are_of_several_gpus():
+    from cupybn import _checks
+
+    there = types.SimpleNamespace
+    arrays = {i: type("ndarray", (), {"__module__": "cupy"})() for i in range(2)}
+    for i, array in arrays.items():
+        array.device = there(id=i)
+    assert message_of(TypeError, _checks.check_beside_layer, arrays[0], arrays[1]) == (
+        "expected input to be a CuPy array on cuda:1, as the layer is on cuda:1 (got a CuPy array on cuda:0): use "
+        'cupy.asarray(input) within `with cupy.cuda.Device(1)`, or layer.to("cuda:0")'
+    )
+
+
+def test_layer_with_an_array_of_another_device(xp, device, rng):
+    """Then it is not the input that is in the wrong place."""
+    cupy = pytest.importorskip("cupy")
+    layer = BatchNorm1d(3, device=device)
+    layer.weight = (cupy if xp is np else np).ones(3, np.float32)
+    assert message_of(TypeError, layer, arguments(xp, rng, SHAPE)["input"]).startswith("expected weight to be a ")
+
+
+def test_layer_with_a_vector_of_another_size(xp, device, rng):
+    layer = BatchNorm1d(3, device=device)
+    layer.weight = xp.ones(4, np.float32)
+    message = message_of(ValueError, layer, arguments(xp, rng, SHAPE)["input"])
+    assert message == "weight should contain 3 elements not 4"
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((2, 5, 4, 7), 1), ((2, 4, 7, 5), -1), ((2, 4, 5, 7), 2)])
+def test_channels_of_a_layer(xp, device, shape, axis):
+    layer = BatchNorm2d(3, channel_axis=axis, device=device)
+    message = message_of(ValueError, layer, xp.ones(shape, np.float32))
+    assert message == f"expected 3 channels (num_features) on axis {axis % 4}, got 5"
+
+
+def test_a_counter_that_was_replaced(xp, device, rng):
+    layer = BatchNorm1d(3, device=device)
+    layer.num_batches_tracked = 4
+    message = message_of(TypeError, layer, arguments(xp, rng, SHAPE)["input"])
+    assert message.endswith("(got int): set it in place, layer.num_batches_tracked[...] = n")
+
+
+def test_arrays_that_are_read_only(rng):
+    kwargs = arguments(np, rng, SHAPE)
+    kwargs["running_var"].flags.writeable = False
+    message = message_of(ValueError, F.batch_norm, **kwargs, training=True)
+    assert message == "expected running_var to be writeable (got a read-only array): use running_var.copy()"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Numbers and flags
+
+
+@pytest.mark.parametrize("name", ["num_features", "channel_axis"])
+@pytest.mark.parametrize(
+    ("value", "end"),
+    [
+        (3.0, "(got 3.0): use int({})"),
+        (np.float32(3), "(got np.float32(3.0)): use int({})"),
+        (1.5, "(got 1.5)"),
+        (float("nan"), "(got nan)"),
+        ("1", "(got '1')"),
+        (b"1", "(got b'1')"),
+        (True, "(got True)"),
+        (np.ones(3), "(got NumPy array)"),
+        ({}, "(got {{}})"),
+    ],
+    ids=repr,
+)
+def test_whole_numbers(xp, rng, device, name, value, end):
+    message = f"expected {name} to be an int {end.format(name)}"
+    assert message_of(TypeError, BatchNorm2d, **{"num_features": 3, name: value, "device": device}) == message
+    if name == "channel_axis":
+        for function in FUNCTIONS:
+            assert message_of(TypeError, function, **arguments(xp, rng, SHAPE) | {name: value}) == message
+        assert message_of(TypeError, F.moments, xp.ones(SHAPE, np.float32), channel_axis=value) == message
+        layer = BatchNorm1d(3, device=device)
+        layer.channel_axis = value
+        assert message_of(TypeError, layer, xp.ones(SHAPE, np.float32)) == message
+
+
+@pytest.mark.parametrize("value", [np.int8(1), np.array(1), np.uint64(1)], ids=repr)
+def test_whole_numbers_of_numpy(xp, rng, value):
+    assert F.batch_norm(**arguments(xp, rng, SHAPE) | {"channel_axis": value}).shape == SHAPE
+    assert type(BatchNorm1d(value, device="cpu").num_features) is int
+
+
+def test_whole_numbers_on_a_device_are_not_read():
+    cupy = pytest.importorskip("cupy")
+    message = message_of(TypeError, F.moments, cupy.ones(SHAPE, np.float32), channel_axis=cupy.asarray(1))
+    assert message == "expected channel_axis to be an int (got CuPy array on cuda:0)"
+
+
+def test_several_channel_axes(device):
+    message = message_of(TypeError, BatchNorm2d, 3, channel_axis=(1, 2), device=device)
+    assert message == (
+        "expected channel_axis to be an int (got (1, 2)): make these axes one, use input.transpose(...).reshape(...)"
+    )
+
+
+@pytest.mark.parametrize("name", ["eps", "momentum"])
+@pytest.mark.parametrize(
+    ("make", "end"),
+    [
+        (lambda _: "0.1", "(got '0.1')"),
+        (lambda xp: xp.asarray(0.1), "(got {}): use float({{}})"),
+        (lambda xp: xp.ones(3), "(got {})"),
+        (lambda _: [0.1], "(got [0.1])"),
+        (lambda _: 0.1j, "(got 0.1j)"),
+        (lambda _: a_tensor(shape=()), "(got Tensor): use float({{}})"),
+    ],
+    ids=["text", "0-d", "array", "list", "complex", "tensor"],
+)
+def test_numbers(xp, device, rng, name, make, end):
+    kind = "NumPy array" if xp is np else "CuPy array on cuda:0"
+    message = f"expected {name} to be a float {end.format(kind).format(name)}"
+    kwargs = arguments(xp, rng, SHAPE)
+    for function in FUNCTIONS:
+        assert message_of(TypeError, function, **kwargs | {name: make(xp)}) == message
+    layer = BatchNorm1d(3, device=device, **{name: make(xp)})
+    assert message_of(TypeError, layer, kwargs["input"]) == message
+
+
+@pytest.mark.parametrize("name", ["eps", "momentum"])
+def test_numbers_beyond_float(xp, device, rng, name):
+    layer = BatchNorm1d(3, device=device, **{name: 10**400})
+    message = message_of(OverflowError, layer, arguments(xp, rng, SHAPE)["input"])
+    assert message == f"expected {name} to be a float (got a number beyond float64)"
+    layer = BatchNorm1d(3, device=device, **{name: Fraction(1, 8)})
+    assert layer(arguments(xp, rng, SHAPE)["input"]).shape == SHAPE
+
+
+def test_no_momentum(xp, rng):
+    for function in FUNCTIONS:
+        message = message_of(TypeError, function, **arguments(xp, rng, SHAPE), momentum=None)
+        assert re.search(r"momentum to be a float \(got None\): layers count their batches.* 1 / n ", message)
+
+
+NO_FLAGS = {
+    "text": "no",
+    "0": 0,
+    "1": 1,
+    "None": None,
+    "list": [],
+    "array": np.array(True),
+    "arrays": np.array([True, False]),
+}
+
+
+@pytest.mark.parametrize("value", NO_FLAGS.values(), ids=NO_FLAGS)
+def test_flags(xp, device, rng, value):
+    kwargs = arguments(xp, rng, SHAPE)
+    end = f"to be a bool (got {show(value)})"
+    for function in FUNCTIONS:
+        for mode in (True, False):  # calls like these that are checked before
+            function(**kwargs, training=mode)
+        assert message_of(TypeError, function, **kwargs, training=value) == f"expected training {end}"
+    for name in ("affine", "bias", "track_running_stats"):
+        assert message_of(TypeError, BatchNorm1d, 3, device=device, **{name: value}) == f"expected {name} {end}"
+    for name in ("training", "track_running_stats"):
+        for options in ({}, {"affine": False, "track_running_stats": False}):
+            layer = BatchNorm1d(3, device=device, **options)
+            before = bits(*layer.state_dict().values())
+            setattr(layer, name, value)
+            for call in layer, layer.vjp:
+                assert message_of(TypeError, call, kwargs["input"]) == f"expected {name} {end}"
+            assert bits(*layer.state_dict().values()) == before
+    layer = BatchNorm1d(3, device=device).eval()
+    assert message_of(ValueError, layer.train, value) == f"expected mode {end}"
+    assert layer.training is False
+    assert message_of(TypeError, layer.load_state_dict, {}, value) == (
+        f"expected strict {end}" + ("; did you mean prefix='no'?" if isinstance(value, str) else "")
+    )
+
+
+def test_flags_of_numpy(xp, device, rng):
+    kwargs = arguments(xp, rng, SHAPE)
+    for flag in (True, False):
+        for function in F.batch_norm, lambda **kwargs: F.batch_norm_vjp(**kwargs)[0]:
+            results = [function(**kwargs, training=value) for value in (flag, np.bool_(flag))]
+            if not flag:
+                assert bits(results[0]) == bits(results[1])
+        layer = BatchNorm1d(3, device=device, affine=np.bool_(flag), track_running_stats=np.bool_(flag))
+        assert layer.train(np.bool_(flag)).training is flag
+        assert list(layer.state_dict()) == list(BatchNorm1d(3, affine=flag, track_running_stats=flag).state_dict())
+        layer.training = np.bool_(flag)
+        assert layer(kwargs["input"]).shape == SHAPE
+
+
+@pytest.mark.parametrize("activation", [["relu"], np.array(["relu"]), np.array("relu"), {"relu"}, b"relu"], ids=repr)
+def test_activations_that_read_like_one(xp, device, rng, activation):
+    message = f"unknown activation {show(activation)}: expected one of None, 'relu'"
+    for training in (True, False):
+        kwargs = arguments(xp, rng, SHAPE) | {"training": training}
+        F.batch_norm(**kwargs, activation="relu")
+        for function in FUNCTIONS:
+            assert message_of(ValueError, function, **kwargs, activation=activation) == message
+    assert message_of(ValueError, BatchNorm1d, 3, activation=activation, device=device) == message
+    layer = BatchNorm1d(3, device=device)
+    layer.activation = activation
+    assert message_of(ValueError, layer, kwargs["input"]) == message
+
+
+def test_texts_of_numpy_name_activations(xp, rng):
+    kwargs = arguments(xp, rng, SHAPE)
+    assert bits(F.batch_norm(**kwargs, activation=np.str_("relu"))) == bits(F.batch_norm(**kwargs, activation="relu"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Names of dtypes and devices
+
+
+@pytest.mark.parametrize(
+    ("dtype", "end"),
+    [
+        ("int8", "(got int8)"),
+        ("bf16", "(got 'bf16')"),
+        ("f4,", "(got void32)"),
+        (3, "(got 3)"),
+        ({"names": 3}, "(got {'names': 3})"),
+    ],
+    ids=str,
+)
+def test_dtype_of_a_layer(device, dtype, end):
+    message = message_of(TypeError, BatchNorm1d, 3, device=device, dtype=dtype)
+    assert message == f"expected dtype to be one of float16, bfloat16, float32, float64 {end}"
+
+
+def test_dtype_of_torch(device):
+    torch = pytest.importorskip("torch")
+    for name in "float16", "bfloat16", "float32", "float64":
+        message = message_of(TypeError, BatchNorm1d, 3, device=device, dtype=getattr(torch, name))
+        assert message.endswith(f"(got torch.{name}); did you mean dtype={name!r}?")
+    assert message_of(TypeError, BatchNorm1d, 3, device=device, dtype=torch.int8).endswith("(got torch.int8)")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The environment
+
+
+@pytest.mark.parametrize("text", ["garbage", "", " ", "1e3", "0", "-1", "2.0", "+2", "1_0", "0x2", "٣", "9" * 10])
+@pytest.mark.parametrize("shape", [(2, 3), (64, 3, 80, 80)], ids=str)
+def test_number_of_threads(monkeypatch, text, shape):
+    """A text that is none is an error at the first call, whatever its size, and moves nothing."""
+    x = np.ones(shape, np.float32)
+    layer = BatchNorm1d(3, device="cpu") if len(shape) == 2 else BatchNorm2d(3, device="cpu")
+    _, vjp_fn = layer.eval().vjp(x)
+    before = bits(*layer.state_dict().values())
+    monkeypatch.setenv("CUPYBN_NUM_THREADS", text)
+    message = f"expected CUPYBN_NUM_THREADS to be a number of threads, 1 or more (got {text!r}): unset it to use all "
+    for call in layer, layer.train(), layer.vjp, F.moments, vjp_fn:
+        assert message_of(ValueError, call, x).startswith(message)
+        assert bits(*layer.state_dict().values()) == before
+    monkeypatch.setenv("CUPYBN_NUM_THREADS", "2")
+    layer(x)
+    assert layer.num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("text", ["1", "2", " 3 ", "007", "100000"])
+def test_numbers_of_threads(monkeypatch, text):
+    monkeypatch.setenv("CUPYBN_NUM_THREADS", text)
+    assert _tiles.num_threads() == int(text)
+
+
+def test_show():
+    assert show("x" * 100) == "str"
+    assert show([np.ones(2)]) == "list"
+    assert show((1, "a", None)) == "(1, 'a', None)"
+    assert show(a_tensor()) == "Tensor"

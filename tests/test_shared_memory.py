@@ -1,0 +1,193 @@
+"""Arrays of a call that share memory: results are those of the values that they all had when the call began."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+import cupybn
+import cupybn.functional as F
+from cupybn import _overlap
+from tests.reference import bits, to_numpy
+
+C = 5
+SHAPES = {"channels first": (4, C, 6), "channels last": (24, C)}
+VECTORS = ("weight", "bias", "running_mean", "running_var")
+TENSORS = ("input", "residual", "out")
+OVERLAPS = {  # two vectors in memory of 2 C elements
+    "the same array": lambda memory: (first := memory[:C], first),
+    "another view": lambda memory: (memory[:C], memory[:C]),
+    "shifted": lambda memory: (memory[:C], memory[2 : 2 + C]),
+    "reversed": lambda memory: (memory[:C], memory[C - 1 :: -1]),
+    "strided": lambda memory: (memory[:C], memory[: 2 * C : 2]),
+}
+
+
+@pytest.fixture
+def xp(way):
+    return way
+
+
+@pytest.fixture
+def device(way):
+    return "cpu" if way is np else "cuda:0"
+
+
+def arguments(xp, rng, shape):
+    """All arrays of a call, none of which shares memory."""
+
+    def draw(size):
+        return xp.asarray(rng.uniform(0.5, 2, size).astype(np.float32))
+
+    return {name: draw(C) for name in VECTORS} | {name: draw(shape) for name in TENSORS}
+
+
+def separate(given):
+    """The same values in memory of their own."""
+    return {name: array.copy() for name, array in given.items()}
+
+
+def call(given, dy, training, with_out):
+    """The bits of all results, and then those of the arrays that the call writes to."""
+    options = {"residual": given["residual"], "activation": "relu"}
+    vectors = (given["running_mean"], given["running_var"], given["weight"], given["bias"], training, 0.5)
+    if with_out:
+        y = F.batch_norm(given["input"], *vectors, **options, out=given["out"])
+        return bits(y)
+    y, vjp_fn = F.batch_norm_vjp(given["input"], *vectors, **options)
+    return bits(y, *vjp_fn(dy))
+
+
+def check(given, dy, training, with_out, tangled):
+    """As with separate arrays; buffers that share memory with what is only read move as they do there."""
+    alone = separate(given)
+    expected = call(alone, dy, training, with_out)
+    assert call(given, dy, training, with_out) == expected
+    written = {"running_mean", "running_var"} | ({"out"} if with_out else set())
+    for name in written:
+        if name not in tangled or not (written - {name}) & set(tangled):
+            assert bits(given[name]) == bits(alone[name]), name
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("overlap", OVERLAPS.values(), ids=OVERLAPS)
+@pytest.mark.parametrize("pair", list(itertools.combinations(VECTORS, 2)), ids="-".join)
+def test_two_vectors(xp, rng, pair, overlap, shape):
+    dy = xp.asarray(rng.standard_normal(shape).astype(np.float32))
+    for training, with_out in itertools.product((True, False), repeat=2):
+        given = arguments(xp, rng, shape)
+        memory = xp.asarray(rng.uniform(0.5, 2, 2 * C).astype(np.float32))
+        given |= dict(zip(pair, overlap(memory), strict=True))
+        check(given, dy, training, with_out, pair)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("vector", VECTORS)
+@pytest.mark.parametrize("tensor", TENSORS)
+def test_a_vector_in_a_tensor(xp, rng, tensor, vector, shape):
+    """Along the channels of one sample, and along neighbours in memory."""
+    dy = xp.asarray(rng.standard_normal(shape).astype(np.float32))
+    for training in True, False:
+        for find in (lambda a: a.reshape(-1)[3 : 3 + C], lambda a: a[(1, slice(None), *[2] * (a.ndim - 2))]):
+            given = arguments(xp, rng, shape)
+            given[vector] = find(given[tensor])
+            check(given, dy, training, tensor == "out", (tensor, vector))
+
+
+def test_in_place_with_a_vector_in_the_input(xp, rng):
+    for name, training in itertools.product(VECTORS, (True, False)):
+        given = arguments(xp, rng, (4, C, 6))
+        given["out"] = given["input"]
+        given[name] = given["input"][2, :, 1]
+        alone = separate(given)
+        alone["out"] = alone["input"]
+        expected = call(alone, None, training, True)
+        assert call(given, None, training, True) == expected
+
+
+@pytest.mark.parametrize("momentum", [0.5, None])
+def test_layers_with_one_array_in_two_roles(xp, device, rng, momentum):
+    x = xp.asarray(rng.standard_normal((30, C)).astype(np.float32))
+    for one, other in itertools.permutations(VECTORS, 2):
+        layer, expected = (cupybn.BatchNorm1d(C, momentum=momentum, device=device) for _ in range(2))
+        for name in VECTORS:
+            getattr(layer, name)[...] = xp.asarray(rng.uniform(0.5, 2, C).astype(np.float32))
+        expected.load_state_dict(layer.state_dict() | {one: layer.state_dict()[other]})
+        setattr(layer, one, getattr(layer, other))
+        for _ in range(2):
+            for name in VECTORS:
+                getattr(expected, name)[...] = getattr(layer, name)
+            y, vjp_fn = layer.vjp(x)
+            wanted, wanted_vjp_fn = expected.vjp(x)
+            assert bits(y, *vjp_fn(x)[:3]) == bits(wanted, *wanted_vjp_fn(x)[:3]), (one, other)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_what_other_calls_move_does_not_change_the_way_back(xp, rng, name, training):
+    x = xp.asarray(rng.standard_normal((30, C)).astype(np.float32))
+    given = arguments(xp, rng, x.shape)
+    given[name] = given["running_var"]
+    vectors = [given[key] for key in ("running_mean", "running_var", "weight", "bias")]
+    with cupybn.no_stats_update():
+        _, vjp_fn = F.batch_norm_vjp(x, *vectors, training, activation="relu")
+    before = bits(*vjp_fn(x)[:3])
+    F.batch_norm(x * 9, *vectors, True)
+    assert bits(*vjp_fn(x)[:3]) == before
+
+
+def test_columns_of_one_array_are_no_overlap(xp, rng):
+    """No element in common: nothing is copied, and ``vjp_fn`` still holds the weight by reference."""
+    x = xp.asarray(rng.standard_normal((30, C)).astype(np.float32))
+    table = xp.asarray(rng.uniform(0.5, 2, (C, 4)).astype(np.float32))
+    alone = table.copy()
+    mean, var, weight, bias = (table[:, i] for i in range(4))
+    y, vjp_fn = F.batch_norm_vjp(x, mean, var, weight, bias, True)
+    columns = [alone[:, i].copy() for i in range(4)]
+    assert bits(y) == bits(F.batch_norm(x, *columns, True))
+    assert bits(mean, var) == bits(*columns[:2])
+    before = to_numpy(vjp_fn(x).input).copy()
+    weight *= 2
+    np.testing.assert_allclose(to_numpy(vjp_fn(x).input), 2 * before, rtol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What counts as an overlap
+
+
+def test_overlapping(xp):
+    memory = xp.zeros(40)
+    grid = memory[:36].reshape(6, 6)
+    arrays = {"all": memory, "begin": memory[:10], "end": memory[10:], "even": memory[::2], "odd": memory[1::2]}
+    arrays |= {"row": grid[2], "column": grid[:, 2], "reversed": memory[9::-1], "elsewhere": xp.zeros(40)}
+    arrays |= {"bytes": memory.view(np.uint8)[12:20], "empty": memory[:0], "empty rows": grid[:, :0]}
+    expected = {
+        *(("all", name) for name in ("begin", "end", "even", "odd", "row", "column", "reversed", "bytes")),
+        *(("begin", name) for name in ("even", "odd", "column", "reversed", "bytes")),
+        *(("end", name) for name in ("even", "odd", "row", "column")),
+        *(("even", name) for name in ("row", "column", "reversed", "bytes")),
+        *(("odd", name) for name in ("row", "reversed", "bytes")),
+        *(("row", "column"), ("column", "reversed"), ("column", "bytes"), ("reversed", "bytes")),
+    }
+    for one, other in itertools.permutations(arrays, 2):
+        found = _overlap.overlapping({one: arrays[one]}, {other: arrays[other]})
+        assert bool(found) == ((one, other) in expected or (other, one) in expected), (one, other)
+
+
+def test_overlapping_names_what_overlaps_with_other_names(xp):
+    a, b = xp.zeros(3), xp.zeros(3)
+    assert _overlap.overlapping({"a": a, "b": b}, {"a": a, "b": b}) == []
+    assert _overlap.overlapping({"a": a, "b": b, "c": a[1:]}, {"a": a}) == ["c"]
+    assert _overlap.overlapping({"a": a, "b": b}, {}) == []
+
+
+def test_arrays_too_intricate_to_decide_count_as_overlapping(xp):
+    """Strides like these make the search for a common element a hard problem."""
+    strides = [8 * s for s in (3, 5, 7, 11, 13, 17, 19, 23)]
+    shape = (7,) * len(strides)
+    memory = xp.zeros(sum(s * 6 for s in (3, 5, 7, 11, 13, 17, 19, 23)) + 2)
+    one = xp.lib.stride_tricks.as_strided(memory, shape, strides)
+    other = xp.lib.stride_tricks.as_strided(memory[1:], shape, strides)
+    assert _overlap.overlapping({"one": one}, {"other": other}) == ["one"]
