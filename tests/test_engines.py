@@ -46,7 +46,8 @@ def lag(monkeypatch):
     on_time = cupy.ndarray.set
 
     def late(array, host):
-        cupy.cuda.get_current_stream().late.append(lambda: on_time(array, host))
+        stream: Stream = cupy.cuda.get_current_stream()
+        stream.late.append(lambda: on_time(array, host))
 
     monkeypatch.setattr(cupy.ndarray, "set", late)
 

@@ -131,6 +131,8 @@ class Uses(ast.NodeVisitor):
 
     def visit_Call(self, node: ast.Call) -> None:
         path = self.resolve(node.func)
+        if path and is_cupy(path) and isinstance(node.func, ast.Name) and node.func.id[0].islower():
+            path += ".__call__" * path.rpartition(".")[2][0].isupper()  # of an object, not of its class
         if path and is_cupy(path):
             self.found.append((path, node.lineno, node))
             self.visit(node.func.value if isinstance(node.func, ast.Attribute) else node.func)
