@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 
@@ -14,6 +14,9 @@ from cupybn._engines import engine_for
 from cupybn._group import Group
 from cupybn.batchnorm import BatchNorm1d, BatchNorm2d, BatchNorm3d, _BatchNorm
 from cupybn.functional import BatchNormGrads, VjpFn
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Array = Any  # numpy.ndarray or cupy.ndarray
 
@@ -136,7 +139,7 @@ class SyncBatchNorm(_BatchNorm):
         self._connect(comm, timeout)
 
     @classmethod
-    def from_batchnorm(cls, layer: _BatchNorm, comm: Any = None, timeout: float | None = TIMEOUT) -> SyncBatchNorm:
+    def from_batchnorm(cls, layer: _BatchNorm, comm: Any = None, timeout: float | None = TIMEOUT) -> Self:
         """A synchronized layer that shares the arrays of another one, and has its modes and settings.
 
         A layer that takes its features from the first input has no arrays to share before that.

@@ -32,7 +32,7 @@ def mpiexec():
     """Of the MPI that is installed beside Python, or of the system."""
     pytest.importorskip("mpi4py")
     beside = shutil.which("mpiexec", path=str(Path(sys.executable).parent))
-    return beside or shutil.which("mpiexec") or pytest.skip("no mpiexec: pip install 'cupybn[mpi]'")
+    return beside or shutil.which("mpiexec") or pytest.skip("no mpiexec: pip install '.[mpi]'")
 
 
 def start(ranks, *arguments):
