@@ -6,6 +6,7 @@ Addresses are compared: nothing on a device is read. All arrays are of one kind.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -56,24 +57,23 @@ def overlapping(arrays: Mapping[str, Array], others: Mapping[str, Array]) -> lis
 
 
 def _common_element(a: Array, b: Array) -> bool:
+    if kind(a) == "cupy":
+        if not may_overlap([a, b], [Extent.of(a), Extent.of(b)]):
+            return False
+        a, b = _on_host(a), _on_host(b)
     try:
-        return np.shares_memory(_on_host(a), _on_host(b), max_work=MOST_WORK)  # type: ignore[arg-type]
+        return np.shares_memory(a, b, max_work=MOST_WORK)  # type: ignore[arg-type]
     except np.exceptions.TooHardError:
         return True
 
 
 def _on_host(array: Array) -> Array:
-    """The array, or one of NumPy at the same addresses, which cannot be read."""
-    if kind(array) == "numpy":
-        return array
-
-    class Memory:
-        __array_interface__ = {  # noqa: RUF012 - as NumPy wants it
-            "version": 3,
-            "data": (array.data.ptr, True),
-            "shape": array.shape,
-            "strides": array.strides,
-            "typestr": f"|V{array.itemsize}",
-        }
-
-    return np.asarray(Memory())
+    """An array of NumPy at the addresses of one on a device: it cannot be read."""
+    interface = {
+        "version": 3,
+        "data": (array.data.ptr, True),
+        "shape": array.shape,
+        "strides": array.strides,
+        "typestr": f"|V{array.itemsize}",
+    }
+    return np.asarray(SimpleNamespace(__array_interface__=interface))
