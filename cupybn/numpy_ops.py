@@ -105,8 +105,9 @@ def _sample_mean(x: Array) -> Array:
     along_l = min(L, SAMPLES // along_n)
     spread_out = x[N // (2 * along_n) :: -(-N // along_n), :, L // (2 * along_l) :: -(-L // along_l)]
     sample = spread_out.transpose(0, 2, 1).reshape(-1, C).astype(np.float64)
-    first = sample[0]
-    mean: Array = first + (sample - first).mean(axis=0)
+    first = sample[0].copy()
+    sample -= first
+    mean: Array = first + sample.mean(axis=0)
     return mean
 
 
