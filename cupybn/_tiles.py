@@ -48,6 +48,12 @@ LINE = 1 << 9
 """Neighbours that may be added in float32, where NumPy and BLAS add in several lanes at once."""
 
 
+PIECE = 1 << 9
+"""Elements of a channel that are gathered at a time."""
+GATHERED = 1 << 14
+"""Elements of all channels that are gathered at a time, if there are as many channels."""
+
+
 class Tile(NamedTuple):
     """The ranges of a tile along N, C and L."""
 
@@ -206,6 +212,21 @@ def tile_sums(
         for total, part in zip(totals, sums, strict=True):
             total[tile.c] += part
     return totals
+
+
+def gather(channels: Array, arrays: Sequence[Array | None]) -> Iterator[tuple[slice, list[Any]]]:
+    """Copies of some channels of (N, C, L) arrays, piece by piece: which channels of the list, and (channels, values).
+
+    The pieces of a channel are the same whichever others are asked for, and so are the bits of sums along them.
+    """
+    first = arrays[0]
+    assert first is not None
+    N, _, L = first.shape
+    rows, positions = min(N, max(1, PIECE // L)), min(L, PIECE)
+    for some in split(len(channels), max(1, GATHERED // (rows * positions))):
+        for n, l in itertools.product(split(N, rows), split(L, positions)):  # noqa: E741
+            pieces = [None if a is None else a[n, channels[some], l].swapaxes(0, 1) for a in arrays]
+            yield some, [None if a is None else a.reshape(len(a), -1) for a in pieces]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from cupybn._devices import write_at_once
 from cupybn._dtypes import accumulation_dtype
 from cupybn._moments import Moments, Statistics, Sums
-from cupybn._tiles import tile_map, tile_sums
+from cupybn._tiles import gather, tile_map, tile_sums
 
 Array = npt.NDArray[Any]
 Terms = list[tuple[Array, ...]]
@@ -61,13 +61,10 @@ def bn_stats(x: Array, num_batches_tracked: Array | None = None, scratch: Array 
     center = _sample_mean(x)
     mean, m2 = _moments_about(center, x, dtype, scratch)
     held = (m2 / count > 1e4 * np.finfo(dtype).tiny) & (m2 < np.inf)
-    for channels in _runs(m2 == 0):
-        held[channels] = _constant(x[:, channels], center[channels], dtype)
-    trusted = held & ((mean - center) ** 2 <= m2 / count)
-    for channels in _runs(~trusted):
-        pivot = x[0, channels, 0].astype(np.float64)
-        about, _ = _moments_about(pivot, x[:, channels], np.float64)
-        mean[channels], m2[channels] = _moments_about(about, x[:, channels], np.float64)
+    if (m2 == 0).any():
+        held |= (m2 == 0) & _constant(x, center, dtype)
+    doubtful = np.flatnonzero(~(held & ((mean - center) ** 2 <= m2 / count)))
+    mean[doubtful], m2[doubtful] = _moments_in_float64(x, doubtful)
     batches = None if num_batches_tracked is None else num_batches_tracked.copy()
     return Moments(np.array([float(count)]), mean[None], m2[None], batches)
 
@@ -134,6 +131,21 @@ def _constant(x: Array, center: Array, dtype: npt.DTypeLike) -> Array:
     (differing,) = tile_sums(core, [x], [center.astype(dtype)], True, 1)
     constant: Array = differing == 0
     return constant
+
+
+def _moments_in_float64(x: Array, channels: Array) -> tuple[Array, Array]:
+    """Mean and m2 of these channels, about their first value and then about the mean."""
+    count = x.shape[0] * x.shape[2]
+    mean, m2 = x[0, channels, 0].astype(np.float64), np.empty(len(channels))
+    for _ in range(2):
+        sum_d, sum_dd = np.zeros((2, len(channels)))
+        for some, (values,) in gather(channels, [x]):
+            d = values.astype(np.float64) - mean[some, None]
+            sum_d[some] += d.sum(axis=1)
+            sum_dd[some] += np.vecdot(d, d)
+        mean += sum_d / count
+        m2 = np.maximum(sum_dd - sum_d**2 / count, 0)
+    return mean, m2
 
 
 @_quiet
@@ -305,26 +317,52 @@ def bn_backward_reduce(
     """
     affine = _affine(x.dtype, statistics, eps, weight, bias)
 
-    def core(column: Column, dy: Array, x: Array, mask: Array | None, scratch: Array | None, *affine: Array) -> Terms:
-        dy = _passed(dy, x, mask, column, affine, activation)
-        d = np.subtract(x, column(affine[0]), out=scratch, dtype=affine[0].dtype)
-        return [(dy,), (dy, d)]
+    usable = _usable(scratch, affine.dtype)
+    factors = [v.astype(affine.dtype) for v in (affine.center, affine.scale, affine.shift)]
+    temporaries = usable is None or activation is not None
 
-    def sums(channels: slice, dtype: npt.DTypeLike) -> list[Array]:
-        usable = _usable(scratch, dtype)
-        arrays = [None if a is None else a[:, channels] for a in (dy, x, mask, usable)]
-        vectors = [v[channels].astype(dtype) for v in (affine.center, affine.scale, affine.shift)]
-        return tile_sums(core, arrays, vectors, usable is None or activation is not None, 2)
+    def products(column: Column, dy: Array, x: Array, mask: Array | None, usable: Array | None, *f: Array) -> Terms:
+        g = _passed(dy, x, mask, column, f, activation)
+        return [(g,), (g, np.subtract(x, column(f[0]), out=usable, dtype=f[0].dtype))]
 
-    sum_dy, sum_dy_d = sums(slice(0, x.shape[1]), affine.dtype)
+    def some(column: Column, dy: Array, x: Array, mask: Array | None, usable: Array | None, *f: Array) -> Terms:
+        (g,), (_, d) = products(column, dy, x, mask, usable, *f)
+        return [((g != 0) & (d != 0),)]
+
+    arrays = [dy, x, mask, usable]
+    sum_dy, sum_dy_d = tile_sums(products, arrays, factors, temporaries, 2)
     if affine.dtype != np.float64:
         # Products too small for float32 are lost in part: that matters in sums that are no larger than this.
         least = x.shape[0] * x.shape[2] * np.finfo(affine.dtype).tiny / 8
         held = np.isfinite(sum_dy) & np.isfinite(sum_dy_d) & (np.abs(sum_dy_d) > least)
-        for channels in _runs(affine.wide | ~held):
-            sum_dy[channels], sum_dy_d[channels] = sums(channels, np.float64)
+        if (sum_dy_d == 0).any():  # as where nothing comes back, which is right
+            held |= (sum_dy_d == 0) & (tile_sums(some, arrays, factors, True, 1)[0] == 0)
+        for chosen, dtype in (affine.wide, np.float64), (~affine.wide & ~held, affine.dtype):
+            channels = np.flatnonzero(chosen)
+            sums = _gradient_sums_in_float64(dy, x, mask, affine, activation, channels, dtype)
+            sum_dy[channels], sum_dy_d[channels] = sums
     sum_dy_xhat = (sum_dy_d - affine.rest * sum_dy) * affine.rstd
     return Sums(sum_dy[None], sum_dy_xhat[None])
+
+
+def _gradient_sums_in_float64(
+    dy: Array,
+    x: Array,
+    mask: Array | None,
+    affine: _Affine,
+    activation: str | None,
+    channels: Array,
+    dtype: npt.DTypeLike,
+) -> tuple[Array, Array]:
+    """sum(dy) and sum(dy * (x - center)) of these channels; the dtype is that in which ReLU decides."""
+    sum_dy, sum_dy_d = np.zeros((2, len(channels)))
+    factors = [v[channels].astype(dtype) for v in (affine.center, affine.scale, affine.shift)]
+    for some, (g, values, passed) in gather(channels, [dy, x, mask]):
+        g = _passed(g, values, passed, lambda v: v[:, None], [v[some] for v in factors], activation)
+        g, d = g.astype(np.float64), values.astype(np.float64) - affine.center[channels[some], None]
+        sum_dy[some] += g.sum(axis=1)
+        sum_dy_d[some] += np.vecdot(g, d)
+    return sum_dy, sum_dy_d
 
 
 @_quiet
