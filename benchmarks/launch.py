@@ -22,10 +22,10 @@ CALLS, ROUNDS = 2000, 9
 
 
 _addresses = itertools.count(1 << 40, 1 << 32)
-"""Of arrays: none overlaps another one."""
+"""Addresses of arrays: none overlaps another one."""
 
 
-class Array:
+class ndarray:  # noqa: N801 - as CuPy calls it
     """As much of a CuPy array as a launch looks at."""
 
     __module__ = "cupy"
@@ -40,11 +40,11 @@ class Array:
         self.data = types.SimpleNamespace(ptr=next(_addresses), device_id=0)
         self.device = types.SimpleNamespace(id=0)
 
-    def transpose(self, *_: Any) -> Array:
+    def transpose(self, *_: Any) -> ndarray:
         """Itself: the examples below are contiguous."""
         return self
 
-    def reshape(self, shape: tuple[int, ...]) -> Array:
+    def reshape(self, shape: tuple[int, ...]) -> ndarray:
         """Itself in another shape."""
         return self if shape == self.shape else sys.modules["cupy"].empty(shape, self.dtype)
 
@@ -62,7 +62,7 @@ class RawKernel:
 def pretend_cupy() -> None:
     """Put a module into the place of CuPy."""
     cupy: Any = types.ModuleType("cupy")
-    cupy.empty = functools.cache(Array)  # one for all of a shape: what CuPy takes to make one is not to be counted
+    cupy.empty = functools.cache(ndarray)  # one for all of a shape: what CuPy takes to make one is not to be counted
     runtime = types.SimpleNamespace(getDevice=lambda: 0, deviceGetAttribute=lambda attribute, _: attribute)
     runtime.cudaDevAttrMultiProcessorCount = 132  # attributes are their own numbers here
     runtime.cudaDevAttrMaxSharedMemoryPerBlockOptin = 227 << 10
@@ -77,8 +77,8 @@ def main() -> None:
     pretend_cupy()
     from cupybn import _kernels, cupy_ops, functional
 
-    x, vectors, counter = Array((32, 64, 56, 56), "f4"), [Array((64,), "f4") for _ in range(4)], Array((), "i8")
-    flat, y = Array((32, 64, 3136), "f4"), Array((32, 64, 3136), "f4")
+    x, vectors, counter = ndarray((32, 64, 56, 56), "f4"), [ndarray((64,), "f4") for _ in range(4)], ndarray((), "i8")
+    flat, y = ndarray((32, 64, 3136), "f4"), ndarray((32, 64, 3136), "f4")
     moments = cupy_ops.bn_stats(flat, counter)
     mean, var, weight, bias = vectors
     launches = []

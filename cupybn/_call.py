@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from cupybn import _checks
-from cupybn._devices import copied, is_derived, kind, plain
+from cupybn._devices import copied, is_derived, plain
 from cupybn._group import Group
 from cupybn._layout import Layout
 from cupybn._overlap import Extent, may_overlap, overlapping
 from cupybn._tracking import updates_stats
 
 Array = Any  # numpy.ndarray or cupy.ndarray
+
+
+Idle = tuple[Any, ...]
 
 
 class Call(NamedTuple):
@@ -34,9 +37,11 @@ class Call(NamedTuple):
     channel_axis: int
     num_batches_tracked: Array | None = None
     layer_device: str | None = None
-    """Of the layer that is called; None for the functions."""
+    """Device of the layer that is called; None for the functions."""
     group: Group | None = None
     """The ranks that the batch is spread over, in training."""
+    idle: Idle = ()
+    """The layer's buffers, where this call does not use them."""
 
     def checked(self, out: Array | None = None) -> Checked:
         """What is to be known of the arguments, if all is well.
@@ -53,7 +58,8 @@ class Call(NamedTuple):
         checked = _checked.get(key)
         if checked is None:
             layout = Layout.of(self.input, self.check(out))
-            checked = Checked(layout, [Extent.of(array) for array in self._arrays()])
+            arrays = self._named((*READ, *self._buffers())) | ({} if out is None else {"out": out})
+            checked = Checked(layout, {name: Extent.of(array) for name, array in arrays.items()})
             if key is not None:
                 if len(_checked) >= MOST_CHECKED:
                     _checked.clear()
@@ -151,66 +157,66 @@ class Call(NamedTuple):
         return self.training and self.running_mean is not None and updates_stats()
 
     def running(self) -> Running:
-        """What `bn_normalize` gets of the running statistics: nothing in training that does not move them."""
+        """What `bn_normalize` gets of the running statistics: no arrays in training that does not move them.
+
+        The momentum stays: what depends on it, the choice of launches, is the same with and without an update.
+        """
         if self.training and not self.updates_running():
-            return Running(None, None, None, None)
+            return Running(None, None, 0.0 if self.running_mean is None else self.momentum, None)
         counter = self.num_batches_tracked if self.training else None
         return Running(self.running_mean, self.running_var, self.momentum, counter)
 
-    def _arrays(self) -> list[Array]:
-        """The arrays that a call reads or moves."""
-        counter = self.num_batches_tracked if self.updates_running() else None
-        arrays = (
-            self.input,
-            self.residual,
-            self.weight,
-            self.bias,
-            self.running_mean,
-            self.running_var,
-            counter,
-        )
-        return [array for array in arrays if array is not None]
+    def _named(self, names: Iterable[str]) -> dict[str, Array]:
+        """Those of these arrays that there are, by name."""
+        return {name: array for name in names if (array := getattr(self, name)) is not None}
+
+    def _buffers(self) -> tuple[str, ...]:
+        """The names of the buffers; the counter is one where it moves."""
+        return BUFFERS if self.updates_running() else BUFFERS[:2]
 
     def apart(self, checked: Checked, for_vjp: bool) -> tuple[Call, Written]:
         """The same call where nothing that it moves is read later, and what is to be written when all else is done.
 
         Arrays may share memory, as a weight that is also the running variance: what is read is a copy where it does.
         The way back reads after buffers have moved, be it in another call. Buffers that share memory with each other
-        are moved as copies; so are all on NumPy, where an interrupt may come in the middle of a step.
+        are moved as copies.
         """
         moves = self.updates_running()
-        if self.running_mean is None or not (moves or for_vjp):
+        if not (moves or for_vjp):
             return self, []
-        on_host, may_share = kind(self.input) == "numpy", may_overlap(self._arrays(), checked.extents)
-        if not (may_share or (on_host and moves)):
+        names = self._buffers()
+        arrays = self._named((*READ, *names))
+        shared = overlapping(arrays, self._named(names)) if may_overlap(arrays, checked.extents) else []
+        if for_vjp and self.idle:
+            shared += overlapping(self._named(READ), dict(enumerate(self.idle)))
+        if not shared:
             return self, []
-        buffers = self._named("running_mean", "running_var", *(["num_batches_tracked"] if moves else []))
-        read = self._named("input", "residual", "weight", "bias")
-        shared = overlapping(read | buffers, buffers) if may_share else []
+        layout = checked.layout
         copies = {
-            name: checked.layout.copy(array) if name in ("input", "residual") else copied(array)
-            for name, array in read.items()
-            if name in shared
+            name: layout.copy(arrays[name]) if name in ("input", "residual") else copied(arrays[name])
+            for name in shared
+            if name in READ or moves
         }
-        moved = {name: copied(array) for name, array in buffers.items() if moves and (on_host or name in shared)}
-        return self._replace(**copies, **moved), [(buffers[name], copy) for name, copy in moved.items()]
+        written = [(arrays[name], copies[name]) for name in names if name in copies]
+        return self._replace(**copies), written
 
-    def shares_with_vectors(self, out: Array) -> bool:
+    def shares_with_vectors(self, out: Array, checked: Checked) -> bool:
         """Whether an output has memory in common with a vector of this call."""
-        vectors = self._named("running_mean", "running_var", "weight", "bias")
-        return bool(overlapping({"out": out}, vectors))
+        vectors = self._named(("weight", "bias", *BUFFERS[:2]))
+        return may_overlap({"out": out} | vectors, checked.extents) and bool(overlapping({"out": out}, vectors))
 
-    def _named(self, *names: str) -> dict[str, Array]:
-        """Those of these arrays that there are, by name."""
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+READ = ("input", "residual", "weight", "bias")
+"""The arrays that a call only reads."""
+BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 class Checked(NamedTuple):
     """What is known of calls whose arguments fit together, and which are alike but for addresses and elements."""
 
     layout: Layout
-    extents: list[Extent]
-    """Those of the arrays that a call reads or moves."""
+    extents: dict[str, Extent]
+    """Those of the arrays that a call reads, moves or writes."""
 
 
 Written = list[tuple[Array, Array]]

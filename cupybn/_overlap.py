@@ -1,11 +1,11 @@
 """Which arrays of a call share memory: what is written to one of them changes the other one.
 
-Addresses are compared: nothing on a device is read. All arrays are of one kind.
+Addresses are compared: nothing on a device is read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -27,27 +27,34 @@ class Extent(NamedTuple):
 
     @classmethod
     def of(cls, array: Array) -> Extent:
-        """That of an array."""
+        """The extent of an array."""
         if array.size == 0:
             return cls(0, 0)
         steps = [(n - 1) * stride for n, stride in zip(array.shape, array.strides, strict=True)]
         return cls(sum(min(step, 0) for step in steps), sum(max(step, 0) for step in steps) + array.itemsize)
 
 
-def may_overlap(arrays: Sequence[Array], extents: Sequence[Extent]) -> bool:
-    """Whether any two arrays may have an element in common: an answer that costs little, for every call."""
-    if kind(arrays[0]) == "numpy":  # whose addresses are slow to get: no two arrays own the same memory
-        return len({id(array) for array in arrays if array.flags.owndata}) < len(arrays)
+def may_overlap(arrays: Mapping[str, Array], extents: Mapping[str, Extent]) -> bool:
+    """Whether any two of these arrays may have an element in common: an answer that costs little, for every call."""
+    if (
+        kind(next(iter(arrays.values()))) == "numpy"
+    ):  # whose addresses are slow to get: no two arrays own the same memory
+        return len({id(array) for array in arrays.values() if array.flags.owndata}) < len(arrays)
     reached = 0
-    addresses = [array.data.ptr for array in arrays]
-    for begin, end in sorted([(a + first, a + last) for a, (first, last) in zip(addresses, extents, strict=True)]):
+    for begin, end in sorted([_span(array, extents[name]) for name, array in arrays.items()]):
         if begin < reached:
             return True
         reached = end
     return False
 
 
-def overlapping(arrays: Mapping[str, Array], others: Mapping[str, Array]) -> list[str]:
+def _span(array: Array, extent: Extent) -> tuple[int, int]:
+    """The addresses where an array on a device begins and ends."""
+    address: int = array.data.ptr
+    return address + extent[0], address + extent[1]
+
+
+def overlapping(arrays: Mapping[str, Array], others: Mapping[Any, Array]) -> list[str]:
     """The names of the arrays that have an element in common with one of the others, if that has another name."""
     return [
         name
@@ -57,8 +64,11 @@ def overlapping(arrays: Mapping[str, Array], others: Mapping[str, Array]) -> lis
 
 
 def _common_element(a: Array, b: Array) -> bool:
+    if kind(a) != kind(b):
+        return False
     if kind(a) == "cupy":
-        if not may_overlap([a, b], [Extent.of(a), Extent.of(b)]):
+        (begin, end), (other_begin, other_end) = _span(a, Extent.of(a)), _span(b, Extent.of(b))
+        if end <= other_begin or other_end <= begin:
             return False
         a, b = _on_host(a), _on_host(b)
     try:

@@ -7,11 +7,14 @@ import threading
 from collections.abc import Iterator
 
 
-class _Depth(threading.local):
-    value = 0
+class _Inside(threading.local):
+    """The contexts that a thread is in: generators and tasks may leave them in another order."""
+
+    def __init__(self) -> None:
+        self.contexts: set[object] = set()
 
 
-_depth = _Depth()
+_inside = _Inside()
 
 
 @contextlib.contextmanager
@@ -31,14 +34,14 @@ def no_stats_update() -> Iterator[None]:
     >>> layer.running_mean, layer.num_batches_tracked
     (array([0., 0.], dtype=float32), array(0))
     """
-    outside = _depth.value
+    context = object()
     try:
-        _depth.value = outside + 1
+        _inside.contexts.add(context)
         yield
     finally:
-        _depth.value = outside
+        _inside.contexts.discard(context)
 
 
 def updates_stats() -> bool:
     """Whether running statistics move: False within `no_stats_update`."""
-    return _depth.value == 0
+    return not _inside.contexts

@@ -215,6 +215,7 @@ class _BatchNorm:
             self.channel_axis,
             self.num_batches_tracked,
             layer_device=self._device,
+            idle=() if uses_buffers or self.running_mean is None else (self.running_mean, self.running_var),
         )
 
     @contextlib.contextmanager

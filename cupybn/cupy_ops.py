@@ -164,8 +164,8 @@ def bn_forward(
     scratch: Array | None = None,
 ) -> Statistics | None:
     """See `numpy_ops.bn_forward`: one launch where a channel stays on chip, else two."""
-    moves_counter = momentum is None and running_mean is not None  # which all blocks would have to read before
-    plan = None if moves_counter else _choose_resident("bn_forward", x, out, residual, mask=mask)
+    # Without a momentum all blocks would have to read the counter before one of them moves it.
+    plan = None if momentum is None else _choose_resident("bn_forward", x, out, residual, mask=mask)
     if plan is not None:
         statistics = _empty_statistics(x) if keep else None
         plan.launch(

@@ -265,7 +265,7 @@ def _checked_forward(call: Call, checked: Checked, out: Array | None, for_vjp: b
     """The same for arguments that fit together, on the current device."""
     layout = checked.layout
     ops = ops_for(call)
-    in_place = out is not None and layout.matches(out) and not call.shares_with_vectors(out)
+    in_place = out is not None and layout.matches(out) and not call.shares_with_vectors(out, checked)
     call, written = call.apart(checked, for_vjp)
     input: Array = layout.conform(call.input)
     eps, training, has_residual = float(call.eps), call.training, call.residual is not None

@@ -69,6 +69,11 @@ DEVICE bool held_squares(double m2) {
     return sizeof(A) == 8 || (1e-28 < m2 && m2 < 1e36);
 }
 
+// Sums of dy * xhat are kept times this power of two: float32 loses fewer of the small products, and where it does not hold
+// large ones, float64 takes over.
+constexpr float PRODUCT_SCALE = 0x1p32f;
+DEVICE double unscaled(double sum) { return sum * 0x1p-32; }
+
 // Whether float32 held a sum.
 DEVICE bool held(float sum) { return -1e36f < sum && sum < 1e36f; }
 DEVICE bool held(double) { return true; }

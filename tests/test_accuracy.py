@@ -230,7 +230,9 @@ def test_nothing_overflows_on_the_way_in_eval(F, value, mean, var, weight, bias)
     np.testing.assert_allclose(y, exact, rtol=1e-6)
 
 
-@pytest.mark.parametrize(("std", "dy_size", "weight"), [(1e14, 1e-28, 1e12), (1e12, 1e20, 1e-30), (1e38, 1, 1e10)])
+@pytest.mark.parametrize(
+    ("std", "dy_size", "weight"), [(1e14, 1e-28, 1e12), (1e12, 1e20, 1e-30), (1e38, 1, 1e10), (1e10, 1e30, 1)]
+)
 def test_gradients_with_factors_that_float32_does_not_hold(F, layout, std, dy_size, weight, rng):
     axis = layout[1]
     x = fill(layout, lambda s: rng.uniform(-1.7, 1.7, s) * std)
@@ -266,7 +268,10 @@ def test_one_sum_alone_that_float32_does_not_hold(F, layout, xhat, dy_size, rng)
 
 @pytest.mark.parametrize(
     ("std", "dy_size", "eps"),
-    [(1e-30, 1e-9, 1e-70), (1e-20, 1e-20, 1e-42), (3e-20, 1, 1e-70), (1e-13, 1e-27, 1e-40), (1e-13, 1e-31, 1e-40)],
+    [
+        *((1e-30, 1e-9, 1e-70), (1e-20, 1e-20, 1e-42), (3e-20, 1, 1e-70)),
+        *((1e-13, 1e-27, 1e-40), (1e-13, 1e-31, 1e-40), (1e-13, 1e-27, EPS), (1e-6, 1e-33, EPS)),
+    ],
 )
 def test_gradients_of_tiny_values(F, layout, std, dy_size, eps, rng):
     """Products of what is tiny are not lost."""

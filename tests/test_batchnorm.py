@@ -548,6 +548,25 @@ def test_no_stats_update_ends_with_an_exception(xp, device, rng):
     assert layer.num_batches_tracked == 1
 
 
+def test_no_stats_update_in_contexts_that_end_in_another_order(xp, device):
+    """As those of generators and of tasks that one thread runs in turns."""
+    layer, x = cupybn.BatchNorm1d(3, device=device), xp.ones((4, 3), np.float32)
+
+    def generator():
+        with cupybn.no_stats_update():
+            yield
+
+    first, second = generator(), generator()
+    next(first)
+    next(second)
+    first.close()
+    layer(x)
+    assert int(layer.num_batches_tracked) == 0
+    second.close()
+    layer(x)
+    assert int(layer.num_batches_tracked) == 1
+
+
 def test_no_stats_update_holds_for_its_thread_alone(xp, device, rng):
     here, there = (BatchNorm1d(3, device=device) for _ in range(2))
     x = batch(xp, rng, (6, 3))

@@ -19,7 +19,7 @@ emulator = getattr(cp, "emulator", None)
 
 ARRAYS = tuple(name for name in Call._fields if "Array" in str(Call.__annotations__[name]))
 """The fields that are arrays."""
-NO_DIFFERENCE = {"momentum", "layer_device"}
+NO_DIFFERENCE = {"momentum", "layer_device", "idle"}
 """Fields of which no value is wrong here: one is checked before, the other one tells how to say what is wrong."""
 
 
@@ -89,6 +89,7 @@ ALTERNATIVES = {
     "channel_axis": [2, -3, 4, 1.0, None],
     "layer_device": ["cpu"],
     "group": [None, object()],
+    "idle": [(object(), object())],
 }
 """Of the fields that are no arrays. 1 + 0j and 1.0 are equal to the values that they stand for."""
 

@@ -7,6 +7,7 @@ import pytest
 
 import cupybn
 from cupybn import cupy_ops
+from tests.reference import bits
 
 cp = pytest.importorskip("cupy")
 emulator = getattr(cp, "emulator", None)
@@ -33,6 +34,21 @@ def test_two_launches_only_where_a_counter_decides(options, launches):
     with emulator.record() as made:
         layer(cp.ones((4, 3, 5), np.float32))
     assert [launch.name for launch in made] == ["bn_forward"]
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_the_same_launches_and_bits_without_an_update(momentum):
+    """So that a pass that only repeats another one, or warms up for a capture, compiles what is launched there."""
+    layer, x = (
+        cupybn.BatchNorm1d(3, momentum=momentum, device="cuda:0"),
+        cp.arange(60, dtype=np.float32).reshape(4, 3, 5),
+    )
+    with emulator.record() as without, cupybn.no_stats_update():
+        expected = layer(x)
+    with emulator.record() as made:
+        y = layer(x)
+    assert [launch.name for launch in made] == [launch.name for launch in without]
+    assert bits(y) == bits(expected)
 
 
 def test_packs_where_they_have_elements_of_two_rows_at_most():

@@ -138,6 +138,20 @@ def test_what_other_calls_move_does_not_change_the_way_back(xp, rng, name, train
     assert bits(*vjp_fn(x)[:3]) == before
 
 
+@pytest.mark.parametrize("role", ["weight", "bias"])
+def test_buffers_that_a_layer_does_not_use_at_first(xp, device, rng, role):
+    """Frozen statistics move later on: the way back of an earlier call does not change."""
+    x = xp.asarray(rng.standard_normal((30, C)).astype(np.float32))
+    layer = cupybn.BatchNorm1d(C, device=device, activation="relu")
+    setattr(layer, role, layer.running_var)
+    layer.track_running_stats = False
+    _, vjp_fn = layer.vjp(x)
+    before = bits(*vjp_fn(x)[:3])
+    layer.track_running_stats = True
+    layer(9 * x)
+    assert bits(*vjp_fn(x)[:3]) == before
+
+
 def test_columns_of_one_array_are_no_overlap(xp, rng):
     """No element in common: nothing is copied, and ``vjp_fn`` still holds the weight by reference."""
     x = xp.asarray(rng.standard_normal((30, C)).astype(np.float32))

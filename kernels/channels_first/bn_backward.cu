@@ -68,7 +68,7 @@ extern "C" __global__ void CLUSTER LAUNCH_BOUNDS bn_backward(
     block_sum(sums);
     cluster_sum(sums);
     if (threadIdx.x == 0) {
-        sums[1] -= channel.rest * channel.rstd * sums[0];
+        sums[1] = unscaled(sums[1]) - channel.rest * channel.rstd * sums[0];
         set_gradient(channel, sums[0], sums[1], inv_count);
         if (cluster_rank() == 0) {
             if (dbias) dbias.set(c, sums[0]);

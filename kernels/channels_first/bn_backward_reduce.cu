@@ -56,6 +56,6 @@ extern "C" __global__ void LAUNCH_BOUNDS bn_backward_reduce(
     block_sum(sums);
     if (threadIdx.x == 0) {
         sums_dy[part * C + c] = sums[0];
-        sums_dy_xhat[part * C + c] = sums[1] - channel.rest * channel.rstd * sums[0];
+        sums_dy_xhat[part * C + c] = unscaled(sums[1]) - channel.rest * channel.rstd * sums[0];
     }
 }

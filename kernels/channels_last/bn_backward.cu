@@ -16,8 +16,8 @@ DEVICE void stop(raw_t* shared_dy, const raw_t* shared_x, const Tile& tile, cons
     }
 }
 
-// The sums of dy and of dy * (x - center) * rstd of each channel of a thread, in the dtype of the arithmetic. Returns a bit
-// for each that it did not hold.
+// The sums of dy and of dy * (x - center) * rstd, which is kept scaled, of each channel of a thread, in the dtype of the
+// arithmetic. Returns a bit for each that it did not hold.
 DEVICE unsigned column_sums(const raw_t* shared_dy, const raw_t* shared_x, const Tile& tile, const Channel* channels,
                             double (&sums)[2][WIDTH]) {
 #pragma unroll
@@ -27,7 +27,7 @@ DEVICE unsigned column_sums(const raw_t* shared_dy, const raw_t* shared_x, const
 #pragma unroll
     for (int e = 0; e < WIDTH; e++) {
         center[e] = (acc_t)channels[e].center;
-        rstd[e] = (acc_t)channels[e].rstd;
+        rstd[e] = (acc_t)channels[e].rstd * PRODUCT_SCALE;
     }
     unsigned missed = 0;
     for (int row = tile.begin; row < tile.end;) {
@@ -60,7 +60,7 @@ DEVICE void column_sums(const raw_t* shared_dy, const raw_t* shared_x, const Til
     for (int row = tile.begin; row < tile.end; row += tile.step) {
         const double g = element(shared_dy[tile.place(row)], e), x = element(shared_x[tile.place(row)], e);
         sum_dy += g;
-        sum_dy_xhat += g * ((x - channel.center) * channel.rstd);
+        sum_dy_xhat += g * ((x - channel.center) * (channel.rstd * PRODUCT_SCALE));
     }
 }
 
@@ -113,7 +113,7 @@ extern "C" __global__ void CLUSTER LAUNCH_BOUNDS bn_backward(
     double sums[2];
     sum_tile(own, values, sums);
     if (q < own.lanes) {
-        sums[1] -= channels[q].rest * channels[q].rstd * sums[0];
+        sums[1] = unscaled(sums[1]) - channels[q].rest * channels[q].rstd * sums[0];
         set_gradient(channels[q], sums[0], sums[1], inv_count);
         if (cluster_rank() == 0) {
             if (dbias) dbias.set(c, sums[0]);

@@ -8,18 +8,19 @@
 
 constexpr int LOADS = WIDTH == 8 ? 2 : 4;  // in flight, of each array
 
-// Adds sum(dy) and sum(dy * (x - center) * rstd) of element e of the first `count` packs, unless the dtype of the arithmetic
-// does not hold them.
+// Adds sum(dy) and sum(dy * (x - center) * rstd), which is kept scaled, of element e of the first `count` packs, unless the
+// dtype of the arithmetic does not hold them.
 template <class A>
 DEVICE bool add_chunk(const raw_t (&dy)[LOADS], const raw_t (&x)[LOADS], const Passed (&passed)[LOADS], int count,
                       const Factors<A>& f, int e, double& total_dy, double& total_dy_xhat) {
+    const A rstd = f.rstd * PRODUCT_SCALE;
     A sum_dy = 0, sum_dy_xhat = 0;
 #pragma unroll
     for (int u = 0; u < LOADS; u++) {
         if (u >= count) continue;
         const A value = element(x[u], e), g = passed[u].at(e, value, f) ? element(dy[u], e) : 0;
         sum_dy += g;
-        sum_dy_xhat += g * ((value - f.center) * f.rstd);  // the product of both may be too small
+        sum_dy_xhat += g * ((value - f.center) * rstd);  // the product of both may be too small
     }
     if (!held(sum_dy) || !held(sum_dy_xhat)) return false;
     total_dy += sum_dy;
@@ -71,7 +72,7 @@ extern "C" __global__ void LAUNCH_BOUNDS bn_backward_reduce(
                     add_chunk(g, values, passed, 1, f, 0, sum_dy, sum_dy_xhat);
             }
             sums_dy[first + q] = sum_dy;
-            sums_dy_xhat[first + q] = sum_dy_xhat - channels[q].rest * channels[q].rstd * sum_dy;
+            sums_dy_xhat[first + q] = unscaled(sum_dy_xhat) - channels[q].rest * channels[q].rstd * sum_dy;
         }
         return;  // as do all threads of the block
     }
@@ -120,6 +121,6 @@ extern "C" __global__ void LAUNCH_BOUNDS bn_backward_reduce(
     all_dy_xhat = sum_down(at, all_dy_xhat);
     if (at.row == 0) {
         sums_dy[first + q] = all_dy;
-        sums_dy_xhat[first + q] = all_dy_xhat - channels[q].rest * channels[q].rstd * all_dy;
+        sums_dy_xhat[first + q] = unscaled(all_dy_xhat) - channels[q].rest * channels[q].rstd * all_dy;
     }
 }
