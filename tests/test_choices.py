@@ -35,10 +35,22 @@ def test_two_launches_only_where_a_counter_decides(options, launches):
     assert [launch.name for launch in made] == ["bn_forward"]
 
 
-def test_packs_where_they_have_elements_of_two_rows_at_most():
-    """Also of exactly one row each."""
-    for shape, packs in ((2, 3, 4), True), ((2, 3, 3), False), ((2, 3, 5), True), ((9, 4, 1), True), ((9, 6, 1), False):
-        x = cp.empty(shape, np.float32)
-        plan = cupy_ops._choose_resident("bn_forward", x)
-        assert f"-DVECTORIZED={int(packs)}" in plan.kernel.options
-        assert cupy_ops.empty_mask(x, x, x).dtype == (np.uint8 if packs else np.bool_)
+@pytest.mark.parametrize(
+    ("shape", "packs", "nbytes"),
+    [
+        ((2, 3, 4), True, 6),
+        ((2, 3, 3), False, 18),
+        ((2, 3, 5), True, 16),  # two for each pack: rows begin and end in the middle of one
+        ((9, 4, 1), True, 9),
+        ((9, 6, 1), False, 54),
+    ],
+    ids=str,
+)
+def test_packs_where_they_have_elements_of_two_rows_at_most(shape, packs, nbytes):
+    """Also of exactly one row each. The mask has no more bytes than it needs."""
+    x = cp.empty(shape, np.float32)
+    plan = cupy_ops._choose_resident("bn_forward", x)
+    assert f"-DVECTORIZED={int(packs)}" in plan.kernel.options
+    mask = cupy_ops.empty_mask(x, x, x)
+    assert mask.dtype == (np.uint8 if packs else np.bool_)
+    assert mask.nbytes == nbytes
