@@ -327,6 +327,13 @@ def test_strides_over_the_end_count_for_indices(shape, bits):
     assert f"-DINDEX_BITS={bits}" in plan.kernel.options
 
 
+@pytest.mark.parametrize(("channels", "bits"), [(2**26 + 1, 32), (2**28 + 1, 64)])
+def test_lanes_count_for_indices(channels, bits):
+    """Of channels that fill no pack there are eight lanes each, also where they have one value each."""
+    plan = cupy_ops._plan("bn_normalize", (1, channels, 1), np.dtype(np.float16), True, 132)
+    assert f"-DINDEX_BITS={bits}" in plan.kernel.options
+
+
 @only_emulated
 @VARIED
 @pytest.mark.usefixtures("streamed")
