@@ -166,9 +166,10 @@ def test_momentum_is_read_at_every_call(xp, device, rng):
     assert_close(layer.running_mean, expect({"input": x, "training": True}).mean, np.float32)
 
 
-def test_no_momentum_is_the_mean_over_batches(xp, device, rng):
-    layer = BatchNorm2d(3, momentum=None, device=device)
-    batches = [batch(xp, rng, (n, 3, 2, 2)) for n in (2, 9, 4, 1)]  # they count alike, whatever their size
+@pytest.mark.parametrize("rest", [(), (4,)], ids=["NC", "NCL"])
+def test_no_momentum_is_the_mean_over_batches(xp, device, rng, rest):
+    layer = BatchNorm1d(3, momentum=None, device=device)
+    batches = [batch(xp, rng, (n, 3, *rest)) for n in (2, 9, 4, 3)]  # they count alike, whatever their size
     means, variances = [], []
     for x in batches:
         layer(x)

@@ -585,7 +585,8 @@ def test_arrays_of_a_device_that_is_not_current(rng):
             on_device = cp.asarray(x)
         y, vjp_fn = layer.vjp(on_device)
         grads = vjp_fn(on_device)
-        assert {a.device.id for a in (y, *grads[:3], *layer.state_dict().values())} == {1}
+        moments = F.moments(on_device)
+        assert {a.device.id for a in (y, *grads[:3], *moments, *layer.state_dict().values())} == {1}
         assert cp.cuda.runtime.getDevice() == 0
         with cp.cuda.Device(1):
             assert bits(y) == bits(cupybn.BatchNorm2d(3, device="cuda:1")(on_device))
