@@ -289,6 +289,18 @@ def test_sums_of_many_parts(rng, shape):
     np.testing.assert_allclose(to_host(merged), mirrored, rtol=1e-12)
 
 
+def test_replicas_of_a_channel_get_the_same_bits(rng):
+    """Rows that are alike stay so: parts merge in the same order in a tile of four lanes and in the last one, of two."""
+    x = cp.asarray(np.broadcast_to(rng.standard_normal((1, 5, 1)), (8, 5, 1)).copy())
+    parts = Moments(*map(cp.asarray, (rng.integers(1, 9, 1000).astype(float), *rng.uniform(1, 2, (2, 1000, 5)))))
+    sums = Sums(*map(cp.asarray, rng.standard_normal((2, 1000, 5))))
+    out, dx, none = cp.empty_like(x), cp.empty_like(x), (None, None, None, None)
+    statistics = cupy_ops.bn_normalize(x, parts, EPS, *none, *none, out, None)
+    cupy_ops.bn_backward_input(x, x, statistics, EPS, *none, sums, 0.01, dx, None, None, None)
+    for result in out, dx:
+        assert bits(*result) == bits(result[0]) * len(result)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The same bits, whatever the index type, the device and the order of threads
 
