@@ -290,7 +290,7 @@ def test_sums_of_many_parts(rng, shape):
 
 
 def test_replicas_of_a_channel_get_the_same_bits(rng):
-    """Rows that are alike stay so: parts merge in the same order in a tile of four lanes and in the last one, of two."""
+    """Rows that are alike stay so: parts merge in one order, in a tile of four lanes as in the last one, of two."""
     x = cp.asarray(np.broadcast_to(rng.standard_normal((1, 5, 1)), (8, 5, 1)).copy())
     parts = Moments(*map(cp.asarray, (rng.integers(1, 9, 1000).astype(float), *rng.uniform(1, 2, (2, 1000, 5)))))
     sums = Sums(*map(cp.asarray, rng.standard_normal((2, 1000, 5))))
