@@ -301,6 +301,19 @@ def test_replicas_of_a_channel_get_the_same_bits(rng):
         assert bits(*result) == bits(result[0]) * len(result)
 
 
+@pytest.mark.parametrize("shape", [(64, 16, 34), (2048, 16, 1)], ids=str)
+@pytest.mark.parametrize("blocks", [8])
+def test_all_blocks_of_a_cluster_have_the_same_statistics_and_sums(rng, shape, blocks, on_chip):
+    """Elements that are alike stay so, whichever block keeps them."""
+    x = rng.choice(rng.standard_normal(4), shape)
+    y, vjp_fn = F.batch_norm_vjp(cp.asarray(x), None, None, training=True)
+    dx = vjp_fn(cp.asarray(x**3)).input
+    check_clusters(on_chip, blocks, x)
+    for result in to_numpy(y), to_numpy(dx):
+        for c in range(shape[1]):
+            assert np.unique(result[:, c]).size == np.unique(x[:, c]).size
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The same bits, whatever the index type, the device and the order of threads
 
