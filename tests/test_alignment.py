@@ -95,6 +95,20 @@ def test_bn_backward_input(shape, dtype, offset, role):
             assert bits(*results[0]) == bits(*results[1])
 
 
+@on_offsets
+@on_shapes
+def test_bn_backward_reduce(shape, dtype, offset):
+    """By itself, as where the batch is spread over ranks: the mask of a way there whose arrays were aligned."""
+    aligned, shifted = (Shifted(np.random.default_rng(0), shape, dtype, offset, roles) for roles in ((), ("dy",)))
+    mask = normalize(aligned, masked=True)[1]
+
+    def sums(arrays):
+        dy, x = map(arrays.get, ("dy", "x"))
+        return cupy_ops.bn_backward_reduce(dy, x, arrays.statistics(), EPS, *arrays.vectors(), "relu", mask)
+
+    assert bits(*sums(aligned)) == bits(*sums(shifted))
+
+
 @pytest.mark.parametrize("masked", [False, True], ids=["", "mask"])
 @pytest.mark.parametrize("role", ["x", "residual", "out"])
 @on_offsets

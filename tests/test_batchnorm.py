@@ -166,9 +166,10 @@ def test_momentum_is_read_at_every_call(xp, device, rng):
     assert_close(layer.running_mean, expect({"input": x, "training": True}).mean, np.float32)
 
 
-def test_no_momentum_is_the_mean_over_batches(xp, device, rng):
-    layer = BatchNorm2d(3, momentum=None, device=device)
-    batches = [batch(xp, rng, (n, 3, 2, 2)) for n in (2, 9, 4, 1)]  # they count alike, whatever their size
+@pytest.mark.parametrize("rest", [(), (4,)], ids=["NC", "NCL"])
+def test_no_momentum_is_the_mean_over_batches(xp, device, rng, rest):
+    layer = BatchNorm1d(3, momentum=None, device=device)
+    batches = [batch(xp, rng, (n, 3, *rest)) for n in (2, 9, 4, 3)]  # they count alike, whatever their size
     means, variances = [], []
     for x in batches:
         layer(x)
@@ -395,6 +396,19 @@ def test_repr_of_a_lazy_layer_that_met_its_input(xp, device):
     assert repr(layer) == "BatchNorm1d(9, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True)"
 
 
+def test_repr_of_a_layer_whose_bias_was_taken_away(device):
+    layer = BatchNorm1d(9, device=device)
+    layer.bias = None
+    assert repr(layer) == "BatchNorm1d(9, eps=1e-05, momentum=0.1, affine=True, bias=False, track_running_stats=True)"
+
+
+def test_no_channels_at_all(xp, device):
+    layer = BatchNorm1d(0, device=device)
+    assert layer.num_features == 0
+    assert [array.size for array in arrays(layer)] == [0, 0, 0, 0, 1]
+    assert layer(xp.ones((4, 0), np.float32)).shape == (4, 0)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Lazy layers
 
@@ -590,6 +604,21 @@ def test_device_and_to(device):
     assert all(now is then for now, then in zip(arrays(layer), own, strict=True))
     with pytest.raises(AttributeError):
         layer.device = "cpu"
+
+
+def test_to_another_device_and_back(rng):
+    layer = fill(BatchNorm1d(3, device="cpu", dtype=np.float64), np, rng).eval()
+    layer.weight = layer.weight.astype(np.float16)  # the user's own
+    held, dtypes = bits(*arrays(layer)), [array.dtype for array in arrays(layer)]
+    x = batch(np, rng, (4, 3))
+    expected = layer(x)
+    for device, module in ("cuda:0", pytest.importorskip("cupy")), ("cpu", np):
+        assert layer.to(device) is layer
+        assert layer.device == device
+        assert all(isinstance(array, module.ndarray) for array in arrays(layer))
+        assert [array.dtype for array in arrays(layer)] == dtypes
+        assert bits(*arrays(layer)) == held
+        np.testing.assert_array_equal(to_numpy(layer(module.asarray(x))), expected)
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:x", "cuda:-1", "CPU", "", "cuda 0"])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import cupybn
+import cupybn.functional as F
 from cupybn import cupy_ops
 from tests.reference import bits
 
@@ -51,10 +52,45 @@ def test_the_same_launches_and_bits_without_an_update(momentum):
     assert bits(y) == bits(expected)
 
 
-def test_packs_where_they_have_elements_of_two_rows_at_most():
-    """Also of exactly one row each."""
-    for shape, packs in ((2, 3, 4), True), ((2, 3, 3), False), ((2, 3, 5), True), ((9, 4, 1), True), ((9, 6, 1), False):
-        x = cp.empty(shape, np.float32)
-        plan = cupy_ops._choose_resident("bn_forward", x)
-        assert f"-DVECTORIZED={int(packs)}" in plan.kernel.options
-        assert cupy_ops.empty_mask(x, x, x).dtype == (np.uint8 if packs else np.bool_)
+@pytest.mark.parametrize(
+    ("shape", "packs", "nbytes"),
+    [
+        ((2, 3, 4), True, 6),
+        ((2, 3, 3), False, 18),
+        ((2, 3, 5), True, 16),  # two for each pack: rows begin and end in the middle of one
+        ((9, 4, 1), True, 9),
+        ((9, 6, 1), False, 54),
+    ],
+    ids=str,
+)
+def test_packs_where_they_have_elements_of_two_rows_at_most(shape, packs, nbytes):
+    """Also of exactly one row each. The mask has no more bytes than it needs."""
+    x = cp.empty(shape, np.float32)
+    plan = cupy_ops._choose_resident("bn_forward", x)
+    assert f"-DVECTORIZED={int(packs)}" in plan.kernel.options
+    mask = cupy_ops.empty_mask(x, x, x)
+    assert mask.dtype == (np.uint8 if packs else np.bool_)
+    assert mask.nbytes == nbytes
+
+
+@pytest.mark.usefixtures("either")
+@pytest.mark.parametrize("training", [True, False])
+def test_without_a_way_back_the_output_alone_is_written(training):
+    """Neither statistics nor a mask."""
+    x = cp.arange(48, dtype=np.float32).reshape(4, 3, 4)
+    buffers = (None, None) if training else (cp.zeros(3), cp.ones(3))
+    with emulator.record() as made:
+        y = F.batch_norm(x, *buffers, training=training, residual=x, activation="relu")
+    assert made[-1].bytes_written == y.nbytes
+
+
+@pytest.mark.usefixtures("streamed")
+def test_the_counter_is_copied_where_a_later_launch_reads_the_copy():
+    written = []
+    for momentum in None, 0.1:
+        layer = cupybn.BatchNorm1d(3, momentum=momentum, device="cuda:0")
+        with emulator.record() as made:
+            layer(cp.ones((4, 3, 5), np.float32))
+        assert made[0].name == "bn_stats"
+        written.append(made[0].bytes_written)
+    assert written[0] - written[1] == layer.num_batches_tracked.nbytes

@@ -289,6 +289,31 @@ def test_sums_of_many_parts(rng, shape):
     np.testing.assert_allclose(to_host(merged), mirrored, rtol=1e-12)
 
 
+def test_replicas_of_a_channel_get_the_same_bits(rng):
+    """Rows that are alike stay so: parts merge in one order, in a tile of four lanes as in the last one, of two."""
+    x = cp.asarray(np.broadcast_to(rng.standard_normal((1, 5, 1)), (8, 5, 1)).copy())
+    parts = Moments(*map(cp.asarray, (rng.integers(1, 9, 1000).astype(float), *rng.uniform(1, 2, (2, 1000, 5)))))
+    sums = Sums(*map(cp.asarray, rng.standard_normal((2, 1000, 5))))
+    out, dx, none = cp.empty_like(x), cp.empty_like(x), (None, None, None, None)
+    statistics = cupy_ops.bn_normalize(x, parts, EPS, *none, *none, out, None)
+    cupy_ops.bn_backward_input(x, x, statistics, EPS, *none, sums, 0.01, dx, None, None, None)
+    for result in out, dx:
+        assert bits(*result) == bits(result[0]) * len(result)
+
+
+@pytest.mark.parametrize("shape", [(64, 16, 34), (2048, 16, 1)], ids=str)
+@pytest.mark.parametrize("blocks", [8])
+def test_all_blocks_of_a_cluster_have_the_same_statistics_and_sums(rng, shape, blocks, on_chip):
+    """Elements that are alike stay so, whichever block keeps them."""
+    x = rng.choice(rng.standard_normal(4), shape)
+    y, vjp_fn = F.batch_norm_vjp(cp.asarray(x), None, None, training=True)
+    dx = vjp_fn(cp.asarray(x**3)).input
+    check_clusters(on_chip, blocks, x)
+    for result in to_numpy(y), to_numpy(dx):
+        for c in range(shape[1]):
+            assert np.unique(result[:, c]).size == np.unique(x[:, c]).size
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The same bits, whatever the index type, the device and the order of threads
 
@@ -324,6 +349,13 @@ def test_64_bit_indices(shape, dtype, offset, monkeypatch):
 def test_strides_over_the_end_count_for_indices(shape, bits):
     """A stride of 128 rows, of arrays of fewer than 2^31 elements."""
     plan = cupy_ops._resident_plan("bn_forward", shape, np.dtype(np.float16), True, 0)
+    assert f"-DINDEX_BITS={bits}" in plan.kernel.options
+
+
+@pytest.mark.parametrize(("channels", "bits"), [(2**26 + 1, 32), (2**28 + 1, 64)])
+def test_lanes_count_for_indices(channels, bits):
+    """Of channels that fill no pack there are eight lanes each, also where they have one value each."""
+    plan = cupy_ops._plan("bn_normalize", (1, channels, 1), np.dtype(np.float16), True, 132)
     assert f"-DINDEX_BITS={bits}" in plan.kernel.options
 
 
@@ -578,7 +610,8 @@ def test_arrays_of_a_device_that_is_not_current(rng):
             on_device = cp.asarray(x)
         y, vjp_fn = layer.vjp(on_device)
         grads = vjp_fn(on_device)
-        assert {a.device.id for a in (y, *grads[:3], *layer.state_dict().values())} == {1}
+        moments = F.moments(on_device)
+        assert {a.device.id for a in (y, *grads[:3], *moments, *layer.state_dict().values())} == {1}
         assert cp.cuda.runtime.getDevice() == 0
         with cp.cuda.Device(1):
             assert bits(y) == bits(cupybn.BatchNorm2d(3, device="cuda:1")(on_device))

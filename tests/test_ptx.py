@@ -77,7 +77,9 @@ def test_packs_are_copied_while_the_thread_goes_on(name, architecture):
 
 @pytest.mark.parametrize("name", ON_CHIP)
 def test_single_elements_are_copied_by_the_thread(name):
-    assert not found(r"cp\.async", compiled(name, vectorized=0))
+    lines = compiled(name, vectorized=0)
+    assert not found(r"cp\.async", lines)
+    assert found(r"\.maxntid", lines) == [f".maxntid {nvrtc.instances(name, 90)[0].threads}, 1, 1"]
 
 
 @pytest.mark.parametrize("name", ON_CHIP)

@@ -108,8 +108,11 @@ def test_an_error_comes_through_and_ends_the_work():
     assert len(done) < 1000
 
 
-def test_numpy_settings_of_the_caller_stay(rng):
-    x = rng.standard_normal((64, 64, 64)).astype(np.float32)
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("N", [64, 600])
+def test_numpy_settings_of_the_caller_stay(N):
+    """And those of the arithmetic are the same in all threads, of which few samples need one alone."""
+    x = np.ones((N, 64, 64), np.float32) * 9
     with np.errstate(all="raise"):
         np.setbufsize(4096)
         _tiles.tile_map(scaled, [x, np.empty_like(x)], [np.full(64, 3e38, np.float32)], False)  # overflows, quietly
