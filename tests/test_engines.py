@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import io
 import sys
 import threading
@@ -254,6 +255,15 @@ def test_an_error_of_the_device_in_the_middle_of_an_exchange(engine, monkeypatch
     assert bits(*layer.state_dict().values(), *later.state_dict().values()) == before
 
 
+def test_why_a_communicator_is_lost_is_told_as_the_engine_says_it(engine, monkeypatch):
+    monkeypatch.setattr(engine._comm, "Iallgather", lambda *_: Request(done=False))
+    first, second = (SyncBatchNorm(3, device="cpu", comm=engine, timeout=0.01) for _ in range(2))
+    again = "this rank has lost the other ranks of this communicator:"
+    for layer, text in (first, "rank 0"), (first, again), (second, again):
+        with pytest.raises(RuntimeError, match=f"^{text} expected all 2 ranks to exchange"):
+            layer(np.ones((4, 3), np.float32))
+
+
 def test_all_messages_of_an_exchange_are_waited_for(engine, monkeypatch):
     monkeypatch.setattr(_engines, "cuda_aware", lambda: True)
     monkeypatch.setattr(engine._comm, "Isend", lambda *_: Request(done=False))
@@ -427,33 +437,36 @@ def test_what_an_aborted_message_leaves_is_nan(rng):
 
 
 def test_an_error_in_the_middle_of_an_exchange_of_nccl(monkeypatch):
-    """That is none of NCCL: messages that are on their way may arrive, but no layer sends another one."""
-    monkeypatch.setattr(_engines, "_cut_off", {})
-    comm, sent = Aborted(), []
+    """That is none of NCCL: messages that are on their way may arrive, but no layer sends another one, not even a layer
+    that comes when the first ones are gone."""
+    comm, sent, x = Aborted(), [], cupy.ones((4, 3))
     comm.allGather = comm.allReduce = lambda *_: sent.append(1)
-    layer, other = (SyncBatchNorm(3, device="cuda:0", comm=comm) for _ in range(2))
-    x = cupy.ones((4, 3))
-    layer._group._agreed = other._group._agreed = 3
-    y, vjp_fn = other.vjp(x)
+    text = "^this rank has lost the other ranks of this communicator: CUDARuntimeError: cudaErrorLaunchFailure"
 
     def fail(_):
         raise runtime.CUDARuntimeError(LAUNCH_FAILURE)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(_engines, "_nan", fail)
-        with pytest.raises(runtime.CUDARuntimeError):
-            layer(x)
-    text = "^this rank has lost the other ranks of this communicator: CUDARuntimeError: cudaErrorLaunchFailure"
-    for call in lambda: layer(x), lambda: other(x), lambda: vjp_fn(y):
-        with pytest.raises(RuntimeError, match=text):
-            call()
-    watch = _engines.engine_for(comm, 5)._watch
-    assert layer._group.engine._watch is watch
+    def lose():
+        layer, other = (SyncBatchNorm(3, device="cuda:0", comm=comm) for _ in range(2))
+        layer._group._agreed = other._group._agreed = 3
+        y, vjp_fn = other.vjp(x)
+        with monkeypatch.context() as patch:
+            patch.setattr(_engines, "_nan", fail)
+            with pytest.raises(runtime.CUDARuntimeError):
+                layer(x)
+        for call in lambda: layer(x), lambda: other(x), lambda: vjp_fn(y):
+            with pytest.raises(RuntimeError, match=text):
+                call()
+
+    lose()
+    gc.collect()
+    layer = SyncBatchNorm(3, device="cuda:0", comm=comm)
     with pytest.raises(RuntimeError, match=text):
-        SyncBatchNorm(3, device="cuda:0", comm=comm)(x)
+        layer(x)
     assert sent == [1]  # of the pass of the other layer
-    assert not watch.failed
+    watch = layer._group.engine._watch
     wait_for(watch)
+    assert not watch.failed
     assert not comm.aborted.is_set()
 
 
