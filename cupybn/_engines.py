@@ -28,6 +28,13 @@ TEXT = 256
 """Bytes of a text that ranks exchange; what is longer is cut."""
 
 
+class CapturingError(RuntimeError):
+    """Raised where the host would wait for a stream that is being captured in a graph.
+
+    Nothing has been sent. The other ranks, which make the same calls, raise it as well.
+    """
+
+
 class Engine(Protocol):
     """What `SyncBatchNorm` wants of a group of ranks. All of them make the same calls in the same order.
 
@@ -351,6 +358,11 @@ class NCCLEngine:
         """See `Engine`."""
         cupy = import_cupy()
         with cupy.cuda.Device(self._device):
+            if cupy.cuda.get_current_stream().is_capturing():
+                raise CapturingError(
+                    "expected a training pass before one is captured in a graph: in the first one of a layer (in all, if "
+                    "it has neither parameters nor buffers) the host waits for what ranks say of their channels"
+                )
             rows, _ = self.gather(cupy.asarray(_encode(text).view(np.float64)[None]), np.empty(0))
             received = rows.get()
         self._watch.check()

@@ -408,6 +408,19 @@ class Aborted(nccl.NcclCommunicator):
         self.aborted.set()
 
 
+class Echo(Aborted):
+    """Of two ranks, and the second one sends what the first one does."""
+
+    def __init__(self):
+        super().__init__()
+        self.devices = []
+
+    def allGather(self, sent, received, count, *_):  # noqa: N802
+        self.devices.append(runtime.getDevice())
+        row = ctypes.string_at(sent, 8 * count)
+        ctypes.memmove(received, row + row, 16 * count)
+
+
 @pytest.fixture(autouse=True)
 def threads(monkeypatch):
     """Of watches: they end soon."""
@@ -468,6 +481,27 @@ def test_an_error_in_the_middle_of_an_exchange_of_nccl(monkeypatch):
     wait_for(watch)
     assert not watch.failed
     assert not comm.aborted.is_set()
+
+
+@pytest.mark.parametrize("residual", [None, "no array"])
+def test_a_first_pass_is_not_captured(residual):
+    """It waits for the others. Nothing of it is sent on any rank, and none is lost."""
+    comm, sent = Echo(), []
+    layer, x = SyncBatchNorm(3, device="cuda:0", comm=comm), cupy.ones((4, 3))
+    with cupy.cuda.Stream(non_blocking=True) as stream, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(comm, "allGather", lambda *_: sent.append(1))
+        stream.begin_capture()
+        expected = r"^expected a training pass before one is captured" if residual is None else "^expected residual"
+        with pytest.raises((RuntimeError, TypeError), match=expected):
+            layer(x, residual)
+        assert sent == []
+        stream.end_capture()
+    y = layer(x)
+    stream.begin_capture()
+    with stream:
+        layer(x)
+    stream.end_capture()
+    np.testing.assert_array_equal(y.get(), np.zeros((4, 3)))
 
 
 def test_what_the_watch_has_seen_fail_is_told_in_its_words():
@@ -536,17 +570,13 @@ def test_a_rank_that_raises_says_so_on_the_device_of_the_layer():
 def test_texts_go_over_the_device_of_the_communicator(monkeypatch):
     """Whatever the current one is. What an aborted message leaves is no text."""
 
-    class Echo(Aborted):
-        def allGather(self, sent, received, count, *_):  # noqa: N802
-            assert runtime.getDevice() == 1
-            ctypes.memmove(received, sent, 8 * count)
-            ctypes.memmove(received + 8 * count, sent, 8 * count)
-
     with emulator.pretend(emulator.H200, emulator.H200):
         with cupy.cuda.Device(1):
-            engine = _engines.engine_for(Echo(), 5)
+            comm = Echo()
+            engine = _engines.engine_for(comm, 5)
             assert engine._device == 1
         assert engine.texts("3 channels") == ["3 channels"] * 2
+        assert comm.devices == [1]
         get = cupy.ndarray.get
 
         def aborted_meanwhile(array, *args, **kwargs):
