@@ -360,8 +360,8 @@ class NCCLEngine:
         with cupy.cuda.Device(self._device):
             if cupy.cuda.get_current_stream().is_capturing():
                 raise CapturingError(
-                    "expected a training pass before one is captured in a graph: in the first one of a layer (in all, if "
-                    "it has neither parameters nor buffers) the host waits for what ranks say of their channels"
+                    "expected a training pass before one is captured in a graph: in the first one of a layer (in all, "
+                    "if it has neither parameters nor buffers) the host waits for what ranks say of their channels"
                 )
             rows, _ = self.gather(cupy.asarray(_encode(text).view(np.float64)[None]), np.empty(0))
             received = rows.get()
