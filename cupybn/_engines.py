@@ -19,13 +19,20 @@ import numpy as np
 import numpy.typing as npt
 
 from cupybn._devices import describe, empty, import_cupy, kind
-from cupybn._watch import watch_of
+from cupybn._watch import Watch, watch_of
 
 Array = Any  # numpy.ndarray or cupy.ndarray
 Header = npt.NDArray[np.float64]
 
 TEXT = 256
 """Bytes of a text that ranks exchange; what is longer is cut."""
+
+
+class CapturingError(RuntimeError):
+    """Raised where the host would wait for a stream that is being captured in a graph.
+
+    Nothing has been sent. The other ranks, which make the same calls, raise it as well.
+    """
 
 
 class Engine(Protocol):
@@ -39,6 +46,12 @@ class Engine(Protocol):
     """How many ranks there are."""
     timeout: float | None
     """Seconds after which a rank gives up waiting for the others. None waits for ever."""
+    lost: str | None
+    """Why this rank does not know what the others wait for; None if it does.
+
+    A layer that loses the others sets it, and no layer of the engine sends anything more. An engine without such an
+    attribute is given it.
+    """
 
     def check(self, input: Any) -> None:
         """Raise TypeError for an array that cannot be sent."""
@@ -77,6 +90,8 @@ def engine_for(comm: Any, timeout: float | None) -> Engine:
     if all(hasattr(comm, name) for name in ("size", "check", "gather", "sum", "texts")):
         engine: Engine = comm
         engine.timeout = timeout
+        if not hasattr(engine, "lost"):
+            engine.lost = None
         return engine
     raise TypeError(
         "expected comm to be a communicator of mpi4py, an NCCLBackend of cupyx.distributed, a "
@@ -117,6 +132,16 @@ class MPIEngine:
         self.timeout = timeout
         self._comm = comm
         self._staging: dict[tuple[int, int], _Staging] = {}
+
+    @property
+    def lost(self) -> str | None:
+        """See `Engine`: of all engines of this communicator."""
+        reason: str | None = self._comm.Get_attr(_lost_key())
+        return reason
+
+    @lost.setter
+    def lost(self, reason: str | None) -> None:
+        self._comm.Set_attr(_lost_key(), reason)
 
     def check(self, input: Any) -> None:
         """All arrays can be sent."""
@@ -170,9 +195,8 @@ class MPIEngine:
 
     def _wait(self, buffers: object, *starts: Callable[[], Any]) -> None:
         """Start what returns requests, and wait until all are done or the time is over."""
-        lost = self._comm.Get_attr(_lost_key())
-        if lost is not None:
-            raise RuntimeError(lost)
+        if self.lost is not None:
+            raise RuntimeError(self._has_lost(self.lost))
         requests: list[Any] = []
         began, looks = time.monotonic(), 0
         try:
@@ -192,12 +216,13 @@ class MPIEngine:
                     time.sleep(min(waited / 50, LONGEST_NAP))
         except BaseException as error:
             _abandoned.append((self._comm, requests if len(requests) == len(starts) else None, buffers))
-            reason = str(error).removeprefix(f"rank {self.rank} ") or type(error).__qualname__
-            lost = f"rank {self.rank} has lost the other ranks of this communicator: {reason}"
-            self._comm.Set_attr(_lost_key(), lost)
+            self.lost = str(error).removeprefix(f"rank {self.rank} ") or type(error).__qualname__
             if isinstance(error, Exception) and type(error) is not RuntimeError:
-                raise RuntimeError(lost) from error
+                raise RuntimeError(self._has_lost(self.lost)) from error
             raise
+
+    def _has_lost(self, reason: str) -> str:
+        return f"rank {self.rank} has lost the other ranks of this communicator: {reason}"
 
 
 def _let_others_run() -> None:
@@ -299,6 +324,16 @@ class NCCLEngine:
         self._comm = comm
         self._device: int = comm.device_id()
 
+    @property
+    def lost(self) -> str | None:
+        """See `Engine`: of all engines of this communicator. What its watch has seen fail, the watch says itself."""
+        return _cut_off.get(self._watch)
+
+    @lost.setter
+    def lost(self, reason: str | None) -> None:
+        if not self._watch.failed:
+            _cut_off[self._watch] = reason
+
     def check(self, input: Any) -> None:
         """See `Engine`: CuPy arrays on the device of the communicator."""
         expected = f"CuPy array on cuda:{self._device}"
@@ -323,6 +358,11 @@ class NCCLEngine:
         """See `Engine`."""
         cupy = import_cupy()
         with cupy.cuda.Device(self._device):
+            if cupy.cuda.get_current_stream().is_capturing():
+                raise CapturingError(
+                    "expected a training pass before one is captured in a graph: in the first one of a layer (in all, "
+                    "if it has neither parameters nor buffers) the host waits for what ranks say of their channels"
+                )
             rows, _ = self.gather(cupy.asarray(_encode(text).view(np.float64)[None]), np.empty(0))
             received = rows.get()
         self._watch.check()
@@ -330,6 +370,14 @@ class NCCLEngine:
 
     def _watched(self) -> Any:
         return self._watch.over(import_cupy().cuda.get_current_stream(), self.timeout)
+
+
+_cut_off: dict[Watch, str | None] = {}
+"""Why communicators of NCCL are of no more use, though no message of theirs has failed: `NCCLEngine.lost`.
+
+They are not aborted, since earlier messages may still be on their way. They are kept, so that layers that come later
+find them here, too.
+"""
 
 
 def _nan(shape: tuple[int, ...]) -> Array:

@@ -11,7 +11,7 @@ import numpy as np
 
 from cupybn._devices import current, full, kind
 from cupybn._dtypes import FLOATS
-from cupybn._engines import Engine
+from cupybn._engines import CapturingError, Engine
 
 Array = Any  # numpy.ndarray or cupy.ndarray
 
@@ -28,6 +28,8 @@ class _Exchange(enum.Enum):
     """Something may have been sent."""
     OVER = enum.auto()
     """All has been sent and received: the other ranks go on."""
+    RAISED = enum.auto()
+    """All ranks raise, and none waits for anything."""
 
 
 class Group:
@@ -49,14 +51,14 @@ class Group:
         self._compared = False  # whether this call needs no texts
         self._exchange = _Exchange.AHEAD
         self._behind: str | None = None  # why this rank did not finish its last call
-        self._lost: str | None = None  # why it does not know what the others wait for
 
     @contextlib.contextmanager
     def taking_part(self, forward: bool, channels: int | None, device: str) -> Iterator[Group]:
         """A call that has one exchange: if it raises before, the other ranks are told, and raise as well.
 
         If it raises afterwards, they have gone on. They are told at the next call, which raises. If it is cut off in
-        between, as by Ctrl-C, nothing more is sent: it might be taken for another message.
+        between, by Ctrl-C or by an error that the others have not got as well, no layer sends anything more over this
+        communicator: it might be taken for another message.
 
         Parameters
         ----------
@@ -67,8 +69,9 @@ class Group:
         device : str
             Of the layer.
         """
-        if self._lost is not None:
-            raise RuntimeError(f"this rank has lost the others since {self._lost}")
+        lost = self.engine.lost
+        if lost is not None:
+            raise RuntimeError(f"this rank has lost the other ranks of this communicator: {lost}")
         self._exchange = _Exchange.AHEAD
         self._compared = channels is not None and (not forward or channels == self._agreed)
         try:
@@ -78,15 +81,17 @@ class Group:
             yield self
         except BaseException as error:
             text = f"{type(error).__qualname__}: {error}".removesuffix(": ")
-            if self._exchange is _Exchange.OVER:
-                self._behind = text
-            elif self._exchange is _Exchange.AHEAD:
-                self._lost = text  # if this is interrupted in its turn
-                with contextlib.suppress(Exception):  # what it was to say is worth more than that nobody listens
-                    self._withdraw(FAILED + text, forward, channels, device)
-                self._lost = None
-            elif not isinstance(error, (RuntimeError, ValueError)):  # which are raised on all ranks
-                self._lost = text
+            try:
+                if self._exchange is _Exchange.AHEAD:
+                    self._exchange = _Exchange.BEGUN
+                    with contextlib.suppress(Exception):  # what this rank was to say is worth more than how that failed
+                        self._withdraw(FAILED + text, forward, channels, device)
+                        self._exchange = _Exchange.RAISED
+            finally:  # also if this is interrupted in its turn
+                if self._exchange is _Exchange.OVER:
+                    self._behind = text
+                elif self._exchange is _Exchange.BEGUN and self.engine.lost is None:
+                    self.engine.lost = text
             raise
 
     def gather(self, row: Array, count: int, dtype: np.dtype[Any]) -> Array:
@@ -124,6 +129,7 @@ class Group:
             if (headers[:, 0] != headers[0, 0]).any():
                 self._compare(text)
             if headers[:, 1].sum() == 1:
+                self._exchange = _Exchange.RAISED
                 raise ValueError("Expected more than 1 value per channel when training, got 1 on all ranks together")
         self._exchange = _Exchange.OVER
         return rows
@@ -157,14 +163,21 @@ class Group:
                     _, headers = self.engine.sum(row, np.ones(1))
             if headers is None:
                 return  # nobody has seen it: they go on with NaN
-        self.engine.texts(text)
+        with contextlib.suppress(CapturingError):
+            self.engine.texts(text)
 
     def _compare(self, text: str) -> None:
         """Raise unless all ranks say the same."""
-        texts = self.engine.texts(text)
+        try:
+            texts = self.engine.texts(text)
+        except CapturingError:
+            self._exchange = _Exchange.RAISED
+            raise
         failures = [f"rank {rank} raised {said[1:]}" for rank, said in enumerate(texts) if said.startswith(FAILED)]
         if failures:
+            self._exchange = _Exchange.RAISED
             raise RuntimeError(f"synchronized batch norm: {'; '.join(failures)}")
         if len(set(texts)) > 1:
+            self._exchange = _Exchange.RAISED
             told = "; ".join(f"rank {rank} has {said}" for rank, said in enumerate(texts))
             raise RuntimeError(f"synchronized batch norm: expected the same on all ranks ({told})")

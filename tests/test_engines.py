@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import io
 import sys
 import threading
@@ -95,9 +96,11 @@ class Communicator:
 
     def Isend(self, row, rank, _):  # noqa: N802
         self.sent.append((rank, row.get(blocking=False)))
+        self.expected[...] = row[0]
         return Request()
 
-    def Irecv(self, *_):  # noqa: N802
+    def Irecv(self, row, *_):  # noqa: N802
+        self.expected = row
         return Request()
 
 
@@ -106,6 +109,9 @@ def engine(monkeypatch):
     monkeypatch.setattr(_engines, "_lost_key", lambda: "lost")
     monkeypatch.setattr(_engines, "_abandoned", [])
     return _engines.MPIEngine(Communicator(), 5)
+
+
+LAUNCH_FAILURE = 719
 
 
 def row_of(value):
@@ -197,6 +203,65 @@ def test_a_lost_communicator_used_again(engine, monkeypatch):
             with pytest.raises(RuntimeError, match=r"^rank 0 has lost the other ranks .*: expected all 2 ranks"):
                 call()
     assert started == [1]
+
+
+@pytest.mark.parametrize("forward", [True, False])
+@pytest.mark.parametrize(
+    ("aware", "owner", "name", "sent"),
+    [
+        (False, _engines, "empty", 0),
+        (False, cupy.ndarray, "get", 0),
+        (False, cupy.ndarray, "set", 1),
+        (False, cupy.cuda.Stream, "synchronize", 1),
+        (True, _engines, "empty", 0),
+        (True, cupy.cuda.Stream, "synchronize", 0),
+    ],
+)
+def test_an_error_of_the_device_in_the_middle_of_an_exchange(engine, monkeypatch, forward, aware, owner, name, sent):
+    """Before the message or after it: no layer of the communicator sends anything more, and each says why."""
+    monkeypatch.setattr(_engines, "cuda_aware", lambda: aware)
+    comm, started = engine._comm, []
+    engines = [engine, *(_engines.MPIEngine(comm, 5) for _ in range(2))]
+    layer, later = (SyncBatchNorm(3, device="cuda:0", comm=engine) for engine in engines[:2])
+    y, vjp_fn = layer.vjp(cupy.ones((4, 3)))
+    _, later_vjp_fn = later.vjp(cupy.ones((4, 3)))
+    before = bits(*layer.state_dict().values(), *later.state_dict().values())
+    for message in "Iallgather", "Iallreduce", "Isend", "Irecv":
+        start = getattr(comm, message)
+        monkeypatch.setattr(comm, message, lambda *args, start=start: started.append(1) or start(*args))
+
+    def fail(*_, **__):
+        raise runtime.CUDARuntimeError(LAUNCH_FAILURE)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, fail)
+        with pytest.raises(runtime.CUDARuntimeError):
+            layer(cupy.ones((4, 3))) if forward else vjp_fn(y)
+    if aware and not forward:  # sums go through memory of the host all the same
+        sent = int(name == "synchronize")
+    assert len(started) == sent
+    text = "^this rank has lost the other ranks of this communicator: CUDARuntimeError: cudaErrorLaunchFailure"
+    new = SyncBatchNorm(5, device="cuda:0", comm=engines[2])
+    for call in (
+        lambda: layer(cupy.ones((4, 3))),
+        lambda: vjp_fn(y),
+        lambda: later(cupy.ones((4, 3))),
+        lambda: later_vjp_fn(y),
+        lambda: new(cupy.ones((4, 5))),
+    ):
+        with pytest.raises(RuntimeError, match=text):
+            call()
+    assert len(started) == sent
+    assert bits(*layer.state_dict().values(), *later.state_dict().values()) == before
+
+
+def test_why_a_communicator_is_lost_is_told_as_the_engine_says_it(engine, monkeypatch):
+    monkeypatch.setattr(engine._comm, "Iallgather", lambda *_: Request(done=False))
+    first, second = (SyncBatchNorm(3, device="cpu", comm=engine, timeout=0.01) for _ in range(2))
+    again = "this rank has lost the other ranks of this communicator:"
+    for layer, text in (first, "rank 0"), (first, again), (second, again):
+        with pytest.raises(RuntimeError, match=f"^{text} expected all 2 ranks to exchange"):
+            layer(np.ones((4, 3), np.float32))
 
 
 def test_all_messages_of_an_exchange_are_waited_for(engine, monkeypatch):
@@ -343,6 +408,19 @@ class Aborted(nccl.NcclCommunicator):
         self.aborted.set()
 
 
+class Echo(Aborted):
+    """Of two ranks, and the second one sends what the first one does."""
+
+    def __init__(self):
+        super().__init__()
+        self.devices = []
+
+    def allGather(self, sent, received, count, *_):  # noqa: N802
+        self.devices.append(runtime.getDevice())
+        row = ctypes.string_at(sent, 8 * count)
+        ctypes.memmove(received, row + row, 16 * count)
+
+
 @pytest.fixture(autouse=True)
 def threads(monkeypatch):
     """Of watches: they end soon."""
@@ -369,6 +447,71 @@ def test_what_an_aborted_message_leaves_is_nan(rng):
     engine = layer._group.engine
     assert np.isnan(engine.gather(row_of(1), np.zeros(2))[0].get()).all()
     assert np.isnan(engine.sum(row_of(1), np.zeros(1))[0].get()).all()
+
+
+def test_an_error_in_the_middle_of_an_exchange_of_nccl(monkeypatch):
+    """That is none of NCCL: messages that are on their way may arrive, but no layer sends another one, not even a layer
+    that comes when the first ones are gone."""
+    comm, sent, x = Aborted(), [], cupy.ones((4, 3))
+    comm.allGather = comm.allReduce = lambda *_: sent.append(1)
+    text = "^this rank has lost the other ranks of this communicator: CUDARuntimeError: cudaErrorLaunchFailure"
+
+    def fail(_):
+        raise runtime.CUDARuntimeError(LAUNCH_FAILURE)
+
+    def lose():
+        layer, other = (SyncBatchNorm(3, device="cuda:0", comm=comm) for _ in range(2))
+        layer._group._agreed = other._group._agreed = 3
+        y, vjp_fn = other.vjp(x)
+        with monkeypatch.context() as patch:
+            patch.setattr(_engines, "_nan", fail)
+            with pytest.raises(runtime.CUDARuntimeError):
+                layer(x)
+        for call in lambda: layer(x), lambda: other(x), lambda: vjp_fn(y):
+            with pytest.raises(RuntimeError, match=text):
+                call()
+
+    lose()
+    gc.collect()
+    layer = SyncBatchNorm(3, device="cuda:0", comm=comm)
+    with pytest.raises(RuntimeError, match=text):
+        layer(x)
+    assert sent == [1]  # of the pass of the other layer
+    watch = layer._group.engine._watch
+    wait_for(watch)
+    assert not watch.failed
+    assert not comm.aborted.is_set()
+
+
+@pytest.mark.parametrize("residual", [None, "no array"])
+def test_a_first_pass_is_not_captured(residual):
+    """It waits for the others. Nothing of it is sent on any rank, and none is lost."""
+    comm, sent = Echo(), []
+    layer, x = SyncBatchNorm(3, device="cuda:0", comm=comm), cupy.ones((4, 3))
+    with cupy.cuda.Stream(non_blocking=True) as stream, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(comm, "allGather", lambda *_: sent.append(1))
+        stream.begin_capture()
+        expected = r"^expected a training pass before one is captured" if residual is None else "^expected residual"
+        with pytest.raises((RuntimeError, TypeError), match=expected):
+            layer(x, residual)
+        assert sent == []
+        stream.end_capture()
+    y = layer(x)
+    stream.begin_capture()
+    with stream:
+        layer(x)
+    stream.end_capture()
+    np.testing.assert_array_equal(y.get(), np.zeros((4, 3)))
+
+
+def test_what_the_watch_has_seen_fail_is_told_in_its_words():
+    comm = Aborted()
+    layer = SyncBatchNorm(3, device="cuda:0", comm=comm)
+    layer._group._agreed = 3
+    layer._group.engine._watch._failure = "a rank has died"
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"^NCCL has lost the other ranks .*: a rank has died$"):
+            layer(cupy.ones((4, 3)))
 
 
 def test_a_communicator_whose_module_nobody_has_imported(monkeypatch):
@@ -427,17 +570,13 @@ def test_a_rank_that_raises_says_so_on_the_device_of_the_layer():
 def test_texts_go_over_the_device_of_the_communicator(monkeypatch):
     """Whatever the current one is. What an aborted message leaves is no text."""
 
-    class Echo(Aborted):
-        def allGather(self, sent, received, count, *_):  # noqa: N802
-            assert runtime.getDevice() == 1
-            ctypes.memmove(received, sent, 8 * count)
-            ctypes.memmove(received + 8 * count, sent, 8 * count)
-
     with emulator.pretend(emulator.H200, emulator.H200):
         with cupy.cuda.Device(1):
-            engine = _engines.engine_for(Echo(), 5)
+            comm = Echo()
+            engine = _engines.engine_for(comm, 5)
             assert engine._device == 1
         assert engine.texts("3 channels") == ["3 channels"] * 2
+        assert comm.devices == [1]
         get = cupy.ndarray.get
 
         def aborted_meanwhile(array, *args, **kwargs):

@@ -16,6 +16,7 @@ from tests.reference import bits
 
 FILES = {module.__file__ for module in (batchnorm, functional, numpy_ops, _group, _synchronized, syncbatchnorm)}
 LEFT = object()
+LOST = "RuntimeError: this rank has lost the other ranks of this communicator: "
 WITHDRAWN = "RuntimeError: synchronized batch norm: rank 0 raised KeyboardInterrupt"
 
 
@@ -78,7 +79,7 @@ class Interrupt:
 def outcome(call):
     try:
         call()
-    except (RuntimeError, KeyboardInterrupt) as error:
+    except (RuntimeError, TypeError, ValueError, KeyboardInterrupt) as error:
         return f"{type(error).__name__}: {error}"
     return ""
 
@@ -187,6 +188,126 @@ def test_interrupts_while_the_others_are_told(monkeypatch, message):
     calls[0].x = "no array"
     said, _ = interrupted(calls, None)
     assert said[0][0] == "KeyboardInterrupt: "
-    assert said[0][1].startswith("RuntimeError: this rank has lost the others since TypeError: expected input to be")
-    assert said[1] == ["RuntimeError: the other rank has left"] * 2
+    assert said[0][1].startswith("RuntimeError: this rank has lost the other ranks of this communicator: TypeError: ")
+    left = "RuntimeError: the other rank has left"
+    assert said[1] == [left, f"{LOST}{left}"]
     assert calls[1].engine.mixed_up == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Errors in the middle of an exchange
+
+
+class CUDARuntimeError(RuntimeError):
+    """As CuPy's: an error of the device is a RuntimeError, too, but none that all ranks raise."""
+
+
+@pytest.fixture
+def fails(monkeypatch):
+    """Let a method of an engine raise when it is called once more, before or after it has sent its message."""
+
+    def let(engine, name, error, sent):
+        method = getattr(engine, name)
+
+        def once(*args):
+            monkeypatch.setattr(engine, name, method)
+            if sent:
+                method(*args)
+            raise error
+
+        monkeypatch.setattr(engine, name, once)
+
+    return let
+
+
+@pytest.mark.parametrize("error", [CUDARuntimeError("launch failure"), RuntimeError("no"), ValueError("no")], ids=repr)
+@pytest.mark.parametrize("sent", [False, True], ids=["unsent", "sent"])
+@pytest.mark.parametrize(
+    ("forward", "passes", "message"),
+    [(True, 0, "texts"), (True, 0, "gather"), (True, 1, "gather"), (False, 0, "sum")],
+    ids=["texts", "first", "later", "back"],
+)
+def test_errors_in_the_middle_of_an_exchange(fails, forward, passes, message, sent, error):
+    """The other rank may wait for what was not sent: nothing more is, by any layer, and all of them say why."""
+    calls = calls_of(forward, passes)
+    engine, x = calls[0].engine, calls[0].x
+    others = SyncBatchNorm(3, device="cpu", comm=engine), SyncBatchNorm(5, device="cpu", comm=engine)
+    before = [bits(*call.layer.state_dict().values()) for call in calls]
+    fails(engine, message, error, sent)
+    said, arrays = interrupted(calls, None)
+    reason = f"{type(error).__name__}: {error}"
+    assert said[0] == [reason, f"{LOST}{reason}"]
+    assert arrays == before[0]
+    left = "RuntimeError: the other rank has left"
+    if not sent:
+        assert said[1] == [left, f"{LOST}{left}"]
+        assert bits(*calls[1].layer.state_dict().values()) == before[1]
+    assert left in said[1]
+    assert calls[0].engine.mixed_up == calls[1].engine.mixed_up == []
+    sent_before = calls[1].engine.inboxes[1].qsize()
+    for layer in *others, SyncBatchNorm(3, device="cpu", comm=engine):
+        state = bits(*layer.state_dict().values())
+        assert outcome(lambda layer=layer: layer(np.zeros((4, layer.num_features), np.float32))) == f"{LOST}{reason}"
+        assert bits(*layer.state_dict().values()) == state
+    assert np.isfinite(others[0].eval()(x)).all()
+    assert calls[1].engine.inboxes[1].qsize() == sent_before
+
+
+@pytest.mark.parametrize(("forward", "message"), [(True, "gather"), (True, "texts"), (False, "sum"), (False, "texts")])
+def test_errors_while_the_others_are_told(fails, forward, message):
+    """They wait for a message that this rank could not send. It raises the error of the call, which came first."""
+    calls = calls_of(forward, 1)
+    fails(calls[0].engine, message, CUDARuntimeError("launch failure"), False)
+    calls[0].x = "no array"
+    said, _ = interrupted(calls, None)
+    told = f"TypeError: expected {'input' if forward else 'grad_output'} to be a NumPy or CuPy array (got str)"
+    assert said[0] == [told, f"{LOST}{told}"]
+    left = "RuntimeError: the other rank has left"
+    assert said[1] == [left, f"{LOST}{left}"]
+    assert calls[1].engine.mixed_up == []
+
+
+@pytest.mark.parametrize("case", ["texts", "one value", "dtypes", "back"])
+def test_errors_that_all_ranks_raise(case):
+    """Nobody waits for anything, and the same layers go on."""
+    forward = case != "back"
+    calls = calls_of(forward, 0 if case == "texts" else 1)
+    x = [call.x for call in calls]
+    match case:
+        case "texts" | "dtypes":
+            calls[0].x = x[0].astype(np.float64)
+            expected = "RuntimeError: synchronized batch norm: expected the same on all ranks (rank 0 has 3 channels of"
+        case "one value":
+            calls[0].x, calls[1].x = x[0][:1], x[1][:0]
+            expected = "ValueError: Expected more than 1 value per channel when training, got 1 on all ranks together"
+        case "back":
+            calls[0].x = x[0][:1]
+            expected = "ValueError: expected grad_output of the input's shape"
+    said = on_both(calls, lambda rank: outcome(calls[rank]))
+    assert said[0].startswith(expected)
+    if case == "back":
+        expected = f"RuntimeError: synchronized batch norm: rank 0 raised {expected}"
+    assert said[1].startswith(expected)
+    for rank in range(2):
+        calls[rank].x = x[rank]
+    assert [call.engine.lost for call in calls] == [None, None]
+    assert on_both(calls, lambda rank: outcome(calls[rank])) == ["", ""]
+    others = [SyncBatchNorm(5, device="cpu", comm=call.engine) for call in calls]
+    assert on_both(calls, lambda rank: outcome(lambda: others[rank](np.ones((2, 5), np.float32)))) == ["", ""]
+    assert calls[0].engine.mixed_up == calls[1].engine.mixed_up == []
+
+
+def on_both(calls, act):
+    """What both ranks return, each in its thread."""
+    returned = [None] * len(calls)
+
+    def keep(rank):
+        returned[rank] = act(rank)
+
+    threads = [threading.Thread(target=keep, args=(rank,)) for rank in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    return returned

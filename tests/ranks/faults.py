@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 
-from cupybn import cupy_ops, numpy_ops
+from cupybn import _engines, cupy_ops, numpy_ops
 from tests.ranks.world import arrays_of, fill
 from tests.reference import bits, to_numpy
 
@@ -222,7 +222,8 @@ def test_a_rank_that_does_not_come(world):
         with pytest.raises(RuntimeError, match=GIVES_UP if world.host_sees else "NCCL has lost the other ranks"):
             keep_calling(layer, share_of(world))
         assert time.monotonic() - began < 10
-        with pytest.raises(RuntimeError, match="has lost the other ranks"):
+        again = r"^this rank has lost the other ranks .*: expected all" if world.host_sees else "^NCCL has lost"
+        with pytest.raises(RuntimeError, match=again):
             layer(share_of(world))
         assert bits(*arrays_of(layer)) == before
         if world.host_sees:  # of no more use for any layer
@@ -237,6 +238,50 @@ def test_a_rank_that_does_not_come(world):
     if world.host_sees:
         check_that_nothing_more_comes(world, layer.comm)
     works(world, world.layer(3))
+
+
+def test_a_rank_whose_device_fails_in_the_middle_of_an_exchange(world):
+    """The others wait in vain. It sends nothing more, from whatever layer: they would take it for another message."""
+    if world.xp is np or world.engine == "cupyx":
+        return
+    from cupy.cuda import runtime
+
+    def fail(*_, **__):
+        raise runtime.CUDARuntimeError(719)
+
+    place = {"mpi": (_engines._Staging, "download"), "cuda-aware": (_engines, "empty"), "nccl": (_engines, "_nan")}
+    comm = duplicate_of(world)
+    layers = [world.layer(3, comm=comm) for _ in range(2)]
+    for layer in layers:
+        layer(share_of(world))
+    arrays = [array for layer in layers for array in arrays_of(layer)]
+    before = bits(*arrays)
+    world.mpi.Barrier()
+    if world.rank == 1:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(*place[world.engine], fail)
+            with pytest.raises(runtime.CUDARuntimeError):
+                layers[0](share_of(world))
+        for layer in *layers, world.layer(3, comm=comm):
+            with pytest.raises(RuntimeError, match=r"has lost the other ranks .*: CUDARuntimeError: cudaErrorLaunch"):
+                layer(share_of(world))
+    else:
+        layers[0].timeout = 0.3
+        with pytest.raises(RuntimeError, match=GIVES_UP if world.host_sees else "NCCL has lost the other ranks"):
+            keep_calling(layers[0], share_of(world))
+    assert bits(*arrays) == before
+    world.mpi.Barrier()
+    if world.rank == 1 and world.host_sees:  # what was to come: else MPI waits for it at the end, for ever
+        comm.Delete_attr(_engines._lost_key())
+        layers[0]._group.engine.gather(*expected_message(world))
+    elif world.rank == 1:
+        comm.abort()
+    works(world, world.layer(3))
+
+
+def expected_message(world):
+    """Row and header of a rank without samples."""
+    return world.xp.zeros((1, 7)), np.array([0.0, 0.0])
 
 
 def check_that_nothing_more_comes(world, comm):
