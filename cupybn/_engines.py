@@ -119,7 +119,9 @@ class MPIEngine:
         self._staging: dict[tuple[int, int], _Staging] = {}
 
     def check(self, input: Any) -> None:
-        """All arrays can be sent."""
+        """All arrays can be sent. What the environment says of those of CuPy is looked at here, where all ranks hear it."""
+        if kind(input) == "cupy":
+            cuda_aware()
 
     def gather(self, row: Array, header: Header) -> tuple[Array, Header | None]:
         """See `Engine`."""
@@ -263,9 +265,16 @@ def cuda_aware() -> bool:
 
     ``CUPYBN_CUDA_AWARE_MPI=0`` or ``1`` overrules it. MPI 4.1 says so in an info of every communicator; older ones have
     the function that Open MPI has invented.
+
+    Raises
+    ------
+    ValueError
+        If the variable is set to something else.
     """
     overruled = os.environ.get("CUPYBN_CUDA_AWARE_MPI")
     if overruled:
+        if overruled not in ("0", "1"):
+            raise ValueError(f"expected CUPYBN_CUDA_AWARE_MPI to be 0 or 1 (got {overruled!r}): unset it to ask MPI")
         return overruled == "1"
     MPI = sys.modules["mpi4py.MPI"]
     kinds = MPI.COMM_WORLD.Get_info().Get("mpi_memory_alloc_kinds") or ""
