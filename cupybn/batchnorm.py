@@ -96,7 +96,8 @@ class _BatchNorm:
     running_var: Array | None
     num_batches_tracked: Array | None
 
-    _ranks: tuple[int, ...]
+    _ranks: tuple[int, ...] = ()
+    """The ranks of input that the layer takes; none are named where it takes any."""
 
     def __init__(
         self,
@@ -119,7 +120,9 @@ class _BatchNorm:
             _checks.as_float("momentum", momentum)
         for name, flag in ("affine", affine), ("track_running_stats", track_running_stats), ("bias", bias):
             _checks.check_bool(name, flag)
-        _checks.check_channel_axis(channel_axis, max(self._ranks))
+        _checks.as_int("channel_axis", channel_axis)
+        if self._ranks:
+            _checks.check_channel_axis(channel_axis, max(self._ranks))
         _checks.check_activation(activation)
         self.num_features = num_features
         self.eps = eps
