@@ -29,7 +29,8 @@ MOST_NESTED = 64
 def check_array(name: str, array: Any, like: Any = None) -> None:
     """An array of a kind and dtype that batch norm takes, on the device of ``like``, which is the input."""
     if kind(array) is None:
-        raise TypeError(f"expected {name} to be a NumPy or CuPy array (got {describe(array)}){_to_array(name, array, like)}")
+        given = describe(array)
+        raise TypeError(f"expected {name} to be a NumPy or CuPy array (got {given}){_to_array(name, array, like)}")
     if not is_float(array.dtype):
         way_out = f": use {_new_out(like)}" if name == "out" else _to_float(name, array.dtype)
         raise TypeError(f"expected {name} of dtype {', '.join(FLOATS)} (got {array.dtype.name}){way_out}")

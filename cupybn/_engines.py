@@ -65,7 +65,7 @@ def engine_for(comm: Any, timeout: float | None) -> Engine:
     TypeError
         If it is none that is known.
     ValueError
-        If this process is not in it, or it has been aborted.
+        If this process is not in it, or it has been aborted, or ``CUPYBN_CUDA_AWARE_MPI`` is neither 0 nor 1.
     """
     names = {f"{cls.__module__}.{cls.__qualname__}" for cls in type(comm).__mro__}
     if "mpi4py.MPI.Comm" in names:
@@ -112,6 +112,7 @@ class MPIEngine:
             raise ValueError("expected comm to be a communicator of this process (got MPI.COMM_NULL)")
         if comm.Is_inter():
             raise TypeError("expected comm to be an intracommunicator (got an intercommunicator)")
+        overruled()  # a variable that is wrong is told here, not in the middle of an exchange
         self.rank: int = comm.Get_rank()
         self.size: int = comm.Get_size()
         self.timeout = timeout
@@ -119,9 +120,7 @@ class MPIEngine:
         self._staging: dict[tuple[int, int], _Staging] = {}
 
     def check(self, input: Any) -> None:
-        """All arrays can be sent. What the environment says of those of CuPy is looked at here, where all ranks hear it."""
-        if kind(input) == "cupy":
-            cuda_aware()
+        """All arrays can be sent."""
 
     def gather(self, row: Array, header: Header) -> tuple[Array, Header | None]:
         """See `Engine`."""
@@ -265,23 +264,32 @@ def cuda_aware() -> bool:
 
     ``CUPYBN_CUDA_AWARE_MPI=0`` or ``1`` overrules it. MPI 4.1 says so in an info of every communicator; older ones have
     the function that Open MPI has invented.
-
-    Raises
-    ------
-    ValueError
-        If the variable is set to something else.
     """
-    overruled = os.environ.get("CUPYBN_CUDA_AWARE_MPI")
-    if overruled:
-        if overruled not in ("0", "1"):
-            raise ValueError(f"expected CUPYBN_CUDA_AWARE_MPI to be 0 or 1 (got {overruled!r}): unset it to ask MPI")
-        return overruled == "1"
+    told = overruled()
+    if told is not None:
+        return told
     MPI = sys.modules["mpi4py.MPI"]
     kinds = MPI.COMM_WORLD.Get_info().Get("mpi_memory_alloc_kinds") or ""
     if "cuda" in kinds:
         return True
     query = getattr(ctypes.CDLL(MPI.__file__), "MPIX_Query_cuda_support", None)
     return query is not None and bool(query())
+
+
+def overruled() -> bool | None:
+    """CUPYBN_CUDA_AWARE_MPI, if it is set and not empty.
+
+    Raises
+    ------
+    ValueError
+        If it is neither 0 nor 1.
+    """
+    text = os.environ.get("CUPYBN_CUDA_AWARE_MPI")
+    if not text:
+        return None
+    if text not in ("0", "1"):
+        raise ValueError(f"expected CUPYBN_CUDA_AWARE_MPI to be 0 or 1 (got {text!r}): unset it to ask MPI")
+    return text == "1"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -167,7 +167,7 @@ def test_what_fits_in_memory(monkeypatch):
 @pytest.mark.parametrize("text", ["garbage", ""])
 def test_a_bad_number_of_threads_is_told_before_anything_runs(command, text, monkeypatch, capsys):
     monkeypatch.setenv("CUPYBN_NUM_THREADS", text)
-    assert refused(command.split(), capsys).startswith(f"expected CUPYBN_NUM_THREADS to be a number of threads, 1 or mo")
+    assert refused(command.split(), capsys).startswith("expected CUPYBN_NUM_THREADS to be a number of threads, 1 or mo")
 
 
 def test_info_tells_threads_or_what_is_wrong_with_them(monkeypatch, capsys):
@@ -177,7 +177,9 @@ def test_info_tells_threads_or_what_is_wrong_with_them(monkeypatch, capsys):
     assert info.facts()["threads"] == 3
     monkeypatch.setenv("CUPYBN_NUM_THREADS", "garbage")
     assert main(["info"]) == 0
-    assert re.search(r"^threads on the CPU: +none: expected .* \(got 'garbage'\)", capsys.readouterr().out, re.MULTILINE)
+    assert re.search(
+        r"^threads on the CPU: +none: expected .* \(got 'garbage'\)", capsys.readouterr().out, re.MULTILINE
+    )
     known = info.facts()
     assert known["threads"] is None
     assert "(got 'garbage')" in known["not_found"]["threads"]
@@ -201,7 +203,12 @@ def test_a_full_disk_is_told_in_a_line(unbuffered):
     env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": unbuffered}
     with Path("/dev/full").open("w") as full:
         result = subprocess.run(
-            [sys.executable, "-m", "cupybn", "info"], stdout=full, stderr=subprocess.PIPE, timeout=120, env=env, text=True
+            [sys.executable, "-m", "cupybn", "info"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            timeout=120,
+            env=env,
+            text=True,
         )
     assert result.returncode == 1
     assert result.stderr == "python -m cupybn: error: cannot write the output: No space left on device\n"
@@ -510,7 +517,14 @@ def test_names_of_problems_are_taken_as_shapes():
 
 @pytest.mark.parametrize(
     ("axis", "end"),
-    [(1, ""), (-3, ""), (3, ", channels last"), (-1, ", channels last"), (0, ", channel axis 0"), (-2, ", channel axis 2")],
+    [
+        (1, ""),
+        (-3, ""),
+        (3, ", channels last"),
+        (-1, ", channels last"),
+        (0, ", channel axis 0"),
+        (-2, ", channel axis 2"),
+    ],
 )
 def test_names_of_problems_have_their_channel_axis(axis, end):
     assert Problem((2, 3, 4, 5), np.dtype(np.float32), axis).name == f"2x3x4x5 float32{end}"

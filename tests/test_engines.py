@@ -301,6 +301,19 @@ def test_where_mpi_says_that_it_takes_memory_of_gpus(monkeypatch, kinds, query, 
     assert _engines.cuda_aware.__wrapped__() is (expected if result is None else result)
 
 
+@pytest.mark.parametrize("text", ["yes", "2", "true", " 1", "01"])
+def test_the_variable_that_overrules_mpi_is_0_or_1(monkeypatch, text):
+    """It is told when the layer gets its communicator, not in the middle of an exchange, which the others wait in."""
+    monkeypatch.setenv("CUPYBN_CUDA_AWARE_MPI", text)
+    comm = SimpleNamespace(Is_inter=lambda: False, Get_rank=lambda: 0, Get_size=lambda: 2)
+    with pytest.raises(ValueError) as raised:
+        _engines.MPIEngine(comm, None)
+    assert str(raised.value) == f"expected CUPYBN_CUDA_AWARE_MPI to be 0 or 1 (got {text!r}): unset it to ask MPI"
+    for call in _engines.overruled, _engines.cuda_aware.__wrapped__:
+        with pytest.raises(ValueError, match="CUPYBN_CUDA_AWARE_MPI"):
+            call()
+
+
 def test_texts_have_one_length(engine):
     """Longer ones are cut, also in the middle of a letter."""
     for text, said in (

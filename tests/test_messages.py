@@ -111,7 +111,9 @@ def test_bits_of_bfloat16(rng):
         given = kwargs | {name: kwargs[name].view("V2")}
         message = message_of(TypeError, F.batch_norm, **given)
         assert message.endswith(f"(got void16): use {name}.view(ml_dtypes.bfloat16)")
-        assert bits(F.batch_norm(**given | {name: given[name].view(ml_dtypes.bfloat16)})) == bits(F.batch_norm(**kwargs))
+        assert bits(F.batch_norm(**given | {name: given[name].view(ml_dtypes.bfloat16)})) == bits(
+            F.batch_norm(**kwargs)
+        )
 
 
 @pytest.mark.parametrize("name", ["weight", "bias"])
@@ -207,8 +209,8 @@ def test_channels_of_the_functions_that_are_on_another_axis(xp, rng):
     kwargs = arguments(xp, rng, (2, 3, 4, 5))
     for function in FUNCTIONS:
         assert message_of(ValueError, function, **kwargs | {"residual": None, "channel_axis": 3}) == (
-            "running_mean should contain 5 elements not 3 (axis 3 of the input of shape (2, 3, 4, 5) has 5, axis 1 has 3: "
-            "did you mean channel_axis=1?)"
+            "running_mean should contain 5 elements not 3 (axis 3 of the input of shape (2, 3, 4, 5) has 5, axis 1 has "
+            "3: did you mean channel_axis=1?)"
         )
     kwargs["weight"] = xp.ones(4, np.float32)  # which is the one that is wrong
     assert message_of(ValueError, F.batch_norm, **kwargs) == "weight should contain 3 elements not 4"
@@ -375,7 +377,9 @@ def test_values_without_a_text(xp, rng, device):
     assert "unknown device Unprintable" in message_of(ValueError, BatchNorm1d, 3, device=value)
     layer = BatchNorm1d(3, device=device)
     assert "(got Unprintable)" in message_of(TypeError, layer.load_state_dict, value)
-    assert "unexpected keys: Unprintable" in message_of(KeyError, layer.load_state_dict, layer.state_dict() | {value: 1})
+    assert "unexpected keys: Unprintable" in message_of(
+        KeyError, layer.load_state_dict, layer.state_dict() | {value: 1}
+    )
 
 
 @pytest.mark.parametrize("value", [np.int8(1), np.array(1), np.uint64(1)], ids=repr)

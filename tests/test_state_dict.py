@@ -384,7 +384,9 @@ def test_files_whose_values_cannot_be_read(device, rng, tmp_path):
     with np.load(tmp_path / "state.npz") as file:
         pass
     message = fails(layer, file, TypeError)
-    assert message == "expected weight to be an array of real numbers (got a closed file): load it while the file is open"
+    assert (
+        message == "expected weight to be an array of real numbers (got a closed file): load it while the file is open"
+    )
 
 
 @pytest.mark.parametrize("features", [3, None])

@@ -161,7 +161,9 @@ def report(found: dict[Job, Found], dtypes: Sequence[np.dtype[Any]]) -> int:
         if call.share > 1 and not call.raised
     ]
     if misses:
-        print(f"\n{len(misses)} of {len(found)} calls are off by more than is allowed:", *misses[:MOST_LISTED], sep="\n")
+        print(
+            f"\n{len(misses)} of {len(found)} calls are off by more than is allowed:", *misses[:MOST_LISTED], sep="\n"
+        )
     if errors or misses:
         return 1
     print(f"\nAll {len(found)} calls are within their bounds.")
