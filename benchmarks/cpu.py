@@ -151,7 +151,7 @@ def main() -> None:
     if torch is None:
         parser.error("PyTorch is missing: `pip install torch`")
 
-    args.threads = args.threads or torch.get_num_threads()
+    args.threads = torch.get_num_threads() if args.threads is None else args.threads
     torch.set_num_threads(args.threads)
     os.environ["CUPYBN_NUM_THREADS"] = str(args.threads)
     shapes, rounds = (SHORT, 2) if args.short else (SHAPES, args.rounds)

@@ -23,7 +23,7 @@ ACTIVATIONS = (None, "relu")
 MOST_FEATURES = 2**60 - 1
 """The most float64 whose bytes an array can count."""
 MOST_NESTED = 64
-"""As many lists in lists are looked into; NumPy and CuPy take no more axes than that."""
+"""Lists in lists that are looked into: NumPy and CuPy take no more axes than that."""
 
 
 def check_array(name: str, array: Any, like: Any = None) -> None:
@@ -97,7 +97,7 @@ def _to_device(name: str, array: Any, other: Any) -> str:
 
 
 def _within(device: str) -> str:
-    """Where CuPy makes arrays on a GPU: part of a message."""
+    """The context in which CuPy makes arrays on a device: part of a message."""
     return f"within `with cupy.cuda.Device({device.removeprefix('cuda:')})`"
 
 
