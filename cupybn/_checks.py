@@ -130,7 +130,9 @@ def _to_shape(name: str, array: Any, input: Any) -> str:
 def check_writeable(name: str, array: Any) -> None:
     """An array that may be written to."""
     if kind(array) == "numpy" and not array.flags.writeable:
-        raise ValueError(f"expected {name} to be writeable (got a read-only array): it is written to in place")
+        raise ValueError(
+            f"expected {name} to be writeable (got a read-only array): use one that is, it is changed in place"
+        )
 
 
 def check_counter(counter: Any, like: Any) -> None:

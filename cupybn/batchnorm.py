@@ -323,11 +323,11 @@ class _BatchNorm:
         _state.check_mapping(state)
         names = self._members if self.num_features is None else tuple(self._arrays())
         keys = _state.under(prefix, state.keys())
-        own = {
-            name: _state.as_array(prefix + name, _state.read(state, prefix + name), self._dtype_of(name))
-            for name in names
-            if prefix + name in keys
-        }
+        own = {}
+        for name in names:
+            if prefix + name in keys:
+                dtype = getattr(getattr(self, name), "dtype", self._dtype_of(name))  # that of an array of the user's
+                own[name] = _state.as_array(prefix + name, _state.read(state, prefix + name), dtype)
         unexpected = [key for key in keys if key not in [prefix + name for name in names]]
         features = self.num_features
         if features is None:

@@ -305,7 +305,9 @@ def test_arrays_that_are_read_only(rng):
     kwargs = arguments(np, rng, SHAPE)
     kwargs["running_var"].flags.writeable = False
     message = message_of(ValueError, F.batch_norm, **kwargs, training=True)
-    assert message == "expected running_var to be writeable (got a read-only array): it is written to in place"
+    assert message == (
+        "expected running_var to be writeable (got a read-only array): use one that is, it is changed in place"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

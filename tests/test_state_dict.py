@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from pathlib import PurePosixPath
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -372,7 +373,11 @@ def test_files_that_hold_what_cannot_be_read(device, rng, tmp_path):
         assert "did you mean prefix='bn.'?" in fails(layer, file, KeyError)
 
 
-def test_files_whose_values_cannot_be_read(device, rng, tmp_path):
+def no_memory(*_):
+    raise MemoryError("no more")
+
+
+def test_files_whose_values_cannot_be_read(device, rng, tmp_path, monkeypatch):
     """The error names the key that was wanted."""
     layer = BatchNorm1d(3, device=device)
     np.savez(tmp_path / "objects.npz", **a_state(rng, prefix="bn.") | {"bn.bias": np.array([1, None, 3], dtype=object)})
@@ -381,8 +386,9 @@ def test_files_whose_values_cannot_be_read(device, rng, tmp_path):
     assert message.startswith("expected bn.bias to be an array of real numbers (got ValueError: ")
     assert "allow_pickle" in message
     np.savez(tmp_path / "state.npz", **a_state(rng))
-    with np.load(tmp_path / "state.npz") as file:
-        pass
+    with np.load(tmp_path / "state.npz") as file, monkeypatch.context() as patch:
+        patch.setattr(np.lib.npyio.NpzFile, "__getitem__", no_memory)
+        assert fails(layer, file, MemoryError) == "no more"  # which is no fault of the file
     message = fails(layer, file, TypeError)
     assert (
         message == "expected weight to be an array of real numbers (got a closed file): load it while the file is open"
@@ -405,6 +411,12 @@ def test_files_of_bfloat16(xp, device, rng, tmp_path, features):
         "expected weight to be an array of real numbers (got dtype |V2): if these are the bits of bfloat16, use "
         ".view(ml_dtypes.bfloat16)"
     )
+    mixed = BatchNorm1d(3, device="cpu")
+    mixed.weight = mixed.weight.astype(ml_dtypes.bfloat16)
+    bias = np.full(3, 1.5, ml_dtypes.bfloat16).view("V2")
+    mixed.load_state_dict({"weight": bias}, strict=False)
+    assert bits(mixed.weight) == bits(bias.view(ml_dtypes.bfloat16))
+    assert "view(ml_dtypes" in fails(mixed, {"bias": bias}, TypeError, strict=False)
     for dtype in "V4", "i1,i1":
         state = a_state(rng, bias=np.zeros(3, dtype))
         assert "view" not in fails(loaded, state, TypeError)
