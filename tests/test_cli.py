@@ -134,12 +134,13 @@ def test_memory_that_runs_out_is_no_traceback(error, monkeypatch, capsys):
     def full(*_):
         raise error("no more\nand a lot of advice")
 
-    for name in "cpu_row", "gpu_row":
-        monkeypatch.setattr(bench, name, full)
-    with pytest.raises(SystemExit, match=r"^2$"):
-        main(["bench", "--shape", "4,3"])
-    _, message = capsys.readouterr().err.splitlines()
-    assert message.endswith("argument --shape: 4x3 float32 does not fit in memory: no more")
+    for names in ["make_arrays"], ["cpu_row", "gpu_row"]:
+        for name in names:
+            monkeypatch.setattr(bench, name, full)
+        with pytest.raises(SystemExit, match=r"^2$"):
+            main(["bench", "--shape", "4,3"])
+        _, message = capsys.readouterr().err.splitlines()
+        assert message.endswith("argument --shape: 4x3 float32 does not fit in memory: no more")
 
 
 def test_other_errors_keep_their_traceback(monkeypatch):

@@ -86,9 +86,8 @@ def test_a_closed_pipe_is_quiet():
     read, write = os.pipe()
     os.close(read)
     command = [sys.executable, "-c", "import layers; layers.run(lambda: print('a line'))"]
-    result = subprocess.run(
-        command, stdout=write, stderr=subprocess.PIPE, cwd=ROOT / "examples", timeout=120, check=False
-    )
+    options = {"cwd": ROOT / "examples", "env": os.environ | {"PYTHONUNBUFFERED": ""}, "timeout": 120, "check": False}
+    result = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, **options)
     os.close(write)
     assert (result.returncode, result.stderr) == (layers.CLOSED_PIPE, b"")
     for name in EXAMPLES:

@@ -124,6 +124,9 @@ def test_a_flag_in_the_place_of_an_array(xp, rng, name, value):
         message = message_of(TypeError, function, **kwargs)
         assert message.startswith(f"expected {name} to be a NumPy or CuPy array (got bool")
         assert message.endswith(f"); did you mean training={bool(value)}?")
+    layer = BatchNorm1d(3, device="cpu" if xp is np else "cuda:0")
+    setattr(layer, name, value)
+    assert "did you mean" not in message_of(TypeError, layer, kwargs["input"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -265,6 +268,9 @@ def test_layers_say_where_they_are_of_several_gpus():
         "expected input to be a CuPy array on cuda:1, as the layer is on cuda:1 (got a CuPy array on cuda:0): use "
         'cupy.asarray(input) within `with cupy.cuda.Device(1)`, or layer.to("cuda:0")'
     )
+    assert message_of(TypeError, _checks.check_counter, 4, arrays[1]).endswith(
+        ": use layer.num_batches_tracked = cupy.asarray(n, 'int64') within `with cupy.cuda.Device(1)`"
+    )
 
 
 def test_layer_with_an_array_of_another_device(xp, device, rng):
@@ -305,9 +311,7 @@ def test_arrays_that_are_read_only(rng):
     kwargs = arguments(np, rng, SHAPE)
     kwargs["running_var"].flags.writeable = False
     message = message_of(ValueError, F.batch_norm, **kwargs, training=True)
-    assert message == (
-        "expected running_var to be writeable (got a read-only array): use one that is, it is changed in place"
-    )
+    assert message == "expected running_var to be writeable (got a read-only array): use one that is"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
