@@ -311,7 +311,7 @@ def test_arrays_that_are_read_only(rng):
     kwargs = arguments(np, rng, SHAPE)
     kwargs["running_var"].flags.writeable = False
     message = message_of(ValueError, F.batch_norm, **kwargs, training=True)
-    assert message == "expected running_var to be writeable (got a read-only array): use one that is"
+    assert message == "expected running_var to be writeable (got a read-only array): use a writeable one"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
