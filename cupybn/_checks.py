@@ -130,9 +130,7 @@ def _to_shape(name: str, array: Any, input: Any) -> str:
 def check_writeable(name: str, array: Any) -> None:
     """An array that may be written to."""
     if kind(array) == "numpy" and not array.flags.writeable:
-        raise ValueError(
-            f"expected {name} to be writeable (got a read-only array): use one that is, it is changed in place"
-        )
+        raise ValueError(f"expected {name} to be writeable (got a read-only array): use a writeable one")
 
 
 def check_counter(counter: Any, like: Any) -> None:
