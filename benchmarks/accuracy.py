@@ -5,12 +5,16 @@ python benchmarks/accuracy.py
 
 from __future__ import annotations
 
+import argparse
+from typing import Any
+
 import numpy as np
-import torch
 
 import cupybn
 import cupybn.functional as F
+from cupybn._cli.extras import optional
 
+torch: Any = optional("torch")
 SHAPE = (16, 8, 14, 14)
 
 
@@ -59,6 +63,11 @@ def run_numpy(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.parse_args()
+    if torch is None:
+        parser.error("PyTorch is missing: `pip install torch`")
+
     runs = {
         "cupybn": run_cupybn,
         "PyTorch NCHW": lambda x: run_torch(x, torch.contiguous_format),

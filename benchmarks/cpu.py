@@ -18,18 +18,21 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import geometric_mean, median
+from typing import Any
 
 import matplotlib
 import numpy as np
-import torch
 from tqdm import tqdm
 
 import cupybn
 import cupybn.functional as F
+from cupybn._cli.extras import optional
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import NullFormatter
+
+torch: Any = optional("torch")
 
 RESNET50 = [  # C and H = W of its twelve shapes
     *((64, 112), (64, 56), (256, 56), (128, 56), (128, 28), (512, 28)),
@@ -142,10 +145,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Batch norm of NumPy arrays against PyTorch on the CPU.")
     parser.add_argument("--short", action="store_true", help="two small shapes and few calls")
     parser.add_argument("--rounds", type=int, default=9, help="turns of each library per case (default: 9)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of both libraries")
+    parser.add_argument("--threads", type=int, help="of both libraries (default: as many as PyTorch takes)")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder for the results")
     args = parser.parse_args()
+    if torch is None:
+        parser.error("PyTorch is missing: `pip install torch`")
 
+    args.threads = torch.get_num_threads() if args.threads is None else args.threads
     torch.set_num_threads(args.threads)
     os.environ["CUPYBN_NUM_THREADS"] = str(args.threads)
     shapes, rounds = (SHORT, 2) if args.short else (SHAPES, args.rounds)

@@ -12,8 +12,10 @@ that crashes or hangs loses only itself. After each of them report.md and result
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 from contact import plan
@@ -25,11 +27,12 @@ FOR_THE_REST, AT_THE_END = 12.0, 3.0
 """Seconds that a stage which runs alone leaves to those after it, and that all leave for the summary."""
 PATIENCE = 5.0
 """A rehearsal gives a stage so many times the time: the machine may be slow and busy."""
+NEEDED = ("numpy", "cupy", "ml_dtypes", "tqdm")
+"""Modules without which no stage runs."""
 
 
 def main() -> int:
     args = arguments()
-    args.out.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + 60 * args.minutes
     report = Report(args.out.resolve(), args.rehearse)
     alone, together = ([patient(s, args.rehearse) for s in plan.chosen(of, args.only, args.skip)] for of in GROUPS)
@@ -62,14 +65,34 @@ def arguments() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for the results, at most eight files")
-    parser.add_argument("--minutes", type=float, default=8, help="for everything (default: 8)")
+    parser.add_argument("--minutes", type=minutes, default=8, help="for everything (default: 8)")
     parser.add_argument("--only", type=names, default=(), metavar="A,B", help="these stages alone")
     parser.add_argument("--skip", type=names, default=(), metavar="A,B", help="all stages but these")
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes, on whatever `import cupy` finds")
     args = parser.parse_args()
     if not any(plan.chosen(stages, args.only, args.skip) for stages in GROUPS):
         parser.error("--only and --skip leave no stage")
+    missing = [name for name in NEEDED if find_spec(name) is None]
+    if missing:
+        parser.error(
+            f"{', '.join(missing)} cannot be found: `pip install '.[cuda13,bf16,cli]'` installs what is needed"
+        )
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"argument --out: {error}")
     return args
+
+
+def minutes(text: str) -> float:
+    """A time for everything."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number of minutes, more than 0 (got {text!r})")
+    return value
 
 
 def names(text: str) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -10,12 +11,15 @@ from collections.abc import Sequence
 import cupybn
 from cupybn._cli import bench, check, info
 from cupybn._cli.options import UsageError
+from cupybn._tiles import wanted_threads
 
 COMMANDS = {"info": info, "check": check, "bench": bench}
 PROGRAM = "python -m cupybn"
 SUMMARY = "What is found on this machine, whether the kernels are right on it, and how fast they are."
 CLOSED_PIPE, INTERRUPTED = 128 + 13, 128 + 2
 """Exit statuses: as of a program that is ended by SIGPIPE and by SIGINT."""
+CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+"""What is wrong where a disk is full, or is no more: the commands write nothing but their output."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,10 +30,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         finally:
             print(end="", flush=True)  # not at the end of Python, which would tell of a closed pipe
     except BrokenPipeError:  # whoever read has seen enough, as `head` has
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be written
+        write_no_more()
         return CLOSED_PIPE
+    except OSError as error:
+        if error.errno not in CANNOT_WRITE:
+            raise
+        write_no_more()
+        print(f"{PROGRAM}: error: cannot write the output: {error.strerror}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return INTERRUPTED
+
+
+def write_no_more() -> None:
+    """Send what is still to be written nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def run(arguments: Sequence[str] | None) -> int:
@@ -48,10 +63,20 @@ def run(arguments: Sequence[str] | None) -> int:
         module.add_arguments(command)
     options = parser.parse_args(arguments)
     try:
+        if COMMANDS[options.command] is not info:
+            check_environment()
         status: int = COMMANDS[options.command].run(options)
     except UsageError as error:
         commands.choices[options.command].error(str(error))
     return status
+
+
+def check_environment() -> None:
+    """Raise where nothing could be computed, because of a variable of the environment."""
+    try:
+        wanted_threads()
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 if __name__ == "__main__":

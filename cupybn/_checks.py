@@ -10,23 +10,27 @@ import contextlib
 import math
 import numbers
 import operator
+from array import array as BuiltinArray
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from cupybn._devices import describe, device_of, kind, show
-from cupybn._dtypes import FLOATS, is_float
+from cupybn._devices import describe, device_of, from_dlpack, kind, show
+from cupybn._dtypes import BITS_OF_BFLOAT16, FLOATS, is_float
 
 ACTIVATIONS = (None, "relu")
-DLPACK_ON_HOST = 1
-"""The kind of device that DLPack calls kDLCPU."""
+MOST_FEATURES = 2**60 - 1
+"""The most float64 whose bytes an array can count."""
+MOST_NESTED = 64
+"""Lists in lists that are looked into: NumPy and CuPy take no more axes than that."""
 
 
 def check_array(name: str, array: Any, like: Any = None) -> None:
     """An array of a kind and dtype that batch norm takes, on the device of ``like``, which is the input."""
     if kind(array) is None:
-        raise TypeError(f"expected {name} to be a NumPy or CuPy array (got {describe(array)}){_to_array(name, array)}")
+        given = describe(array)
+        raise TypeError(f"expected {name} to be a NumPy or CuPy array (got {given}){_to_array(name, array, like)}")
     if not is_float(array.dtype):
         way_out = f": use {_new_out(like)}" if name == "out" else _to_float(name, array.dtype)
         raise TypeError(f"expected {name} of dtype {', '.join(FLOATS)} (got {array.dtype.name}){way_out}")
@@ -39,25 +43,36 @@ def check_array(name: str, array: Any, like: Any = None) -> None:
         )
 
 
-def _to_array(name: str, given: Any) -> str:
+def _to_array(name: str, given: Any, like: Any) -> str:
     """How to make an array of something else: the end of a message."""
     cls = type(given)
-    if issubclass(cls, np.ma.MaskedArray):
+    masked = issubclass(cls, np.ma.MaskedArray)
+    if not masked:  # arrays over the same memory
+        if issubclass(cls, np.ndarray):
+            return f": use numpy.asarray({name})"
+        if hasattr(cls, "__dlpack__"):
+            return f": use {from_dlpack(name, given)}"
+        if hasattr(cls, "__cuda_array_interface__"):
+            return f": use cupy.asarray({name})"
+    if name == "out":  # it would be a copy that gets the output
+        return f": use {_new_out(like)}"
+    if masked:
         return f": masks are not supported, use {name}.filled(...)"
-    if issubclass(cls, np.ndarray):
-        return f": use numpy.asarray({name})"
-    if hasattr(cls, "__dlpack__"):
-        on_host = True
-        with contextlib.suppress(Exception):
-            on_host = given.__dlpack_device__()[0] == DLPACK_ON_HOST
-        if getattr(given, "requires_grad", False) is True:  # PyTorch does not hand these out
-            name += ".detach()"
-        return f": use {'numpy' if on_host else 'cupy'}.from_dlpack({name})"
-    if hasattr(cls, "__cuda_array_interface__"):
+    if issubclass(cls, (list, tuple)) and kind(_first(given)) == "cupy":
         return f": use cupy.asarray({name})"
-    if issubclass(cls, (list, tuple, memoryview)) or hasattr(cls, "__array__"):
+    known = issubclass(cls, (list, tuple, memoryview, BuiltinArray)) or hasattr(cls, "__array__")
+    if known and not issubclass(cls, np.generic):  # a scalar would have no axes
         return f": use numpy.asarray({name}, 'float32')"
     return ""
+
+
+def _first(given: Any) -> Any:
+    """The first element of nested lists, which may hold themselves."""
+    for _ in range(MOST_NESTED):
+        if not isinstance(given, (list, tuple)) or not given:
+            break
+        given = given[0]
+    return given
 
 
 def _to_float(name: str, dtype: np.dtype[Any]) -> str:
@@ -66,7 +81,9 @@ def _to_float(name: str, dtype: np.dtype[Any]) -> str:
         return ": complex numbers are not supported"
     if dtype.kind == "f" and dtype.itemsize > 8:
         return f": use {name}.astype(np.float64)"
-    return f": use {name}.astype(np.float32)" if dtype.kind in "fiubO" or dtype.names is None else ""
+    if dtype.type is np.void:  # NumPy's files keep the bits of bfloat16, not its name
+        return f": use {name}.view(ml_dtypes.bfloat16)" if dtype == BITS_OF_BFLOAT16 else ""
+    return f": use {name}.astype(np.float32)" if dtype.kind in "fiubOV" else ""  # V are those of ml_dtypes
 
 
 def _to_device(name: str, array: Any, other: Any) -> str:
@@ -76,7 +93,12 @@ def _to_device(name: str, array: Any, other: Any) -> str:
         return f"cupy.asnumpy({name})"
     if device == "cuda:0" and kind(array) == "numpy":
         return f"cupy.asarray({name})"
-    return f"cupy.asarray({name}) within `with cupy.cuda.Device({device.removeprefix('cuda:')})`"
+    return f"cupy.asarray({name}) {_within(device)}"
+
+
+def _within(device: str) -> str:
+    """The context in which CuPy makes arrays on a device: part of a message."""
+    return f"within `with cupy.cuda.Device({device.removeprefix('cuda:')})`"
 
 
 def _new_out(input: Any) -> str:
@@ -88,7 +110,9 @@ def check_like(name: str, array: Any, input: Any) -> None:
     """An array of the input's kind, device, dtype and shape."""
     check_array(name, array, input)
     if array.dtype != input.dtype:
-        way_out = f": use {_new_out(input)}" if name == "out" else f": use {name}.astype({input.dtype.name!r})"
+        told_by_name = input.dtype.isnative and array.dtype.name != input.dtype.name  # which lacks the order of bytes
+        dtype = repr(input.dtype.name) if told_by_name else "input.dtype"
+        way_out = f": use {_new_out(input)}" if name == "out" else f": use {name}.astype({dtype})"
         raise TypeError(f"expected {name} of the input's dtype {input.dtype} (got {array.dtype}){way_out}")
     if array.shape != input.shape:
         way_out = f": use {_new_out(input)}" if name == "out" else _to_shape(name, array, input)
@@ -106,12 +130,14 @@ def _to_shape(name: str, array: Any, input: Any) -> str:
 def check_writeable(name: str, array: Any) -> None:
     """An array that may be written to."""
     if kind(array) == "numpy" and not array.flags.writeable:
-        raise ValueError(f"expected {name} to be writeable (got a read-only array): use {name}.copy()")
+        raise ValueError(f"expected {name} to be writeable (got a read-only array): use a writeable one")
 
 
 def check_counter(counter: Any, like: Any) -> None:
     """A 0-d int64 array, on the device of ``like``: it counts in place."""
-    way_out = ": set it in place, layer.num_batches_tracked[...] = n"
+    way_out = f": use layer.num_batches_tracked = {kind(like)}.asarray(n, 'int64')"
+    if device_of(like) not in ("cpu", "cuda:0"):
+        way_out += f" {_within(device_of(like))}"
     if kind(counter) is None or counter.dtype != "int64" or device_of(counter) != device_of(like):
         given = f"{describe(counter)} of {counter.dtype}" if kind(counter) else describe(counter)
         raise TypeError(f"expected num_batches_tracked to be an int64 array beside input (got {given}){way_out}")
@@ -125,8 +151,18 @@ def check_channel_axis(channel_axis: int, ndim: int) -> int:
         raise ValueError(f"expected at least 2D input (got {ndim}D input)")
     axis = as_int("channel_axis", channel_axis)
     if not -ndim <= axis < ndim:
-        raise ValueError(f"expected channel_axis in [{-ndim}, {ndim}) for {ndim}D input (got {axis})")
+        raise ValueError(f"expected channel_axis in [{-ndim}, {ndim}) for {ndim}D input (got {show(axis)})")
     return axis % ndim
+
+
+def check_num_features(num_features: Any) -> int:
+    """A number of channels that an array can have."""
+    features = as_int("num_features", num_features)
+    if features < 0:
+        raise ValueError(f"expected num_features >= 0 (got {show(features)})")
+    if features > MOST_FEATURES:
+        raise ValueError(f"expected num_features < 2**60 (got {show(features)})")
+    return features
 
 
 def check_activation(activation: str | None) -> None:
@@ -197,6 +233,9 @@ def check_vectors(input: Any, axis: int, vectors: Mapping[str, Any], layer_devic
     for name, vector in vectors.items():
         if layer_device is not None and kind(vector) is not None and device_of(vector) == layer_device:
             check_beside_layer(input, vector)
+        if layer_device is None and isinstance(vector, (bool, np.bool_)):  # it stands where `training` was meant to
+            given = f"{name} to be a NumPy or CuPy array (got {describe(vector)})"
+            raise TypeError(f"expected {given}; did you mean training={bool(vector)}?")
         check_array(name, vector, input)
     channels = input.shape[axis]
     sizes = {vector.size for vector in vectors.values() if vector.ndim == 1}
@@ -204,10 +243,10 @@ def check_vectors(input: Any, axis: int, vectors: Mapping[str, Any], layer_devic
         if vector.ndim != 1:
             raise ValueError(f"expected {name} of shape ({channels},) (got {vector.shape})")
         if vector.size != channels:
-            if layer_device is None or len(sizes) > 1:
-                raise ValueError(f"{name} should contain {channels} elements not {vector.size}")
             message = f"expected {vector.size} channels (num_features) on axis {axis}, got {channels}"
-            if vector.size in input.shape:
+            if layer_device is None or len(sizes) > 1:
+                message = f"{name} should contain {channels} elements not {vector.size}"
+            if vector.size in input.shape and vector.size and len(sizes) == 1:
                 meant = input.ndim - 1 - input.shape[::-1].index(vector.size)
                 message += (
                     f" (axis {axis} of the input of shape {input.shape} has {channels}, axis {meant} has "

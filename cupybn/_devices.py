@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+DLPACK_ON_HOST = 1
+"""The kind of device that DLPack calls kDLCPU."""
 _KNOWN = "'cpu', 'cuda', 'cuda:0', 'cuda:1', ..."
 _INSTALL = (
     "`pip install '.[cuda12]'` or `pip install '.[cuda13]'`, in a clone of cupybn, installs the CuPy for that version "
@@ -83,8 +85,22 @@ def show(value: object) -> str:
     cls = type(value)
     if kind(value) is not None or hasattr(cls, "__dlpack__") or hasattr(cls, "__cuda_array_interface__"):
         return describe(value)
-    text = repr(value)
+    try:
+        text = repr(value)
+    except Exception:  # whatever it raises, be it for a number of too many digits
+        return cls.__qualname__
     return text if len(text) <= 80 else cls.__qualname__
+
+
+def from_dlpack(name: str, value: Any) -> str:
+    """How to make an array of what knows DLPack: part of an error message."""
+    on_host = True
+    with contextlib.suppress(Exception):
+        on_host = value.__dlpack_device__()[0] == DLPACK_ON_HOST
+    with contextlib.suppress(Exception):
+        if value.requires_grad is True:  # PyTorch does not hand these out
+            name += ".detach()"
+    return f"{'numpy' if on_host else 'cupy'}.from_dlpack({name})"
 
 
 def device_of(array: Any) -> str:
@@ -108,7 +124,7 @@ def resolve_device(device: str | None) -> str:
 
 
 def named_device(device: str) -> str:
-    """As `resolve_device`, of a name: None is not one."""
+    """The device of a name, as `resolve_device` has it: None is not one."""
     match = _match(device) if isinstance(device, str) else None
     if match is None:
         raise ValueError(f"unknown device {show(device)}: expected one of {_KNOWN}{_meant(device)}")
@@ -138,7 +154,9 @@ def _meant(device: object) -> str:
     if isinstance(device, (int, np.integer)):
         name = f"cuda:{device}"
     elif isinstance(device, str) or cls.__name__ == "device":
-        name = str(device).strip().lower().replace("gpu", "cuda").replace(" ", ":")
+        name = ""
+        with contextlib.suppress(Exception):
+            name = str(device).strip().lower().replace("gpu", "cuda").replace(" ", ":")
     else:
         return ""
     return f"; did you mean {name!r}?" if _match(name) else ""

@@ -11,6 +11,8 @@ import numpy.typing as npt
 from cupybn._devices import show
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
+BITS_OF_BFLOAT16 = np.dtype("V2")
+"""The dtype of a bfloat16 array that NumPy has read from a file."""
 
 
 @functools.cache
@@ -46,7 +48,7 @@ def parameter_dtype(dtype: npt.DTypeLike) -> np.dtype[Any]:
     try:
         result: np.dtype[Any] = np.dtype(dtype)
     except Exception:  # a TypeError mostly, but text and tuples are parsed, and raise what they like
-        name = str(dtype).removeprefix("torch.")
+        name = (dtype if isinstance(dtype, str) else show(dtype)).removeprefix("torch.")
         way_out = f"; did you mean dtype={name!r}?" if name in FLOATS else ""
         raise TypeError(f"expected dtype to be one of {', '.join(FLOATS)} (got {show(dtype)}){way_out}") from None
     if result.name not in FLOATS:

@@ -78,7 +78,7 @@ def engine_for(comm: Any, timeout: float | None) -> Engine:
     TypeError
         If it is none that is known.
     ValueError
-        If this process is not in it, or it has been aborted.
+        If this process is not in it, or it has been aborted, or ``CUPYBN_CUDA_AWARE_MPI`` is neither 0 nor 1.
     """
     names = {f"{cls.__module__}.{cls.__qualname__}" for cls in type(comm).__mro__}
     if "mpi4py.MPI.Comm" in names:
@@ -127,6 +127,7 @@ class MPIEngine:
             raise ValueError("expected comm to be a communicator of this process (got MPI.COMM_NULL)")
         if comm.Is_inter():
             raise TypeError("expected comm to be an intracommunicator (got an intercommunicator)")
+        overruled()  # a variable that is wrong is told here, not in the middle of an exchange
         self.rank: int = comm.Get_rank()
         self.size: int = comm.Get_size()
         self.timeout = timeout
@@ -289,15 +290,31 @@ def cuda_aware() -> bool:
     ``CUPYBN_CUDA_AWARE_MPI=0`` or ``1`` overrules it. MPI 4.1 says so in an info of every communicator; older ones have
     the function that Open MPI has invented.
     """
-    overruled = os.environ.get("CUPYBN_CUDA_AWARE_MPI")
-    if overruled:
-        return overruled == "1"
+    told = overruled()
+    if told is not None:
+        return told
     MPI = sys.modules["mpi4py.MPI"]
     kinds = MPI.COMM_WORLD.Get_info().Get("mpi_memory_alloc_kinds") or ""
     if "cuda" in kinds:
         return True
     query = getattr(ctypes.CDLL(MPI.__file__), "MPIX_Query_cuda_support", None)
     return query is not None and bool(query())
+
+
+def overruled() -> bool | None:
+    """CUPYBN_CUDA_AWARE_MPI, if it is set and not empty.
+
+    Raises
+    ------
+    ValueError
+        If it is neither 0 nor 1.
+    """
+    text = os.environ.get("CUPYBN_CUDA_AWARE_MPI")
+    if not text:
+        return None
+    if text not in ("0", "1"):
+        raise ValueError(f"expected CUPYBN_CUDA_AWARE_MPI to be 0 or 1 (got {text!r}): unset it to ask MPI")
+    return text == "1"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

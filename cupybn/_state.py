@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from cupybn._devices import kind, plain, show
-from cupybn._dtypes import is_float
+from cupybn._devices import from_dlpack, kind, plain, show
+from cupybn._dtypes import BITS_OF_BFLOAT16, is_float
 
 COUNTER = "num_batches_tracked"
 MOST_BATCHES = 2**63 - 1
@@ -24,7 +24,7 @@ LOADERS = {
 }
 """What reads a file into a mapping, by its suffix."""
 NESTED = ("state_dict", "model_state_dict", "model")
-"""Where checkpoints of whole programs keep the state of the model."""
+"""Keys under which checkpoints of whole programs keep the state of the model."""
 
 
 def check_mapping(state: Any) -> None:
@@ -41,6 +41,9 @@ def check_mapping(state: Any) -> None:
     if isinstance(state, (str, bytes, os.PathLike)):
         suffix = PurePath(os.fsdecode(state)).suffix
         way_out = f": load the file first, use {LOADERS.get(suffix, 'numpy.load(path)')}"
+    elif hasattr(state, "read"):
+        suffix = PurePath(str(getattr(state, "name", ""))).suffix
+        way_out = f": load the file first, use {LOADERS.get(suffix, 'numpy.load(file)')}"
     elif kind(state) == "numpy" and state.shape == () and state.dtype == object:
         way_out = ": use state.item()"
     elif isinstance(state, (list, tuple)):
@@ -55,8 +58,29 @@ def under(prefix: str, keys: Iterable[Any]) -> list[Any]:
     return [key for key in keys if (key.startswith(prefix) if isinstance(key, str) else not prefix)]
 
 
-def as_array(key: str, value: Any) -> Any:
-    """A CuPy array as it is, or what ``numpy.asarray`` makes of anything else.
+def read(state: Mapping[Any, Any], key: str) -> Any:
+    """The value of a key.
+
+    Raises
+    ------
+    TypeError
+        If it cannot be read, as an array of objects in a file, or from a file that is closed.
+    """
+    try:
+        return state[key]
+    except MemoryError:
+        raise
+    except Exception as error:
+        closed = isinstance(state, np.lib.npyio.NpzFile) and state.zip is None
+        given = "a closed file" if closed else f"{type(error).__qualname__}: {error}"
+        way_out = ": load it while the file is open" if closed else ""
+        raise TypeError(f"expected {key} to be an array of real numbers (got {given}){way_out}") from error
+
+
+def as_array(key: str, value: Any, dtype: np.dtype[Any]) -> Any:
+    """A CuPy array as it is, or what ``numpy.asarray`` makes of anything else, for an array of this dtype.
+
+    NumPy's files keep the bits of bfloat16 without its name: these are bfloat16 where that is what is expected.
 
     Raises
     ------
@@ -71,8 +95,16 @@ def as_array(key: str, value: Any) -> Any:
         given = f"{type(value).__qualname__}: {error}"
         raise TypeError(f"expected {key} to be an array of real numbers (got {given})") from error
     beyond = isinstance(value, int)  # an integer that no dtype holds is an object to NumPy
+    if array.dtype == BITS_OF_BFLOAT16 and dtype.name == "bfloat16":
+        return array.view(dtype)
     if array.dtype.kind not in "fiub" and not is_float(array.dtype) and not beyond:
-        raise TypeError(f"expected {key} to be an array of real numbers (got dtype {array.dtype})")
+        given, way_out = f"dtype {array.dtype}", ""
+        if array.dtype == object and array.shape == () and kind(value) is None:  # NumPy knows nothing of it
+            given = show(value)
+            way_out = f": use {from_dlpack(key, value)}" if hasattr(type(value), "__dlpack__") else ""
+        elif array.dtype == BITS_OF_BFLOAT16:
+            way_out = ": if these are the bits of bfloat16, use .view(ml_dtypes.bfloat16)"
+        raise TypeError(f"expected {key} to be an array of real numbers (got {given}){way_out}")
     return array
 
 
@@ -115,10 +147,18 @@ def check(
     missing = [prefix + name for name in shapes if name not in own and name != COUNTER]
     if strict and (missing or unexpected):
         keys = [f"missing keys: {', '.join(missing)}"] if missing else []
-        keys += [f"unexpected keys: {', '.join(map(str, unexpected))}"] if unexpected else []
+        keys += [f"unexpected keys: {', '.join(map(_name, unexpected))}"] if unexpected else []
         raise KeyError("; ".join(keys + values) + (_meant(state, shapes, prefix) if missing else ""))
     if values:
         raise ValueError("; ".join(values))
+
+
+def _name(key: Any) -> str:
+    """A key, as a message lists it."""
+    try:
+        return str(key)
+    except Exception:  # whatever it raises
+        return type(key).__qualname__
 
 
 def _wrong_count(key: str, counter: Any) -> list[str]:
@@ -130,7 +170,7 @@ def _wrong_count(key: str, counter: Any) -> list[str]:
 
 
 def _meant(state: Mapping[Any, Any], shapes: Mapping[str, tuple[int, ...]], prefix: str) -> str:
-    """Where the state has what the layer expects, if that is not under its prefix: the end of a message."""
+    """The place where the state has what the layer expects, if not under its prefix: the end of a message."""
     texts = {key: None for key in state.keys() if isinstance(key, str)}  # noqa: SIM118 - it may act like a mapping
     names = [name for name in shapes if name != COUNTER]
     prefixes = [key.removesuffix(names[0]) for key in texts if key.endswith(names[0])]

@@ -64,10 +64,11 @@ class _BatchNorm:
     Raises
     ------
     ValueError
-        If num_features is negative, or the activation or the device is unknown.
+        If num_features is negative or beyond what an array can hold, no rank of the layer has the channel_axis, or the
+        activation or the device is unknown.
     TypeError
-        If num_features or channel_axis is not an integer, affine, track_running_stats or bias not a bool, or dtype not
-        float16, bfloat16, float32 or float64.
+        If num_features or channel_axis is not an integer, eps or momentum not a number, affine, track_running_stats or
+        bias not a bool, or dtype not float16, bfloat16, float32 or float64.
     RuntimeError
         If the device is not there.
     ImportError
@@ -95,7 +96,8 @@ class _BatchNorm:
     running_var: Array | None
     num_batches_tracked: Array | None
 
-    _ranks: tuple[int, ...]
+    _ranks: tuple[int, ...] = ()
+    """The ranks of input that the layer takes; none are named where it takes any."""
 
     def __init__(
         self,
@@ -112,12 +114,15 @@ class _BatchNorm:
         activation: str | None = None,
     ) -> None:
         if num_features is not None:
-            num_features = _checks.as_int("num_features", num_features)
-            if num_features < 0:
-                raise ValueError(f"expected num_features >= 0 (got {num_features})")
+            num_features = _checks.check_num_features(num_features)
+        _checks.as_float("eps", eps)
+        if momentum is not None:
+            _checks.as_float("momentum", momentum)
         for name, flag in ("affine", affine), ("track_running_stats", track_running_stats), ("bias", bias):
             _checks.check_bool(name, flag)
         _checks.as_int("channel_axis", channel_axis)
+        if self._ranks:
+            _checks.check_channel_axis(channel_axis, max(self._ranks))
         _checks.check_activation(activation)
         self.num_features = num_features
         self.eps = eps
@@ -296,7 +301,8 @@ class _BatchNorm:
             If shapes are wrong, or ``num_batches_tracked`` is not a whole number that an int64 holds, 0 or more; also
             when not strict.
         TypeError
-            If this is not a mapping, or a value not an array of real numbers. Nothing has been loaded then.
+            If this is not a mapping, or a value cannot be read or is not an array of real numbers. Nothing has been
+            loaded then.
 
         Examples
         --------
@@ -310,14 +316,19 @@ class _BatchNorm:
         array([2., 2., 2.], dtype=float32)
 
         A file that ``np.savez("layer.npz", **layer.state_dict())`` wrote is loaded by
-        ``layer.load_state_dict(np.load("layer.npz"))``.
+        ``layer.load_state_dict(np.load("layer.npz"))``; where the layer is bfloat16, too, whose name NumPy's files do
+        not keep.
         """
         _checks.check_bool("strict", strict, f"; did you mean prefix={strict!r}?" if isinstance(strict, str) else "")
         _checks.check_str("prefix", prefix)
         _state.check_mapping(state)
         names = self._members if self.num_features is None else tuple(self._arrays())
         keys = _state.under(prefix, state.keys())
-        own = {name: _state.as_array(prefix + name, state[prefix + name]) for name in names if prefix + name in keys}
+        own = {}
+        for name in names:
+            if prefix + name in keys:
+                dtype = getattr(getattr(self, name), "dtype", self._dtype_of(name))  # that of an array of the user's
+                own[name] = _state.as_array(prefix + name, _state.read(state, prefix + name), dtype)
         unexpected = [key for key in keys if key not in [prefix + name for name in names]]
         features = self.num_features
         if features is None:

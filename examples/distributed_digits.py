@@ -15,11 +15,6 @@ import sys
 from functools import partial
 
 import numpy as np
-from matplotlib.figure import Figure
-from mpi4py import MPI
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
-from tqdm import tqdm
 
 import layers
 from cupybn import BatchNorm2d, SyncBatchNorm
@@ -41,6 +36,8 @@ def part_of(comm, batch, labels):
 
 def sum_over_ranks(comm, arrays):
     """The sums of arrays over all ranks, which get the same bits, as one message."""
+    from mpi4py import MPI
+
     message = np.concatenate([layers.to_numpy(array).ravel() for array in arrays])
     comm.Allreduce(MPI.IN_PLACE, message)
     parts = np.split(message, np.cumsum([array.size for array in arrays])[:-1])
@@ -49,6 +46,9 @@ def sum_over_ranks(comm, arrays):
 
 def train(name, norm, comm, x, labels, epochs):
     """The network, and the loss of every step, by the ranks of comm."""
+    from mpi4py import MPI
+    from tqdm import tqdm
+
     rng = np.random.default_rng(0)
     network = make_network(norm).train()
     optimizer = layers.SGD(network.parameters(), LEARNING_RATE)
@@ -71,6 +71,8 @@ def train(name, norm, comm, x, labels, epochs):
 
 def report(ranks, losses, accuracies, folder):
     """Print and draw what came out, and exit with an error if it is not what the text above says."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     loss_axes, distance_axes = figure.subplots(1, 2)
     styles = {SINGLE: {"color": "0.75", "linewidth": 5}, SYNCHRONIZED: {"color": "C0"}, PLAIN: {"color": "C1"}}
@@ -101,7 +103,10 @@ def report(ranks, losses, accuracies, folder):
 
 
 def main():
-    args = layers.options(__doc__, EPOCHS, "the picture")
+    args = layers.options(__doc__, EPOCHS, "the picture", needed=("mpi4py",))
+    from mpi4py import MPI
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
 
     world = MPI.COMM_WORLD
     if xp is not np:
@@ -128,4 +133,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    layers.run(main)

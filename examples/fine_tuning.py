@@ -9,8 +9,6 @@ layers use the batch: the statistics are then out of date in eval mode, until on
 """
 
 import numpy as np
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
 import layers
 from cupybn import BatchNorm2d, no_stats_update
@@ -55,6 +53,9 @@ def accuracy(network, x, labels):
 
 def load(first):
     """Five classes of digits: x, x_test, labels, labels_test."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
     digits = load_digits()
     chosen = (digits.target >= first) & (digits.target < first + 5)
     images, labels = digits.images[chosen][:, None] / 16, digits.target[chosen] - first
@@ -93,4 +94,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    layers.run(main)

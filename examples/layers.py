@@ -5,10 +5,12 @@ of the layer's parameters in their order.
 """
 
 import argparse
+import os
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
-from threadpoolctl import threadpool_limits
 
 import cupybn
 
@@ -16,7 +18,8 @@ xp = np
 if cupybn.BatchNorm2d(1).device != "cpu":  # CuPy, where batch norm layers live on a GPU unless told otherwise
     import cupy as xp
 
-threadpool_limits(1)  # the matrices are small here: threads would wait for each other longer than they work
+NEEDED = ("matplotlib", "PIL", "sklearn", "threadpoolctl", "tqdm")
+CLOSED_PIPE = 128 + 13  # the status of a program that is ended by SIGPIPE
 
 
 def to_numpy(array):
@@ -216,14 +219,33 @@ def train_epoch(network, optimizer, x, labels, batch_size, rng):
     return float(total) / len(x)
 
 
-def options(text, epochs=None, output=None):
-    """The options of an example: of its text, how many epochs there are unless told otherwise, and what it writes."""
+def run(main):
+    """Run an example; quietly, where whoever read has seen enough, as `head` has."""
+    try:
+        main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be written
+        sys.exit(CLOSED_PIPE)
+
+
+def options(text, epochs=None, output=None, needed=()):
+    """The options of an example: of its text, how many epochs there are unless told otherwise, and what it writes.
+
+    Examples import what may be missing when their options are known: `--help` works without it, and here it is missed.
+    """
     parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     if epochs is not None:
         parser.add_argument("--epochs", type=positive, default=epochs, help=f"passes over the data (default: {epochs})")
     if output is not None:
         parser.add_argument("--output", type=Path, default="output", help=f"folder of {output} (default: output)")
     args = parser.parse_args()
+    missing = [name for name in (*NEEDED, *needed) if find_spec(name) is None]
+    if missing:
+        parser.exit(1, f"{parser.prog}: {', '.join(missing)} cannot be found: pip install '.[examples]'\n")
+    from threadpoolctl import threadpool_limits
+
+    threadpool_limits(1)  # the matrices are small here: threads would wait for each other longer than they work
     if output is not None:
         try:
             args.output.mkdir(parents=True, exist_ok=True)

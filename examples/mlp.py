@@ -9,8 +9,6 @@ that suits it.
 """
 
 import numpy as np
-from sklearn.datasets import load_breast_cancer
-from sklearn.model_selection import train_test_split
 
 import layers
 from cupybn import BatchNorm1d
@@ -32,6 +30,9 @@ def make_network(norm, seed):
 
 
 def held_out_accuracy(norm, learning_rate, seed):
+    from sklearn.datasets import load_breast_cancer
+    from sklearn.model_selection import train_test_split
+
     data = load_breast_cancer()
     data = train_test_split(data.data.astype(np.float32), data.target, random_state=seed, stratify=data.target)
     x, x_test, labels, labels_test = map(xp.asarray, data)
@@ -56,4 +57,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    layers.run(main)

@@ -8,9 +8,6 @@ statistics to see here, and how eval mode comes to agree with training mode; the
 """
 
 import numpy as np
-from matplotlib import colormaps
-from matplotlib.figure import Figure
-from sklearn.datasets import load_sample_images
 
 import cupybn.functional as F
 import layers
@@ -69,6 +66,9 @@ def print_moments(title, x, channel_axis):
 
 def main():
     args = layers.options(__doc__, output="the picture")
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+    from sklearn.datasets import load_sample_images
 
     photos = np.stack(load_sample_images().images)[:, :416:2, ::2]
     x = xp.asarray(photos.astype(np.float32))
@@ -112,4 +112,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    layers.run(main)

@@ -9,8 +9,6 @@ far.
 """
 
 import numpy as np
-from matplotlib.figure import Figure
-from sklearn.datasets import load_sample_image
 
 import cupybn.functional as F
 import layers
@@ -26,6 +24,8 @@ STYLES = {
 
 def main():
     args = layers.options(__doc__, output="the picture")
+    from matplotlib.figure import Figure
+    from sklearn.datasets import load_sample_image
 
     photograph = load_sample_image("china.jpg")
     strips = np.split(photograph.astype(np.float32), photograph.shape[1] // 2, axis=1)
@@ -57,4 +57,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    layers.run(main)

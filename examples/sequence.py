@@ -8,7 +8,6 @@ up to the order in which they were added; those of a view are the same bits as t
 """
 
 import numpy as np
-from sklearn.datasets import load_sample_image
 
 import layers
 from cupybn import BatchNorm1d
@@ -34,6 +33,8 @@ def results(x, dy, channel_axis):
 
 def main():
     layers.options(__doc__)
+    from sklearn.datasets import load_sample_image
+
     photograph = load_sample_image("china.jpg").astype(np.float32)
     rng = np.random.default_rng(0)
     x = xp.asarray(photograph)  # (N, L, C)
@@ -52,4 +53,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    layers.run(main)

@@ -10,10 +10,6 @@ were held out, in training mode and in eval mode; draws the learning curves; wri
 import sys
 
 import numpy as np
-from matplotlib.figure import Figure
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
-from tqdm import tqdm
 
 import layers
 from cupybn import BatchNorm2d, no_stats_update
@@ -66,6 +62,8 @@ def accuracy(network, x, labels, training):
 
 def train(name, network, x, labels, x_test, labels_test, epochs):
     """The training loss and the held-out accuracy of every epoch."""
+    from tqdm import tqdm
+
     rng = np.random.default_rng(0)
     optimizer = layers.SGD(network.parameters(), LEARNING_RATE)
     losses, accuracies = [], []
@@ -80,6 +78,9 @@ def train(name, network, x, labels, x_test, labels_test, epochs):
 
 def main():
     args = layers.options(__doc__, EPOCHS, "the picture and the checkpoint")
+    from matplotlib.figure import Figure
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
 
     digits = load_digits()
     images = (digits.images[:, None] / 16).astype(np.float32)  # (N, 1, 8, 8), from 0 to 1
@@ -121,4 +122,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    layers.run(main)

@@ -6,6 +6,7 @@ import argparse
 import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -106,7 +107,10 @@ def test_help(command, capsys):
         ("bench --shape 4,3 --seconds inf", "(got 'inf')"),
         ("bench --shape 4,3 --seconds soon", "(got 'soon')"),
         ("bench --shape 400000000,1600000", "argument --shape: 400000000x1600000 float32 does not fit in memory"),
-        ("bench --shape 99999999999,99999999999 --dtype float16", "float16 does not fit in memory: training needs"),
+        ("bench --shape 99999999,99999999 --dtype float16", "float16 does not fit in memory: training needs"),
+        ("bench --shape 99999999999,99999999999", "argument --shape: expected fewer than 2**63 elements"),
+        (f"bench --shape {9**400},2", "argument --shape: expected fewer than 2**63 elements"),
+        ("bench --shape 3x4,5", "(got '3x4,5')"),
     ],
 )
 @pytest.mark.parametrize("gpu", [True, False], ids=["gpu", "cpu"])
@@ -130,12 +134,13 @@ def test_memory_that_runs_out_is_no_traceback(error, monkeypatch, capsys):
     def full(*_):
         raise error("no more\nand a lot of advice")
 
-    for name in "cpu_row", "gpu_row":
-        monkeypatch.setattr(bench, name, full)
-    with pytest.raises(SystemExit, match=r"^2$"):
-        main(["bench", "--shape", "4,3"])
-    _, message = capsys.readouterr().err.splitlines()
-    assert message.endswith("argument --shape: 4x3 float32 does not fit in memory: no more")
+    for names in ["make_arrays"], ["cpu_row", "gpu_row"]:
+        for name in names:
+            monkeypatch.setattr(bench, name, full)
+        with pytest.raises(SystemExit, match=r"^2$"):
+            main(["bench", "--shape", "4,3"])
+        _, message = capsys.readouterr().err.splitlines()
+        assert message.endswith("argument --shape: 4x3 float32 does not fit in memory: no more")
 
 
 def test_other_errors_keep_their_traceback(monkeypatch):
@@ -157,6 +162,57 @@ def test_what_fits_in_memory(monkeypatch):
         with pytest.raises(cli_options.UsageError, match=f"{name} needs about"):
             memory.check_memory(problem, OPERATIONS[name], sets=3)
     assert memory.free_bytes() > 0
+
+
+@pytest.mark.parametrize("command", ["check", "bench --shape 4,3"])
+@pytest.mark.parametrize("text", ["garbage", ""])
+def test_a_bad_number_of_threads_is_told_before_anything_runs(command, text, monkeypatch, capsys):
+    monkeypatch.setenv("CUPYBN_NUM_THREADS", text)
+    assert refused(command.split(), capsys).startswith("expected CUPYBN_NUM_THREADS to be a number of threads, 1 or mo")
+
+
+def test_info_tells_threads_or_what_is_wrong_with_them(monkeypatch, capsys):
+    monkeypatch.setenv("CUPYBN_NUM_THREADS", "3")
+    assert main(["info"]) == 0
+    assert re.search(r"^threads on the CPU: +3$", capsys.readouterr().out, re.MULTILINE)
+    assert info.facts()["threads"] == 3
+    monkeypatch.setenv("CUPYBN_NUM_THREADS", "garbage")
+    assert main(["info"]) == 0
+    assert re.search(
+        r"^threads on the CPU: +none: expected .* \(got 'garbage'\)", capsys.readouterr().out, re.MULTILINE
+    )
+    known = info.facts()
+    assert known["threads"] is None
+    assert "(got 'garbage')" in known["not_found"]["threads"]
+
+
+@pytest.mark.parametrize("error", [ValueError, OverflowError, RuntimeError])
+def test_arrays_that_cannot_be_made_are_told_in_two_lines(error, monkeypatch, capsys):
+    def broken(*_):
+        raise error("too much\nand a lot of advice")
+
+    monkeypatch.setattr(bench, "make_arrays", broken)
+    with pytest.raises(SystemExit, match=r"^2$"):
+        main(["bench", "--shape", "4,3"])
+    _, message = capsys.readouterr().err.splitlines()
+    assert message.endswith(f"argument --shape: 4x3 float32 cannot be made: {error.__name__}: too much")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has it")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_disk_is_told_in_a_line(unbuffered):
+    env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": unbuffered}
+    with Path("/dev/full").open("w") as full:
+        result = subprocess.run(
+            [sys.executable, "-m", "cupybn", "info"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            timeout=120,
+            env=env,
+            text=True,
+        )
+    assert result.returncode == 1
+    assert result.stderr == "python -m cupybn: error: cannot write the output: No space left on device\n"
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
@@ -202,7 +258,7 @@ def test_info_without_gpu():
 
 
 KEYS = (
-    "cupybn python machine numpy ml_dtypes mpi4py kernels kernel_folder cupy_missing cupy stand_in cuda_driver "
+    "cupybn python machine numpy ml_dtypes mpi4py threads kernels kernel_folder cupy_missing cupy stand_in cuda_driver "
     "cuda_runtime nvrtc nccl kernel_cache not_found gpus"
 )
 """Programs may count on them."""
@@ -330,6 +386,11 @@ def spoiled(function):
             if name in bound:
                 bound[name][...] = bound[name] * 1.001
                 return result
+        if result is None:
+            bound["running_var"][...] = bound["running_var"] * 1.001
+            return result
+        if not isinstance(result, tuple):
+            return result * 1.001
         fields = dict(zip(getattr(result, "_fields", ("mean", "var")), result, strict=True))
         last = next(name for name in ("m2", "dy_xhat", "var") if name in fields)
         fields[last] = fields[last] * 1.001
@@ -382,8 +443,37 @@ def test_check_goes_on_after_an_error(monkeypatch, capsys):
     monkeypatch.setattr(cupy_ops, "bn_backward", broken)
     assert main(["check", "--quick", "--dtype", "float32"]) == 1
     out = capsys.readouterr().out
-    assert "RuntimeError: told so" in out
+    assert re.search(r"^\d+ of \d+ calls have raised an error:$", out, re.MULTILINE)
+    assert "float32, training, relu: RuntimeError: told so" in out
+    assert re.search(r"^\S*/bn_backward +error$", out, re.MULTILINE)
     assert "\nmean_and_var " in out
+    for words in "times", "off by", "inf", "within":
+        assert words not in out
+
+
+@pytest.mark.usefixtures("one_shape")
+def test_check_says_once_what_all_calls_raise(monkeypatch, capsys):
+    def broken(*_):
+        raise RuntimeError("no compiler\nand a lot of advice")
+
+    monkeypatch.setattr(check, "worst", broken)
+    assert main(["check", "--quick", "--dtype", "float32"]) == 1
+    out = capsys.readouterr().out
+    assert re.search(r"^All \d+ calls have raised the same error: RuntimeError: no compiler$", out, re.MULTILINE)
+    assert out.count("RuntimeError") == 1
+
+
+@pytest.mark.usefixtures("one_shape")
+def test_check_tells_errors_from_misses(monkeypatch, capsys):
+    def broken(*_):
+        raise RuntimeError("told so")
+
+    monkeypatch.setattr(cupy_ops, "bn_backward", broken)
+    monkeypatch.setattr(cupy_ops, "mean_and_var", spoiled(cupy_ops.mean_and_var))
+    assert main(["check", "--quick", "--dtype", "float32"]) == 1
+    out = capsys.readouterr().out
+    assert "calls have raised an error:" in out
+    assert re.search(r"^\d+ of \d+ calls are off by more than is allowed:\n  mean_and_var, ", out, re.MULTILINE)
 
 
 def test_check_takes_nan_for_wrong():
@@ -419,6 +509,26 @@ def test_bench(more, capsys):
     assert "at 2.0 cupybn takes half the time" in ratios.lower()
     assert [row.split(", ")[-1].split()[0] for row in rows] == ["training", "inference", "backward"]
     assert all(("channels last" in row) == ("-1" in more) for row in rows)
+
+
+def test_names_of_problems_are_taken_as_shapes():
+    for shape in (4, 3), (32, 64, 7, 7):
+        assert cli_options.shape(Problem(shape, np.dtype(np.float32)).name.split()[0]) == shape
+
+
+@pytest.mark.parametrize(
+    ("axis", "end"),
+    [
+        (1, ""),
+        (-3, ""),
+        (3, ", channels last"),
+        (-1, ", channels last"),
+        (0, ", channel axis 0"),
+        (-2, ", channel axis 2"),
+    ],
+)
+def test_names_of_problems_have_their_channel_axis(axis, end):
+    assert Problem((2, 3, 4, 5), np.dtype(np.float32), axis).name == f"2x3x4x5 float32{end}"
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import io
+import re
 import sys
 import threading
 import weakref
@@ -364,6 +365,17 @@ def test_where_mpi_says_that_it_takes_memory_of_gpus(monkeypatch, kinds, query, 
     library = SimpleNamespace() if query is None else SimpleNamespace(MPIX_Query_cuda_support=lambda: query)
     monkeypatch.setattr(_engines.ctypes, "CDLL", {"mpi": library}.get)
     assert _engines.cuda_aware.__wrapped__() is (expected if result is None else result)
+
+
+@pytest.mark.parametrize("text", ["yes", "2", "true", " 1", "01"])
+def test_the_variable_that_overrules_mpi_is_0_or_1(monkeypatch, text):
+    """It is told when the layer gets its communicator, not in the middle of an exchange, which the others wait in."""
+    monkeypatch.setenv("CUPYBN_CUDA_AWARE_MPI", text)
+    comm = SimpleNamespace(Is_inter=lambda: False, Get_rank=lambda: 0, Get_size=lambda: 2)
+    message = re.escape(f"expected CUPYBN_CUDA_AWARE_MPI to be 0 or 1 (got {text!r}): unset it to ask MPI")
+    for call in lambda: _engines.MPIEngine(comm, None), _engines.cuda_aware.__wrapped__:
+        with pytest.raises(ValueError, match=f"^{message}$"):
+            call()
 
 
 def test_texts_have_one_length(engine):

@@ -336,7 +336,9 @@ def test_momentum(xp, device, rng, momentum, buffers, training):
     for function in FUNCTIONS:
         fails(TypeError, function, match="momentum", **kwargs)
     if momentum is not None:
-        layer = BatchNorm1d(3, momentum=momentum, device=device)
+        fails(TypeError, BatchNorm1d, 3, momentum=momentum, device=device, match="momentum")
+        layer = BatchNorm1d(3, device=device)
+        layer.momentum = momentum
         fails_in_layer(TypeError, layer, kwargs["input"], match="momentum")
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -64,6 +66,34 @@ def test_wrong_options(example, monkeypatch, capsys, tmp_path):
         assert arguments[0].partition("=")[0] in error, arguments
 
 
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_without_the_extra(name, monkeypatch, capsys):
+    """There is help, and otherwise a line that says what is missing."""
+    needed = [*layers.NEEDED, *(["mpi4py"] if name == "distributed_digits" else [])]
+    for missing in needed:
+        monkeypatch.setitem(sys.modules, missing, None)
+    for loaded in EXAMPLES:
+        monkeypatch.delitem(sys.modules, loaded, raising=False)
+    example = importlib.import_module(name)
+    assert status(example, ["--help"], monkeypatch) == 0
+    capsys.readouterr()
+    assert status(example, [], monkeypatch) == 1
+    assert capsys.readouterr() == ("", f"{name}.py: {', '.join(needed)} cannot be found: pip install '.[examples]'\n")
+
+
+def test_a_closed_pipe_is_quiet():
+    """As of `head`, which reads no more than it wants."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-c", "import layers; layers.run(lambda: print('a line'))"]
+    options = {"cwd": ROOT / "examples", "env": os.environ | {"PYTHONUNBUFFERED": ""}, "timeout": 120, "check": False}
+    result = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, **options)
+    os.close(write)
+    assert (result.returncode, result.stderr) == (layers.CLOSED_PIPE, b"")
+    for name in EXAMPLES:
+        assert "    layers.run(main)\n" in (ROOT / "examples" / f"{name}.py").read_text()
+
+
 def test_the_readme_names_every_example():
     named = re.findall(r"^\| `(\w+)\.py` \|", (ROOT / "README.md").read_text(), re.MULTILINE)
     assert sorted(named) == EXAMPLES
@@ -121,6 +151,7 @@ def test_gradients_are_the_slopes_of_the_loss(xp, device, rng, monkeypatch):
 @pytest.mark.parametrize("example", ["distributed_digits"], indirect=True)
 def test_losses_that_are_the_same_are_drawn(example, monkeypatch, tmp_path):
     """At the bottom of a logarithmic axis, which has no place for a difference of 0."""
+    pytest.importorskip("matplotlib")
     figures = []
     monkeypatch.setattr(layers, "save_picture", lambda figure, *_, **__: figures.append(figure))
     single = np.linspace(2, 1, 5)

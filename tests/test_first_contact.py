@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -208,12 +209,38 @@ def test_exit_status(tmp_path):
     [
         (["--only", "smoke,smoker"], "no stage smoker (there are environment, precompile,"),
         (["--only", "mpi", "--skip", "mpi"], "leave no stage"),
+        *((["--minutes", text], "argument --minutes: expected a number") for text in ("0", "-1", "nan", "inf", "six")),
     ],
 )
 def test_options_that_make_no_sense(tmp_path, options, words):
     printed, _, status = first_contact(tmp_path / "out", *options)
     assert status == 2
     assert words in printed
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("kept")
+    for out in tmp_path / "file", tmp_path / "file" / "below":
+        printed, _, status = first_contact(out)
+        assert status == 2
+        assert "error: argument --out: " in printed
+        assert len(printed.splitlines()[-1:]) == 1
+        assert "Traceback" not in printed
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+@pytest.mark.parametrize("names", [["cupy"], ["ml_dtypes"], ["cupy", "ml_dtypes"]], ids=str)
+def test_what_is_missing_is_told_first(tmp_path, monkeypatch, capsys, names):
+    """In a line, before a folder is made or a stage runs."""
+    script = importlib.import_module("first_contact")
+    for name in names:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr(sys, "argv", ["first_contact.py", "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match=r"^2$"):
+        script.main()
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert f"error: {', '.join(names)} cannot be found: `pip install " in last
     assert not (tmp_path / "out").exists()
 
 

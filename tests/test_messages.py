@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import types
+from array import array as BuiltinArray
 from fractions import Fraction
 
 import ml_dtypes
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 import cupybn.functional as F
-from cupybn import BatchNorm1d, BatchNorm2d, _tiles
+from cupybn import BatchNorm1d, BatchNorm2d, SyncBatchNorm, _tiles
 from cupybn._devices import show
 from tests.reference import arguments, bits
 
@@ -24,6 +25,11 @@ def message_of(error, function, *args, **kwargs):
         function(*args, **kwargs)
     assert raised.type is error
     return str(raised.value)
+
+
+def cast(kwargs, dtype):
+    """The same arguments with arrays of this dtype."""
+    return {name: a.astype(dtype) if isinstance(a, np.ndarray) else a for name, a in kwargs.items()}
 
 
 def a_tensor(on=1, **members):
@@ -58,7 +64,9 @@ WAYS_TO_ARRAYS = {
     ),
     "list": (lambda: [[1.0]], "(got list): use numpy.asarray({}, 'float32')"),
     "tuple": (lambda: (1.0,), "(got tuple): use numpy.asarray({}, 'float32')"),
+    "array of Python": (lambda: BuiltinArray("f", [1.0]), "(got array): use numpy.asarray({}, 'float32')"),
     "text": (lambda: "x", "(got str)"),
+    "scalar": (lambda: np.float32(1), "(got float32)"),
 }
 
 
@@ -67,6 +75,8 @@ WAYS_TO_ARRAYS = {
 def test_no_array(xp, rng, name, make, end):
     kwargs = arguments(xp, rng, SHAPE) | {name: make()}
     message = message_of(TypeError, F.batch_norm, **kwargs)
+    if name == "out" and "from_dlpack" not in end and "cupy.asarray" not in end:  # it would be a copy that is filled
+        end = f"{end.partition(')')[0]}): use {xp.__name__}.empty_like(input)"
     assert message == f"expected {name} to be a NumPy or CuPy array {end.format(name)}"
 
 
@@ -82,6 +92,43 @@ def test_no_array_of_torch(xp, rng):
     )
 
 
+def test_lists_of_arrays_on_a_gpu(rng):
+    cupy = pytest.importorskip("cupy")
+    x = arguments(cupy, rng, SHAPE)["input"]
+    for given in list(x), [list(row) for row in x], tuple(x):
+        message = message_of(TypeError, F.moments, given)
+        assert message.endswith(f"(got {type(given).__name__}): use cupy.asarray(input)")
+        assert bits(*F.moments(cupy.asarray(given))) == bits(*F.moments(x))
+    endless: list[object] = []
+    endless.append(endless)
+    assert message_of(TypeError, F.moments, endless).endswith("(got list): use numpy.asarray(input, 'float32')")
+
+
+def test_bits_of_bfloat16(rng):
+    """What NumPy makes of bfloat16 in a file: the way out of the message works."""
+    kwargs = cast(arguments(np, rng, SHAPE), ml_dtypes.bfloat16)
+    for name in "input", "weight", "running_var", "residual":
+        given = kwargs | {name: kwargs[name].view("V2")}
+        message = message_of(TypeError, F.batch_norm, **given)
+        assert message.endswith(f"(got void16): use {name}.view(ml_dtypes.bfloat16)")
+        assert bits(F.batch_norm(**given | {name: given[name].view(ml_dtypes.bfloat16)})) == bits(
+            F.batch_norm(**kwargs)
+        )
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+@pytest.mark.parametrize("value", [True, False, np.bool_(True)], ids=str)
+def test_a_flag_in_the_place_of_an_array(xp, rng, name, value):
+    kwargs = arguments(xp, rng, SHAPE) | {name: value}
+    for function in FUNCTIONS:
+        message = message_of(TypeError, function, **kwargs)
+        assert message.startswith(f"expected {name} to be a NumPy or CuPy array (got bool")
+        assert message.endswith(f"); did you mean training={bool(value)}?")
+    layer = BatchNorm1d(3, device="cpu" if xp is np else "cuda:0")
+    setattr(layer, name, value)
+    assert "did you mean" not in message_of(TypeError, layer, kwargs["input"])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Elements, shapes, devices
 
@@ -89,6 +136,10 @@ def test_no_array_of_torch(xp, rng):
 @pytest.mark.parametrize(
     ("dtype", "end"),
     [
+        ("V2", ": use input.view(ml_dtypes.bfloat16)"),
+        ("V4", ""),
+        ("i1,i1", ""),
+        ("U3", ""),
         ("int64", ": use input.astype(np.float32)"),
         ("uint8", ": use input.astype(np.float32)"),
         ("bool", ": use input.astype(np.float32)"),
@@ -125,6 +176,47 @@ def test_what_is_not_like_input(xp, rng):
         assert message.endswith(f"(got (4, 2, 5)){new if name == 'out' else ''}")
     assert message_of(TypeError, F.batch_norm, **kwargs, out=xp.ones(SHAPE, int)).endswith(f"(got int64){new}")
     F.batch_norm(**kwargs | {"residual": xp.broadcast_to(xp.ones((4, 1, 5), np.float32), SHAPE)})
+
+
+@pytest.mark.parametrize(("of_input", "other"), [("<f4", ">f4"), (">f4", "<f4"), (">f4", "<f8"), (">f2", ">f4")])
+def test_another_order_of_bytes(rng, of_input, other):
+    """The way out leads to the input's dtype, order included."""
+    kwargs = cast(arguments(np, rng, SHAPE), of_input)
+    _, vjp_fn = F.batch_norm_vjp(**kwargs)
+    wrong = kwargs["input"].astype(other)
+    calls = {"residual": lambda a: F.batch_norm(**kwargs | {"residual": a}), "grad_output": vjp_fn}
+    for name, call in calls.items():
+        message = message_of(TypeError, call, wrong)
+        assert message.endswith(f": use {name}.astype(input.dtype)")
+        call(wrong.astype(kwargs["input"].dtype))
+
+
+@pytest.mark.parametrize("dtype", ["f2", "f4", "f8"])
+@pytest.mark.parametrize(("shape", "axis"), [((4, 3, 5), 1), ((4, 5, 3), -1)], ids=str)
+def test_the_order_of_bytes_changes_nothing(rng, dtype, shape, axis):
+    """CuPy has native arrays alone; NumPy has both kinds, and results have the input's."""
+    kwargs = arguments(np, rng, (4, 3, 5))
+    kwargs |= {name: np.moveaxis(kwargs[name], 1, axis) for name in ("input", "residual")}
+    results = []
+    for order in "<>":
+        given = cast(kwargs, order + dtype) | {"training": True, "activation": "relu", "channel_axis": axis}
+        output, vjp_fn = F.batch_norm_vjp(**given)
+        arrays = [output, given["running_mean"], given["running_var"], *vjp_fn(given["input"])]
+        assert {a.dtype for a in arrays if a is not None} == {np.dtype(order + dtype)}
+        results.append([None if a is None else a.astype(dtype) for a in arrays])
+    assert bits(*results[0]) == bits(*results[1])
+    assert output.shape == shape
+
+
+def test_channels_of_the_functions_that_are_on_another_axis(xp, rng):
+    kwargs = arguments(xp, rng, (2, 3, 4, 5))
+    for function in FUNCTIONS:
+        assert message_of(ValueError, function, **kwargs | {"residual": None, "channel_axis": 3}) == (
+            "running_mean should contain 5 elements not 3 (axis 3 of the input of shape (2, 3, 4, 5) has 5, axis 1 has "
+            "3: did you mean channel_axis=1?)"
+        )
+    kwargs["weight"] = xp.ones(4, np.float32)  # which is the one that is wrong
+    assert message_of(ValueError, F.batch_norm, **kwargs) == "weight should contain 3 elements not 4"
 
 
 def test_arrays_on_two_devices(rng):
@@ -176,6 +268,9 @@ def test_layers_say_where_they_are_of_several_gpus():
         "expected input to be a CuPy array on cuda:1, as the layer is on cuda:1 (got a CuPy array on cuda:0): use "
         'cupy.asarray(input) within `with cupy.cuda.Device(1)`, or layer.to("cuda:0")'
     )
+    assert message_of(TypeError, _checks.check_counter, 4, arrays[1]).endswith(
+        ": use layer.num_batches_tracked = cupy.asarray(n, 'int64') within `with cupy.cuda.Device(1)`"
+    )
 
 
 def test_layer_with_an_array_of_another_device(xp, device, rng):
@@ -202,16 +297,21 @@ def test_channels_of_a_layer(xp, device, shape, axis):
 
 def test_a_counter_that_was_replaced(xp, device, rng):
     layer = BatchNorm1d(3, device=device)
-    layer.num_batches_tracked = 4
-    message = message_of(TypeError, layer, arguments(xp, rng, SHAPE)["input"])
-    assert message.endswith("(got int): set it in place, layer.num_batches_tracked[...] = n")
+    x, n = arguments(xp, rng, SHAPE)["input"], 4
+    for wrong, error in (4, TypeError), (xp.asarray(4.0), TypeError), (xp.ones(1, np.int64), ValueError):
+        layer.num_batches_tracked = wrong
+        message = message_of(error, layer, x)
+        assert message.endswith(f": use layer.num_batches_tracked = {xp.__name__}.asarray(n, 'int64')")
+        exec(message.partition(": use ")[2], {xp.__name__: xp, "layer": layer, "n": n})
+        layer(x)
+        assert layer.num_batches_tracked == 5
 
 
 def test_arrays_that_are_read_only(rng):
     kwargs = arguments(np, rng, SHAPE)
     kwargs["running_var"].flags.writeable = False
     message = message_of(ValueError, F.batch_norm, **kwargs, training=True)
-    assert message == "expected running_var to be writeable (got a read-only array): use running_var.copy()"
+    assert message == "expected running_var to be writeable (got a read-only array): use a writeable one"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -244,6 +344,48 @@ def test_whole_numbers(xp, rng, device, name, value, end):
         layer = BatchNorm1d(3, device=device)
         layer.channel_axis = value
         assert message_of(TypeError, layer, xp.ones(SHAPE, np.float32)) == message
+
+
+@pytest.mark.parametrize("value", [2**60, 10**20, 10**5000], ids=["2**60", "10**20", "10**5000"])
+def test_more_features_than_an_array_has(device, value):
+    message = message_of(ValueError, BatchNorm1d, value, device=device)
+    assert re.fullmatch(r"expected num_features < 2\*\*60 \(got (\d+|int)\)", message)
+    assert message_of(ValueError, BatchNorm1d, -value, device=device).startswith("expected num_features >= 0 (got ")
+
+
+@pytest.mark.parametrize(("cls", "axis", "rank"), [(BatchNorm1d, 3, 3), (BatchNorm1d, -4, 3), (BatchNorm2d, 9, 4)])
+def test_an_axis_that_no_input_has(device, cls, axis, rank):
+    """It is told at once; (N, C) and (N, C, L) have not all of each other's."""
+    message = message_of(ValueError, cls, 3, channel_axis=axis, device=device)
+    assert message == f"expected channel_axis in [{-rank}, {rank}) for {rank}D input (got {axis})"
+    assert BatchNorm1d(3, channel_axis=2, device=device).channel_axis == 2
+    assert SyncBatchNorm(3, channel_axis=axis, device=device).channel_axis == axis
+
+
+class Unprintable:
+    """Has no text, as a number of too many digits has none."""
+
+    def __repr__(self):
+        raise RuntimeError("no text")
+
+    __hash__ = object.__hash__
+
+
+def test_values_without_a_text(xp, rng, device):
+    """They are told by their class."""
+    kwargs, value = arguments(xp, rng, SHAPE), Unprintable()
+    for name in "input", "weight", "residual", "out", "training", "momentum", "eps", "channel_axis":
+        assert "(got Unprintable)" in message_of(TypeError, F.batch_norm, **kwargs | {name: value})
+    assert "unknown activation Unprintable" in message_of(ValueError, F.batch_norm, **kwargs, activation=value)
+    for name in "num_features", "affine", "dtype", "eps":
+        options = {"num_features": 3, name: value}
+        assert "(got Unprintable)" in message_of(TypeError, BatchNorm1d, **options, device=device)
+    assert "unknown device Unprintable" in message_of(ValueError, BatchNorm1d, 3, device=value)
+    layer = BatchNorm1d(3, device=device)
+    assert "(got Unprintable)" in message_of(TypeError, layer.load_state_dict, value)
+    assert "unexpected keys: Unprintable" in message_of(
+        KeyError, layer.load_state_dict, layer.state_dict() | {value: 1}
+    )
 
 
 @pytest.mark.parametrize("value", [np.int8(1), np.array(1), np.uint64(1)], ids=repr)
@@ -284,15 +426,21 @@ def test_numbers(xp, device, rng, name, make, end):
     kwargs = arguments(xp, rng, SHAPE)
     for function in FUNCTIONS:
         assert message_of(TypeError, function, **kwargs | {name: make(xp)}) == message
-    layer = BatchNorm1d(3, device=device, **{name: make(xp)})
+    assert message_of(TypeError, BatchNorm1d, 3, device=device, **{name: make(xp)}) == message
+    layer = BatchNorm1d(3, device=device)
+    setattr(layer, name, make(xp))
     assert message_of(TypeError, layer, kwargs["input"]) == message
 
 
 @pytest.mark.parametrize("name", ["eps", "momentum"])
 def test_numbers_beyond_float(xp, device, rng, name):
-    layer = BatchNorm1d(3, device=device, **{name: 10**400})
-    message = message_of(OverflowError, layer, arguments(xp, rng, SHAPE)["input"])
-    assert message == f"expected {name} to be a float (got a number beyond float64)"
+    layer = BatchNorm1d(3, device=device)
+    setattr(layer, name, 10**400)
+    for message in (
+        message_of(OverflowError, BatchNorm1d, 3, device=device, **{name: 10**400}),
+        message_of(OverflowError, layer, arguments(xp, rng, SHAPE)["input"]),
+    ):
+        assert message == f"expected {name} to be a float (got a number beyond float64)"
     layer = BatchNorm1d(3, device=device, **{name: Fraction(1, 8)})
     assert layer(arguments(xp, rng, SHAPE)["input"]).shape == SHAPE
 

@@ -39,6 +39,20 @@ def test_blocks_without_output_are_python():
             ast.parse(block)
 
 
+def test_blocks_without_output_import_what_they_use():
+    """But for the arrays that a reader has."""
+    for block in blocks("python"):
+        if ">>>" in block:
+            continue
+        nodes = list(ast.walk(ast.parse(block)))
+        known = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+        for node in nodes:
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                known |= {name.asname or name.name for name in node.names}
+        used = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+        assert used - known <= {"x", "dy"}
+
+
 def test_every_command_is_in_a_block_that_is_run():
     """`.ci/run` runs the blocks of sh alone."""
     assert set(re.findall(r"^```(.+)$", TEXT, re.MULTILINE)) == {"sh", "python"}

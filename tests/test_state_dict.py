@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Mapping
 from pathlib import PurePosixPath
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -371,6 +373,55 @@ def test_files_that_hold_what_cannot_be_read(device, rng, tmp_path):
         assert "did you mean prefix='bn.'?" in fails(layer, file, KeyError)
 
 
+def no_memory(*_):
+    raise MemoryError("no more")
+
+
+def test_files_whose_values_cannot_be_read(device, rng, tmp_path, monkeypatch):
+    """The error names the key that was wanted."""
+    layer = BatchNorm1d(3, device=device)
+    np.savez(tmp_path / "objects.npz", **a_state(rng, prefix="bn.") | {"bn.bias": np.array([1, None, 3], dtype=object)})
+    with np.load(tmp_path / "objects.npz") as file:
+        message = fails(layer, file, TypeError, prefix="bn.")
+    assert message.startswith("expected bn.bias to be an array of real numbers (got ValueError: ")
+    assert "allow_pickle" in message
+    np.savez(tmp_path / "state.npz", **a_state(rng))
+    with np.load(tmp_path / "state.npz") as file, monkeypatch.context() as patch:
+        patch.setattr(np.lib.npyio.NpzFile, "__getitem__", no_memory)
+        assert fails(layer, file, MemoryError) == "no more"  # which is no fault of the file
+    message = fails(layer, file, TypeError)
+    assert (
+        message == "expected weight to be an array of real numbers (got a closed file): load it while the file is open"
+    )
+
+
+@pytest.mark.parametrize("features", [3, None])
+def test_files_of_bfloat16(xp, device, rng, tmp_path, features):
+    """NumPy keeps the bits alone: a layer of bfloat16 knows what they are, another one does not guess."""
+    layer = BatchNorm1d(3, device=device, dtype="bfloat16")
+    layer(xp.asarray(rng.standard_normal((4, 3)).astype(np.float32)))
+    path = tmp_path / "layer.npz"
+    np.savez(path, **{key: a if xp is np else a.get() for key, a in layer.state_dict().items()})
+    loaded = BatchNorm1d(features, device=device, dtype="bfloat16")
+    with np.load(path) as file:
+        loaded.load_state_dict(file)
+        message = fails(BatchNorm1d(features, device=device), file, TypeError)
+    assert bits(*loaded.state_dict().values()) == bits(*layer.state_dict().values())
+    assert message == (
+        "expected weight to be an array of real numbers (got dtype |V2): if these are the bits of bfloat16, use "
+        ".view(ml_dtypes.bfloat16)"
+    )
+    mixed = BatchNorm1d(3, device="cpu")
+    mixed.weight = mixed.weight.astype(ml_dtypes.bfloat16)
+    bias = np.full(3, 1.5, ml_dtypes.bfloat16).view("V2")
+    mixed.load_state_dict({"weight": bias}, strict=False)
+    assert bits(mixed.weight) == bits(bias.view(ml_dtypes.bfloat16))
+    assert "view(ml_dtypes" in fails(mixed, {"bias": bias}, TypeError, strict=False)
+    for dtype in "V4", "i1,i1":
+        state = a_state(rng, bias=np.zeros(3, dtype))
+        assert "view" not in fails(loaded, state, TypeError)
+
+
 @pytest.mark.parametrize("key", [3, None, b"weight", b"bn.weight", ("weight",), np.int64(1), 2.5], ids=repr)
 def test_keys_that_are_no_strings(device, rng, key):
     layer = BatchNorm1d(3, device=device)
@@ -400,6 +451,13 @@ def test_what_acts_like_a_mapping(device, rng):
     assert "missing keys: bias" in fails(layer, Duck(a_state(rng, bias=None)), KeyError)
 
 
+def named(name):
+    """An open file."""
+    file = io.BytesIO()
+    file.name = name
+    return file
+
+
 @pytest.mark.parametrize(
     ("state", "end"),
     [
@@ -413,6 +471,9 @@ def test_what_acts_like_a_mapping(device, rng):
         (BatchNorm1d(3, device="cpu"), ": use state.state_dict()"),
         (None, "(got None)"),
         (3, "(got 3)"),
+        (io.BytesIO(), ": load the file first, use numpy.load(file)"),
+        (named("a.npz"), ": load the file first, use numpy.load(file)"),
+        (named("a.pt"), ": load the file first, use torch.load(path, map_location='cpu')"),
     ],
     ids=lambda value: type(value).__name__ if not isinstance(value, str) else "",
 )
@@ -443,11 +504,15 @@ class Refusing:
         (Refusing(), "(got Refusing: call detach() first)"),
         (np.ma.masked_less([1.0, 2.0, 3.0], 2), ": masks are not supported, use .filled(...)"),
         ("text", "(got dtype <U4)"),
+        (None, "(got None)"),
+        ([1, None, 3], "(got dtype object)"),
+        (type("Tensor", (), {"__dlpack__": None})(), "(got Tensor): use numpy.from_dlpack(bn.bias)"),
     ],
-    ids=["Refusing", "masked", "text"],
+    ids=["Refusing", "masked", "text", "None", "objects", "tensor"],
 )
 def test_values_that_give_no_array_are_named(device, rng, value, end):
-    message = fails(BatchNorm1d(3, device=device), a_state(rng, prefix="bn.", bias=value), TypeError, prefix="bn.")
+    state = a_state(rng, prefix="bn.") | {"bn.bias": value}
+    message = fails(BatchNorm1d(3, device=device), state, TypeError, prefix="bn.")
     assert message.startswith("expected bn.bias to be an array of real numbers")
     assert message.endswith(end)
 

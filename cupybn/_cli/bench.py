@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -87,12 +87,28 @@ def run(options: argparse.Namespace) -> int:
         try:
             rows.append(row(problem, operation, effort))
         except Exception as error:
-            if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # the latter is PyTorch's
+            if out_of_memory(error):
                 raise too_large(problem, str(error).partition("\n")[0]) from error
             raise
     print(table(CPU_HEAD if missing else GPU_HEAD, rows))
     print(f"\n{RATIOS}")
     return 0
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether this is what NumPy, CuPy or PyTorch raise where memory is too small."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # the latter is PyTorch's
+
+
+def arrays_of(problem: Problem, xp: Any, sets: int = 1) -> list[Arrays]:
+    """Arrays to measure with; where they cannot be made, the shape is at fault."""
+    try:
+        return make_arrays(problem, xp, sets)
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise UsageError(f"argument --shape: {problem.name} cannot be made: {reason}") from error
 
 
 def channel_axis(shape: tuple[int, ...], axis: int) -> int:
@@ -125,7 +141,7 @@ CPU_HEAD = ["shape, operation", "host us", "(quartiles)", "plain NumPy / cupybn"
 
 def cpu_row(problem: Problem, operation: Operation, effort: Effort) -> list[str]:
     """The cells of a line."""
-    (arrays,) = make_arrays(problem, np)
+    (arrays,) = arrays_of(problem, np)
     calls = [cupybn_call(problem, operation, arrays), *cpu_peers(problem, operation, arrays)]
     ours, *theirs = (None if call is None else host_time(call, lambda: None, effort) for call in calls)
     assert ours is not None
@@ -161,7 +177,7 @@ def gpu_row(problem: Problem, operation: Operation, effort: Effort) -> list[str]
     cupy = import_cupy()
     l2 = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.runtime.getDevice())["l2CacheSize"]
     nbytes = int(operation.passes * problem.nbytes)
-    arrays = make_arrays(problem, cupy, cold_sets(nbytes, l2, effort))
+    arrays = arrays_of(problem, cupy, cold_sets(nbytes, l2, effort))
     synchronize = cupy.cuda.Device().synchronize
 
     def graph(calls: Sequence[Call]) -> Graph:

@@ -26,6 +26,8 @@ from cupybn._dtypes import FLOATS
 from cupybn._kernels import kernel_names
 
 Shape = tuple[int, int, int]
+MOST_LISTED = 20
+"""Calls that are listed one by one."""
 
 USAGE = "[options]"
 
@@ -112,34 +114,62 @@ def jobs_of(row: str, step: str, shapes: Sequence[Shape], dtypes: Sequence[np.dt
     ]
 
 
-def check(jobs: Sequence[Job], ours: Side, referee: Side) -> dict[Job, tuple[float, str]]:
-    """For each call the largest error, as a share of its bound, and the result that it is in."""
+class Found(NamedTuple):
+    """What came of a call."""
+
+    share: float
+    """The largest error, as a share of its bound; infinite where the call has raised."""
+    result: str
+    """The result that it is in."""
+    raised: str = ""
+
+
+def check(jobs: Sequence[Job], ours: Side, referee: Side) -> dict[Job, Found]:
+    """All calls, and what came of them."""
     found = {}
     for job in progress(jobs, "call"):
         case = Case(job.shape, job.dtype, job.offset, job.variant)
         try:
-            found[job] = worst(case, STEPS[job.step].run, ours, referee)
-        except Exception as error:  # it does not compile, or not run: a miss like others
-            found[job] = math.inf, f"{type(error).__name__}: {error}".partition("\n")[0]
+            found[job] = Found(*worst(case, STEPS[job.step].run, ours, referee))
+        except Exception as error:  # it does not compile, or not run: others may
+            found[job] = Found(math.inf, "", f"{type(error).__name__}: {error}".partition("\n")[0])
     return found
 
 
-def report(found: dict[Job, tuple[float, str]], dtypes: Sequence[np.dtype[Any]]) -> int:
+def report(found: dict[Job, Found], dtypes: Sequence[np.dtype[Any]]) -> int:
     """Print the table and what is wrong; 1 if anything is, or nothing was checked."""
     if not found:
         print("Nothing was checked.")
         return 1
-    cells: dict[tuple[str, str], float] = {}
-    for job, (share, _) in found.items():
-        key = job.row, job.dtype.name
-        cells[key] = max(cells.get(key, 0), share)
+    raised = {call.raised for call in found.values()}
+    if len(raised) == 1 and "" not in raised:
+        print(f"All {len(found)} calls have raised the same error: {raised.pop()}")
+        return 1
+    cells: dict[tuple[str, str], list[Found]] = {}
+    for job, call in found.items():
+        cells.setdefault((job.row, job.dtype.name), []).append(call)
     rows = [
-        [row, *(f"{cells[row, dtype.name]:.2f}" for dtype in dtypes)] for row in dict.fromkeys(job.row for job in found)
+        [row, *(cell(cells[row, dtype.name]) for dtype in dtypes)] for row in dict.fromkeys(job.row for job in found)
     ]
     print(table(["largest error / allowed", *(dtype.name for dtype in dtypes)], rows))
-    misses = [f"  {job.describe()}: {name}, {share:.3g} times" for job, (share, name) in found.items() if share > 1]
+    errors = [f"  {job.describe()}: {call.raised}" for job, call in found.items() if call.raised]
+    if errors:
+        print(f"\n{len(errors)} of {len(found)} calls have raised an error:", *errors[:MOST_LISTED], sep="\n")
+    misses = [
+        f"  {job.describe()}: {call.result}, {call.share:.3g} times"
+        for job, call in found.items()
+        if call.share > 1 and not call.raised
+    ]
     if misses:
-        print(f"\n{len(misses)} of {len(found)} calls are off by more than is allowed:", *misses[:20], sep="\n")
+        print(
+            f"\n{len(misses)} of {len(found)} calls are off by more than is allowed:", *misses[:MOST_LISTED], sep="\n"
+        )
+    if errors or misses:
         return 1
     print(f"\nAll {len(found)} calls are within their bounds.")
     return 0
+
+
+def cell(calls: Sequence[Found]) -> str:
+    """The calls of a cell of the table: their largest error."""
+    return "error" if any(call.raised for call in calls) else f"{max(call.share for call in calls):.2f}"

@@ -16,6 +16,7 @@ import cupybn
 from cupybn._cli.extras import optional
 from cupybn._devices import cuda_missing, import_cupy
 from cupybn._kernels import KERNELS, kernel_names
+from cupybn._tiles import num_threads
 
 MIB = 1 << 20
 
@@ -45,6 +46,11 @@ def run(options: argparse.Namespace) -> int:
 def facts() -> dict[str, Any]:
     """All that `info` knows, under the same keys on every machine; None for what is not there."""
     missing = cuda_missing()
+    threads, wrong = None, {}
+    try:
+        threads = num_threads()
+    except ValueError as error:
+        wrong["threads"] = str(error)
     here: dict[str, Any] = {
         "cupybn": cupybn.__version__,
         "python": platform.python_version(),
@@ -52,16 +58,19 @@ def facts() -> dict[str, Any]:
         "numpy": np.__version__,
         "ml_dtypes": getattr(optional("ml_dtypes"), "__version__", None),
         "mpi4py": getattr(optional("mpi4py"), "__version__", None),
+        "threads": threads,
         "kernels": len(kernel_names()),
         "kernel_folder": str(KERNELS),
         "cupy_missing": missing or None,
     }
     on_gpu = dict.fromkeys(("cupy", "stand_in", "cuda_driver", "cuda_runtime", "nvrtc", "nccl", "kernel_cache"))
-    return {**here, **on_gpu, "not_found": {}, "gpus": []} if missing else {**here, **on_gpu, **cupy_facts()}
+    known = {**here, **on_gpu, **({"not_found": {}, "gpus": []} if missing else cupy_facts())}
+    known["not_found"] |= wrong
+    return known
 
 
 def cupy_facts() -> dict[str, Any]:
-    """Those that take a CuPy and a GPU."""
+    """What there is to know where CuPy finds a GPU."""
     cupy = import_cupy()
     runtime = cupy.cuda.runtime
     found: dict[str, str] = {}
@@ -95,6 +104,7 @@ def lines() -> Iterator[tuple[str, str]]:
     yield "NumPy", known["numpy"]
     yield "bfloat16 (ml_dtypes)", known["ml_dtypes"] or MISSING["ml_dtypes"]
     yield "mpi4py", known["mpi4py"] or MISSING["mpi4py"]
+    yield "threads on the CPU", str(known["threads"] or f"none: {known['not_found']['threads']}")
     yield "kernels", f"{known['kernels']} in {known['kernel_folder']}"
     if known["cupy_missing"]:
         yield "CuPy", f"cannot be used: {known['cupy_missing']}"

@@ -36,7 +36,7 @@ def too_large(problem: Problem, reason: object) -> UsageError:
 
 
 def free_bytes() -> float:
-    """Of the host's memory, as far as Linux tells; infinite elsewhere."""
+    """Bytes of the host's memory that are free, as far as Linux tells; infinite elsewhere."""
     free = [math.inf]
     with contextlib.suppress(OSError):
         free += [int(kib) * 1024 for kib in re.findall(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())]

@@ -26,15 +26,17 @@ def add_dtypes(parser: argparse.ArgumentParser, default: str) -> None:
 
 
 def shape(text: str) -> tuple[int, ...]:
-    """A shape as it is given on the command line."""
+    """A shape as it is given on the command line, or as tables have it: 32,64,7,7 or 32x64x7x7."""
     try:
-        sizes = tuple(int(size) for size in text.split(","))
+        sizes = tuple(int(size) for size in text.split("x" if "x" in text else ","))
     except ValueError:
         sizes = ()
     if not 2 <= len(sizes) <= MOST_DIMENSIONS or min(sizes) < 1:
         raise argparse.ArgumentTypeError(
             f"expected 2 to {MOST_DIMENSIONS} positive sizes, such as 32,64,112,112 (got {text!r})"
         )
+    if math.prod(sizes) >= 2**63:
+        raise argparse.ArgumentTypeError(f"expected fewer than 2**63 elements (got {text!r})")
     return sizes
 
 

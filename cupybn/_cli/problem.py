@@ -65,7 +65,8 @@ class Problem:
     @property
     def name(self) -> str:
         """For tables."""
-        order = ", channels last" if self.channel_axis % len(self.shape) != 1 else ""
+        axis, last = self.channel_axis % len(self.shape), len(self.shape) - 1
+        order = "" if axis == 1 else ", channels last" if axis == last else f", channel axis {axis}"
         return f"{'x'.join(map(str, self.shape))} {self.dtype.name}{order}"
 
 

@@ -172,7 +172,7 @@ def record() -> Iterator[list[Launch]]:
 
 @contextmanager
 def run_only(*blocks: tuple[int, int, int]) -> Iterator[None]:
-    """Of each grid that is launched inside the block, run these blocks alone, and the rest of their clusters."""
+    """Run these blocks alone, and the rest of their clusters, of each grid that is launched inside the context."""
     global chosen_blocks
     outer, chosen_blocks = chosen_blocks, blocks
     try:
