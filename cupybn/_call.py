@@ -167,7 +167,7 @@ class Call(NamedTuple):
         return Running(self.running_mean, self.running_var, self.momentum, counter)
 
     def _named(self, names: Iterable[str]) -> dict[str, Array]:
-        """Those of these arrays that there are, by name."""
+        """Arrays of this call by name, but for those that are None."""
         return {name: array for name in names if (array := getattr(self, name)) is not None}
 
     def _buffers(self) -> tuple[str, ...]:
@@ -216,7 +216,7 @@ class Checked(NamedTuple):
 
     layout: Layout
     extents: dict[str, Extent]
-    """Those of the arrays that a call reads, moves or writes."""
+    """Extents of the arrays that a call reads, moves or writes, by name."""
 
 
 Written = list[tuple[Array, Array]]

@@ -20,7 +20,7 @@ MOST_WORK = 1000
 
 
 class Extent(NamedTuple):
-    """Where the bytes of an array begin and end, seen from the address of its first element."""
+    """The first byte of an array and the one behind its last, seen from the address of its first element."""
 
     begin: int
     end: int
