@@ -246,7 +246,7 @@ def check_vectors(input: Any, axis: int, vectors: Mapping[str, Any], layer_devic
             message = f"expected {vector.size} channels (num_features) on axis {axis}, got {channels}"
             if layer_device is None or len(sizes) > 1:
                 message = f"{name} should contain {channels} elements not {vector.size}"
-            if vector.size in input.shape and vector.size and len(sizes) == 1:
+            if layer_device is not None and vector.size in input.shape and vector.size and len(sizes) == 1:
                 meant = input.ndim - 1 - input.shape[::-1].index(vector.size)
                 message += (
                     f" (axis {axis} of the input of shape {input.shape} has {channels}, axis {meant} has "

@@ -208,14 +208,13 @@ def test_the_order_of_bytes_changes_nothing(rng, dtype, shape, axis):
     assert output.shape == shape
 
 
-def test_channels_of_the_functions_that_are_on_another_axis(xp, rng):
+def test_functions_keep_the_text_of_pytorch(xp, rng):
+    """Also where the channels are on another axis, which layers say."""
     kwargs = arguments(xp, rng, (2, 3, 4, 5))
     for function in FUNCTIONS:
-        assert message_of(ValueError, function, **kwargs | {"residual": None, "channel_axis": 3}) == (
-            "running_mean should contain 5 elements not 3 (axis 3 of the input of shape (2, 3, 4, 5) has 5, axis 1 has "
-            "3: did you mean channel_axis=1?)"
-        )
-    kwargs["weight"] = xp.ones(4, np.float32)  # which is the one that is wrong
+        message = message_of(ValueError, function, **kwargs | {"residual": None, "channel_axis": 3})
+        assert message == "running_mean should contain 5 elements not 3"
+    kwargs["weight"] = xp.ones(4, np.float32)
     assert message_of(ValueError, F.batch_norm, **kwargs) == "weight should contain 3 elements not 4"
 
 
