@@ -334,9 +334,10 @@ def bn_backward_reduce(
     if affine.dtype != np.float64:
         # Products too small for float32 are lost in part: that matters in sums that are no larger than this.
         least = x.shape[0] * x.shape[2] * np.finfo(affine.dtype).tiny / 8
-        held = np.isfinite(sum_dy) & np.isfinite(sum_dy_d) & (np.abs(sum_dy_d) > least)
+        held = np.abs(sum_dy_d) > least
         if (sum_dy_d == 0).any():  # as where nothing comes back, which is right
             held |= (sum_dy_d == 0) & (tile_sums(some, arrays, factors, True, 1)[0] == 0)
+        held &= np.isfinite(sum_dy) & np.isfinite(sum_dy_d)
         for chosen, dtype in (affine.wide, np.float64), (~affine.wide & ~held, affine.dtype):
             channels = np.flatnonzero(chosen)
             sums = _gradient_sums_in_float64(dy, x, mask, affine, activation, channels, dtype)
