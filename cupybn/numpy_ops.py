@@ -64,7 +64,8 @@ def bn_stats(x: Array, num_batches_tracked: Array | None = None, scratch: Array 
     if (m2 == 0).any():
         held |= (m2 == 0) & _constant(x, center, dtype)
     doubtful = np.flatnonzero(~(held & ((mean - center) ** 2 <= m2 / count)))
-    mean[doubtful], m2[doubtful] = _moments_in_float64(x, doubtful)
+    if doubtful.size:
+        mean[doubtful], m2[doubtful] = _moments_in_float64(x, doubtful)
     batches = None if num_batches_tracked is None else num_batches_tracked.copy()
     return Moments(np.array([float(count)]), mean[None], m2[None], batches)
 
@@ -316,7 +317,6 @@ def bn_backward_reduce(
         Memory to work in; it is used if its dtype is that of the arithmetic.
     """
     affine = _affine(x.dtype, statistics, eps, weight, bias)
-
     usable = _usable(scratch, affine.dtype)
     factors = [v.astype(affine.dtype) for v in (affine.center, affine.scale, affine.shift)]
     temporaries = usable is None or activation is not None
@@ -340,8 +340,9 @@ def bn_backward_reduce(
         held &= np.isfinite(sum_dy) & np.isfinite(sum_dy_d)
         for chosen, dtype in (affine.wide, np.float64), (~affine.wide & ~held, affine.dtype):
             channels = np.flatnonzero(chosen)
-            sums = _gradient_sums_in_float64(dy, x, mask, affine, activation, channels, dtype)
-            sum_dy[channels], sum_dy_d[channels] = sums
+            if channels.size:
+                sums = _gradient_sums_in_float64(dy, x, mask, affine, activation, channels, dtype)
+                sum_dy[channels], sum_dy_d[channels] = sums
     sum_dy_xhat = (sum_dy_d - affine.rest * sum_dy) * affine.rstd
     return Sums(sum_dy[None], sum_dy_xhat[None])
 
