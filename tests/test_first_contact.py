@@ -26,7 +26,7 @@ if not BENCHMARKS.is_dir():
     pytest.skip("the benchmarks are not part of the wheel", allow_module_level=True)
 sys.path.append(str(BENCHMARKS))
 
-from contact import library, plan, report, runner  # noqa: E402
+from contact import insides, plan, report, runner  # noqa: E402
 from contact.log import Check, Findings, Log, write_whole  # noqa: E402
 from contact.processes import Ended, LimitedProcess, run_limited, variables  # noqa: E402
 from contact.stages import (  # noqa: E402
@@ -577,7 +577,7 @@ def test_commands_that_fail(task, monkeypatch, stage, returncode, timed_out, out
 
 @pytest.mark.parametrize("stage", [check, environment], ids=["check", "environment"])
 def test_without_a_gpu_nothing_is_right(task, monkeypatch, stage):
-    monkeypatch.setattr(library, "cuda_missing", lambda: "no GPU")
+    monkeypatch.setattr(insides, "cuda_missing", lambda: "no GPU")
     monkeypatch.setattr(environment, "mechanisms", type("None", (), {"run": staticmethod(lambda _: None)}))
     stage.run(task)
     assert not task.log.findings.checks[0].passed
@@ -639,16 +639,16 @@ def test_nccl_sees_a_communicator_that_is_not_refused():
 
 def test_all_that_the_library_asks_for_is_compiled():
     """Every step over shapes, dtypes and alignments of all kinds, on the device that is there."""
-    compiled = {(instance.kernel, instance.options) for instance in library.instances_here()}
+    compiled = {(instance.kernel, instance.options) for instance in insides.instances_here()}
     assert {kernel for kernel, _ in compiled} == set(_kernels.kernel_names())
     shapes = [(N, C, L) for L in (1, 2, 49, 3136, 1 << 20) for N in (2, 64, 5000) for C in (2, 3, 64, 1000)]
     steps = {"bn_stats": None, "bn_normalize": 132, "bn_backward_reduce": None, "bn_backward_input": 132}
     asked = set()
     for shape in shapes:
-        for dtype in library.dtypes():
+        for dtype in insides.dtypes():
             for vectorized in True, False:
                 plans = [cupy_ops._plan(step, shape, dtype, vectorized, most) for step, most in steps.items()]
-                plans += [cupy_ops._resident_plan(step, shape, dtype, vectorized, 0) for step in library.ON_CHIP]
+                plans += [cupy_ops._resident_plan(step, shape, dtype, vectorized, 0) for step in insides.ON_CHIP]
                 asked |= {(plan.kernel.name, plan.kernel.options) for plan in plans if plan is not None}
     assert len(asked) > 200
     assert asked <= compiled

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contact import library
+from contact import insides
 from contact.processes import python, run_limited
 from contact.task import Task
 
@@ -11,7 +11,7 @@ MOST_MISSES = 8
 
 def run(task: Task) -> None:
     """The command as users run it; only the quick part of it in a rehearsal."""
-    missing = library.cuda_missing()
+    missing = insides.cuda_missing()
     if missing:  # the command would compare the mirrors with a formula, and be content
         task.log.check("python -m cupybn check", False, missing)
         return

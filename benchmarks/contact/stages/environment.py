@@ -52,7 +52,7 @@ def machine(log: Log) -> None:
 
 def library(log: Log) -> None:
     """Enter what ``python -m cupybn info`` says."""
-    from contact.library import cuda_missing
+    from contact.insides import cuda_missing
     from cupybn._cli import info
 
     for name, value in info.lines():

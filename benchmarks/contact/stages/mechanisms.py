@@ -61,7 +61,7 @@ def arguments_by_value() -> None:
     """Compare what a kernel gets with what it is given, for all that the launcher gives."""
     import cupy
 
-    from contact.library import VECTOR
+    from contact.insides import VECTOR
 
     kernel = cupy.RawKernel(TAKE, "take")
     x, out = cupy.asarray(np.array([2.5, 3.5], np.float32)), cupy.zeros(8)
@@ -75,7 +75,7 @@ def host_times(rounds: int) -> dict[str, float]:
     """Microseconds of a launch for each way to give structs; nothing on the stand-in."""
     import cupy
 
-    from contact.library import VECTOR, is_stand_in
+    from contact.insides import VECTOR, is_stand_in
 
     if is_stand_in():
         return {}
@@ -103,7 +103,7 @@ def cluster(blocks: int, nbytes: int, clusters: int) -> str:
     """Blocks reach each other's dynamic shared memory, and the end of their own; 0 bytes mean as many as there are."""
     import cupy
 
-    from contact.library import has_clusters
+    from contact.insides import has_clusters
 
     if not has_clusters():
         return "this device has none"

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from contact import library
+from contact import insides
 from contact.task import Task
 
 SPIN = r"""
@@ -39,7 +39,7 @@ def run(task: Task) -> None:
         collectives(comm, row)
     with log.checking("a collective in a graph"):
         in_a_graph(comm, row)
-    if library.is_stand_in():
+    if insides.is_stand_in():
         log.skip("capture in global mode while a message is watched: a kernel in PTX")
     else:
         with log.checking("capture in global mode, as PyTorch's, while a message is watched"):

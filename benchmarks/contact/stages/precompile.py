@@ -46,7 +46,7 @@ def run(task: Task) -> None:
 
 def compile_share(index: int, shares: int, seconds: float, rehearse: bool) -> Share:
     """Compile the part of one process of all instances, until the time is over."""
-    from contact.library import instances_here
+    from contact.insides import instances_here
 
     end = time.monotonic() + seconds
     instances = instances_here()

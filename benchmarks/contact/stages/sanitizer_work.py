@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from contact import library
+from contact import insides
 from contact.task import Task
 
 SHAPES = (
@@ -25,9 +25,9 @@ def run(task: Task) -> None:
     """Every function of the library on every shape, as far as there is time: the tools take their own."""
     import cupy
 
-    if not library.is_stand_in():
+    if not insides.is_stand_in():
         cupy.cuda.set_allocator(None)  # a pool would hide what lies beyond an array
-    cases = list(product(SHAPES, library.dtypes()[:3]))
+    cases = list(product(SHAPES, insides.dtypes()[:3]))
     if task.rehearse:
         cases = [((shape, axis), dtype) for (shape, axis), dtype in cases if math.prod(shape) < FEW_ELEMENTS][:1]
     until = ""

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from contact import library
+from contact import insides
 from contact.task import Task
 
 MOST_ELEMENTS, FEW_ELEMENTS = 1 << 22, 1 << 12
@@ -57,9 +57,9 @@ def cases_of_all_plans(most_elements: int) -> list[Case]:
     shapes = sorted((shape for shape in shapes if math.prod(shape) <= most_elements), key=math.prod)
     seen: set[tuple[Any, ...]] = set()
     cases: list[Case] = []
-    for shape, dtype in product(shapes, library.dtypes()):
+    for shape, dtype in product(shapes, insides.dtypes()):
         N, C, L = shape
-        ways = {(L == 1, dtype, step, library.how_on_chip(step, shape, dtype)) for step in library.ON_CHIP}
+        ways = {(L == 1, dtype, step, insides.how_on_chip(step, shape, dtype)) for step in insides.ON_CHIP}
         if not ways <= seen:
             seen |= ways
             label = ", ".join(f"{step} {how}" for *_, step, how in sorted(ways, key=str))
@@ -88,8 +88,8 @@ def try_case(case: Case) -> None:
     dy = rng.standard_normal(case.shape, np.float32).astype(case.dtype)
     weight, bias = rng.uniform(0.5, 1.5, C).astype(np.float32), rng.standard_normal(C).astype(np.float32)
     if case.activation:
-        dy[np.abs(library.batch_norm(x, weight, bias, **options).y) < NEAR] = 0
-    expected = library.batch_norm(x, weight, bias, dy=dy, relu=case.activation == "relu", **options)
+        dy[np.abs(insides.batch_norm(x, weight, bias, **options).y) < NEAR] = 0
+    expected = insides.batch_norm(x, weight, bias, dy=dy, relu=case.activation == "relu", **options)
 
     on_gpu = [cupy.asarray(array) for array in (x, weight, bias)]
     running = cupy.zeros(C, np.float32), cupy.ones(C, np.float32)
@@ -118,6 +118,6 @@ def close(
 ) -> None:
     """The comparison of the tests, which says what it is about."""
     try:
-        library.assert_close(found, wanted, computed_in, scale, roundings)
+        insides.assert_close(found, wanted, computed_in, scale, roundings)
     except AssertionError as error:
         raise AssertionError(f"{name}: {error}") from None

@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from contact import library
+from contact import insides
 from contact.log import write_whole
 from contact.processes import ROOT, Ended, python, run_limited
 from contact.task import Task
@@ -53,7 +53,7 @@ def run(task: Task) -> None:
     done = run_limited(
         command(files(task.rehearse), plugins, 2 if task.rehearse else WORKERS),
         task.left() - 6,
-        environment(required=not library.is_stand_in()),
+        environment(required=not insides.is_stand_in()),
         ask_first=True,
     )
     write_whole(task.out / "suite.log", done.output[-MOST_OF_THE_LOG:])
