@@ -54,7 +54,7 @@ def run(task: Task) -> None:
 
 def collectives(comm: Any, row: Any) -> None:
     """What a single rank sends is what it gets."""
-    engine = library.engine_for(comm, TIMEOUT)
+    engine = insides.engine_for(comm, TIMEOUT)
     for collective in engine.gather, engine.sum:
         result, header = collective(row, NO_HEADER)
         assert header is None
@@ -66,7 +66,7 @@ def in_a_graph(comm: Any, row: Any) -> None:
     """A replay sends what is there by then."""
     import cupy
 
-    engine, row = library.engine_for(comm, TIMEOUT), row.copy()
+    engine, row = insides.engine_for(comm, TIMEOUT), row.copy()
     stream = cupy.cuda.Stream(non_blocking=True)
     cupy.cuda.Device().synchronize()
     with stream:
@@ -89,7 +89,7 @@ def captured_beside_the_watch(comm: Any) -> None:
     spin((1,), (1,), (np.int64(1),))
     sending, capturing = (cupy.cuda.Stream(non_blocking=True) for _ in range(2))
     cupy.cuda.Device().synchronize()
-    with library.watch_of(comm).over(sending, TIMEOUT), sending:
+    with insides.watch_of(comm).over(sending, TIMEOUT), sending:
         spin((1,), (1,), (np.int64(400_000_000),))
     with capturing:
         capturing.begin_capture(mode=cupy.cuda.runtime.streamCaptureModeGlobal)
@@ -103,7 +103,7 @@ def refused_once_aborted(comm: Any) -> None:
     """A layer does not begin with it."""
     comm.abort()
     try:
-        library.engine_for(comm, TIMEOUT)
+        insides.engine_for(comm, TIMEOUT)
     except ValueError:
         return
     raise AssertionError("expected ValueError")
@@ -125,5 +125,5 @@ def of_cupyx(task: Task, row: Any) -> None:
         port = probe.getsockname()[1]
     backend = init_process_group(1, 0, port=port)
     assert isinstance(backend, NCCLBackend)
-    result, _ = library.engine_for(backend, TIMEOUT).sum(row, NO_HEADER)
+    result, _ = insides.engine_for(backend, TIMEOUT).sum(row, NO_HEADER)
     assert result.get().tobytes() == row.get().tobytes()

@@ -102,7 +102,7 @@ def try_case(case: Case) -> None:
     assert expected.terms is not None
     for name, one, two in zip(("y", "dx", "dweight", "dbias"), *passes, strict=True):
         assert one.get().tobytes() == two.get().tobytes(), f"{name}: two runs differ"
-        close(name, one, getattr(expected, name), case.dtype, expected.terms[name], library.ROUNDINGS[name])
+        close(name, one, getattr(expected, name), case.dtype, expected.terms[name], insides.ROUNDINGS[name])
     n = x.size // C
     close("running_mean", running[0], MOMENTUM * expected.mean)
     close("running_var", running[1], 1 - MOMENTUM + MOMENTUM * expected.var * n / (n - 1))
@@ -114,7 +114,7 @@ def close(
     wanted: Any,
     computed_in: Any = np.float32,
     scale: Any = 1.0,
-    roundings: float = library.ROUNDINGS["y"],
+    roundings: float = insides.ROUNDINGS["y"],
 ) -> None:
     """The comparison of the tests, which says what it is about."""
     try:
