@@ -248,7 +248,7 @@ Requests are None if not all of them are known.
 
 @atexit.register
 def _abort_if_lost() -> None:
-    """At the end of a process: MPI would wait for the ranks that it has lost, for ever."""
+    """Abort MPI at the end of a process: it would wait for the ranks that it has lost, for ever."""
     for comm, requests, _ in _abandoned:
         try:
             lost = requests is None or not all(request.Test() for request in requests)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from cupybn._resident import Device, choose_cluster
 
 THREADS = 256
-"""Of every block."""
+"""Threads of a block, but for those that keep channels-first data on chip."""
 LEAST_SUMMED = 1 << 12
 """Elements below which a sum is not split any further."""
 LEAST_MAPPED = 1 << 13
@@ -34,7 +34,7 @@ CHANNELS_FIRST_MAP = 16
 
 CHANNELS_FIRST_OWN = 1 << 10
 CHANNELS_LAST_OWN = 16 << 10
-"""On chip: bytes of a block's shared memory that are not for the tensor."""
+"""Bytes of a block's shared memory that are not for the tensor, where that is kept on chip."""
 TILE_PACKS = (4, 2)
 """Channels last: packs of a row that a block takes, of many columns and of few. Merging P parts of Q lanes costs P * Q
 reads in each block, and narrow tiles make few parts of few lanes; two packs are a sector, the least that memory hands

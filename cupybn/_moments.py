@@ -21,7 +21,7 @@ class Moments(NamedTuple):
 
     @classmethod
     def of_rows(cls, rows: Array, batches: Array | None = None) -> Moments:
-        """Of the rows that `merge_moments` makes, (P, 1 + 2 C): what ranks send each other."""
+        """The moments in the rows that `merge_moments` makes, (P, 1 + 2 C): what ranks send each other."""
         C = rows.shape[1] // 2
         return cls(rows[:, 0], rows[:, 1 : 1 + C], rows[:, 1 + C :], batches)
 
@@ -41,6 +41,6 @@ class Sums(NamedTuple):
 
     @classmethod
     def of_rows(cls, rows: Array) -> Sums:
-        """Of the row that `merge_sums` makes, (1, 2 C)."""
+        """The sums in the row that `merge_sums` makes, (1, 2 C)."""
         C = rows.shape[1] // 2
         return cls(rows[:, :C], rows[:, C:])

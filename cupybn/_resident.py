@@ -10,13 +10,13 @@ import math
 from typing import NamedTuple
 
 BLOCKS = (1, 2, 4, 8)
-"""Of a cluster: as many as every GPU with clusters has. GPUs without run the first ones alone."""
+"""Blocks of a cluster: as many as every GPU with clusters has. GPUs without run the first choice alone."""
 CUDA = 1 << 10
 """Bytes of a multiprocessor's shared memory that CUDA takes for each block."""
 ROUNDS = 2
 """Blocks for each multiprocessor that keep it busy: one loads while the other one stores."""
 LEAST = 3
-"""Of so many multiprocessors at least one must have work: it can move about three times its share of the bandwidth."""
+"""Multiprocessors of which at least one must have work: it can move about three times its share of the bandwidth."""
 SMALL = 16 << 10
 """Bytes of a block that is small enough to leave a large GPU partly empty: further splitting would save no time."""
 SOON = 48 << 10

@@ -113,7 +113,7 @@ class Lanes(NamedTuple):
         return cls((n // repeat, repeat * c * l, 1), repeat, c, l)
 
     def column(self, vector: Array) -> Array:
-        """From one value per channel to a column of one per lane."""
+        """A column of one value per lane, from one value per channel."""
         if self.positions > 1:
             vector = np.repeat(vector, self.positions)
         if self.repeat > 1:

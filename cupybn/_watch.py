@@ -104,7 +104,7 @@ class Watch:
                 self._thread = thread
 
     def _look_after(self, device: int) -> None:
-        """Of all messages, one after the other, until there are none for a while."""
+        """Watch all messages, one after the other, until there are none for a while."""
         _relax_captures()
         import_cupy().cuda.Device(device).use()  # to ask for an event starts the current device, which is 0 in a thread
         while self._failure is None:

@@ -22,7 +22,7 @@ from cupybn._resident import Device
 Array = Any  # cupy.ndarray
 
 ACTIVATIONS = {None: 0, "relu": 1}
-"""As the kernels number them."""
+"""Numbers of the activations in the kernels."""
 PACK = 16
 """Bytes that one load or store moves at most."""
 MOST_INT = 2**31 - 2**20
@@ -344,7 +344,7 @@ class _Plan(NamedTuple):
     geometry: Geometry
 
     def launch(self, **arguments: Any) -> None:
-        """With these arguments, and the sizes that the geometry knows."""
+        """Launch the kernel with these arguments, and the sizes that the geometry knows."""
         geometry = self.geometry
         self.kernel.launch(geometry.grid, geometry.threads, arguments | geometry.sizes, geometry.shared)
 
@@ -393,7 +393,7 @@ def _beside(mask: Array | None, dy: Array) -> Array:
 def _plan(
     step: str, shape: tuple[int, int, int], dtype: np.dtype[Any], vectorized: bool, multiprocessors: int | None
 ) -> _Plan:
-    """Of so many arguments that programs call with the same ones again and again."""
+    """The plan of a step that is streamed; programs ask for the same few again and again."""
     N, C, L = shape
     width = PACK // dtype.itemsize if vectorized else 1
     if L == 1:
@@ -430,7 +430,7 @@ def _resident_plan(
 
 
 def _index_bits(shape: tuple[int, int, int]) -> int:
-    """Of the kernels' indices; there are up to 8 lanes for a channel."""
+    """Bits of the kernels' indices; there are up to 8 lanes for a channel."""
     return 32 if max(math.prod(shape), shape[1] * PACK) < MOST_INT else 64
 
 

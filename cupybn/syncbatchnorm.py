@@ -271,7 +271,7 @@ class SyncBatchNorm(_BatchNorm):
 _OWN = ("_kind", "_comm", "_group", "_left_out", "_timeout")
 """Attributes that layers of one process do not have."""
 _KINDS: dict[int, type[_BatchNorm]] = {2: BatchNorm1d, 3: BatchNorm1d, 4: BatchNorm2d, 5: BatchNorm3d}
-"""By the rank of inputs."""
+"""Layers of one process, by the rank of their inputs."""
 
 
 def _checked_timeout(timeout: float | None) -> float | None:

@@ -159,7 +159,7 @@ def test_rehearsal(tmp_path):
     lines = printed.rpartition("===== FIRST CONTACT (REHEARSAL)")[2].splitlines()
     assert "no failures" in lines
     assert sum("of copy, torch x" in line for line in lines) == 5
-    assert "ncu bn_stats: 1234 us, dram 0.5 %, issue 0.5 %, long_scoreboard 6.2, wait 0.5, sleeping 0.5" in lines
+    assert "ncu bn_stats: 1234 us, dram 0.5 %, issue slots 0.5 %, long_scoreboard 6.2, wait 0.5, sleeping 0.5" in lines
     page = (out / "report.md").read_text()
     assert "rehearsal: says nothing of a GPU" in page
     for name in plan.NAMES:

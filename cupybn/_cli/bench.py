@@ -125,7 +125,7 @@ def channel_axis(shape: tuple[int, ...], axis: int) -> int:
 
 
 def operations(options: argparse.Namespace) -> list[Operation]:
-    """Those that the command line asks for."""
+    """The operations that the command line asks for."""
     relu = options.relu or options.residual
     fused = {"activation": "relu" if relu else None, "residual": options.residual}
     name = " + add" * options.residual + " + ReLU" * relu

@@ -73,7 +73,7 @@ class Case:
         return xhat
 
     def batch_statistics(self) -> Statistics:
-        """Those of x, in float64."""
+        """Mean and variance of x, in float64."""
         return Statistics(*formula.mean_and_var(formula.bn_stats(self.x), np.float64))
 
     def terms(self, statistics: Statistics) -> Array:

@@ -59,7 +59,7 @@ class Job(NamedTuple):
     variant: Variant
 
     def describe(self) -> str:
-        """For the list of misses."""
+        """The text of a case in the list of misses."""
         training, activation, has_residual = self.variant
         words = [
             "training" if training else "eval",

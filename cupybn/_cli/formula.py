@@ -25,7 +25,7 @@ def bn_stats(x: Array, num_batches_tracked: Array | None = None) -> Moments:
 
 
 def mean_and_var(moments: Moments, dtype: npt.DTypeLike) -> tuple[Array, Array]:
-    """Of all parts together."""
+    """Mean and biased variance of all parts together."""
     n = moments.count[:, None]
     mean = (n * moments.mean).sum(axis=0) / n.sum()
     var = (moments.m2 + n * (moments.mean - mean) ** 2).sum(axis=0) / n.sum()
@@ -155,7 +155,7 @@ def bn_backward(
 
 
 def _total(x: Array) -> Array:
-    """Of each channel, along memory: only there does NumPy add pairwise."""
+    """The sum of each channel, along memory: only there does NumPy add pairwise."""
     total: Array = np.ascontiguousarray(x.transpose(1, 0, 2)).reshape(x.shape[1], -1).sum(axis=1)
     return total
 

@@ -125,7 +125,7 @@ def lines() -> Iterator[tuple[str, str]]:
 
 
 def nccl_version() -> str:
-    """Such as 2.27.3."""
+    """NCCL's version, such as 2.27.3."""
     from cupy.cuda import nccl
 
     if not nccl.available:
@@ -140,7 +140,7 @@ def version(number: int) -> str:
 
 
 def cache_folder() -> str:
-    """Where CuPy keeps what it has compiled."""
+    """The folder where CuPy keeps what it has compiled."""
     if os.environ.get("CUPY_CACHE_IN_MEMORY", "0") not in ("", "0"):
         return "kept in memory alone (CUPY_CACHE_IN_MEMORY)"
     return os.environ.get("CUPY_CACHE_DIR") or str(Path.home() / ".cupy" / "kernel_cache")

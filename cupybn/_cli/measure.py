@@ -26,19 +26,19 @@ class Effort(NamedTuple):
     """How much is done for one figure."""
 
     seconds: float = 0.2
-    """About so long."""
+    """Seconds that a figure takes, about."""
     least_rounds: int = 5
     most_rounds: int = 40
     least_calls: int = 4
-    """Of a graph: what lies between two graphs is then little beside them."""
+    """Calls of a graph, at least: what lies between two graphs is then little beside them."""
     burst: int = 20
     """Calls between two looks at the clock of the host: too few to fill the queue of the device."""
     most_sets: int = 1024
-    """Of buffers: arrays of less than a few hundredths of a MB stay in the cache."""
+    """Sets of buffers, at most: arrays of less than a few hundredths of a MB stay in the cache."""
 
 
 AS_LITTLE_AS_POSSIBLE = Effort(0, 2, 2, 1, 1, 2)
-"""For the stand-in, where a figure means nothing."""
+"""The effort on the stand-in, where a figure means nothing."""
 
 
 class Spread(NamedTuple):
@@ -50,7 +50,7 @@ class Spread(NamedTuple):
 
 
 def spread(times: Sequence[float]) -> Spread:
-    """Of some times, in microseconds."""
+    """Median and quartiles of some times, in microseconds."""
     low, median, high = quantiles(times, n=4, method="inclusive")
     return Spread(median, low, high)
 
@@ -67,14 +67,14 @@ class Graph(Protocol):
 
 
 def device_time(graph: Graph, effort: Effort) -> Spread:
-    """Of one call of a graph."""
+    """The time of one call of a graph on the device."""
     once = graph.replay(2)[-1]
     rounds = int(min(max(effort.seconds * 1e6 / max(once, 1), effort.least_rounds), effort.most_rounds))
     return spread([time / graph.calls for time in graph.replay(rounds)])
 
 
 def host_time(call: Call, synchronize: Call, effort: Effort) -> Spread:
-    """Of one call, until it returns; the device catches up between the bursts, which is not counted."""
+    """The time of one call, until it returns; the device catches up between the bursts, which is not counted."""
     call()
     synchronize()
     times: list[float] = []
@@ -115,7 +115,7 @@ def release() -> None:
 
 
 def _run_all(calls: Sequence[Call], keep: bool, results: list[Any], end: Call) -> None:
-    """Inside of a capture, which must end when a call fails."""
+    """Make all calls of a capture, which must end when one of them fails."""
     try:
         for call in calls:
             if not keep:
@@ -198,7 +198,7 @@ class TorchGraph:
 
 
 def copy_time(nbytes: int, l2_bytes: int, effort: Effort) -> Spread:
-    """Of a copy on the device that reads half of these bytes and writes the other half, cold."""
+    """The time of a copy on the device that reads half of these bytes and writes the other half, cold."""
     cupy = import_cupy()
     half = max(nbytes // 2, 1)
     sets = cold_sets(nbytes, l2_bytes, effort)

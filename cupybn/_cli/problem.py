@@ -59,12 +59,12 @@ class Problem:
 
     @property
     def nbytes(self) -> int:
-        """Of x."""
+        """Bytes of x."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     @property
     def name(self) -> str:
-        """For tables."""
+        """The name of a problem in tables."""
         axis, last = self.channel_axis % len(self.shape), len(self.shape) - 1
         order = "" if axis == 1 else ", channels last" if axis == last else f", channel axis {axis}"
         return f"{'x'.join(map(str, self.shape))} {self.dtype.name}{order}"

@@ -65,7 +65,7 @@ class Result(NamedTuple):
     roundings: float
     """Units in the last place of the arithmetic that the size may be off by; 0 for what no rounding touches."""
     size: Any
-    """Of what the result is a sum of."""
+    """The size of the terms that the result is a sum of."""
     exact: bool = False
     """Kernels have the very bits of their mirrors."""
 

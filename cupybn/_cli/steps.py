@@ -28,7 +28,7 @@ def bn_stats(case: Case, side: Side) -> Results:
 
 
 def mean_and_var(case: Case, side: Side) -> Results:
-    """Of moments in three parts, rounded to both dtypes."""
+    """Mean and variance, from moments in three parts, rounded to both dtypes."""
     results = {}
     for dtype in np.float32, np.float64:
         both = side.ops.mean_and_var(side.put_all(case.moments), np.dtype(dtype))
@@ -39,7 +39,7 @@ def mean_and_var(case: Case, side: Side) -> Results:
 
 
 def merge_moments(case: Case, side: Side) -> Results:
-    """Of moments in three parts, as steps leave them, and of rows, as ranks exchange them."""
+    """Merged moments, from three parts as steps leave them, and from rows as ranks exchange them."""
     moments = side.put_all(case.moments)
     rows = side.put(np.stack([np.hstack(part) for part in zip(*case.moments[:3], strict=True)]))
     ours = {"row": side.ops.merge_moments(moments), "row of rows": side.ops.merge_moments(Moments.of_rows(rows))}
@@ -48,7 +48,7 @@ def merge_moments(case: Case, side: Side) -> Results:
 
 
 def bn_update_running(case: Case, side: Side) -> Results:
-    """From moments in one part."""
+    """Running statistics and counter, from moments in one part."""
     moments = side.put_all(Moments(*(field[:1] for field in case.moments[:3])))
     running = [side.put(case.mean.astype(np.float64)), side.put(case.var)]
     counter = side.put(np.array(2))
@@ -62,7 +62,7 @@ def bn_update_running(case: Case, side: Side) -> Results:
 
 
 def bn_normalize(case: Case, side: Side) -> Results:
-    """From the same moments, or from running statistics."""
+    """The output, from the same moments, or from running statistics."""
     moments = side.put_all(case.moments) if case.training else None
     arguments = _Forward(case, side)
     statistics = side.ops.bn_normalize(arguments.x, moments, *arguments.others)
@@ -71,14 +71,14 @@ def bn_normalize(case: Case, side: Side) -> Results:
 
 
 def bn_forward(case: Case, side: Side) -> Results:
-    """From x alone."""
+    """The output and the statistics, from x alone."""
     arguments = _Forward(case, side)
     statistics = side.ops.bn_forward(arguments.x, *arguments.others)
     return arguments.results(statistics, case.batch_statistics(), exact=False)
 
 
 def bn_backward_reduce(case: Case, side: Side) -> Results:
-    """From the same statistics."""
+    """The sums of gradients, from the same statistics."""
     sums = side.host_all(side.ops.bn_backward_reduce(*_backward(case, side)))
     terms = np.abs(case.dy.astype(np.float64))
     return {
@@ -90,7 +90,7 @@ def bn_backward_reduce(case: Case, side: Side) -> Results:
 
 
 def merge_sums(case: Case, side: Side) -> Results:
-    """Of the sums in two parts."""
+    """The merged sums, from two parts."""
     parts = Sums(*(np.concatenate([part, -3 * part]) for part in case.sums))
     dweight, dbias = side.out(case.weight), side.out(case.bias)
     row = side.host(side.ops.merge_sums(side.put_all(parts), side.put(np.array([float(case.count)])), dweight, dbias))
@@ -99,14 +99,14 @@ def merge_sums(case: Case, side: Side) -> Results:
 
 
 def bn_backward_input(case: Case, side: Side) -> Results:
-    """From the same statistics and sums."""
+    """The gradients, from the same statistics and sums."""
     gradients = _Gradients(case, side)
     side.ops.bn_backward_input(*_backward(case, side), side.put_all(case.sums), case.inv_count, *gradients.arrays)
     return gradients.results(case.sums)
 
 
 def bn_backward(case: Case, side: Side) -> Results:
-    """From the same statistics."""
+    """The gradients, from the same statistics."""
     gradients = _Gradients(case, side)
     side.ops.bn_backward(*_backward(case, side), case.inv_count, *gradients.arrays)
     return gradients.results(None)
@@ -218,4 +218,4 @@ STEPS = {
     "bn_backward_input": Step(bn_backward_input, _BACKWARD),
     "bn_backward": Step(bn_backward, _BACKWARD),
 }
-"""By the name of kernel, mirror and launcher."""
+"""The steps to check, by the name of kernel, mirror and launcher."""

@@ -109,7 +109,8 @@ def run(task: Task) -> None:
         row = launch.row()
         task.log.row(**row)
         task.log.highlight(
-            f"ncu {row['kernel']}: {row['time']}, dram {row['dram_pct']} %, issue {row['issue_pct']} %, {row['stalls']}"
+            f"ncu {row['kernel']}: {row['time']}, dram {row['dram_pct']} %, issue slots {row['issue_pct']} %, "
+            f"{row['stalls']}"
         )
     task.log.check("ncu", bool(found), f"{len(found)} launches")
 
