@@ -190,7 +190,7 @@ def bn_forward(
 
 
 def empty_mask(x: Array, residual: Array, out: Array) -> Array:
-    """Where ReLU passes: a bit for each element of a pack, of bytes as ``mask_of`` in the kernels says.
+    """A mask of where ReLU passes: a bit for each element of a pack, of bytes as ``mask_of`` in the kernels says.
 
     uint8 where the step reads whole packs, bool where single elements.
     """

@@ -288,7 +288,6 @@ def _checked_forward(call: Call, checked: Checked, out: Array | None, for_vjp: b
         )
     if out is not None and not in_place:
         written.append((out, output))  # the last: it is right, whatever it shares with the buffers
-        output = out
     if ops is not None and written:
         write_at_once(written)
     return output, saved

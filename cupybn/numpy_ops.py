@@ -274,7 +274,7 @@ def bn_forward(
 
 
 def empty_mask(x: Array, residual: Array, out: Array) -> Array:  # noqa: ARG001
-    """Where ReLU passes, one bool for each element of x, for a way back that need not know the residual."""
+    """A mask of where ReLU passes, one bool for each element of x, for a way back that need not know the residual."""
     return np.empty(x.shape, np.bool_)
 
 
@@ -547,7 +547,7 @@ def _affine(
 
 
 def _extreme(factor: Array) -> Array:
-    """Where float32 does not hold a factor, or not its products."""
+    """Whether float32 does not hold a factor, or not its products."""
     size = np.abs(factor)
     return (size > _LARGE) | (size < 1 / _LARGE) & (size > 0)
 

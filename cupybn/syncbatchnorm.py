@@ -233,7 +233,7 @@ class SyncBatchNorm(_BatchNorm):
 
     @contextlib.contextmanager
     def _together(self, input: Array) -> Iterator[Group | None]:
-        """Where the other ranks, if they take part in the call, hear of it if this one raises."""
+        """A context in which the other ranks, if they take part in the call, hear of it if this one raises."""
         if self.training and self._left_out:
             raise RuntimeError(
                 f"this copy of a {type(self).__name__} has no communicator: set layer.comm to one, or to None for a "

@@ -165,7 +165,7 @@ def _backward(case: Case, side: Side) -> tuple[Any, ...]:
 
 
 class _Gradients:
-    """Where a step of the way back writes."""
+    """The arrays that a step of the way back writes to."""
 
     def __init__(self, case: Case, side: Side) -> None:
         self.case, self.side = case, side
