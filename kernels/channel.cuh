@@ -18,17 +18,27 @@ DEVICE bool extreme(double factor) {
     return size > 1e30 || (size < 1e-30 && size > 0);
 }
 
-DEVICE Channel make_channel(double mean, double var, double eps, const Vector& weight, const Vector& bias, long long c) {
+// Weight and bias of a channel: read early, as memory takes its time.
+struct Affine {
+    double weight, bias;
+    bool has_bias;
+
+    DEVICE Affine() {}
+    DEVICE Affine(const Vector& weights, const Vector& biases, long long c)
+        : weight(weights ? weights.get(c) : 1), bias(biases ? biases.get(c) : 0), has_bias(biases) {}
+};
+
+DEVICE Channel make_channel(double mean, double var, double eps, const Affine& given) {
     Channel channel;
     channel.rstd = 1 / sqrt(var + eps);
-    channel.scale = weight ? channel.rstd * weight.get(c) : channel.rstd;
+    channel.scale = channel.rstd * given.weight;
     channel.wide = channel.rstd < 1e-15 || channel.rstd > 1e15 || extreme(channel.scale) || fabs(mean) > 1e30;
     channel.center = channel.wide ? mean : (double)(acc_t)mean;
     const bool finite = channel.center - channel.center == 0;
     channel.rest = finite ? mean - channel.center : 0;
     channel.shift = channel.rest == 0 ? 0 : __dmul_rn(-channel.rest, channel.scale);
-    if (bias) {
-        channel.shift += bias.get(c);
+    if (given.has_bias) {
+        channel.shift += given.bias;
         channel.wide = channel.wide || fabs(channel.shift) > 1e30;
     }
     channel.slope = channel.offset = 0;

@@ -5,10 +5,15 @@
 #pragma once
 #include "types.cuh"
 
+#ifndef CLUSTER_BLOCKS
+#define CLUSTER_BLOCKS 1
+#endif
 #if CLUSTER_BLOCKS > 1
 
 #define CLUSTER __cluster_dims__(CLUSTER_BLOCKS, 1, 1)
 DEVICE void cluster_arrive() { __cluster_barrier_arrive(); }
+// The first arrival only says that the block has started: nothing has been written that others would have to see.
+DEVICE void cluster_start() { __cluster_barrier_arrive_relaxed(); }
 DEVICE void cluster_wait() { __cluster_barrier_wait(); }
 template <class T>
 DEVICE T* of_block(T* shared, int rank) {
@@ -19,6 +24,7 @@ DEVICE T* of_block(T* shared, int rank) {
 
 #define CLUSTER
 DEVICE void cluster_arrive() {}
+DEVICE void cluster_start() {}
 DEVICE void cluster_wait() {}
 template <class T>
 DEVICE T* of_block(T* shared, int) {
@@ -36,4 +42,23 @@ template <class T>
 DEVICE void give_all(T& place, const T& value) {
 #pragma unroll
     for (int rank = 0; rank < CLUSTER_BLOCKS; rank++) *of_block(&place, rank) = value;
+}
+
+// The sums of each of K values over the blocks of the cluster, from what all threads of each block know. All threads call
+// it and get the same bits, once in a kernel for each K; all blocks have started by then.
+template <int K>
+DEVICE void cluster_sum(double (&values)[K]) {
+    if (CLUSTER_BLOCKS == 1) return;
+    __shared__ double of_blocks[CLUSTER_BLOCKS][K];
+    if (threadIdx.x == 0)
+#pragma unroll
+        for (int k = 0; k < K; k++) give_all(of_blocks[cluster_rank()][k], values[k]);
+    cluster_arrive();
+    cluster_wait();
+#pragma unroll
+    for (int k = 0; k < K; k++) {
+        values[k] = 0;
+#pragma unroll
+        for (int rank = 0; rank < CLUSTER_BLOCKS; rank++) values[k] += of_blocks[rank][k];
+    }
 }

@@ -3,9 +3,10 @@
 // Every operation is rounded by itself, as NumPy does it: the same statistics give the same bits, and the pass that
 // goes back sees the very value whose sign ReLU saw.
 //
-// Where all elements of a pack are of one channel, its factors are given, in the dtype of the arithmetic or in float64.
-// Else `Channels` is a type that knows those of each element: any_wide, is_wide(e), and the factors of element e in the
-// dtype of the arithmetic, usual(e), and in float64, wide(e).
+// `Channels` knows the channels of a pack's elements: usual(e) are the factors of element e in the dtype of the arithmetic.
+// Where float32 does not reach some of them, any_wide, all is done once more slowly: is_wide(e), and wide(e) in float64.
+//
+// What is asked for, flags and gates, is chosen once, outside loops: the compiler knows it where all this is inlined.
 #pragma once
 #include "channel.cuh"
 #include "pack.cuh"
@@ -23,10 +24,14 @@ struct Factors {
 DEVICE float mul(float a, float b) { return __fmul_rn(a, b); }  // never part of a fused multiply-add
 DEVICE double mul(double a, double b) { return __dmul_rn(a, b); }
 
-// Element e of the residual, which there may not be.
-struct Residual {
-    bool given;
-    raw_t raw;
+// The dtype of the arithmetic, or float64.
+template <bool WIDE>
+struct Arithmetic {
+    typedef acc_t type;
+};
+template <>
+struct Arithmetic<true> {
+    typedef double type;
 };
 
 // (x - center) * scale + shift: without a residual the value whose sign decides what ReLU passes.
@@ -35,129 +40,97 @@ DEVICE A affine(A x, const Factors<A>& f) {
     return mul(x - f.center, f.scale) + f.shift;
 }
 
-// The output. Bit e of mask tells whether ReLU passes.
-template <class A>
-DEVICE A output(A x, const Factors<A>& f, const Residual& residual, bool relu, int e, unsigned& mask) {
-    A y = affine(x, f);
-    if (residual.given) y += (A)element(residual.raw, e);
-    mask |= (unsigned)(y > 0) << e;
-    return !relu || y > 0 || y != y ? y : 0;  // NaN passes
-}
+// ---------------------------------------------------------------------------------------------------------------------
+// Forward
 
-// mask, if it is given, gets where ReLU passes: at the address that belongs to the pack.
-template <class A>
-DEVICE raw_t normalize(const raw_t& x, const Residual& residual, bool relu, const Factors<A>& f, mask_t* mask) {
-    A y[WIDTH];
-    unsigned bits = 0;
+struct Flags {
+    bool residual, relu;
+};
+
+// The output of a pack. Bit e of mask tells whether ReLU passes element e.
+template <bool WIDE, class Channels>
+DEVICE raw_t normalize(const raw_t& x, const raw_t& residual, const Flags& flags, const Channels& channels, unsigned& mask) {
+    acc_t in[WIDTH], added[WIDTH];
+    typename Arithmetic<WIDE>::type y[WIDTH];
+    unpack(x, in);
+    if (flags.residual) unpack(residual, added);
+    mask = 0;
 #pragma unroll
-    for (int e = 0; e < WIDTH; e++) y[e] = output<A>(element(x, e), f, residual, relu, e, bits);
-    if (mask) *mask = (mask_t)bits;
+    for (int e = 0; e < WIDTH; e++) {
+        if (WIDE && channels.is_wide(e)) {
+            double value = affine<double>(in[e], channels.wide(e));
+            if (flags.residual) value += (double)added[e];
+            y[e] = value;
+        } else {
+            acc_t value = affine(in[e], channels.usual(e));
+            if (flags.residual) value += added[e];
+            y[e] = value;
+        }
+        mask |= (unsigned)(y[e] > 0) << e;
+        if (flags.relu) y[e] = y[e] > 0 || y[e] != y[e] ? y[e] : 0;  // NaN passes
+    }
     return pack(y);
 }
 
-template <class Channels>
-DEVICE raw_t normalize(const raw_t& x, const Residual& residual, bool relu, const Channels& channels, mask_t* mask) {
-    raw_t y;
-    unsigned bits = 0;
-    if (!channels.any_wide) {
-        acc_t values[WIDTH];
-#pragma unroll
-        for (int e = 0; e < WIDTH; e++) values[e] = output(element(x, e), channels.usual(e), residual, relu, e, bits);
-        y = pack(values);
-    } else {
-        double values[WIDTH];
-#pragma unroll
-        for (int e = 0; e < WIDTH; e++)
-            values[e] = channels.is_wide(e)
-                            ? output<double>(element(x, e), channels.wide(e), residual, relu, e, bits)
-                            : output(element(x, e), channels.usual(e), residual, relu, e, bits);
-        y = pack(values);
-    }
-    if (mask) *mask = (mask_t)bits;
-    return y;
+// ---------------------------------------------------------------------------------------------------------------------
+// Backward
+
+// How to know what ReLU passed: it was not there; by the input, whose output is worked out once more; by the mask.
+enum Gate { OPEN, INPUT, MASK };
+
+DEVICE Gate gate_of(bool relu, const mask_t* mask) { return !relu ? OPEN : mask ? MASK : INPUT; }
+
+// Calls body with a gate that the compiler knows.
+template <class Body>
+DEVICE void with_gate(Gate gate, Body body) {
+    if (gate == OPEN)
+        body(Known<Gate, OPEN>());
+    else if (gate == INPUT)
+        body(Known<Gate, INPUT>());
+    else
+        body(Known<Gate, MASK>());
 }
 
-// What ReLU passed of a pack, for the way back: as the mask says, or else as the input tells once more.
-struct Passed {
-    bool recompute;
-    unsigned bits;
-
-    DEVICE Passed() {}
-    // mask is null, or where the bits of the pack are.
-    DEVICE Passed(bool relu, const mask_t* mask) : recompute(relu && !mask), bits(relu && mask ? *mask : ~0u) {}
-
-    template <class A>
-    DEVICE bool at(int e, A x, const Factors<A>& f) const {
-        return recompute ? affine(x, f) > 0 : bits >> e & 1;
-    }
-};
-
-// dy, 0 where ReLU stopped it: what the residual gets. Never 0 * dy, which may be inf.
-template <class A>
-DEVICE raw_t passed_on(const raw_t& dy, const raw_t& x, const Passed& passed, const Factors<A>& f) {
-    acc_t g[WIDTH];
-#pragma unroll
-    for (int e = 0; e < WIDTH; e++) g[e] = passed.at<A>(e, element(x, e), f) ? element(dy, e) : 0;
-    return pack(g);
-}
-
-template <class Channels>
-DEVICE raw_t passed_on(const raw_t& dy, const raw_t& x, const Passed& passed, const Channels& channels) {
-    acc_t g[WIDTH];
+// dy becomes 0 where ReLU stopped it: what the residual gets. Never 0 * dy, which may be inf. bits: those of the mask.
+template <bool WIDE, class Channels>
+DEVICE void stop(acc_t (&dy)[WIDTH], const acc_t (&x)[WIDTH], Gate gate, unsigned bits, const Channels& channels) {
+    if (gate == OPEN) return;
 #pragma unroll
     for (int e = 0; e < WIDTH; e++) {
-        const acc_t value = element(x, e);
-        const bool passes =
-            channels.is_wide(e) ? passed.at<double>(e, value, channels.wide(e)) : passed.at(e, value, channels.usual(e));
-        g[e] = passes ? element(dy, e) : 0;
+        const bool passes = gate == MASK ? bits >> e & 1
+                            : WIDE && channels.is_wide(e) ? affine<double>(x[e], channels.wide(e)) > 0
+                                                          : affine(x[e], channels.usual(e)) > 0;
+        if (!passes) dy[e] = 0;
     }
-    return pack(g);
 }
 
-// The input's gradient. dy becomes that of the residual.
 template <class A>
-DEVICE A input_gradient(A& dy, A x, const Factors<A>& f, const Passed& passed, bool constant, int e) {
-    if (!passed.at(e, x, f)) dy = 0;
+DEVICE A input_gradient(A dy, A x, const Factors<A>& f, bool constant) {
     const A dx = constant ? dy : dy - mul(x - f.center, f.slope) - f.offset;  // without 0 * x: x may be inf
     return dx * f.scale;
 }
 
-template <class A>
-DEVICE raw_t input_gradient(raw_t& dy, const raw_t& x, const Passed& passed, bool constant, const Factors<A>& f) {
-    A g[WIDTH], dx[WIDTH];
+// The input's gradient of a pack. dy becomes what the residual gets. Where constant, statistics do not depend on x.
+template <bool WIDE, class Channels>
+DEVICE raw_t input_gradient(raw_t& dy, const raw_t& x, Gate gate, unsigned bits, bool constant, const Channels& channels) {
+    acc_t g[WIDTH], in[WIDTH];
+    typename Arithmetic<WIDE>::type dx[WIDTH];
+    unpack(dy, g);
+    unpack(x, in);
+    stop<WIDE>(g, in, gate, bits, channels);
+    if (gate != OPEN) dy = pack(g);
 #pragma unroll
-    for (int e = 0; e < WIDTH; e++) {
-        g[e] = element(dy, e);
-        dx[e] = input_gradient<A>(g[e], element(x, e), f, passed, constant, e);
-    }
-    dy = pack(g);
+    for (int e = 0; e < WIDTH; e++)
+        if (WIDE && channels.is_wide(e))
+            dx[e] = input_gradient<double>(g[e], in[e], channels.wide(e), constant);
+        else
+            dx[e] = input_gradient(g[e], in[e], channels.usual(e), constant);
     return pack(dx);
 }
 
-template <class Channels>
-DEVICE raw_t input_gradient(raw_t& dy, const raw_t& x, const Passed& passed, bool constant, const Channels& channels) {
-    acc_t g[WIDTH];
-#pragma unroll
-    for (int e = 0; e < WIDTH; e++) g[e] = element(dy, e);
-    if (!channels.any_wide) {
-        acc_t dx[WIDTH];
-#pragma unroll
-        for (int e = 0; e < WIDTH; e++)
-            dx[e] = input_gradient(g[e], element(x, e), channels.usual(e), passed, constant, e);
-        dy = pack(g);
-        return pack(dx);
-    }
-    double dx[WIDTH];
-#pragma unroll
-    for (int e = 0; e < WIDTH; e++) {
-        if (channels.is_wide(e)) {
-            double wide = g[e];
-            dx[e] = input_gradient<double>(wide, element(x, e), channels.wide(e), passed, constant, e);
-            g[e] = (acc_t)wide;
-        } else {
-            dx[e] = input_gradient(g[e], element(x, e), channels.usual(e), passed, constant, e);
-        }
-    }
-    dy = pack(g);
-    return pack(dx);
+// Adds sum(dy) and sum(dy * (x - center) * rstd) of element e, in the dtype A; the latter is kept scaled.
+template <class A>
+DEVICE void add_products(acc_t dy, acc_t x, const Factors<A>& f, A rstd, A& sum_dy, A& sum_dy_xhat) {
+    sum_dy += (A)dy;
+    sum_dy_xhat += (A)dy * (((A)x - f.center) * rstd);  // the product of both may be too small
 }

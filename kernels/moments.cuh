@@ -1,4 +1,4 @@
-// Moments: count, mean and sum of squared deviations, which merge.
+// Moments: count, mean and sum of squared deviations; how they come about, and how they merge.
 #pragma once
 #include "types.cuh"
 
@@ -16,27 +16,6 @@ DEVICE Moments merge(const Moments& a, const Moments& b) {
     return count == 0 ? a : merge(a, b, b.count / count);
 }
 
-// The moments part(0) to part(PARTS - 1) together, with one division. Exact, if all means are that of the first part.
-template <int PARTS, class Part>
-DEVICE Moments merge_all(Part part) {
-    if (PARTS == 1) return part(0);
-    const double pivot = part(0).mean;
-    double count = 0, offset = 0, m2 = 0;
-#pragma unroll 1  // rarely run, and not worth the registers
-    for (int p = 0; p < PARTS; p++) {
-        count += part(p).count;
-        if (part(p).count > 0) offset += part(p).count * (part(p).mean - pivot);
-    }
-    if (count == 0) return {0, 0, 0};
-    const double mean = pivot + offset / count;
-#pragma unroll 1
-    for (int p = 0; p < PARTS; p++) {
-        const double delta = part(p).mean - mean;
-        if (part(p).count > 0) m2 += part(p).m2 + part(p).count * delta * delta;
-    }
-    return {count, mean, m2};
-}
-
 // The sum of N values, added pair by pair: few roundings for each.
 template <int N, class A>
 DEVICE A sum_pairs(const A (&values)[N]) {
@@ -51,23 +30,90 @@ DEVICE A sum_pairs(const A (&values)[N]) {
     return sums[0];
 }
 
-// 1 / count, which rarely differs from 1 / FULL: divisions in float64 are slow.
-template <int FULL>
-DEVICE double inverse(int count) {
-    return count == FULL ? 1.0 / FULL : 1.0 / count;
-}
-
-// The moments of values, from sums about pivot + offset: sum_d of deviations, sum_dd of their squares.
-DEVICE Moments from_sums(int count, double inv_count, double pivot, double offset, double sum_d, double sum_dd) {
-    const double m2 = sum_dd - sum_d * sum_d * inv_count;
-    return {(double)count, pivot + (offset + sum_d * inv_count), m2 < 0 ? 0 : m2};
-}
-
 // Whether the dtype A held the squares of deviations. 0 may be the sum of squares that it lost.
 template <class A>
-DEVICE bool held_squares(double m2) {
-    return sizeof(A) == 8 || (1e-28 < m2 && m2 < 1e36);
+DEVICE bool held_squares(A m2) {
+    return sizeof(A) == 8 || (1e-28f < m2 && m2 < 1e36f);
 }
+
+// Of a few values, in the dtype A: their mean, which is base + offset, and the sum of squares of deviations from it. That the
+// mean is rounded does no harm: about a center that is off by d, the squares of n values are n * d * d too many.
+template <class A>
+struct Chunk {
+    A base, offset, m2;
+    bool held;
+};
+
+// 16-bit elements are added as they are: float32 holds the sum of some dozens exactly.
+constexpr bool ADDED_AS_THEY_ARE = sizeof(data_t) == 2;
+
+// The chunk of the first `count` of N values, all N if full, which the compiler knows; get(i) is value i. In several sums side by side: few roundings.
+template <class A, int N, class Full, class Get>
+DEVICE Chunk<A> chunk_of(Full full, int count, Get get) {
+    constexpr int SUMS = N < 4 ? N : 4;
+    Chunk<A> chunk;
+    chunk.base = ADDED_AS_THEY_ARE && sizeof(A) < 8 ? 0 : (A)get(0);
+    A d[N], sums[SUMS] = {};
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        d[i] = (A)get(i) - chunk.base;
+        if (full || i < count) sums[i % SUMS] += d[i];
+    }
+    chunk.offset = full ? sum_pairs(sums) * ((A)1 / N) : sum_pairs(sums) / (A)count;
+#pragma unroll
+    for (int s = 0; s < SUMS; s++) sums[s] = 0;
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        const A deviation = d[i] - chunk.offset;
+        if (full || i < count) sums[i % SUMS] += deviation * deviation;
+    }
+    chunk.m2 = sum_pairs(sums);
+    // float16 is never too large nor too small. Else 0 is right where all values are the same, and only there.
+    chunk.held = (sizeof(A) == 4 && IS_FLOAT16) || held_squares<A>(chunk.m2);
+    if (!chunk.held && chunk.m2 == 0) {
+        chunk.held = true;
+#pragma unroll
+        for (int i = 0; i < N; i++)
+            if (full || i < count) chunk.held = chunk.held && d[i] == d[0];
+    }
+    return chunk;
+}
+
+// The moments of many values, from chunks, about one and the same element of the channel, its pivot. In float64, and for
+// float64 data by Chan's formula, which takes a division for each chunk.
+template <class T>
+struct Total {
+    double pivot;
+    Moments own;
+
+    DEVICE explicit Total(double pivot) : pivot(pivot), own{0, 0, 0} {}
+    template <class A>
+    DEVICE void add(double count, const Chunk<A>& chunk) {
+        own = merge(own, {count, (double)chunk.base + (double)chunk.offset, (double)chunk.m2});
+    }
+    DEVICE Moments moments(double) const { return own; }
+};
+
+// For other data sums of deviations from the pivot do: they are added, whoever has them. Where the pivot is the outlier that
+// makes up all of the variance, n values lose a factor of n of the accuracy of float64.
+template <>
+struct Total<float> {
+    double pivot, sum, squares;
+
+    DEVICE explicit Total(double pivot) : pivot(pivot), sum(0), squares(0) {}
+    template <class A>
+    DEVICE void add(double count, const Chunk<A>& chunk) {
+        const double away = ADDED_AS_THEY_ARE && sizeof(A) < 8 ? chunk.offset - pivot : (chunk.base - pivot) + chunk.offset;
+        const double part = count * away;
+        sum += part;
+        squares += part * away + chunk.m2;
+    }
+    // Of so many values, once all are added.
+    DEVICE Moments moments(double count) const {
+        const double off = sum / count, m2 = squares - sum * off;
+        return {count, pivot + off, m2 < 0 ? 0 : m2};  // NaN stays
+    }
+};
 
 // Sums of dy * xhat are kept times this power of two: float32 loses fewer of the small products, and where it does not hold
 // large ones, float64 takes over.

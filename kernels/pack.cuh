@@ -1,90 +1,109 @@
-// Packs: the elements that one load or store moves, 16 bytes of them where memory is aligned and one element where not.
+// Packs: the WIDTH neighbouring elements that one load or store moves.
+//
+// 16 bytes where rows and memory allow it, 8, 4 or a single element where they do not: a pack never has elements of two rows.
 #pragma once
 #include "types.cuh"
 
-#if VECTORIZED
-constexpr int WIDTH = 16 / sizeof(data_t);    // elements of a pack
-typedef uint4 raw_t;                          // as they lie in memory
-#else
-constexpr int WIDTH = 1;
-typedef data_t raw_t;
-#endif
+constexpr int PACK_BYTES = WIDTH * sizeof(data_t);
+
+template <int BYTES>
+struct Raw;
+template <>
+struct Raw<16> {
+    typedef uint4 type;
+};
+template <>
+struct Raw<8> {
+    typedef uint2 type;
+};
+template <>
+struct Raw<4> {
+    typedef unsigned type;
+};
+template <>
+struct Raw<2> {
+    typedef unsigned short type;
+};
+typedef Raw<PACK_BYTES>::type raw_t;          // a pack as it lies in memory
 typedef unsigned char mask_t;                 // a bit for each element of a pack
 
-#if VECTORIZED
-
+// A pack as 32-bit words, which stay in registers: indices are constants once loops are unrolled.
 struct Words {
-    unsigned w[4];
-    DEVICE Words() : w{0, 0, 0, 0} {}
-    DEVICE Words(const uint4& raw) : w{raw.x, raw.y, raw.z, raw.w} {}
-    DEVICE uint4 raw() const { return make_uint4(w[0], w[1], w[2], w[3]); }
+    unsigned w[(PACK_BYTES + 3) / 4];
 
-    // e is a constant once the loops around are unrolled: the words stay in registers.
-    DEVICE void get(int e, float& x) const { x = __uint_as_float(w[e]); }
-    DEVICE void get(int e, double& x) const { x = __hiloint2double((int)w[2 * e + 1], (int)w[2 * e]); }
-    template <class T>
-    DEVICE void get(int e, T& x) const {
+    DEVICE Words() {}
+    DEVICE explicit Words(const raw_t& raw) { split(raw, w); }
+    DEVICE raw_t raw() const {
+        raw_t result;
+        join(w, result);
+        return result;
+    }
+
+  private:
+    DEVICE static void split(const uint4& raw, unsigned* w) { w[0] = raw.x, w[1] = raw.y, w[2] = raw.z, w[3] = raw.w; }
+    DEVICE static void split(const uint2& raw, unsigned* w) { w[0] = raw.x, w[1] = raw.y; }
+    DEVICE static void split(unsigned raw, unsigned* w) { w[0] = raw; }
+    DEVICE static void split(unsigned short raw, unsigned* w) { w[0] = raw; }
+    DEVICE static void join(const unsigned* w, uint4& raw) { raw = make_uint4(w[0], w[1], w[2], w[3]); }
+    DEVICE static void join(const unsigned* w, uint2& raw) { raw = make_uint2(w[0], w[1]); }
+    DEVICE static void join(const unsigned* w, unsigned& raw) { raw = w[0]; }
+    DEVICE static void join(const unsigned* w, unsigned short& raw) { raw = (unsigned short)w[0]; }
+};
+
+// Elements of a dtype in 32-bit words.
+template <class T>
+struct Elements {  // of two bytes
+    DEVICE static T get(const unsigned* w, int e) {
+        T x;
         x.bits = (unsigned short)(w[e / 2] >> (e % 2 * 16));
+        return x;
     }
-    DEVICE void set(int e, float x) { w[e] = __float_as_uint(x); }
-    DEVICE void set(int e, double x) {
-        w[2 * e] = (unsigned)__double2loint(x);
-        w[2 * e + 1] = (unsigned)__double2hiint(x);
+    template <class A>
+    DEVICE static void set(unsigned* w, const A (&x)[WIDTH]) {
+#pragma unroll
+        for (int e = 0; e + 1 < WIDTH; e += 2) w[e / 2] = narrow_pair<T>(x[e], x[e + 1]);
+        if (WIDTH % 2 == 1) {
+            T last;
+            narrow(x[WIDTH - 1], last);
+            w[WIDTH / 2] = last.bits;
+        }
     }
-    template <class T>
-    DEVICE void set(int e, T x) {  // of a word that is 0 there
-        w[e / 2] |= (unsigned)x.bits << (e % 2 * 16);
+};
+template <>
+struct Elements<float> {
+    DEVICE static float get(const unsigned* w, int e) { return __uint_as_float(w[e]); }
+    template <class A>
+    DEVICE static void set(unsigned* w, const A (&x)[WIDTH]) {
+#pragma unroll
+        for (int e = 0; e < WIDTH; e++) w[e] = __float_as_uint((float)x[e]);
+    }
+};
+template <>
+struct Elements<double> {
+    DEVICE static double get(const unsigned* w, int e) { return __hiloint2double((int)w[2 * e + 1], (int)w[2 * e]); }
+    DEVICE static void set(unsigned* w, const double (&x)[WIDTH]) {
+#pragma unroll
+        for (int e = 0; e < WIDTH; e++) {
+            w[2 * e] = (unsigned)__double2loint(x[e]);
+            w[2 * e + 1] = (unsigned)__double2hiint(x[e]);
+        }
     }
 };
 
-// Element e of a pack.
-DEVICE acc_t element(const raw_t& raw, int e) {
-    data_t x;
-    Words(raw).get(e, x);
-    return widen(x);
-}
-
-template <class A>
-DEVICE raw_t pack(const A (&values)[WIDTH]) {
-    Words words;
-#pragma unroll
-    for (int e = 0; e < WIDTH; e++) {
-        data_t x;
-        narrow(values[e], x);
-        words.set(e, x);
-    }
-    return words.raw();
-}
-
-// Elements lo to hi - 1 of the pack at p, one by one; zeros elsewhere.
-DEVICE raw_t load_elements(const data_t* p, int lo, int hi) {
-    Words words;
-#pragma unroll
-    for (int e = 0; e < WIDTH; e++)
-        if (lo <= e && e < hi) words.set(e, p[e]);
-    return words.raw();
-}
-DEVICE void store_elements(data_t* p, const raw_t& raw, int lo, int hi) {
+// All elements of a pack, in the dtype of the arithmetic.
+DEVICE void unpack(const raw_t& raw, acc_t (&x)[WIDTH]) {
     const Words words(raw);
 #pragma unroll
-    for (int e = 0; e < WIDTH; e++)
-        if (lo <= e && e < hi) words.get(e, p[e]);
+    for (int e = 0; e < WIDTH; e++) x[e] = widen(Elements<data_t>::get(words.w, e));
 }
 
-#else
-
-DEVICE acc_t element(const raw_t& raw, int) { return widen(raw); }
+// The pack of these elements, each rounded to the nearest.
 template <class A>
-DEVICE raw_t pack(const A (&values)[WIDTH]) {
-    raw_t x;
-    narrow(values[0], x);
-    return x;
+DEVICE raw_t pack(const A (&x)[WIDTH]) {
+    Words words;
+    Elements<data_t>::set(words.w, x);
+    return words.raw();
 }
-DEVICE raw_t load_elements(const data_t*, int, int) { return raw_t(); }  // none: a pack is not cut
-DEVICE void store_elements(data_t*, const raw_t&, int, int) {}
 
-#endif
-
-// The whole pack at p.
 DEVICE raw_t load(const data_t* p) { return *reinterpret_cast<const raw_t*>(p); }
 DEVICE void store(data_t* p, const raw_t& raw) { *reinterpret_cast<raw_t*>(p) = raw; }

@@ -1,8 +1,8 @@
 // The dtypes by NumPy's names, conversions between them, and vectors of one value per channel.
 //
 // No CUDA header is needed: inline PTX stands behind small functions, each with a plain C++ body for other compilers.
-// The compiler is told DATA_T (float16, bfloat16, float32, float64), VECTORIZED (0, 1), INDEX_BITS (32, 64) and THREADS,
-// the number of threads of every block.
+// The compiler is told DATA_T (float16, bfloat16, float32, float64), WIDTH, the elements of a pack, INDEX_BITS (32, 64) and
+// THREADS, the threads of every block.
 #pragma once
 
 #define DEVICE __device__ __forceinline__
@@ -25,17 +25,16 @@ struct Accumulation<double> {
     typedef double type;
 };
 
-// Without packs, with 64-bit indices, and in some kernels, the compiler's own choice of registers makes instances spill: let
-// it have as many as it likes.
-#define ROOMY_LAUNCH_BOUNDS __launch_bounds__(THREADS, 1)
-#if VECTORIZED && INDEX_BITS == 32
-#define LAUNCH_BOUNDS __launch_bounds__(THREADS)
-#else
-#define LAUNCH_BOUNDS ROOMY_LAUNCH_BOUNDS
-#endif
+// The compiler may take as many registers as it likes for so many threads.
+#define LAUNCH_BOUNDS __launch_bounds__(THREADS, 1)
 
 typedef DATA_T data_t;                        // of the arrays
 typedef Accumulation<data_t>::type acc_t;     // of the arithmetic
+template <class T>
+constexpr bool is_float16() { return false; }
+template <>
+constexpr bool is_float16<float16>() { return true; }
+constexpr bool IS_FLOAT16 = is_float16<data_t>();
 #if INDEX_BITS == 64
 typedef long long index_t;                    // of elements
 #else
@@ -43,6 +42,23 @@ typedef int index_t;
 #endif
 
 constexpr unsigned ALL_LANES = 0xffffffffu;
+
+// A value that the compiler knows, given as an argument.
+template <class T, T VALUE>
+struct Known {
+    DEVICE constexpr operator T() const { return VALUE; }
+};
+typedef Known<bool, true> Yes;
+typedef Known<bool, false> No;
+
+// Calls body with a flag that the compiler knows: so choices are made once, outside loops.
+template <class Body>
+DEVICE void with_flag(bool flag, Body body) {
+    if (flag)
+        body(Yes());
+    else
+        body(No());
+}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // To the dtype of the arithmetic: exact
@@ -98,6 +114,29 @@ DEVICE void narrow(double x, float16& result) {
     const float cut = __double2float_rz(x);
     narrow(cut == x ? cut : __uint_as_float(__float_as_uint(cut) | 1u), result);
 }
+
+// Two at once, the first one in the low half of a word: of float32 a single instruction from sm_80 on.
+template <class T, class A>
+DEVICE unsigned narrow_pair(A low, A high) {
+    T a, b;
+    narrow(low, a);
+    narrow(high, b);
+    return (unsigned)a.bits | (unsigned)b.bits << 16;
+}
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+template <>
+DEVICE unsigned narrow_pair<float16, float>(float low, float high) {
+    unsigned word;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+    return word;
+}
+template <>
+DEVICE unsigned narrow_pair<bfloat16, float>(float low, float high) {
+    unsigned word;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+    return word;
+}
+#endif
 
 // ---------------------------------------------------------------------------------------------------------------------
 // One value per channel, in memory of any of the dtypes and any stride
