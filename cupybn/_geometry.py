@@ -11,7 +11,7 @@ from typing import NamedTuple
 from cupybn._resident import Device, choose_cluster
 
 THREADS = 256
-"""Threads of a block, but for those that keep channels-first data on chip."""
+"""Threads of most blocks."""
 LEAST_SUMMED = 1 << 12
 """Elements below which a sum is not split any further."""
 LEAST_MAPPED = 1 << 13
@@ -21,16 +21,18 @@ MOST_GRID_Y = 65535
 MOST_GRID_X = 1 << 30
 """Half of CUDA's own limit."""
 
-RESIDENT_THREADS = (128, 512)
-"""Channels first, on chip: of a block, fewer where there is less to do."""
-PACKS_PER_THREAD = 8
-"""Channels first, on chip: that the smaller of these blocks are meant for."""
-SEGMENT = 1 << 12
-"""Channels first: elements of a row that a row of threads takes at a time; of its last ones, up to twice as many."""
+WARP = 32
+"""Threads of a warp."""
+TEAMS = (WARP, 64, 128, 256, 512)
+"""Channels first: threads that take a channel together, the fewest that have no more than their share to do."""
+LEAST_THREADS = 128
+"""Channels first: threads of a block at least, of several teams where those are small."""
 CHANNELS_FIRST_SUM = 1 << 10
 """Channels first: blocks that a large sum is split over, several for each multiprocessor of a large GPU."""
 CHANNELS_FIRST_MAP = 16
 """Channels first: blocks for each multiprocessor of an elementwise step, two rounds of what one holds."""
+MOST_PARTS = 256
+"""Channels first: parts of a sum that the next launch has to add up for each channel."""
 
 CHANNELS_FIRST_OWN = 1 << 10
 CHANNELS_LAST_OWN = 16 << 10
@@ -62,6 +64,7 @@ class Geometry(NamedTuple):
     threads: int = THREADS  # of a block
     cluster: int = 1  # blocks
     shared: int = 0  # bytes of dynamic shared memory
+    team: int = 0  # threads that take a channel together; 0 for kernels that are not told
 
 
 def over_channels(C: int, shares: int = 1) -> tuple[int, int, int]:
@@ -69,54 +72,53 @@ def over_channels(C: int, shares: int = 1) -> tuple[int, int, int]:
     return min(C, MOST_GRID_X), shares, math.ceil(C / MOST_GRID_X)
 
 
-def channels_first(N: int, C: int, L: int, width: int, multiprocessors: int | None) -> Geometry:
-    """Blocks (., s, .) take a share of the segments of each channel; see ``channels_first/rows.cuh``.
+def packs_per_thread(pack_bytes: int) -> int:
+    """Packs that a thread of a team takes at most, where a larger team would do: narrow ones take less time each."""
+    return 16 if pack_bytes >= 8 else 32
+
+
+def team_of(packs: int, pack_bytes: int, most: int) -> int:
+    """The threads of a team that takes so many packs."""
+    return next((t for t in TEAMS if t == most or packs <= t * packs_per_thread(pack_bytes)), most)
+
+
+def channels_first(N: int, C: int, L: int, itemsize: int, width: int, multiprocessors: int | None) -> Geometry:
+    """Teams (., s, .) take a share of the packs of each channel; see ``channels_first/packs.cuh``.
 
     Parameters
     ----------
     multiprocessors : int or None
         None for a sum, which must not depend on the device.
     """
-    segment = min(L, SEGMENT)
-    segments = N * (L // segment)
+    packs = N * L // width
     if multiprocessors is None:
-        shares = min(math.ceil(CHANNELS_FIRST_SUM / C), math.ceil(N * L / LEAST_SUMMED), THREADS)
+        shares = min(math.ceil(CHANNELS_FIRST_SUM / C), math.ceil(N * L / LEAST_SUMMED), MOST_PARTS)
     else:
         wanted = multiprocessors * CHANNELS_FIRST_MAP
         shares = min(math.ceil(wanted / C), math.ceil(N * L / LEAST_MAPPED), MOST_GRID_Y)
-    segments_per_block = math.ceil(segments / shares)
-    slots = _slots(segment + L % segment, width)
-    shares = math.ceil(segments / segments_per_block)
-    sizes = {
-        "N": N,
-        "C": C,
-        "L": L,
-        "segment": segment,
-        "segments_per_block": segments_per_block,
-        "lanes": min(THREADS, slots),
-    }
-    return Geometry(over_channels(C, shares), sizes, shares)
-
-
-def _slots(elements: int, width: int) -> int:
-    """The most packs that so many elements of a row touch, up to its end.
-
-    Segments are whole packs: if these elements are, so is the row, and all rows begin where a pack does.
-    """
-    return elements // width if elements % width == 0 else (elements + 2 * width - 2) // width
+    packs_per_share = math.ceil(packs / shares)
+    shares = math.ceil(packs / packs_per_share)
+    team = team_of(packs_per_share, width * itemsize, THREADS)
+    threads = max(team, LEAST_THREADS)
+    sizes = {"N": N, "C": C, "L": L, "packs_per_share": packs_per_share}
+    grid = over_channels(math.ceil(C * team / threads), shares)
+    return Geometry(grid, sizes, shares, threads, team=team)
 
 
 def channels_first_resident(
     N: int, C: int, L: int, itemsize: int, width: int, arrays: int, device: Device
 ) -> Geometry | None:
-    """A cluster for each channel; see ``channels_first/slots.cuh``. None where a channel is not to be kept on chip."""
-    slots_per_row = _slots(L, width)
-    cluster = choose_cluster(C, N * slots_per_row, width * itemsize, arrays, device, CHANNELS_FIRST_OWN)
+    """A team or a cluster for each channel; see ``channels_first/packs.cuh``. None where a channel does not fit on chip."""
+    cluster = choose_cluster(C, N * L // width, width * itemsize, arrays, device, CHANNELS_FIRST_OWN)
     if cluster is None or C * cluster.blocks > MOST_GRID_X:
         return None
-    threads = next((t for t in RESIDENT_THREADS if cluster.packs <= t * PACKS_PER_THREAD), RESIDENT_THREADS[-1])
-    sizes = {"N": N, "C": C, "L": L, "slots_per_row": slots_per_row, "slots_per_block": cluster.packs}
-    return Geometry((C * cluster.blocks,), sizes, 1, threads, cluster.blocks, cluster.shared)
+    team = team_of(cluster.packs, width * itemsize, TEAMS[-1])
+    threads = max(team, LEAST_THREADS)
+    team = team if cluster.blocks == 1 else threads
+    teams = threads // team
+    sizes = {"N": N, "C": C, "L": L, "packs_per_block": cluster.packs}
+    blocks = math.ceil(C / teams) * cluster.blocks
+    return Geometry((blocks,), sizes, 1, threads, cluster.blocks, cluster.shared * teams, team)
 
 
 def channels_last_resident(M: int, C: int, itemsize: int, width: int, arrays: int, device: Device) -> Geometry | None:
@@ -141,7 +143,7 @@ def channels_last_resident(M: int, C: int, itemsize: int, width: int, arrays: in
     return best
 
 
-def channels_last(M: int, C: int, width: int, multiprocessors: int | None) -> Geometry:
+def channels_last(M: int, C: int, itemsize: int, width: int, multiprocessors: int | None) -> Geometry:
     """Block (t, s) takes a tile of columns of packs and a share of the super-rows; see ``channels_last/columns.cuh``.
 
     Parameters

@@ -14,7 +14,7 @@ import numpy as np
 
 from cupybn import _geometry
 from cupybn._devices import empty, import_cupy
-from cupybn._geometry import MOST_GRID_X, THREADS, Geometry
+from cupybn._geometry import WARP, Geometry
 from cupybn._kernels import Kernel, kernel
 from cupybn._moments import Moments, Statistics, Sums
 from cupybn._resident import Device
@@ -94,9 +94,10 @@ def bn_update_running(
     num_batches_tracked: Array | None,
 ) -> None:
     """See `numpy_ops.bn_update_running`."""
-    kernel("bn_update_running", **_macros(moments.mean.dtype, False, 32)).launch(
-        (1,),
-        THREADS,
+    geometry = Geometry((1,), {})
+    kernel("bn_update_running", **_macros(moments.mean.dtype, 1, 32, geometry)).launch(
+        geometry.grid,
+        geometry.threads,
         {
             **_fields("moments", moments, Moments),
             "running_mean": running_mean,
@@ -190,15 +191,9 @@ def bn_forward(
 
 
 def empty_mask(x: Array, residual: Array, out: Array) -> Array:
-    """A mask of where ReLU passes: a bit for each element of a pack, of bytes as ``mask_of`` in the kernels says.
-
-    uint8 where the step reads whole packs, bool where single elements.
-    """
-    width, L = PACK // x.dtype.itemsize, x.shape[2]
-    if not (_whole_packs(x.shape, width) and _aligned(x, residual, out)):
-        return empty(x.shape, x, np.bool_)
-    packs = -(-x.size // width)
-    return empty((packs if L % width == 0 or L == 1 else 2 * packs,), x, np.uint8)
+    """A mask of where ReLU passes: a byte for each pack, bool where packs are single elements."""
+    width = _width(x, residual, out)
+    return empty(x.shape, x, np.bool_) if width == 1 else empty((x.size // width,), x, np.uint8)
 
 
 def bn_backward_reduce(
@@ -213,7 +208,7 @@ def bn_backward_reduce(
     scratch: Array | None = None,  # noqa: ARG001
 ) -> Sums:
     """See `numpy_ops.bn_backward_reduce`; the sums are in parts, and no scratch is needed."""
-    dy = _beside(mask, dy)
+    dy = _beside(mask, x, dy)
     plan = _choose("bn_backward_reduce", x, dy, mask=mask)
     shape = plan.geometry.parts, x.shape[1]
     sums = Sums(empty(shape, x, np.float64), empty(shape, x, np.float64))
@@ -266,7 +261,7 @@ def bn_backward_input(
     dbias: Array | None,
 ) -> None:
     """See `numpy_ops.bn_backward_input`."""
-    dy = _beside(mask, dy)
+    dy = _beside(mask, x, dy)
     plan = _choose("bn_backward_input", x, dy, dx, dresidual, mask=mask)
     plan.launch(
         dy=dy,
@@ -304,7 +299,7 @@ def bn_backward(
     scratch: Array | None = None,
 ) -> None:
     """See `numpy_ops.bn_backward`: one launch where a channel of dy and x stays on chip, else two."""
-    dy = _beside(mask, dy)
+    dy = _beside(mask, x, dy)
     plan = _choose_resident("bn_backward", x, dy, dx, dresidual, mask=mask)
     if plan is not None:
         plan.launch(
@@ -350,96 +345,81 @@ class _Plan(NamedTuple):
 
 
 def _over_channels(step: str, dtype: np.dtype[Any], C: int, **arguments: Any) -> None:
-    """Launch a step that takes a block for each channel."""
-    geometry = _geometry.over_channels(C)
-    kernel(step, **_macros(dtype, False, 32)).launch(geometry, THREADS, {**arguments, "C": C})
+    """Launch a step that takes a warp for each channel."""
+    geometry = Geometry(_geometry.over_channels(C), {}, threads=WARP)
+    kernel(step, **_macros(dtype, 1, 32, geometry)).launch(geometry.grid, geometry.threads, {**arguments, "C": C})
 
 
 def _choose(step: str, x: Array, *others: Array | None, mask: Array | None = None) -> _Plan:
-    """The launch of a step for these arrays; a mask tells whether it is in packs."""
+    """The launch of a step for these arrays."""
     multiprocessors = None if step in SUMS else _device(x.data.device_id).multiprocessors
-    return _plan(step, x.shape, x.dtype, _vectorized(mask, x, *others), multiprocessors)
+    return _plan(step, x.shape, x.dtype, _width(x, *others, mask=mask), multiprocessors)
 
 
 def _choose_resident(step: str, x: Array, *others: Array | None, mask: Array | None = None) -> _Plan | None:
     """The same for a step that keeps channels on chip, or None where it does not."""
-    return _resident_plan(step, x.shape, x.dtype, _vectorized(mask, x, *others), x.data.device_id)
+    return _resident_plan(step, x.shape, x.dtype, _width(x, *others, mask=mask), x.data.device_id)
 
 
-def _vectorized(mask: Array | None, *arrays: Array | None) -> bool:
-    return _aligned(*arrays) if mask is None else bool(mask.dtype == np.uint8)
+def _width(x: Array, *others: Array | None, mask: Array | None = None) -> int:
+    """Elements of the widest packs that rows and memory consist of; a mask has a byte for each pack."""
+    if mask is not None:
+        return int(x.size) // int(mask.size)
+    _, C, L = x.shape
+    itemsize, row = x.dtype.itemsize, L if L > 1 else C
+    together = functools.reduce(int.__or__, (a.data.ptr for a in others if a is not None), x.data.ptr | row * itemsize)
+    return int(min(PACK, together & -together) // itemsize)
 
 
-def _whole_packs(shape: tuple[int, int, int], width: int) -> bool:
-    """Whether packs have elements of one or two rows: of more, several blocks or threads would share a byte of a mask.
-
-    Steps that keep channels on chip read single elements then, with a mask and without: the bits are the same.
-    """
-    _, C, L = shape
-    return width <= L if L > 1 else C % width == 0
-
-
-def _aligned(*arrays: Array | None) -> bool:
-    """Whether packs of all these can be read."""
-    return all(array is None or array.data.ptr % PACK == 0 for array in arrays)
-
-
-def _beside(mask: Array | None, dy: Array) -> Array:
-    """dy, or a copy of it that is aligned if the mask is of packs."""
-    return dy if mask is None or mask.dtype == np.bool_ or _aligned(dy) else dy.copy()
+def _beside(mask: Array | None, x: Array, dy: Array) -> Array:
+    """dy, or a copy of it that is aligned if the packs of the mask want it."""
+    if mask is None or dy.data.ptr % (_width(x, mask=mask) * dy.dtype.itemsize) == 0:
+        return dy
+    return dy.copy()
 
 
 @functools.lru_cache(maxsize=4096)
 def _plan(
-    step: str, shape: tuple[int, int, int], dtype: np.dtype[Any], vectorized: bool, multiprocessors: int | None
+    step: str, shape: tuple[int, int, int], dtype: np.dtype[Any], width: int, multiprocessors: int | None
 ) -> _Plan:
     """The plan of a step that is streamed; programs ask for the same few again and again."""
     N, C, L = shape
-    width = PACK // dtype.itemsize if vectorized else 1
     if L == 1:
-        layout, geometry = "channels_last", _geometry.channels_last(N, C, width, multiprocessors)
-        if vectorized and geometry.grid[0] > MOST_GRID_X:  # of elements, tiles are wider: there are fewer
-            return _plan(step, shape, dtype, False, multiprocessors)
+        layout, geometry = "channels_last", _geometry.channels_last(N, C, dtype.itemsize, width, multiprocessors)
     else:
-        layout, geometry = "channels_first", _geometry.channels_first(N, C, L, width, multiprocessors)
-    return _Plan(kernel(f"{layout}/{step}", **_macros(dtype, vectorized, _index_bits(shape))), geometry)
+        layout = "channels_first"
+        geometry = _geometry.channels_first(N, C, L, dtype.itemsize, width, multiprocessors)
+    return _Plan(kernel(f"{layout}/{step}", **_macros(dtype, width, _index_bits(shape, geometry), geometry)), geometry)
 
 
 @functools.lru_cache(maxsize=4096)
 def _resident_plan(
-    step: str, shape: tuple[int, int, int], dtype: np.dtype[Any], vectorized: bool, device_index: int
+    step: str, shape: tuple[int, int, int], dtype: np.dtype[Any], width: int, device_index: int
 ) -> _Plan | None:
     N, C, L = shape
     device = _device(device_index)
-    width = PACK // dtype.itemsize if vectorized else 1
-    if not _whole_packs(shape, width):
-        vectorized, width = False, 1
+    arguments = dtype.itemsize, width, ON_CHIP[step], device
     if L == 1:
-        layout = "channels_last"
-        geometry = _geometry.channels_last_resident(N, C, dtype.itemsize, width, ON_CHIP[step], device)
+        layout, geometry = "channels_last", _geometry.channels_last_resident(N, C, *arguments)
     else:
-        layout = "channels_first"
-        geometry = _geometry.channels_first_resident(N, C, L, dtype.itemsize, width, ON_CHIP[step], device)
+        layout, geometry = "channels_first", _geometry.channels_first_resident(N, C, L, *arguments)
     if geometry is None:
         return None
-    # Strides of a block go over the end by so many rows.
-    beyond = geometry.threads // geometry.sizes.get("slots_per_row", geometry.threads) + 1
-    index_bits = _index_bits((N + beyond, C, L))
-    macros = _macros(dtype, vectorized, index_bits, geometry.threads, geometry.cluster)
-    return _Plan(kernel(f"{layout}/{step}", **macros), geometry)
+    macros = _macros(dtype, width, _index_bits(shape, geometry), geometry)
+    return _Plan(kernel(f"{layout}/{step}", **macros, CLUSTER_BLOCKS=geometry.cluster), geometry)
 
 
-def _index_bits(shape: tuple[int, int, int]) -> int:
-    """Bits of the kernels' indices; there are up to 8 lanes for a channel."""
-    return 32 if max(math.prod(shape), shape[1] * PACK) < MOST_INT else 64
+def _index_bits(shape: tuple[int, int, int], geometry: Geometry) -> int:
+    """Bits of the kernels' indices. Channels first, strides of a block go over the end by some rows."""
+    N, C, L = shape
+    beyond = geometry.threads * PACK // L + 2 if L > 1 else 0
+    return 32 if (N + beyond) * C * L < MOST_INT else 64
 
 
-def _macros(
-    dtype: np.dtype[Any], vectorized: bool, index_bits: int, threads: int = THREADS, cluster: int = 0
-) -> dict[str, Any]:
-    """What the kernels want to be told; those that keep nothing on chip know no clusters."""
-    macros = {"DATA_T": dtype, "VECTORIZED": int(vectorized), "INDEX_BITS": index_bits, "THREADS": threads}
-    return macros | ({"CLUSTER_BLOCKS": cluster} if cluster else {})
+def _macros(dtype: np.dtype[Any], width: int, index_bits: int, geometry: Geometry) -> dict[str, Any]:
+    """What the kernels want to be told."""
+    macros = {"DATA_T": dtype, "WIDTH": width, "INDEX_BITS": index_bits, "THREADS": geometry.threads}
+    return macros | ({"TEAM": geometry.team} if geometry.team else {})
 
 
 @functools.cache

@@ -3,7 +3,7 @@
 // A block per channel. The parts are those of bn_stats, arrays of their own, or those of ranks, rows like this one:
 // so many elements lie between a part and the next one.
 // Mirror: numpy_ops.merge_moments
-#include "channels_first/rows.cuh"
+#include "parts.cuh"
 
 extern "C" __global__ void LAUNCH_BOUNDS merge_moments(
     const double* moments_count,             // [P]
@@ -16,9 +16,8 @@ extern "C" __global__ void LAUNCH_BOUNDS merge_moments(
     long long C,
     long long count_stride,
     long long stride) {
-    const Place place(C, false);
-    if (place.none) return;
-    const long long c = place.c;
+    const long long c = blockIdx.x + (long long)blockIdx.z * gridDim.x;
+    if (c >= C) return;
     const Moments all = merge_parts(moments_count, count_stride, moments_mean, moments_m2, stride, parts, c);
     if (threadIdx.x == 0) {
         if (c == 0) row[0] = all.count;

@@ -26,7 +26,10 @@ struct Accumulation<double> {
 };
 
 // The compiler may take as many registers as it likes for so many threads.
-#define LAUNCH_BOUNDS __launch_bounds__(THREADS, 1)
+#ifndef MOST_BLOCKS
+#define MOST_BLOCKS 1
+#endif
+#define LAUNCH_BOUNDS __launch_bounds__(THREADS, MOST_BLOCKS)
 
 typedef DATA_T data_t;                        // of the arrays
 typedef Accumulation<data_t>::type acc_t;     // of the arithmetic

@@ -112,6 +112,7 @@ inline void __syncwarp(unsigned mask = ~0u, EMULATED_HERE) {
     emulated_exchange("__syncwarp", mask, nullptr, nullptr, 0, -1, file, line);
 }
 inline void __cluster_barrier_arrive(EMULATED_HERE) { emulated_cluster_arrive(file, line); }
+inline void __cluster_barrier_arrive_relaxed(EMULATED_HERE) { emulated_cluster_arrive(file, line); }
 inline void __cluster_barrier_wait(EMULATED_HERE) { emulated_cluster_wait(file, line); }
 inline unsigned __clusterRelativeBlockRank(EMULATED_HERE) { return emulated_cluster_rank(file, line); }
 inline unsigned __clusterSizeInBlocks(EMULATED_HERE) { return emulated_cluster_size(file, line); }
