@@ -5,7 +5,7 @@
 // Mirror: numpy_ops.bn_update_running
 #include "running.cuh"
 
-extern "C" __global__ void LAUNCH_BOUNDS bn_update_running(
+extern "C" __global__ void REGISTERS(80) bn_update_running(
     const double* moments_count,             // [1]
     const double* moments_mean,              // [1, C]
     const double* moments_m2,                // [1, C]

@@ -4,7 +4,7 @@
 // Mirror: numpy_ops.mean_and_var
 #include "parts.cuh"
 
-extern "C" __global__ void LAUNCH_BOUNDS mean_and_var(
+extern "C" __global__ void REGISTERS(80) mean_and_var(
     const double* moments_count,             // [P]
     const double* moments_mean,              // [P, C]
     const double* moments_m2,                // [P, C]

@@ -5,7 +5,7 @@
 // Mirror: numpy_ops.merge_moments
 #include "parts.cuh"
 
-extern "C" __global__ void LAUNCH_BOUNDS merge_moments(
+extern "C" __global__ void REGISTERS(80) merge_moments(
     const double* moments_count,             // [P]
     const double* moments_mean,              // [P, C]
     const double* moments_m2,                // [P, C]

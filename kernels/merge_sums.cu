@@ -5,7 +5,7 @@
 // Mirror: numpy_ops.merge_sums
 #include "parts.cuh"
 
-extern "C" __global__ void LAUNCH_BOUNDS merge_sums(
+extern "C" __global__ void REGISTERS(80) merge_sums(
     const double* sums_dy,                   // [P, C]
     const double* sums_dy_xhat,              // [P, C]
     const double* count,                     // [1]

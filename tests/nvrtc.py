@@ -18,13 +18,13 @@ import numpy as np
 
 from cupybn import _kernels
 from cupybn._dtypes import FLOATS
-from cupybn._geometry import RESIDENT_THREADS, THREADS
+from cupybn._geometry import LEAST_THREADS, TEAMS, THREADS, WARP, Geometry
 from cupybn._resident import BLOCKS
 from cupybn.cupy_ops import ON_CHIP, _macros
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
-MEMORY = {(1, 32): FLOATS, (1, 64): ("float16", "float64"), (0, 32): ("bfloat16", "float32")}
-"""Whether whole packs are read, and bits of indices, with the dtypes to compile where a choice will do; all but the
+MEMORY = {(16, 32): FLOATS, (16, 64): ("float16", "float64"), (8, 32): ("float16",), (0, 32): ("bfloat16", "float32")}
+"""Bytes of packs, 0 for single elements, and bits of indices, with the dtypes to compile where a choice will do; all but the
 first for one architecture alone."""
 _LIBRARY = "nvrtc64_*_0.dll" if sys.platform == "win32" else "libnvrtc.so.*"
 
@@ -38,17 +38,19 @@ class Instance(NamedTuple):
 
     kernel: str
     dtype: str
-    vectorized: int
+    width: int
     index_bits: int
     threads: int = THREADS
-    cluster: int = 0  # blocks; 0 for kernels that are not told
+    team: int = 0  # threads; 0 for kernels that are not told
+    cluster: int = 0  # blocks; likewise
 
     @property
     def loader(self) -> _kernels.Kernel:
         """The library's own object for it."""
         dtype = np.dtype(getattr(ml_dtypes, self.dtype, self.dtype))
-        macros = _macros(dtype, bool(self.vectorized), self.index_bits, self.threads, self.cluster)
-        return _kernels.Kernel(self.kernel, macros)
+        geometry = Geometry((), {}, threads=self.threads, team=self.team)
+        macros = _macros(dtype, self.width, self.index_bits, geometry)
+        return _kernels.Kernel(self.kernel, macros | ({"CLUSTER_BLOCKS": self.cluster} if self.cluster else {}))
 
     @property
     def options(self) -> tuple[str, ...]:
@@ -56,38 +58,49 @@ class Instance(NamedTuple):
         return self.loader.options
 
 
+def width_of(pack_bytes: int, dtype: str) -> int:
+    """Elements of a pack of so many bytes, at least one."""
+    return max(1, pack_bytes // np.dtype(getattr(ml_dtypes, dtype, dtype)).itemsize)
+
+
 def instances(kernel: str, architecture: int, everything: bool = False) -> list[Instance]:
     """What the library may ask for: of blocks and clusters the largest; a choice of it, or everything."""
     layout, _, step = kernel.rpartition("/")
     if not layout:  # over vectors of one value per channel
-        return [Instance(kernel, dtype, 0, 32) for dtype in ("float32", "float64")]
-    more: tuple[int, ...] = ()
-    if step in ON_CHIP:
-        threads = RESIDENT_THREADS[-1] if layout == "channels_first" else THREADS
-        more = (threads, BLOCKS[-1] if architecture >= 90 else BLOCKS[0])
-    some = MEMORY if everything or architecture == 90 else {(1, 32): FLOATS}
+        threads = THREADS if step == "bn_update_running" else WARP
+        return [Instance(kernel, dtype, 1, 32, threads) for dtype in ("float32", "float64")]
+    more = teams(layout, step)[-1], (BLOCKS[-1] if architecture >= 90 else BLOCKS[0]) if step in ON_CHIP else 0
+    some = MEMORY if everything or architecture == 90 else {(16, 32): FLOATS}
     return [
-        Instance(kernel, dtype, *memory, *more)
-        for memory, dtypes in some.items()
+        Instance(kernel, dtype, width_of(pack_bytes, dtype), index_bits, *more[0], more[1])
+        for (pack_bytes, index_bits), dtypes in some.items()
         for dtype in (FLOATS if everything else dtypes)
     ]
 
 
+def teams(layout: str, step: str) -> list[tuple[int, int]]:
+    """Threads of a block and of a team."""
+    if layout == "channels_last":
+        return [(THREADS, 0)]
+    most = TEAMS[-1] if step in ON_CHIP else THREADS
+    return [(max(team, LEAST_THREADS), team) for team in TEAMS if team <= most]
+
+
 def all_instances() -> Iterator[Instance]:
     """All that the library may ask a GPU with clusters for, every size of block and cluster; the most used first."""
-    for vectorized, index_bits in itertools.product((1, 0), (32, 64)):
+    for index_bits, pack_bytes in itertools.product((32, 64), (16, 8, 4, 2)):
         for kernel in _kernels.kernel_names():
             layout, _, step = kernel.rpartition("/")
             if not layout:
-                if (vectorized, index_bits) == (1, 32):  # once
+                if (pack_bytes, index_bits) == (16, 32):  # once
                     yield from instances(kernel, 90)
                 continue
-            more: Iterable[tuple[int, ...]] = [()]
-            if step in ON_CHIP:
-                threads = RESIDENT_THREADS if layout == "channels_first" else (THREADS,)
-                more = itertools.product(threads, BLOCKS)
-            for dtype, sizes in itertools.product(FLOATS, list(more)):
-                yield Instance(kernel, dtype, vectorized, index_bits, *sizes)
+            for dtype, (threads, team) in itertools.product(FLOATS, teams(layout, step)):
+                if pack_bytes < np.dtype(getattr(ml_dtypes, dtype, dtype)).itemsize:
+                    continue
+                clusters = BLOCKS if step in ON_CHIP and team in (0, threads) else (1,) if step in ON_CHIP else (0,)
+                for cluster in clusters:
+                    yield Instance(kernel, dtype, width_of(pack_bytes, dtype), index_bits, threads, team, cluster)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

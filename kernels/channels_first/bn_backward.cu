@@ -6,7 +6,7 @@
 // Mirror: numpy_ops.bn_backward
 #include "gradients.cuh"
 
-extern "C" __global__ void CLUSTER LAUNCH_BOUNDS bn_backward(
+extern "C" __global__ void CLUSTER REGISTERS(80) bn_backward(
     const data_t* dy,                        // [N, C, L]
     const data_t* x,                         // [N, C, L]
     const double* statistics_mean,           // [C]
@@ -38,7 +38,7 @@ extern "C" __global__ void CLUSTER LAUNCH_BOUNDS bn_backward(
     __shared__ Channel channels[TEAMS];
     Channel& channel = channels[team()];
     if (member() == 0)
-        channel = make_channel(statistics_mean[c], statistics_var[c], eps, Affine(weight, bias, c));
+        channel = make_channel(statistics_mean[c], statistics_var[c], eps, read_affine(weight, bias, c));
     __syncthreads();
 
     double sums[2];

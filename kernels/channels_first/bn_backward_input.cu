@@ -6,7 +6,7 @@
 #include "gradients.cuh"
 #include "../parts.cuh"
 
-extern "C" __global__ void LAUNCH_BOUNDS bn_backward_input(
+extern "C" __global__ void REGISTERS(80) bn_backward_input(
     const data_t* dy,                        // [N, C, L]
     const data_t* x,                         // [N, C, L]
     const double* statistics_mean,           // [C]
@@ -39,7 +39,7 @@ extern "C" __global__ void LAUNCH_BOUNDS bn_backward_input(
     double sums[2];
     if (member() < WARP) add_parts(sums_dy, sums_dy_xhat, parts, C, c, sums);
     if (member() == 0) {
-        channel = make_channel(statistics_mean[c], statistics_var[c], eps, Affine(weight, bias, c));
+        channel = make_channel(statistics_mean[c], statistics_var[c], eps, read_affine(weight, bias, c));
         set_gradient(channel, sums[0], sums[1], inv_count);
     }
     __syncthreads();

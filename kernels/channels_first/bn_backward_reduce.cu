@@ -4,7 +4,7 @@
 // Mirror: numpy_ops.bn_backward_reduce
 #include "gradients.cuh"
 
-extern "C" __global__ void LAUNCH_BOUNDS bn_backward_reduce(
+extern "C" __global__ void REGISTERS(80) bn_backward_reduce(
     const data_t* dy,                        // [N, C, L]
     const data_t* x,                         // [N, C, L]
     const double* statistics_mean,           // [C]
@@ -29,7 +29,7 @@ extern "C" __global__ void LAUNCH_BOUNDS bn_backward_reduce(
     __shared__ Channel channels[TEAMS];
     Channel& channel = channels[team()];
     if (member() == 0)
-        channel = make_channel(statistics_mean[c], statistics_var[c], eps, Affine(weight, bias, c));
+        channel = make_channel(statistics_mean[c], statistics_var[c], eps, read_affine(weight, bias, c));
     __syncthreads();
 
     double sums[2];

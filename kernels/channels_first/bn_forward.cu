@@ -8,7 +8,7 @@
 #include "statistics.cuh"
 #include "../running.cuh"
 
-extern "C" __global__ void CLUSTER LAUNCH_BOUNDS bn_forward(
+extern "C" __global__ void CLUSTER REGISTERS(96) bn_forward(
     const data_t* x,                         // [N, C, L]
     double eps,
     Vector weight,                           // [C] or null
@@ -35,29 +35,28 @@ extern "C" __global__ void CLUSTER LAUNCH_BOUNDS bn_forward(
     const index_t begin = cluster_rank() * packs_per_block;
     const Packs own(place, C, L, begin, min(begin + (index_t)packs_per_block, (index_t)(N * L / WIDTH)));
     raw_t* const kept = staging() + team() * packs_per_block + member();
-    const OnChip packs = {kept, stage<CHUNK>({kept}, {x}, own)};
-    const double pivot = widen(x[c * L]);
-    Affine given;
-    if (member() == 0) given = Affine(weight, bias, c);
+    const OnChip packs = {kept, stage<CHUNK<acc_t>>({kept}, {x}, own)};
+    __shared__ Affine affines[TEAMS];  // read while copies are on their way, and kept where no registers are wanted
+    __shared__ Channel channels[TEAMS];
+    __shared__ Moments merged[TEAMS];
+    Affine& given = affines[team()];
+    Channel& channel = channels[team()];
+    Moments& batch = merged[team()];
+    if (member() == 0) given = read_affine(weight, bias, c);
 
-    Total<acc_t> total = total_of(packs, own, pivot);
+    Total<acc_t> total = total_of(packs, own, widen(x[c * L]));
     cluster_wait();  // all blocks have started
     gather(total);
-    __shared__ Channel channels[TEAMS];
-    Channel& channel = channels[team()];
-    Moments batch;
-    double var;
     if (member() == 0) {
         batch = total.moments((double)(N * L));
-        var = batch.m2 / batch.count;
-        channel = make_channel(batch.mean, var, eps, given);
+        channel = make_channel(batch.mean, batch.m2 / batch.count, eps, given);
     }
     __syncthreads();
 
     normalize_all(packs, own, residual, activation, channel, out, mask);
     if (!place.owns()) return;
     if (statistics_mean) statistics_mean[c] = batch.mean;
-    if (statistics_var) statistics_var[c] = var;
+    if (statistics_var) statistics_var[c] = batch.m2 / batch.count;
     if (running_mean) update_running(batch, running_mean, running_var, momentum, nullptr, c);
     if (c == 0 && num_batches_tracked) *num_batches_tracked += 1;
 }

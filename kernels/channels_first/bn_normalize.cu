@@ -8,7 +8,7 @@
 #include "../parts.cuh"
 #include "../running.cuh"
 
-extern "C" __global__ void LAUNCH_BOUNDS bn_normalize(
+extern "C" __global__ void REGISTERS(80) bn_normalize(
     const data_t* x,                         // [N, C, L]
     const double* moments_count,             // [P] or null: normalise with the running statistics
     const double* moments_mean,              // [P, C] or null
@@ -40,22 +40,24 @@ extern "C" __global__ void LAUNCH_BOUNDS bn_normalize(
     const Packs own(place, C, L, begin, min(begin + (index_t)packs_per_share, (index_t)(N * L / WIDTH)));
 
     __shared__ Channel channels[TEAMS];
+    __shared__ Moments merged[TEAMS];  // for the end: registers are wanted until then
     Channel& channel = channels[team()];
-    Moments batch = {0, 0, 0};
-    if (member() < WARP && moments_count) batch = merge_parts(moments_count, 1, moments_mean, moments_m2, C, parts, c);
-    if (member() == 0) {
-        const double mean = moments_count ? batch.mean : running_mean.get(c);
-        const double var = moments_count ? batch.m2 / batch.count : running_var.get(c);
-        channel = make_channel(mean, var, eps, Affine(weight, bias, c));
-        if (place.owns()) {
-            if (statistics_mean) statistics_mean[c] = mean;
-            if (statistics_var) statistics_var[c] = var;
+    Moments& batch = merged[team()];
+    if (member() < WARP) {
+        const Affine given = read_affine(weight, bias, c);
+        const Moments all = moments_count ? merge_parts(moments_count, 1, moments_mean, moments_m2, C, parts, c)
+                                          : Moments{1, running_mean.get(c), running_var.get(c)};
+        if (member() == 0) {
+            channel = make_channel(all.mean, all.m2 / all.count, eps, given);
+            batch = all;
         }
     }
     __syncthreads();
 
     normalize_all(InMemory{x}, own, residual, activation, channel, out, mask);
     if (!place.owns()) return;
+    if (statistics_mean) statistics_mean[c] = batch.mean;
+    if (statistics_var) statistics_var[c] = batch.m2 / batch.count;
     if (moments_count && running_mean)
         update_running(batch, running_mean, running_var, momentum, moments_batches, c);
     if (c == 0 && num_batches_tracked) *num_batches_tracked += 1;

@@ -4,7 +4,6 @@
 
 constexpr int LOADS = PACK_BYTES < 8 ? 4 : 2;    // packs of each array in flight
 constexpr int SUMMED = PACK_BYTES < 8 ? 8 : 4;   // packs whose sums are taken in float32 before they go on in float64
-constexpr int SUMS = WIDTH < 4 ? WIDTH : 4;      // of a thread side by side: few roundings for each
 
 // What belongs to a gradient and does not change from pack to pack.
 struct Backward {
@@ -19,34 +18,39 @@ struct Backward {
 template <class A, bool WIDE, int AT_ONCE, class Source>
 DEVICE bool sum_packs(const Source& dy, const Source& x, Packs packs, const Backward& backward, const OneChannel& channel,
                       double (&sums)[2]) {
+    constexpr int SUMS = sizeof(A) == 8 ? 1 : WIDTH < 4 ? WIDTH : 4;  // side by side: few roundings for each
     const Factors<A> f(*channel.channel);
     const A rstd = f.rstd * (A)PRODUCT_SCALE;
     bool all_held = true;
     sums[0] = sums[1] = 0;
     as_they_come<AT_ONCE>(x, packs, [&](auto full, int i, int count) {
         A sum_dy[SUMS] = {}, sum_dy_xhat[SUMS] = {};
-        raw_t raw_dy[AT_ONCE], raw_x[AT_ONCE];
-        unsigned bits[AT_ONCE];
+        constexpr int IN_FLIGHT = AT_ONCE < LOADS ? AT_ONCE : LOADS;
 #pragma unroll
-        for (int u = 0; u < AT_ONCE; u++)
-            if (full || u < count) {
-                const index_t at = packs.next();
-                raw_dy[u] = dy.get(at, i + u);
-                raw_x[u] = x.get(at, i + u);
-                bits[u] = backward.bits(at);
-            }
+        for (int first = 0; first < AT_ONCE; first += IN_FLIGHT) {
+            raw_t raw_dy[IN_FLIGHT], raw_x[IN_FLIGHT];
+            unsigned bits[IN_FLIGHT];
 #pragma unroll
-        for (int u = 0; u < AT_ONCE; u++)
-            if (full || u < count) {
-                acc_t g[WIDTH], in[WIDTH];
-                unpack(raw_dy[u], g);
-                unpack(raw_x[u], in);
-                stop<WIDE>(g, in, backward.gate, bits[u], channel);
-                if (backward.gate != OPEN) dy.put(pack(g), i + u);
+            for (int u = 0; u < IN_FLIGHT; u++)
+                if (full || first + u < count) {
+                    const index_t at = packs.next();
+                    raw_dy[u] = dy.get(at, i + first + u);
+                    raw_x[u] = x.get(at, i + first + u);
+                    bits[u] = backward.bits(at);
+                }
 #pragma unroll
-                for (int e = 0; e < WIDTH; e++)
-                    add_products<A>(g[e], in[e], f, rstd, sum_dy[e % SUMS], sum_dy_xhat[e % SUMS]);
-            }
+            for (int u = 0; u < IN_FLIGHT; u++)
+                if (full || first + u < count) {
+                    acc_t g[WIDTH], in[WIDTH];
+                    unpack(raw_dy[u], g);
+                    unpack(raw_x[u], in);
+                    stop<WIDE>(g, in, backward.gate, bits[u], channel);
+                    if (backward.gate != OPEN) dy.put(pack(g), i + first + u);
+#pragma unroll
+                    for (int e = 0; e < WIDTH; e++)
+                        add_products<A>(g[e], in[e], f, rstd, sum_dy[e % SUMS], sum_dy_xhat[e % SUMS]);
+                }
+        }
         const A of_dy = sum_pairs(sum_dy), of_dy_xhat = sum_pairs(sum_dy_xhat);
         all_held = all_held && held(of_dy) && held(of_dy_xhat);
         sums[0] += of_dy;

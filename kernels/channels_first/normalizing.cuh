@@ -38,7 +38,7 @@ DEVICE void normalize_all(const Source& x, const Packs& packs, const data_t* res
     else
         with_flag(residual, [&](auto given) {
             with_flag(relu, [&](auto rectified) {
-                normalize_packs<false, LOADS>(x, packs, residual, {given, rectified}, own, out, mask);
+                normalize_packs<false, decltype(given)::value ? LOADS / 2 : LOADS>(x, packs, residual, {given, rectified}, own, out, mask);
             });
         });
 }

@@ -120,7 +120,7 @@ struct OneChannel {
 template <int AT_ONCE, int K>
 DEVICE int stage(raw_t* const (&kept)[K], const data_t* const (&arrays)[K], Packs packs) {
     const int group = (packs.count + GROUPS * AT_ONCE - 1) / (GROUPS * AT_ONCE) * AT_ONCE;
-    if (PACK_BYTES < 4) {  // the thread itself has to carry them
+    if constexpr (PACK_BYTES < 4) {  // the thread itself has to carry them
         constexpr int CARRIED = 8;
         in_batches<CARRIED>(packs, [&](auto full, int i, int count) {
             raw_t raw[K][CARRIED];
@@ -138,7 +138,7 @@ DEVICE int stage(raw_t* const (&kept)[K], const data_t* const (&arrays)[K], Pack
                     for (int k = 0; k < K; k++) kept[k][(i + u) * TEAM] = raw[k][u];
         });
         return group;
-    }
+    } else {
     unsigned addresses[K];
 #pragma unroll
     for (int k = 0; k < K; k++) addresses[k] = address_of(kept[k]);
@@ -154,4 +154,5 @@ DEVICE int stage(raw_t* const (&kept)[K], const data_t* const (&arrays)[K], Pack
         end_group();
     }
     return group;
+    }
 }

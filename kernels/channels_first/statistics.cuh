@@ -5,29 +5,27 @@
 #pragma once
 #include "packs.cuh"
 
-constexpr int CHUNK = (sizeof(data_t) == 2 ? 32 : sizeof(data_t) == 4 ? 16 : 8) / WIDTH;
+// Packs of a chunk. In float64, fewer: its registers are twice as many.
+template <class A>
+constexpr int CHUNK = (sizeof(A) == 8 ? 8 : sizeof(data_t) == 2 ? 32 : 16) / WIDTH;
 
-// Adds the first `count` packs of a chunk. Returns whether the dtype A held their sums.
-template <class A, class Full>
-DEVICE bool add_chunk(Full full, const raw_t (&raw)[CHUNK], int count, Total<acc_t>& total) {
-    acc_t x[CHUNK][WIDTH];
-#pragma unroll
-    for (int u = 0; u < CHUNK; u++) unpack(raw[u], x[u]);
-    const int elements = full ? CHUNK * WIDTH : count * WIDTH;
-    const Chunk<A> chunk = chunk_of<A, CHUNK * WIDTH>(full, elements, [&](int i) { return x[i / WIDTH][i % WIDTH]; });
-    total.add(elements, chunk);
-    return chunk.held;
-}
-
-// Adds all packs of a thread.
+// Adds all packs of a thread. Returns whether the dtype A held their sums.
 template <class A, class Source>
 DEVICE bool add_all(const Source& x, Packs packs, Total<acc_t>& total) {
+    constexpr int AT_ONCE = CHUNK<A>;
     bool held = true;
-    as_they_come<CHUNK>(x, packs, [&](auto full, int i, int count) {
-        raw_t raw[CHUNK];
+    as_they_come<AT_ONCE>(x, packs, [&](auto full, int i, int count) {
+        acc_t values[AT_ONCE][WIDTH];
+        raw_t raw[AT_ONCE];
 #pragma unroll
-        for (int u = 0; u < CHUNK; u++) raw[u] = full || u < count ? x.get(packs.next(), i + u) : raw[0];
-        held &= add_chunk<A>(full, raw, count, total);
+        for (int u = 0; u < AT_ONCE; u++) raw[u] = full || u < count ? x.get(packs.next(), i + u) : raw[0];
+#pragma unroll
+        for (int u = 0; u < AT_ONCE; u++) unpack(raw[u], values[u]);
+        const int elements = (full ? AT_ONCE : count) * WIDTH;
+        const auto element = [&](int j) { return values[j / WIDTH][j % WIDTH]; };
+        const Chunk<A> chunk = chunk_of<A, AT_ONCE * WIDTH>(full, elements, element);
+        total.add(elements, chunk);
+        held &= chunk.held;
     });
     return held;
 }

@@ -16,7 +16,7 @@ from pathlib import Path
 RUNTIME = Path(__file__).parent / "runtime"
 DEVICE = '#include "device.h"'
 BOUNDS = (
-    r"(?:__(?:launch_bounds|cluster_dims)__\s*\((?:[^()]|\([^()]*\))*\)\s*|[A-Z_][A-Z_0-9]*\s+)*"  # or macros for them
+    r"(?:(?:__(?:launch_bounds|cluster_dims)__|[A-Z_][A-Z_0-9]*)\s*\((?:[^()]|\([^()]*\))*\)\s*|[A-Z_][A-Z_0-9]*\s+)*"
 )
 GLOBAL = re.compile(rf'extern\s+"C"\s+__global__\s+({BOUNDS})void\s+({BOUNDS})(\w+)\s*\(')
 DYNAMIC = re.compile(r"extern\s+__shared__\s+(?:__align__\s*\(\s*\d+\s*\)\s*)?([\w:][\w: ]*?)\s+(\w+)\s*\[\s*\]\s*;")
