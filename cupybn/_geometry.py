@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from cupybn._resident import Device, choose_cluster
+from cupybn._resident import CUDA, Device, choose_cluster
 
 THREADS = 256
 """Threads of most blocks."""
@@ -31,6 +31,8 @@ CHANNELS_FIRST_SUM = 1 << 10
 """Channels first: blocks that a large sum is split over, several for each multiprocessor of a large GPU."""
 CHANNELS_FIRST_MAP = 16
 """Channels first: blocks for each multiprocessor of an elementwise step, two rounds of what one holds."""
+ON_CHIP_THREADS = 512
+"""Threads of a multiprocessor whose kernels keep channels on chip: they have 128 registers each."""
 MOST_PARTS = 256
 """Channels first: parts of a sum that the next launch has to add up for each channel."""
 
@@ -116,9 +118,17 @@ def channels_first_resident(
     threads = max(team, LEAST_THREADS)
     team = team if cluster.blocks == 1 else threads
     teams = threads // team
+    shared = cluster.shared * teams
     sizes = {"N": N, "C": C, "L": L, "packs_per_block": cluster.packs}
-    blocks = math.ceil(C / teams) * cluster.blocks
-    return Geometry((blocks,), sizes, 1, threads, cluster.blocks, cluster.shared * teams, team)
+    blocks = resident_clusters(math.ceil(C / teams), threads, shared + CHANNELS_FIRST_OWN, cluster.blocks, device)
+    return Geometry((blocks * cluster.blocks,), sizes, 1, threads, cluster.blocks, shared, team)
+
+
+def resident_clusters(wanted: int, threads: int, shared: int, blocks: int, device: Device) -> int:
+    """Clusters of so many blocks that are on the device at a time, where each has about as many things to do, one by one."""
+    per_multiprocessor = min(ON_CHIP_THREADS // threads, device.shared_per_multiprocessor // (shared + CUDA))
+    at_a_time = max(1, device.multiprocessors * max(1, per_multiprocessor) // blocks)
+    return math.ceil(wanted / math.ceil(wanted / at_a_time))
 
 
 def channels_last_resident(M: int, C: int, itemsize: int, width: int, arrays: int, device: Device) -> Geometry | None:

@@ -19,7 +19,8 @@ extern "C" __global__ void REGISTERS(80) bn_update_running(
     const double count = *moments_count;
     const bool defined = count > 1;
     for (long long c = threadIdx.x; defined && c < C; c += THREADS)
-        update_running({count, moments_mean[c], moments_m2[c]}, running_mean, running_var, momentum, moments_batches, c);
+        update_running({count, moments_mean[c], moments_m2[c]}, read_running(running_mean, running_var, c), running_mean,
+                       running_var, momentum, moments_batches, c);
     __syncthreads();
     if (threadIdx.x == 0 && defined && num_batches_tracked) *num_batches_tracked += 1;
 }

@@ -37,7 +37,8 @@ extern "C" __global__ void REGISTERS(80) bn_normalize(
     const Place place(C, true);
     const long long c = place.c;
     const index_t begin = (index_t)place.share * packs_per_share;
-    const Packs own(place, C, L, begin, min(begin + (index_t)packs_per_share, (index_t)(N * L / WIDTH)));
+    Packs own(c, C, L, begin, min(begin + (index_t)packs_per_share, (index_t)(N * L / WIDTH)));
+    if (place.idle) own.count = 0;
 
     __shared__ Channel channels[TEAMS];
     __shared__ Moments merged[TEAMS];  // for the end: registers are wanted until then
@@ -59,6 +60,7 @@ extern "C" __global__ void REGISTERS(80) bn_normalize(
     if (statistics_mean) statistics_mean[c] = batch.mean;
     if (statistics_var) statistics_var[c] = batch.m2 / batch.count;
     if (moments_count && running_mean)
-        update_running(batch, running_mean, running_var, momentum, moments_batches, c);
+        update_running(batch, read_running(running_mean, running_var, c), running_mean, running_var, momentum,
+                       moments_batches, c);
     if (c == 0 && num_batches_tracked) *num_batches_tracked += 1;
 }

@@ -20,7 +20,8 @@ extern "C" __global__ void REGISTERS(80) bn_stats(
     const Place place(C, false);
     const index_t begin = (index_t)place.share * packs_per_share;
     const index_t end = min(begin + (index_t)packs_per_share, (index_t)(N * L / WIDTH));
-    const Packs own(place, C, L, begin, end);
+    Packs own(place.c, C, L, begin, end);
+    if (place.idle) own.count = 0;
     Total<acc_t> total = total_of(InMemory{x}, own, widen(x[place.c * L]));
     gather(total);
     if (member() > 0 || place.idle) return;
