@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from cupybn._resident import CUDA, Device, choose_cluster
+from cupybn._resident import Device, choose_cluster
 
 THREADS = 256
 """Threads of most blocks."""
@@ -25,14 +25,18 @@ WARP = 32
 """Threads of a warp."""
 TEAMS = (WARP, 64, 128, 256, 512)
 """Channels first: threads that take a channel together, the fewest that have no more than their share to do."""
+STREAMED_PACKS = 16
+"""Channels first: packs of an array that a thread of a team takes at most, where a larger team would do."""
+ON_CHIP_PACKS = 32
+"""Channels first: the same of all arrays, where they are kept on chip."""
+NARROW = 8
+"""Bytes of a pack: narrower ones take a thread less time."""
 LEAST_THREADS = 128
 """Channels first: threads of a block at least, of several teams where those are small."""
 CHANNELS_FIRST_SUM = 1 << 10
 """Channels first: blocks that a large sum is split over, several for each multiprocessor of a large GPU."""
 CHANNELS_FIRST_MAP = 16
 """Channels first: blocks for each multiprocessor of an elementwise step, two rounds of what one holds."""
-ON_CHIP_THREADS = 512
-"""Threads of a multiprocessor whose kernels keep channels on chip: they have 128 registers each."""
 MOST_PARTS = 256
 """Channels first: parts of a sum that the next launch has to add up for each channel."""
 
@@ -74,14 +78,10 @@ def over_channels(C: int, shares: int = 1) -> tuple[int, int, int]:
     return min(C, MOST_GRID_X), shares, math.ceil(C / MOST_GRID_X)
 
 
-def packs_per_thread(pack_bytes: int) -> int:
-    """Packs that a thread of a team takes at most, where a larger team would do: narrow ones take less time each."""
-    return 16 if pack_bytes >= 8 else 32
-
-
-def team_of(packs: int, pack_bytes: int, most: int) -> int:
-    """The threads of a team that takes so many packs."""
-    return next((t for t in TEAMS if t == most or packs <= t * packs_per_thread(pack_bytes)), most)
+def team_of(packs: int, pack_bytes: int, each: int, most: int) -> int:
+    """The threads of a team: the fewest that have no more than `each` of so many packs, of narrow ones twice as many."""
+    each *= 1 if pack_bytes >= NARROW else 2
+    return next((t for t in TEAMS if t == most or packs <= t * each), most)
 
 
 def channels_first(N: int, C: int, L: int, itemsize: int, width: int, multiprocessors: int | None) -> Geometry:
@@ -100,7 +100,7 @@ def channels_first(N: int, C: int, L: int, itemsize: int, width: int, multiproce
         shares = min(math.ceil(wanted / C), math.ceil(N * L / LEAST_MAPPED), MOST_GRID_Y)
     packs_per_share = math.ceil(packs / shares)
     shares = math.ceil(packs / packs_per_share)
-    team = team_of(packs_per_share, width * itemsize, THREADS)
+    team = team_of(packs_per_share, width * itemsize, STREAMED_PACKS, THREADS)
     threads = max(team, LEAST_THREADS)
     sizes = {"N": N, "C": C, "L": L, "packs_per_share": packs_per_share}
     grid = over_channels(math.ceil(C * team / threads), shares)
@@ -114,21 +114,12 @@ def channels_first_resident(
     cluster = choose_cluster(C, N * L // width, width * itemsize, arrays, device, CHANNELS_FIRST_OWN)
     if cluster is None or C * cluster.blocks > MOST_GRID_X:
         return None
-    team = team_of(cluster.packs, width * itemsize, TEAMS[-1])
+    team = team_of(cluster.packs, width * itemsize, ON_CHIP_PACKS // arrays, TEAMS[-1])
     threads = max(team, LEAST_THREADS)
-    team = team if cluster.blocks == 1 else threads
-    teams = threads // team
-    shared = cluster.shared * teams
+    teams = threads // team if cluster.blocks == 1 else 1
     sizes = {"N": N, "C": C, "L": L, "packs_per_block": cluster.packs}
-    blocks = resident_clusters(math.ceil(C / teams), threads, shared + CHANNELS_FIRST_OWN, cluster.blocks, device)
-    return Geometry((blocks * cluster.blocks,), sizes, 1, threads, cluster.blocks, shared, team)
-
-
-def resident_clusters(wanted: int, threads: int, shared: int, blocks: int, device: Device) -> int:
-    """Clusters of so many blocks that are on the device at a time, where each has about as many things to do, one by one."""
-    per_multiprocessor = min(ON_CHIP_THREADS // threads, device.shared_per_multiprocessor // (shared + CUDA))
-    at_a_time = max(1, device.multiprocessors * max(1, per_multiprocessor) // blocks)
-    return math.ceil(wanted / math.ceil(wanted / at_a_time))
+    grid = (math.ceil(C / teams) * cluster.blocks,)
+    return Geometry(grid, sizes, 1, threads, cluster.blocks, cluster.shared * teams, threads // teams)
 
 
 def channels_last_resident(M: int, C: int, itemsize: int, width: int, arrays: int, device: Device) -> Geometry | None:

@@ -45,22 +45,20 @@ DEVICE void give_all(T& place, const T& value) {
 }
 
 // The sums of each of K values over the blocks of the cluster, from what all threads of each block know. All threads call
-// it and get the same bits, for each K once in a turn; all blocks have started by then. Turns are even and odd in turns: a
-// block may still be reading the sums of one while others are writing those of the next.
+// it and get the same bits, once in a kernel for each K; all blocks have started by then.
 template <int K>
-DEVICE void cluster_sum(double (&values)[K], int turn) {
+DEVICE void cluster_sum(double (&values)[K]) {
     if (CLUSTER_BLOCKS == 1) return;
-    __shared__ double of_blocks[2][CLUSTER_BLOCKS][K];
-    double(&places)[CLUSTER_BLOCKS][K] = of_blocks[turn % 2];
+    __shared__ double of_blocks[CLUSTER_BLOCKS][K];
     if (threadIdx.x == 0)
 #pragma unroll
-        for (int k = 0; k < K; k++) give_all(places[cluster_rank()][k], values[k]);
+        for (int k = 0; k < K; k++) give_all(of_blocks[cluster_rank()][k], values[k]);
     cluster_arrive();
     cluster_wait();
 #pragma unroll
     for (int k = 0; k < K; k++) {
         values[k] = 0;
 #pragma unroll
-        for (int rank = 0; rank < CLUSTER_BLOCKS; rank++) values[k] += places[rank][k];
+        for (int rank = 0; rank < CLUSTER_BLOCKS; rank++) values[k] += of_blocks[rank][k];
     }
 }

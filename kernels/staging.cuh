@@ -4,7 +4,6 @@
 #pragma once
 #include "pack.cuh"
 
-constexpr bool CARRIED = PACK_BYTES < 4;  // by the thread itself: fewer bytes than a copy moves
 constexpr int GROUPS = 4;  // of a thread's copies: it works on the first ones while the others are on their way
 
 // The block's dynamic shared memory.
@@ -24,13 +23,18 @@ DEVICE unsigned address_of(const raw_t* shared) {
 #endif
 }
 
-// Starts the copy of the pack at p to pack i after `shared`, whose address is given as well.
-DEVICE void stage(raw_t* shared, unsigned address, int i, const data_t* p) {
-#if !defined(__CUDA_ARCH__)
-    __pipeline_memcpy_async(shared + i, p, PACK_BYTES);  // CUDA declares it in a header, which costs a second
-#elif __CUDA_ARCH__ < 800
-    shared[i] = load(p);
+// Whether the thread itself has to carry packs: where GPUs know no such copies, and of fewer bytes than these move.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr bool CARRIED = true;
 #else
+constexpr bool CARRIED = PACK_BYTES < 4;
+#endif
+
+// Starts the copy of the pack at p to pack i after `shared`, whose address is given as well.
+DEVICE void copy(raw_t* shared, unsigned address, int i, const data_t* p) {
+#ifndef __CUDA_ARCH__
+    __pipeline_memcpy_async(shared + i, p, PACK_BYTES);  // CUDA declares it in a header, which costs a second
+#elif __CUDA_ARCH__ >= 800
     const unsigned to = address + i * PACK_BYTES;
     if (PACK_BYTES == 16)
         asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(p) : "memory");

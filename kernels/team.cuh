@@ -23,8 +23,7 @@ DEVICE void lanes_sum(double (&values)[K]) {
         for (int k = 0; k < K; k++) values[k] += __shfl_xor_sync(ALL_LANES, values[k], distance);
 }
 
-// The sums of each of K values over the team. All threads of the block call it and get them. Between two calls with
-// the same K there is a barrier of the block.
+// The sums of each of K values over the team. All threads of the block call it and get them, once in a kernel for each K.
 template <int K>
 DEVICE void team_sum(double (&values)[K]) {
     lanes_sum<WARP>(values);
@@ -40,23 +39,23 @@ DEVICE void team_sum(double (&values)[K]) {
     lanes_sum<TEAM_WARPS>(values);
 }
 
-// The moments of all threads of the team, in all blocks of the cluster, of values about a pivot that all of them share; see
-// team_sum and cluster_sum. All threads call it.
-DEVICE void gather(Total<float>& total, int turn = 0) {
+// The moments of all threads of the team, in all blocks of the cluster, of values about a pivot that all of them share. All
+// threads call it; all have arrived and waited for the cluster.
+DEVICE void gather(Total<float>& total) {
     double sums[2] = {total.sum, total.squares};
     team_sum(sums);
-    cluster_sum(sums, turn);
+    cluster_sum(sums);
     total.sum = sums[0];
     total.squares = sums[1];
 }
-DEVICE void gather(Total<double>& total, int turn = 0) {
+DEVICE void gather(Total<double>& total) {
     const Moments own = total.own;
     double sums[2] = {own.count, own.count > 0 ? own.count * (own.mean - total.pivot) : 0};
     team_sum(sums);
-    cluster_sum(sums, turn);
+    cluster_sum(sums);
     const double mean = total.pivot + sums[1] / sums[0], delta = own.mean - mean;
     double m2[1] = {own.count > 0 ? own.m2 + own.count * delta * delta : 0};
     team_sum(m2);
-    cluster_sum(m2, turn);
+    cluster_sum(m2);
     total.own = {sums[0], mean, m2[0]};
 }

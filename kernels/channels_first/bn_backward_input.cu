@@ -33,8 +33,7 @@ extern "C" __global__ void REGISTERS(80) bn_backward_input(
     const Place place(C, true);
     const long long c = place.c;
     const index_t begin = (index_t)place.share * packs_per_share;
-    Packs own(c, C, L, begin, min(begin + (index_t)packs_per_share, (index_t)(N * L / WIDTH)));
-    if (place.idle) own.count = 0;
+    const Packs own(place, C, L, begin, min(begin + (index_t)packs_per_share, (index_t)(N * L / WIDTH)));
     __shared__ Channel channels[TEAMS];
     Channel& channel = channels[team()];
     double sums[2];

@@ -1,15 +1,14 @@
 // bn_forward: batch norm in training, out = activation((x - mean) * rstd * weight + bias + residual), and the running
 // statistics follow
 //
-// Each element is read once. A team, or all blocks of a cluster, take one channel after the other, which fits into their
-// shared memory; each thread keeps some of its packs there. It adds them up as they come in; the sums of all threads make the
-// statistics. While it writes what has become of its packs, those of the next channel are already on their way.
+// Each element is read once. A team, or all blocks of a cluster, take a channel, which fits into their shared memory; each
+// thread keeps some of its packs there. It adds them up as they come in; the sums of all threads make the statistics.
 // Mirror: numpy_ops.bn_forward
 #include "normalizing.cuh"
 #include "statistics.cuh"
 #include "../running.cuh"
 
-extern "C" __global__ void CLUSTER REGISTERS(128) bn_forward(
+extern "C" __global__ void CLUSTER REGISTERS(96) bn_forward(
     const data_t* x,                         // [N, C, L]
     double eps,
     Vector weight,                           // [C] or null
@@ -31,53 +30,39 @@ extern "C" __global__ void CLUSTER REGISTERS(128) bn_forward(
     long long L,
     long long packs_per_block) {
     cluster_start();
-    const index_t groups = gridDim.x / CLUSTER_BLOCKS * TEAMS, ahead = groups * L;  // channels at a time
-    index_t first = blockIdx.x / CLUSTER_BLOCKS * TEAMS;                         // of the block
+    const Place place(C, false);
+    const long long c = place.c;
     const index_t begin = cluster_rank() * packs_per_block;
-    Packs own(first + team(), C, L, begin, min(begin + (index_t)packs_per_block, (index_t)(N * L / WIDTH)));
-    const int count = own.count;
+    const Packs own(place, C, L, begin, min(begin + (index_t)packs_per_block, (index_t)(N * L / WIDTH)));
     raw_t* const kept = staging() + team() * packs_per_block + member();
-    OnChip places[1] = {{kept, address_of(kept), group_of<CHUNK<acc_t>>(count), x, 0}};
-    if (first + team() >= C) own.count = 0;
-    fill(places, own);
+    const OnChip packs = {kept, stage<CHUNK<acc_t>>({kept}, {x}, own)};
     struct OfTeam {
-        Affine given;     // read while copies are on their way
+        Affine given;     // read while copies are on their way, and kept where no registers are wanted
         Running running;  // likewise
         Moments batch;
         Channel channel;
     };
     __shared__ OfTeam of_teams[TEAMS];
     OfTeam& mine = of_teams[team()];
-    cluster_wait();  // all blocks have started
-
-    for (int turn = 0; first < C; turn++) {
-        const index_t next = first + groups;
-        const bool some = first + team() < C;
-        const index_t c = some ? first + team() : C - 1;
-        if (member() == 0) {
-            mine.given = read_affine(weight, bias, c);
-            if (running_mean) mine.running = read_running(running_mean, running_var, c);
-        }
-        Total<acc_t> total = total_of(places[0], own, widen(x[c * L]));
-        gather(total, turn);
-        if (member() == 0) {
-            mine.batch = total.moments((double)(N * L));
-            mine.channel = make_channel(mine.batch.mean, mine.batch.m2 / mine.batch.count, eps, mine.given);
-        }
-        __syncthreads();
-
-        places[0].array = next + team() < C ? x : nullptr;
-        places[0].ahead = ahead;
-        normalize_all(places[0], own, residual, activation, mine.channel, out, mask);
-        if (some && cluster_rank() == 0 && member() == 0) {
-            const Moments batch = mine.batch;
-            if (statistics_mean) statistics_mean[c] = batch.mean;
-            if (statistics_var) statistics_var[c] = batch.m2 / batch.count;
-            if (running_mean) update_running(batch, mine.running, running_mean, running_var, momentum, nullptr, c);
-            if (c == 0 && num_batches_tracked) *num_batches_tracked += 1;
-        }
-        first = next;
-        own = own.shifted(ahead);
-        own.count = first + team() < C ? count : 0;
+    if (member() == 0) {
+        mine.given = read_affine(weight, bias, c);
+        if (running_mean) mine.running = read_running(running_mean, running_var, c);
     }
+
+    Total<acc_t> total = total_of(packs, own, widen(x[c * L]));
+    cluster_wait();  // all blocks have started
+    gather(total);
+    if (member() == 0) {
+        mine.batch = total.moments((double)(N * L));
+        mine.channel = make_channel(mine.batch.mean, mine.batch.m2 / mine.batch.count, eps, mine.given);
+    }
+    __syncthreads();
+
+    normalize_all(packs, own, residual, activation, mine.channel, out, mask);
+    if (!place.owns()) return;
+    const Moments batch = mine.batch;
+    if (statistics_mean) statistics_mean[c] = batch.mean;
+    if (statistics_var) statistics_var[c] = batch.m2 / batch.count;
+    if (running_mean) update_running(batch, mine.running, running_mean, running_var, momentum, nullptr, c);
+    if (c == 0 && num_batches_tracked) *num_batches_tracked += 1;
 }

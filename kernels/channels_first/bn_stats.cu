@@ -20,8 +20,7 @@ extern "C" __global__ void REGISTERS(80) bn_stats(
     const Place place(C, false);
     const index_t begin = (index_t)place.share * packs_per_share;
     const index_t end = min(begin + (index_t)packs_per_share, (index_t)(N * L / WIDTH));
-    Packs own(place.c, C, L, begin, end);
-    if (place.idle) own.count = 0;
+    const Packs own(place, C, L, begin, end);
     Total<acc_t> total = total_of(InMemory{x}, own, widen(x[place.c * L]));
     gather(total);
     if (member() > 0 || place.idle) return;

@@ -81,7 +81,7 @@ DEVICE void sum_all(const Source& dy, const Source& x, const Packs& packs, Gate 
 template <bool WIDE, int AT_ONCE, class Source>
 DEVICE void input_gradients(const Source& dy, const Source& x, Packs packs, const Backward& backward, bool constant,
                             const OneChannel& channel, data_t* dx, data_t* dresidual) {
-    as_they_go<AT_ONCE>(x, packs, [&](auto full, int i, int count) {
+    in_batches<AT_ONCE>(packs, [&](auto full, int i, int count) {
         raw_t g[AT_ONCE], raw[AT_ONCE];
         index_t at[AT_ONCE];
         unsigned bits[AT_ONCE];
@@ -99,8 +99,6 @@ DEVICE void input_gradients(const Source& dy, const Source& x, Packs packs, cons
                 store(dx + at[u], input_gradient<WIDE>(g[u], raw[u], backward.gate, bits[u], constant, channel));
                 if (dresidual) store(dresidual + at[u], g[u]);
             }
-        dy.refill(full, i, count, at);
-        x.refill(full, i, count, at);
     });
 }
 

@@ -8,7 +8,7 @@ constexpr int LOADS = PACK_BYTES < 8 ? 8 : 4;  // packs of an array in flight
 template <bool WIDE, int AT_ONCE, class Source>
 DEVICE void normalize_packs(const Source& x, Packs packs, const data_t* residual, const Flags& flags,
                             const OneChannel& channel, data_t* out, mask_t* mask) {
-    as_they_go<AT_ONCE>(x, packs, [&](auto full, int i, int count) {
+    in_batches<AT_ONCE>(packs, [&](auto full, int i, int count) {
         raw_t raw[AT_ONCE], added[AT_ONCE];
         index_t at[AT_ONCE];
 #pragma unroll
@@ -25,7 +25,6 @@ DEVICE void normalize_packs(const Source& x, Packs packs, const data_t* residual
                 store(out + at[u], normalize<WIDE>(raw[u], added[u], flags, channel, bits));
                 if (flags.residual && flags.relu && mask) mask[at[u] / WIDTH] = (mask_t)bits;
             }
-        x.refill(full, i, count, at);
     });
 }
 

@@ -10,15 +10,15 @@
 #include "../staging.cuh"
 #include "../team.cuh"
 
-// The share of a channel that a team takes, in launches that split channels. There may be more teams than channels, and more
-// channels than one side of a grid has blocks.
+// The channel that a team takes and, in launches that split channels, its share. There may be more teams than channels, and
+// more channels than one side of a grid has blocks.
 struct Place {
     long long c, share;
     bool idle;  // there is no such channel: the thread has nothing to do, but reaches every barrier
 
     // `backwards` for a launch that reads what another one has just read: the last of it is still in L2.
     DEVICE Place(long long C, bool backwards) : share(blockIdx.y) {
-        c = (blockIdx.x + (long long)blockIdx.z * gridDim.x) * TEAMS + team();
+        c = (blockIdx.x / CLUSTER_BLOCKS + (long long)blockIdx.z * gridDim.x) * TEAMS + team();
         idle = c >= C;
         if (idle) c = C - 1;
         if (backwards) {
@@ -27,7 +27,7 @@ struct Place {
         }
     }
     // Whether this thread writes what belongs to the channel.
-    DEVICE bool owns() const { return !idle && share == 0 && member() == 0; }
+    DEVICE bool owns() const { return !idle && share == 0 && cluster_rank() == 0 && member() == 0; }
 };
 
 // The packs of a thread, one after the other.
@@ -38,23 +38,17 @@ class Packs {
   public:
     int count;                      // of the thread
 
-    // Of packs begin to end - 1 of channel c.
-    DEVICE Packs(index_t c, index_t C, index_t L, index_t begin, index_t end) {
+    // Of packs begin to end - 1 of a channel.
+    DEVICE Packs(const Place& place, index_t C, index_t L, index_t begin, index_t end) {
         row_packs = (int)(L / WIDTH);
         const index_t first = begin + member(), n = first / row_packs;
-        count = first < end ? (int)((end - first + TEAM - 1) / TEAM) : 0;
+        count = first < end && !place.idle ? (int)((end - first + TEAM - 1) / TEAM) : 0;
         j = (int)(first - n * row_packs);
-        at = (n * C + c) * L + (index_t)j * WIDTH;
+        at = (n * C + (index_t)place.c) * L + (index_t)j * WIDTH;
         const int rows = TEAM / row_packs;
         step = TEAM - rows * row_packs;
         stride = rows * C * L + step * WIDTH;
         wrap = (C - 1) * L;
-    }
-    // The same ones of a channel that lies so many elements further.
-    DEVICE Packs shifted(index_t by) const {
-        Packs packs = *this;
-        packs.at += by;
-        return packs;
     }
     DEVICE index_t next() {
         const index_t own = at;
@@ -86,45 +80,18 @@ DEVICE void in_batches(const Packs& packs, Body body) {
 // Where the packs of a thread are read: pack i of them, whose first element is `at` in the array.
 struct InMemory {
     const data_t* array;
-
     DEVICE raw_t get(index_t at, int) const { return load(array + at); }
     DEVICE void put(const raw_t&, int) const {}  // memory stays as it is
-    template <int N, class Full>
-    DEVICE void refill(Full, int, int, const index_t (&)[N]) const {}
 };
-
-// On chip, where they come in GROUPS of so many. Once the packs of a channel are done with, those of the next one take their
-// places, one by one: they lie `ahead` elements further in the array. There is no next one if array is null.
+// On chip they come in GROUPS of so many.
 struct OnChip {
     raw_t* own;
-    unsigned address;
     int group;
-    const data_t* array;
-    index_t ahead;
-
     DEVICE raw_t get(index_t, int i) const { return own[i * TEAM]; }
     DEVICE void put(const raw_t& raw, int i) const { own[i * TEAM] = raw; }
-    template <int N, class Full>
-    DEVICE void refill(Full full, int i, int count, const index_t (&at)[N]) const {
-        if (!array) return;
-        if constexpr (CARRIED) {
-            raw_t raw[N];
-#pragma unroll
-            for (int u = 0; u < N; u++)
-                if (full || u < count) raw[u] = load(array + at[u] + ahead);
-#pragma unroll
-            for (int u = 0; u < N; u++)
-                if (full || u < count) own[(i + u) * TEAM] = raw[u];
-        } else {
-#pragma unroll
-            for (int u = 0; u < N; u++)
-                if (full || u < count) stage(own, address, (i + u) * TEAM, array + at[u] + ahead);
-        }
-    }
 };
 
-// Calls body for all packs, group by group: sums take each group once it is there, and what is done last of all, which
-// refills the places, ends a group of copies.
+// The same in the order in which packs come in: each group once it is there.
 template <int AT_ONCE, class Body>
 DEVICE void as_they_come(const InMemory&, const Packs& packs, Body body) {
     in_batches<AT_ONCE>(packs, body);
@@ -138,19 +105,6 @@ DEVICE void as_they_come(const OnChip& source, const Packs& packs, Body body) {
         in_batches<AT_ONCE>(i, min(g * source.group, packs.count), body);
     }
 }
-template <int AT_ONCE, class Body>
-DEVICE void as_they_go(const InMemory&, const Packs& packs, Body body) {
-    in_batches<AT_ONCE>(packs, body);
-}
-template <int AT_ONCE, class Body>
-DEVICE void as_they_go(const OnChip& source, const Packs& packs, Body body) {
-    int i = 0;
-#pragma unroll 1
-    for (int g = 1; g <= GROUPS; g++) {
-        in_batches<AT_ONCE>(i, min(g * source.group, packs.count), body);
-        end_group();
-    }
-}
 
 // The one channel of all elements.
 struct OneChannel {
@@ -162,22 +116,44 @@ struct OneChannel {
     DEVICE const Factors<acc_t>& usual(int) const { return own; }
     DEVICE Factors<double> wide(int) const { return Factors<double>(*channel); }
 };
-// Packs of each of the GROUPS of a thread that has so many: batches of AT_ONCE.
-template <int AT_ONCE>
-DEVICE int group_of(int packs) {
-    return (packs + GROUPS * AT_ONCE - 1) / (GROUPS * AT_ONCE) * AT_ONCE;
-}
 
-// Starts the copies of a thread's packs into their places, of K arrays side by side.
-template <int K>
-DEVICE void fill(OnChip (&places)[K], Packs packs) {
-    constexpr int AT_ONCE = CARRIED ? 8 : 1;
-    as_they_go<AT_ONCE>(places[0], packs, [&](auto full, int i, int count) {
-        index_t at[AT_ONCE];
+// Starts the copies of a thread's packs of K arrays into their places, in GROUPS that are batches of AT_ONCE; returns the packs
+// of a group.
+template <int AT_ONCE, int K>
+DEVICE int stage(raw_t* const (&kept)[K], const data_t* const (&arrays)[K], Packs packs) {
+    const int group = (packs.count + GROUPS * AT_ONCE - 1) / (GROUPS * AT_ONCE) * AT_ONCE;
+    if constexpr (CARRIED) {
+        constexpr int IN_FLIGHT = 8 / K;
+        in_batches<IN_FLIGHT>(packs, [&](auto full, int i, int count) {
+            raw_t raw[K][IN_FLIGHT];
 #pragma unroll
-        for (int u = 0; u < AT_ONCE; u++)
-            if (full || u < count) at[u] = packs.next();
+            for (int u = 0; u < IN_FLIGHT; u++)
+                if (full || u < count) {
+                    const index_t at = packs.next();
 #pragma unroll
-        for (int k = 0; k < K; k++) places[k].refill(full, i, count, at);
-    });
+                    for (int k = 0; k < K; k++) raw[k][u] = load(arrays[k] + at);
+                }
+#pragma unroll
+            for (int u = 0; u < IN_FLIGHT; u++)
+                if (full || u < count)
+#pragma unroll
+                    for (int k = 0; k < K; k++) kept[k][(i + u) * TEAM] = raw[k][u];
+        });
+    } else {
+        unsigned addresses[K];
+#pragma unroll
+        for (int k = 0; k < K; k++) addresses[k] = address_of(kept[k]);
+        int i = 0;
+#pragma unroll 1
+        for (int g = 1; g <= GROUPS; g++) {
+#pragma unroll 1
+            for (; i < min(g * group, packs.count); i++) {
+                const index_t at = packs.next();
+#pragma unroll
+                for (int k = 0; k < K; k++) copy(kept[k], addresses[k], i * TEAM, arrays[k] + at);
+            }
+            end_group();
+        }
+    }
+    return group;
 }
