@@ -27,7 +27,9 @@ WORKERS, MOST_FAILURES, SECONDS_OF_A_TEST = 8, 50, 120
 MARKS = re.compile(r"([.sFExX]+) *(\[ *\d+%\])?")
 """A line of progress."""
 MOST_OF_THE_LOG = 400_000
-PLUGINS = ("xdist", "pytest_timeout")
+PLUGINS = {"xdist": "xdist.plugin", "pytest_timeout": "pytest_timeout", "hypothesis": "_hypothesis_pytestplugin"}
+"""The plugins of pytest that the tests use, by what is installed. No others are loaded: warnings are errors here, and a
+machine may have many that warn."""
 
 
 class Score(NamedTuple):
@@ -86,6 +88,7 @@ def command(paths: Sequence[Path], plugins: Collection[str], workers: int) -> li
     """The command of pytest, with options of those plugins alone that are there."""
     return python(
         *("-m", "pytest", "-q", f"--maxfail={MOST_FAILURES}", "-p", "no:cacheprovider", "--tb=short", "-rfE"),
+        *(option for name in plugins for option in ("-p", PLUGINS[name])),
         *("-k", "not cpu", "--deselect", "tests/test_syncbatchnorm.py::test_ranks[8]", "--durations=5"),
         *(["-n", str(workers)] if "xdist" in plugins else []),
         *([f"--timeout={SECONDS_OF_A_TEST}"] if "pytest_timeout" in plugins else []),
@@ -96,7 +99,8 @@ def command(paths: Sequence[Path], plugins: Collection[str], workers: int) -> li
 def environment(required: bool) -> dict[str, str]:
     """The variables of pytest: none of another pytest that runs this; CI, for which hypothesis knows no deadlines."""
     inherited = {name: "" for name in os.environ if name.startswith("PYTEST_")}
-    return {**inherited, "CI": "true", **({"CUPYBN_REQUIRE_GPU": "1"} if required else {})}
+    own = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "CI": "true"}
+    return {**inherited, **own, **({"CUPYBN_REQUIRE_GPU": "1"} if required else {})}
 
 
 def score(output: str) -> Score:
