@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -566,7 +567,7 @@ def task(tmp_path):
 def test_commands_that_fail(task, monkeypatch, stage, returncode, timed_out, output, detail):
     ends = iter([Ended(0, False, 1.0, "")] * (stage is mpi) + [Ended(returncode, timed_out, 1.0, output)])
     monkeypatch.setattr(stage, "run_limited", lambda *_, **__: next(ends))
-    monkeypatch.setattr(mpi.shutil, "which", lambda *_, **__: "mpiexec")
+    monkeypatch.setattr(insides, "find_mpiexec", lambda: "mpiexec")
     stage.run(task)
     ((_, passed, said),) = task.log.findings.checks
     assert not passed
@@ -589,14 +590,14 @@ def test_without_a_gpu_nothing_is_right(task, monkeypatch, stage):
 )
 def test_ranks_without_cases(task, monkeypatch, output, passed):
     monkeypatch.setattr(mpi, "run_limited", lambda *_, **__: Ended(0, False, 1.0, output))
-    monkeypatch.setattr(mpi.shutil, "which", lambda *_, **__: "mpiexec")
+    monkeypatch.setattr(insides, "find_mpiexec", lambda: "mpiexec")
     mpi.run(task)
     assert task.log.findings.checks[0].passed is passed
 
 
 def test_machines_without_tools(task, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
     for stage in mpi, ncu, sanitizer:
-        monkeypatch.setattr(stage.shutil, "which", lambda *_, **__: None)
         stage.run(task)
     assert task.log.findings.skipped == ["no mpiexec here", "no ncu here", "no compute-sanitizer here"]
     assert task.log.findings.checks == []
