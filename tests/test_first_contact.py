@@ -398,7 +398,8 @@ def test_without_plugins_of_pytest(tmp_path):
     done = run_limited([*command, "-p", "no:xdist", "-p", "no:timeout"], 60, suite.environment(required=False))
     assert str(suite.score(done.output)) == "1 passed, 0 failed, 0 skipped", done.output
     with_all = suite.command([test], plugins=suite.PLUGINS, workers=8)
-    assert [option for option in with_all if option not in command] == ["-n", "8", "--timeout=120"]
+    more = [option for option in with_all if option not in command]
+    assert more == [*suite.PLUGINS.values(), "-n", "8", "--timeout=120"]
 
 
 def test_variables_of_pytest(monkeypatch):
