@@ -16,7 +16,6 @@ import json
 import math
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -28,9 +27,12 @@ from statistics import quantiles
 import numpy as np
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).parent.parent))  # ranks are started as in the tests
+
 import cupybn
 from cupybn import BatchNorm2d, SyncBatchNorm
 from cupybn._engines import engine_for
+from tests.ranks.launch import RANK_ENVIRONMENT, find_mpiexec
 
 RANKS, CHANNELS, ROUNDS = (1, 2, 4, 8), (16, 64, 256, 1024, 2048), 60
 SAMPLES, SIDE = 8, 14
@@ -94,13 +96,13 @@ def exchange(comm: object, C: int) -> Callable[[], None]:
 
 def run(ranks: int, channels: list[int], rounds: int) -> dict[str, Times]:
     """The figures of so many ranks."""
-    mpiexec = shutil.which("mpiexec", path=str(Path(sys.executable).parent)) or shutil.which("mpiexec")
+    mpiexec = find_mpiexec()
     if mpiexec is None:
         sys.exit("no mpiexec: pip install '.[mpi]'")
     options = ["--rounds", str(rounds), "--channels", *map(str, channels)]
     with tempfile.TemporaryDirectory() as folder:
         command = [mpiexec, "-n", str(ranks), sys.executable, "-m", "mpi4py", __file__, "--folder", folder, *options]
-        subprocess.run(command, check=True, env=os.environ | {"CUPYBN_NUM_THREADS": "1"})
+        subprocess.run(command, check=True, env=os.environ | RANK_ENVIRONMENT)
         results: dict[str, Times] = json.loads((Path(folder) / f"{ranks}.json").read_text())
     return results
 

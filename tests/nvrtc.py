@@ -27,6 +27,9 @@ MEMORY = {(16, 32): FLOATS, (16, 64): ("float16", "float64"), (8, 32): ("float16
 """Bytes of packs, 0 for single elements, and bits of indices, with the dtypes to compile where a choice will do; all but the
 first for one architecture alone."""
 _LIBRARY = "nvrtc64_*_0.dll" if sys.platform == "win32" else "libnvrtc.so.*"
+_CUPY_OPTIONS = ("--std=c++17", "-ftz=true", "--device-as-default-execution-space")
+"""What CuPy passes for every kernel, beside its architecture. Without the last one, the compiler of CUDA 13.0 takes a
+generic lambda for a function of the host."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -145,6 +148,8 @@ def _load() -> ctypes.CDLL:
     assert path is not None
     if sys.platform == "win32":
         os.add_dll_directory(str(path.parent))  # of a second library, which the first one loads by name
+    for builtins in path.parent.glob("libnvrtc-builtins.so.*"):  # which that of CUDA 13.0 does not find by itself
+        ctypes.CDLL(str(builtins))
     return ctypes.CDLL(str(path))
 
 
@@ -163,24 +168,24 @@ def compile_text(text: str, architecture: int, options: Iterable[str] = ()) -> t
     architecture : int
         90 for ``sm_90``.
     options : iterable of str
-        Placed among CuPy's own options as CuPy does it.
+        Beside those that CuPy passes by itself.
 
     Raises
     ------
     CompileError
         With the log.
     """
-    return _compile(text, [*options, "-ftz=true", f"-arch=sm_{architecture}", "--ptxas-options=-v"], "CUBIN")
+    return _compile(text, [*options, f"-arch=sm_{architecture}", "--ptxas-options=-v"], "CUBIN")
 
 
 def ptx(text: str, architecture: int, options: Iterable[str] = ()) -> str:
     """The same up to PTX, the assembler that does not yet know how many registers there are."""
-    return _compile(text, [*options, "-ftz=true", f"-arch=compute_{architecture}"], "PTX")[0].decode()
+    return _compile(text, [*options, f"-arch=compute_{architecture}"], "PTX")[0].decode()
 
 
 def _compile(text: str, options: list[str], result: str) -> tuple[bytes, str]:
     nvrtc = _load()
-    flags = ["--std=c++17", *options]
+    flags = [*_CUPY_OPTIONS, *options]
     program, size = ctypes.c_void_p(), ctypes.c_size_t()
     if nvrtc.nvrtcCreateProgram(ctypes.byref(program), text.encode(), b"text.cu", 0, None, None):
         raise CompileError("NVRTC cannot be set up")

@@ -84,3 +84,15 @@ def test_spills_are_seen(architecture):
 def test_warnings_are_seen():
     _, log = nvrtc.compile_text('extern "C" __global__ void f() { int unused = 0; }', 90)
     assert "warning" in log.lower()
+
+
+def test_functions_belong_to_the_device_as_with_cupy():
+    """Unless they say where they belong; so do lambdas, which cannot say it."""
+    text = """
+    int twice(int x) { return 2 * x; }
+    extern "C" __global__ void f(int* x) {
+        auto call = [](const auto& function, int x) { return function(x); };
+        *x = call([](int x) { return twice(x); }, *x);
+    }
+    """
+    assert nvrtc.compile_text(text, 90)[0].startswith(b"\x7fELF")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -397,7 +398,8 @@ def test_without_plugins_of_pytest(tmp_path):
     done = run_limited([*command, "-p", "no:xdist", "-p", "no:timeout"], 60, suite.environment(required=False))
     assert str(suite.score(done.output)) == "1 passed, 0 failed, 0 skipped", done.output
     with_all = suite.command([test], plugins=suite.PLUGINS, workers=8)
-    assert [option for option in with_all if option not in command] == ["-n", "8", "--timeout=120"]
+    more = [option for option in with_all if option not in command]
+    assert more == [*suite.PLUGINS.values(), "-n", "8", "--timeout=120"]
 
 
 def test_variables_of_pytest(monkeypatch):
@@ -566,7 +568,7 @@ def task(tmp_path):
 def test_commands_that_fail(task, monkeypatch, stage, returncode, timed_out, output, detail):
     ends = iter([Ended(0, False, 1.0, "")] * (stage is mpi) + [Ended(returncode, timed_out, 1.0, output)])
     monkeypatch.setattr(stage, "run_limited", lambda *_, **__: next(ends))
-    monkeypatch.setattr(mpi.shutil, "which", lambda *_, **__: "mpiexec")
+    monkeypatch.setattr(insides, "find_mpiexec", lambda: "mpiexec")
     stage.run(task)
     ((_, passed, said),) = task.log.findings.checks
     assert not passed
@@ -589,14 +591,14 @@ def test_without_a_gpu_nothing_is_right(task, monkeypatch, stage):
 )
 def test_ranks_without_cases(task, monkeypatch, output, passed):
     monkeypatch.setattr(mpi, "run_limited", lambda *_, **__: Ended(0, False, 1.0, output))
-    monkeypatch.setattr(mpi.shutil, "which", lambda *_, **__: "mpiexec")
+    monkeypatch.setattr(insides, "find_mpiexec", lambda: "mpiexec")
     mpi.run(task)
     assert task.log.findings.checks[0].passed is passed
 
 
 def test_machines_without_tools(task, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
     for stage in mpi, ncu, sanitizer:
-        monkeypatch.setattr(stage.shutil, "which", lambda *_, **__: None)
         stage.run(task)
     assert task.log.findings.skipped == ["no mpiexec here", "no ncu here", "no compute-sanitizer here"]
     assert task.log.findings.checks == []

@@ -7,7 +7,6 @@ import copy
 import inspect
 import os
 import pickle
-import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +20,7 @@ import pytest
 import cupybn
 from cupybn import BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm, _engines
 from tests.conftest import EMULATED
+from tests.ranks.launch import RANK_ENVIRONMENT, find_mpiexec
 from tests.reference import bits, to_numpy
 
 ROOT = Path(__file__).parent.parent
@@ -29,10 +29,9 @@ LIMIT = 30.0
 
 
 def mpiexec():
-    """Of the MPI that is installed beside Python, or of the system."""
+    """The launcher of ranks, where there is one."""
     pytest.importorskip("mpi4py")
-    beside = shutil.which("mpiexec", path=str(Path(sys.executable).parent))
-    return beside or shutil.which("mpiexec") or pytest.skip("no mpiexec: pip install '.[mpi]'")
+    return find_mpiexec() or pytest.skip("no mpiexec: pip install '.[mpi]'")
 
 
 def start(ranks, *arguments):
@@ -40,7 +39,7 @@ def start(ranks, *arguments):
     import cupy
 
     path = [*([EMULATED] if hasattr(cupy, "emulator") else []), ROOT, os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, path)), "CUPYBN_NUM_THREADS": "1"}
+    environment = {**os.environ, **RANK_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(map(str, path))}
     command = [mpiexec(), "-n", str(ranks), sys.executable, *arguments]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 

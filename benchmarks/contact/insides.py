@@ -13,10 +13,12 @@ from cupybn._engines import engine_for
 from cupybn._kernels import VECTOR
 from cupybn._watch import watch_of
 from tests.nvrtc import Instance, all_instances
+from tests.ranks.launch import RANK_ENVIRONMENT, find_mpiexec
 from tests.reference import ROUNDINGS, assert_close, batch_norm
 
 __all__ = [
     "ON_CHIP",
+    "RANK_ENVIRONMENT",
     "ROUNDINGS",
     "VECTOR",
     "assert_close",
@@ -24,6 +26,7 @@ __all__ = [
     "cuda_missing",
     "dtypes",
     "engine_for",
+    "find_mpiexec",
     "has_clusters",
     "how_on_chip",
     "instances_here",

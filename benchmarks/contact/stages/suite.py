@@ -87,7 +87,7 @@ def files(rehearse: bool) -> list[Path]:
 def command(paths: Sequence[Path], plugins: Collection[str], workers: int) -> list[str]:
     """The command of pytest, with options of those plugins alone that are there."""
     return python(
-        *("-m", "pytest", "-q", f"--maxfail={MOST_FAILURES}", "-p", "no:cacheprovider", "--tb=short", "-rfE"),
+        *("-m", "pytest", "-q", f"--maxfail={MOST_FAILURES}", "-p", "no:cacheprovider", "--tb=short", "-rsfE"),
         *(option for name in plugins for option in ("-p", PLUGINS[name])),
         *("-k", "not cpu", "--deselect", "tests/test_syncbatchnorm.py::test_ranks[8]", "--durations=5"),
         *(["-n", str(workers)] if "xdist" in plugins else []),
