@@ -1,4 +1,4 @@
-"""Batch norm by cuDNN on CuPy arrays, through NVIDIA's `nvidia-cudnn-frontend`: graphs as its documentation builds them.
+"""Batch norm by cuDNN on CuPy arrays, through `nvidia-cudnn-frontend`, in graphs as its documentation builds them.
 
 It is where CuPy 14 sends users of the cuDNN wrappers that it removed. A graph is planned once for a shape, a dtype and
 an operation, and its workspace is allocated then; a call allocates its outputs and executes the plan on the current
@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ PLANS = 4
 """Plans that are kept with their workspaces: a backward pass needs two of them."""
 
 
-class Refused(Exception):
+class RefusedError(Exception):
     """cuDNN will not do what was asked for."""
 
 
@@ -40,6 +41,7 @@ def load() -> Any:
     _load_library()
     import cudnn
 
+    logging.getLogger("cudnn").setLevel(logging.ERROR)  # a refusal is an exception, and a warning besides
     try:
         cudnn.backend_version()
     except RuntimeError as error:
@@ -222,7 +224,7 @@ class Frontend:
         return f"{self._cudnn.__version__}, with cuDNN {self._cudnn.backend_version_string()}"
 
     def call(self, problem: Problem, operation: Operation, a: Arrays) -> Call:
-        """A call as those in `cupybn._cli.peers`; raises `Refused` where there is no plan."""
+        """A call as those in `cupybn._cli.peers`; raises `RefusedError` where there is no plan."""
         if operation.backward:
             return self._backward(problem, operation, a)
         return self._training(problem, operation, a) if operation.training else self._inference(problem, operation, a)
@@ -244,8 +246,8 @@ class Frontend:
     def _inference(self, problem: Problem, operation: Operation, a: Arrays) -> Call:
         try:
             plan = self._plan(draw_inference, problem, operation)
-        except Refused as refusal:
-            note = f"cuDNN refuses batchnorm_inference ({refusal}); its inference is four elementwise operations in a graph"
+        except RefusedError as refusal:
+            note = f"cuDNN refuses batchnorm_inference ({refusal}); its inference is four elementwise operations"
             if note not in self._notes:
                 self._notes.append(note)
             plan = self._plan(draw_elementwise, problem, operation)
@@ -288,7 +290,7 @@ class Frontend:
             sketch.graph.check_support()
             sketch.graph.build_plans()
         except (self._cudnn.cudnnGraphNotSupportedError, RuntimeError) as error:
-            raise Refused(reason(error)) from error
+            raise RefusedError(reason(error)) from error
         return Plan(sketch, self._cupy.empty(max(1, sketch.graph.get_workspace_size()), np.uint8))
 
     def _execute(self, plan: Plan, inputs: dict[str, Any], outputs: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import gpu_exact
 from gpu_cases import Case
-from gpu_cudnn import Refused
+from gpu_cudnn import RefusedError
 from gpu_peers import CUDNN, CUPYBN, TORCH, Peer
 
 from cupybn import _kernels
@@ -63,7 +63,7 @@ class Bench:
                 try:
                     with peer.surroundings():
                         yield from self._measure(case, operation, peer, arrays)
-                except Refused as refusal:
+                except RefusedError as refusal:
                     yield {**self._head(case, operation, peer.name), "error": str(refusal), "refused": True}
                 except Exception as error:  # one that fails is a note, and the others are measured
                     yield {**self._head(case, operation, peer.name), "error": repr(error)[:500]}
