@@ -43,7 +43,20 @@ EMULATED = ROOT / "tests" / "emulated"
 SHAPES = [((4, 3, 5, 5), 1), ((4, 5, 5, 3), -1), ((8, 3), 1), ((4, 3, 7), 1), ((4, 7, 3), -1), ((2, 3, 2, 3, 4), 1)]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+MISSING = [
+    ((8, 3), 1, [8, 3, 1, 1], [3, 1, 3, 3]),
+    ((4, 3, 7), 1, [4, 3, 7, 1], [21, 7, 1, 1]),
+    ((4, 7, 3), -1, [4, 3, 7, 1], [21, 1, 3, 3]),
+]
+
+
+@pytest.mark.parametrize(("shape", "axis", "dims", "strides"), MISSING, ids=str)
+def test_missing_axes_follow_the_memory_order(shape, axis, dims, strides):
+    """It decides which engines cuDNN has."""
+    assert gpu_cudnn.dims_and_strides(Problem(shape, np.dtype(np.float16), axis)) == (dims, strides)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("shape", "axis"), SHAPES, ids=str)
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_calls_are_batch_norm(name, shape, axis, dtype):
