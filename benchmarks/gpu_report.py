@@ -122,7 +122,7 @@ def plot(results: Results, value: Callable[[Record], float | None], label: str, 
         axis.grid(axis="both", alpha=0.2)
     axes[0][0].set_yticks(range(len(names)), names, fontsize=6)
     axes[0][0].invert_yaxis()
-    axes[0][-1].legend(fontsize=6)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=6)
     figure.suptitle(heading, fontsize=9)
     figure.savefig(path, dpi=100)
     plt.close(figure)

@@ -280,7 +280,8 @@ def page(counts: Counts, measured: Sequence[Measured], source: str) -> str:
     """All predictions, and beside them what was measured."""
     parts = ["# Predictions", (__doc__ or "").partition("\n\n")[2].partition("\n\n")[2].strip()]
     parts += [
-        f"Shares of the bandwidth of a copy, the twelve layers of ResNet-50 at batch {BATCH}: least, median, most."
+        f"Shares of the bandwidth of a copy. Predicted: the median of ResNet-50's twelve layers at batch {BATCH}, "
+        "least and most, and what binds most of them. Measured: the median of so many shapes."
     ]
     for gpu in GPUS:
         parts += [f"## {gpu.name}", markdown(HEAD, list(rows_of(gpu, counts, measured)))]
@@ -297,28 +298,36 @@ def page(counts: Counts, measured: Sequence[Measured], source: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-HEAD = ["layout, dtype", *(f"{name}, predicted" for name in OPERATION_NAMES), "bound by", "measured, median"]
+HEAD = ["layout, dtype", *(f"{name}, {word}" for name in OPERATION_NAMES for word in ("predicted", "measured"))]
+NOT_YET = "not measured yet"
 
 
 def rows_of(gpu: Gpu, counts: Counts, measured: Sequence[Measured]) -> Iterator[list[str]]:
-    """A line for each layout and dtype of the table of a GPU."""
+    """A line for each layout and dtype of a GPU's table: the median share, the range, and what binds most layers."""
     for channels_last in False, True:
         for dtype in ITEMSIZE:
-            cells, binds, found = [], Counter[str](), []
+            cells = []
             for operation in OPERATION_NAMES:
                 made = [predict(layer, operation, gpu, counts) for layer in resnet50(channels_last, dtype)]
                 shares = [p.share for p in made]
-                cells.append(f"{min(shares):.2f} .. {median(shares):.2f} .. {max(shares):.2f}")
-                binds.update(p.binds for p in made)
-                here = [
-                    m.share
-                    for m in measured
-                    if gpu is GPUS[0] and m.operation == operation and m.layer[3:] == (dtype, channels_last)
-                ]
-                found.append(f"{operation} {median(here):.2f} ({len(here)})" if here else "")
-            words = ", ".join(f"{name} {n}" for name, n in binds.most_common())
-            seen = ", ".join(text for text in found if text) or "not measured yet"
-            yield [f"{'NHWC' if channels_last else 'NCHW'}, {dtype}", *cells, words, seen]
+                ((binds, _),) = Counter(p.binds for p in made).most_common(1)
+                cells.append(f"{median(shares):.2f} ({min(shares):.2f} .. {max(shares):.2f}) {binds}")
+                like = (dtype, channels_last)
+                here = [m.share for m in measured if m.operation == operation and m.layer[3:] == like]
+                cells.append(f"{median(here):.2f}, of {len(here)}" if here and gpu is GPUS[0] else NOT_YET)
+            yield [f"{'NHWC' if channels_last else 'NCHW'}, {dtype}", *cells]
+
+
+def short(counts: Counts, measured: Sequence[Measured], dtype: str) -> str:
+    """One table for all GPUs and one dtype."""
+    rows = []
+    for gpu in GPUS:
+        rows += [
+            [f"{gpu.name}, {row[0]}", *row[1:]]
+            for row in rows_of(gpu, counts, measured)
+            if row[0].endswith(f" {dtype}")
+        ]
+    return markdown(["GPU", *HEAD[1:]], rows)
 
 
 def fit(measured: Sequence[Measured]) -> str:
@@ -379,17 +388,16 @@ def main() -> None:
     parser.add_argument("--measured", type=Path, help="results on the first of the GPUs, as gpu_results.py keeps them")
     parser.add_argument("--dtype", choices=ITEMSIZE, default="float16", help="of the picture (default: float16)")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the page and the picture")
+    parser.add_argument("--name", default="roofline", help="of these two files (default: roofline)")
     args = parser.parse_args()
     counts = read_counts(args.instructions.read_text())
     kept = json.loads(args.measured.read_text()) if args.measured else {"records": [], "what": ""}
     measured = list(beside(kept["records"], GPUS[0], counts))
     args.output.mkdir(parents=True, exist_ok=True)
-    paths = [args.output / "roofline.md", args.output / "roofline.png"]
+    paths = [args.output / f"{args.name}{suffix}" for suffix in (".md", ".png")]
     paths[0].write_text(page(counts, measured, kept["what"]))
     picture(counts, measured, args.dtype, paths[1])
-    if measured:
-        print(fit(measured))
-    print(*paths, sep="\n")
+    print(short(counts, measured, args.dtype), *([fit(measured)] if measured else []), *paths, sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -116,7 +116,7 @@ def test_small_arrays_wait_for_the_launch():
     assert LAUNCH < found.us < 2 * LAUNCH
 
 
-def test_page_and_picture(tmp_path, monkeypatch):
+def test_page_and_picture(tmp_path, monkeypatch, capsys):
     (tmp_path / "counts.md").write_text(table())
     record = {"group": "first contact", "layout": "NHWC", "shape": [32, 56, 56, 256], "dtype": "float16"}
     record |= {"operation": "training", "peer": "cupybn", "cold_us": {"median": 70.0}, "share_of_copy": 0.38}
@@ -128,7 +128,8 @@ def test_page_and_picture(tmp_path, monkeypatch):
     roofline.main()
     page = (tmp_path / "roofline.md").read_text()
     assert page.count("| NHWC 32x56x56x256 float16 | training | ") == 1
-    (line,) = [line for line in page.splitlines() if "training 0.38 (1)" in line]
+    (line,) = [line for line in page.splitlines() if "| 0.38, of 1 |" in line]
     assert line.startswith("| NHWC, float16 |")
-    assert page.count("not measured yet") == 6 * len(GPUS) - 1
+    assert page.count("not measured yet") == 3 * 6 * len(GPUS) - 1
+    assert f"| {GPUS[0].name}, NHWC, float16 | " in capsys.readouterr().out
     assert (tmp_path / "roofline.png").stat().st_size > 1000
