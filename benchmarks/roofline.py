@@ -20,14 +20,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import matplotlib
 from gpu_cases import RESNET50
 
-from cupybn import _geometry
+from cupybn import cupy_ops
 from cupybn._cli.problem import OPERATIONS
 from cupybn._cli.table import markdown
+from cupybn._dtypes import parameter_dtype
 from cupybn._resident import Device
 
 matplotlib.use("Agg")
@@ -47,7 +50,10 @@ STREAMED = {
     "backward": (("bn_backward_reduce", 2), ("bn_backward_input", 3)),
 }
 """The kernels of an operation that reads its input again, and the passes over the tensor that each of them moves."""
-SUMS = ("bn_stats", "bn_backward_reduce")
+ALIGNMENT = 512
+"""Of arrays in CuPy's memory pool."""
+FIRST_DEVICE = 1 << 20
+"""Index of the first of these GPUs for the library, whose plans for real ones stay as they are."""
 LAUNCH = 2.4
 """Microseconds of a launch beside its bytes: what copies of 16 to 256 MiB on an H200 leave at 4.28 TB/s."""
 SHARES = {"memory": 0.95, "issue": 0.65}
@@ -171,29 +177,24 @@ class Launch(NamedTuple):
     threads: int
 
 
-def launches(layer: Layer, operation: str, device: Device) -> list[Launch]:
-    """What the library would launch."""
+def launches(layer: Layer, operation: str, gpu: Gpu) -> list[Launch]:
+    """What the library would launch on a GPU, asked by an array without memory."""
     N, C, L, dtype, channels_last = layer
-    itemsize = ITEMSIZE[dtype]
-    width = PACK // itemsize
-    if operation in ON_CHIP:
-        kernel, arrays = ON_CHIP[operation]
-        if channels_last:
-            own = width if C % width == 0 else 1
-            found = _geometry.channels_last_resident(N * L, C, itemsize, own, arrays, device)
-        else:
-            found = _geometry.channels_first_resident(N, C, L, itemsize, width, arrays, device)
-        if found is not None:
-            return [Launch(kernel, (arrays + 1) * layer.nbytes, math.prod(found.grid), found.threads)]
-    result = []
-    for kernel, passes in STREAMED[operation]:
-        multiprocessors = None if kernel in SUMS else device.multiprocessors
-        if channels_last:
-            found = _geometry.channels_last(N * L, C, width, multiprocessors)
-        else:
-            found = _geometry.channels_first(N, C, L, width, multiprocessors)
-        result.append(Launch(kernel, passes * layer.nbytes, math.prod(found.grid), found.threads))
-    return result
+    shape = (N * L, C, 1) if channels_last else (N, C, L)
+    memory = SimpleNamespace(ptr=ALIGNMENT, device_id=FIRST_DEVICE + GPUS.index(gpu))
+    x = SimpleNamespace(shape=shape, dtype=parameter_dtype(dtype), size=math.prod(shape), data=memory)
+    with patch.object(cupy_ops, "_device", lambda index: GPUS[index - FIRST_DEVICE].device):
+        if operation in ON_CHIP:
+            kernel, arrays = ON_CHIP[operation]
+            plan = cupy_ops._choose_resident(kernel, x)
+            if plan is not None:
+                return [_launch(kernel, arrays + 1, layer, plan.geometry)]
+        streamed = STREAMED[operation]
+        return [_launch(kernel, passes, layer, cupy_ops._choose(kernel, x).geometry) for kernel, passes in streamed]
+
+
+def _launch(kernel: str, passes: int, layer: Layer, geometry: Any) -> Launch:
+    return Launch(kernel, passes * layer.nbytes, math.prod(geometry.grid), geometry.threads)
 
 
 def needs(launch: Launch, layer: Layer, gpu: Gpu, count: Count) -> dict[str, float]:
@@ -222,7 +223,7 @@ def predict(layer: Layer, operation: str, gpu: Gpu, counts: Counts) -> Predictio
     """The time of an operation, as long as what each of its launches needs most."""
     rows = kind_of_rows(layer.channels_last, layer.C, layer.L)
     total, longest, binds = 0.0, 0.0, "launch"
-    for launch in launches(layer, operation, gpu.device):
+    for launch in launches(layer, operation, gpu):
         times = needs(launch, layer, gpu, counts[rows, launch.kernel, layer.dtype])
         worst = max(times, key=lambda name: times[name])
         total += times[worst] + LAUNCH

@@ -66,7 +66,7 @@ def test_rows_that_were_counted_stand_for_others(channels_last, channels, plane,
 
 
 def test_launches_are_those_of_the_library():
-    h200, t4 = BY_NAME["H200"].device, BY_NAME["T4"].device
+    h200, t4 = BY_NAME["H200"], BY_NAME["T4"]
     large = Layer(32, 256, 3136, "float16", False)
     (one,) = roofline.launches(large, "training", h200)
     assert one.kernel == "bn_forward"
