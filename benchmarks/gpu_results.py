@@ -36,6 +36,7 @@ VERSIONS = ("cupybn", "CuPy", "CUDA runtime", "NVRTC", "torch", "nvidia-cudnn-fr
 STALLS = {"kernel": "kernel", "grid": "blocks", "time": "time", "dram_pct": "memory, %", "issue_pct": "issue slots, %"}
 STALLS |= {"warps_pct": "warps, %", "registers": "registers", "stalls": "cycles stalled for an instruction"}
 """Columns of Nsight Compute's table, and what they are called."""
+PATH = re.compile(r"(/[\w.+-]+){2,}")
 DIGITS = 4
 """Significant digits that are kept of a figure."""
 
@@ -69,6 +70,8 @@ def main() -> None:
 def keep(folder: Path, name: str, what: str, output: Path | None = None) -> list[Path]:
     """Write the results of a first contact in short, as JSON, as a page and as a picture."""
     measured = summary(folder, what)
+    if "stand-in" in measured["machine"]["CuPy"]:
+        raise SystemExit("a rehearsal says nothing of a GPU: it is not kept")
     output = output or RESULTS / folder_name(measured["machine"]["GPU"])
     output.mkdir(parents=True, exist_ok=True)
     paths = [output / f"{name}{suffix}" for suffix in (".json", ".md", ".png")]
@@ -97,7 +100,7 @@ def summary(folder: Path, what: str) -> dict[str, Any]:
             }
             for name, stage in stages.items()
         ],
-        "notes": [*bench["notes"], *bench["skipped"]],
+        "notes": [PATH.sub("...", note) for note in (*bench["notes"], *bench["skipped"])],
         "kernels": [{STALLS[key]: row[key] for key in STALLS} for row in found.get("ncu", {}).get("table", [])],
         "records": [rounded(shortened(record)) for record in json.loads((folder / "bench.json").read_text())],
     }

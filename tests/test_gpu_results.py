@@ -38,15 +38,16 @@ def record(operation, peer, us, share):
     return head | times | {"share_of_copy": share, "error_over_allowed": 0.5, "launches": 1}
 
 
-def left_by_first_contact(folder, us):
+def left_by_first_contact(folder, us, facts=FACTS):
     folder.mkdir()
     refused = record("backward", CUDNN, 1, 1) | {"error": "No valid engine configs", "refused": True}
     records = [record("training", "cupybn", us, 0.123456789), record("training", TORCH, 60.0, 0.25)]
     records += [record("training", CUDNN, 90.0, 0.2), record("backward", "cupybn", us, 0.5), refused]
     nothing = {"checks": [["it works", True, ""]], "facts": {}, "notes": [], "skipped": [], "table": []}
     stages = {
-        "environment": nothing | {"facts": FACTS},
-        "bench": nothing | {"facts": {"copy of 1 MiB in all": "4000 GB/s"}, "notes": [f"{CUDNN}: 1.32.0"]},
+        "environment": nothing | {"facts": facts},
+        "bench": nothing
+        | {"facts": {"copy of 1 MiB in all": "4000 GB/s"}, "notes": [f"{CUDNN}: 1.32.0, in /home/somebody/site"]},
         "ncu": nothing | {"table": [NCU]},
         "suite": nothing | {"checks": [["the tests", False, "in /home/somebody"]]},
     }
@@ -82,8 +83,15 @@ def test_what_is_kept(kept):
     assert "| NCHW 32x64x56x56 float16 | backward | 40.0 (40.0..40.0) | - | 0.50 | - | refused |" in page
     assert "| bn_stats | 256 | 34 us | 32.9 | 59.7 | 23.4 | 119 | wait 1.3 |" in page
     assert "| suite | FAILED | 0 of 1 | 1.3 |" in page
-    assert f"* {CUDNN}: 1.32.0" in page
+    assert f"* {CUDNN}: 1.32.0, in ...\n" in page
     assert (kept / "before.png").stat().st_size > 1000
+
+
+def test_a_rehearsal_is_not_kept(tmp_path):
+    folder = left_by_first_contact(tmp_path / "folder", 1.0, FACTS | {"CuPy": "14.2.0 (the stand-in)"})
+    with pytest.raises(SystemExit, match="says nothing of a GPU"):
+        gpu_results.keep(folder, "name", "what", tmp_path / "kept")
+    assert not (tmp_path / "kept").exists()
 
 
 def test_two_side_by_side(kept):
