@@ -1,4 +1,4 @@
-"""Batch norm of CuPy arrays on a GPU, against PyTorch, plain CuPy and a copy of as many bytes.
+"""Batch norm of CuPy arrays on a GPU, against PyTorch, cuDNN, plain CuPy and a copy of as many bytes.
 
     python benchmarks/gpu.py             # in less than 8 minutes: JSON, a table and plots in benchmarks/results
     python benchmarks/gpu.py --full      # every batch size, dtype and operation, however long it takes
@@ -22,7 +22,7 @@ from typing import Any
 import gpu_goals
 import gpu_report
 from gpu_cases import cases
-from gpu_measure import Bench, Record
+from gpu_measure import Bench, Record, failures
 from gpu_peers import CUPYBN, peers
 from tqdm import tqdm
 
@@ -79,8 +79,7 @@ def measure(args: argparse.Namespace, effort: Effort) -> dict[str, Any]:
             records += bench.records(case)
     if skipped:
         notes.append(f"{skipped} cases: not measured, the time was over")
-    errors = {(record["peer"], record["error"]) for record in records if "error" in record}
-    notes += [f"{peer} failed: {error}" for peer, error in sorted(errors)]
+    notes += failures(records)
     notes += [
         f"WRONG: {CUPYBN}, {record['shape']}, {record['dtype']}, {record['operation']}" for record in wrong(records)
     ]

@@ -16,6 +16,7 @@ SEQUENCES = [(16, 128, 16000), (64, 512, 512), (32, 256, 1024)]
 TABLES = [(128, 512), (1024, 4096), (4096, 1024), (65536, 256), (16384, 4096)]
 ALL = ("float32", "float16", "bfloat16")
 BARE = ("training", "inference", "backward")
+DEAD = "half of the channels dead"
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Case:
     operations: tuple[str, ...]
     all_peers: bool
     """Also those that nobody would choose for speed."""
+    dead: bool = False
+    """Every other channel of x is zero, as behind a ReLU that never lets anything through."""
 
 
 def cases(full: bool, dry_run: bool) -> list[Case]:
@@ -52,7 +55,17 @@ def cases(full: bool, dry_run: bool) -> list[Case]:
         for shape in shapes
     ]
     batch_32 = [case for case in images if case.group.endswith(" 32")]
-    return [*batch_32, *others, *(case for case in images if case not in batch_32)]
+    return [*batch_32, *odd(), *others, *(case for case in images if case not in batch_32)]
+
+
+def odd() -> list[Case]:
+    """What is not as in ResNet-50: channels that are no multiple of 8, rows that are no whole packs, dead channels."""
+    large = _image(32, 256, 56, "NCHW", "float16")
+    return [
+        Case("35 channels", "NHWC", _image(32, 35, 28, "NHWC", "float16"), BARE, all_peers=False),
+        Case("planes of 35x35", "NCHW", _image(32, 192, 35, "NCHW", "float16"), BARE, all_peers=False),
+        Case(DEAD, "NCHW", large, ("training", "backward"), all_peers=False, dead=True),
+    ]
 
 
 def _images(batch: int, dtypes: tuple[str, ...], operations: tuple[str, ...], all_peers: bool) -> list[Case]:
@@ -77,4 +90,5 @@ def _tiny() -> list[Case]:
         Case("tiny", "NCHW", _image(2, 2, 4, "NCHW", "bfloat16"), BARE, all_peers=True),
         Case("tiny", "NHWC", small, BARE, all_peers=False),
         Case("tiny", "NC", Problem((6, 5), parameter_dtype("float32")), BARE, all_peers=False),
+        Case(DEAD, "NHWC", small, ("training",), all_peers=False, dead=True),
     ]

@@ -23,11 +23,12 @@ class Results:
 
     def __init__(self, records: Sequence[Record]) -> None:
         self._by_key = {self._key(record): record for record in records if "error" not in record}
+        self._refused = {self._key(record) for record in records if record.get("refused")}
 
     @staticmethod
     def _key(record: Record, **changed: Any) -> tuple[Any, ...]:
         of = record | changed
-        return tuple(of["shape"]), of["layout"], of["dtype"], of["operation"], of["peer"]
+        return of["group"], tuple(of["shape"]), of["layout"], of["dtype"], of["operation"], of["peer"]
 
     def ours(self) -> list[Record]:
         """Those of cupybn."""
@@ -36,6 +37,10 @@ class Results:
     def other(self, record: Record, **changed: Any) -> Record | None:
         """The record of another peer or operation on the same arrays."""
         return self._by_key.get(self._key(record, **changed))
+
+    def refused(self, record: Record, peer: str) -> bool:
+        """Whether another peer refuses to do the same."""
+        return self._key(record, peer=peer) in self._refused
 
     def speed_up(self, record: Record, peer: str = TORCH, time: str = "cold_us") -> float | None:
         """How many times as long another peer takes; None where it was not measured."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import gpu_exact
 from gpu_cases import Case
-from gpu_peers import CUPYBN, TORCH, Peer
+from gpu_cudnn import RefusedError
+from gpu_peers import CUDNN, CUPYBN, TORCH, Peer
 
 from cupybn import _kernels
 from cupybn._cli.extras import optional
@@ -44,10 +46,13 @@ class Bench:
             copy_time(1 << 28, self.l2_bytes, self.effort)
 
     def records(self, case: Case) -> Iterator[Record]:
-        """One for each operation, peer and state of the cache; with an ``"error"`` where something failed."""
+        """One for each operation and peer; with an ``"error"`` where something failed, or was refused."""
         sets = cold_sets(2 * case.problem.nbytes, self.l2_bytes, self.effort)
         try:
             arrays = make_arrays(case.problem, self.cupy, sets)
+            if case.dead:
+                for a in arrays:
+                    self.cupy.moveaxis(a.x, case.problem.channel_axis, 0)[::2] = 0
         except Exception as error:  # more than this GPU holds
             yield {**self._head(case, OPERATIONS[case.operations[0]], "all"), "error": repr(error)}
             return
@@ -58,6 +63,8 @@ class Bench:
                 try:
                     with peer.surroundings():
                         yield from self._measure(case, operation, peer, arrays)
+                except RefusedError as refusal:
+                    yield {**self._head(case, operation, peer.name), "error": str(refusal), "refused": True}
                 except Exception as error:  # one that fails is a note, and the others are measured
                     yield {**self._head(case, operation, peer.name), "error": repr(error)[:500]}
         del arrays
@@ -103,7 +110,7 @@ class Bench:
             "share_of_copy": copy.median / cold.median,
             "error_over_allowed": error,
         }
-        if peer.name in (CUPYBN, TORCH):
+        if peer.name in (CUPYBN, TORCH, CUDNN):
             if problem.nbytes <= WARM:
                 warm = peer.graph(calls[:1] * min(WARM_CALLS, 4 * self.effort.burst), False)
                 record["warm_us"] = device_time(warm, self.effort)._asdict()
@@ -112,6 +119,16 @@ class Bench:
         if peer.name == CUPYBN:
             record["launches"] = count_launches(calls[0])
         yield record
+
+
+def failures(records: Sequence[Record]) -> list[str]:
+    """What failed and what was refused, a line for each reason."""
+    counts = Counter(
+        (record["peer"], "refused" if record.get("refused") else "failed", record["error"])
+        for record in records
+        if "error" in record
+    )
+    return [f"{peer}, {how} {count} times: {error}" for (peer, how, error), count in sorted(counts.items())]
 
 
 def count_launches(call: Call) -> int:

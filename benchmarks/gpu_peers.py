@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import gpu_cudnn
 import numpy as np
 from gpu_expert import expert_call
 
@@ -17,7 +18,7 @@ from cupybn._cli.problem import Array, Arrays, Operation, Problem
 from cupybn._devices import import_cupy
 
 CUPYBN, TORCH, NATIVE = "cupybn", "PyTorch", "PyTorch without cuDNN"
-PLAIN, EXPERT = "plain CuPy", "expert CuPy"
+CUDNN, PLAIN, EXPERT = "cuDNN Frontend", "plain CuPy", "expert CuPy"
 
 
 @dataclass
@@ -51,6 +52,11 @@ def peers() -> tuple[list[Peer], list[str]]:
     def everything(_problem: Problem, _operation: Operation) -> bool:
         return True
 
+    def planned(problem: Problem, operation: Operation) -> bool:
+        # Not with ReLU alone: to plan a graph takes longer than to measure it.
+        alone = operation.activation is not None and not operation.residual
+        return not alone and problem.dtype != np.dtype(np.float64)
+
     found = [
         with_cupy(CUPYBN, cupybn_call, everything),
         with_cupy(PLAIN, lambda *of: plain_call(cupy, *of), narrow, everywhere=False),
@@ -64,8 +70,13 @@ def peers() -> tuple[list[Peer], list[str]]:
         found += _torch_peers(torch)
     else:
         notes.append(f"{TORCH}: not available, {'it finds no GPU' if torch else 'it is not installed'}")
-    state = "not installed" if optional("cudnn") is None else "installed, but gpu.py has no calls of it yet"
-    notes.append(f"nvidia-cudnn-frontend: not compared, {state}")
+    try:
+        frontend = gpu_cudnn.Frontend(gpu_cudnn.load(), notes)
+    except (ImportError, RuntimeError) as error:
+        notes.append(f"{CUDNN}: not available, {error}")
+    else:
+        notes.append(f"{CUDNN}: {frontend.version}")
+        found.append(with_cupy(CUDNN, frontend.call, planned))
     return found, notes
 
 

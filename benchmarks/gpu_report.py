@@ -11,7 +11,7 @@ import gpu_goals
 import matplotlib
 from gpu_goals import Results
 from gpu_measure import Record
-from gpu_peers import EXPERT, NATIVE, PLAIN, TORCH
+from gpu_peers import CUDNN, EXPERT, NATIVE, PLAIN, TORCH
 
 from cupybn._cli.table import markdown
 
@@ -20,9 +20,10 @@ import matplotlib.pyplot as plt
 
 PANELS = ("training", "inference", "backward", "training + add + ReLU", "backward + add + ReLU")
 COLOURS = {"float32": "C0", "float16": "C1", "bfloat16": "C2"}
+OTHERS = (TORCH, CUDNN, NATIVE, PLAIN, EXPERT)
 HEAD = [
     *("shape, as in memory", "operation", "us, cold (quartiles)", "warm", "share of copy"),
-    *(f"{peer} / cupybn" for peer in (TORCH, NATIVE, PLAIN, EXPERT)),
+    *(f"{peer} / cupybn" for peer in OTHERS),
     *("host us", "PyTorch's", "error / allowed"),
 ]
 
@@ -72,14 +73,17 @@ def cells(results: Results, record: Record) -> list[str]:
     def median(of: Record | None, name: str) -> str:
         return f"{of[name]['median']:.1f}" if of is not None and name in of else "-"
 
-    ratios = (results.speed_up(record, peer) for peer in (TORCH, NATIVE, PLAIN, EXPERT))
+    def ratio(peer: str) -> str:
+        value = results.speed_up(record, peer)
+        return f"{value:.2f}" if value is not None else "refused" if results.refused(record, peer) else "-"
+
     return [
         "x".join(map(str, record["shape"])),
         record["operation"],
         f"{cold['median']:.1f} ({cold['low']:.1f}..{cold['high']:.1f})",
         median(record, "warm_us"),
         f"{record['share_of_copy']:.2f}",
-        *("-" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
+        *map(ratio, OTHERS),
         median(record, "host_us"),
         median(torch, "host_us"),
         f"{record['error_over_allowed']:.2f}",
@@ -118,7 +122,7 @@ def plot(results: Results, value: Callable[[Record], float | None], label: str, 
         axis.grid(axis="both", alpha=0.2)
     axes[0][0].set_yticks(range(len(names)), names, fontsize=6)
     axes[0][0].invert_yaxis()
-    axes[0][-1].legend(fontsize=6)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=6)
     figure.suptitle(heading, fontsize=9)
     figure.savefig(path, dpi=100)
     plt.close(figure)

@@ -159,7 +159,7 @@ def test_rehearsal(tmp_path):
     assert {path.name for path in out.iterdir()} == files
     lines = printed.rpartition("===== FIRST CONTACT (REHEARSAL)")[2].splitlines()
     assert "no failures" in lines
-    assert sum("of copy, torch x" in line for line in lines) == 5
+    assert sum("of copy, torch x" in line for line in lines) == 6
     assert "ncu bn_stats: 1234 us, dram 0.5 %, issue slots 0.5 %, long_scoreboard 6.2, wait 0.5, sleeping 0.5" in lines
     page = (out / "report.md").read_text()
     assert "rehearsal: says nothing of a GPU" in page
@@ -615,6 +615,7 @@ def test_bench_sees_what_is_wrong(task):
         record("training", "cupybn", error_over_allowed=float("nan")),
         record("training", "PyTorch"),
         record("inference", "cupybn", error="RuntimeError()"),
+        {"operation": "training", "peer": "cuDNN Frontend", "error": "no engine", "refused": True},
         {"operation": "backward", "peer": "PyTorch", "error": "no memory"},
     ]
     bench.report(task, row, records)
@@ -624,9 +625,13 @@ def test_bench_sees_what_is_wrong(task):
         ("NC 6x5 float32 inference", False),
         ("NC 6x5 float32 backward", False),
     ]
-    assert found.table[0].items() >= {"us": 10.0, "torch_x": 2.5, "of_copy": 0.9, "launches": 1}.items()
-    assert found.notes == ["PyTorch failed: NC 6x5 float32 backward: no memory"]
-    assert "10.0 us, 0.90 of copy, torch x2.5" in found.highlights[0]
+    expected = {"us": 10.0, "torch_x": 2.5, "cudnn_x": "refused", "of_copy": 0.9, "launches": 1}
+    assert found.table[0].items() >= expected.items()
+    assert found.notes == [
+        "cuDNN Frontend refused: NC 6x5 float32 training: no engine",
+        "PyTorch failed: NC 6x5 float32 backward: no memory",
+    ]
+    assert "10.0 us, 0.90 of copy, torch x2.5, cudnn refused" in found.highlights[0]
 
 
 @pytest.mark.skipif(not EMULATED, reason="needs no second look where the stage itself runs")

@@ -110,7 +110,7 @@ def test_exact_tells_right_from_wrong(shape, name, dtype, monkeypatch):
 
 def record(peer, us, **more):
     fields = {"shape": [32, 256, 112, 112], "layout": "NCHW", "dtype": "float32", "operation": "training"}
-    sizes = {"channels": 256, "x_bytes": 4e8, "share_of_copy": 0.9, "cold_us": {"median": us}}
+    sizes = {"group": "large", "channels": 256, "x_bytes": 4e8, "share_of_copy": 0.9, "cold_us": {"median": us}}
     return fields | sizes | {"peer": peer} | more
 
 

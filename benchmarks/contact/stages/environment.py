@@ -15,6 +15,7 @@ from contact.task import Task
 TOOLS = ("nvcc", "ncu", "compute-sanitizer", "mpiexec", "cuobjdump")
 PACKAGES = (
     *("numpy", "ml_dtypes", "torch", "mpi4py", "tqdm", "matplotlib"),
+    *("nvidia-cudnn-frontend", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13"),
     *("pytest", "pytest-xdist", "pytest-timeout", "hypothesis"),
 )
 QUERY = "name,driver_version,memory.total,clocks.max.sm,clocks.max.mem,clocks.sm,mig.mode.current"
