@@ -10,7 +10,6 @@ import shutil
 import struct
 import subprocess
 import tempfile
-from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +18,7 @@ from tests import nvrtc
 _LABEL = re.compile(r"([.$\w]+):$")
 _INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
 _COMMA = re.compile(r",\s*(?![^\[]*\])")  # not one inside of an address
-_PARAM_CBANK = 0x0A  # the attribute of a kernel that tells where in constant bank 0 its parameters are
+_PARAMETERS, _CLUSTER = 0x0A, 0x3D  # attributes of a kernel: where its parameters are, and blocks of a cluster
 
 
 class Instruction(NamedTuple):
@@ -38,8 +37,10 @@ class Program(NamedTuple):
     instructions: tuple[Instruction, ...]
     labels: dict[str, int]  # addresses
     parameters: int  # the first byte of the parameters in constant bank 0
-    constants: dict[int, bytes]  # the other constant banks
+    constants: dict[int, bytes]  # by bank
     registers: int  # of a thread
+    shared: int  # bytes of a block, beside those that a launch asks for
+    cluster: int  # blocks
 
 
 def find_nvdisasm() -> str | None:
@@ -53,7 +54,7 @@ def find_nvdisasm() -> str | None:
 
 
 @functools.cache
-def compile_program(text: str, architecture: int, options: Iterable[str] = ()) -> Program:
+def compile_program(text: str, architecture: int, options: tuple[str, ...] = ()) -> Program:
     """Compile a text with one kernel.
 
     Parameters
@@ -71,14 +72,19 @@ def compile_program(text: str, architecture: int, options: Iterable[str] = ()) -
         path.write_bytes(cubin)
         listing = subprocess.run([tool, "-c", str(path)], capture_output=True, text=True, check=True).stdout
     instructions, labels = parse(listing)
-    constants, parameters = {}, 0
+    constants, parameters, cluster = {}, 0, 1
     for name, data in _sections(cubin):
         bank = re.match(r"\.nv\.constant(\d+)\.", name)
         if bank:
             constants[int(bank[1])] = data
         elif name.startswith(".nv.info."):
-            parameters = _place_of_parameters(data)
-    return Program(architecture, instructions, labels, parameters, constants, nvrtc.usage(log).registers)
+            attributes = _attributes(data)
+            parameters = int.from_bytes(attributes[_PARAMETERS][4:6], "little")
+            cluster = int.from_bytes(attributes.get(_CLUSTER, b"\1")[:4], "little")
+    usage = nvrtc.usage(log)
+    return Program(
+        architecture, instructions, labels, parameters, constants, usage.registers, usage.shared, cluster
+    )
 
 
 def parse(listing: str) -> tuple[tuple[Instruction, ...], dict[str, int]]:
@@ -112,12 +118,12 @@ def _sections(elf: bytes) -> list[tuple[str, bytes]]:
     return result
 
 
-def _place_of_parameters(attributes: bytes) -> int:
-    """From the attributes of a kernel, each of four bytes, those of form 4 with as many more as the last two say."""
-    at = 0
-    while at < len(attributes):
-        form, attribute, size = struct.unpack_from("<BBH", attributes, at)
-        if attribute == _PARAM_CBANK:
-            return int(struct.unpack_from("<IHH", attributes, at + 4)[1])
-        at += 4 + (size if form == 4 else 0)
-    return 0
+def _attributes(data: bytes) -> dict[int, bytes]:
+    """The attributes of a kernel, each of four bytes; those of form 4 have as many more as the last two say."""
+    at, result = 0, {}
+    while at < len(data):
+        form, attribute, size = struct.unpack_from("<BBH", data, at)
+        end = at + 4 + (size if form == 4 else 0)
+        result[attribute] = data[at + 4 : end]
+        at = end
+    return result
