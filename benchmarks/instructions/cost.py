@@ -75,7 +75,7 @@ def _rows(case: Case, architecture: int) -> int:
     """The most rows, up to some bound, that are counted with the same code as half of them."""
     itemsize = ITEMSIZE[case.dtype]
     if case.row == 1:
-        rows = {True: 1 << 15, False: 1 << 11}[case.step in SUMS] * (1 if case.channels % 8 == 0 else 8)
+        rows = {True: 1 << 15, False: 1 << 11}[case.step in SUMS] * (1 if case.channels % 8 == 0 else 4)
     else:
         most = (12544 if case.step in SUMS else 6272) * PACK // itemsize
         rows = 1 << int(math.log2(most / case.row))
@@ -84,7 +84,7 @@ def _rows(case: Case, architecture: int) -> int:
     rows = min(rows, {49: 64, 196: 64}.get(case.row, rows))
     while rows >= 2:
         found = [_launch(case, n, architecture) for n in (rows // 2, rows)]
-        if all(found) and len({(launch.options, launch.threads) for launch in found if launch}) == 1:
+        if all(found) and len({(launch.options, launch.threads, launch.grid) for launch in found if launch}) == 1:
             return rows
         rows //= 2
     raise ValueError(f"{case} is not kept on chip")
@@ -101,16 +101,20 @@ def _count(case: Case, rows: int, architecture: int) -> tuple[Launch, float]:
     """The launch of a case, checked, and the packs that its executed blocks have worked on."""
 
     def choose(grid: tuple[int, int, int], cluster: int) -> Blocks:
-        """Of sums all parts of the first channels, else a share of them from the middle."""
+        """Of sums all parts of the first channels, else a share of them from the middle.
+
+        Channels last, blocks take packs: where channels are no whole packs, one may be spread over many blocks.
+        """
         shares = range(grid[1]) if case.step in SUMS else (grid[1] // 2,)
-        return [(x, y, 0) for y in shares for x in range(cluster)]
+        spread = case.step in SUMS and case.row == 1 and case.channels % (PACK // ITEMSIZE[case.dtype])
+        return [(x, y, 0) for y in shares for x in range(grid[0] if spread else cluster)]
 
     arrays = Arrays(case, rows)
     with counted(architecture, choose, _memory(case, rows), 1) as counter:
         results = arrays.run()
         elements = arrays.check(counter, results)
     (launch,) = (launch for launch in counter.launches if launch.kernel == case.kernel)
-    return launch, elements * arrays.x.itemsize / PACK
+    return launch, elements * arrays.itemsize / PACK
 
 
 def _memory(case: Case, rows: int) -> int:
