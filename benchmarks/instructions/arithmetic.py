@@ -68,8 +68,10 @@ always("CS2R", "w=_", lambda: np.zeros(1, U64))
 
 @form("MOV", "LDC", "LDCU")
 def move(modifiers: list[str], operands: Sequence[str]) -> Form:
-    """A register or constant, or two."""
-    return ("w=w" if "64" in modifiers else "u=u"), lambda x: x
+    """A register or constant, or several."""
+    if not {"32", "64", "128", "U32", "SPILL"}.issuperset(modifiers):
+        raise UnknownInstruction("of this size")
+    return "q=q" if "128" in modifiers else "w=w" if "64" in modifiers else "u=u", lambda x: x
 
 
 @form("SEL")
@@ -297,6 +299,8 @@ def _comparison(letter: str) -> Make:
             unsigned = {"U32", "U64"} & set(modifiers)
             kind = ("w" if unsigned else "l") if wide else ("u" if unsigned else "i")
         name = modifiers[0]
+        if name not in (*_ORDERED, *_NEGATED, "NE", "NAN", "NUM", "EQU"):
+            raise UnknownInstruction("unknown comparison")
         combine = next(_COMBINE[m] for m in modifiers if m in _COMBINE)
 
         def compared(a: Array, b: Array, other: Array, lower: Any = None) -> tuple[Array, Array]:

@@ -8,6 +8,7 @@ What an operand stands for is told by a letter:
 ``k``  32 bits in a 64-bit integer, for sums whose carries count
 ``w``  64 bits in two registers
 ``l``  64 bits with a sign
+``q``  128 bits, as four numbers
 ``f``  float32, or one half of a register: a float16
 ``d``  float64
 ``p``  a predicate
@@ -67,6 +68,9 @@ class Lanes:
         if kind == "p":
             row = self.predicates[_predicate(name)]
             return (lambda: ~row) if sign == "!" else lambda: row
+        if kind == "q" and bank and offset.startswith("0x"):
+            four = self.banks[int(bank, 16)][int(offset, 16) // 4 :][:4]
+            return lambda: four
         wide = kind in "wld"
         bits = self._constants(int(bank, 16), offset, wide) if bank else self._row(name, wide)
         suffix = "".join(suffixes)
@@ -93,6 +97,9 @@ class Lanes:
         if row in ZERO.values():
             return lambda value, mask: None
         low = self.registers[row]
+        if kind == "q":
+            four = self.registers[row : row + 4]
+            return lambda value, mask: np.copyto(four, value[:, None], where=mask)
         if kind not in "wld":
             return lambda value, mask: np.copyto(low, value.view(np.uint32), where=mask)
         high = self.registers[row + 1]

@@ -88,9 +88,11 @@ class Machine:
             try:
                 act = self._acts[i] = self._acts[i] or self._compile(i)
                 act(mask)
-            except (UnknownInstruction, WrongAccess) as error:
+            except (UnknownInstruction, WrongAccess, LookupError, ValueError) as error:
                 text = f"{instruction.opcode} {', '.join(instruction.operands)}"
-                raise type(error)(f"{error}: {text} at {instruction.address:#x}") from None
+                what = error if isinstance(error, (UnknownInstruction, WrongAccess)) else f"not in this form ({error!r})"
+                kind = WrongAccess if isinstance(error, WrongAccess) else UnknownInstruction
+                raise kind(f"{what}: {text} at {instruction.address:#x}") from error
             if instruction.opcode.partition(".")[0] in CONTROL:
                 return
             i += 1
@@ -107,8 +109,11 @@ class Machine:
             return moves
         if name in NOTHING:
             return lambda mask: None
-        act = self._exchange.compile(opcode, operands) or self._memory.compile(opcode, operands)
-        act = act or self._arithmetic(opcode, operands)
+        act = (
+            self._exchange.compile(opcode, operands)
+            or self._memory.compile(opcode, operands)
+            or self._arithmetic(opcode, operands)
+        )
         if guard is None:
             return act
         passes = self._lanes.reader(guard, "p")
