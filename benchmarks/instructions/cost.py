@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import collections
-import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 from instructions.cases import ON_CHIP, SUMS, Arrays, Case
-from instructions.launches import Blocks, Counter, Launch, counted
+from instructions.lanes import WARP
+from instructions.launches import Blocks, Launch, counted
+from instructions.program import Program
 
 PACK = 16
 """Bytes of one array."""
@@ -57,64 +59,67 @@ def by_pipe(launch: Launch) -> collections.Counter[str]:
 
 
 def measure(case: Case, architecture: int = 90) -> Cost:
-    """Count a case at two sizes, of which the larger one has twice the rows: the difference is what packs cost."""
-    rows = _rows(case, architecture)
-    (less, fewer), (more, many) = (_count(case, n, architecture) for n in (rows // 2, rows))
+    """Count a case with two numbers of rows that the same code takes: the difference is what packs cost."""
+    for rows in _numbers_of_rows(case):
+        larger = _count(case, rows, architecture)
+        smaller = larger and next(filter(None, (_count(case, n, architecture, larger[0]) for n in _fewer(rows))), None)
+        if larger and smaller:
+            break
+    else:
+        raise ValueError(f"{case} does not take the kernel {case.kernel} with two numbers of rows that are alike")
+    (less, fewer), (more, many) = smaller, larger
     # Two equations: instructions = a * packs + b * warps.
     determinant = fewer * more.warps - many * less.warps
     few, all_ = by_pipe(less), by_pipe(more)
-    per_pack = {p: (few[p] * more.warps - all_[p] * less.warps) / determinant * 32 for p in all_}
+    per_pack = {p: (few[p] * more.warps - all_[p] * less.warps) / determinant * WARP for p in all_}
     issue = sum(per_pack.values())
-    once = (more.issued.sum() - issue / 32 * many) / more.warps
+    once = (more.issued.sum() - issue / WARP * many) / more.warps
     assert more.program is not None
-    packs = many / (more.warps * 32)
-    return Cost(case, issue, per_pack, once, more.program.registers, more.threads, packs)
+    return Cost(case, issue, per_pack, once, more.program.registers, more.threads, many / (more.warps * WARP))
 
 
-def _rows(case: Case, architecture: int) -> int:
-    """The most rows, up to some bound, that are counted with the same code as half of them."""
-    itemsize = ITEMSIZE[case.dtype]
+def _numbers_of_rows(case: Case) -> list[int]:
+    """From the most that are worth the time down: of planes that are small as many as there are in use."""
     if case.row == 1:
-        rows = {True: 1 << 15, False: 1 << 11}[case.step in SUMS] * (1 if case.channels % 8 == 0 else 4)
+        whole = case.channels % (PACK // ITEMSIZE[case.dtype]) == 0
+        most = (1 << 15 if case.step in SUMS else 1 << 11) * (1 if whole else 4)
     else:
-        most = (12544 if case.step in SUMS else 6272) * PACK // itemsize
-        rows = 1 << int(math.log2(most / case.row))
-    if case.step not in ON_CHIP:
-        return rows
-    rows = min(rows, {49: 64, 196: 64}.get(case.row, rows))
-    while rows >= 2:
-        found = [_launch(case, n, architecture) for n in (rows // 2, rows)]
-        if all(found) and len({(launch.options, launch.threads, launch.grid) for launch in found if launch}) == 1:
-            return rows
-        rows //= 2
-    raise ValueError(f"{case} is not kept on chip")
+        most = (12544 if case.step in SUMS else 6272) * PACK // ITEMSIZE[case.dtype] // case.row
+        most = 1 << most.bit_length() - 1
+        if case.step in ON_CHIP and case.row < 28 * 28:
+            most = min(most, 64)
+    return [most >> n for n in range(most.bit_length() - 1)]
 
 
-def _launch(case: Case, rows: int, architecture: int) -> Launch | None:
-    """The launch of a case, not executed; None if the library takes another kernel."""
-    with counted(architecture, None, _memory(case, rows), 1) as counter:
-        Arrays(case, rows).run()
-    return next((launch for launch in counter.launches if launch.kernel == case.kernel), None)
+def _fewer(rows: int) -> list[int]:
+    """Half of the rows, or somewhat more: with half of them the library may choose smaller blocks."""
+    return sorted({rows // 2, rows // 2 + 1, rows * 5 // 8, rows * 3 // 4} - {0, rows})
 
 
-def _count(case: Case, rows: int, architecture: int) -> tuple[Launch, float]:
-    """The launch of a case, checked, and the packs that its executed blocks have worked on."""
+def _count(case: Case, rows: int, architecture: int, like: Launch | None = None) -> tuple[Launch, float] | None:
+    """The launch of a case, checked, and the packs that its executed blocks have worked on.
 
-    def choose(grid: tuple[int, int, int], cluster: int) -> Blocks:
+    None if the library takes another kernel, or does not launch it like the one given.
+    """
+
+    def choose(launch: Launch, compiled: Callable[[], Program]) -> Blocks:
         """Of sums all parts of the first channels, else a share of them from the middle.
 
         Channels last, blocks take packs: where channels are no whole packs, one may be spread over many blocks.
         """
-        shares = range(grid[1]) if case.step in SUMS else (grid[1] // 2,)
+        alike = like is None or (like.options, like.threads, like.grid) == (launch.options, launch.threads, launch.grid)
+        if launch.kernel != case.kernel or not alike:
+            return []
+        x, y, _ = launch.grid
         spread = case.step in SUMS and case.row == 1 and case.channels % (PACK // ITEMSIZE[case.dtype])
-        return [(x, y, 0) for y in shares for x in range(grid[0] if spread else cluster)]
+        columns = range(x if spread else compiled().cluster)
+        return [(column, share, 0) for share in (range(y) if case.step in SUMS else (y // 2,)) for column in columns]
 
     arrays = Arrays(case, rows)
     with counted(architecture, choose, _memory(case, rows), 1) as counter:
         results = arrays.run()
-        elements = arrays.check(counter, results)
-    (launch,) = (launch for launch in counter.launches if launch.kernel == case.kernel)
-    return launch, elements * arrays.itemsize / PACK
+        launch = next((launch for launch in counter.launches if launch.blocks), None)
+        return launch and (launch, arrays.check(counter, results) * ITEMSIZE[case.dtype] / PACK)
 
 
 def _memory(case: Case, rows: int) -> int:
@@ -122,5 +127,3 @@ def _memory(case: Case, rows: int) -> int:
     arrays = 1 if case.step == "bn_stats" else 5
     return rows * case.row * case.channels * ITEMSIZE[case.dtype] * arrays + (16 << 20)
 
-
-__all__ = ["Cost", "Counter", "by_pipe", "measure", "pipe"]

@@ -25,9 +25,10 @@ def predict(architecture: int, shapes: tuple[tuple[tuple[int, ...], int], ...] =
     return result
 
 
-def whole_grid(grid: tuple[int, int, int], cluster: int) -> Blocks:  # noqa: ARG001
+def whole_grid(launch: Launch, compiled: object) -> Blocks:  # noqa: ARG001
     """All blocks; clusters lie along x."""
-    return [(x, y, z) for z in range(grid[2]) for y in range(grid[1]) for x in range(grid[0])]
+    x, y, z = map(range, launch.grid)
+    return [(i, j, k) for k in z for j in y for i in x]
 
 
 def table(architecture: int) -> str:

@@ -24,8 +24,6 @@ from instructions.program import Program, compile_program
 from tests.steps import forget_plans
 
 Blocks = list[tuple[int, int, int]]
-Choose = Callable[[tuple[int, int, int], int], Blocks]
-"""Which blocks of a grid to execute, whole clusters of so many blocks, one after the other."""
 ALIGNMENT = 512
 """Of arrays, as CuPy's memory pool has it."""
 TOGETHER = 8192
@@ -63,6 +61,10 @@ class Launch(NamedTuple):
         return float(self.issued.sum()) * int(np.prod(self.grid)) / self.blocks
 
 
+Choose = Callable[[Launch, Callable[[], Program]], Blocks]
+"""Which blocks of a launch to execute: whole clusters, one after the other. It may ask for the compiled program."""
+
+
 class Counter:
     """The launches so far, and the memory of the device: one piece, out of which all arrays are cut."""
 
@@ -88,7 +90,7 @@ class Counter:
 
 @contextlib.contextmanager
 def counted(
-    architecture: int, choose: Choose | None, memory: int, multiprocessors: int | None = None
+    architecture: int, choose: Choose, memory: int, multiprocessors: int | None = None
 ) -> Iterator[Counter]:
     """Inside the context, launches are counted.
 
@@ -96,8 +98,6 @@ def counted(
     ----------
     architecture : int
         90 for ``sm_90``.
-    choose : function or None
-        None notes launches, and neither compiles nor executes anything.
     memory : int
         Bytes that arrays take together; nothing is given back.
     multiprocessors : int, optional
@@ -119,13 +119,15 @@ def counted(
         def __call__(self, grid: tuple[int, ...], block: tuple[int], args: Sequence[Any], shared_mem: int = 0) -> None:
             x, y, z = (*grid, 1, 1)[:3]
             launch = Launch(self._name, self._options, (x, y, z), block[0])
-            if choose is not None:
-                program = compile_program(self._code, architecture, self._options)
-                blocks = choose(launch.grid, program.cluster)
-                parameters = pack(args)
-                issued = execute(program, launch.grid, block[0], blocks, parameters, counter.space, shared_mem)
+            blocks = choose(launch, self._compile)
+            if blocks:  # else nothing is compiled
+                program = self._compile()
+                issued = execute(program, launch.grid, block[0], blocks, pack(args), counter.space, shared_mem)
                 launch = launch._replace(program=program, blocks=len(blocks), issued=issued)
             counter.launches.append(launch)
+
+        def _compile(self) -> Program:
+            return compile_program(self._code, architecture, self._options)
 
     try:
         cupy.cuda.set_allocator(counter.alloc)
