@@ -1,0 +1,171 @@
+"""The steps of batch norm with arguments to count them with, and what they must compute."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import cupy
+import numpy as np
+
+from cupybn import cupy_ops
+from cupybn._dtypes import parameter_dtype
+from cupybn._moments import Moments, Statistics, Sums
+from instructions.lanes import Array
+from instructions.launches import Counter
+from tests.reference import HALF_ULP
+
+SUMS = ("bn_stats", "bn_backward_reduce")
+ON_CHIP = ("bn_forward", "bn_backward")
+STEPS = (*SUMS, "bn_normalize", "bn_backward_input", *ON_CHIP)
+VARIANTS = {"plain": (None, False), "relu": ("relu", False), "mask": ("relu", True)}
+"""The activation, and whether there is a residual: then a mask tells the way back where ReLU passes."""
+EPS = 1e-5
+PARTS = 4
+"""Of moments and sums that steps merge."""
+PERIOD = 8
+"""Channels with numbers of their own; the next ones have the same numbers again."""
+CLOSE = 1e-4
+"""Values of y that float32 may see on the other side of 0."""
+
+
+class Case(NamedTuple):
+    """What is counted: a step on an array of so many channels; rows of one element are channels last."""
+
+    step: str
+    dtype: str
+    row: int
+    channels: int
+    variant: str = "plain"
+
+    @property
+    def kernel(self) -> str:
+        """As `cupybn._kernels` calls it."""
+        return f"channels_{'last' if self.row == 1 else 'first'}/{self.step}"
+
+
+class Arrays:
+    """Arguments of a case with so many rows, all that a step may take, and what it gives in float64.
+
+    Channels repeat: there are numbers for the first few.
+    """
+
+    def __init__(self, case: Case, rows: int) -> None:
+        rng = np.random.default_rng(0)
+        self.case, self.count = case, rows * case.row
+        self.itemsize = parameter_dtype(case.dtype).itemsize
+        self._activation, self._has_residual = VARIANTS[case.variant]
+        self._shape = rows, min(case.channels, PERIOD), case.row
+        self._x, self._dy, self._residual = self._values(rng, 2, 1), self._values(rng, 1, 0), self._values(rng, 1, 0)
+        self._weight, self._bias = rng.standard_normal((2, self._shape[1])).astype(np.float32)
+        self._mean, self._var = (f(self._x.astype(np.float64), (0, 2)) for f in (np.mean, np.var))
+        self._xhat = (self._x - _column(self._mean)) / np.sqrt(_column(self._var) + EPS)
+        self._y = self._xhat * _column(self._weight) + _column(self._bias)
+        self._dy[np.abs(self._y) < CLOSE] = 0  # the sign of y depends on roundings there
+
+    def _values(self, rng: np.random.Generator, std: float, mean: float) -> Array:
+        values = rng.standard_normal(self._shape, np.float32) * std + mean
+        return values.astype(parameter_dtype(self.case.dtype))
+
+    def _repeat(self, values: Array) -> Any:
+        """All channels of an array or vector, on the device."""
+        axis, C = min(1, values.ndim - 1), self.case.channels
+        times = [1] * values.ndim
+        times[axis] = -(-C // values.shape[axis])
+        return cupy.asarray(np.ascontiguousarray(np.tile(values, times)[(slice(None),) * axis + (slice(C),)]))
+
+    def run(self) -> dict[str, Any]:
+        """Call the step on the device; returns the arrays that it writes, by name."""
+        step, C = self.case.step, self.case.channels
+        x = self._repeat(self._x)
+        if step == "bn_stats":
+            return cupy_ops.bn_stats(x)._asdict()
+        out = cupy.empty_like(x)
+        weight, bias = self._repeat(self._weight), self._repeat(self._bias)
+        if "backward" not in step:
+            residual = self._repeat(self._residual) if self._has_residual else None
+            mask = cupy_ops.empty_mask(x, residual, out) if self._has_residual else None
+            running = cupy.zeros(C, np.float32), cupy.ones(C, np.float32), 0.1, cupy.zeros((), np.int64)
+            share = self.count / PARTS
+            moments = Moments(cupy.full(PARTS, share), self._parts(self._mean), self._parts(self._var * share))
+            given = (moments,) if step == "bn_normalize" else ()
+            getattr(cupy_ops, step)(x, *given, EPS, weight, bias, residual, self._activation, *running, out, mask)
+            return {"out": out}
+        dy = self._repeat(self._dy)
+        mask = cupy_ops.empty_mask(x, dy, out) if self._has_residual else None
+        if mask is not None:
+            mask.fill(np.iinfo(np.uint8).max if mask.dtype == np.uint8 else True)
+        statistics = Statistics(self._repeat(self._mean), self._repeat(self._var))
+        first = dy, x, statistics, EPS, weight, bias, self._activation, mask
+        if step == "bn_backward_reduce":
+            return cupy_ops.bn_backward_reduce(*first)._asdict()
+        sums = Sums(*(self._parts(total / PARTS) for total in self._sums()))
+        given = (sums,) if step == "bn_backward_input" else ()
+        dresidual = cupy.empty_like(x) if self._has_residual else None
+        vectors = cupy.empty(C, np.float32), cupy.empty(C, np.float32)
+        getattr(cupy_ops, step)(*first, *given, 1 / self.count, out, dresidual, *vectors)
+        return {"dx": out}
+
+    def _parts(self, values: Array) -> Any:
+        """A vector once for each part."""
+        return self._repeat(np.tile(values, (PARTS, 1)))
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # What is expected
+
+    def _passed(self) -> Array:
+        """What the activation lets pass of dy; a mask lets all of it pass."""
+        dy = self._dy.astype(np.float64)
+        return np.where(self._y > 0, dy, 0) if self.case.variant == "relu" else dy
+
+    def _sums(self) -> tuple[Array, Array]:
+        dy = self._passed()
+        return dy.sum((0, 2)), (dy * self._xhat).sum((0, 2))
+
+    def _expected(self) -> Array:
+        """The array that an elementwise step writes."""
+        if "backward" not in self.case.step:
+            y = self._y + self._residual.astype(np.float64) if self._has_residual else self._y
+            return np.maximum(y, 0) if self._activation else y
+        total, projected = (_column(s) / self.count for s in self._sums())
+        scale = self._weight / np.sqrt(self._var + EPS)
+        return (self._passed() - total - self._xhat * projected) * _column(scale)
+
+    def check(self, counter: Counter, results: dict[str, Any]) -> float:
+        """Compare what the executed blocks have written with what is expected.
+
+        Returns
+        -------
+        The number of elements of x that they have worked on.
+        """
+        if self.case.step not in SUMS:
+            ((_, array),) = results.items()
+            values, written = counter.look(array)
+            channels = np.flatnonzero(written.any((0, 2)))
+            assert channels.size, "nothing was written"
+            expected = self._expected()[:, channels % self._shape[1]]
+            off = np.abs(values[:, channels].astype(np.float64) - expected)
+            bound = 1e-5 + HALF_ULP[self.case.dtype] * 2 * np.abs(expected)
+            wrong = np.mean((off > bound)[written[:, channels]])
+            assert wrong == 0, f"{wrong:.2%} of what was written is wrong"
+            return float(written.sum())
+        parts = [counter.look(array) for name, array in results.items() if name not in ("count", "batches")]
+        channels = np.flatnonzero(parts[0][1].any(0))
+        assert channels.size, "nothing was written"
+        assert all(written[:, channels].all() for _, written in parts), "some part of a channel is missing"
+        one, other = (values[:, channels] for values, _ in parts)
+        if self.case.step == "bn_stats":
+            count, written = counter.look(results["count"])
+            assert written.all()
+            assert count.sum() == self.count
+            mean = count @ one / self.count
+            found = mean, (other.sum(0) + count @ (one - mean) ** 2) / self.count
+            expected = self._mean, self._var
+        else:
+            found, expected = (one.sum(0), other.sum(0)), self._sums()
+        for ours, theirs in zip(found, expected, strict=True):
+            np.testing.assert_allclose(ours, theirs[channels % self._shape[1]], rtol=1e-5, atol=1e-7 * self.count)
+        return float(channels.size * self.count)
+
+
+def _column(values: Array) -> Array:
+    return values[:, None]

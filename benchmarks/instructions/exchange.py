@@ -1,0 +1,148 @@
+"""What threads are, and what those of a warp tell each other: shuffles, votes, values for all lanes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from instructions.flow import Flow
+from instructions.lanes import WARP, Array, Lanes, UnknownInstruction
+
+Act = Callable[[Array], None]
+
+
+class Exchange:
+    """The instructions that depend on who executes them.
+
+    Parameters
+    ----------
+    special : dict
+        Special registers, by their names.
+    """
+
+    def __init__(self, lanes: Lanes, flow: Flow, special: dict[str, Array]) -> None:
+        self._lanes, self._flow, self._special = lanes, flow, special
+        self._threads = np.arange(lanes.threads)
+        self._lane = self._threads % WARP
+
+    def compile(self, opcode: str, operands: Sequence[str]) -> Act | None:
+        """What an instruction does in the threads of a mask; None if it is none of these."""
+        name, *modifiers = opcode.split(".")
+        make = _EXCHANGE.get(name)
+        return None if make is None else make(self, modifiers, operands)
+
+    def _read_special(self, modifiers: Sequence[str], operands: Sequence[str]) -> Act:
+        if operands[1] not in self._special:
+            raise UnknownInstruction("special register")
+        write, value = self._lanes.writer(operands[0], "u"), self._special[operands[1]]
+        return lambda mask: write(value, mask)
+
+    def _shuffle(self, modifiers: Sequence[str], operands: Sequence[str]) -> Act:
+        """Of what is out of range, or in a lane that is not here, the own value, as hardware has it for the former."""
+        inside, write = self._lanes.writer(operands[0], "p"), self._lanes.writer(operands[1], "u")
+        value, by, limits = (self._lanes.reader(operand, "u") for operand in operands[2:5])
+        kind = modifiers[0]
+
+        def act(mask: Array) -> None:
+            n = by().astype(np.int64) & (WARP - 1)
+            limit = limits().astype(np.int64)
+            segment, last = limit >> 8 & (WARP - 1), limit & (WARP - 1)
+            least = self._lane & segment
+            most = least | last & ~segment
+            if kind == "IDX":
+                source = least | n & ~segment
+            else:
+                source = {"BFLY": self._lane ^ n, "UP": self._lane - n, "DOWN": self._lane + n}[kind]
+            valid = source >= most if kind == "UP" else source <= most
+            source = np.where(valid, source, self._lane)
+            found = np.broadcast_to(value(), mask.shape)[self._threads - self._lane + source]
+            write(found, mask)
+            inside(valid, mask)
+
+        return act
+
+    def _vote(self, modifiers: Sequence[str], operands: Sequence[str]) -> Act:
+        *targets, source = operands
+        passes = self._lanes.reader(source, "p")
+        writers = [(t.lstrip("U")[0], self._lanes.writer(t, "p" if t.lstrip("U")[0] == "P" else "u")) for t in targets]
+
+        def act(mask: Array) -> None:
+            flags = passes()
+            ballot = self._flow.lanes_of_group(mask, flags)
+            found = ballot != 0 if modifiers[0] == "ANY" else ballot == self._flow.lanes_of_group(mask, mask)
+            for letter, write in writers:
+                write(found if letter == "P" else ballot.astype(np.uint32), mask)
+
+        return act
+
+    def _first_active(self, modifiers: Sequence[str], operands: Sequence[str]) -> Act:
+        """R2UR: the value of the group's first lane."""
+        write, read = self._lanes.writer(operands[0], "u"), self._lanes.reader(operands[-1], "u")
+
+        def act(mask: Array) -> None:
+            ballot = self._flow.lanes_of_group(mask, mask)
+            first = np.log2(np.maximum(ballot & -ballot, 1).astype(np.float64)).astype(np.int64)
+            write(np.broadcast_to(read(), mask.shape)[self._threads - self._lane + first], mask)
+
+        return act
+
+    def _from_predicates(self, modifiers: Sequence[str], operands: Sequence[str]) -> Act:
+        """P2R: some predicates among the bits of a register, in the byte that the first operand names."""
+        name, _, byte = operands[0].partition(".B")
+        write, shift = self._lanes.writer(name, "u"), np.uint32(8 * int(byte or 0))
+        old, chosen = self._lanes.reader(operands[2].partition(".")[0], "u"), self._lanes.reader(operands[3], "u")
+
+        def act(mask: Array) -> None:
+            bits = np.packbits(self._lanes.predicates[:7], axis=0, bitorder="little")[0].astype(np.uint32)
+            keep = ~(chosen() << shift)
+            write(old() & keep | (bits & chosen()) << shift, mask)
+
+        return act
+
+    def _to_predicates(self, modifiers: Sequence[str], operands: Sequence[str]) -> Act:
+        """R2P: the other way round."""
+        name, _, byte = operands[1].partition(".B")
+        source, chosen = self._lanes.reader(name, "u"), self._lanes.reader(operands[2], "n")
+        shift = np.uint32(8 * int(byte or 0))
+
+        def act(mask: Array) -> None:
+            bits = source() >> shift
+            for n in range(7):
+                if chosen() >> n & 1:
+                    np.copyto(self._lanes.predicates[n], bits >> np.uint32(n) & np.uint32(1) != 0, where=mask)
+
+        return act
+
+    def _barrier_result(self, modifiers: Sequence[str], operands: Sequence[str]) -> Act:
+        """B2R: what the last barrier has counted."""
+        number = self._lanes.writer(operands[0], "u")
+        flag = self._lanes.writer(operands[1] if len(operands) > 1 else "PT", "p")
+
+        def act(mask: Array) -> None:
+            number(self._flow.result, mask)
+            flag(self._flow.result != 0, mask)
+
+        return act
+
+    def _from_members(self, modifiers: Sequence[str], operands: Sequence[str]) -> Act:
+        """BMOV: the lanes that a barrier of warps is to join, to and from a register."""
+        if operands[0].startswith("B"):
+            members, read = self._flow.members(operands[0]), self._lanes.reader(operands[1], "k")
+            return lambda mask: np.copyto(members, read(), where=mask)
+        members, write = self._flow.members(operands[1]), self._lanes.writer(operands[0], "u")
+        return lambda mask: write(members.astype(np.uint32), mask)
+
+
+_EXCHANGE = {
+    "S2R": Exchange._read_special,
+    "S2UR": Exchange._read_special,
+    "SHFL": Exchange._shuffle,
+    "VOTE": Exchange._vote,
+    "VOTEU": Exchange._vote,
+    "R2UR": Exchange._first_active,
+    "P2R": Exchange._from_predicates,
+    "R2P": Exchange._to_predicates,
+    "B2R": Exchange._barrier_result,
+    "BMOV": Exchange._from_members,
+}

@@ -1,0 +1,68 @@
+"""The cases of the table of instructions, and the table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from instructions.cases import STEPS, VARIANTS, Case
+from instructions.cost import SHOWN, Cost
+
+DTYPES = ("float32", "float16", "bfloat16")
+ROWS = {"56 x 56": 3136, "14 x 14": 196, "7 x 7": 49}
+CHANNELS_LAST = (256, 35)
+HEADER = """# Instructions
+
+What the kernels issue for each 16 bytes of one array: warp instructions times 32, idle lanes and both sides of a diverged
+warp included. Counted without a GPU, by executing the machine code of `sm_{architecture}` on NumPy; what was written was
+compared with float64. Written by `benchmarks/instructions`, whose README says how and what it cannot see.
+
+`plain` is without activation, `relu` with it (the way back works the sign out anew), `mask` with a residual and ReLU. By
+pipeline: `fma` (IMAD too, also where it moves), `alu`, `fp64` (conversions from and to 64 bits too), `xu`, `lsu`; what is
+left goes to the uniform datapath and to control. `once` is what each warp issues whatever it has to do; `packs` is how many
+16 bytes a thread had in the larger one of two counts.
+"""
+COLUMNS = ("kernel", "dtype", "variant", "issue", *SHOWN, "once", "registers", "threads", "packs")
+
+
+def cases() -> list[Case]:
+    """All that the table has, a shape after the other."""
+    shapes = [(row, None) for row in ROWS.values()] + [(1, channels) for channels in CHANNELS_LAST]
+    return [
+        case(step, dtype, row, channels, variant)
+        for row, channels in shapes
+        for step in STEPS
+        for dtype in DTYPES
+        for variant in VARIANTS
+        if step != "bn_stats" or variant == "plain"
+    ]
+
+
+def case(step: str, dtype: str, row: int, channels: int | None = None, variant: str = "plain") -> Case:
+    """A case; channels first, of so many channels that sums are split as those of large arrays are."""
+    if channels is None:
+        channels = 256 if step in ("bn_stats", "bn_backward_reduce") else 16
+    return Case(step, dtype, row, channels, variant)
+
+
+def tables(costs: Iterable[Cost]) -> str:
+    """A table for each shape."""
+    by_shape: dict[str, list[Cost]] = {}
+    for cost in costs:
+        planes = {row: f"Channels first, rows of {name}" for name, row in ROWS.items()}
+        title = planes.get(cost.case.row, f"Channels last, C = {cost.case.channels}")
+        by_shape.setdefault(title, []).append(cost)
+    return "".join(f"\n## {title}\n\n{_table(some)}" for title, some in by_shape.items())
+
+
+def _table(costs: list[Cost]) -> str:
+    rows = [
+        [
+            *(cost.case.step, cost.case.dtype, cost.case.variant, f"{cost.issue:.0f}"),
+            *(f"{abs(cost.pipes.get(pipe, 0)):.1f}" for pipe in SHOWN),
+            *(f"{cost.once:.0f}", str(cost.registers), str(cost.threads), f"{cost.packs:.1f}"),
+        ]
+        for cost in costs
+    ]
+    lines = ["| " + " | ".join(cells) + " |\n" for cells in (COLUMNS, *rows)]
+    lines.insert(1, "|" + "---|" * 3 + "---:|" * (len(COLUMNS) - 3) + "\n")
+    return "".join(lines)
