@@ -66,12 +66,12 @@ DEVICE void wait_but() {
 // Waits for the first `groups` of GROUPS.
 DEVICE void wait_for(int groups) {
     static_assert(GROUPS == 4, "a case for each");
-    if (groups == 1)
-        wait_but<3>();
-    else if (groups == 2)
-        wait_but<2>();
-    else if (groups == 3)
-        wait_but<1>();
-    else
+    if (groups >= 4)
         wait_but<0>();
+    else if (groups >= 3)
+        wait_but<1>();
+    else if (groups >= 2)
+        wait_but<2>();
+    else
+        wait_but<3>();
 }

@@ -64,17 +64,12 @@ template <class Source>
 DEVICE void sum_all(const Source& dy, const Source& x, const Packs& packs, Gate gate, const mask_t* mask,
                     const Channel& channel, double (&sums)[2]) {
     const OneChannel own(channel);
-    const bool wide = sizeof(acc_t) < 8 && channel.wide;
     bool all_held = false;
-    if (!wide)
+    if (sizeof(acc_t) == 8 || !channel.wide)
         with_gate(gate, [&](auto known) {
             all_held = sum_packs<acc_t, false, SUMMED>(dy, x, packs, {known, mask}, own, sums);
         });
-    if (sizeof(acc_t) == 8 || all_held) return;
-    if (wide)
-        sum_packs<double, true, 1>(dy, x, packs, {gate, mask}, own, sums);
-    else
-        sum_packs<double, false, 1>(dy, x, packs, {gate, mask}, own, sums);
+    if (sizeof(acc_t) < 8 && !all_held) sum_packs<double, true, 1>(dy, x, packs, {gate, mask}, own, sums);
 }
 
 // The gradients of a thread's packs.

@@ -112,7 +112,7 @@ struct OneChannel {
     const Channel* channel;
 
     DEVICE explicit OneChannel(const Channel& channel) : own(channel), channel(&channel) {}
-    DEVICE bool is_wide(int) const { return true; }
+    DEVICE bool is_wide(int) const { return channel->wide; }
     DEVICE const Factors<acc_t>& usual(int) const { return own; }
     DEVICE Factors<double> wide(int) const { return Factors<double>(*channel); }
 };
