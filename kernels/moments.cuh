@@ -86,6 +86,7 @@ struct Total {
     double pivot;
     Moments own;
 
+    DEVICE Total() {}
     DEVICE explicit Total(double pivot) : pivot(pivot), own{0, 0, 0} {}
     template <class A>
     DEVICE void add(double count, const Chunk<A>& chunk) {
@@ -100,6 +101,7 @@ template <>
 struct Total<float> {
     double pivot, sum, squares;
 
+    DEVICE Total() {}
     DEVICE explicit Total(double pivot) : pivot(pivot), sum(0), squares(0) {}
     template <class A>
     DEVICE void add(double count, const Chunk<A>& chunk) {
