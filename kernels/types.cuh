@@ -25,8 +25,8 @@ struct Accumulation<double> {
     typedef double type;
 };
 
-// The compiler may take as many registers as it likes for so many threads.
-#define LAUNCH_BOUNDS __launch_bounds__(THREADS, 1)
+// How many registers a thread may have, so that several blocks are on a multiprocessor at a time.
+#define REGISTERS(most) __launch_bounds__(THREADS, 65536 / (most) / THREADS)
 
 typedef DATA_T data_t;                        // of the arrays
 typedef Accumulation<data_t>::type acc_t;     // of the arithmetic
@@ -46,6 +46,7 @@ constexpr unsigned ALL_LANES = 0xffffffffu;
 // A value that the compiler knows, given as an argument.
 template <class T, T VALUE>
 struct Known {
+    static constexpr T value = VALUE;
     DEVICE constexpr operator T() const { return VALUE; }
 };
 typedef Known<bool, true> Yes;

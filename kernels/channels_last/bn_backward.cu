@@ -6,7 +6,7 @@
 // Mirror: numpy_ops.bn_backward
 #include "gradient_sums.cuh"
 
-extern "C" __global__ void CLUSTER LAUNCH_BOUNDS bn_backward(
+extern "C" __global__ void CLUSTER REGISTERS(128) bn_backward(
     const data_t* dy,                        // [M, C]
     const data_t* x,                         // [M, C]
     const double* statistics_mean,           // [C]
@@ -36,11 +36,8 @@ extern "C" __global__ void CLUSTER LAUNCH_BOUNDS bn_backward(
     const int group = stage<ROWS>({kept_dy, kept_x}, {dy, x}, packs);
     const OnChip own_dy = {kept_dy, group}, own_x = {kept_x, group};
     __shared__ Lanes lanes;
-    Channel channel;
-    if (own.looks_after()) {
-        channel = make_channel(statistics_mean[c], statistics_var[c], eps, Affine(weight, bias, c));
-        lanes.set(threadIdx.x, channel);
-    }
+    if (own.looks_after())
+        lanes.set(threadIdx.x, make_channel(statistics_mean[c], statistics_var[c], eps, Affine(weight, bias, c)));
     double sums[2];
     {
         const OwnChannels before(own, lanes);
@@ -49,6 +46,7 @@ extern "C" __global__ void CLUSTER LAUNCH_BOUNDS bn_backward(
         sum_tile(own, of_thread, sums);
     }
     if (own.looks_after()) {
+        Channel channel = lanes.channels[threadIdx.x];
         sums[1] = unscaled(sums[1]) - channel.rest * channel.rstd * sums[0];
         set_gradient(channel, sums[0], sums[1], inv_count);
         lanes.set(threadIdx.x, channel);

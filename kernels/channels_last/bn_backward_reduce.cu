@@ -4,7 +4,7 @@
 // Mirror: numpy_ops.bn_backward_reduce
 #include "gradient_sums.cuh"
 
-extern "C" __global__ void LAUNCH_BOUNDS bn_backward_reduce(
+extern "C" __global__ void REGISTERS(128) bn_backward_reduce(
     const data_t* dy,                        // [M, C]
     const data_t* x,                         // [M, C]
     const double* statistics_mean,           // [C]

@@ -8,7 +8,7 @@
 #include "../running.cuh"
 #include "statistics.cuh"
 
-extern "C" __global__ void CLUSTER LAUNCH_BOUNDS bn_forward(
+extern "C" __global__ void CLUSTER REGISTERS(128) bn_forward(
     const data_t* x,                         // [M, C]
     double eps,
     Vector weight,                           // [C] or null

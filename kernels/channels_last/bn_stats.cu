@@ -4,7 +4,7 @@
 // Mirror: numpy_ops.bn_stats
 #include "statistics.cuh"
 
-extern "C" __global__ void LAUNCH_BOUNDS bn_stats(
+extern "C" __global__ void REGISTERS(128) bn_stats(
     const data_t* x,                         // [M, C]
     const long long* num_batches_tracked,    // [] or null
     // outputs

@@ -87,7 +87,8 @@ DEVICE void sum_all(const Source& dy, const Source& x, const Packs& packs, Gate 
         missed = sum_packs<true, 1>(dy, x, packs, {gate, mask}, channels, sums);
     else
         with_gate(gate, [&](auto known) {
-            missed = sum_packs<false, ROWS>(dy, x, packs, {known, mask}, channels, sums);
+            constexpr bool MANY_FACTORS = decltype(known)::value == INPUT && WIDTH == 8;
+            missed = sum_packs<false, MANY_FACTORS ? ROWS / 2 : ROWS>(dy, x, packs, {known, mask}, channels, sums);
         });
     if (sizeof(acc_t) == 8) return;
 #pragma unroll
