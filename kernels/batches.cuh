@@ -22,12 +22,14 @@ DEVICE void in_batches(int count, Body body) {
 
 // Where the packs of a thread are read: pack i of them, whose first element is `at` in the array.
 struct InMemory {
+    static constexpr bool FAR = true;
     const data_t* array;
     DEVICE raw_t get(index_t at, int) const { return load(array + at); }
     DEVICE void put(const raw_t&, int) const {}  // memory stays as it is
 };
 // On chip they come in GROUPS of so many.
 struct OnChip {
+    static constexpr bool FAR = false;
     raw_t* own;
     int group;
     DEVICE raw_t get(index_t, int i) const { return own[i * TEAM]; }

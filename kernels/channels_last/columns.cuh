@@ -15,20 +15,24 @@
 
 constexpr int MOST_LANES = 128 / sizeof(data_t);  // of a tile: 128 bytes of a row, the most that memory hands out at a time
 constexpr int WARPS = THREADS / WARP;
+static_assert((THREADS & (THREADS - 1)) == 0, "rows of threads are a power of two as well");
 
 struct Tile {
     index_t C, first;      // channels, and the first one of the tile
     int columns, lanes;    // as long as a row of threads, and how many channels there are
-    int lane, row, step;   // this thread's first lane, its row of threads, and how many of these there are
+    int lane, row;         // this thread's first lane, and its row of threads
+    int step, log_step;    // how many rows of threads there are: a power of two
     index_t begin, end;    // the block's rows
 
     // Of those that share a tile's rows this block is number `share`.
     DEVICE Tile(index_t M, index_t C, int columns, index_t rows_per_share, index_t share) : C(C), columns(columns) {
         first = (index_t)(blockIdx.x / CLUSTER_BLOCKS) * columns * WIDTH;
         lanes = (int)min((index_t)columns * WIDTH, C - first);
-        lane = threadIdx.x % (unsigned)columns * WIDTH;
-        row = threadIdx.x / (unsigned)columns;
-        step = THREADS / columns;
+        const int log_columns = __ffs(columns) - 1;
+        lane = (threadIdx.x & (columns - 1)) * WIDTH;
+        row = threadIdx.x >> log_columns;
+        step = THREADS >> log_columns;
+        log_step = __ffs(THREADS) - 1 - log_columns;
         begin = min(share * rows_per_share, M);
         end = min(begin + rows_per_share, M);
     }
@@ -48,7 +52,7 @@ class Packs {
 
     DEVICE explicit Packs(const Tile& tile) {
         const index_t rows = tile.end - tile.begin - tile.row + tile.step - 1;  // for all threads of the column
-        count = tile.lane < tile.lanes && rows > 0 ? (int)(rows / tile.step) : 0;
+        count = tile.lane < tile.lanes && rows > 0 ? (int)(rows >> tile.log_step) : 0;
         at = (tile.begin + tile.row) * tile.C + tile.first + tile.lane;
         stride = tile.step * tile.C;
     }

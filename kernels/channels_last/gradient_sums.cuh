@@ -87,8 +87,10 @@ DEVICE void sum_all(const Source& dy, const Source& x, const Packs& packs, Gate 
         missed = sum_packs<true, 1>(dy, x, packs, {gate, mask}, channels, sums);
     else
         with_gate(gate, [&](auto known) {
-            constexpr bool MANY_FACTORS = decltype(known)::value == INPUT && WIDTH == 8;
-            missed = sum_packs<false, MANY_FACTORS ? ROWS / 2 : ROWS>(dy, x, packs, {known, mask}, channels, sums);
+            // Memory is far; but for gates registers are wanted as well.
+            constexpr bool OPENED = decltype(known)::value == OPEN;
+            constexpr int FEW = (Source::FAR ? 4 : 2) / (OPENED ? 1 : 2);
+            missed = sum_packs<false, WIDTH == 8 ? FEW : ROWS>(dy, x, packs, {known, mask}, channels, sums);
         });
     if (sizeof(acc_t) == 8) return;
 #pragma unroll

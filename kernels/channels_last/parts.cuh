@@ -11,9 +11,11 @@ struct Standing {
     bool idle;
     long long c;
 
-    DEVICE explicit Standing(const Tile& tile) : lanes(tile.columns * WIDTH), rows(min(THREADS / lanes, MOST_ROWS)) {
-        q = threadIdx.x % (unsigned)lanes;
-        row = threadIdx.x / (unsigned)lanes;
+    DEVICE explicit Standing(const Tile& tile) : lanes(tile.columns * WIDTH) {
+        const int log_lanes = __ffs(lanes) - 1;
+        q = threadIdx.x & (lanes - 1);
+        row = threadIdx.x >> log_lanes;
+        rows = min(THREADS >> log_lanes, MOST_ROWS);
         idle = q >= tile.lanes || row >= rows;
         c = tile.first + min(q, tile.lanes - 1);
     }
