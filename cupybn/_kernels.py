@@ -73,7 +73,7 @@ def signature(name: str) -> tuple[Parameter, ...]:
     stem = name.rpartition("/")[2]
     text = (KERNELS / f"{name}.cu").read_text()
     head = re.search(
-        rf'extern "C" __global__ void (?:\w+ |__launch_bounds__\([^)]*\) )*{stem}\((.*?)\) \{{', text, re.DOTALL
+        rf'extern "C" __global__ void (?:\w+(?:\([^)]*\))? )*{stem}\((.*?)\) \{{', text, re.DOTALL
     )
     assert head is not None, f"{name}.cu has no kernel of its name"
     section, parameters = "inputs", []
@@ -139,7 +139,7 @@ class Kernel:
             "data_t*": macros.get("DATA_T"),
             "double*": np.dtype(np.float64),
             "long long*": np.dtype(np.int64),
-            "mask_t*": np.dtype(np.uint8 if macros.get("VECTORIZED") else np.bool_),
+            "mask_t*": np.dtype(np.uint8 if macros.get("WIDTH", 1) > 1 else np.bool_),
         }
         self._names = [p.name for p in signature(name)]
         numbered = list(enumerate(signature(name)))

@@ -22,11 +22,10 @@ DEVICE bool extreme(double factor) {
 struct Affine {
     double weight, bias;
     bool has_bias;
-
-    DEVICE Affine() {}
-    DEVICE Affine(const Vector& weights, const Vector& biases, long long c)
-        : weight(weights ? weights.get(c) : 1), bias(biases ? biases.get(c) : 0), has_bias(biases) {}
 };
+DEVICE Affine read_affine(const Vector& weight, const Vector& bias, long long c) {
+    return {weight ? weight.get(c) : 1, bias ? bias.get(c) : 0, (bool)bias};
+}
 
 DEVICE Channel make_channel(double mean, double var, double eps, const Affine& given) {
     Channel channel;

@@ -37,7 +37,7 @@ extern "C" __global__ void CLUSTER REGISTERS(128) bn_backward(
     const OnChip own_dy = {kept_dy, group}, own_x = {kept_x, group};
     __shared__ Lanes lanes;
     if (own.looks_after())
-        lanes.set(threadIdx.x, make_channel(statistics_mean[c], statistics_var[c], eps, Affine(weight, bias, c)));
+        lanes.set(threadIdx.x, make_channel(statistics_mean[c], statistics_var[c], eps, read_affine(weight, bias, c)));
     double sums[2];
     {
         const OwnChannels before(own, lanes);

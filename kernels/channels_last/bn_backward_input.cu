@@ -36,7 +36,7 @@ extern "C" __global__ void REGISTERS(128) bn_backward_input(
     __shared__ Lanes lanes;
     Channel channel;
     if (own.looks_after())
-        channel = make_channel(statistics_mean[c], statistics_var[c], eps, Affine(weight, bias, c));
+        channel = make_channel(statistics_mean[c], statistics_var[c], eps, read_affine(weight, bias, c));
     double sums[2] = {0, 0};
     if (sums_dy) add_parts(own, sums_dy, sums_dy_xhat, parts, C, sums);
     if (own.looks_after()) {

@@ -26,7 +26,7 @@ extern "C" __global__ void REGISTERS(128) bn_backward_reduce(
     const long long c = own.channel();
     __shared__ Lanes lanes;
     if (own.looks_after())
-        lanes.set(threadIdx.x, make_channel(statistics_mean[c], statistics_var[c], eps, Affine(weight, bias, c)));
+        lanes.set(threadIdx.x, make_channel(statistics_mean[c], statistics_var[c], eps, read_affine(weight, bias, c)));
     const OwnChannels channels(own, lanes);
 
     ColumnSums of_thread;

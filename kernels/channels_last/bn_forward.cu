@@ -36,7 +36,7 @@ extern "C" __global__ void CLUSTER REGISTERS(128) bn_forward(
     raw_t* const kept = staging() + threadIdx.x;
     const OnChip source = {kept, stage<CHUNK>({kept}, {x}, packs)};
     Affine given;
-    if (own.looks_after()) given = Affine(weight, bias, c);
+    if (own.looks_after()) given = read_affine(weight, bias, c);
 
     const Moments batch = moments_of(own, source, packs, x, M);
     const double var = batch.m2 / batch.count;

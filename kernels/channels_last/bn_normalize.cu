@@ -39,7 +39,7 @@ extern "C" __global__ void REGISTERS(128) bn_normalize(
     const bool writes = own.looks_after() && own.begin == 0;
     __shared__ Lanes lanes;
     Affine given;
-    if (own.looks_after()) given = Affine(weight, bias, c);
+    if (own.looks_after()) given = read_affine(weight, bias, c);
     Moments batch = {0, 0, 0};
     if (moments_count) batch = merge_parts(own, moments_count, moments_mean, moments_m2, parts, C);
     if (own.looks_after()) {
