@@ -38,6 +38,7 @@ struct Tile {
     }
     DEVICE bool looks_after() const { return (int)threadIdx.x < lanes; }
     DEVICE index_t channel() const { return first + min((int)threadIdx.x, lanes - 1); }
+    DEVICE int known_lane() const { return min(lane, lanes - WIDTH); }  // another one's, if the thread has nothing to do
 };
 
 // The share of a block in launches that read what another one has just read: the last of it is still in L2.
@@ -94,17 +95,17 @@ struct OwnChannels {
     const Channel* channels;  // in shared memory
     bool any_wide;            // of the tile
 
-    DEVICE OwnChannels(const Tile& tile, const Lanes& lanes) : channels(lanes.channels + tile.lane) {
-        const int q = threadIdx.x;
+    DEVICE OwnChannels(const Tile& tile, const Lanes& lanes) : channels(lanes.channels + tile.known_lane()) {
+        const int q = threadIdx.x, lane = tile.known_lane();
         any_wide = __syncthreads_or(tile.looks_after() && lanes.channels[q].wide);
 #pragma unroll
         for (int e = 0; e < WIDTH; e++) {
-            own[e].center = lanes.center[tile.lane + e];
-            own[e].rstd = lanes.rstd[tile.lane + e];
-            own[e].scale = lanes.scale[tile.lane + e];
-            own[e].shift = lanes.shift[tile.lane + e];
-            own[e].slope = lanes.slope[tile.lane + e];
-            own[e].offset = lanes.offset[tile.lane + e];
+            own[e].center = lanes.center[lane + e];
+            own[e].rstd = lanes.rstd[lane + e];
+            own[e].scale = lanes.scale[lane + e];
+            own[e].shift = lanes.shift[lane + e];
+            own[e].slope = lanes.slope[lane + e];
+            own[e].offset = lanes.offset[lane + e];
         }
     }
     DEVICE bool is_wide(int e) const { return channels[e].wide; }

@@ -131,7 +131,7 @@ DEVICE Moments gather(const Tile& tile, const Total<double> (&totals)[WIDTH], co
 #pragma unroll
     for (int e = 0; e < WIDTH; e++) {
         const Moments& own = totals[e].own;
-        values[e] = own.count > 0 ? own.count * (own.mean - pivots[tile.lane + e]) : 0;
+        values[e] = own.count > 0 ? own.count * (own.mean - pivots[tile.known_lane() + e]) : 0;
     }
     sum_tile<1>(tile, values, sums);
     const double mean = pivots[tile.looks_after() ? threadIdx.x : 0] + sums[0] / count;
@@ -140,7 +140,7 @@ DEVICE Moments gather(const Tile& tile, const Total<double> (&totals)[WIDTH], co
 #pragma unroll
     for (int e = 0; e < WIDTH; e++) {
         const Moments& own = totals[e].own;
-        const double delta = own.mean - means[tile.lane + e];
+        const double delta = own.mean - means[tile.known_lane() + e];
         values[e] = own.count > 0 ? own.m2 + own.count * delta * delta : 0;
     }
     sum_tile<1>(tile, values, sums);
@@ -157,9 +157,9 @@ DEVICE Moments moments_of(const Tile& tile, const Source& x, const Packs& packs,
     Total<acc_t> totals[WIDTH];
 #pragma unroll
     for (int e = 0; e < WIDTH; e++) totals[e] = Total<acc_t>(0);
-    const unsigned missed = add_all(x, packs, pivots + tile.lane, totals);
+    const unsigned missed = add_all(x, packs, pivots + tile.known_lane(), totals);
 #pragma unroll
     for (int e = 0; e < WIDTH; e++)  // each channel by itself: no other one is touched
-        if (missed >> e & 1) add_exactly(x, packs, e, pivots[tile.lane + e], totals[e]);
+        if (missed >> e & 1) add_exactly(x, packs, e, pivots[tile.known_lane() + e], totals[e]);
     return gather(tile, totals, pivots, count);
 }
