@@ -48,9 +48,9 @@ DEVICE void input_gradients_all(const Source& dy, const Source& x, const Packs& 
         input_gradients<true, 1>(dy, x, packs, {gate, mask}, constant, channels, dx, dresidual);
     else
         with_gate(gate, [&](auto known) {
-            constexpr bool MANY_FACTORS = decltype(known)::value == INPUT && WIDTH == 8;
+            constexpr bool FEWER = decltype(known)::value == INPUT && WIDTH == 8;  // as factors take many registers
             with_flag(constant, [&](auto unchanging) {
-                input_gradients<false, MANY_FACTORS ? LOADS / 2 : LOADS>(dy, x, packs, {known, mask}, unchanging, channels, dx, dresidual);
+                input_gradients<false, FEWER ? 3 : LOADS>(dy, x, packs, {known, mask}, unchanging, channels, dx, dresidual);
             });
         });
 }
