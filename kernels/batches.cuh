@@ -43,12 +43,18 @@ DEVICE void as_they_come(const InMemory&, int count, Body body) {
 }
 template <int AT_ONCE, class Body>
 DEVICE void as_they_come(const OnChip& source, int count, Body body) {
-    int i = 0;
+    int i = 0, groups = 0, there = 0;  // packs of these groups
 #pragma unroll 1
-    for (int g = 1; g <= GROUPS; g++) {
-        wait_for(g);
-        in_batches<AT_ONCE>(i, min(g * source.group, count), body);
+    for (; i + AT_ONCE <= count; i += AT_ONCE) {
+        if (i == there) {
+            wait_for(++groups);
+            there += source.group;
+        }
+        body(Yes(), i, AT_ONCE);
     }
+    if (AT_ONCE == 1 || i == count) return;
+    wait_but<0>();
+    body(No(), i, count - i);
 }
 
 // Starts the copies of a thread's packs of K arrays, in GROUPS that are batches of AT_ONCE; returns the packs of a group.

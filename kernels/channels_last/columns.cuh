@@ -38,7 +38,8 @@ struct Tile {
     }
     DEVICE bool looks_after() const { return (int)threadIdx.x < lanes; }
     DEVICE index_t channel() const { return first + min((int)threadIdx.x, lanes - 1); }
-    DEVICE int known_lane() const { return min(lane, lanes - WIDTH); }  // another one's, if the thread has nothing to do
+    // The thread's first lane or, if it has no column, that of another one.
+    DEVICE int known_lane() const { return min(lane / WIDTH, lanes / WIDTH - 1) * WIDTH; }
 };
 
 // The share of a block in launches that read what another one has just read: the last of it is still in L2.

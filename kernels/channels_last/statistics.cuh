@@ -158,8 +158,9 @@ DEVICE Moments moments_of(const Tile& tile, const Source& x, const Packs& packs,
 #pragma unroll
     for (int e = 0; e < WIDTH; e++) totals[e] = Total<acc_t>(0);
     const unsigned missed = add_all(x, packs, pivots + tile.known_lane(), totals);
+    if (missed)
 #pragma unroll
-    for (int e = 0; e < WIDTH; e++)  // each channel by itself: no other one is touched
-        if (missed >> e & 1) add_exactly(x, packs, e, pivots[tile.known_lane() + e], totals[e]);
+        for (int e = 0; e < WIDTH; e++)  // each channel by itself: no other one is touched
+            if (missed >> e & 1) add_exactly(x, packs, e, pivots[tile.known_lane() + e], totals[e]);
     return gather(tile, totals, pivots, count);
 }
