@@ -53,19 +53,19 @@ DEVICE Chunk<A> chunk_of(Full full, int count, Get get) {
     constexpr int SUMS = N < 4 ? N : 4;
     Chunk<A> chunk;
     chunk.base = ADDED_AS_THEY_ARE && sizeof(A) < 8 ? 0 : (A)get(0);
-    A d[N], sums[SUMS] = {};
+    A d[N], sums[SUMS];
 #pragma unroll
     for (int i = 0; i < N; i++) {
         d[i] = (A)get(i) - chunk.base;
-        if (full || i < count) sums[i % SUMS] += d[i];
+        if (i < SUMS) sums[i] = full || i < count ? d[i] : 0;
+        else if (full || i < count) sums[i % SUMS] += d[i];
     }
     chunk.offset = full ? sum_pairs(sums) * ((A)1 / N) : sum_pairs(sums) / (A)count;
 #pragma unroll
-    for (int s = 0; s < SUMS; s++) sums[s] = 0;
-#pragma unroll
     for (int i = 0; i < N; i++) {
         const A deviation = d[i] - chunk.offset;
-        if (full || i < count) sums[i % SUMS] += deviation * deviation;
+        if (i < SUMS) sums[i] = full || i < count ? deviation * deviation : 0;
+        else if (full || i < count) sums[i % SUMS] += deviation * deviation;
     }
     chunk.m2 = sum_pairs(sums);
     // float16 is never too large nor too small. Else 0 is right where all values are the same, and only there.
@@ -86,6 +86,7 @@ struct Total {
     double pivot;
     Moments own;
 
+    DEVICE Total() {}
     DEVICE explicit Total(double pivot) : pivot(pivot), own{0, 0, 0} {}
     template <class A>
     DEVICE void add(double count, const Chunk<A>& chunk) {
@@ -100,6 +101,7 @@ template <>
 struct Total<float> {
     double pivot, sum, squares;
 
+    DEVICE Total() {}
     DEVICE explicit Total(double pivot) : pivot(pivot), sum(0), squares(0) {}
     template <class A>
     DEVICE void add(double count, const Chunk<A>& chunk) {

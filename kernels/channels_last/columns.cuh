@@ -1,118 +1,186 @@
-// Channels last, [M, C]: which elements a thread visits, and sums over the rows of a block.
+// Channels last, [M, C]: which packs a thread takes, and sums down the columns of a tile.
 //
-// With g = gcd(C, WIDTH) the channels of the packs repeat every C / g packs, which is every WIDTH / g rows: a super-row.
-// A thread that goes down a column of packs, super-row by super-row, keeps its WIDTH channels for life.
+// A row is C / WIDTH whole packs, which stand in as many columns. A block takes a tile of `tile` columns, a power of two up
+// to a warp, and a range of rows; the blocks of a cluster take one tile together. The threads of a block stand in rows as
+// long as the tile. Each goes down one column, row of threads by row of threads, and keeps its WIDTH channels for life.
 //
-//     memory, C = 3, WIDTH = 4     | 0 1 2 0 | 1 2 0 1 | 2 0 1 2 |     a super-row: 3 packs, 4 rows
-//                                  | 0 1 2 0 | 1 2 0 1 | 2 0 1 2 |
-//     lane q                         0 1 2 3   4 5 6 7   8 9 ...       its channel is q % C, its replica q / C
+//     8 threads, tile = 4, 6 columns | 0 1 2 3 | 0 1 |     the last tile: threads 2, 3, 6, 7 have nothing to do
+//                                    | 4 5 6 7 | 4 5 |
+//                                    | 0 1 2 3 | 0 1 |
 //
-// Block (t, s) takes `tile` columns of packs and super_rows_per_block super-rows; its threads stand in rows of `tile`.
-// Rows that fill no super-row, fewer than WIDTH, are left to the last blocks (t, s), element by element.
+// Lane q of a tile is its q-th channel; thread q looks after it wherever something is done once for a channel.
 #pragma once
+#include "../batches.cuh"
 #include "../elementwise.cuh"
-#include "../moments.cuh"
 
-constexpr int MOST_LANES = 32;  // of a tile
-constexpr int MERGING_ROWS = THREADS / MOST_LANES;  // of threads: parts merge in the same order, however wide a tile is
+constexpr int MOST_LANES = 128 / sizeof(data_t);  // of a tile: 128 bytes of a row, the most that memory hands out at a time
+constexpr int WARPS = THREADS / WARP;
+static_assert((THREADS & (THREADS - 1)) == 0, "rows of threads are a power of two as well");
 
-// Where the mask of a pack is, out of the byte of each pack. There is a mask only if rows end with a pack.
-template <class T>
-DEVICE T* mask_of(T* mask, index_t at) {
-    return mask ? mask + at / WIDTH : mask;
-}
+struct Tile {
+    index_t C, first;      // channels, and the first one of the tile
+    int columns, lanes;    // as long as a row of threads, and how many channels there are
+    int lane, row;         // this thread's first lane, and its row of threads
+    int step, log_step;    // how many rows of threads there are: a power of two
+    index_t begin, end;    // the block's rows
 
-struct Columns {
-    index_t C, columns;            // columns of packs
-    long long share;               // of the super-rows
-    int tile, tx, ty, step;        // the threads' rows, this thread's place, and how many rows of threads there are
-    index_t q0;                    // the first lane of the tile
-    int lanes;                     // of the tile
-    index_t begin, end;            // the block's super-rows
-    index_t tail_begin, tail_end;  // the block's rows that fill no super-row
-    bool on;                       // this thread has a column
-
-    // `backwards` for a launch that reads what another one has just read: the last of it is still in L2.
-    DEVICE Columns(bool backwards, index_t M, index_t C, index_t columns, index_t super_rows,
-                   index_t super_rows_per_block, int tile)
-        : C(C), columns(columns), share(backwards ? gridDim.y - 1 - blockIdx.y : blockIdx.y), tile(tile), tx(threadIdx.x % tile), ty(threadIdx.x / tile), step(THREADS / tile) {
-        const index_t column = (index_t)blockIdx.x * tile;
-        q0 = column * WIDTH;
-        lanes = (int)min((index_t)tile, columns - column) * WIDTH;
-        begin = (index_t)share * super_rows_per_block;
-        end = min(begin + super_rows_per_block, super_rows);
-        tail_begin = begin < super_rows ? M : super_rows * replicas();
-        tail_end = M;
-        on = ty < step && column + tx < columns;
+    // Of those that share a tile's rows this block is number `share`.
+    DEVICE Tile(index_t M, index_t C, int columns, index_t rows_per_share, index_t share) : C(C), columns(columns) {
+        first = (index_t)(blockIdx.x / CLUSTER_BLOCKS) * columns * WIDTH;
+        lanes = (int)min((index_t)columns * WIDTH, C - first);
+        const int log_columns = __ffs(columns) - 1;
+        lane = (threadIdx.x & (columns - 1)) * WIDTH;
+        row = threadIdx.x >> log_columns;
+        step = THREADS >> log_columns;
+        log_step = __ffs(THREADS) - 1 - log_columns;
+        begin = min(share * rows_per_share, M);
+        end = min(begin + rows_per_share, M);
     }
-    DEVICE index_t replicas() const { return columns * WIDTH / C; }
-    DEVICE index_t channel(int q) const { return (q0 + q) % C; }
-    DEVICE bool owns(int q) const { return q < lanes && q0 + q < C; }  // the first replica of its channel
-    // Where this thread's pack is in a super-row.
-    DEVICE index_t at(index_t super_row) const { return super_row * columns * WIDTH + q0 + tx * WIDTH; }
-
-    // To sum, the WIDTH values of each thread, side by side in memory, are taken as rows of lanes. Where a tile has all
-    // columns, these are the channels, and the replicas are rows; else each replica makes a part of its own.
-    DEVICE bool whole() const { return columns <= tile; }
-    DEVICE int sum_lanes() const { return whole() ? (int)C : lanes; }
-    DEVICE int sum_rows() const { return whole() ? step * (int)replicas() : step; }
-    DEVICE int sum_pitch() const { return whole() ? (int)C : tile * WIDTH; }
-    DEVICE int parts() const { return whole() ? 1 : (int)replicas(); }
-    // Where they are among those of all blocks: part * C + channel = first_part() * C + q0 + q.
-    DEVICE long long first_part() const { return share * parts(); }
+    DEVICE bool looks_after() const { return (int)threadIdx.x < lanes; }
+    DEVICE index_t channel() const { return first + min((int)threadIdx.x, lanes - 1); }
+    // The thread's first lane or, if it has no column, that of another one.
+    DEVICE int known_lane() const { return min(lane / WIDTH, lanes / WIDTH - 1) * WIDTH; }
 };
 
-// The channels of the elements of this thread's packs, out of those of the tile's lanes.
+// The share of a block in launches that read what another one has just read: the last of it is still in L2.
+DEVICE index_t backwards() { return gridDim.y - 1 - blockIdx.y; }
+
+// The packs of a thread, one after the other.
+class Packs {
+    index_t at, stride;
+
+  public:
+    int count;
+
+    DEVICE explicit Packs(const Tile& tile) {
+        const index_t rows = tile.end - tile.begin - tile.row + tile.step - 1;  // for all threads of the column
+        count = tile.lane < tile.lanes && rows > 0 ? (int)(rows >> tile.log_step) : 0;
+        at = (tile.begin + tile.row) * tile.C + tile.first + tile.lane;
+        stride = tile.step * tile.C;
+    }
+    DEVICE index_t next() {
+        const index_t own = at;
+        at += stride;
+        return own;
+    }
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The channels of a tile
+
+// What the threads of a block have to know of the tile's channels, each lane's in the dtype of the arithmetic as well.
+struct Lanes {
+    Channel channels[MOST_LANES];
+    __align__(16) acc_t center[MOST_LANES];
+    __align__(16) acc_t rstd[MOST_LANES];
+    __align__(16) acc_t scale[MOST_LANES];
+    __align__(16) acc_t shift[MOST_LANES];
+    __align__(16) acc_t slope[MOST_LANES];
+    __align__(16) acc_t offset[MOST_LANES];
+
+    DEVICE void set(int q, const Channel& channel) {
+        channels[q] = channel;
+        const Factors<acc_t> f(channel);
+        center[q] = f.center;
+        rstd[q] = f.rstd;
+        scale[q] = f.scale;
+        shift[q] = f.shift;
+        slope[q] = f.slope;
+        offset[q] = f.offset;
+    }
+};
+
+// The channels of the elements of this thread's packs. All threads of a block make theirs at the same time, once lanes are set.
 struct OwnChannels {
     Factors<acc_t> own[WIDTH];
     const Channel* channels;  // in shared memory
-    unsigned any_wide;        // a bit for each element
+    bool any_wide;            // of the tile
 
-    // Of the first `count` elements.
-    DEVICE OwnChannels(const Channel* channels, int count) : channels(channels), any_wide(0) {
+    DEVICE OwnChannels(const Tile& tile, const Lanes& lanes) : channels(lanes.channels + tile.known_lane()) {
+        const int q = threadIdx.x, lane = tile.known_lane();
+        any_wide = __syncthreads_or(tile.looks_after() && lanes.channels[q].wide);
 #pragma unroll
-        for (int e = 0; e < WIDTH; e++)
-            if (e < count) {
-                own[e] = Factors<acc_t>(channels[e]);
-                any_wide |= (unsigned)channels[e].wide << e;
-            }
+        for (int e = 0; e < WIDTH; e++) {
+            own[e].center = lanes.center[lane + e];
+            own[e].rstd = lanes.rstd[lane + e];
+            own[e].scale = lanes.scale[lane + e];
+            own[e].shift = lanes.shift[lane + e];
+            own[e].slope = lanes.slope[lane + e];
+            own[e].offset = lanes.offset[lane + e];
+        }
     }
-    DEVICE bool is_wide(int e) const { return any_wide >> e & 1; }
+    DEVICE bool is_wide(int e) const { return channels[e].wide; }
     DEVICE const Factors<acc_t>& usual(int e) const { return own[e]; }
     DEVICE Factors<double> wide(int e) const { return Factors<double>(channels[e]); }
 };
 
-// To add or merge over rows, the threads of a block stand anew: thread row * lanes + q has lane q.
-struct Standing {
-    int lanes, q, row, rows;  // rows of threads, no more than there are things to add
+// ---------------------------------------------------------------------------------------------------------------------
+// Sums, in an order that never changes
 
-    DEVICE Standing(int lanes, int things)
-        : lanes(lanes), q(threadIdx.x % lanes), row(threadIdx.x / lanes), rows(min(THREADS / lanes, things)) {}
-};
-
-// The sum of what the rows hand in, for each lane, in an order that never changes. All threads of the block call it;
-// those of row 0 get it.
-DEVICE double sum_down(const Standing& at, double own) {
-    __shared__ double of_threads[THREADS];
-    of_threads[threadIdx.x] = own;
-    __syncthreads();
-    double sum = 0;
-    for (int row = 0; at.row == 0 && row < at.rows; row++) sum += of_threads[row * at.lanes + at.q];
-    __syncthreads();
-    return sum;
+// Adds up N values of each lane of a warp over the lanes that have the same column, which stand `columns` apart. In each step
+// two lanes share the work: one goes on with the first half of the sums, the other one with the rest. keep(i, sum) is
+// called by one lane for each i.
+template <class Keep>
+DEVICE void fold(const double (&values)[1], int first, int distance, int columns, Keep keep) {
+    double sum = values[0];
+    bool another = false;
+#pragma unroll 1
+    for (; distance >= columns; distance /= 2) {
+        sum += __shfl_xor_sync(ALL_LANES, sum, distance);
+        another = another || threadIdx.x & distance;
+    }
+    if (!another) keep(first, sum);
+}
+template <int N, class Keep>
+DEVICE void fold(const double (&values)[N], int first, int distance, int columns, Keep keep) {
+    if (distance < columns) {
+#pragma unroll
+        for (int i = 0; i < N; i++) keep(first + i, values[i]);
+        return;
+    }
+    const bool second = threadIdx.x & distance;
+    double halves[N / 2];
+#pragma unroll
+    for (int i = 0; i < N / 2; i++) {
+        const double own = second ? values[N / 2 + i] : values[i], given = second ? values[i] : values[N / 2 + i];
+        halves[i] = own + __shfl_xor_sync(ALL_LANES, given, distance);
+    }
+    fold(halves, second ? first + N / 2 : first, distance / 2, columns, keep);
 }
 
-// The same for moments; those of row 0 are not empty.
-DEVICE Moments merge_down(const Standing& at, const Moments& own) {
-    __shared__ double means[MOST_LANES];
-    if (at.row == 0) means[at.q] = own.mean;
+// The sums of K values of each lane over the threads that have it, in all blocks of the cluster; value k of a thread's
+// element e is values[k * WIDTH + e]. All threads call it, thread q gets the sums of lane q, in all blocks. The block has
+// arrived, and has arrived again when it returns: once all have, this block's memory is read no more.
+template <int K>
+DEVICE void sum_tile(const Tile& tile, const double (&values)[K * WIDTH], double (&sums)[K]) {
+    __shared__ double of_warps[WARPS][K][MOST_LANES];
+    const int warp = threadIdx.x / WARP, q = threadIdx.x;
+    fold(values, 0, WARP / 2, tile.columns,
+         [&](int i, double sum) { of_warps[warp][i / WIDTH][tile.lane + i % WIDTH] = sum; });
     __syncthreads();
-    const bool some = at.row < at.rows && own.count > 0;
-    const double pivot = means[at.q];
-    const double count = sum_down(at, some ? own.count : 0);
-    const double offset = sum_down(at, some ? own.count * (own.mean - pivot) : 0);
-    if (at.row == 0) means[at.q] = pivot + offset / count;
-    __syncthreads();
-    const double mean = means[at.q], delta = own.mean - mean;
-    return {count, mean, sum_down(at, some ? own.m2 + own.count * delta * delta : 0)};
+    if (q < tile.lanes)
+#pragma unroll
+        for (int k = 0; k < K; k++) {
+            double each[WARPS];
+#pragma unroll
+            for (int w = 0; w < WARPS; w++) each[w] = of_warps[w][k][q];
+            sums[k] = sum_pairs(each);
+        }
+    if (CLUSTER_BLOCKS == 1) return;
+    __shared__ double of_this_block[K][MOST_LANES];
+    cluster_wait();
+    if (q < tile.lanes)
+#pragma unroll
+        for (int k = 0; k < K; k++) of_this_block[k][q] = sums[k];
+    cluster_arrive();
+    cluster_wait();
+    if (q < tile.lanes)
+#pragma unroll
+        for (int k = 0; k < K; k++) {
+            double each[CLUSTER_BLOCKS];
+#pragma unroll
+            for (int rank = 0; rank < CLUSTER_BLOCKS; rank++) each[rank] = *of_block(&of_this_block[k][q], rank);
+            sums[k] = sum_pairs(each);
+        }
+    cluster_arrive();
 }

@@ -1,0 +1,98 @@
+// Batches: the packs of a thread, several at a time, out of memory or from the block's shared memory.
+//
+// Packs, the packs of a thread, have a count, and next(): the first element of the next one, by its place in the array.
+#pragma once
+#include "staging.cuh"
+#include "team.cuh"
+
+// Calls body(full, i, count) for batches of AT_ONCE of a thread's packs, from number i on and before number `end`; the last
+// batch may have fewer: full, which the compiler knows, tells.
+template <int AT_ONCE, class Body>
+DEVICE void in_batches(int& i, int end, Body body) {
+#pragma unroll 1
+    for (; i + AT_ONCE <= end; i += AT_ONCE) body(Yes(), i, AT_ONCE);
+    if (AT_ONCE > 1 && i < end) body(No(), i, end - i);
+    i = max(i, end);
+}
+template <int AT_ONCE, class Body>
+DEVICE void in_batches(int count, Body body) {
+    int i = 0;
+    in_batches<AT_ONCE>(i, count, body);
+}
+
+// Where the packs of a thread are read: pack i of them, whose first element is `at` in the array.
+struct InMemory {
+    static constexpr bool FAR = true;
+    const data_t* array;
+    DEVICE raw_t get(index_t at, int) const { return load(array + at); }
+    DEVICE void put(const raw_t&, int) const {}  // memory stays as it is
+};
+// On chip they come in GROUPS of so many.
+struct OnChip {
+    static constexpr bool FAR = false;
+    raw_t* own;
+    int group;
+    DEVICE raw_t get(index_t, int i) const { return own[i * TEAM]; }
+    DEVICE void put(const raw_t& raw, int i) const { own[i * TEAM] = raw; }
+};
+
+// Batches in the order in which packs come in: each group once it is there.
+template <int AT_ONCE, class Body>
+DEVICE void as_they_come(const InMemory&, int count, Body body) {
+    in_batches<AT_ONCE>(count, body);
+}
+template <int AT_ONCE, class Body>
+DEVICE void as_they_come(const OnChip& source, int count, Body body) {
+    int i = 0, groups = 0, there = 0;  // packs of these groups
+#pragma unroll 1
+    for (; i + AT_ONCE <= count; i += AT_ONCE) {
+        if (i == there) {
+            wait_for(++groups);
+            there += source.group;
+        }
+        body(Yes(), i, AT_ONCE);
+    }
+    if (AT_ONCE == 1 || i == count) return;
+    wait_but<0>();
+    body(No(), i, count - i);
+}
+
+// Starts the copies of a thread's packs of K arrays, in GROUPS that are batches of AT_ONCE; returns the packs of a group.
+template <int AT_ONCE, int K, class Packs>
+DEVICE int stage(raw_t* const (&kept)[K], const data_t* const (&arrays)[K], Packs packs) {
+    const int group = (packs.count + GROUPS * AT_ONCE - 1) / (GROUPS * AT_ONCE) * AT_ONCE;
+    if (PACK_BYTES < 4) {  // the thread itself has to carry them
+        constexpr int CARRIED = 8;
+        in_batches<CARRIED>(packs.count, [&](auto full, int i, int count) {
+            raw_t raw[K][CARRIED];
+#pragma unroll
+            for (int u = 0; u < CARRIED; u++)
+                if (full || u < count) {
+                    const index_t at = packs.next();
+#pragma unroll
+                    for (int k = 0; k < K; k++) raw[k][u] = load(arrays[k] + at);
+                }
+#pragma unroll
+            for (int u = 0; u < CARRIED; u++)
+                if (full || u < count)
+#pragma unroll
+                    for (int k = 0; k < K; k++) kept[k][(i + u) * TEAM] = raw[k][u];
+        });
+        return group;
+    }
+    unsigned addresses[K];
+#pragma unroll
+    for (int k = 0; k < K; k++) addresses[k] = address_of(kept[k]);
+    int i = 0;
+#pragma unroll 1
+    for (int g = 1; g <= GROUPS; g++) {
+#pragma unroll 1
+        for (; i < min(g * group, packs.count); i++) {
+            const index_t at = packs.next();
+#pragma unroll
+            for (int k = 0; k < K; k++) stage(kept[k], addresses[k], i * TEAM, arrays[k] + at);
+        }
+        end_group();
+    }
+    return group;
+}

@@ -1,0 +1,166 @@
+// Channels last: the sums behind mean and variance of the channels of a thread.
+//
+// They are taken in chunks of CHUNK rows: in float32 about an element of the chunk, and a second time about its mean. CHUNKS of
+// them merge in float32, and then go on in float64. An outlier that makes up most of a channel's variance does so in one chunk,
+// whose sums have few roundings.
+#pragma once
+#include "columns.cuh"
+#include "../moments.cuh"
+
+constexpr int CHUNK = 8;
+constexpr int CHUNKS = 4;
+
+// What some rows of a channel come to: their mean is base + offset.
+struct Column {
+    acc_t base, offset, m2;
+};
+
+// Merges the packs of ROWS rows into columns that have `before` rows, a few CHUNKs and perhaps some single rows. A bit of missed
+// tells for which elements float32 did not hold their squares.
+template <int ROWS>
+DEVICE void add_rows(const raw_t (&raw)[ROWS], int before, Column (&columns)[WIDTH], unsigned& missed) {
+    const acc_t share = ROWS == 1             ? 1 / (acc_t)(before + 1)
+                        : before == 0         ? 1
+                        : before == CHUNK     ? (acc_t)1 / 2
+                        : before == 2 * CHUNK ? (acc_t)1 / 3
+                                              : (acc_t)1 / 4;
+    const acc_t weight = before * share;
+#pragma unroll
+    for (int e = 0; e < WIDTH; e++) {
+        const auto value = [&](int u) { return widen(Elements<data_t>::get(Words(raw[u]).w, e)); };
+        const Chunk<acc_t> rows = chunk_of<acc_t, ROWS>(Yes(), ROWS, value);
+        Column& column = columns[e];
+        if (before == 0) column.base = ADDED_AS_THEY_ARE ? rows.offset : rows.base;
+        const acc_t apart =
+            (ADDED_AS_THEY_ARE ? rows.offset - column.base : (rows.base - column.base) + rows.offset) - column.offset;
+        const acc_t squares = apart * weight * apart + rows.m2;
+        column.offset += apart * share;
+        column.m2 += squares;
+        if (!IS_FLOAT16 && !(squares > 1e-28f)) {  // 0 is right where all values are the same, and only there
+            bool same = true;
+#pragma unroll
+            for (int u = 0; u < ROWS; u++) same = same && value(u) == column.base;
+            if (!same) missed |= 1u << e;
+        }
+    }
+}
+
+// Adds all packs of a thread to the totals of its channels, which have these pivots. Returns a bit for each that float32 did
+// not hold.
+template <class Source>
+DEVICE unsigned add_all(const Source& x, Packs packs, const double* pivots, Total<float> (&totals)[WIDTH]) {
+    unsigned missed = 0;
+    Column columns[WIDTH] = {};
+    const auto flush = [&](int rows) {
+#pragma unroll
+        for (int e = 0; e < WIDTH; e++) {
+            totals[e].pivot = ((const volatile double*)pivots)[e];  // no register is to hold it all the time
+            totals[e].add(rows, Chunk<double>{columns[e].base, columns[e].offset, columns[e].m2, true});
+            columns[e].offset = columns[e].m2 = 0;
+        }
+    };
+    as_they_come<CHUNK>(x, packs.count, [&](auto full, int i, int count) {
+        if (full) {
+            raw_t raw[CHUNK];
+#pragma unroll
+            for (int u = 0; u < CHUNK; u++) raw[u] = x.get(packs.next(), i + u);
+            const int before = i % (CHUNK * CHUNKS);  // rows in the columns
+            add_rows<CHUNK>(raw, before, columns, missed);
+            if (before == CHUNK * (CHUNKS - 1)) flush(CHUNK * CHUNKS);
+        } else {  // one by one: there are few
+#pragma unroll 1
+            for (int u = i; u < i + count; u++)
+                add_rows<1>({x.get(packs.next(), u)}, u % (CHUNK * CHUNKS), columns, missed);
+        }
+    });
+    if (packs.count % (CHUNK * CHUNKS) > 0) flush(packs.count % (CHUNK * CHUNKS));
+#pragma unroll
+    for (int e = 0; e < WIDTH; e++)  // a float32 that was too large has left inf or NaN
+        if (!(totals[e].squares - totals[e].squares == 0)) missed |= 1u << e;
+    return missed;
+}
+template <class Source>
+DEVICE unsigned add_all(const Source& x, Packs packs, const double*, Total<double> (&totals)[WIDTH]) {
+    as_they_come<CHUNK>(x, packs.count, [&](auto full, int i, int count) {
+        acc_t values[CHUNK][WIDTH];
+#pragma unroll
+        for (int u = 0; u < CHUNK; u++)
+            if (full || u < count) unpack(x.get(packs.next(), i + u), values[u]);
+            else unpack(raw_t(), values[u]);
+#pragma unroll
+        for (int e = 0; e < WIDTH; e++)
+            totals[e].add(count, chunk_of<acc_t, CHUNK>(full, count, [&](int u) { return values[u][e]; }));
+    });
+    return 0;
+}
+
+// The total of element e of a thread's packs in float64, about the same pivot.
+template <class Source>
+DEVICE void add_exactly(const Source& x, Packs packs, int e, double pivot, Total<float>& total) {
+    total = Total<float>(pivot);
+#pragma unroll 1
+    for (int i = 0; i < packs.count; i++) {
+        acc_t values[WIDTH];
+        unpack(x.get(packs.next(), i), values);
+        const double away = values[e] - pivot;
+        total.sum += away;
+        total.squares += away * away;
+    }
+}
+template <class Source>
+DEVICE void add_exactly(const Source&, const Packs&, int, double, Total<double>&) {}
+
+// The moments of all threads of the block, in all blocks of the cluster, that have lane q, for thread q. All threads call it.
+// They are of so many rows, about the pivots of the lanes.
+DEVICE Moments gather(const Tile& tile, const Total<float> (&totals)[WIDTH], const double* pivots, double count) {
+    double values[2 * WIDTH], sums[2] = {};
+#pragma unroll
+    for (int e = 0; e < WIDTH; e++) {
+        values[e] = totals[e].sum;
+        values[WIDTH + e] = totals[e].squares;
+    }
+    sum_tile(tile, values, sums);
+    Total<float> all(pivots[tile.looks_after() ? threadIdx.x : 0]);
+    all.sum = sums[0];
+    all.squares = sums[1];
+    return all.moments(count);
+}
+DEVICE Moments gather(const Tile& tile, const Total<double> (&totals)[WIDTH], const double* pivots, double count) {
+    __shared__ double means[MOST_LANES];
+    double values[WIDTH], sums[1] = {};
+#pragma unroll
+    for (int e = 0; e < WIDTH; e++) {
+        const Moments& own = totals[e].own;
+        values[e] = own.count > 0 ? own.count * (own.mean - pivots[tile.known_lane() + e]) : 0;
+    }
+    sum_tile<1>(tile, values, sums);
+    const double mean = pivots[tile.looks_after() ? threadIdx.x : 0] + sums[0] / count;
+    if (tile.looks_after()) means[threadIdx.x] = mean;
+    __syncthreads();
+#pragma unroll
+    for (int e = 0; e < WIDTH; e++) {
+        const Moments& own = totals[e].own;
+        const double delta = own.mean - means[tile.known_lane() + e];
+        values[e] = own.count > 0 ? own.m2 + own.count * delta * delta : 0;
+    }
+    sum_tile<1>(tile, values, sums);
+    return {count, mean, sums[0]};
+}
+
+// The moments of lane q over the block's rows, or over all `count` rows of the cluster, for thread q. All threads call it.
+// x tells where packs are read, first_row is that of the array: its elements are the pivots.
+template <class Source>
+DEVICE Moments moments_of(const Tile& tile, const Source& x, const Packs& packs, const data_t* first_row, double count) {
+    __shared__ double pivots[MOST_LANES];
+    if (tile.looks_after()) pivots[threadIdx.x] = widen(first_row[tile.channel()]);
+    __syncthreads();
+    Total<acc_t> totals[WIDTH];
+#pragma unroll
+    for (int e = 0; e < WIDTH; e++) totals[e] = Total<acc_t>(0);
+    const unsigned missed = add_all(x, packs, pivots + tile.known_lane(), totals);
+    if (missed)
+#pragma unroll
+        for (int e = 0; e < WIDTH; e++)  // each channel by itself: no other one is touched
+            if (missed >> e & 1) add_exactly(x, packs, e, pivots[tile.known_lane() + e], totals[e]);
+    return gather(tile, totals, pivots, count);
+}

@@ -1,0 +1,56 @@
+// The input's gradient of the packs of a thread, in either layout.
+//
+// Channels, those of a pack's elements, also tell whether float32 does not reach any of them: any_wide.
+#pragma once
+#include "batches.cuh"
+#include "elementwise.cuh"
+
+constexpr int LOADS = PACK_BYTES < 8 ? 8 : 4;  // packs of each array in flight
+
+// What belongs to a gradient and does not change from pack to pack.
+struct Backward {
+    Gate gate;
+    const mask_t* mask;
+
+    DEVICE unsigned bits(index_t at) const { return gate == MASK ? mask[at / WIDTH] : 0; }
+};
+
+// The gradients of a thread's packs.
+template <bool WIDE, int AT_ONCE, class Source, class Packs, class Channels>
+DEVICE void input_gradients(const Source& dy, const Source& x, Packs packs, const Backward& backward, bool constant,
+                            const Channels& channels, data_t* dx, data_t* dresidual) {
+    in_batches<AT_ONCE>(packs.count, [&](auto full, int i, int count) {
+        raw_t g[AT_ONCE], raw[AT_ONCE];
+        index_t at[AT_ONCE];
+        unsigned bits[AT_ONCE];
+#pragma unroll
+        for (int u = 0; u < AT_ONCE; u++)
+            if (full || u < count) {
+                at[u] = packs.next();
+                g[u] = dy.get(at[u], i + u);
+                raw[u] = x.get(at[u], i + u);
+                bits[u] = backward.bits(at[u]);
+            }
+#pragma unroll
+        for (int u = 0; u < AT_ONCE; u++)
+            if (full || u < count) {
+                store(dx + at[u], input_gradient<WIDE>(g[u], raw[u], backward.gate, bits[u], constant, channels));
+                if (dresidual) store(dresidual + at[u], g[u]);
+            }
+    });
+}
+
+// The same, whatever is asked for: all choices are made here.
+template <class Source, class Packs, class Channels>
+DEVICE void input_gradients_all(const Source& dy, const Source& x, const Packs& packs, Gate gate, const mask_t* mask,
+                                bool constant, const Channels& channels, data_t* dx, data_t* dresidual) {
+    if (sizeof(acc_t) < 8 && channels.any_wide)
+        input_gradients<true, 1>(dy, x, packs, {gate, mask}, constant, channels, dx, dresidual);
+    else
+        with_gate(gate, [&](auto known) {
+            constexpr bool FEWER = decltype(known)::value == INPUT && WIDTH == 8;  // as factors take many registers
+            with_flag(constant, [&](auto unchanging) {
+                input_gradients<false, FEWER ? 3 : LOADS>(dy, x, packs, {known, mask}, unchanging, channels, dx, dresidual);
+            });
+        });
+}
