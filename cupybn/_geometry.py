@@ -43,22 +43,23 @@ MOST_PARTS = 256
 CHANNELS_FIRST_OWN = 1 << 10
 CHANNELS_LAST_OWN = 16 << 10
 """Bytes of a block's shared memory that are not for the tensor, where that is kept on chip."""
-TILE_PACKS = (4, 2)
-"""Channels last: packs of a row that a block takes, of many columns and of few. Merging P parts of Q lanes costs P * Q
-reads in each block, and narrow tiles make few parts of few lanes; two packs are a sector, the least that memory hands
-out."""
-TILE_ELEMENTS = (32, 16)
-"""Channels last: elements of a row that a block takes, where memory is not aligned."""
-FEW_COLUMNS = 16
-"""Channels last: columns of narrow tiles."""
-MOST_LANES = 32
-"""Channels last: elements of a row that a block has room for."""
+MOST_COLUMNS = 32
+"""Channels last: columns of a tile at most, those of a warp."""
+SUMMED_TILE = 64, 32
+"""Channels last: bytes of a row that a block sums, of long rows and of others. Blocks that normalize merge all parts of all
+their channels: narrow tiles make few parts. 32 bytes are a sector, the least that memory hands out."""
+MAPPED_TILE = 128, 64
+"""Channels last: bytes of a row that a block of an elementwise step takes, likewise."""
+ON_CHIP_TILE = 64, 32
+"""Channels last: bytes of a row that a block keeps on chip."""
+LONG_ROW = 256
+"""Channels last: bytes of a long row."""
 CHANNELS_LAST_SUM = 1 << 8
 """Channels last: blocks that a large sum is split over."""
-CHANNELS_LAST_MAP = 2
+CHANNELS_LAST_MAP = 3
 """Channels last: blocks for each multiprocessor of an elementwise step, one round."""
 ROWS_PER_PART = 8
-"""Channels last: super-rows that a block of an elementwise step takes at least for each part that it merges."""
+"""Channels last: rows that a block of an elementwise step takes at least for each part that it merges."""
 
 
 class Geometry(NamedTuple):
@@ -122,59 +123,54 @@ def channels_first_resident(
     return Geometry(grid, sizes, 1, threads, cluster.blocks, cluster.shared * teams, threads // teams)
 
 
-def channels_last_resident(M: int, C: int, itemsize: int, width: int, arrays: int, device: Device) -> Geometry | None:
-    """A cluster for each tile of columns; see ``channels_last/tile.cuh``. None where no tile is to be kept on chip.
-
-    Of the tiles that fit, the widest one that keeps the whole device busy: narrow ones read memory in small pieces.
-    """
-    columns = C // width
-    best = None
-    for tile in TILE_PACKS if width > 1 else TILE_ELEMENTS:
-        tile = min(tile, 1 << (columns - 1).bit_length())
-        tiles = math.ceil(columns / tile)
-        cluster = choose_cluster(tiles, M * tile, width * itemsize, arrays, device, CHANNELS_LAST_OWN)
-        if cluster is None or tiles * cluster.blocks > MOST_GRID_X:
-            continue
-        rows = math.ceil(M / cluster.blocks)
-        sizes = {"M": M, "C": C, "tile": tile, "rows_per_block": rows}
-        shared = rows * tile * width * itemsize * arrays
-        geometry = Geometry((tiles * cluster.blocks,), sizes, 1, THREADS, cluster.blocks, shared)
-        if best is None or best.grid[0] < min(device.multiprocessors, geometry.grid[0]):
-            best = geometry
-    return best
+def tile_of(row_bytes: int, pack_bytes: int, tile_bytes: int) -> int:
+    """The columns of a tile of so many bytes: a power of two, no more than a row or a warp has."""
+    columns = row_bytes // pack_bytes
+    return min(tile_bytes // pack_bytes, 1 << (columns - 1).bit_length(), MOST_COLUMNS)
 
 
 def channels_last(M: int, C: int, itemsize: int, width: int, multiprocessors: int | None) -> Geometry:
-    """Block (t, s) takes a tile of columns of packs and a share of the super-rows; see ``channels_last/columns.cuh``.
+    """Block (t, s) takes a tile of columns of packs and a share of the rows; see ``channels_last/columns.cuh``.
 
     Parameters
     ----------
     multiprocessors : int or None
         None for a sum, which must not depend on the device.
     """
-    common = math.gcd(C, width)
-    columns, replicas = C // common, width // common
-    super_rows = M // replicas
-    wide, narrow = TILE_PACKS if width > 1 else TILE_ELEMENTS
-    tile = min(columns, wide if columns > FEW_COLUMNS else narrow)
-    tiles = math.ceil(columns / tile)
-    per_row = tile * width  # elements of a row that a block takes
-    replicas_kept = 1 if tiles == 1 else replicas  # where a tile has all columns, its block merges them
-    shares = min(math.ceil(CHANNELS_LAST_SUM / tiles), math.ceil(super_rows * per_row / LEAST_SUMMED))
+    row, pack = C * itemsize, width * itemsize
+    few = row < LONG_ROW
+    tile = tile_of(row, pack, SUMMED_TILE[few])
+    tiles = math.ceil(row / (tile * pack))
+    shares = min(math.ceil(CHANNELS_LAST_SUM / tiles), math.ceil(M * tile * width / LEAST_SUMMED))
     if multiprocessors is not None:
-        parts = shares * replicas_kept
-        least = max(math.ceil(LEAST_MAPPED / per_row), parts * ROWS_PER_PART)
-        wanted = multiprocessors * CHANNELS_LAST_MAP
-        shares = min(math.ceil(wanted / tiles), math.ceil(super_rows / least), MOST_GRID_Y - 1)
-    super_rows_per_block = math.ceil(super_rows / max(1, shares)) or 1
-    shares = math.ceil(super_rows / super_rows_per_block)
-    tail = M % replicas > 0
-    sizes = {
-        "M": M,
-        "C": C,
-        "columns": columns,
-        "super_rows": super_rows,
-        "super_rows_per_block": super_rows_per_block,
-        "tile": tile,
-    }
-    return Geometry((tiles, shares + tail), sizes, shares * replicas_kept + tail)
+        parts = shares
+        tile = tile_of(row, pack, MAPPED_TILE[few])
+        tiles = math.ceil(row / (tile * pack))
+        least = max(math.ceil(LEAST_MAPPED / (tile * width)), parts * ROWS_PER_PART)
+        shares = min(math.ceil(multiprocessors * CHANNELS_LAST_MAP / tiles), math.ceil(M / least), MOST_GRID_Y)
+    rows_per_share = math.ceil(M / shares)
+    shares = math.ceil(M / rows_per_share)
+    sizes = {"M": M, "C": C, "tile": tile, "rows_per_share": rows_per_share}
+    return Geometry((tiles, shares), sizes, shares)
+
+
+def channels_last_resident(M: int, C: int, itemsize: int, width: int, arrays: int, device: Device) -> Geometry | None:
+    """A cluster for each tile of columns; see ``channels_last/columns.cuh``. None where no tile is to be kept on chip.
+
+    Of the tiles that fit, the widest one that keeps the whole device busy: narrow ones read memory in small pieces.
+    """
+    row, pack = C * itemsize, width * itemsize
+    best = None
+    for tile_bytes in ON_CHIP_TILE:
+        tile = tile_of(row, pack, tile_bytes)
+        tiles = math.ceil(row / (tile * pack))
+        cluster = choose_cluster(tiles, M * tile, pack, arrays, device, CHANNELS_LAST_OWN)
+        if cluster is None or tiles * cluster.blocks > MOST_GRID_X:
+            continue
+        rows = math.ceil(M / cluster.blocks)
+        sizes = {"M": M, "C": C, "tile": tile, "rows_per_block": rows}
+        shared = rows * tile * pack * arrays
+        geometry = Geometry((tiles * cluster.blocks,), sizes, 1, THREADS, cluster.blocks, shared)
+        if best is None or best.grid[0] < min(device.multiprocessors, geometry.grid[0]):
+            best = geometry
+    return best

@@ -72,9 +72,7 @@ def signature(name: str) -> tuple[Parameter, ...]:
     """What a kernel takes, in order."""
     stem = name.rpartition("/")[2]
     text = (KERNELS / f"{name}.cu").read_text()
-    head = re.search(
-        rf'extern "C" __global__ void (?:\w+(?:\([^)]*\))? )*{stem}\((.*?)\) \{{', text, re.DOTALL
-    )
+    head = re.search(rf'extern "C" __global__ void (?:\w+(?:\([^)]*\))? )*{stem}\((.*?)\) \{{', text, re.DOTALL)
     assert head is not None, f"{name}.cu has no kernel of its name"
     section, parameters = "inputs", []
     for line in head[1].strip().splitlines():

@@ -5,8 +5,6 @@
 #include "batches.cuh"
 #include "elementwise.cuh"
 
-constexpr int LOADS = PACK_BYTES < 8 ? 8 : 4;  // packs of each array in flight
-
 // What belongs to a gradient and does not change from pack to pack.
 struct Backward {
     Gate gate;
@@ -34,8 +32,9 @@ DEVICE void input_gradients(const Source& dy, const Source& x, Packs packs, cons
 #pragma unroll
         for (int u = 0; u < AT_ONCE; u++)
             if (full || u < count) {
-                store(dx + at[u], input_gradient<WIDE>(g[u], raw[u], backward.gate, bits[u], constant, channels));
-                if (dresidual) store(dresidual + at[u], g[u]);
+                acc_t passed[WIDTH];
+                store(dx + at[u], input_gradient<WIDE>(g[u], raw[u], backward.gate, bits[u], constant, channels, passed));
+                if (dresidual) store(dresidual + at[u], pack(passed));
             }
     });
 }
@@ -48,9 +47,9 @@ DEVICE void input_gradients_all(const Source& dy, const Source& x, const Packs& 
         input_gradients<true, 1>(dy, x, packs, {gate, mask}, constant, channels, dx, dresidual);
     else
         with_gate(gate, [&](auto known) {
-            constexpr bool FEWER = decltype(known)::value == INPUT && WIDTH == 8;  // as factors take many registers
+            constexpr int AT_ONCE = Packs::pairs(decltype(known)::value);
             with_flag(constant, [&](auto unchanging) {
-                input_gradients<false, FEWER ? 3 : LOADS>(dy, x, packs, {known, mask}, unchanging, channels, dx, dresidual);
+                input_gradients<false, AT_ONCE>(dy, x, packs, {known, mask}, unchanging, channels, dx, dresidual);
             });
         });
 }

@@ -301,7 +301,9 @@ def test_blocks_of_a_cluster_write_into_each_others_shared_memory(architecture):
     __cluster_barrier_wait();
     if (threadIdx.x == 0) data[4 + blockIdx.x] = given[0] - 2 * given[1];
     """
-    run = Run(body, np.array([3, 5, 10, 20, 0, 0, 0, 0], np.int32), architecture=architecture, threads=64, blocks=4, cluster=2)
+    run = Run(
+        body, np.array([3, 5, 10, 20, 0, 0, 0, 0], np.int32), architecture=architecture, threads=64, blocks=4, cluster=2
+    )
     assert run.data[4:].tolist() == [-7, -7, -30, -30]
 
 
@@ -337,6 +339,10 @@ def test_loads_of_what_nobody_has_written_are_wrong():
     text = 'extern "C" __global__ void f(int* data) { data[threadIdx.x] = data[threadIdx.x + 32]; }'
     with pytest.raises(WrongAccess, match="a load of what nobody has written: LDG"):
         execute(
-            program.compile_program(text, 90), (1, 1, 1), 32, [(0, 0, 0)], pack([np.uint64(ADDRESS)]),
+            program.compile_program(text, 90),
+            (1, 1, 1),
+            32,
+            [(0, 0, 0)],
+            pack([np.uint64(ADDRESS)]),
             Space(memory, ADDRESS, np.zeros(256, np.uint8)),
         )

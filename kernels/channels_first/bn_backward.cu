@@ -4,7 +4,7 @@
 // dy and x are read once. A team, or all blocks of a cluster, take a channel of both, which fit into their shared memory; each
 // thread keeps some of the packs there. Where ReLU stopped dy it becomes 0 on chip, on the way to the sums.
 // Mirror: numpy_ops.bn_backward
-#include "gradients.cuh"
+#include "gradient_sums.cuh"
 
 extern "C" __global__ void CLUSTER REGISTERS(80) bn_backward(
     const data_t* dy,                        // [N, C, L]
@@ -42,7 +42,7 @@ extern "C" __global__ void CLUSTER REGISTERS(80) bn_backward(
     __syncthreads();
 
     double sums[2];
-    sum_all(OnChip{kept_dy, group}, OnChip{kept_x, group}, own, gate_of(activation, mask), mask, channel, sums);
+    sum_all(OnChip{kept_dy, group}, OnChip{kept_x, group}, own, gate_of(activation, mask), mask, OneChannel(channel), sums);
     cluster_wait();  // all blocks have started
     team_sum(sums);
     cluster_sum(sums);
@@ -52,7 +52,7 @@ extern "C" __global__ void CLUSTER REGISTERS(80) bn_backward(
     }
     __syncthreads();
 
-    input_gradients_all(OnChip{kept_dy, group}, OnChip{kept_x, group}, own, OPEN, nullptr, inv_count == 0, channel, dx, dresidual);
+    input_gradients_all(OnChip{kept_dy, group}, OnChip{kept_x, group}, own, OPEN, nullptr, inv_count == 0, OneChannel(channel), dx, dresidual);
     if (!place.owns()) return;
     if (dbias) dbias.set(c, sums[0]);
     if (dweight) dweight.set(c, sums[1]);

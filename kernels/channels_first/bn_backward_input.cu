@@ -3,7 +3,8 @@
 //
 // Team (c, s) adds the parts of channel c, in the same order in every block, and then takes its share of the channel.
 // Mirror: numpy_ops.bn_backward_input
-#include "gradients.cuh"
+#include "packs.cuh"
+#include "../gradients.cuh"
 #include "../parts.cuh"
 
 extern "C" __global__ void REGISTERS(80) bn_backward_input(
@@ -44,7 +45,7 @@ extern "C" __global__ void REGISTERS(80) bn_backward_input(
     }
     __syncthreads();
 
-    input_gradients_all(InMemory{dy}, InMemory{x}, own, gate_of(activation, mask), mask, inv_count == 0, channel, dx,
+    input_gradients_all(InMemory{dy}, InMemory{x}, own, gate_of(activation, mask), mask, inv_count == 0, OneChannel(channel), dx,
                         dresidual);
     if (!place.owns()) return;
     if (dbias) dbias.set(c, sums[0]);

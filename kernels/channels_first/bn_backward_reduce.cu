@@ -2,7 +2,7 @@
 //
 // Team (c, p) takes part p of channel c.
 // Mirror: numpy_ops.bn_backward_reduce
-#include "gradients.cuh"
+#include "gradient_sums.cuh"
 
 extern "C" __global__ void REGISTERS(80) bn_backward_reduce(
     const data_t* dy,                        // [N, C, L]
@@ -33,7 +33,7 @@ extern "C" __global__ void REGISTERS(80) bn_backward_reduce(
     __syncthreads();
 
     double sums[2];
-    sum_all(InMemory{dy}, InMemory{x}, own, gate_of(activation, mask), mask, channel, sums);
+    sum_all(InMemory{dy}, InMemory{x}, own, gate_of(activation, mask), mask, OneChannel(channel), sums);
     team_sum(sums);
     if (member() > 0 || place.idle) return;
     const long long part = place.share * C + c;

@@ -4,7 +4,7 @@
 // Each element is read once. A team, or all blocks of a cluster, take a channel, which fits into their shared memory; each
 // thread keeps some of its packs there. It adds them up as they come in; the sums of all threads make the statistics.
 // Mirror: numpy_ops.bn_forward
-#include "normalizing.cuh"
+#include "../normalizing.cuh"
 #include "statistics.cuh"
 #include "../running.cuh"
 
@@ -58,7 +58,7 @@ extern "C" __global__ void CLUSTER REGISTERS(96) bn_forward(
     }
     __syncthreads();
 
-    normalize_all(packs, own, residual, activation, mine.channel, out, mask);
+    normalize_all(packs, own, residual, activation, OneChannel(mine.channel), out, mask);
     if (!place.owns()) return;
     const Moments batch = mine.batch;
     if (statistics_mean) statistics_mean[c] = batch.mean;

@@ -4,7 +4,8 @@
 // running statistics. Team (c, s) merges the parts of channel c, in the same order in every block, and then takes its share
 // of the channel.
 // Mirror: numpy_ops.bn_normalize
-#include "normalizing.cuh"
+#include "packs.cuh"
+#include "../normalizing.cuh"
 #include "../parts.cuh"
 #include "../running.cuh"
 
@@ -54,7 +55,7 @@ extern "C" __global__ void REGISTERS(80) bn_normalize(
     }
     __syncthreads();
 
-    normalize_all(InMemory{x}, own, residual, activation, channel, out, mask);
+    normalize_all(InMemory{x}, own, residual, activation, OneChannel(channel), out, mask);
     if (!place.owns()) return;
     if (statistics_mean) statistics_mean[c] = batch.mean;
     if (statistics_var) statistics_var[c] = batch.m2 / batch.count;

@@ -14,7 +14,7 @@ template <class A, class Source>
 DEVICE bool add_all(const Source& x, Packs packs, Total<acc_t>& total) {
     constexpr int AT_ONCE = CHUNK<A>;
     bool held = true;
-    as_they_come<AT_ONCE>(x, packs, [&](auto full, int i, int count) {
+    as_they_come<AT_ONCE>(x, packs.count, [&](auto full, int i, int count) {
         acc_t values[AT_ONCE][WIDTH];
         raw_t raw[AT_ONCE];
 #pragma unroll

@@ -36,7 +36,11 @@ extern "C" __global__ void CLUSTER REGISTERS(128) bn_forward(
     raw_t* const kept = staging() + threadIdx.x;
     const OnChip source = {kept, stage<CHUNK>({kept}, {x}, packs)};
     Affine given;
-    if (own.looks_after()) given = read_affine(weight, bias, c);
+    Running before;
+    if (own.looks_after()) {
+        given = read_affine(weight, bias, c);
+        if (running_mean) before = read_running(running_mean, running_var, c);
+    }
 
     const Moments batch = moments_of(own, source, packs, x, M);
     const double var = batch.m2 / batch.count;
@@ -48,7 +52,7 @@ extern "C" __global__ void CLUSTER REGISTERS(128) bn_forward(
     if (own.looks_after() && cluster_rank() == 0) {
         if (statistics_mean) statistics_mean[c] = batch.mean;
         if (statistics_var) statistics_var[c] = var;
-        if (running_mean) update_running(batch, running_mean, running_var, momentum, nullptr, c);
+        if (running_mean) update_running(batch, before, running_mean, running_var, momentum, nullptr, c);
         if (c == 0 && num_batches_tracked) *num_batches_tracked += 1;
     }
     cluster_wait();  // for blocks that still read this one's sums
