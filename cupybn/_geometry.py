@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from cupybn._resident import Device, choose_cluster
+from cupybn._resident import CUDA, ROUNDS, Device, choose_cluster
 
 THREADS = 256
 """Threads of most blocks."""
@@ -45,7 +45,7 @@ CHANNELS_LAST_OWN = 16 << 10
 """Bytes of a block's shared memory that are not for the tensor, where that is kept on chip."""
 MOST_COLUMNS = 32
 """Channels last: columns of a tile at most, those of a warp."""
-SUMMED_TILE = 64, 32
+SUMMED_TILE = 128, 32
 """Channels last: bytes of a row that a block sums, of long rows and of others. Blocks that normalize merge all parts of all
 their channels: narrow tiles make few parts. 32 bytes are a sector, the least that memory hands out."""
 MAPPED_TILE = 128, 64
@@ -56,7 +56,7 @@ LONG_ROW = 256
 """Channels last: bytes of a long row."""
 CHANNELS_LAST_SUM = 1 << 8
 """Channels last: blocks that a large sum is split over."""
-CHANNELS_LAST_MAP = 3
+CHANNELS_LAST_MAP = 2
 """Channels last: blocks for each multiprocessor of an elementwise step, one round."""
 ROWS_PER_PART = 8
 """Channels last: rows that a block of an elementwise step takes at least for each part that it merges."""
@@ -157,15 +157,17 @@ def channels_last(M: int, C: int, itemsize: int, width: int, multiprocessors: in
 def channels_last_resident(M: int, C: int, itemsize: int, width: int, arrays: int, device: Device) -> Geometry | None:
     """A cluster for each tile of columns; see ``channels_last/columns.cuh``. None where no tile is to be kept on chip.
 
-    Of the tiles that fit, the widest one that keeps the whole device busy: narrow ones read memory in small pieces.
+    Of the tiles that fit, the widest one that keeps the whole device busy: narrow ones read memory in small pieces. Blocks that
+    fill a multiprocessor alone load, add up and store one after the other: reading memory twice takes no longer.
     """
+    most = device.shared_per_multiprocessor // ROUNDS - CUDA
     row, pack = C * itemsize, width * itemsize
     best = None
     for tile_bytes in ON_CHIP_TILE:
         tile = tile_of(row, pack, tile_bytes)
         tiles = math.ceil(row / (tile * pack))
         cluster = choose_cluster(tiles, M * tile, pack, arrays, device, CHANNELS_LAST_OWN)
-        if cluster is None or tiles * cluster.blocks > MOST_GRID_X:
+        if cluster is None or cluster.shared + CHANNELS_LAST_OWN > most or tiles * cluster.blocks > MOST_GRID_X:
             continue
         rows = math.ceil(M / cluster.blocks)
         sizes = {"M": M, "C": C, "tile": tile, "rows_per_block": rows}
