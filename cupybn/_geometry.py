@@ -35,22 +35,20 @@ CHANNELS_FIRST_MAP = 16
 CHANNELS_FIRST_OWN = 1 << 10
 CHANNELS_LAST_OWN = 16 << 10
 """Bytes of a block's shared memory that are not for the tensor, where that is kept on chip."""
-TILE_PACKS = (4, 2)
-"""Channels last: packs of a row that a block takes, of many columns and of few. Merging P parts of Q lanes costs P * Q
-reads in each block, and narrow tiles make few parts of few lanes; two packs are a sector, the least that memory hands
-out."""
-TILE_ELEMENTS = (32, 16)
-"""Channels last: elements of a row that a block takes, where memory is not aligned."""
-FEW_COLUMNS = 16
-"""Channels last: columns of narrow tiles."""
-MOST_LANES = 32
-"""Channels last: elements of a row that a block has room for."""
+ROW = 128
+"""Channels last: bytes of a row that a block takes at most, as much as memory hands out at a time; the kernels have room for
+their channels. Half as much takes 5 to 10 % longer, a quarter 20 to 30 %."""
+SHORT_ROWS = 256
+"""Channels last: bytes of rows that sums take by the quarter of ROW, others by the half of it. Merging P parts of Q channels
+costs P * Q reads in each block of the launch that follows, and narrow tiles make few parts of few channels."""
+WIDEST_TILE = 32
+"""Channels last: columns of a tile, of one pack each, at most: the threads of a warp."""
 CHANNELS_LAST_SUM = 1 << 8
 """Channels last: blocks that a large sum is split over."""
-CHANNELS_LAST_MAP = 2
+CHANNELS_LAST_MAP = 3
 """Channels last: blocks for each multiprocessor of an elementwise step, one round."""
 ROWS_PER_PART = 8
-"""Channels last: super-rows that a block of an elementwise step takes at least for each part that it merges."""
+"""Channels last: rows that a block of an elementwise step takes at least for each part that it merges."""
 
 
 class Geometry(NamedTuple):
@@ -119,59 +117,56 @@ def channels_first_resident(
     return Geometry((C * cluster.blocks,), sizes, 1, threads, cluster.blocks, cluster.shared)
 
 
+def tile_of(columns: int, pack_bytes: int, row: int) -> int:
+    """Columns of a tile, a power of two, whose packs are about so many bytes of a row."""
+    return min(max(1, row // pack_bytes), WIDEST_TILE, 1 << (columns - 1).bit_length())
+
+
 def channels_last_resident(M: int, C: int, itemsize: int, width: int, arrays: int, device: Device) -> Geometry | None:
-    """A cluster for each tile of columns; see ``channels_last/tile.cuh``. None where no tile is to be kept on chip.
+    """A cluster for each tile of columns; see ``channels_last/columns.cuh``. None where no tile is to be kept on chip.
 
     Of the tiles that fit, the widest one that keeps the whole device busy: narrow ones read memory in small pieces.
     """
-    columns = C // width
+    columns, pack_bytes = C // width, width * itemsize
     best = None
-    for tile in TILE_PACKS if width > 1 else TILE_ELEMENTS:
-        tile = min(tile, 1 << (columns - 1).bit_length())
+    for row in (ROW, ROW // 2, ROW // 4):
+        tile = tile_of(columns, pack_bytes, row)
         tiles = math.ceil(columns / tile)
-        cluster = choose_cluster(tiles, M * tile, width * itemsize, arrays, device, CHANNELS_LAST_OWN)
+        cluster = choose_cluster(tiles, M * tile, pack_bytes, arrays, device, CHANNELS_LAST_OWN)
         if cluster is None or tiles * cluster.blocks > MOST_GRID_X:
             continue
         rows = math.ceil(M / cluster.blocks)
         sizes = {"M": M, "C": C, "tile": tile, "rows_per_block": rows}
-        shared = rows * tile * width * itemsize * arrays
+        shared = rows * tile * pack_bytes * arrays
         geometry = Geometry((tiles * cluster.blocks,), sizes, 1, THREADS, cluster.blocks, shared)
         if best is None or best.grid[0] < min(device.multiprocessors, geometry.grid[0]):
             best = geometry
     return best
 
 
-def channels_last(M: int, C: int, width: int, multiprocessors: int | None) -> Geometry:
-    """Block (t, s) takes a tile of columns of packs and a share of the super-rows; see ``channels_last/columns.cuh``.
+def channels_last(M: int, C: int, itemsize: int, width: int, multiprocessors: int | None) -> Geometry:
+    """Block (t, s) takes a tile of columns of packs and a share of the rows; see ``channels_last/columns.cuh``.
 
     Parameters
     ----------
     multiprocessors : int or None
         None for a sum, which must not depend on the device.
     """
-    common = math.gcd(C, width)
-    columns, replicas = C // common, width // common
-    super_rows = M // replicas
-    wide, narrow = TILE_PACKS if width > 1 else TILE_ELEMENTS
-    tile = min(columns, wide if columns > FEW_COLUMNS else narrow)
+    columns, pack_bytes = C // width, width * itemsize
+    tile = tile_of(columns, pack_bytes, ROW // 4 if C * itemsize <= SHORT_ROWS else ROW // 2)
     tiles = math.ceil(columns / tile)
-    per_row = tile * width  # elements of a row that a block takes
-    replicas_kept = 1 if tiles == 1 else replicas  # where a tile has all columns, its block merges them
-    shares = min(math.ceil(CHANNELS_LAST_SUM / tiles), math.ceil(super_rows * per_row / LEAST_SUMMED))
+    shares = min(math.ceil(CHANNELS_LAST_SUM / tiles), math.ceil(M * tile * width / LEAST_SUMMED))
     if multiprocessors is not None:
-        parts = shares * replicas_kept
-        least = max(math.ceil(LEAST_MAPPED / per_row), parts * ROWS_PER_PART)
-        wanted = multiprocessors * CHANNELS_LAST_MAP
-        shares = min(math.ceil(wanted / tiles), math.ceil(super_rows / least), MOST_GRID_Y - 1)
-    super_rows_per_block = math.ceil(super_rows / max(1, shares)) or 1
-    shares = math.ceil(super_rows / super_rows_per_block)
-    tail = M % replicas > 0
-    sizes = {
-        "M": M,
-        "C": C,
-        "columns": columns,
-        "super_rows": super_rows,
-        "super_rows_per_block": super_rows_per_block,
-        "tile": tile,
-    }
-    return Geometry((tiles, shares + tail), sizes, shares * replicas_kept + tail)
+        parts = math.ceil(M / math.ceil(M / shares))
+        for row in (ROW, ROW // 2):  # wide tiles, unless they leave multiprocessors without work
+            tile = tile_of(columns, pack_bytes, row)
+            tiles = math.ceil(columns / tile)
+            least = max(math.ceil(LEAST_MAPPED / (tile * width)), parts * ROWS_PER_PART)
+            wanted = min(max(1, multiprocessors * CHANNELS_LAST_MAP // tiles), MOST_GRID_Y)
+            shares = min(wanted, math.ceil(M / least))
+            if shares == wanted:
+                break
+    rows_per_share = math.ceil(M / shares)
+    shares = math.ceil(M / rows_per_share)
+    sizes = {"M": M, "C": C, "tile": tile, "rows_per_share": rows_per_share}
+    return Geometry((tiles, shares), sizes, shares)

@@ -5,7 +5,8 @@
 #include "batches.cuh"
 #include "elementwise.cuh"
 
-constexpr int LOADS = PACK_BYTES < 8 ? 8 : 4;  // packs of each array in flight
+// Packs of each array in flight: fewer where their channels take many registers.
+constexpr int LOADS = WIDTH == 8 ? 2 : PACK_BYTES < 8 ? 6 : 4;
 
 // What belongs to a gradient and does not change from pack to pack.
 struct Backward {
@@ -48,9 +49,8 @@ DEVICE void input_gradients_all(const Source& dy, const Source& x, const Packs& 
         input_gradients<true, 1>(dy, x, packs, {gate, mask}, constant, channels, dx, dresidual);
     else
         with_gate(gate, [&](auto known) {
-            constexpr bool FEWER = decltype(known)::value == INPUT && WIDTH == 8;  // as factors take many registers
             with_flag(constant, [&](auto unchanging) {
-                input_gradients<false, FEWER ? 3 : LOADS>(dy, x, packs, {known, mask}, unchanging, channels, dx, dresidual);
+                input_gradients<false, LOADS>(dy, x, packs, {known, mask}, unchanging, channels, dx, dresidual);
             });
         });
 }
