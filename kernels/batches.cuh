@@ -57,42 +57,43 @@ DEVICE void as_they_come(const OnChip& source, int count, Body body) {
     body(No(), i, count - i);
 }
 
-// Starts the copies of a thread's packs of K arrays, in GROUPS that are batches of AT_ONCE; returns the packs of a group.
+// Starts the copies of a thread's packs of K arrays into their places, in GROUPS that are batches of AT_ONCE; returns the packs
+// of a group.
 template <int AT_ONCE, int K, class Packs>
 DEVICE int stage(raw_t* const (&kept)[K], const data_t* const (&arrays)[K], Packs packs) {
     const int group = (packs.count + GROUPS * AT_ONCE - 1) / (GROUPS * AT_ONCE) * AT_ONCE;
-    if (PACK_BYTES < 4) {  // the thread itself has to carry them
-        constexpr int CARRIED = 8;
-        in_batches<CARRIED>(packs.count, [&](auto full, int i, int count) {
-            raw_t raw[K][CARRIED];
+    if constexpr (CARRIED) {
+        constexpr int IN_FLIGHT = 8 / K;
+        in_batches<IN_FLIGHT>(packs.count, [&](auto full, int i, int count) {
+            raw_t raw[K][IN_FLIGHT];
 #pragma unroll
-            for (int u = 0; u < CARRIED; u++)
+            for (int u = 0; u < IN_FLIGHT; u++)
                 if (full || u < count) {
                     const index_t at = packs.next();
 #pragma unroll
                     for (int k = 0; k < K; k++) raw[k][u] = load(arrays[k] + at);
                 }
 #pragma unroll
-            for (int u = 0; u < CARRIED; u++)
+            for (int u = 0; u < IN_FLIGHT; u++)
                 if (full || u < count)
 #pragma unroll
                     for (int k = 0; k < K; k++) kept[k][(i + u) * TEAM] = raw[k][u];
         });
-        return group;
-    }
-    unsigned addresses[K];
+    } else {
+        unsigned addresses[K];
 #pragma unroll
-    for (int k = 0; k < K; k++) addresses[k] = address_of(kept[k]);
-    int i = 0;
+        for (int k = 0; k < K; k++) addresses[k] = address_of(kept[k]);
+        int i = 0;
 #pragma unroll 1
-    for (int g = 1; g <= GROUPS; g++) {
+        for (int g = 1; g <= GROUPS; g++) {
 #pragma unroll 1
-        for (; i < min(g * group, packs.count); i++) {
-            const index_t at = packs.next();
+            for (; i < min(g * group, packs.count); i++) {
+                const index_t at = packs.next();
 #pragma unroll
-            for (int k = 0; k < K; k++) stage(kept[k], addresses[k], i * TEAM, arrays[k] + at);
+                for (int k = 0; k < K; k++) copy(kept[k], addresses[k], i * TEAM, arrays[k] + at);
+            }
+            end_group();
         }
-        end_group();
     }
     return group;
 }

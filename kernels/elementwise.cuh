@@ -110,15 +110,15 @@ DEVICE A input_gradient(A dy, A x, const Factors<A>& f, bool constant) {
     return dx * f.scale;
 }
 
-// The input's gradient of a pack. dy becomes what the residual gets. Where constant, statistics do not depend on x.
+// The input's gradient of a pack. g becomes what the residual gets. Where constant, statistics do not depend on x.
 template <bool WIDE, class Channels>
-DEVICE raw_t input_gradient(raw_t& dy, const raw_t& x, Gate gate, unsigned bits, bool constant, const Channels& channels) {
-    acc_t g[WIDTH], in[WIDTH];
+DEVICE raw_t input_gradient(const raw_t& dy, const raw_t& x, Gate gate, unsigned bits, bool constant,
+                            const Channels& channels, acc_t (&g)[WIDTH]) {
+    acc_t in[WIDTH];
     typename Arithmetic<WIDE>::type dx[WIDTH];
     unpack(dy, g);
     unpack(x, in);
     stop<WIDE>(g, in, gate, bits, channels);
-    if (gate != OPEN) dy = pack(g);
 #pragma unroll
     for (int e = 0; e < WIDTH; e++)
         if (WIDE && channels.is_wide(e))

@@ -35,8 +35,9 @@ DEVICE void input_gradients(const Source& dy, const Source& x, Packs packs, cons
 #pragma unroll
         for (int u = 0; u < AT_ONCE; u++)
             if (full || u < count) {
-                store(dx + at[u], input_gradient<WIDE>(g[u], raw[u], backward.gate, bits[u], constant, channels));
-                if (dresidual) store(dresidual + at[u], g[u]);
+                acc_t passed[WIDTH];
+                store(dx + at[u], input_gradient<WIDE>(g[u], raw[u], backward.gate, bits[u], constant, channels, passed));
+                if (dresidual) store(dresidual + at[u], pack(passed));
             }
     });
 }

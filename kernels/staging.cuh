@@ -23,25 +23,24 @@ DEVICE unsigned address_of(const raw_t* shared) {
 #endif
 }
 
-// Starts the copy of the pack at p to pack i after `shared`, whose address is given as well.
-DEVICE void stage(raw_t* shared, unsigned address, int i, const data_t* p) {
+// Whether the thread itself has to carry packs: where GPUs know no such copies, and of fewer bytes than these move.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-    shared[i] = load(p);
+constexpr bool CARRIED = true;
 #else
-    if (PACK_BYTES < 4) {
-        shared[i] = load(p);  // fewer bytes than such a copy moves
-        return;
-    }
+constexpr bool CARRIED = PACK_BYTES < 4;
+#endif
+
+// Starts the copy of the pack at p to pack i after `shared`, whose address is given as well.
+DEVICE void copy(raw_t* shared, unsigned address, int i, const data_t* p) {
 #ifndef __CUDA_ARCH__
     __pipeline_memcpy_async(shared + i, p, PACK_BYTES);  // CUDA declares it in a header, which costs a second
-#else
+#elif __CUDA_ARCH__ >= 800
     const unsigned to = address + i * PACK_BYTES;
     if (PACK_BYTES == 16)
         asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(p) : "memory");
     else
-        asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(p), "n"(PACK_BYTES < 4 ? 4 : PACK_BYTES % 16)
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(p), "n"(PACK_BYTES % 16 ? PACK_BYTES : 4)
                      : "memory");
-#endif
 #endif
 }
 
@@ -67,12 +66,12 @@ DEVICE void wait_but() {
 // Waits for the first `groups` of GROUPS.
 DEVICE void wait_for(int groups) {
     static_assert(GROUPS == 4, "a case for each");
-    if (groups == 1)
-        wait_but<3>();
-    else if (groups == 2)
-        wait_but<2>();
-    else if (groups == 3)
-        wait_but<1>();
-    else
+    if (groups >= 4)
         wait_but<0>();
+    else if (groups >= 3)
+        wait_but<1>();
+    else if (groups >= 2)
+        wait_but<2>();
+    else
+        wait_but<3>();
 }

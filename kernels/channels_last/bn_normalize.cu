@@ -56,6 +56,7 @@ extern "C" __global__ void REGISTERS(80) bn_normalize(
     normalize_all(InMemory{x}, Packs(own), residual, activation, channels, out, mask);
     if (!writes) return;
     if (moments_count && running_mean)
-        update_running(batch, running_mean, running_var, momentum, moments_batches, c);
+        update_running(batch, read_running(running_mean, running_var, c), running_mean, running_var, momentum,
+                       moments_batches, c);
     if (c == 0 && num_batches_tracked) *num_batches_tracked += 1;
 }
