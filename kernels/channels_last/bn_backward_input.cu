@@ -7,7 +7,7 @@
 #include "../gradients.cuh"
 #include "parts.cuh"
 
-extern "C" __global__ void REGISTERS(128) bn_backward_input(
+extern "C" __global__ void REGISTERS(INDEX_BITS == 32 ? 80 : 128) bn_backward_input(
     const data_t* dy,                        // [M, C]
     const data_t* x,                         // [M, C]
     const double* statistics_mean,           // [C]
@@ -44,10 +44,11 @@ extern "C" __global__ void REGISTERS(128) bn_backward_input(
         lanes.set(threadIdx.x, channel);
     }
     const OwnChannels channels(own, lanes);
+    if (own.looks_after() && own.begin == 0) {
+        if (dbias) dbias.set(c, sums[0]);
+        if (dweight) dweight.set(c, sums[1]);
+    }
 
     input_gradients_all(InMemory{dy}, InMemory{x}, Packs(own), gate_of(activation, mask), mask, inv_count == 0, channels,
                         dx, dresidual);
-    if (!own.looks_after() || own.begin > 0) return;
-    if (dbias) dbias.set(c, sums[0]);
-    if (dweight) dweight.set(c, sums[1]);
 }

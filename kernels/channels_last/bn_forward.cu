@@ -47,9 +47,12 @@ extern "C" __global__ void CLUSTER REGISTERS(128) bn_forward(
     __shared__ Lanes lanes;
     if (own.looks_after()) lanes.set(threadIdx.x, make_channel(batch.mean, var, eps, given));
     const OwnChannels channels(own, lanes);
+    const bool writes = own.looks_after() && cluster_rank() == 0;
+    Running before;
+    if (writes && running_mean) before = read_running(running_mean, running_var, c);
 
     normalize_all(source, packs, residual, activation, channels, out, mask);
-    if (own.looks_after() && cluster_rank() == 0) {
+    if (writes) {
         if (statistics_mean) statistics_mean[c] = batch.mean;
         if (statistics_var) statistics_var[c] = var;
         if (running_mean) update_running(batch, before, running_mean, running_var, momentum, nullptr, c);

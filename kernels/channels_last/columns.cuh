@@ -59,7 +59,7 @@ class Packs {
         stride = tile.step * tile.C;
     }
     // How many of two arrays are to be in flight: fewer where factors take many registers.
-    DEVICE static constexpr int pairs(Gate gate) { return PACK_BYTES < 8 ? 8 : WIDTH == 8 && gate == INPUT ? 3 : 4; }
+    DEVICE static constexpr int pairs(Gate) { return WIDTH == 8 ? 2 : PACK_BYTES < 8 ? 6 : 4; }
     DEVICE index_t next() {
         const index_t own = at;
         at += stride;
