@@ -89,9 +89,7 @@ class Counter:
 
 
 @contextlib.contextmanager
-def counted(
-    architecture: int, choose: Choose, memory: int, multiprocessors: int | None = None
-) -> Iterator[Counter]:
+def counted(architecture: int, choose: Choose, memory: int, multiprocessors: int | None = None) -> Iterator[Counter]:
     """Inside the context, launches are counted.
 
     Parameters

@@ -141,7 +141,7 @@ class Memory:
 
         return copy
 
-    def _global(self, address: Array, mask: Array) -> tuple[Space, Array]:
+    def _global(self, address: Array, mask: Array) -> tuple[Space, Array]:  # noqa: ARG002
         return self.space, address
 
     def _in_shared(self, address: Array, mask: Array) -> tuple[Space, Array]:
