@@ -109,10 +109,7 @@ class Exchange:
         """What the lanes of the group give together."""
         write, read = self._lanes.writer(operands[0], "u"), self._lanes.reader(operands[1], "u")
         signed = "S32" in modifiers
-        functions: dict[str, np.ufunc] = {"OR": np.bitwise_or, "AND": np.bitwise_and, "XOR": np.bitwise_xor}
-        function = (functions | {"SUM": np.add, "MIN": np.minimum, "MAX": np.maximum})[
-            modifiers[0] if modifiers else "SUM"
-        ]
+        function = next((_REDUCTIONS[m] for m in modifiers if m in _REDUCTIONS), np.add)
 
         def act(mask: Array) -> None:
             value, found = np.broadcast_to(read(), mask.shape), np.zeros(mask.size, np.uint32)
@@ -171,6 +168,10 @@ class Exchange:
         return lambda mask: write(members.astype(np.uint32), mask)
 
 
+_REDUCTIONS: dict[str, np.ufunc] = {
+    **{"OR": np.bitwise_or, "AND": np.bitwise_and, "XOR": np.bitwise_xor},
+    **{"MIN": np.minimum, "MAX": np.maximum},
+}
 _EXCHANGE = {
     "S2R": Exchange._read_special,
     "S2UR": Exchange._read_special,

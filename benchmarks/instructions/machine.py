@@ -20,17 +20,8 @@ from instructions.program import Program
 
 Act = Callable[[Array], None]
 NOTHING = (
-    "NOP",
-    "MEMBAR",
-    "ERRBAR",
-    "CGAERRBAR",
-    "CCTL",
-    "LDGDEPBAR",
-    "DEPBAR",
-    "FENCE",
-    "YIELD",
-    "NANOSLEEP",
-    "ENDCOLLECTIVE",
+    *("NOP", "YIELD", "NANOSLEEP", "ENDCOLLECTIVE"),
+    *("MEMBAR", "ERRBAR", "CGAERRBAR", "CCTL", "FENCE", "LDGDEPBAR", "DEPBAR"),
 )
 """Instructions that change nothing here: copies are done at once, and all see the same memory."""
 
