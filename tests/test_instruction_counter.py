@@ -12,8 +12,10 @@ from tests.counting import require
 
 require()
 
-from instructions import program  # noqa: E402
-from instructions.cost import pipe  # noqa: E402
+from contact.stages import ncu_work  # noqa: E402
+from instructions import hardware, program, report  # noqa: E402
+from instructions.cases import Arrays  # noqa: E402
+from instructions.cost import count, measure, pipe  # noqa: E402
 from instructions.lanes import UnknownInstruction  # noqa: E402
 from instructions.launches import execute, pack  # noqa: E402
 from instructions.memory import Space, WrongAccess  # noqa: E402
@@ -409,3 +411,50 @@ def test_loads_of_what_nobody_has_written_are_wrong():
             pack([np.uint64(ADDRESS)]),
             Space(memory, ADDRESS, np.zeros(256, np.uint8)),
         )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Launches of the library
+
+
+def test_a_line_through_two_counts():
+    cost = measure(report.case("bn_normalize", "float16", 3136))
+    smaller, larger = cost.smaller, cost.larger
+    each, once = sum(cost.each().values()), cost.once()
+    assert each > 8  # a conversion for each element at least
+    assert once > 0
+    assert larger.packs > smaller.packs
+    for found in (smaller, larger):
+        assert found.launch.issued.sum() == pytest.approx(found.packs * each / 32 + found.launch.warps * once)
+    row = report.tables([cost]).splitlines()[-1]
+    assert row.startswith(f"| bn_normalize | float16 | plain | {each:.0f} | ")
+
+
+@pytest.mark.parametrize("step", ["bn_normalize", "bn_backward_input"])
+def test_wrong_arrays_are_noticed(monkeypatch, step):
+    expected = Arrays._expected
+    monkeypatch.setattr(Arrays, "_expected", lambda self, name: expected(self, name) + 1e-3 * (self._x > 3))
+    with pytest.raises(AssertionError, match="of what was written is wrong"):
+        count(report.case(step, "float32", 1, 256))
+
+
+@pytest.mark.parametrize(("step", "name"), [("bn_stats", "_var"), ("bn_backward_reduce", "_xhat")])
+def test_wrong_sums_are_noticed(monkeypatch, step, name):
+    run = Arrays.run
+
+    def run_and_forget(self):
+        result = run(self)
+        setattr(self, name, getattr(self, name) * 1.001)
+        return result
+
+    monkeypatch.setattr(Arrays, "run", run_and_forget)
+    with pytest.raises(AssertionError, match="Not equal to tolerance"):
+        count(report.case(step, "float32", 1, 256))
+
+
+def test_the_prediction_for_hardware_is_of_all_blocks():
+    launches = hardware.predict(90, ncu_work.TINY[:1])
+    assert [launch.kernel for launch in launches] == ["channels_first/bn_forward", "channels_first/bn_backward"]
+    for launch in launches:
+        assert launch.blocks == np.prod(launch.grid)
+        assert launch.issued[0] == launch.warps  # the first instruction, once for each warp

@@ -38,13 +38,17 @@ class Count(NamedTuple):
         """Also where a block has more threads than packs."""
         return self.packs / (self.launch.warps * WARP)
 
-    def per_pack(self) -> collections.Counter[str]:
-        """Thread-instructions for each pack, by pipeline: warp instructions times 32, and all that blocks do once."""
+    def by_pipe(self) -> collections.Counter[str]:
+        """Warp instructions."""
         assert self.launch.program is not None
         result: collections.Counter[str] = collections.Counter()
         for instruction, issued in zip(self.launch.program.instructions, self.launch.issued, strict=True):
-            result[pipe(instruction.opcode)] += float(issued) * WARP / self.packs  # type: ignore[assignment]
+            result[pipe(instruction.opcode)] += int(issued)
         return result
+
+    def per_pack(self) -> dict[str, float]:
+        """Thread-instructions for each pack, by pipeline: warp instructions times 32, with what blocks do once."""
+        return {p: issued * WARP / self.packs for p, issued in self.by_pipe().items()}
 
 
 class Cost(NamedTuple):
@@ -56,15 +60,16 @@ class Cost(NamedTuple):
 
     def each(self) -> dict[str, float]:
         """Thread-instructions that each pack more costs, by pipeline."""
-        (_, some), (_, few) = self.larger, self.smaller
-        warps, fewer = self.larger.launch.warps, self.smaller.launch.warps
-        all_, less = self.larger.per_pack(), self.smaller.per_pack()
+        (more, many), (less, few) = self.larger, self.smaller
         # Two equations: instructions = a * packs + b * warps.
-        return {p: (all_[p] * some * fewer - less[p] * few * warps) / (some * fewer - few * warps) for p in all_}
+        determinant = many * less.warps - few * more.warps
+        issued, fewer = self.larger.by_pipe(), self.smaller.by_pipe()
+        return {p: (issued[p] * less.warps - fewer[p] * more.warps) * WARP / determinant for p in issued}
 
     def once(self) -> float:
         """Instructions of each warp, whatever it has to do."""
-        return (sum(self.larger.per_pack().values()) - sum(self.each().values())) * self.larger.packs_per_thread
+        warps, packs_per_warp = self.larger.launch.warps, self.larger.packs / self.larger.launch.warps
+        return int(self.larger.launch.issued.sum()) / warps - sum(self.each().values()) / WARP * packs_per_warp
 
 
 def pipe(opcode: str) -> str:

@@ -246,10 +246,11 @@ class Flow:
             raise UnknownInstruction("a barrier of this kind")
         number = int(operands[0], 0)
         reduction = next((name for name in ("POPC", "AND", "OR") if f"RED.{name}" in opcode), "")
-        self._kinds[number] = int(operands[1], 0) if len(operands) > 1 else None, reduction
+        kind = int(operands[1], 0) if len(operands) > 1 else None, reduction
 
         def act(mask: Array) -> None:
             taken = guarded(mask)
+            self._kinds[number] = kind
             self._flag[mask] = taken[mask]
             self.at[mask] = i + 1
             waiting = mask if reduction else taken
