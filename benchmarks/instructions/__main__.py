@@ -3,9 +3,10 @@
     python benchmarks/instructions                            # writes benchmarks/results/instructions.md
     python benchmarks/instructions bn_stats --dtype float16   # prints some of it
     python benchmarks/instructions --hardware                 # what Nsight Compute must find on a GPU
+    python benchmarks/instructions --measured DIR/ncu.csv     # the same beside what it has found
 
-CuPy is the stand-in of the tests, also where a real one is installed. NVRTC and nvdisasm come from PyPI: nvidia-cuda-nvrtc,
-nvidia-cuda-nvdisasm.
+CuPy is the stand-in of the tests, also where a real one is installed. NVRTC and nvdisasm come from PyPI:
+nvidia-cuda-nvrtc, nvidia-cuda-nvdisasm.
 """
 
 from __future__ import annotations
@@ -33,10 +34,11 @@ def main() -> None:
     parser.add_argument("--dtype", choices=report.DTYPES, help="this one alone")
     parser.add_argument("--architecture", type=int, choices=DEVICES, default=90, help="90 for sm_90")
     parser.add_argument("--hardware", action="store_true", help="predict the counts of first_contact's stage ncu")
+    parser.add_argument("--measured", type=Path, help="ncu.csv of that stage, to be compared with them")
     parser.add_argument("--output", type=Path, default=BENCHMARKS / "results", help="folder for the whole table")
     args = parser.parse_args()
-    if args.hardware:
-        print(hardware.table(args.architecture))
+    if args.hardware or args.measured:
+        print(hardware.table(args.architecture, args.measured))
         return
     cases = [c for c in report.cases() if args.only in c.kernel and args.dtype in (None, c.dtype)]
     with ProcessPoolExecutor(os.cpu_count()) as pool:

@@ -7,6 +7,9 @@ names begin with a U, are those without.
 Rounding is to nearest, subnormal numbers are kept, and approximations are exact: branches are the same.
 """
 
+# All makers have the same parameters, whichever of them they need.
+# ruff: noqa: ARG001, ARG005
+
 from __future__ import annotations
 
 import functools
@@ -199,7 +202,9 @@ def funnel_shift(modifiers: list[str], operands: Sequence[str]) -> Form:
             n = np.minimum(n, U64(63))
             result = (whole.view(I64) >> n.view(I64)).view(U64) if signed else whole >> n
         else:
-            return low((upper.view(np.int32).astype(I64) >> n.view(I64)).view(U64) if signed else upper.astype(U64) >> n)
+            return low(
+                (upper.view(np.int32).astype(I64) >> n.view(I64)).view(U64) if signed else upper.astype(U64) >> n
+            )
         return low(result >> U64(32)) if high else low(result)
 
     return "u=uuu", shifted
@@ -290,7 +295,7 @@ def _compare(name: str, a: Array, b: Array) -> Array:
 
 
 def _comparison(letter: str) -> Make:
-    """A comparison, and its negation, combined with a predicate; EX: of upper words, with the result of the lower ones."""
+    """A comparison and its negation, combined with a predicate; EX: of upper words, with what the lower ones gave."""
 
     def make(modifiers: list[str], operands: Sequence[str]) -> Form:
         kind = letter
@@ -418,7 +423,9 @@ def convert_to_integer(modifiers: list[str], operands: Sequence[str]) -> Form:
         raise UnknownInstruction("rounding")
     least, most = (0, 2**32 - 1) if "U32" in modifiers else (-(2**31), 2**31 - 1)
     kind = "d" if "F64" in modifiers else "f"
-    return f"u={kind}", lambda x: low(np.clip(np.nan_to_num(np.trunc(x.astype(F64))), least, most).astype(I64).view(U64))
+    return f"u={kind}", lambda x: low(
+        np.clip(np.nan_to_num(np.trunc(x.astype(F64))), least, most).astype(I64).view(U64)
+    )
 
 
 _SPECIAL: dict[str, Callable[[Array], Array]] = {

@@ -52,7 +52,6 @@ class Arrays:
     def __init__(self, case: Case, rows: int) -> None:
         rng = np.random.default_rng(0)
         self.case, self.count = case, rows * case.row
-        self.itemsize = parameter_dtype(case.dtype).itemsize
         self._activation, self._has_residual = VARIANTS[case.variant]
         self._shape = rows, min(case.channels, PERIOD), case.row
         self._x, self._dy, self._residual = self._values(rng, 2, 1), self._values(rng, 1, 0), self._values(rng, 1, 0)
@@ -103,7 +102,7 @@ class Arrays:
         dresidual = cupy.empty_like(x) if self._has_residual else None
         vectors = cupy.empty(C, np.float32), cupy.empty(C, np.float32)
         getattr(cupy_ops, step)(*first, *given, 1 / self.count, out, dresidual, *vectors)
-        return {"dx": out}
+        return {"dx": out} | ({"dresidual": dresidual} if self._has_residual else {})
 
     def _parts(self, values: Array) -> Any:
         """A vector once for each part."""
@@ -121,9 +120,11 @@ class Arrays:
         dy = self._passed()
         return dy.sum((0, 2)), (dy * self._xhat).sum((0, 2))
 
-    def _expected(self) -> Array:
-        """The array that an elementwise step writes."""
-        if "backward" not in self.case.step:
+    def _expected(self, name: str) -> Array:
+        """An array that an elementwise step writes."""
+        if name == "dresidual":
+            return self._passed()
+        if name == "out":
             y = self._y + self._residual.astype(np.float64) if self._has_residual else self._y
             return np.maximum(y, 0) if self._activation else y
         total, projected = (_column(s) / self.count for s in self._sums())
@@ -138,15 +139,15 @@ class Arrays:
         The number of elements of x that they have worked on.
         """
         if self.case.step not in SUMS:
-            ((_, array),) = results.items()
-            values, written = counter.look(array)
-            channels = np.flatnonzero(written.any((0, 2)))
-            assert channels.size, "nothing was written"
-            expected = self._expected()[:, channels % self._shape[1]]
-            off = np.abs(values[:, channels].astype(np.float64) - expected)
-            bound = 1e-5 + HALF_ULP[self.case.dtype] * 2 * np.abs(expected)
-            wrong = np.mean((off > bound)[written[:, channels]])
-            assert wrong == 0, f"{wrong:.2%} of what was written is wrong"
+            for name, array in results.items():
+                values, written = counter.look(array)
+                channels = np.flatnonzero(written.any((0, 2)))
+                assert channels.size, "nothing was written"
+                expected = self._expected(name)[:, channels % self._shape[1]]
+                off = np.abs(values[:, channels].astype(np.float64) - expected)
+                bound = 1e-5 + HALF_ULP[self.case.dtype] * 2 * np.abs(expected)
+                wrong = np.mean((off > bound)[written[:, channels]])
+                assert wrong == 0, f"{wrong:.2%} of what was written is wrong: {name}"
             return float(written.sum())
         parts = [counter.look(array) for name, array in results.items() if name not in ("count", "batches")]
         channels = np.flatnonzero(parts[0][1].any(0))

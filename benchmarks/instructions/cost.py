@@ -27,16 +27,49 @@ SHOWN = ("fma", "alu", "fp64", "xu", "lsu")
 _PIPE = {name: pipe for pipe, names in PIPES.items() for name in names.split()}
 
 
+class Count(NamedTuple):
+    """A launch of a case, checked, and how many packs its executed blocks have worked on."""
+
+    launch: Launch
+    packs: float
+
+    @property
+    def packs_per_thread(self) -> float:
+        """Also where a block has more threads than packs."""
+        return self.packs / (self.launch.warps * WARP)
+
+    def by_pipe(self) -> collections.Counter[str]:
+        """Warp instructions."""
+        assert self.launch.program is not None
+        result: collections.Counter[str] = collections.Counter()
+        for instruction, issued in zip(self.launch.program.instructions, self.launch.issued, strict=True):
+            result[pipe(instruction.opcode)] += int(issued)
+        return result
+
+    def per_pack(self) -> dict[str, float]:
+        """Thread-instructions for each pack, by pipeline: warp instructions times 32, with what blocks do once."""
+        return {p: issued * WARP / self.packs for p, issued in self.by_pipe().items()}
+
+
 class Cost(NamedTuple):
-    """Thread-instructions for each pack: warp instructions times 32, idle lanes and both sides of a branch included."""
+    """A count, and another one with fewer packs, and the line through both."""
 
     case: Case
-    issue: float
-    pipes: dict[str, float]  # the same by pipeline; "uniform" and "control" are not shown
-    once: float  # instructions of each warp, whatever there is to do
-    registers: int
-    threads: int  # of a block
-    packs: float  # of a thread
+    larger: Count
+    smaller: Count
+
+    def each(self) -> dict[str, float]:
+        """Thread-instructions that each pack more costs, by pipeline."""
+        (more, many), (less, few) = self.larger, self.smaller
+        # Two equations: instructions = a * packs + b * warps.
+        determinant = many * less.warps - few * more.warps
+        issued, fewer = self.larger.by_pipe(), self.smaller.by_pipe()
+        return {p: (issued[p] * less.warps - fewer[p] * more.warps) * WARP / determinant for p in issued}
+
+    def once(self) -> float:
+        """Instructions of each warp, whatever it has to do."""
+        warps, packs_per_warp = self.larger.launch.warps, self.larger.packs / self.larger.launch.warps
+        return int(self.larger.launch.issued.sum()) / warps - sum(self.each().values()) / WARP * packs_per_warp
 
 
 def pipe(opcode: str) -> str:
@@ -49,33 +82,22 @@ def pipe(opcode: str) -> str:
     return "uniform" if name.startswith("U") or name in ("R2UR", "S2UR", "VOTEU", "LDCU") else "alu"
 
 
-def by_pipe(launch: Launch) -> collections.Counter[str]:
-    """Warp instructions of the executed blocks."""
-    assert launch.program is not None
-    result: collections.Counter[str] = collections.Counter()
-    for instruction, issued in zip(launch.program.instructions, launch.issued, strict=True):
-        result[pipe(instruction.opcode)] += int(issued)
-    return result
+def count(case: Case, architecture: int = 90) -> Count:
+    """Count a case with as many rows as are worth the time."""
+    found = next(filter(None, (_count(case, rows, architecture) for rows in _numbers_of_rows(case))), None)
+    assert found is not None, f"{case} does not take the kernel {case.kernel}"
+    return found
 
 
 def measure(case: Case, architecture: int = 90) -> Cost:
     """Count a case with two numbers of rows that the same code takes: the difference is what packs cost."""
     for rows in _numbers_of_rows(case):
         larger = _count(case, rows, architecture)
-        smaller = larger and next(filter(None, (_count(case, n, architecture, larger[0]) for n in _fewer(rows))), None)
-        if larger and smaller:
-            break
-    else:
-        raise ValueError(f"{case} does not take the kernel {case.kernel} with two numbers of rows that are alike")
-    (less, fewer), (more, many) = smaller, larger
-    # Two equations: instructions = a * packs + b * warps.
-    determinant = fewer * more.warps - many * less.warps
-    few, all_ = by_pipe(less), by_pipe(more)
-    per_pack = {p: (few[p] * more.warps - all_[p] * less.warps) / determinant * WARP for p in all_}
-    issue = sum(per_pack.values())
-    once = (more.issued.sum() - issue / WARP * many) / more.warps
-    assert more.program is not None
-    return Cost(case, issue, per_pack, once, more.program.registers, more.threads, many / (more.warps * WARP))
+        for fewer in _fewer(rows) if larger else ():
+            smaller = _count(case, fewer, architecture, larger.launch)
+            if smaller:
+                return Cost(case, larger, smaller)
+    raise ValueError(f"{case} does not take the kernel {case.kernel} with two numbers of rows that are alike")
 
 
 def _numbers_of_rows(case: Case) -> list[int]:
@@ -96,11 +118,8 @@ def _fewer(rows: int) -> list[int]:
     return sorted({rows // 2, rows // 2 + 1, rows * 5 // 8, rows * 3 // 4} - {0, rows})
 
 
-def _count(case: Case, rows: int, architecture: int, like: Launch | None = None) -> tuple[Launch, float] | None:
-    """The launch of a case, checked, and the packs that its executed blocks have worked on.
-
-    None if the library takes another kernel, or does not launch it like the one given.
-    """
+def _count(case: Case, rows: int, architecture: int, like: Launch | None = None) -> Count | None:
+    """A count with so many rows; None if the library takes another kernel, or does not launch it like the one given."""
 
     def choose(launch: Launch, compiled: Callable[[], Program]) -> Blocks:
         """Of sums all parts of the first channels, else a share of them from the middle.
@@ -119,11 +138,10 @@ def _count(case: Case, rows: int, architecture: int, like: Launch | None = None)
     with counted(architecture, choose, _memory(case, rows), 1) as counter:
         results = arrays.run()
         launch = next((launch for launch in counter.launches if launch.blocks), None)
-        return launch and (launch, arrays.check(counter, results) * ITEMSIZE[case.dtype] / PACK)
+        return launch and Count(launch, arrays.check(counter, results) * ITEMSIZE[case.dtype] / PACK)
 
 
 def _memory(case: Case, rows: int) -> int:
     """Enough for the arrays of a case."""
     arrays = 1 if case.step == "bn_stats" else 5
     return rows * case.row * case.channels * ITEMSIZE[case.dtype] * arrays + (16 << 20)
-

@@ -1,5 +1,8 @@
 """What threads are, and what those of a warp tell each other: shuffles, votes, values for all lanes."""
 
+# All makers have the same parameters, whichever of them they need.
+# ruff: noqa: ARG002
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -87,6 +90,37 @@ class Exchange:
 
         return act
 
+    def _match(self, modifiers: Sequence[str], operands: Sequence[str]) -> Act:
+        """The lanes of the group that have the same value."""
+        write, read = self._lanes.writer(operands[-2], "u"), self._lanes.reader(operands[-1], "u")
+        if modifiers != ["ANY"]:
+            raise UnknownInstruction("of all lanes")
+
+        def act(mask: Array) -> None:
+            value, found = np.broadcast_to(read(), mask.shape), np.zeros(mask.size, np.uint32)
+            for one in np.unique(value[mask]):
+                same = mask & (value == one)
+                found[same] = self._flow.lanes_of_group(mask, same).astype(np.uint32)[same]
+            write(found, mask)
+
+        return act
+
+    def _reduce(self, modifiers: Sequence[str], operands: Sequence[str]) -> Act:
+        """What the lanes of the group give together."""
+        write, read = self._lanes.writer(operands[0], "u"), self._lanes.reader(operands[1], "u")
+        signed = "S32" in modifiers
+        function = next((_REDUCTIONS[m] for m in modifiers if m in _REDUCTIONS), np.add)
+
+        def act(mask: Array) -> None:
+            value, found = np.broadcast_to(read(), mask.shape), np.zeros(mask.size, np.uint32)
+            for group in np.unique(self._flow.group[mask]):
+                same = mask & (self._flow.group == group)
+                some = value[same].view(np.int32) if signed else value[same]
+                found[same] = function.reduce(some, dtype=some.dtype).view(np.uint32)
+            write(found, mask)
+
+        return act
+
     def _from_predicates(self, modifiers: Sequence[str], operands: Sequence[str]) -> Act:
         """P2R: some predicates among the bits of a register, in the byte that the first operand names."""
         name, _, byte = operands[0].partition(".B")
@@ -134,12 +168,18 @@ class Exchange:
         return lambda mask: write(members.astype(np.uint32), mask)
 
 
+_REDUCTIONS: dict[str, np.ufunc] = {
+    **{"OR": np.bitwise_or, "AND": np.bitwise_and, "XOR": np.bitwise_xor},
+    **{"MIN": np.minimum, "MAX": np.maximum},
+}
 _EXCHANGE = {
     "S2R": Exchange._read_special,
     "S2UR": Exchange._read_special,
     "SHFL": Exchange._shuffle,
     "VOTE": Exchange._vote,
     "VOTEU": Exchange._vote,
+    "MATCH": Exchange._match,
+    "REDUX": Exchange._reduce,
     "R2UR": Exchange._first_active,
     "P2R": Exchange._from_predicates,
     "R2P": Exchange._to_predicates,

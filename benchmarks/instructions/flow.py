@@ -5,6 +5,9 @@ both happen to be at the same place: they are one again where a barrier (BSSY an
 hardware.
 """
 
+# All makers have the same parameters, whichever of them they need.
+# ruff: noqa: ARG002
+
 from __future__ import annotations
 
 import re
@@ -94,7 +97,9 @@ class Flow:
         make = _CONTROL.get(name)
         if make is None:
             return None
-        passes = [self._lanes.reader(operand, "p") for operand in (guard, *operands) if operand and is_predicate(operand)]
+        passes = [
+            self._lanes.reader(operand, "p") for operand in (guard, *operands) if operand and is_predicate(operand)
+        ]
 
         def guarded(mask: Array) -> Array:
             for read in passes:
@@ -108,15 +113,19 @@ class Flow:
 
     def _branch(self, i: int, guarded: Guarded, opcode: str, operands: Sequence[str]) -> Act:
         target = self._place(operands[-1])
-        if ".DIV" in opcode:  # if the warp is not whole
-            return lambda mask: self._go(mask, mask & (self.lanes_of_group(mask, mask) != ALL), target, i)
+        if ".DIV" in opcode:  # if other lanes than these are here
+            lanes = self._lanes.reader(operands[0] if len(operands) > 1 else "~URZ", "k")
+            return lambda mask: self._go(mask, guarded(mask) & (self.lanes_of_group(mask, mask) != lanes()), target, i)
         return lambda mask: self._go(mask, guarded(mask), target, i)
 
     def _return(self, i: int, guarded: Guarded, opcode: str, operands: Sequence[str]) -> Act:
-        read = self._lanes.reader(operands[0].split()[0], "u")
+        """To an address in a register; BRX adds a distance from the next instruction."""
+        name, distance, *_ = (*operands[0].split(), "0")
+        read = self._lanes.reader(name, "i")
+        shift = (i + 1) * WORD + int(distance, 0) if opcode.startswith("BRX") else 0
 
         def act(mask: Array) -> None:
-            taken, places = guarded(mask), read() // WORD
+            taken, places = guarded(mask), (read().astype(np.int64) + shift) // WORD
             self.at[mask] = i + 1
             for place in np.unique(places[taken]):
                 self._split(mask, taken & (places == place))
@@ -237,10 +246,11 @@ class Flow:
             raise UnknownInstruction("a barrier of this kind")
         number = int(operands[0], 0)
         reduction = next((name for name in ("POPC", "AND", "OR") if f"RED.{name}" in opcode), "")
-        self._kinds[number] = int(operands[1], 0) if len(operands) > 1 else None, reduction
+        kind = int(operands[1], 0) if len(operands) > 1 else None, reduction
 
         def act(mask: Array) -> None:
             taken = guarded(mask)
+            self._kinds[number] = kind
             self._flag[mask] = taken[mask]
             self.at[mask] = i + 1
             waiting = mask if reduction else taken
@@ -294,6 +304,7 @@ _CONTROL = {
     "JMP": Flow._branch,
     "CALL": Flow._branch,
     "RET": Flow._return,
+    "BRX": Flow._return,
     "EXIT": Flow._exit,
     "BSSY": Flow._note_members,
     "BREAK": Flow._leave_members,

@@ -1,28 +1,33 @@
-"""What a GPU must find: the launches that Nsight Compute looks at in first contact, every block of them executed here."""
+"""What a GPU must find: the launches that Nsight Compute looks at in first contact, every block executed here."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from pathlib import Path
 
 import cupy
+from contact.stages import ncu, ncu_work
 from tqdm import tqdm
 
-from contact.stages import ncu_work
 from instructions.launches import Blocks, Launch, counted
 
 
-def predict(architecture: int, shapes: tuple[tuple[tuple[int, ...], int], ...] = ncu_work.SHAPES) -> list[Launch]:
-    """The launches of the calls that ``contact/stages/ncu_work.py`` makes: forward passes, and backward of the first."""
-    result: list[Launch] = []
-    for n, (shape, axis) in enumerate(tqdm(shapes, unit="shape")):
+def predict(architecture: int, shapes: Iterable[tuple[tuple[int, ...], int]] = ncu_work.SHAPES) -> list[Launch]:
+    """The launches of ``contact/stages/ncu_work.py`` in their order: forward passes, then backward over the first."""
+    forward: list[Launch] = []
+    backward: list[Launch] = []
+    for shape, axis in tqdm(list(shapes), unit="shape"):
         values = ncu_work.values(shape).get()
         with counted(architecture, whole_grid, 5 * values.nbytes + (64 << 20)) as counter:
             x = cupy.asarray(values)
             vjp_fn = ncu_work.forward_pass(x, axis)
-            if n == 0:
+            first, done = not forward, len(counter.launches)
+            if first:
                 vjp_fn(x)
-        result += counter.launches
-    return result
+        forward += counter.launches[:done]
+        backward += counter.launches[done:]
+    return forward + backward
 
 
 def whole_grid(launch: Launch, compiled: object) -> Blocks:  # noqa: ARG001
@@ -31,10 +36,16 @@ def whole_grid(launch: Launch, compiled: object) -> Blocks:  # noqa: ARG001
     return [(i, j, k) for k in z for j in y for i in x]
 
 
-def table(architecture: int) -> str:
-    """The prediction for people."""
-    lines = ["| kernel | grid | threads | smsp__inst_executed.sum |", "|---|---|---:|---:|"]
-    for launch in predict(architecture):
+def table(architecture: int, measured: Path | None = None) -> str:
+    """The prediction, beside what Nsight Compute has written into ``ncu.csv``."""
+    found = ncu.launches(measured.read_text()) if measured else []
+    rows = [("kernel", "grid", "threads", "predicted", "measured", "ratio")]
+    for n, launch in enumerate(predict(architecture)):
         assert launch.blocks == math.prod(launch.grid)
-        lines.append(f"| {launch.kernel} | {launch.grid} | {launch.threads} | {launch.issued.sum()} |")
-    return "\n".join(lines)
+        predicted, actual = int(launch.issued.sum()), math.nan
+        if n < len(found) and found[n].row()["kernel"] == launch.kernel.rpartition("/")[2]:
+            actual = found[n].number(ncu.INSTRUCTIONS)
+        numbers = f"{predicted}", f"{actual:.0f}", f"{actual / predicted:.4f}"
+        rows.append((launch.kernel, " x ".join(map(str, launch.grid)), str(launch.threads), *numbers))
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|---|---|---:|---:|---:|---:|", *lines[1:]])

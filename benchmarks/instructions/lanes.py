@@ -90,12 +90,12 @@ class Lanes:
         if kind == "p":
             number = _predicate(text)
             if number in (7, 15):
-                return lambda value, mask: None
+                return _no_write
             flags = self.predicates[number]
             return lambda value, mask: np.copyto(flags, value, where=mask)
         row = _register(text)
         if row in ZERO.values():
-            return lambda value, mask: None
+            return _no_write
         low = self.registers[row]
         if kind == "q":
             four = self.registers[row : row + 4]
@@ -139,6 +139,10 @@ class Lanes:
             return lambda: words[np.minimum(row() // 4 + first, words.size - 1)]
         pairs = words[first : first + (words.size - first) // 2 * 2].view(np.uint64)
         return lambda: pairs[np.minimum(row() // 8, pairs.size - 1)]
+
+
+def _no_write(value: Array, mask: Array) -> None:
+    """What writes to registers and predicates that are constants."""
 
 
 def _register(name: str) -> int:

@@ -17,7 +17,7 @@ from cupy import emulator
 from cupy._memory import Allocation
 
 from cupybn import _kernels
-from instructions.lanes import Array
+from instructions.lanes import WARP, Array
 from instructions.machine import Machine
 from instructions.memory import Space
 from instructions.program import Program, compile_program
@@ -53,12 +53,7 @@ class Launch(NamedTuple):
     @property
     def warps(self) -> int:
         """How many warps were executed."""
-        return self.blocks * self.threads // 32
-
-    @property
-    def whole_grid(self) -> float:
-        """Warp instructions of the whole grid, if its other blocks are like those executed."""
-        return float(self.issued.sum()) * int(np.prod(self.grid)) / self.blocks
+        return self.blocks * self.threads // WARP
 
 
 Choose = Callable[[Launch, Callable[[], Program]], Blocks]
@@ -89,9 +84,7 @@ class Counter:
 
 
 @contextlib.contextmanager
-def counted(
-    architecture: int, choose: Choose, memory: int, multiprocessors: int | None = None
-) -> Iterator[Counter]:
+def counted(architecture: int, choose: Choose, memory: int, multiprocessors: int | None = None) -> Iterator[Counter]:
     """Inside the context, launches are counted.
 
     Parameters

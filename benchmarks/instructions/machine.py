@@ -1,8 +1,8 @@
 """Blocks of threads that execute a program side by side, and how often each of its instructions is issued.
 
-All threads are columns of NumPy arrays. Of those that can go on, the ones at the lowest address go on together, up to the
-next place where others are. Each group of lanes (see `flow`) that gets to an instruction is an issue of it, however few
-its lanes, and with all of them predicated off.
+All threads are columns of NumPy arrays. Of those that can go on, the ones at the lowest address go on together, up to
+the next place where others are. Each group of lanes (see `flow`) that gets to an instruction is an issue of it, however
+few its lanes, and with all of them predicated off.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ from instructions.memory import LOCAL, WINDOW, Memory, Space, WrongAccess
 from instructions.program import Program
 
 Act = Callable[[Array], None]
-NOTHING = frozenset("NOP MEMBAR ERRBAR CGAERRBAR CCTL LDGDEPBAR DEPBAR FENCE YIELD NANOSLEEP ENDCOLLECTIVE".split())
+NOTHING = (
+    *("NOP", "YIELD", "NANOSLEEP", "ENDCOLLECTIVE"),
+    *("MEMBAR", "ERRBAR", "CGAERRBAR", "CCTL", "FENCE", "LDGDEPBAR", "DEPBAR"),
+)
 """Instructions that change nothing here: copies are done at once, and all see the same memory."""
 
 
@@ -90,7 +93,9 @@ class Machine:
                 act(mask)
             except (UnknownInstruction, WrongAccess, LookupError, ValueError) as error:
                 text = f"{instruction.opcode} {', '.join(instruction.operands)}"
-                what = error if isinstance(error, (UnknownInstruction, WrongAccess)) else f"not in this form ({error!r})"
+                what = (
+                    error if isinstance(error, (UnknownInstruction, WrongAccess)) else f"not in this form ({error!r})"
+                )
                 kind = WrongAccess if isinstance(error, WrongAccess) else UnknownInstruction
                 raise kind(f"{what}: {text} at {instruction.address:#x}") from error
             if instruction.opcode.partition(".")[0] in CONTROL:
@@ -108,7 +113,7 @@ class Machine:
         if moves is not None:
             return moves
         if name in NOTHING:
-            return lambda mask: None
+            return _do_nothing
         act = (
             self._exchange.compile(opcode, operands)
             or self._memory.compile(opcode, operands)
@@ -138,6 +143,10 @@ class Machine:
                 write(value, mask)
 
         return act
+
+
+def _do_nothing(mask: Array) -> None:
+    """Of instructions that change nothing."""
 
 
 def _banks(program: Program, grid: tuple[int, int, int], threads: int, parameters: bytes) -> dict[int, Array]:

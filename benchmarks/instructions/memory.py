@@ -17,6 +17,8 @@ LOCAL = 4 << 10
 RESERVED = 1 << 10
 """Bytes of shared memory that CUDA keeps, from sm_90 on the first ones."""
 _BYTES = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
+_WRITTEN = {1: 1, 2: 0x0101, 4: 0x01010101}
+"""Of bytes that were all written, one mark each."""
 _TERM = re.compile(r"([+-]?)(0x[0-9a-f]+|U?R(?:\d+|Z))((?:\.\w+)*)")
 
 
@@ -37,35 +39,37 @@ class Space:
     """
 
     def __init__(self, data: Array, base: int = 0, initialised: Array | None = None) -> None:
-        self.base, self.size, self.initialised = np.uint64(base), data.size, initialised
+        self._base, self._size = np.uint64(base), data.size
         self._data = {1: data, 2: data.view(np.uint16), 4: data.view(np.uint32)}
+        self._written = None if initialised is None else {n: initialised.view(f"u{n}") for n in self._data}
 
     def load(self, addresses: Array, size: int, signed: bool) -> list[Array]:
         """The registers that a load fills, for each address."""
-        at = self._places(addresses, size)
-        if self.initialised is not None and not all(self.initialised[at + n].all() for n in range(size)):
+        unit, places = self._places(addresses, size)
+        if self._written and not all((self._written[unit][at] == _WRITTEN[unit]).all() for at in places):
             raise WrongAccess("a load of what nobody has written")
-        if size < 4:
-            value = self._data[size][at // size]
-            return [value.astype(f"i{size}").astype(np.int32).view(np.uint32) if signed else value.astype(np.uint32)]
-        return [self._data[4][at // 4 + n] for n in range(size // 4)]
+        values = [self._data[unit][at] for at in places]
+        if signed:
+            return [value.view(f"i{unit}").astype(np.int32).view(np.uint32) for value in values]
+        return [value.astype(np.uint32) for value in values]
 
     def store(self, addresses: Array, size: int, registers: Sequence[Array]) -> None:
         """Write registers, one after the other, to each address."""
-        at = self._places(addresses, size)
-        for n, register in enumerate(registers):
-            self._data[min(size, 4)][at // min(size, 4) + n] = register
-        if self.initialised is not None:
-            for n in range(size):
-                self.initialised[at + n] = 1
+        unit, places = self._places(addresses, size)
+        for at, register in zip(places, registers, strict=True):
+            self._data[unit][at] = register
+            if self._written:
+                self._written[unit][at] = _WRITTEN[unit]
 
-    def _places(self, addresses: Array, size: int) -> Array:
-        at = (addresses - self.base).view(np.int64)
-        if (at < 0).any() or (at + size > self.size).any():
+    def _places(self, addresses: Array, size: int) -> tuple[int, list[Array]]:
+        """How many bytes go at a time, at most four, and their places among units of so many."""
+        at = (addresses - self._base).view(np.int64)
+        if (at < 0).any() or (at + size > self._size).any():
             raise WrongAccess("an access beyond all memory")
         if (at % size).any():
             raise WrongAccess(f"{size} bytes at a crooked address")
-        return at
+        unit = min(size, 4)
+        return unit, [at // unit + n for n in range(size // unit)]
 
 
 class Memory:
@@ -141,7 +145,7 @@ class Memory:
 
         return copy
 
-    def _global(self, address: Array, mask: Array) -> tuple[Space, Array]:
+    def _global(self, address: Array, mask: Array) -> tuple[Space, Array]:  # noqa: ARG002
         return self.space, address
 
     def _in_shared(self, address: Array, mask: Array) -> tuple[Space, Array]:
@@ -169,10 +173,10 @@ class Memory:
 
     def _address(self, text: str, wide: bool) -> Read:
         """The sum in brackets; 64 bits of a register, or of the first one in a wide sum that says nothing."""
-        inside = text[text.rindex("[") + 1 : -1]
+        inside = text[text.rindex("[") + 1 : -1].replace("+-", "-")
         terms: list[Read] = []
         matched = list(_TERM.finditer(inside))
-        if "".join(m[0] for m in matched) != inside.replace("+-", "-").replace(" ", "") and "+-" not in inside:
+        if "".join(m[0] for m in matched) != inside:
             raise UnknownInstruction(f"address {text}")
         pairs = wide and not any(m[3] for m in matched)  # as sm_75 has it
         for m in matched:

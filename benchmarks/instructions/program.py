@@ -17,6 +17,7 @@ from tests import nvrtc
 
 _LABEL = re.compile(r"([.$\w]+):$")
 _INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
+_REMARK = re.compile(r"\s*\(\*.*?\*\)")
 _COMMA = re.compile(r",\s*(?![^\[]*\])")  # not one inside of an address
 _PARAMETERS, _CLUSTER = 0x0A, 0x3D  # attributes of a kernel: where its parameters are, and blocks of a cluster
 
@@ -82,9 +83,7 @@ def compile_program(text: str, architecture: int, options: tuple[str, ...] = ())
             parameters = int.from_bytes(attributes[_PARAMETERS][4:6], "little")
             cluster = int.from_bytes(attributes.get(_CLUSTER, b"\1")[:4], "little")
     usage = nvrtc.usage(log)
-    return Program(
-        architecture, instructions, labels, parameters, constants, usage.registers, usage.shared, cluster
-    )
+    return Program(architecture, instructions, labels, parameters, constants, usage.registers, usage.shared, cluster)
 
 
 def parse(listing: str) -> tuple[tuple[Instruction, ...], dict[str, int]]:
@@ -93,6 +92,7 @@ def parse(listing: str) -> tuple[tuple[Instruction, ...], dict[str, int]]:
     labels: dict[str, int] = {}
     waiting: list[str] = []  # labels of the next instruction
     for line in listing.splitlines():
+        line = _REMARK.sub("", line)
         label, found = _LABEL.match(line), _INSTRUCTION.match(line)
         if label:
             waiting.append(label[1])

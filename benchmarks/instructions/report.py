@@ -12,16 +12,20 @@ ROWS = {"56 x 56": 3136, "14 x 14": 196, "7 x 7": 49}
 CHANNELS_LAST = (256, 35)
 HEADER = """# Instructions
 
-What the kernels issue for each 16 bytes of one array: warp instructions times 32, idle lanes and both sides of a diverged
-warp included. Counted without a GPU, by executing the machine code of `sm_{architecture}` on NumPy; what was written was
-compared with float64. Written by `benchmarks/instructions`, whose README says how and what it cannot see.
+What the kernels issue for each 16 bytes of one array: warp instructions times 32, idle lanes and both sides of a
+diverged warp included. Counted without a GPU, by executing the machine code of `sm_{architecture}` on NumPy; what it
+wrote was compared with float64. Written by `benchmarks/instructions`, whose README says how, and what it cannot see.
 
-`plain` is without activation, `relu` with it (the way back works the sign out anew), `mask` with a residual and ReLU. By
-pipeline: `fma` (IMAD too, also where it moves), `alu`, `fp64` (conversions from and to 64 bits too), `xu`, `lsu`; what is
-left goes to the uniform datapath and to control. `once` is what each warp issues whatever it has to do; `packs` is how many
-16 bytes a thread had in the larger one of two counts.
+`plain` is without activation, `relu` with it (the way back works the sign out anew), `mask` with a residual and ReLU. A
+line through two counts tells what `each` 16 bytes more cost, `fp64` of it, and what each warp issues `once`. In the
+larger count a thread had so many `packs` of 16 bytes; what each of them cost there, all in all, is the `total`, by
+pipeline: `fma` (IMAD too, also where it moves), `alu`, `fp64` (conversions from and to 64 bits too), `xu`, `lsu`; the
+rest is for the uniform datapath and control.
 """
-COLUMNS = ("kernel", "dtype", "variant", "issue", *SHOWN, "once", "registers", "threads", "packs")
+COLUMNS = (
+    *("kernel", "dtype", "variant", "each", "fp64", "once", "packs"),
+    *("total", *(f"its {pipe}" for pipe in SHOWN), "threads", "registers"),
+)
 
 
 def cases() -> list[Case]:
@@ -55,14 +59,18 @@ def tables(costs: Iterable[Cost]) -> str:
 
 
 def _table(costs: list[Cost]) -> str:
-    rows = [
-        [
-            *(cost.case.step, cost.case.dtype, cost.case.variant, f"{cost.issue:.0f}"),
-            *(f"{abs(cost.pipes.get(pipe, 0)):.1f}" for pipe in SHOWN),
-            *(f"{cost.once:.0f}", str(cost.registers), str(cost.threads), f"{cost.packs:.1f}"),
-        ]
-        for cost in costs
-    ]
-    lines = ["| " + " | ".join(cells) + " |\n" for cells in (COLUMNS, *rows)]
+    lines = ["| " + " | ".join(cells) + " |\n" for cells in (COLUMNS, *map(_cells, costs))]
     lines.insert(1, "|" + "---|" * 3 + "---:|" * (len(COLUMNS) - 3) + "\n")
     return "".join(lines)
+
+
+def _cells(cost: Cost) -> tuple[str, ...]:
+    each, total, launch = cost.each(), cost.larger.per_pack(), cost.larger.launch
+    assert launch.program is not None
+    return (
+        *(cost.case.step, cost.case.dtype, cost.case.variant),
+        *(f"{sum(each.values()):.0f}", f"{abs(each['fp64']):.1f}", f"{cost.once():.0f}"),
+        *(f"{cost.larger.packs_per_thread:.1f}", f"{sum(total.values()):.0f}"),
+        *(f"{total[pipe]:.1f}" for pipe in SHOWN),
+        *(str(launch.threads), str(launch.program.registers)),
+    )

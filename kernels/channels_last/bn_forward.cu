@@ -36,11 +36,7 @@ extern "C" __global__ void CLUSTER REGISTERS(128) bn_forward(
     raw_t* const kept = staging() + threadIdx.x;
     const OnChip source = {kept, stage<CHUNK>({kept}, {x}, packs)};
     Affine given;
-    Running before;
-    if (own.looks_after()) {
-        given = read_affine(weight, bias, c);
-        if (running_mean) before = read_running(running_mean, running_var, c);
-    }
+    if (own.looks_after()) given = read_affine(weight, bias, c);
 
     const Moments batch = moments_of(own, source, packs, x, M);
     const double var = batch.m2 / batch.count;

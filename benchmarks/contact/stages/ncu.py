@@ -17,6 +17,7 @@ TIME, READ, WRITE = "gpu__time_duration.sum", "dram__bytes_read.sum", "dram__byt
 DRAM = "dram__throughput.avg.pct_of_peak_sustained_elapsed"
 WARPS = "sm__warps_active.avg.pct_of_peak_sustained_active"
 ISSUE = "smsp__issue_active.avg.pct_of_peak_sustained_active"
+INSTRUCTIONS = "smsp__inst_executed.sum"
 REGISTERS, GRID = "launch__registers_per_thread", "launch__grid_size"
 REASONS = (
     *("long_scoreboard", "short_scoreboard", "barrier", "membar", "lg_throttle", "mio_throttle"),
@@ -24,7 +25,7 @@ REASONS = (
 )
 STALL = "smsp__average_warps_issue_stalled_{}_per_issue_active.ratio"
 METRICS = (
-    *(TIME, READ, WRITE, DRAM, WARPS, ISSUE, REGISTERS, GRID, "launch__block_size"),
+    *(TIME, READ, WRITE, DRAM, WARPS, ISSUE, INSTRUCTIONS, REGISTERS, GRID, "launch__block_size"),
     *("launch__shared_mem_per_block_dynamic", "launch__waves_per_multiprocessor", "lts__t_sector_hit_rate.pct"),
     *("l1tex__t_sectors_pipe_lsu_mem_global_op_ld.sum", "l1tex__t_sectors_pipe_lsu_mem_global_op_st.sum"),
     "sm__inst_executed_pipe_fp64.avg.pct_of_peak_sustained_active",

@@ -1,0 +1,30 @@
+"""Where the counter of `benchmarks/instructions` can be used."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import nvrtc
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+def require() -> None:
+    """Make the counter importable, or skip the module that calls this while it is imported."""
+    pytest.importorskip("ml_dtypes")
+    pytest.importorskip("tqdm")
+    cupy = pytest.importorskip("cupy")
+    if not hasattr(cupy, "emulator"):
+        pytest.skip("launches are caught on the stand-in for CuPy", allow_module_level=True)
+    if not BENCHMARKS.is_dir():
+        pytest.skip("the benchmarks are not part of the wheel", allow_module_level=True)
+    if nvrtc.find_library() is None:
+        pytest.skip("no NVRTC: pip install nvidia-cuda-nvrtc", allow_module_level=True)
+    sys.path.append(str(BENCHMARKS))
+    from instructions.program import find_nvdisasm
+
+    if find_nvdisasm() is None:
+        pytest.skip("no nvdisasm: pip install nvidia-cuda-nvdisasm", allow_module_level=True)
