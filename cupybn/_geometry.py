@@ -24,42 +24,43 @@ MOST_GRID_X = 1 << 30
 WARP = 32
 """Threads of a warp."""
 TEAMS = (WARP, 64, 128, 256, 512)
-"""Channels first: threads that take a channel together, the fewest that have no more than their share to do."""
+"""Threads of a team, which takes a channel (channels first): the fewest that have no more than their share to do."""
 STREAMED_PACKS = 16
-"""Channels first: packs of an array that a thread of a team takes at most, where a larger team would do."""
+"""Packs of an array that a thread of a team takes at most, where a larger team would do (channels first)."""
 ON_CHIP_PACKS = 32
-"""Channels first: the same of all arrays, where they are kept on chip."""
+"""Packs of all arrays together that a thread keeps on chip at most, likewise."""
 NARROW = 8
-"""Bytes of a pack: narrower ones take a thread less time."""
+"""Bytes of a pack below which a thread takes twice as many packs: they take less time."""
 LEAST_THREADS = 128
-"""Channels first: threads of a block at least, of several teams where those are small."""
+"""Threads of a block at least (channels first): of several teams where those are small."""
 CHANNELS_FIRST_SUM = 1 << 10
-"""Channels first: blocks that a large sum is split over, several for each multiprocessor of a large GPU."""
+"""Blocks that a large sum is split over (channels first), several for each multiprocessor of a large GPU."""
 CHANNELS_FIRST_MAP = 16
-"""Channels first: blocks for each multiprocessor of an elementwise step, two rounds of what one holds."""
+"""Blocks for each multiprocessor of an elementwise step (channels first), two rounds of what one holds."""
 MOST_PARTS = 256
-"""Channels first: parts of a sum that the next launch has to add up for each channel."""
-
+"""Parts of a sum that the next launch has to add up for each channel, at most (channels first)."""
 CHANNELS_FIRST_OWN = 1 << 10
+"""Bytes of a block's shared memory that are not for the tensor, where that is kept on chip (channels first)."""
+
 CHANNELS_LAST_OWN = 16 << 10
-"""Bytes of a block's shared memory that are not for the tensor, where that is kept on chip."""
+"""Bytes of a block's shared memory that are not for the tensor, where that is kept on chip (channels last)."""
 MOST_COLUMNS = 32
-"""Channels last: columns of a tile at most, those of a warp."""
+"""Columns of a tile at most (channels last): the threads of a warp."""
 SUMMED_TILE = 128, 32
-"""Channels last: bytes of a row that a block sums, of long rows and of others. Blocks that normalize merge all parts of all
-their channels: narrow tiles make few parts. 32 bytes are a sector, the least that memory hands out."""
+"""Bytes of a row that a block sums (channels last), of long rows and of short ones. The launch that follows merges all
+parts of all channels of a tile: narrow tiles make few parts. 32 bytes are a sector, the least that memory hands out."""
 MAPPED_TILE = 128, 64
-"""Channels last: bytes of a row that a block of an elementwise step takes, likewise."""
+"""Bytes of a row that a block of an elementwise step takes (channels last), of long rows and of short ones."""
 ON_CHIP_TILE = 64, 32
-"""Channels last: bytes of a row that a block keeps on chip."""
+"""Bytes of a row that a block keeps on chip (channels last)."""
 LONG_ROW = 256
-"""Channels last: bytes of a long row."""
+"""Bytes of a row from which it is long (channels last)."""
 CHANNELS_LAST_SUM = 1 << 8
-"""Channels last: blocks that a large sum is split over."""
+"""Blocks that a large sum is split over (channels last)."""
 CHANNELS_LAST_MAP = 2
-"""Channels last: blocks for each multiprocessor of an elementwise step, one round."""
+"""Blocks for each multiprocessor of an elementwise step (channels last), one round."""
 ROWS_PER_PART = 8
-"""Channels last: rows that a block of an elementwise step takes at least for each part that it merges."""
+"""Rows that a block of an elementwise step takes at least for each part that it merges (channels last)."""
 
 
 class Geometry(NamedTuple):
@@ -80,7 +81,7 @@ def over_channels(C: int, shares: int = 1) -> tuple[int, int, int]:
 
 
 def team_of(packs: int, pack_bytes: int, each: int, most: int) -> int:
-    """The threads of a team: the fewest that have no more than `each` of so many packs, of narrow ones twice as many."""
+    """The threads of a team: the fewest that have no more than `each` of so many packs, twice as many of narrow ones."""
     each *= 1 if pack_bytes >= NARROW else 2
     return next((t for t in TEAMS if t == most or packs <= t * each), most)
 
@@ -111,7 +112,7 @@ def channels_first(N: int, C: int, L: int, itemsize: int, width: int, multiproce
 def channels_first_resident(
     N: int, C: int, L: int, itemsize: int, width: int, arrays: int, device: Device
 ) -> Geometry | None:
-    """A team or a cluster for each channel; see ``channels_first/packs.cuh``. None where a channel does not fit on chip."""
+    """A team or a cluster for each channel; see ``channels_first/packs.cuh``. None where a channel does not fit."""
     cluster = choose_cluster(C, N * L // width, width * itemsize, arrays, device, CHANNELS_FIRST_OWN)
     if cluster is None or C * cluster.blocks > MOST_GRID_X:
         return None
@@ -138,13 +139,13 @@ def channels_last(M: int, C: int, itemsize: int, width: int, multiprocessors: in
         None for a sum, which must not depend on the device.
     """
     row, pack = C * itemsize, width * itemsize
-    few = row < LONG_ROW
-    tile = tile_of(row, pack, SUMMED_TILE[few])
+    short = row < LONG_ROW
+    tile = tile_of(row, pack, SUMMED_TILE[short])
     tiles = math.ceil(row / (tile * pack))
     shares = min(math.ceil(CHANNELS_LAST_SUM / tiles), math.ceil(M * tile * width / LEAST_SUMMED))
     if multiprocessors is not None:
         parts = shares
-        tile = tile_of(row, pack, MAPPED_TILE[few])
+        tile = tile_of(row, pack, MAPPED_TILE[short])
         tiles = math.ceil(row / (tile * pack))
         least = max(math.ceil(LEAST_MAPPED / (tile * width)), parts * ROWS_PER_PART)
         shares = min(math.ceil(multiprocessors * CHANNELS_LAST_MAP / tiles), math.ceil(M / least), MOST_GRID_Y)
@@ -157,8 +158,9 @@ def channels_last(M: int, C: int, itemsize: int, width: int, multiprocessors: in
 def channels_last_resident(M: int, C: int, itemsize: int, width: int, arrays: int, device: Device) -> Geometry | None:
     """A cluster for each tile of columns; see ``channels_last/columns.cuh``. None where no tile is to be kept on chip.
 
-    Of the tiles that fit, the widest one that keeps the whole device busy: narrow ones read memory in small pieces. Blocks that
-    fill a multiprocessor alone load, add up and store one after the other: reading memory twice takes no longer.
+    Of the tiles that fit, the widest one that keeps the whole device busy: narrow ones read memory in small pieces.
+    Blocks that fill a multiprocessor alone load, add up and store one after the other: reading memory twice takes no
+    longer.
     """
     most = device.shared_per_multiprocessor // ROUNDS - CUDA
     row, pack = C * itemsize, width * itemsize

@@ -7,7 +7,6 @@ those with L = 1 go to the kernels of ``channels_last``, the others to those of 
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -410,9 +409,9 @@ def _resident_plan(
 
 
 def _index_bits(shape: tuple[int, int, int], geometry: Geometry) -> int:
-    """Bits of the kernels' indices. Channels first, strides of a block go over the end by some rows."""
+    """Bits of the kernels' indices: strides of a block's threads go over the end by some rows."""
     N, C, L = shape
-    beyond = geometry.threads * PACK // L + 2 if L > 1 else 0
+    beyond = geometry.threads * PACK // L + 2 if L > 1 else geometry.threads // geometry.sizes["tile"]
     return 32 if (N + beyond) * C * L < MOST_INT else 64
 
 
