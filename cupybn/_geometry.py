@@ -81,7 +81,7 @@ def over_channels(C: int, shares: int = 1) -> tuple[int, int, int]:
 
 
 def team_of(packs: int, pack_bytes: int, each: int, most: int) -> int:
-    """The threads of a team: the fewest that have no more than `each` of so many packs, twice as many of narrow ones."""
+    """The threads of a team: the fewest that have at most `each` of so many packs, twice as many of narrow ones."""
     each *= 1 if pack_bytes >= NARROW else 2
     return next((t for t in TEAMS if t == most or packs <= t * each), most)
 
