@@ -5,9 +5,6 @@
 #include "batches.cuh"
 #include "elementwise.cuh"
 
-// Packs of each array in flight: fewer where their channels take many registers.
-constexpr int LOADS = WIDTH == 8 ? 2 : PACK_BYTES < 8 ? 6 : 4;
-
 // What belongs to a gradient and does not change from pack to pack.
 struct Backward {
     Gate gate;
@@ -50,8 +47,9 @@ DEVICE void input_gradients_all(const Source& dy, const Source& x, const Packs& 
         input_gradients<true, 1>(dy, x, packs, {gate, mask}, constant, channels, dx, dresidual);
     else
         with_gate(gate, [&](auto known) {
+            constexpr int AT_ONCE = Packs::pairs(decltype(known)::value);
             with_flag(constant, [&](auto unchanging) {
-                input_gradients<false, LOADS>(dy, x, packs, {known, mask}, unchanging, channels, dx, dresidual);
+                input_gradients<false, AT_ONCE>(dy, x, packs, {known, mask}, unchanging, channels, dx, dresidual);
             });
         });
 }

@@ -3,19 +3,17 @@
 #include "../moments.cuh"
 #include "columns.cuh"
 
-// To merge parts, the threads of a block stand anew, in rows of lanes: each takes some parts of one channel. The number of rows
-// depends on C alone: parts merge in the same order, however wide a tile is.
+// To merge parts, the threads of a block stand anew, in rows of lanes: each takes some parts of one channel.
 struct Standing {
     int q, row, lanes, rows;
     bool idle;
     long long c;
 
     DEVICE explicit Standing(const Tile& tile) : lanes(tile.columns * WIDTH) {
-        const int columns = (int)min(tile.C / WIDTH, (index_t)MOST_LANES);
-        const int most = min(1 << (32 - __clz(columns - 1)), MOST_LANES / WIDTH) * WIDTH;  // lanes of any tile
-        rows = min(THREADS / most, WARP);
+        const int log_lanes = __ffs(lanes) - 1;
         q = threadIdx.x & (lanes - 1);
-        row = threadIdx.x >> (__ffs(lanes) - 1);
+        row = threadIdx.x >> log_lanes;
+        rows = min(THREADS >> log_lanes, WARP);
         idle = q >= tile.lanes || row >= rows;
         c = tile.first + min(q, tile.lanes - 1);
     }
