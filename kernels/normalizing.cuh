@@ -39,7 +39,7 @@ DEVICE void normalize_all(const Source& x, const Packs& packs, const data_t* res
         normalize_packs<true, 1>(x, packs, residual, {residual != nullptr, relu}, channels, out, mask);
     else
         with_flag(residual, [&](auto given) {
-            constexpr int AT_ONCE = decltype(given)::value && PACK_BYTES != 8 ? LOADS / 2 : LOADS;  // of both together
+            constexpr int AT_ONCE = decltype(given)::value ? LOADS / 2 : LOADS;  // as many bytes
             with_flag(relu, [&](auto rectified) {
                 normalize_packs<false, AT_ONCE>(x, packs, residual, {given, rectified}, channels, out, mask);
             });
