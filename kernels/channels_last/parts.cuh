@@ -34,12 +34,15 @@ DEVICE void sum_rows(const Standing& at, double (&values)[K]) {
         for (int k = 0; k < K; k++) values[k] += of_threads[k][row * at.lanes + at.q];
 }
 
-// The moments of lane q, from its parts, for thread q. About the mean of the first one: exact, if all are the same. Squares of
-// P parts lose a factor of P of the accuracy of float64 at most: for float64 data they are taken once more about the mean.
+// The moments of lane q, from its parts, for thread q. About the mean of the first one that is not empty: exact, if all are
+// the same. Squares of P parts lose a factor of P of the accuracy of float64 at most: for float64 data they are taken once
+// more about the mean.
 DEVICE Moments merge_parts(const Tile& tile, const double* count, const double* mean, const double* m2, int parts,
                            index_t C) {
     const Standing at(tile);
-    const double pivot = mean[at.c];
+    int first = 0;
+    while (first < parts - 1 && count[first] == 0) first++;
+    const double pivot = mean[first * C + at.c];
     double sums[3] = {0, 0, 0};
 #pragma unroll 4
     for (int p = at.row; p < parts && !at.idle; p += at.rows) {
