@@ -46,18 +46,18 @@ CHANNELS_LAST_OWN = 16 << 10
 """Bytes of a block's shared memory that are not for the tensor, where that is kept on chip (channels last)."""
 MOST_COLUMNS = 32
 """Columns of a tile at most (channels last): the threads of a warp."""
-SUMMED_TILE = 128, 32
+SUMMED_TILE = 64, 32
 """Bytes of a row that a block sums (channels last), of long rows and of short ones. The launch that follows merges all
 parts of all channels of a tile: narrow tiles make few parts. 32 bytes are a sector, the least that memory hands out."""
 MAPPED_TILE = 128, 64
 """Bytes of a row that a block of an elementwise step takes (channels last), of long rows and of short ones."""
 ON_CHIP_TILE = 64, 32
 """Bytes of a row that a block keeps on chip (channels last)."""
-LONG_ROW = 256
-"""Bytes of a row from which it is long (channels last)."""
+SHORT_ROW = 256
+"""Bytes of a row up to which it is short (channels last)."""
 CHANNELS_LAST_SUM = 1 << 8
 """Blocks that a large sum is split over (channels last)."""
-CHANNELS_LAST_MAP = 2
+CHANNELS_LAST_MAP = 3
 """Blocks for each multiprocessor of an elementwise step (channels last), one round."""
 ROWS_PER_PART = 8
 """Rows that a block of an elementwise step takes at least for each part that it merges (channels last)."""
@@ -139,7 +139,7 @@ def channels_last(M: int, C: int, itemsize: int, width: int, multiprocessors: in
         None for a sum, which must not depend on the device.
     """
     row, pack = C * itemsize, width * itemsize
-    short = row < LONG_ROW
+    short = row <= SHORT_ROW
     tile = tile_of(row, pack, SUMMED_TILE[short])
     tiles = math.ceil(row / (tile * pack))
     shares = min(math.ceil(CHANNELS_LAST_SUM / tiles), math.ceil(M * tile * width / LEAST_SUMMED))
@@ -148,7 +148,8 @@ def channels_last(M: int, C: int, itemsize: int, width: int, multiprocessors: in
         tile = tile_of(row, pack, MAPPED_TILE[short])
         tiles = math.ceil(row / (tile * pack))
         least = max(math.ceil(LEAST_MAPPED / (tile * width)), parts * ROWS_PER_PART)
-        shares = min(math.ceil(multiprocessors * CHANNELS_LAST_MAP / tiles), math.ceil(M / least), MOST_GRID_Y)
+        wanted = max(1, multiprocessors * CHANNELS_LAST_MAP // tiles)  # no more than there is room for at a time
+        shares = min(wanted, math.ceil(M / least), MOST_GRID_Y)
     rows_per_share = math.ceil(M / shares)
     shares = math.ceil(M / rows_per_share)
     sizes = {"M": M, "C": C, "tile": tile, "rows_per_share": rows_per_share}

@@ -3,19 +3,17 @@
 #include "../moments.cuh"
 #include "columns.cuh"
 
-// To merge parts, the threads of a block stand anew, in rows of lanes: each takes some parts of one channel. The number of rows
-// depends on C alone: parts merge in the same order, however wide a tile is.
+// To merge parts, the threads of a block stand anew, in rows of lanes: each takes some parts of one channel.
 struct Standing {
     int q, row, lanes, rows;
     bool idle;
     long long c;
 
     DEVICE explicit Standing(const Tile& tile) : lanes(tile.columns * WIDTH) {
-        const int columns = (int)min(tile.C / WIDTH, (index_t)MOST_LANES);
-        const int most = min(1 << (32 - __clz(columns - 1)), MOST_LANES / WIDTH) * WIDTH;  // lanes of any tile
-        rows = min(THREADS / most, WARP);
+        const int log_lanes = __ffs(lanes) - 1;
         q = threadIdx.x & (lanes - 1);
-        row = threadIdx.x >> (__ffs(lanes) - 1);
+        row = threadIdx.x >> log_lanes;
+        rows = min(THREADS >> log_lanes, WARP);
         idle = q >= tile.lanes || row >= rows;
         c = tile.first + min(q, tile.lanes - 1);
     }
@@ -36,25 +34,33 @@ DEVICE void sum_rows(const Standing& at, double (&values)[K]) {
         for (int k = 0; k < K; k++) values[k] += of_threads[k][row * at.lanes + at.q];
 }
 
-// The moments of lane q, from its parts, for thread q. About the mean of the first one: exact, if all are the same.
+// The moments of lane q, from its parts, for thread q. About the mean of the first one that is not empty: exact, if all are
+// the same. Squares of P parts lose a factor of P of the accuracy of float64 at most: for float64 data they are taken once
+// more about the mean.
 DEVICE Moments merge_parts(const Tile& tile, const double* count, const double* mean, const double* m2, int parts,
                            index_t C) {
     const Standing at(tile);
-    const double pivot = mean[at.c];
-    double sums[2] = {0, 0};
+    int first = 0;
+    while (first < parts - 1 && count[first] == 0) first++;
+    const double pivot = mean[first * C + at.c];
+    double sums[3] = {0, 0, 0};
 #pragma unroll 4
     for (int p = at.row; p < parts && !at.idle; p += at.rows) {
-        const double n = count[p];
+        const double n = count[p], away = mean[p * C + at.c] - pivot;
+        if (n == 0) continue;
         sums[0] += n;
-        if (n > 0) sums[1] += n * (mean[p * C + at.c] - pivot);
+        sums[1] += n * away;
+        if (sizeof(acc_t) < 8) sums[2] += m2[p * C + at.c] + n * away * away;
     }
     sum_rows(at, sums);
-    const double all = pivot + sums[1] / sums[0];
+    const double off = sums[1] / sums[0], all = pivot + off;
+    const double m2_all = sums[2] - sums[1] * off;
+    if (sizeof(acc_t) < 8) return {sums[0], all, m2_all < 0 ? 0 : m2_all};
     double squares[1] = {0};
 #pragma unroll 4
     for (int p = at.row; p < parts && !at.idle; p += at.rows) {
-        const double n = count[p], delta = mean[p * C + at.c] - all;
-        if (n > 0) squares[0] += m2[p * C + at.c] + n * delta * delta;
+        const double n = count[p], away = mean[p * C + at.c] - all;
+        if (n > 0) squares[0] += m2[p * C + at.c] + n * away * away;
     }
     sum_rows(at, squares);
     return {sums[0], all, squares[0]};
