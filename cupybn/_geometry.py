@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from cupybn._resident import Device, choose_cluster
+from cupybn._resident import CUDA, ROUNDS, Device, choose_cluster
 
 THREADS = 256
 """Threads of most blocks."""
@@ -116,6 +116,9 @@ def channels_first_resident(
     if cluster is None or C * cluster.blocks > MOST_GRID_X:
         return None
     team = team_of(cluster.packs, width * itemsize, ON_CHIP_PACKS // arrays, TEAMS[-1])
+    most = device.shared_per_multiprocessor // ROUNDS - CUDA - CHANNELS_FIRST_OWN  # for all teams of a block
+    while team < LEAST_THREADS and cluster.shared * (LEAST_THREADS // team) > most:
+        team *= 2
     threads = max(team, LEAST_THREADS)
     teams = threads // team if cluster.blocks == 1 else 1
     sizes = {"N": N, "C": C, "L": L, "packs_per_block": cluster.packs}

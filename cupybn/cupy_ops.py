@@ -410,9 +410,9 @@ def _resident_plan(
 
 
 def _index_bits(shape: tuple[int, int, int], geometry: Geometry) -> int:
-    """Bits of the kernels' indices. Channels first, strides of a block go over the end by some rows."""
+    """Bits of the kernels' indices. Strides of a block go over the end by some rows."""
     N, C, L = shape
-    beyond = geometry.threads * PACK // L + 2 if L > 1 else 0
+    beyond = geometry.threads * PACK // L + 2 if L > 1 else geometry.threads // geometry.sizes["tile"]
     return 32 if (N + beyond) * C * L < MOST_INT else 64
 
 
