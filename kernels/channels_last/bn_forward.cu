@@ -42,7 +42,7 @@ extern "C" __global__ void CLUSTER REGISTERS(128) bn_forward(
         if (running_mean) before = read_running(running_mean, running_var, c);
     }
 
-    const Moments batch = moments_of(own, source, packs, x, M);
+    const Moments batch = moments_of(own, source, packs, x, (double)M);
     const double var = batch.m2 / batch.count;
     __shared__ Lanes lanes;
     if (own.looks_after()) lanes.set(threadIdx.x, make_channel(batch.mean, var, eps, given));

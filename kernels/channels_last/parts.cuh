@@ -46,15 +46,15 @@ DEVICE Moments merge_parts(const Tile& tile, const double* count, const double* 
     for (int p = at.row; p < parts && !at.idle; p += at.rows) {
         const double n = count[p];
         sums[0] += n;
-        if (n > 0) sums[1] += n * (mean[p * C + at.c] - pivot);
+        if (n > 0) sums[1] += n * (mean[(long long)p * C + at.c] - pivot);
     }
     sum_rows(at, sums);
     const double all = pivot + sums[1] / sums[0];
     double squares[1] = {0};
 #pragma unroll 4
     for (int p = at.row; p < parts && !at.idle; p += at.rows) {
-        const double n = count[p], delta = mean[p * C + at.c] - all;
-        if (n > 0) squares[0] += m2[p * C + at.c] + n * delta * delta;
+        const double n = count[p], delta = mean[(long long)p * C + at.c] - all;
+        if (n > 0) squares[0] += m2[(long long)p * C + at.c] + n * delta * delta;
     }
     sum_rows(at, squares);
     return {sums[0], all, squares[0]};
@@ -67,8 +67,8 @@ DEVICE void add_parts(const Tile& tile, const double* dy, const double* dy_xhat,
     sums[0] = sums[1] = 0;
 #pragma unroll 4
     for (int p = at.row; p < parts && !at.idle; p += at.rows) {
-        sums[0] += dy[p * C + at.c];
-        sums[1] += dy_xhat[p * C + at.c];
+        sums[0] += dy[(long long)p * C + at.c];
+        sums[1] += dy_xhat[(long long)p * C + at.c];
     }
     sum_rows(at, sums);
 }
