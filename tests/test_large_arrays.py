@@ -459,3 +459,22 @@ def test_what_nobody_wrote_is_not_read():
     x, out = (sparse((1, 3, 8), np.float32, [(0, 24)]) for _ in range(2))
     with pytest.raises(RuntimeError, match="uninitialised"):
         cupy_ops.bn_normalize(x, None, EPS, None, None, None, None, cp.zeros(3), cp.ones(3), None, None, out, None)
+
+
+def test_strides_over_the_end_are_seen(monkeypatch):
+    """Where 32 bits hold all places of an array, but not those to which the last threads would go on."""
+    monkeypatch.setattr(cupy_ops, "MOST_INT", 2**40)
+    cupy_ops._plan.cache_clear()
+    for M, seen in (2080, False), (2140, True):
+        shape = M, 10**6, 1
+        plan = cupy_ops._plan("bn_stats", shape, np.dtype(np.float16), 8, None)
+        assert "-DINDEX_BITS=32" in plan.kernel.options
+        share = share_of_columns(plan.geometry, 8, 0, LAST, False)
+        x = fill(sparse(shape, np.float16, share.ranges), np.ones)
+        with emulator.run_only(share.block):
+            if not seen:
+                cupy_ops.bn_stats(x)
+                continue
+            with pytest.raises(RuntimeError, match="overflow"):
+                cupy_ops.bn_stats(x)
+    cupy_ops._plan.cache_clear()
