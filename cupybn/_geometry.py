@@ -117,6 +117,9 @@ def channels_first_resident(
     if cluster is None or C * cluster.blocks > MOST_GRID_X:
         return None
     team = team_of(cluster.packs, width * itemsize, ON_CHIP_PACKS // arrays, TEAMS[-1])
+    most = device.shared_per_multiprocessor // ROUNDS - CUDA - CHANNELS_FIRST_OWN  # for all teams of a block
+    while team < LEAST_THREADS and cluster.shared * (LEAST_THREADS // team) > most:
+        team *= 2
     threads = max(team, LEAST_THREADS)
     teams = threads // team if cluster.blocks == 1 else 1
     sizes = {"N": N, "C": C, "L": L, "packs_per_block": cluster.packs}

@@ -53,24 +53,46 @@ def test_the_same_launches_and_bits_without_an_update(momentum):
 
 
 @pytest.mark.parametrize(
-    ("shape", "packs", "nbytes"),
+    ("shape", "offset", "width", "nbytes"),
     [
-        ((2, 3, 4), True, 6),
-        ((2, 3, 3), False, 18),
-        ((2, 3, 5), True, 16),  # two for each pack: rows begin and end in the middle of one
-        ((9, 4, 1), True, 9),
-        ((9, 6, 1), False, 54),
+        ((2, 3, 4), 0, 4, 6),
+        ((2, 3, 3), 0, 1, 18),
+        ((2, 3, 6), 0, 2, 18),
+        ((2, 3, 5), 0, 1, 30),
+        ((9, 4, 1), 0, 4, 9),
+        ((9, 6, 1), 0, 2, 27),
+        ((9, 5, 1), 0, 1, 45),
+        ((2, 3, 4), 2, 2, 12),
+        ((9, 4, 1), 1, 1, 36),
     ],
     ids=str,
 )
-def test_packs_where_they_have_elements_of_two_rows_at_most(shape, packs, nbytes):
-    """Also of exactly one row each. The mask has no more bytes than it needs."""
-    x = cp.empty(shape, np.float32)
+def test_packs_as_wide_as_rows_and_memory_allow(shape, offset, width, nbytes):
+    """The mask has a byte for each, and is bool where packs are single elements."""
+    x = cp.empty(np.prod(shape) + offset, np.float32)[offset:].reshape(shape)
     plan = cupy_ops._choose_resident("bn_forward", x)
-    assert f"-DVECTORIZED={int(packs)}" in plan.kernel.options
+    assert f"-DWIDTH={width}" in plan.kernel.options
     mask = cupy_ops.empty_mask(x, x, x)
-    assert mask.dtype == (np.uint8 if packs else np.bool_)
+    assert mask.dtype == (np.uint8 if width > 1 else np.bool_)
+    assert mask.shape == ((mask.size,) if width > 1 else shape)
     assert mask.nbytes == nbytes
+
+
+def test_a_mask_decides_on_packs():
+    """Those of the way back are the ones that it was made of; only dy may have to be copied for it."""
+    x, dy, whole = (cp.zeros(61, np.float32)[offset:][:60].reshape(2, 3, 10) for offset in (0, 1, 0))
+    mask = cupy_ops.empty_mask(x, x, x)
+    assert cupy_ops._width(x) == cupy_ops._width(x, dy, mask=mask) == 2
+    assert cupy_ops._width(x, dy) == 1
+    assert cupy_ops._beside(mask, x, whole) is whole
+    assert cupy_ops._beside(None, x, dy) is dy
+    copied = cupy_ops._beside(mask, x, dy)
+    assert copied is not dy
+    assert copied.data.ptr % 8 == 0
+    narrow = cupy_ops.empty_mask(dy, x, x)
+    assert narrow.dtype == np.bool_
+    assert cupy_ops._width(x, dy, mask=narrow) == 1
+    assert cupy_ops._beside(narrow, x, dy) is dy
 
 
 @pytest.mark.usefixtures("either")

@@ -16,15 +16,15 @@ from cupybn._resident import Device
 from tests.conftest import EMULATED
 
 COMPILER = shutil.which("g++")
-SMALL = {"lanes", "tile", "slots_per_row", "slots_per_block", "rows_per_block"}
+SMALL = {"tile", "parts"}
 """Sizes that the kernels take as 64-bit integers, as they do all others, and go on with as int."""
 MACROS = {"DATA_T": "float16", "INDEX_BITS": 64, "THREADS": 256, "CLUSTER_BLOCKS": 8}
 WARNING = re.compile(r"(?m)^kernels/(.+):(\d+):(\d+): warning: ")
 
 
-def conversions(text, vectorized):
+def conversions(text, width):
     """Where integers are converted to what may not hold them: file, line, column."""
-    macros = [f"-D{name}={value}" for name, value in {**MACROS, "VECTORIZED": vectorized}.items()]
+    macros = [f"-D{name}={value}" for name, value in {**MACROS, "WIDTH": width}.items()]
     text = '#include "device.h"\n' + text.replace("extern __shared__", "extern")
     done = subprocess.run(
         [COMPILER, "-std=c++17", "-fsyntax-only", "-Wconversion", "-Wno-float-conversion", *macros,
@@ -35,10 +35,10 @@ def conversions(text, vectorized):
     return {(file, int(line), int(column)) for file, line, column in WARNING.findall(done.stderr)}
 
 
-def converted(name, vectorized):
+def converted(name, width):
     """What is converted."""
     found = set()
-    for file, line, column in conversions(_kernels.source(name), vectorized):
+    for file, line, column in conversions(_kernels.source(name), width):
         text = (_kernels.KERNELS / file).read_text().splitlines()[line - 1]
         found.add(re.match(r"\w*", text[column - 1 :])[0] or text)
     return found
@@ -50,32 +50,36 @@ needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no g++")
 @needs_compiler
 @pytest.mark.parametrize("name", kernel_names())
 def test_indices_are_not_cut(name):
-    # magnitude: of a float16. rows: made in a lambda, where g++ does not say which argument it speaks of; it does where
-    # bn_stats makes it of the same ones.
-    assert converted(name, 1) | converted(name, 0) <= SMALL | {"magnitude", "rows"}
+    assert converted(name, 1) | converted(name, 8) <= SMALL | {"magnitude"}  # of a float16
 
 
 @needs_compiler
 def test_conversions_are_seen():
     text = _kernels.source("channels_first/bn_stats")
-    changed = text.replace("index_t at; ", "int at;", 1)
+    changed = text.replace("    index_t at, stride, wrap; ", "    int at, stride, wrap; ", 1)
     assert changed != text
     assert conversions(changed, 1) > conversions(text, 1)
 
 
 many = st.integers(1, 1000) | st.integers(1, 2**40)
 devices = st.builds(Device, st.integers(1, 200), st.just(227 << 10), st.just(228 << 10), st.booleans())
-itemsizes = st.sampled_from([2, 4, 8])
+packs = st.sampled_from([(2, 1), (2, 2), (2, 8), (4, 1), (4, 4), (8, 1), (8, 2)])
+"""Bytes of an element, and elements of a pack."""
 
 
-@given(many, many, many, itemsizes, st.booleans(), devices)
-def test_what_is_cut_is_small(N, C, L, itemsize, vectorized, device):
-    """Also what the kernels count with it: the packs of a channel, or rows of a tile, on chip."""
-    width = 16 // itemsize if vectorized else 1
+@given(many, many, many, packs, devices)
+def test_what_is_cut_is_small(N, C, rows, pack, device):
+    """Also what the kernels count with it: the packs of a thread, and those of a channel or a tile on chip."""
+    itemsize, width = pack
+    L, whole = rows * width, -(-C // width) * width
     first = _geometry.channels_first_resident(N, C, L, itemsize, width, 1, device)
-    last = _geometry.channels_last_resident(N, C - C % width or width, itemsize, width, 1, device)
-    streamed = _geometry.channels_first(N, C, L, width, None), _geometry.channels_last(N, C, width, None)
-    for geometry in filter(None, (first, last, *streamed)):
-        assert all(geometry.sizes.get(name, 0) < 2**31 for name in SMALL)
-    assert first is None or N * first.sizes["slots_per_row"] < 2**31
-    assert last is None or N * last.sizes["tile"] < 2**31
+    last = _geometry.channels_last_resident(N, whole, itemsize, width, 1, device)
+    sums = (
+        _geometry.channels_first(N, C, L, itemsize, width, None),
+        _geometry.channels_last(N, whole, itemsize, width, None),
+    )
+    for geometry in filter(None, (first, last, *sums)):
+        assert geometry.sizes.get("tile", 0) < 2**31
+        assert geometry.parts < 2**31
+    assert first is None or first.sizes["packs_per_block"] * _geometry.LEAST_THREADS < 2**31  # of all its teams
+    assert last is None or last.sizes["rows_per_block"] * last.sizes["tile"] < 2**31

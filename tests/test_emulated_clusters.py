@@ -117,6 +117,7 @@ def test_old_devices_know_no_clusters(size):
     ("statement", "name"),
     [
         ("__cluster_barrier_arrive();", "__cluster_barrier_arrive"),
+        ("__cluster_barrier_arrive_relaxed();", "__cluster_barrier_arrive_relaxed"),
         ("__cluster_barrier_wait();", "__cluster_barrier_wait"),
         ("__shared__ int x;\n__cluster_map_shared_rank(&x, 0);", "__cluster_map_shared_rank"),
         ("__clusterRelativeBlockRank();", "__clusterRelativeBlockRank"),
@@ -494,6 +495,88 @@ def test_what_a_thread_has_waited_for_it_tells_others(seeds, barrier, right):
                 launch(kernel, cupy.empty(1, np.int32), grid=2)
 
 
+@pytest.mark.parametrize("writer", [0, 1])
+@pytest.mark.parametrize("first", ["__cluster_barrier_arrive_relaxed();", "arrive_somehow();"])
+def test_a_relaxed_arrival_says_that_the_block_has_started(seeds, first, writer):
+    """Whoever has waited may touch the memory of others, also where some of them arrive relaxed."""
+    before = BEFORE.replace(
+        "__device__ void sync_cluster",
+        """__device__ void arrive_somehow() {
+    if (threadIdx.x % 2 == rank() % 2) __cluster_barrier_arrive_relaxed();
+    else __cluster_barrier_arrive();
+}
+__device__ void sync_cluster""",
+    )
+    body = """
+    __shared__ int x;
+    FIRST
+    __cluster_barrier_wait();
+    if (rank() == WRITER && threadIdx.x == 0) *of_block(&x, 1 - rank()) = 7;
+    sync_cluster();
+    if (rank() != WRITER && threadIdx.x == 40) *out = x;"""
+    body = body.replace("WRITER", str(writer))
+    kernel = cluster("int* out", body.replace("FIRST", first), 2, before)
+    for _ in seeds():
+        out = cupy.empty(1, np.int32)
+        launch(kernel, out, grid=2, block=64)
+        assert out.get() == 7
+        with pytest.raises(EmulationError, match="may not have started"):
+            launch(
+                cluster("int* out", body.replace("FIRST", "").replace("__cluster_barrier_wait();", ""), 2), out, grid=2
+            )
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "right"),
+    [
+        ("", "", False),
+        ("sync_cluster();", "", True),
+        ("", "sync_cluster();", True),
+        ("__syncthreads();", "__syncthreads();", False),
+        ("__cluster_barrier_arrive_relaxed(); __cluster_barrier_wait();", "", False),
+    ],
+)
+@pytest.mark.parametrize(("writer", "reader"), [(0, 1), (1, 0)])
+def test_a_relaxed_arrival_releases_nothing(seeds, before, after, right, writer, reader):
+    """What was written before it is read by other blocks after an arrival that is not relaxed, and no sooner."""
+    body = """
+    __shared__ int x;
+    if (threadIdx.x == 0) x = 0;
+    sync_cluster();
+    if (rank() == WRITER && threadIdx.x == 0) *of_block(&x, 1) = 7; // here
+    EARLIER
+    __cluster_barrier_arrive_relaxed();
+    __cluster_barrier_wait();
+    LATER
+    if (rank() == READER && threadIdx.x == 40) *out = *of_block(&x, 1); // here
+    sync_cluster();"""
+    body = body.replace("EARLIER", before).replace("LATER", after)
+    kernel = cluster("int* out", body.replace("WRITER", str(writer)).replace("READER", str(reader)), 2)
+    for _ in seeds():
+        out = cupy.empty(1, np.int32)
+        if right:
+            launch(kernel, out, grid=2, block=64)
+            assert out.get() == 7
+        else:
+            fails_somewhere(kernel, out, grid=2, block=64, match="race on (a peer's )?shared memory")
+
+
+def test_after_a_relaxed_arrival_a_block_may_have_left(seeds):
+    """Its memory is read before that arrival, which does not say that the read is over."""
+    body = """
+    __shared__ int x;
+    if (threadIdx.x == 0) x = rank();
+    sync_cluster();
+    if (rank() == 0 && threadIdx.x == 0) *out = *of_block(&x, 1); // here
+    ARRIVE
+    __cluster_barrier_wait();"""
+    for _ in seeds():
+        out = cupy.empty(1, np.int32)
+        launch(cluster("int* out", body.replace("ARRIVE", "__cluster_barrier_arrive();"), 2), out, grid=2)
+        relaxed = cluster("int* out", body.replace("ARRIVE", "__cluster_barrier_arrive_relaxed();"), 2)
+        fails(relaxed, out, grid=2, match="too late: a peer's shared memory")
+
+
 def test_global_memory_is_shared_by_a_cluster(seeds):
     body = """
     if (rank() == 0) p[blockIdx.x / 4 * 32 + threadIdx.x] = 5; // here
@@ -660,6 +743,15 @@ def test_addresses_that_another_block_has_mapped():
         (
             "__cluster_barrier_arrive();\nif (threadIdx.x == 3) __cluster_barrier_arrive(); // here",
             "__cluster_barrier_arrive twice with no __cluster_barrier_wait between",
+        ),
+        (
+            "__cluster_barrier_arrive();\n__cluster_barrier_arrive_relaxed(); // here",
+            "__cluster_barrier_arrive_relaxed twice with no __cluster_barrier_wait between",
+        ),
+        (
+            "if (rank() == 1 && threadIdx.x == 5) return;\n"
+            "__cluster_barrier_arrive_relaxed();\n__cluster_barrier_wait(); // here",
+            r"deadlock: .* 63 wait in __cluster_barrier_wait at .*, 1 have left",
         ),
     ],
 )

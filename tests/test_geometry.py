@@ -14,108 +14,195 @@ from cupybn._geometry import (
     CHANNELS_FIRST_SUM,
     CHANNELS_LAST_SUM,
     LEAST_MAPPED,
+    LEAST_THREADS,
+    MAPPED_TILE,
+    MOST_COLUMNS,
     MOST_GRID_X,
     MOST_GRID_Y,
-    MOST_LANES,
+    MOST_PARTS,
+    ON_CHIP_PACKS,
+    ON_CHIP_TILE,
     ROWS_PER_PART,
+    STREAMED_PACKS,
+    SUMMED_TILE,
+    TEAMS,
     THREADS,
     channels_first,
     channels_first_resident,
     channels_last,
     channels_last_resident,
     over_channels,
+    team_of,
 )
 from cupybn._kernels import KERNELS
 from cupybn._resident import Device
+from cupybn.cupy_ops import PACK
 
 sizes = st.integers(1, 300) | st.integers(1, 10**6)
-widths = st.sampled_from([1, 2, 4, 8])
+packs = st.sampled_from([(2, 1), (2, 2), (2, 4), (2, 8), (4, 1), (4, 2), (4, 4), (8, 1), (8, 2)])
+"""Bytes of an element, and elements of a pack."""
 devices = st.none() | st.integers(1, 200)
 
 
-@given(sizes, sizes, sizes, widths, devices)
-def test_channels_first(N, C, L, width, multiprocessors):
-    (x, shares, z), s, parts = channels_first(N, C, L, width, multiprocessors)[:3]
-    assert (x, z) == (C, 1)
+@given(sizes, sizes, sizes, packs, devices)
+def test_channels_first(N, C, rows, pack, multiprocessors):
+    """Every pack of every channel is in one share, and there is a team for each of both."""
+    itemsize, width = pack
+    L = rows * width
+    (x, shares, z), s, parts, threads, cluster, shared, team = channels_first(N, C, L, itemsize, width, multiprocessors)
+    assert s == {"N": N, "C": C, "L": L, "packs_per_share": s["packs_per_share"]}
     assert 1 <= parts == shares <= MOST_GRID_Y
-    segments = N * (L // s["segment"])
-    assert (shares - 1) * s["segments_per_block"] < segments <= shares * s["segments_per_block"]  # none is empty
-    assert s["segment"] == L or s["segment"] % width == 0
-    assert 1 <= s["lanes"] <= THREADS
-    slots = max(slots_of(begin, s["segment"] + L % s["segment"], width) for begin in range(width))
-    assert s["lanes"] == THREADS or s["lanes"] <= slots
+    assert (shares - 1) * s["packs_per_share"] < N * rows <= shares * s["packs_per_share"]  # none is empty
+    assert (cluster, shared, z) == (1, 0, 1)
+    assert team in TEAMS
+    assert threads == max(team, LEAST_THREADS) <= THREADS
+    teams = threads // team
+    assert (x - 1) * teams < C <= x * teams
 
 
-def slots_of(begin, length, width):
-    """The packs that a segment touches."""
-    return (begin + length - 1) // width - begin // width + 1
+@given(sizes, packs)
+def test_teams_are_as_small_as_their_share_allows(count, pack):
+    """Of narrow packs each thread takes twice as many. The largest team takes whatever is left."""
+    pack_bytes = math.prod(pack)
+    for each, most in (STREAMED_PACKS, THREADS), (ON_CHIP_PACKS, TEAMS[-1]), (ON_CHIP_PACKS // 2, TEAMS[-1]):
+        team = team_of(count, pack_bytes, each, most)
+        each *= 1 if pack_bytes >= 8 else 2
+        assert TEAMS[0] <= team <= most
+        assert team == most or count <= team * each
+        assert team == TEAMS[0] or count > team // 2 * each
 
 
-@given(sizes, sizes, widths, devices)
-def test_channels_last(M, C, width, multiprocessors):
-    (tiles, shares), s, parts = channels_last(M, C, width, multiprocessors)[:3]
-    replicas = s["columns"] * width // C
-    assert s["columns"] * width == C * replicas  # the channels of the packs repeat after a super-row
-    assert replicas <= width
-    assert (tiles - 1) * s["tile"] < s["columns"] <= tiles * s["tile"]
-    assert s["tile"] * width <= MOST_LANES
-    tail = M % replicas > 0
-    assert s["super_rows"] == M // replicas
-    full = shares - tail
-    assert (full - 1) * s["super_rows_per_block"] < s["super_rows"] <= full * s["super_rows_per_block"]
-    assert parts == full * (1 if tiles == 1 else replicas) + tail
-    assert 1 <= shares <= MOST_GRID_Y
+def test_small_channels_share_a_block():
+    """Planes of 7 x 7 at batch 32: of float32 1568 single elements, by 64 threads; a warp takes what is less."""
+    assert [channels_first(32, 2048, 49, 4, 1, count)[3:] for count in (None, 132)] == [(128, 1, 0, 64)] * 2
+    assert channels_first(32, 2048, 49, 4, 1, None).grid == (1024, 1, 1)
+    assert channels_first(8, 2049, 49, 4, 1, None)[3:] == (128, 1, 0, 32)
+    assert channels_first(8, 2049, 49, 4, 1, None).grid == (513, 1, 1)
+    assert channels_first(8, 2049, 2**11, 4, 4, None)[3:] == (256, 1, 0, 256)
 
 
-@given(sizes, sizes, widths, st.integers(1, 10**4))
-def test_blocks_have_more_to_do_than_to_merge(M, C, width, multiprocessors):
+@given(sizes, sizes, packs, devices)
+def test_channels_last(M, columns, pack, multiprocessors):
+    """Every column is in one tile, and every row in one share."""
+    itemsize, width = pack
+    C = columns * width
+    (tiles, shares), s, parts, threads, cluster, shared, team = channels_last(M, C, itemsize, width, multiprocessors)
+    assert s == {"M": M, "C": C, "tile": s["tile"], "rows_per_share": s["rows_per_share"]}
+    assert (tiles - 1) * s["tile"] < columns <= tiles * s["tile"]
+    assert s["tile"].bit_count() == 1  # a power of two
+    assert s["tile"] <= MOST_COLUMNS
+    assert s["tile"] * width * itemsize <= max(MAPPED_TILE if multiprocessors else SUMMED_TILE)
+    assert s["tile"] < 2 * columns
+    assert (shares - 1) * s["rows_per_share"] < M <= shares * s["rows_per_share"]
+    assert 1 <= parts == shares <= MOST_GRID_Y
+    assert (threads, cluster, shared, team) == (THREADS, 1, 0, 0)
+
+
+@given(sizes, sizes, packs, st.integers(1, 10**4))
+def test_blocks_have_more_to_do_than_to_merge(M, columns, pack, multiprocessors):
     """Where rows are shared out, elementwise steps have many of them for each part that they merge first."""
-    (_, shares), s, _ = channels_last(M, C, width, multiprocessors)[:3]
-    tail = M % (s["columns"] * width // C) > 0
-    if shares - tail > 1:
-        parts = channels_last(M, C, width, None).parts - tail
-        wanted = max(LEAST_MAPPED / (s["tile"] * width), ROWS_PER_PART * parts)
-        assert s["super_rows_per_block"] >= wanted / 2  # two shares of little more than one
-
-
-@given(sizes, sizes, sizes, widths, st.integers(1, 10**4))
-def test_blocks_of_rows_have_enough_to_do(N, C, L, width, multiprocessors):
-    (_, shares, _), s, _ = channels_first(N, C, L, width, multiprocessors)[:3]
+    itemsize, width = pack
+    C = columns * width
+    (_, shares), s, *_ = channels_last(M, C, itemsize, width, multiprocessors)
     if shares > 1:
-        assert s["segments_per_block"] * (s["segment"] + L % s["segment"]) >= LEAST_MAPPED / 2
+        parts = channels_last(M, C, itemsize, width, None).parts
+        wanted = max(LEAST_MAPPED / (s["tile"] * width), ROWS_PER_PART * parts)
+        assert s["rows_per_share"] >= wanted / 2  # two shares of little more than one
+
+
+@given(sizes, sizes, sizes, packs, st.integers(1, 10**4))
+def test_blocks_of_rows_have_enough_to_do(N, C, rows, pack, multiprocessors):
+    itemsize, width = pack
+    (_, shares, _), s, *_ = channels_first(N, C, rows * width, itemsize, width, multiprocessors)
+    if shares > 1:
+        assert s["packs_per_share"] * width >= LEAST_MAPPED / 2
 
 
 def test_more_channels_than_a_grid_is_wide():
-    x, y, z = channels_first(1, 2**31 + 5, 2, 8, None).grid
+    x, y, z = channels_first(1, 2**33 + 5, 8, 2, 8, None).grid
     assert x <= 2**31 - 1
-    assert x * z >= 2**31 + 5
+    assert x * z * 4 >= 2**33 + 5
     assert y == 1
 
 
-@pytest.mark.parametrize("shape", [(32, 64, 112 * 112), (32, 2048, 49), (2, 32, 128**3), (1, 1, 10**8)])
+@pytest.mark.parametrize("shape", [(32, 64, 112 * 112), (32, 2048, 52), (2, 32, 128**3), (1, 1, 10**8)])
 def test_large_arrays_fill_a_large_device(shape):
+    """In warps, of which some channels take a few: two for each scheduler of so many multiprocessors, at least."""
     N, C, L = shape
     for multiprocessors in None, 132:
-        channels, shares, _ = channels_first(N, C, L, 4, multiprocessors).grid
-        assert channels * shares >= min(256, N * C)
-        tiles, shares = channels_last(N * L, C, 4, multiprocessors).grid
+        geometry = channels_first(N, C, L, 4, 4, multiprocessors)
+        blocks, shares, _ = geometry.grid
+        assert blocks * shares * geometry.threads >= 132 * 8 * 32
+        assert blocks * shares >= min(256, N * C)
+        width = math.gcd(C, 4)
+        tiles, shares = channels_last(N * L, C, 4, width, multiprocessors).grid
         assert tiles * shares >= 250 or N * L < 10**4
 
 
 def test_small_arrays_are_not_split():
-    assert channels_first(4, 3, 100, 4, None).parts == 1
-    assert channels_last(50, 64, 4, None).parts == 1
+    assert channels_first(4, 3, 100, 4, 4, None).parts == 1
+    assert channels_last(50, 64, 4, 4, None).parts == 1
 
 
-@given(sizes, sizes, sizes, widths)
-def test_sums_have_few_parts(N, C, L, width):
-    assert channels_first(N, C, L, width, None).parts <= min(math.ceil(CHANNELS_FIRST_SUM / C), THREADS)
-    replicas = width // math.gcd(C, width)
-    assert channels_last(N, C, width, None).parts <= (CHANNELS_LAST_SUM + 1) * replicas + 1
+@given(sizes, sizes, sizes, packs)
+def test_sums_have_few_parts(N, C, rows, pack):
+    itemsize, width = pack
+    most = min(math.ceil(CHANNELS_FIRST_SUM / C), MOST_PARTS)
+    assert channels_first(N, C, rows * width, itemsize, width, None).parts <= most
+    assert channels_last(N, C * width, itemsize, width, None).parts <= CHANNELS_LAST_SUM
 
 
-def test_the_kernels_have_room_for_the_lanes():
-    assert f"constexpr int MOST_LANES = {MOST_LANES};" in (KERNELS / "channels_last/columns.cuh").read_text()
+@pytest.mark.parametrize("tile", [max(SUMMED_TILE), max(MAPPED_TILE), max(ON_CHIP_TILE)])
+def test_the_kernels_have_room_for_the_lanes(tile):
+    text = (KERNELS / "channels_last/columns.cuh").read_text()
+    assert "constexpr int MOST_LANES = 128 / sizeof(data_t);" in text
+    assert tile <= 128
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The width of packs
+
+
+class At:
+    """As much of an array as the choice looks at."""
+
+    def __init__(self, shape, dtype, address):
+        self.shape, self.dtype, self.size = shape, np.dtype(dtype), math.prod(shape)
+        self.data = self
+        self.ptr = 1 << 20 | address
+
+
+@given(sizes, st.integers(1, 100), sizes, st.sampled_from(["f2", "f4", "f8"]), st.lists(st.integers(0, 7), max_size=3))
+def test_a_pack_is_of_one_row_and_aligned(N, C, L, dtype, offsets):
+    """In both layouts, and in all arrays; none that were twice as wide would be."""
+    dtype = np.dtype(dtype)
+    arrays = [At((N, C, L), dtype, offset * dtype.itemsize) for offset in (0, *offsets)]
+    nbytes = cupy_ops._width(*arrays) * dtype.itemsize
+    row = (L if L > 1 else C) * dtype.itemsize
+
+    def fits(nbytes):
+        return nbytes <= PACK and row % nbytes == 0 and all(array.ptr % nbytes == 0 for array in arrays)
+
+    assert fits(nbytes)
+    assert not fits(2 * nbytes)
+    assert cupy_ops._width(*arrays, None) == cupy_ops._width(*arrays)
+
+
+@pytest.mark.parametrize(
+    ("offset", "nbytes"), [(0, 16), (2, 2), (4, 4), (6, 2), (8, 8), (10, 2), (12, 4), (14, 2), (16, 16)]
+)
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_odd_alignments_take_narrower_packs(offset, nbytes, which):
+    """Whichever array it is that is not aligned."""
+    for shape in (3, 5, 16), (9, 16, 1):
+        arrays = [At(shape, np.float16, offset if i == which else 0) for i in range(3)]
+        assert cupy_ops._width(*arrays) * 2 == nbytes
+
+
+@pytest.mark.parametrize(("row", "width"), [(64, 8), (12, 4), (50, 2), (49, 1), (8, 8), (4, 4), (2, 2)])
+def test_odd_rows_take_narrower_packs(row, width):
+    for shape in (3, 5, row), (9, row, 1):
+        assert cupy_ops._width(At(shape, np.float16, 0)) == width
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -131,17 +218,17 @@ counts = st.none() | st.integers(1, 200) | st.integers(10**4, 10**6)
 channels = st.integers(1, 2**20) | st.integers(2**20, 2**35)  # of float16, 64 GiB for one value of each
 
 
-@given(huge, channels, huge | st.just(1), st.sampled_from(["f2", "f4", "f8"]), st.booleans(), counts)
-def test_every_grid_can_be_launched(N, C, L, dtype, vectorized, multiprocessors):
+@given(huge, channels, huge | st.just(1), packs, counts)
+def test_every_grid_can_be_launched(N, C, L, pack, multiprocessors):
     """Whatever the array, and the device that may come."""
-    dtype = np.dtype(dtype)
-    width = 16 // dtype.itemsize if vectorized else 1
+    itemsize, width = pack
     device = H200._replace(multiprocessors=multiprocessors or 132)
-    whole = -(-C // width) * width
+    rows, whole = -(-L // width) * width, -(-C // width) * width
     for geometry in (
-        cupy_ops._plan("bn_stats", (N, C, L), dtype, vectorized, multiprocessors).geometry,
-        channels_first_resident(N, C, L, dtype.itemsize, width, 1, device),
-        channels_last_resident(N, whole, dtype.itemsize, width, 1, device),
+        channels_first(N, C, rows, itemsize, width, multiprocessors),
+        channels_last(N, whole, itemsize, width, multiprocessors),
+        channels_first_resident(N, C, rows, itemsize, width, 1, device),
+        channels_last_resident(N, whole, itemsize, width, 1, device),
     ):
         if geometry is not None:
             assert all(1 <= size <= most for size, most in zip(geometry.grid, GRID, strict=False))
@@ -149,26 +236,25 @@ def test_every_grid_can_be_launched(N, C, L, dtype, vectorized, multiprocessors)
 
 
 def test_more_columns_of_packs_than_a_grid_is_wide():
-    """Where C is odd, there are as many columns of packs as channels; of elements, a tile has more columns."""
-    for C, vectorized in (2**32 - 1, True), (2**33 + 1, False), (2**33 + 8, True):
-        plan = cupy_ops._plan("bn_normalize", (1, C, 1), np.dtype(np.float16), True, 132)
+    """A tile has several of them, also where packs are single elements."""
+    for C, width in (2**32 - 1, 1), (2**33 + 1, 1), (2**34 + 4, 4), (2**35 + 8, 8):
+        plan = cupy_ops._plan("bn_normalize", (1, C, 1), np.dtype(np.float16), width, 132)
         sizes = plan.geometry.sizes
-        assert f"-DVECTORIZED={int(vectorized)}" in plan.kernel.options
-        assert sizes["columns"] == (C // 8 if C % 8 == 0 else C)
-        assert plan.geometry.grid[0] * sizes["tile"] >= sizes["columns"]
+        assert f"-DWIDTH={width}" in plan.kernel.options
+        assert plan.geometry.grid[0] <= MOST_GRID_X
+        assert plan.geometry.grid[0] * sizes["tile"] >= C // width
 
 
 @pytest.mark.parametrize("M", [2**44, 2**44 + 5])
 def test_as_many_shares_as_a_grid_has_room_for(M):
-    """And one more block for rows that fill no super-row."""
-    (tiles, shares), sizes, _ = channels_last(M, 2**10 - 1, 8, 10**8)[:3]
-    assert shares <= 65535
-    assert shares - (M % 8 > 0) > 65000
-    assert (shares - (M % 8 > 0)) * sizes["super_rows_per_block"] >= M // 8
-    assert tiles * sizes["tile"] >= 2**10 - 1
-    channels, shares, _ = channels_first(M, 3, 5, 8, 10**8).grid
-    assert channels == 3
+    (tiles, shares), sizes, *_ = channels_last(M, 2**10 - 1, 2, 1, 10**8)
     assert 65000 < shares <= 65535
+    assert (shares - 1) * sizes["rows_per_share"] < M <= shares * sizes["rows_per_share"]
+    assert tiles * sizes["tile"] >= 2**10 - 1
+    (blocks, shares, _), sizes, *_ = channels_first(M, 3, 5, 2, 1, 10**8)
+    assert blocks == 3
+    assert 65000 < shares <= 65535
+    assert (shares - 1) * sizes["packs_per_share"] < 5 * M <= shares * sizes["packs_per_share"]
 
 
 @pytest.mark.parametrize("C", [2**28, 2**30 - 1, 2**30, 2**30 + 1, 2**31, 2**32 + 3, 65535 << 30])
@@ -177,11 +263,15 @@ def test_many_channels(C):
     assert (z - 1) * x < C <= x * z
     assert x <= MOST_GRID_X
     assert (shares, z) == (1, -(-C // 2**30))
-    assert channels_first(2, C, 3, 8, 132).grid == (x, 1, z)
+    assert channels_first(2, C, 2**14, 2, 8, None).grid == (x, 1, z)  # a team that is a block
+    small = channels_first(2, C, 8, 2, 8, 132)  # four teams in a block
+    assert (small.team, small.threads) == (32, 128)
+    assert small.grid == over_channels(-(-C // 4))
     for width in 1, 8:
-        (tiles, shares), sizes, _ = channels_last(19, C, width, None)[:3]
-        assert (tiles - 1) * sizes["tile"] < sizes["columns"] <= tiles * sizes["tile"]
-        assert shares == 1 + (19 % (sizes["columns"] * width // C) > 0)
+        columns = -(-C // width)
+        (tiles, shares), sizes, *_ = channels_last(19, columns * width, 2, width, None)
+        assert (tiles - 1) * sizes["tile"] < columns <= tiles * sizes["tile"]
+        assert shares == 1
 
 
 def test_clusters_fill_a_grid_and_no_more():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import pickle
 from dataclasses import replace
 
@@ -27,17 +28,17 @@ SHAPES = {  # (N, C, L), and what is special
     "rows of one pack": (5, 3, 16),
     "rows shorter than a pack": (9, 5, 3),
     "odd rows": (6, 5, 49),
-    "rows of several slots for each lane": (2, 2, 4099),
-    "rows of several segments": (2, 1, 20011),
+    "long rows of half packs": (2, 2, 4098),
+    "very long rows": (2, 1, 20012),
     "several parts of rows": (300, 2, 40),
     "many channels of rows": (2, 130, 3),
-    "fewer rows than a super-row": (3, 7, 1),
-    "super-rows and a tail": (1029, 3, 1),
+    "few rows": (3, 7, 1),
+    "few odd channels": (1029, 3, 1),
     "odd channels, several tiles": (45, 301, 1),
-    "many parts, two replicas": (9001, 6, 1),
+    "many parts, half packs": (9001, 6, 1),
     "many channels": (9, 700, 1),
 }
-SOME = ("two values", "odd rows", "several parts of rows", "super-rows and a tail", "odd channels, several tiles")
+SOME = ("two values", "odd rows", "several parts of rows", "few odd channels", "odd channels, several tiles")
 """For dtypes and alignments that differ from those of the other shapes by what an element is, not by where it is."""
 
 
@@ -266,7 +267,7 @@ def test_bn_backward(rng, shape, dtype, offset, activation, has_residual, blocks
 
 @pytest.mark.parametrize("shape", [(4, 5, 40), (40, 5, 1)], ids=str)
 def test_sums_of_many_parts(rng, shape):
-    """More parts than threads: each thread adds several."""
+    """More parts than threads share them: each adds several."""
     arrays = Arrays(rng, shape, np.dtype(np.float32), 0)
     C = shape[1]
     dy, x = arrays.on_device("dy", "x")
@@ -289,8 +290,8 @@ def test_sums_of_many_parts(rng, shape):
     np.testing.assert_allclose(to_host(merged), mirrored, rtol=1e-12)
 
 
-def test_replicas_of_a_channel_get_the_same_bits(rng):
-    """Rows that are alike stay so: parts merge in one order, in a tile of four lanes as in the last one, of two."""
+def test_rows_that_are_alike_stay_so(rng):
+    """Whichever block has them: parts merge in one order."""
     x = cp.asarray(np.broadcast_to(rng.standard_normal((1, 5, 1)), (8, 5, 1)).copy())
     parts = Moments(*map(cp.asarray, (rng.integers(1, 9, 1000).astype(float), *rng.uniform(1, 2, (2, 1000, 5)))))
     sums = Sums(*map(cp.asarray, rng.standard_normal((2, 1000, 5))))
@@ -314,6 +315,31 @@ def test_all_blocks_of_a_cluster_have_the_same_statistics_and_sums(rng, shape, b
             assert np.unique(result[:, c]).size == np.unique(x[:, c]).size
 
 
+@pytest.mark.usefixtures("either")
+@pytest.mark.parametrize(("dtype", "L"), [("float16", 25), ("float16", 24), ("float32", 64)])
+def test_teams_of_a_block_know_nothing_of_each_other(rng, dtype, L):
+    """Four teams take as many channels; those for which there is none are idle."""
+    x, dy, residual = rng.standard_normal((3, 4, 9, L)).astype(dtype)
+    vectors = rng.uniform(0.5, 2, (4, 9)).astype(np.float32)
+
+    def results(channels):
+        """All that comes out, channel by channel."""
+        arrays = [cp.asarray(np.ascontiguousarray(a[:, channels])) for a in (x, dy, residual)]
+        mean, var, weight, bias = (cp.asarray(v[channels]) for v in vectors)
+        options = {"training": True, "residual": arrays[2], "activation": "relu"}
+        y, vjp_fn = F.batch_norm_vjp(arrays[0], mean, var, weight, bias, **options)
+        dx, dweight, dbias, dresidual = vjp_fn(arrays[1])
+        of_channels = [to_numpy(a).swapaxes(0, 1) for a in (y, dx, dresidual)]
+        of_channels += [to_numpy(a) for a in (dweight, dbias, mean, var)]
+        return [bits(*(a[c] for a in of_channels)) for c in range(len(channels))]
+
+    geometry = cupy_ops._choose("bn_stats", cp.asarray(x)).geometry
+    assert geometry.threads == 4 * geometry.team
+    alone = [results([c, 8 - c])[0] for c in range(9)]  # of one channel rows would be one
+    for C in 3, 4, 5, 9:
+        assert results(list(range(C))) == alone[:C]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The same bits, whatever the index type, the device and the order of threads
 
@@ -328,7 +354,7 @@ def all_results(rng, shape, dtype, offset=0, training=True):
 
 
 VARIED = pytest.mark.parametrize(
-    "shape", [(6, 5, 49), (2, 3, 20011), (1029, 3, 1), (9001, 6, 1), (45, 301, 1)], ids=str
+    "shape", [(6, 5, 49), (2, 3, 20010), (1029, 3, 1), (9001, 6, 1), (45, 301, 1)], ids=str
 )
 
 
@@ -344,18 +370,29 @@ def test_64_bit_indices(shape, dtype, offset, monkeypatch):
 
 @pytest.mark.usefixtures("fresh_plans")
 @pytest.mark.parametrize(
-    ("shape", "bits"), [((2, 10**6, 8), 32), ((2, 10**8, 8), 64), ((1000, 2 * 10**5, 8), 32)], ids=str
+    ("shape", "bits"),
+    [
+        ((2, 10**6, 8), 32),
+        ((2, 10**8, 8), 64),
+        ((1000, 2 * 10**5, 8), 32),
+        ((2080, 10**6, 1), 32),
+        ((2140, 10**6, 1), 64),
+    ],
+    ids=str,
 )
 def test_strides_over_the_end_count_for_indices(shape, bits):
-    """A stride of 128 rows, of arrays of fewer than 2^31 elements."""
-    plan = cupy_ops._resident_plan("bn_forward", shape, np.dtype(np.float16), True, 0)
+    """A stride of up to 128 rows, of arrays of fewer than 2^31 elements."""
+    plan = cupy_ops._resident_plan("bn_forward", shape, np.dtype(np.float16), 8, 0)
     assert f"-DINDEX_BITS={bits}" in plan.kernel.options
+    if shape[2] == 1:
+        plan = cupy_ops._plan("bn_stats", shape, np.dtype(np.float16), 8, None)
+        assert f"-DINDEX_BITS={bits}" in plan.kernel.options
 
 
 @pytest.mark.parametrize(("channels", "bits"), [(2**26 + 1, 32), (2**28 + 1, 64)])
-def test_lanes_count_for_indices(channels, bits):
-    """Of channels that fill no pack there are eight lanes each, also where they have one value each."""
-    plan = cupy_ops._plan("bn_normalize", (1, channels, 1), np.dtype(np.float16), True, 132)
+def test_rows_of_threads_count_for_indices(channels, bits):
+    """There are eight of them, also where there is one row."""
+    plan = cupy_ops._plan("bn_normalize", (1, channels, 1), np.dtype(np.float16), 1, 132)
     assert f"-DINDEX_BITS={bits}" in plan.kernel.options
 
 
@@ -377,7 +414,7 @@ def test_every_device_gets_the_same_bits(shape, training):
 @pytest.mark.usefixtures("streamed")
 def test_more_channels_than_a_grid_is_wide(shape, monkeypatch):
     expected = all_results(np.random.default_rng(0), shape, np.float32)
-    monkeypatch.setattr(_geometry, "MOST_GRID_X", 2)
+    monkeypatch.setattr(_geometry, "MOST_GRID_X", 1)
     forget_plans()
     assert all_results(np.random.default_rng(0), shape, np.float32) == expected
 
@@ -462,13 +499,6 @@ TRAFFIC = [  # residual, activation, passes forward and backward, a mask byte fo
 ]
 
 
-def edges(shape, axis, dtype):
-    """The most that packs at both ends of a row hold of its neighbours, as a share of the row."""
-    width = 16 // dtype.itemsize
-    row = np.prod(shape[2:]) if axis == 1 else shape[axis]
-    return 0 if row % width == 0 else 2 * (width - 1) / row
-
-
 @only_emulated
 @pytest.mark.usefixtures("fresh_plans")
 @pytest.mark.parametrize("axis", [1, -1], ids=["NCHW", "NHWC"])
@@ -482,7 +512,8 @@ def test_launches_and_traffic_on_chip(rng, C, side, dtype, axis, monkeypatch):
     """
     shape = (32, C, side, side) if axis == 1 else (32, side, side, C)
     N, L = (32, side * side) if axis == 1 else (32 * side * side, 1)
-    whole = {step: cupy_ops._resident_plan(step, (N, C, L), dtype, True, 0) for step in ON_CHIP}
+    width = math.gcd(C if axis == -1 else L, 16 // dtype.itemsize)
+    whole = {step: cupy_ops._resident_plan(step, (N, C, L), dtype, width, 0) for step in ON_CHIP}
     if whole["bn_forward"] is None:
         pytest.skip("does not fit")
     few = 2 if axis == 1 else 128 // dtype.itemsize  # of the channels
@@ -494,17 +525,18 @@ def test_launches_and_traffic_on_chip(rng, C, side, dtype, axis, monkeypatch):
     residual = cp.asarray(rng.standard_normal(shape).astype(dtype))
     weight, bias = (cp.ones(few, np.float32) for _ in range(2))
     vectors = 8 * few * (2 * 8 + 2 * 4)  # that each block of a cluster reads
-    rel = 0.02 + edges(shape, axis, dtype) + vectors / x.nbytes
+    rel = 0.02 + vectors / x.nbytes
+    assert width == cupy_ops._width(x.reshape(N, few, L))
     for has_residual, activation, forward, backward in TRAFFIC:
         options = {"residual": residual if has_residual else None, "activation": activation, "channel_axis": axis}
-        mask = has_residual / 16
+        mask = has_residual / (width * dtype.itemsize)
         _, vjp_fn = check_traffic(
             ON_CHIP[:1], forward + mask, rel, x.nbytes,
             lambda options=options: F.batch_norm_vjp(x, None, None, weight, bias, True, **options),
         )  # fmt: skip
         if whole["bn_backward"]:
             check_traffic(ON_CHIP[1:], backward + mask, rel, x.nbytes, lambda f=vjp_fn: f(x))
-    clusters = {step: cupy_ops._resident_plan(step, (N, few, L), dtype, True, 0) for step in ON_CHIP}
+    clusters = {step: cupy_ops._resident_plan(step, (N, few, L), dtype, width, 0) for step in ON_CHIP}
     for step in ON_CHIP:
         if whole[step]:
             assert clusters[step].geometry.cluster == whole[step].geometry.cluster

@@ -31,99 +31,102 @@ UNIT = 2 * HALF_ULP["float32"]  # of the arithmetic
 class Share(NamedTuple):
     """What one block, or cluster, of a grid takes."""
 
-    forwards: tuple[int, int, int]  # the block of a launch that goes forwards
-    backwards: tuple[int, int, int]
-    ranges: list[tuple[int, int]]  # of elements, by their place in memory
-    channels: npt.NDArray[np.int64]  # of its lanes; one may have several
-    first_sum: int  # the place of its first lane among the sums of all parts and channels
-    owned: int  # lanes whose channels it writes to
+    block: tuple[int, int, int]
+    places: npt.NDArray[np.int64]  # of its elements in memory, as (N, C, L)
+    channels: npt.NDArray[np.int64]
+    first_sum: int  # the place of its first channel among the sums of all parts and channels
+    owns: bool  # what belongs to its channels is written by this block
+
+    @property
+    def ranges(self):
+        """The places as ranges, from one to another one."""
+        places = np.sort(self.places, None)
+        ends = np.flatnonzero(np.diff(places) > 1) + 1
+        return [(int(piece[0]), int(piece[-1]) + 1) for piece in np.split(places, ends)]
 
     def of(self, array):
         """The elements of an array as (N, C, L)."""
-        flat = array._host.reshape(-1)
-        pieces = np.stack([flat[begin:end] for begin, end in self.ranges])
-        return pieces[:, None] if array.shape[2] > 1 else pieces.reshape(-1, self.channels.size, 1)
+        return array._host.reshape(-1)[self.places]
 
     def sums(self, array):
         """Those of a (P, C) array that are its own."""
         return to_numpy(array.reshape(-1)[self.first_sum : self.first_sum + self.channels.size])
 
 
-def rows(geometry, width, share, at_packs):
-    """Channels first: a share of the last channel."""
-    s, shares = geometry.sizes, geometry.grid[1]
-    C, L, segment = s["C"], s["L"], s["segment"]
-    per_row, c = L // segment, C - 1
-    ranges = []
-    for g in range(share * s["segments_per_block"], min((share + 1) * s["segments_per_block"], s["N"] * per_row)):
-        n, k = divmod(g, per_row)
-        row = (n * C + c) * L
-        shift = row % width if at_packs else 0
-        begin = row + k * segment - shift if k else row
-        end = row + (k + 1) * segment - shift if k + 1 < per_row else row + L
-        if k and ranges:
-            begin = ranges.pop()[0]
-        ranges.append((begin, end))
-    return Share((c, share, 0), (0, shares - 1 - share, 0), ranges, np.array([c]), share * C + c, share == 0)
+def share_of_rows(geometry, width, share, backwards):
+    """Channels first: a share of the last channels."""
+    s, teams, (x, shares, _) = geometry.sizes, geometry.threads // geometry.team, geometry.grid
+    N, C, L = s["N"], s["C"], s["L"]
+    channels = np.arange(max(0, C - teams) if backwards else (x - 1) * teams, C)
+    packs = np.arange(share * s["packs_per_share"], min((share + 1) * s["packs_per_share"], N * (L // width)))
+    n, j = np.divmod(packs, L // width)
+    elements = (n * C * L + j * width)[:, None] + np.arange(width)
+    places = channels[:, None] * L + elements.reshape(-1)
+    block = (0, shares - 1 - share, 0) if backwards else (x - 1, share, 0)
+    return Share(block, places[None], channels, share * C + int(channels[0]), share == 0)
 
 
-def columns(geometry, width, share, tile):
-    """Channels last: a share of the super-rows of a tile, or of the rows that fill none."""
-    s, shares = geometry.sizes, geometry.grid[1]
-    M, C, pitch = s["M"], s["C"], s["columns"] * width
-    replicas = pitch // C
-    q = tile * s["tile"] * width
-    lanes = min(s["tile"], s["columns"] - tile * s["tile"]) * width
-    begin = share * s["super_rows_per_block"]
-    end = min(begin + s["super_rows_per_block"], s["super_rows"])
-    whole = s["columns"] <= s["tile"]
-    channels = (q + np.arange(lanes)) % C
-    if begin >= s["super_rows"]:  # which the first replica takes
-        channels = channels[: C - q]
-        first = s["super_rows"] * replicas
-        ranges = [(row * C + q, row * C + q + channels.size) for row in range(first, M)]
-    elif whole:
-        ranges, channels = [(begin * pitch, end * pitch)], np.arange(C)
-    else:
-        ranges = [(row * pitch + q, row * pitch + q + lanes) for row in range(begin, end)]
-    first_sum = share * (1 if whole else replicas) * C + q
-    owned = min(channels.size, max(0, C - q)) if share == 0 else 0
-    return Share((tile, share, 0), (tile, shares - 1 - share, 0), ranges, channels, first_sum, owned)
+def share_of_columns(geometry, width, share, tile, backwards):
+    """Channels last: a share of the rows of a tile."""
+    s, (tiles, shares) = geometry.sizes, geometry.grid
+    M, C, tile = s["M"], s["C"], tile % tiles
+    first = tile * s["tile"] * width
+    channels = np.arange(first, min(first + s["tile"] * width, C))
+    rows = np.arange(share * s["rows_per_share"], min((share + 1) * s["rows_per_share"], M))
+    block = tile, shares - 1 - share if backwards else share, 0
+    return Share(block, (rows[:, None] * C + channels)[:, :, None], channels, share * C + first, share == 0)
 
 
 def cluster(geometry, width):
-    """On chip: the last channel, or the last tile."""
+    """On chip: the last channels, or the last tile."""
     s = geometry.sizes
     C, last = s["C"], geometry.grid[0] // geometry.cluster - 1
     block = last * geometry.cluster, 0, 0
     if "tile" in s:
-        first = last * s["tile"] * width
-        return Share(
-            block, block, [(m * C + first, (m + 1) * C) for m in range(s["M"])], np.arange(first, C), 0, C - first
-        )
-    ranges = [((n * C + C - 1) * s["L"], (n * C + C) * s["L"]) for n in range(s["N"])]
-    return Share(block, block, ranges, np.array([C - 1]), 0, 1)
+        channels = np.arange(last * s["tile"] * width, C)
+        return Share(block, (np.arange(s["M"])[:, None] * C + channels)[:, :, None], channels, 0, True)
+    channels = np.arange(last * (geometry.threads // geometry.team), C)
+    rows = (np.arange(s["N"])[:, None] * C + channels) * s["L"]
+    return Share(block, rows[:, :, None] + np.arange(s["L"]), channels, 0, True)
 
 
 LAST = -1
 STREAMED = {  # shape, dtype, offset, share, tile
     "rows of packs": ((3, 43692, 16384), "float16", 0, 0, None),
+    "rows of narrow packs": ((3, 43692, 16390), "float16", 0, 0, None),
     "odd rows, 2^34 elements": ((3, 349528, 16387), "float16", 0, 0, None),
     "odd rows, unaligned": ((3, 43691, 16387), "float32", 1, 0, None),
+    "several teams, some idle": ((4, 2**20 + 1, 1024), "float16", 0, 0, None),
     "rows of more than 2^31": ((1, 2, 2**31 + 4099), "float16", 0, LAST, None),
+    "rows of more than 2^31 packs": ((1, 2, 2**33 + 4), "float16", 0, LAST, None),
+    "rows that 32 bits are enough for": ((130, 8000, 2000), "float16", 0, 0, None),
     "columns of packs": ((2050, 2**20, 1), "float16", 0, 0, LAST),
+    "columns of narrow packs": ((8195, 2**18 + 4, 1), "float16", 0, 0, LAST),
     "columns of elements": ((2051, 2**20 + 3, 1), "float32", 1, 0, LAST),
-    "super-rows": ((8195, 2**18 + 3, 1), "float16", 0, 0, LAST),
-    "rows beyond super-rows": ((8195, 2**18 + 3, 1), "float16", 0, LAST, 8191),
-    "few columns": ((2**30 + 5, 3, 1), "float16", 0, LAST - 1, LAST),
-    "one column": ((2**30 + 2051, 2, 1), "float16", 0, LAST - 1, 0),
+    "some columns": ((2**25 + 2051, 66, 1), "float16", 0, LAST, LAST),
+    "few columns": ((2**30 + 5, 3, 1), "float16", 0, LAST, LAST),
+    "one column": ((2**30 + 2051, 2, 1), "float16", 0, LAST, 0),
+    "columns that 32 bits are enough for": ((2080, 10**6, 1), "float16", 0, 0, LAST),
 }
 ON_CHIP = {
     "rows of packs": ((3, 43692, 16384), "float16", 0),
     "odd rows, 2^34 elements": ((3, 349528, 16387), "float16", 0),
+    "several teams, some idle": ((4, 2**20 + 1, 1024), "float16", 0),
     "columns of packs": ((2050, 2**20, 1), "float16", 0),
     "columns of elements": ((2051, 2**20 + 3, 1), "float32", 1),
 }
+
+
+def width_of(shape, dtype, offset):
+    """Elements of a pack."""
+    nbytes = np.dtype(dtype).itemsize
+    together = (offset | (shape[2] if shape[2] > 1 else shape[1])) * nbytes | 16
+    return (together & -together) // nbytes
+
+
+def index_bits(shape):
+    """Those that all places of an array need."""
+    return 64 if np.prod(shape, dtype=object) > 2**31 else 32
 
 
 class Large:
@@ -132,14 +135,15 @@ class Large:
     def __init__(self, rng, shape, dtype, offset, *shares):
         self.shape, self.dtype, self.offset = shape, np.dtype(dtype), offset
         self.ranges = [r for share in shares for r in share.ranges]
-        assert all(max(share.ranges)[1] > 2**31 for share in shares)
+        last = np.prod(shape, dtype=object) if index_bits(shape) == 32 else 2**31 / 0.95
+        assert all(share.places.max() > 0.95 * last for share in shares)
         self.x, self.dy, self.residual = (
             fill(self.empty(), lambda size, mean=mean: rng.standard_normal(size) * 2 + mean) for mean in (3, 0, 0)
         )
         self.out, self.dx, self.dresidual = (self.empty() for _ in range(3))
+        self.width = width_of(shape, dtype, offset)
+        assert self.width == cupy_ops._width(self.x, self.residual, self.out, self.dy, self.dx, self.dresidual)
         self.mask = self.empty_mask()
-        if self.mask is None:
-            self.residual = None
         C = shape[1]
         self.weight, self.bias, self.running_mean, self.running_var = rng.standard_normal((4, C)).astype(np.float32)
         self.moments = Moments(np.array([9.0]), rng.uniform(2, 4, (1, C)), rng.uniform(20, 40, (1, C)))
@@ -151,32 +155,25 @@ class Large:
         return sparse(self.shape, self.dtype, self.ranges, self.offset)
 
     def empty_mask(self):
-        """As `cupy_ops.empty_mask` has it; None where that would have single elements read of whole packs."""
-        N, C, L = self.shape
-        if self.offset:
+        """As `cupy_ops.empty_mask` has it."""
+        if self.width == 1:
             return sparse(self.shape, np.bool_, self.ranges)
-        width = 16 // self.dtype.itemsize
-        if L == 1 and C % width:
-            return None
-        packs = -(-N * C * L // width)
-        parts = [(begin // width, -(-end // width)) for begin, end in self.ranges]
-        if L == 1 or L % width == 0:
-            return sparse((packs,), np.uint8, parts)
-        return sparse((2 * packs,), np.uint8, parts + [(packs + begin, packs + end) for begin, end in parts])
+        parts = [(begin // self.width, -(-end // self.width)) for begin, end in self.ranges]
+        return sparse((np.prod(self.shape) // self.width,), np.uint8, parts)
 
     def on_host(self, share):
         """The same of a share."""
         host = SimpleNamespace()
         for name, value in vars(self).items():
             if name in ("x", "dy", "residual"):
-                setattr(host, name, None if value is None else share.of(value))
+                setattr(host, name, share.of(value))
             elif name in ("weight", "bias", "running_mean", "running_var"):
                 setattr(host, name, value[share.channels])
             elif name in ("moments", "statistics", "sums"):
                 fields = (None if f is None else f if f.size == 1 else f[..., share.channels] for f in value)
                 setattr(host, name, type(value)(*fields))
         host.out, host.dx, host.dresidual = (np.empty_like(host.x) for _ in range(3))
-        host.mask = None if self.mask is None else np.empty(host.x.shape, np.bool_)
+        host.mask = np.empty(host.x.shape, np.bool_)
         return host
 
 
@@ -195,7 +192,8 @@ def check_vectors(ours, before, share, expected, **tolerance):
     """The block has written to the channels that it owns, and to no others."""
     for array, start, result in zip(ours, before, expected, strict=True):
         wanted = np.array(start)
-        wanted[share.channels[: share.owned]] = result[: share.owned]
+        if share.owns:
+            wanted[share.channels] = result
         np.testing.assert_allclose(to_numpy(array), wanted, **{"rtol": 0, **tolerance})
 
 
@@ -204,84 +202,90 @@ def many_shares(monkeypatch):
     """Where there are few channels, about as many blocks as a grid has room for."""
     original = cupy_ops._plan
 
-    def plan(step, shape, dtype, vectorized, multiprocessors):
-        kernel, geometry = original(step, shape, dtype, vectorized, multiprocessors)
-        assert "-DINDEX_BITS=64" in kernel.options
-        if shape[1] > 3:
+    def plan(step, shape, dtype, width, multiprocessors):
+        kernel, geometry = original(step, shape, dtype, width, multiprocessors)
+        assert f"-DINDEX_BITS={index_bits(shape)}" in kernel.options
+        if shape[1] > 100:
             return cupy_ops._Plan(kernel, geometry)
         s, (x, _, *z) = dict(geometry.sizes), geometry.grid
-        of_block, count = "super_rows_per_block", s.get("super_rows")
-        if count is None:
-            of_block, count = "segments_per_block", shape[0] * (shape[2] // s["segment"])
-        s[of_block] = -(-count // (MOST_GRID_Y - 1))
-        shares = -(-count // s[of_block]) + (z == [])  # and the rows that fill no super-row
-        parts = 8 * shares  # no fewer than replicas make
-        return cupy_ops._Plan(kernel, geometry._replace(grid=(x, shares, *z), sizes=s, parts=parts))
+        of_share, count = ("rows_per_share", s["M"]) if "M" in s else ("packs_per_share", s["N"] * (s["L"] // width))
+        s[of_share] = -(-count // (MOST_GRID_Y - 1))
+        shares = -(-count // s[of_share])
+        return cupy_ops._Plan(kernel, geometry._replace(grid=(x, shares, *z), sizes=s, parts=shares))
 
     monkeypatch.setattr(cupy_ops, "_plan", plan)
 
 
 def shares_of(shape, dtype, offset, share, tile):
-    """The share of a case in bn_stats, and in the other steps."""
-    width = 1 if offset else 16 // np.dtype(dtype).itemsize
-    geometry = cupy_ops._plan("bn_stats", shape, np.dtype(dtype), not offset, None).geometry
-    share %= geometry.grid[1]
-    if shape[2] > 1:
-        return rows(geometry, width, share, False), rows(geometry, width, share, True)
-    return (columns(geometry, width, share, tile % geometry.grid[0]),) * 2
+    """The share of a case in the sums, and in the elementwise steps."""
+    width = width_of(shape, dtype, offset)
+    for step, multiprocessors in ("bn_stats", None), ("bn_normalize", emulator.H200.multiprocessors):
+        geometry = cupy_ops._plan(step, shape, np.dtype(dtype), width, multiprocessors).geometry
+        of_step = geometry, width, share % geometry.grid[1]
+        if shape[2] > 1:
+            yield share_of_rows(*of_step, step == "bn_normalize")
+        else:
+            yield share_of_columns(*of_step, tile, step == "bn_normalize")
+
+
+def backward_step(host, mask):
+    """The first arguments of the steps of the way back."""
+    return host.dy, host.x, host.statistics, EPS, host.weight, host.bias, "relu", mask
 
 
 @pytest.mark.usefixtures("many_shares")
 @pytest.mark.parametrize("case", STREAMED.values(), ids=STREAMED)
 def test_streamed(rng, case):
-    of_stats, share = shares_of(*case)
-    large = Large(rng, *case[:3], of_stats, share)
-    host = large.on_host(share)
-    C, lanes = large.shape[1], share.channels.size
+    of_sums, of_maps = shares_of(*case)
+    large = Large(rng, *case[:3], of_sums, of_maps)
+    host = large.on_host(of_maps)
+    C = large.shape[1]
     weight, bias, *running = map(cp.asarray, (large.weight, large.bias, large.running_mean, large.running_var))
 
-    with emulator.run_only(of_stats.forwards):
+    with emulator.run_only(of_sums.block):
         parts = cupy_ops.bn_stats(large.x)
-    expected = Moments.of_rows(numpy_ops.merge_moments(numpy_ops.bn_stats(of_stats.of(large.x))))
-    np.testing.assert_allclose(of_stats.sums(parts.mean), expected.mean[0], atol=8 * UNIT)
-    np.testing.assert_allclose(of_stats.sums(parts.m2), expected.m2[0], rtol=8 * UNIT)
+    expected = Moments.of_rows(numpy_ops.merge_moments(numpy_ops.bn_stats(of_sums.of(large.x))))
+    np.testing.assert_allclose(of_sums.sums(parts.mean), expected.mean[0], atol=8 * UNIT)
+    np.testing.assert_allclose(of_sums.sums(parts.m2), expected.m2[0], rtol=8 * UNIT)
 
     step = (EPS, weight, bias, large.residual, "relu", *running, 0.1, None, large.out, large.mask)
-    with emulator.run_only(share.backwards):
+    with emulator.run_only(of_maps.block):
         statistics = cupy_ops.bn_normalize(large.x, on_device(large.moments), *step)
     step = (EPS, host.weight, host.bias, host.residual, "relu", host.running_mean, host.running_var, 0.1, None)
     expected = numpy_ops.bn_normalize(host.x, host.moments, *step, host.out, host.mask)
-    check(large.out, share, host.out)
-    check_vectors(running, (large.running_mean, large.running_var), share, (host.running_mean, host.running_var))
-    owned = slice(share.owned)
+    check(large.out, of_maps, host.out)
+    np.testing.assert_array_equal(passes(large, of_maps), host.mask)
+    check_vectors(running, (large.running_mean, large.running_var), of_maps, (host.running_mean, host.running_var))
     for ours, theirs in zip(statistics, expected, strict=True):
-        np.testing.assert_array_equal(to_numpy(ours[share.channels[owned]]), theirs[owned])
+        if of_maps.owns:
+            np.testing.assert_array_equal(to_numpy(ours[of_maps.channels]), theirs)
 
+    fill(large.mask, lambda size: np.random.default_rng(1).integers(0, 2**large.width, size))
     step = (large.dy, large.x, on_device(large.statistics), EPS, weight, bias, "relu", large.mask)
-    mirrored = (host.dy, host.x, host.statistics, EPS, host.weight, host.bias, "relu", host.mask)
-    with emulator.run_only(share.forwards):
+    with emulator.run_only(of_sums.block):
         sums = cupy_ops.bn_backward_reduce(*step)
-    expected = numpy_ops.bn_backward_reduce(*mirrored)
+    expected = numpy_ops.bn_backward_reduce(*backward_step(large.on_host(of_sums), passes(large, of_sums)))
     for ours, theirs in zip(sums, expected, strict=True):
-        np.testing.assert_allclose(share.sums(ours), theirs[0], atol=32 * UNIT * host.x.size / lanes)
+        np.testing.assert_allclose(of_sums.sums(ours), theirs[0], atol=32 * UNIT * of_sums.places[:, 0].size)
 
-    vectors, expected = [cp.zeros(C) for _ in range(2)], [np.zeros(lanes) for _ in range(2)]
-    with emulator.run_only(share.backwards):
+    vectors, expected = [cp.zeros(C) for _ in range(2)], [np.zeros(of_maps.channels.size) for _ in range(2)]
+    with emulator.run_only(of_maps.block):
         cupy_ops.bn_backward_input(*step, on_device(large.sums), 0.25, large.dx, large.dresidual, *vectors)
-    numpy_ops.bn_backward_input(*mirrored, host.sums, 0.25, host.dx, host.dresidual, *expected)
-    check(large.dx, share, host.dx)
-    check(large.dresidual, share, host.dresidual)
-    check_vectors(vectors, np.zeros((2, C)), share, expected)
+    step = backward_step(host, passes(large, of_maps))
+    numpy_ops.bn_backward_input(*step, host.sums, 0.25, host.dx, host.dresidual, *expected)
+    check(large.dx, of_maps, host.dx)
+    check(large.dresidual, of_maps, host.dresidual)
+    check_vectors(vectors, np.zeros((2, C)), of_maps, expected)
 
 
 @pytest.fixture(params=ON_CHIP.values(), ids=ON_CHIP)
 def on_chip(request, rng):
     """A function of a step: its arguments, those of its last cluster, and that."""
     shape, dtype, offset = request.param
-    width = 1 if offset else 16 // np.dtype(dtype).itemsize
+    width = width_of(shape, dtype, offset)
 
     def prepare(step):
-        plan = cupy_ops._resident_plan(step, shape, np.dtype(dtype), not offset, 0)
+        plan = cupy_ops._resident_plan(step, shape, np.dtype(dtype), width, 0)
         assert "-DINDEX_BITS=64" in plan.kernel.options
         share = cluster(plan.geometry, width)
         large = Large(rng, *request.param, share)
@@ -301,7 +305,7 @@ def test_bn_forward(on_chip):
     large, host, share = on_chip("bn_forward")
     weight, bias, *running = map(cp.asarray, (large.weight, large.bias, large.running_mean, large.running_var))
     step = (EPS, weight, bias, large.residual, "relu", *running, 0.1, None, large.out, large.mask)
-    with emulator.run_only(share.forwards):
+    with emulator.run_only(share.block):
         cupy_ops.bn_forward(large.x, *step)
     step = (EPS, host.weight, host.bias, host.residual, "relu", host.running_mean, host.running_var, 0.1, None)
     numpy_ops.bn_forward(host.x, *step, host.out, host.mask)
@@ -314,13 +318,13 @@ def test_bn_backward(on_chip):
     """With a mask that bn_normalize has left."""
     large, host, share = on_chip("bn_backward")
     C, lanes = large.shape[1], share.channels.size
-    fill(large.mask, lambda size: np.random.default_rng(1).integers(0, 2 if large.offset else 256, size))
+    fill(large.mask, lambda size: np.random.default_rng(1).integers(0, 2**large.width, size))
     weight, bias = cp.asarray(large.weight), cp.asarray(large.bias)
     vectors, expected = [cp.zeros(C) for _ in range(2)], [np.zeros(lanes) for _ in range(2)]
     step = (large.dy, large.x, on_device(large.statistics), EPS, weight, bias, "relu", large.mask)
-    with emulator.run_only(share.forwards):
+    with emulator.run_only(share.block):
         cupy_ops.bn_backward(*step, lanes / host.x.size, large.dx, large.dresidual, *vectors)
-    step = (host.dy, host.x, host.statistics, EPS, host.weight, host.bias, "relu", passes(large, share))
+    step = backward_step(host, passes(large, share))
     numpy_ops.bn_backward(*step, lanes / host.x.size, host.dx, host.dresidual, *expected)
     check_close(large.dx, share, host.dx)
     check(large.dresidual, share, host.dresidual)
@@ -329,17 +333,9 @@ def test_bn_backward(on_chip):
 
 def passes(large, share):
     """Where the mask lets the elements of a share pass."""
-    if large.offset:
+    if large.width == 1:
         return share.of(large.mask)
-    width = 16 // large.dtype.itemsize
-    _, _, L = large.shape
-    packs = -(-large.x.size // width)
-    bits = []
-    for begin, end in share.ranges:
-        at = np.arange(begin, end)
-        second = (at // width == begin // width) & (begin % width > 0) & (L > 1)  # of the row that begins in the pack
-        bits.append(large.mask._host[at // width + packs * second] >> at % width & 1)
-    return np.stack(bits).astype(bool).reshape(share.of(large.x).shape)
+    return (large.mask._host[share.places // large.width] >> share.places % large.width & 1).astype(bool)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -350,7 +346,7 @@ def passes(large, share):
 def parts(rng):
     """Moments and sums of so many parts and channels that they have more than 2^31 elements; those of the last channels
     are there. The same of these channels on the host."""
-    P, C, last = 1100, 2**21, 16
+    P, C, last = 1100, 2**21, 32
     assert P * C > 2**31
 
     def draw():
@@ -394,11 +390,12 @@ def test_merging_many_parts(parts):
 def test_many_parts_before_elementwise_steps(rng, parts, L):
     moments, sums, host, host_sums = parts
     C = moments.mean.shape[1]
-    c = slice(-1 if L > 1 else -16, None)
     shape = 2, C, L
     x = rng.standard_normal((2, C, L)).astype(np.float32)
     on_gpu, out = cp.asarray(x), cp.empty(shape, np.float32)
-    block = cupy_ops._choose("bn_normalize", on_gpu).geometry.grid[0] - 1 if L == 1 else 0
+    geometry = cupy_ops._choose("bn_normalize", on_gpu).geometry
+    block = geometry.grid[0] - 1 if L == 1 else 0
+    c = slice(-(geometry.sizes["tile"] * 4 if L == 1 else geometry.threads // geometry.team), None)
     host = Moments(host.count, host.mean[:, c], host.m2[:, c])
     host_sums = Sums(*(field[:, c] for field in host_sums))
     none = (None,) * 4
@@ -443,22 +440,41 @@ def test_vectors_of_large_strides(rng, shape):
 
 
 def test_what_is_not_there_is_out_of_bounds():
-    shape = 1, 3, 8
-    x, out = (sparse(shape, np.float32, [(16, 24)]) for _ in range(2))
+    """Of nine channels the first block takes the last four."""
+    x, out = (sparse((1, 9, 8), np.float32, [(40, 72)]) for _ in range(2))
     fill(x, np.ones)
-    mean, var = cp.zeros(3), cp.ones(3)
+    mean, var = cp.zeros(9), cp.ones(9)
     step = (x, None, EPS, None, None, None, None, mean, var, None, None, out, None)
-    with emulator.run_only((0, 0, 0)):  # of the last channel
+    with emulator.run_only((0, 0, 0)):
         cupy_ops.bn_normalize(*step)
-    assert written(out) == [(16, 24)]
+    assert written(out) == [(40, 72)]
     with emulator.run_only((1, 0, 0)), pytest.raises(RuntimeError, match="out of bounds"):
         cupy_ops.bn_normalize(*step)
     with emulator.run_only((3, 0, 0)), pytest.raises(ValueError, match="expected a block of the grid"):
         cupy_ops.bn_normalize(*step)
-    assert written(out) == [(16, 24)]
+    assert written(out) == [(40, 72)]
 
 
 def test_what_nobody_wrote_is_not_read():
     x, out = (sparse((1, 3, 8), np.float32, [(0, 24)]) for _ in range(2))
     with pytest.raises(RuntimeError, match="uninitialised"):
         cupy_ops.bn_normalize(x, None, EPS, None, None, None, None, cp.zeros(3), cp.ones(3), None, None, out, None)
+
+
+def test_strides_over_the_end_are_seen(monkeypatch):
+    """Where 32 bits hold all places of an array, but not those to which the last threads would go on."""
+    monkeypatch.setattr(cupy_ops, "MOST_INT", 2**40)
+    cupy_ops._plan.cache_clear()
+    for M, seen in (2080, False), (2140, True):
+        shape = M, 10**6, 1
+        plan = cupy_ops._plan("bn_stats", shape, np.dtype(np.float16), 8, None)
+        assert "-DINDEX_BITS=32" in plan.kernel.options
+        share = share_of_columns(plan.geometry, 8, 0, LAST, False)
+        x = fill(sparse(shape, np.float16, share.ranges), np.ones)
+        with emulator.run_only(share.block):
+            if not seen:
+                cupy_ops.bn_stats(x)
+                continue
+            with pytest.raises(RuntimeError, match="overflow"):
+                cupy_ops.bn_stats(x)
+    cupy_ops._plan.cache_clear()

@@ -201,9 +201,27 @@ def test_every_kernel_has_a_source_and_a_signature(name):
 
 
 def test_a_kernel_is_made_and_compiled_once():
-    macros = {"DATA_T": np.dtype(ml_dtypes.bfloat16), "VECTORIZED": 1, "INDEX_BITS": 32, "THREADS": 256}
+    macros = {"DATA_T": np.dtype(ml_dtypes.bfloat16), "WIDTH": 8, "INDEX_BITS": 32, "THREADS": 256}
     first = kernel("channels_first/bn_stats", **macros)
     assert kernel("channels_first/bn_stats", **macros) is first
     assert first.raw is first.raw
-    assert first.options == ("-DDATA_T=bfloat16", "-DVECTORIZED=1", "-DINDEX_BITS=32", "-DTHREADS=256")
-    assert kernel("channels_first/bn_stats", **macros | {"VECTORIZED": 0}) is not first
+    assert first.options == ("-DDATA_T=bfloat16", "-DWIDTH=8", "-DINDEX_BITS=32", "-DTHREADS=256")
+    assert kernel("channels_first/bn_stats", **macros | {"WIDTH": 4}) is not first
+
+
+@pytest.mark.parametrize(
+    ("width", "dtype", "other"), [(1, np.bool_, np.uint8), (2, np.uint8, np.bool_), (8, np.uint8, np.bool_)]
+)
+def test_a_mask_of_packs_has_bytes_and_one_of_elements_is_bool(width, dtype, other):
+    macros = {"DATA_T": np.dtype(np.float16), "WIDTH": width, "INDEX_BITS": 32, "THREADS": 128, "TEAM": 32}
+    loaded = kernel("channels_first/bn_backward_reduce", **macros)
+    x = cp.zeros((1, 1, 8), np.float16)
+    vectors = {name: cp.zeros(1) for name in ("statistics_mean", "statistics_var")}
+    sums = {name: cp.zeros((1, 1)) for name in ("sums_dy", "sums_dy_xhat")}
+    numbers = {"eps": 1, "activation": 1, "N": 1, "C": 1, "L": 8, "packs_per_share": 8 // width}
+    arguments = {"dy": x, "x": x, "weight": None, "bias": None, **vectors, **sums, **numbers}
+    loaded.launch((1, 1, 1), 128, arguments | {"mask": cp.zeros(8 // width, dtype)})
+    with pytest.raises(
+        TypeError, match=rf"mask: expected a C-contiguous array of {np.dtype(dtype)} \(got .*{np.dtype(other)}"
+    ):
+        loaded.launch((1, 1, 1), 128, arguments | {"mask": cp.zeros(8 // width, other)})

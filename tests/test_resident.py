@@ -24,7 +24,6 @@ devices = st.builds(
     st.booleans(),
 )
 sizes = st.integers(1, 300) | st.integers(1, 10**6)
-itemsizes = st.sampled_from([2, 4, 8])
 
 
 @given(sizes, sizes, st.sampled_from([2, 8, 16]), st.sampled_from([1, 2]), devices)
@@ -40,35 +39,67 @@ def test_a_cluster_holds_its_channel(groups, packs, pack_bytes, arrays, device):
     assert cluster.shared == cluster.packs * pack_bytes * arrays <= device.shared_per_block
 
 
-@given(sizes, sizes, sizes, itemsizes, st.booleans(), st.sampled_from([1, 2]), devices)
-def test_channels_first(N, C, L, itemsize, vectorized, arrays, device):
-    width = 16 // itemsize if vectorized else 1
-    geometry = _geometry.channels_first_resident(N, C, L, itemsize, width, arrays, device)
+packs = st.sampled_from([(2, 1), (2, 2), (2, 4), (2, 8), (4, 1), (4, 2), (4, 4), (8, 1), (8, 2)])
+"""Bytes of an element, and elements of a pack."""
+
+
+@given(sizes, sizes, sizes, packs, st.sampled_from([1, 2]), devices)
+def test_channels_first(N, C, rows, pack, arrays, device):
+    """Each channel has a team or a cluster, and the teams of a block fit beside each other."""
+    itemsize, width = pack
+    geometry = _geometry.channels_first_resident(N, C, rows * width, itemsize, width, arrays, device)
     if geometry is None:
         return
     s = geometry.sizes
-    touched = max((begin + L - 1) // width - begin // width + 1 for begin in (range(width) if L % width else [0]))
-    assert s["slots_per_row"] == touched
-    assert s["slots_per_block"] * geometry.cluster >= N * s["slots_per_row"]
-    assert geometry.grid == (C * geometry.cluster,)
-    assert geometry.shared == s["slots_per_block"] * width * itemsize * arrays
-    assert geometry.threads in _geometry.RESIDENT_THREADS
+    assert s == {"N": N, "C": C, "L": rows * width, "packs_per_block": s["packs_per_block"]}
+    assert s["packs_per_block"] * geometry.cluster >= N * rows
+    assert geometry.team in _geometry.TEAMS
+    assert geometry.threads == max(geometry.team, _geometry.LEAST_THREADS)
+    teams = geometry.threads // geometry.team
+    assert teams == 1 or geometry.cluster == 1
+    blocks = geometry.grid[0] // geometry.cluster
+    assert (blocks - 1) * teams < C <= blocks * teams
+    assert geometry.grid == (blocks * geometry.cluster,)
+    of_team = s["packs_per_block"] * width * itemsize * arrays
+    assert geometry.shared == of_team * teams
+    assert geometry.shared + 1 * KiB <= device.shared_per_block  # the kernel's own variables among it
+    assert teams == 1 or geometry.shared + 2 * KiB <= device.shared_per_multiprocessor // 2  # another block has room
 
 
-@given(sizes, sizes, itemsizes, st.booleans(), st.sampled_from([1, 2]), devices)
-def test_channels_last(M, C, itemsize, vectorized, arrays, device):
-    width = 16 // itemsize if vectorized and C % (16 // itemsize) == 0 else 1
+@given(sizes, sizes, packs, st.sampled_from([1, 2]), devices)
+def test_channels_last(M, columns, pack, arrays, device):
+    itemsize, width = pack
+    C = columns * width
     geometry = _geometry.channels_last_resident(M, C, itemsize, width, arrays, device)
     if geometry is None:
         return
     s = geometry.sizes
+    assert s == {"M": M, "C": C, "tile": s["tile"], "rows_per_block": s["rows_per_block"]}
     assert s["tile"].bit_count() == 1  # a power of two
-    assert s["tile"] * width <= _geometry.MOST_LANES
+    assert s["tile"] <= _geometry.MOST_COLUMNS
+    assert s["tile"] * width * itemsize <= max(_geometry.ON_CHIP_TILE)
     tiles = geometry.grid[0] // geometry.cluster
-    assert (tiles - 1) * s["tile"] * width < C <= tiles * s["tile"] * width
+    assert (tiles - 1) * s["tile"] < columns <= tiles * s["tile"]
     assert s["rows_per_block"] * geometry.cluster >= M
+    assert (geometry.threads, geometry.team) == (_geometry.THREADS, 0)
     assert geometry.shared == s["rows_per_block"] * s["tile"] * width * itemsize * arrays
-    assert geometry.shared + 15 * KiB <= device.shared_per_block  # the kernel's own variables among it
+    assert geometry.shared + 16 * KiB <= device.shared_per_block  # the kernel's own variables among it
+
+
+def test_small_channels_share_a_block_as_far_as_they_fit():
+    """The teams of a block leave room for another block. On a GPU with less memory a block has one larger team."""
+
+    def chosen(packs, device, arrays=1):
+        geometry = _geometry.channels_first_resident(1, 1001, packs * 4, 4, 4, arrays, device)
+        return geometry.team, geometry.threads, geometry.grid[0], geometry.shared // KiB
+
+    assert chosen(64, T4) == chosen(64, H200) == (32, 128, 251, 4)
+    assert chosen(1024, H200) == (32, 128, 251, 64)
+    assert chosen(2048, H200) == (64, 128, 501, 64)
+    assert chosen(1024, T4) == (128, 128, 1001, 16)  # of two teams 32, where two blocks have 62
+    assert chosen(960, T4) == (64, 128, 501, 30)
+    assert chosen(2048, T4) == (128, 128, 1001, 32)
+    assert chosen(1024, H200, 2) == (64, 128, 501, 64)
 
 
 RESNET50 = [
@@ -140,11 +171,17 @@ def test_two_blocks_fit_a_multiprocessor_if_they_can():
     assert choose_cluster(1000, alone + 1, 16, 1, device) is None
 
 
-def test_few_packs_take_few_threads():
-    least, most = _geometry.RESIDENT_THREADS
-    for packs, threads in (1, least), (least * 8, least), (least * 8 + 1, most):
-        geometry = _geometry.channels_first_resident(1, 1000, packs * 8, 2, 8, 1, H200._replace(clusters=False))
-        assert geometry.threads == threads
+@pytest.mark.parametrize("arrays", [1, 2])
+@pytest.mark.parametrize(("itemsize", "width"), [(2, 8), (4, 2), (2, 2), (4, 1), (2, 1)])
+def test_few_packs_take_few_threads(itemsize, width, arrays):
+    """A thread keeps 32 of all arrays, or 64 narrow ones, unless the largest block has more to do."""
+    each = (32 if itemsize * width >= 8 else 64) // arrays
+    device = Device(132, 999 * KiB, 1000 * KiB, clusters=False)
+    teams = _geometry.TEAMS
+    for team, larger in zip(teams, (*teams[1:], teams[-1]), strict=True):
+        for packs, expected in (team * each, team), (team * each + 1, larger):
+            geometry = _geometry.channels_first_resident(1, 1000, packs * width, itemsize, width, arrays, device)
+            assert (geometry.team, geometry.threads) == (expected, max(expected, 128))
 
 
 def test_small_blocks_are_not_split_further():

@@ -32,19 +32,19 @@ struct Place {
 // The packs of a thread, one after the other.
 class Packs {
     index_t at, stride, wrap;       // the next one's first element; from pack to pack, and more where a row ends
-    int j, row_packs, step;         // the next one in its row
+    index_t j, row_packs, step;     // the next one in its row
 
   public:
     int count;                      // of the thread
 
     // Of packs begin to end - 1 of a channel.
     DEVICE Packs(const Place& place, index_t C, index_t L, index_t begin, index_t end) {
-        row_packs = (int)(L / WIDTH);
+        row_packs = L / WIDTH;
         const index_t first = begin + member(), n = first / row_packs;
         count = first < end && !place.idle ? (int)((end - first + TEAM - 1) / TEAM) : 0;
-        j = (int)(first - n * row_packs);
-        at = (n * C + (index_t)place.c) * L + (index_t)j * WIDTH;
-        const int rows = TEAM / row_packs;
+        j = first - n * row_packs;
+        at = (n * C + (index_t)place.c) * L + j * WIDTH;
+        const index_t rows = TEAM / row_packs;
         step = TEAM - rows * row_packs;
         stride = rows * C * L + step * WIDTH;
         wrap = (C - 1) * L;

@@ -38,7 +38,7 @@ extern "C" __global__ void CLUSTER REGISTERS(128) bn_forward(
     Affine given;
     if (own.looks_after()) given = read_affine(weight, bias, c);
 
-    const Moments batch = moments_of(own, source, packs, x, M);
+    const Moments batch = moments_of(own, source, packs, x, (double)M);
     const double var = batch.m2 / batch.count;
     __shared__ Lanes lanes;
     if (own.looks_after()) lanes.set(threadIdx.x, make_channel(batch.mean, var, eps, given));

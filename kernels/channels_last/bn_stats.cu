@@ -18,7 +18,7 @@ extern "C" __global__ void REGISTERS(128) bn_stats(
     long long tile,
     long long rows_per_share) {
     const Tile own(M, C, tile, rows_per_share, blockIdx.y);
-    const double count = own.end - own.begin;
+    const double count = (double)(own.end - own.begin);
     const Moments moments = moments_of(own, InMemory{x}, Packs(own), x, count);
     if (!own.looks_after()) return;
     const long long c = own.channel(), part = blockIdx.y;

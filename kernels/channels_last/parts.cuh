@@ -42,15 +42,15 @@ DEVICE Moments merge_parts(const Tile& tile, const double* count, const double* 
     const Standing at(tile);
     int first = 0;
     while (first < parts - 1 && count[first] == 0) first++;
-    const double pivot = mean[first * C + at.c];
+    const double pivot = mean[(long long)first * C + at.c];
     double sums[3] = {0, 0, 0};
 #pragma unroll 4
     for (int p = at.row; p < parts && !at.idle; p += at.rows) {
-        const double n = count[p], away = mean[p * C + at.c] - pivot;
+        const double n = count[p], away = mean[(long long)p * C + at.c] - pivot;
         if (n == 0) continue;
         sums[0] += n;
         sums[1] += n * away;
-        if (sizeof(acc_t) < 8) sums[2] += m2[p * C + at.c] + n * away * away;
+        if (sizeof(acc_t) < 8) sums[2] += m2[(long long)p * C + at.c] + n * away * away;
     }
     sum_rows(at, sums);
     const double off = sums[1] / sums[0], all = pivot + off;
@@ -59,8 +59,8 @@ DEVICE Moments merge_parts(const Tile& tile, const double* count, const double* 
     double squares[1] = {0};
 #pragma unroll 4
     for (int p = at.row; p < parts && !at.idle; p += at.rows) {
-        const double n = count[p], away = mean[p * C + at.c] - all;
-        if (n > 0) squares[0] += m2[p * C + at.c] + n * away * away;
+        const double n = count[p], away = mean[(long long)p * C + at.c] - all;
+        if (n > 0) squares[0] += m2[(long long)p * C + at.c] + n * away * away;
     }
     sum_rows(at, squares);
     return {sums[0], all, squares[0]};
@@ -73,8 +73,8 @@ DEVICE void add_parts(const Tile& tile, const double* dy, const double* dy_xhat,
     sums[0] = sums[1] = 0;
 #pragma unroll 4
     for (int p = at.row; p < parts && !at.idle; p += at.rows) {
-        sums[0] += dy[p * C + at.c];
-        sums[1] += dy_xhat[p * C + at.c];
+        sums[0] += dy[(long long)p * C + at.c];
+        sums[1] += dy_xhat[(long long)p * C + at.c];
     }
     sum_rows(at, sums);
 }

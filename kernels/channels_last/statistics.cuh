@@ -24,7 +24,7 @@ DEVICE void add_rows(const raw_t (&raw)[ROWS], int before, Column (&columns)[WID
                         : before == CHUNK     ? (acc_t)1 / 2
                         : before == 2 * CHUNK ? (acc_t)1 / 3
                                               : (acc_t)1 / 4;
-    const acc_t weight = before * share;
+    const acc_t weight = (acc_t)before * share;
 #pragma unroll
     for (int e = 0; e < WIDTH; e++) {
         const auto value = [&](int u) { return widen(Elements<data_t>::get(Words(raw[u]).w, e)); };

@@ -80,7 +80,7 @@ unsigned emulated_ballot(const char* what, unsigned mask, int predicate, const c
 unsigned emulated_lane();
 void emulated_access(const void* p, size_t size, size_t alignment, bool write, const void* pc);
 void emulated_atomic(const void* p, size_t size, const void* pc);
-void emulated_cluster_arrive(const char* file, int line);
+void emulated_cluster_arrive(const char* what, bool releases, const char* file, int line);
 void emulated_cluster_wait(const char* file, int line);
 unsigned emulated_cluster_rank(const char* file, int line);
 unsigned emulated_cluster_size(const char* file, int line);
@@ -111,8 +111,12 @@ inline int __syncthreads_or(int p, EMULATED_HERE) {
 inline void __syncwarp(unsigned mask = ~0u, EMULATED_HERE) {
     emulated_exchange("__syncwarp", mask, nullptr, nullptr, 0, -1, file, line);
 }
-inline void __cluster_barrier_arrive(EMULATED_HERE) { emulated_cluster_arrive(file, line); }
-inline void __cluster_barrier_arrive_relaxed(EMULATED_HERE) { emulated_cluster_arrive(file, line); }
+inline void __cluster_barrier_arrive(EMULATED_HERE) {
+    emulated_cluster_arrive("__cluster_barrier_arrive", true, file, line);
+}
+inline void __cluster_barrier_arrive_relaxed(EMULATED_HERE) {
+    emulated_cluster_arrive("__cluster_barrier_arrive_relaxed", false, file, line);
+}
 inline void __cluster_barrier_wait(EMULATED_HERE) { emulated_cluster_wait(file, line); }
 inline unsigned __clusterRelativeBlockRank(EMULATED_HERE) { return emulated_cluster_rank(file, line); }
 inline unsigned __clusterSizeInBlocks(EMULATED_HERE) { return emulated_cluster_size(file, line); }

@@ -122,9 +122,9 @@ static void need_clusters(const char* what, const char* file, int line) {
         fail(nullptr, "identifier %s is undefined before compute capability 9.0, at %s:%d", what, file, line);
 }
 
-void emulated_cluster_arrive(const char* file, int line) {
-    need_clusters("__cluster_barrier_arrive", file, line);
-    arrive(file, line);
+void emulated_cluster_arrive(const char* what, bool releases, const char* file, int line) {
+    need_clusters(what, file, line);
+    arrive(what, releases, file, line);
 }
 
 void emulated_cluster_wait(const char* file, int line) {

@@ -136,17 +136,20 @@ void release_block() {
 }
 
 // What lies before the arrival is what this thread did so far, and all that a barrier has put before that. What it does
-// from here on until it waits does not.
-void arrive(const char* file, int line) {
-    if (current->arrived)
-        fail(nullptr, "__cluster_barrier_arrive twice with no __cluster_barrier_wait between, at %s:%d", file, line);
-    const unsigned warp = current->number / 32;
-    for (unsigned lane = 0; lane < warp_size(warp); lane++) {
-        Thread& thread = *block->threads[warp * 32 + lane];
-        thread.releasing = std::max(thread.releasing, current->seen[lane]);
+// from here on until it waits does not. A relaxed arrival, which releases nothing, says that the thread has come, and puts
+// nothing before it.
+void arrive(const char* what, bool releases, const char* file, int line) {
+    if (current->arrived) fail(nullptr, "%s twice with no __cluster_barrier_wait between, at %s:%d", what, file, line);
+    ++current->epoch;
+    if (releases) {
+        const unsigned warp = current->number / 32;
+        for (unsigned lane = 0; lane < warp_size(warp); lane++) {
+            Thread& thread = *block->threads[warp * 32 + lane];
+            thread.releasing = std::max(thread.releasing, current->seen[lane]);
+        }
+        block->releasing = block->barrier;
+        current->releasing = current->epoch;
     }
-    block->releasing = block->barrier;
-    current->releasing = ++current->epoch;
     current->arrived = true;
     current->arrival = launch.phase;
     launch.arrived++;
