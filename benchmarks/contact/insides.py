@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -44,9 +45,12 @@ def dtypes() -> list[np.dtype[Any]]:
 
 
 def how_on_chip(step: str, shape: tuple[int, int, int], dtype: np.dtype[Any]) -> str:
-    """How this device takes a step over (N, C, L): "streamed", or the cluster's blocks and their threads."""
-    plan = cupy_ops._resident_plan(step, shape, dtype, True, 0)
-    return "streamed" if plan is None else f"{plan.geometry.cluster} x {plan.geometry.threads}"
+    """How this device takes a step over (N, C, L): as a cluster of so many blocks, or streamed; and its packs."""
+    _, C, L = shape
+    width = math.gcd(cupy_ops.PACK, (L if L > 1 else C) * dtype.itemsize) // dtype.itemsize
+    plan = cupy_ops._resident_plan(step, shape, dtype, width, 0)
+    how = "streamed" if plan is None else f"{plan.geometry.cluster} x {plan.geometry.team or plan.geometry.threads}"
+    return f"{how} by {width * dtype.itemsize} bytes"
 
 
 def has_clusters() -> bool:
@@ -56,7 +60,7 @@ def has_clusters() -> bool:
 
 def instances_here() -> list[Instance]:
     """All instances of kernels that the library may ask this device for, the most used first."""
-    return [instance for instance in all_instances() if instance.cluster <= 1 or has_clusters()]
+    return list(all_instances(90 if has_clusters() else 80))
 
 
 def is_stand_in() -> bool:
