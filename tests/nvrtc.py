@@ -23,9 +23,17 @@ from cupybn._resident import BLOCKS
 from cupybn.cupy_ops import ON_CHIP, _macros
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
-MEMORY = {(16, 32): FLOATS, (16, 64): ("float16", "float64"), (8, 32): ("float16",), (0, 32): ("bfloat16", "float32")}
-"""Bytes of packs, 0 for single elements, and bits of indices, with the dtypes to compile where a choice will do; all but the
-first for one architecture alone."""
+PACK_BYTES = (16, 8, 4, 2)
+"""Bytes of packs, the usual ones first."""
+MEMORY = {
+    (16, 32): FLOATS,
+    (16, 64): ("float16", "float64"),
+    (8, 32): ("float16",),
+    (4, 32): ("float16", "float32"),
+    (2, 32): ("bfloat16",),
+}
+"""Bytes of packs and bits of indices, with the dtypes to compile where a choice will do; all but the first for one
+architecture alone."""
 _LIBRARY = "nvrtc64_*_0.dll" if sys.platform == "win32" else "libnvrtc.so.*"
 _CUPY_OPTIONS = ("--std=c++17", "-ftz=true", "--device-as-default-execution-space")
 """What CuPy passes for every kernel, beside its architecture. Without the last one, the compiler of CUDA 13.0 takes a
@@ -48,6 +56,11 @@ class Instance(NamedTuple):
     cluster: int = 0  # blocks; likewise
 
     @property
+    def pack_bytes(self) -> int:
+        """Bytes that one load or store moves."""
+        return self.width * itemsize(self.dtype)
+
+    @property
     def loader(self) -> _kernels.Kernel:
         """The library's own object for it."""
         dtype = np.dtype(getattr(ml_dtypes, self.dtype, self.dtype))
@@ -61,27 +74,54 @@ class Instance(NamedTuple):
         return self.loader.options
 
 
-def width_of(pack_bytes: int, dtype: str) -> int:
-    """Elements of a pack of so many bytes, at least one."""
-    return max(1, pack_bytes // np.dtype(getattr(ml_dtypes, dtype, dtype)).itemsize)
+def itemsize(dtype: str) -> int:
+    """Bytes of an element."""
+    return np.dtype(getattr(ml_dtypes, dtype, dtype)).itemsize
 
 
 def instances(kernel: str, architecture: int, everything: bool = False) -> list[Instance]:
-    """What the library may ask for: of blocks and clusters the largest; a choice of it, or everything."""
-    layout, _, step = kernel.rpartition("/")
-    if not layout:  # over vectors of one value per channel
-        threads = THREADS if step == "bn_update_running" else WARP
-        return [Instance(kernel, dtype, 1, 32, threads) for dtype in ("float32", "float64")]
-    more = teams(layout, step)[-1], (BLOCKS[-1] if architecture >= 90 else BLOCKS[0]) if step in ON_CHIP else 0
-    some = MEMORY if everything or architecture == 90 else {(16, 32): FLOATS}
-    return [
-        Instance(kernel, dtype, width_of(pack_bytes, dtype), index_bits, *more[0], more[1])
-        for (pack_bytes, index_bits), dtypes in some.items()
-        for dtype in (FLOATS if everything else dtypes)
-    ]
+    """What the library may ask for, of teams and clusters the largest.
+
+    Parameters
+    ----------
+    everything : bool
+        All packs, dtypes and indices, for blocks of any number of threads, in the smallest clusters as well. Else a
+        choice, for blocks of the fewest threads, which may have the fewest registers.
+    """
+    found = [i for i in all_instances(architecture) if i.kernel == kernel]
+    if everything:
+        largest = {i.threads: i.team for i in found}  # teams come in their order
+        clusters = 0, BLOCKS[0], _clusters(architecture)[-1]
+        return [i for i in found if i.team == largest[i.threads] and i.cluster in clusters]
+    if "/" not in kernel:
+        return found
+    fewest = min(i.threads for i in found)
+    last = {(i.pack_bytes, i.index_bits, i.dtype): i for i in found if i.threads == fewest}  # clusters do, too
+    some = MEMORY if architecture == 90 else {(16, 32): FLOATS}
+    return [last[pack_bytes, bits, dtype] for (pack_bytes, bits), dtypes in some.items() for dtype in dtypes]
 
 
-def teams(layout: str, step: str) -> list[tuple[int, int]]:
+def all_instances(architecture: int) -> Iterator[Instance]:
+    """All that the library may ask a GPU for, every size of team, block and cluster; the most used first."""
+    for index_bits, pack_bytes in itertools.product((32, 64), PACK_BYTES):
+        for kernel in _kernels.kernel_names():
+            layout, _, step = kernel.rpartition("/")
+            if not layout:  # over vectors of one value per channel
+                if (pack_bytes, index_bits) == (16, 32):  # once
+                    threads = THREADS if step == "bn_update_running" else WARP
+                    yield from (Instance(kernel, dtype, 1, 32, threads) for dtype in ("float32", "float64"))
+                continue
+            for dtype, (threads, team) in itertools.product(FLOATS, _teams(layout, step)):
+                if pack_bytes < itemsize(dtype):
+                    continue
+                clusters = (
+                    (0,) if step not in ON_CHIP else _clusters(architecture) if team in (0, threads) else BLOCKS[:1]
+                )
+                for cluster in clusters:
+                    yield Instance(kernel, dtype, pack_bytes // itemsize(dtype), index_bits, threads, team, cluster)
+
+
+def _teams(layout: str, step: str) -> list[tuple[int, int]]:
     """Threads of a block and of a team."""
     if layout == "channels_last":
         return [(THREADS, 0)]
@@ -89,21 +129,8 @@ def teams(layout: str, step: str) -> list[tuple[int, int]]:
     return [(max(team, LEAST_THREADS), team) for team in TEAMS if team <= most]
 
 
-def all_instances() -> Iterator[Instance]:
-    """All that the library may ask a GPU with clusters for, every size of block and cluster; the most used first."""
-    for index_bits, pack_bytes in itertools.product((32, 64), (16, 8, 4, 2)):
-        for kernel in _kernels.kernel_names():
-            layout, _, step = kernel.rpartition("/")
-            if not layout:
-                if (pack_bytes, index_bits) == (16, 32):  # once
-                    yield from instances(kernel, 90)
-                continue
-            for dtype, (threads, team) in itertools.product(FLOATS, teams(layout, step)):
-                if pack_bytes < np.dtype(getattr(ml_dtypes, dtype, dtype)).itemsize:
-                    continue
-                clusters = BLOCKS if step in ON_CHIP and team in (0, threads) else (1,) if step in ON_CHIP else (0,)
-                for cluster in clusters:
-                    yield Instance(kernel, dtype, width_of(pack_bytes, dtype), index_bits, threads, team, cluster)
+def _clusters(architecture: int) -> tuple[int, ...]:
+    return BLOCKS if architecture >= 90 else BLOCKS[:1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

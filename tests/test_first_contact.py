@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from cupybn import _kernels, cupy_ops, functional
+from cupybn import _kernels, functional
 
 pytest.importorskip("ml_dtypes")
 pytest.importorskip("tqdm")
@@ -83,7 +86,7 @@ sys.exit(int(sys.argv[sys.argv.index("--error-exitcode") + 1]))
 SAID = {
     "memcheck": """
 ========= Invalid __global__ read of size 4 bytes
-=========     at bn_stats+0x2a0 in kernels/channels_first/rows.cuh:87
+=========     at bn_stats+0x2a0 in kernels/channels_first/packs.cuh:61
 =========     by thread (31,0,0) in block (0,0,0)
 =========     Access at 0x7f2e8be00c40 is out of bounds
 =========     and is 1 bytes after the nearest allocation at 0x7f2e8be00000 of size 3,136 bytes
@@ -320,7 +323,7 @@ def test_tools_that_find_something(tmp_path, tools):
         "compute-sanitizer initcheck": (False, f"{SAID['initcheck']} (did not come to its end)"),
     }
     notes = outcomes["sanitizer"]["findings"]["notes"]
-    assert "memcheck: at bn_stats+0x2a0 in kernels/channels_first/rows.cuh:87" in notes
+    assert "memcheck: at bn_stats+0x2a0 in kernels/channels_first/packs.cuh:61" in notes
     assert any(note.startswith("racecheck: Error: Race reported between Write access at bn_stats") for note in notes)
     metrics, basic = outcomes["ncu"]["findings"]["notes"]
     assert "Failed to find metric" in metrics
@@ -423,12 +426,17 @@ def test_the_tests_that_are_run():
 def test_smoke_takes_every_size_of_cluster_and_block():
     cases = smoke.cases_of_all_plans(smoke.MOST_ELEMENTS)
     assert {(len(case.shape), case.activation) for case in cases} == {(2, None), (2, "relu"), (3, None), (3, "relu")}
-    labels = {(len(case.shape), step) for case in cases for step in case.label.split(", ")}
-    for step in "bn_forward", "bn_backward":
-        assert {(2, f"{step} {blocks} x 256") for blocks in (1, 2, 4, 8)} <= labels
-        assert {(3, f"{step} {blocks} x 128") for blocks in (1, 2, 4, 8)} <= labels
-        assert {(ndim, f"{step} streamed") for ndim in (2, 3)} <= labels
-    assert {(3, f"bn_backward {blocks} x 512") for blocks in (2, 4, 8)} <= labels
+    ways = [(len(case.shape), way) for case in cases for way in case.label.split(", ")]
+    found = {(ndim, *re.fullmatch(r"(bn_\w+) (.+) by (\d+) bytes", way).groups()) for ndim, way in ways}
+    for step in insides.ON_CHIP:
+        how = {ndim: {how for n, s, how, _ in found if (n, s) == (ndim, step)} for ndim in (2, 3)}
+        assert {how for how in how[2] if "x" in how} == {f"{blocks} x 256" for blocks in (1, 2, 4, 8)}
+        assert {f"1 x {team}" for team in (32, 64, 128)} <= how[3]
+        assert {f"{blocks} x 128" for blocks in (1, 2, 4, 8)} <= how[3]
+        assert {f"8 x {team}" for team in (128, 256, 512)} <= how[3]
+        for ndim, streamed in product((2, 3), (True, False)):
+            of = {int(b) for n, s, how, b in found if (n, s, how == "streamed") == (ndim, step, streamed)}
+            assert of == {2, 4, 8, 16}, (step, ndim, streamed)
 
 
 def test_smoke_and_bench_end_when_their_time_is_over(tmp_path):
@@ -644,19 +652,17 @@ def test_nccl_sees_a_communicator_that_is_not_refused():
         nccl.refused_once_aborted(Comm())
 
 
-def test_all_that_the_library_asks_for_is_compiled():
+def test_all_that_the_library_asks_for_is_compiled(monkeypatch):
     """Every step over shapes, dtypes and alignments of all kinds, on the device that is there."""
     compiled = {(instance.kernel, instance.options) for instance in insides.instances_here()}
     assert {kernel for kernel, _ in compiled} == set(_kernels.kernel_names())
     shapes = [(N, C, L) for L in (1, 2, 49, 3136, 1 << 20) for N in (2, 64, 5000) for C in (2, 3, 64, 1000)]
-    steps = {"bn_stats": None, "bn_normalize": 132, "bn_backward_reduce": None, "bn_backward_input": 132}
     asked = set()
-    for shape in shapes:
-        for dtype in insides.dtypes():
-            for vectorized in True, False:
-                plans = [cupy_ops._plan(step, shape, dtype, vectorized, most) for step, most in steps.items()]
-                plans += [cupy_ops._resident_plan(step, shape, dtype, vectorized, 0) for step in insides.ON_CHIP]
-                asked |= {(plan.kernel.name, plan.kernel.options) for plan in plans if plan is not None}
+    for (N, C, L), dtype, most in product(shapes, insides.dtypes(), (16, 8, 4, 2)):
+        width = math.gcd(most, (L if L > 1 else C) * dtype.itemsize) // dtype.itemsize
+        if width:
+            monkeypatch.setattr(insides, "_width", lambda *_, width=width: width)
+            asked |= insides.kernels_for((N, C, L), 1, dtype)
     assert len(asked) > 200
     assert asked <= compiled
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ __all__ = [
     "ON_CHIP",
     "RANK_ENVIRONMENT",
     "ROUNDINGS",
+    "STREAMED",
     "VECTOR",
     "assert_close",
     "batch_norm",
@@ -31,11 +33,14 @@ __all__ = [
     "how_on_chip",
     "instances_here",
     "is_stand_in",
+    "kernels_for",
     "watch_of",
 ]
 
 ON_CHIP = tuple(cupy_ops.ON_CHIP)
 """The steps that keep channels on chip where they fit."""
+STREAMED = (*cupy_ops.SUMS, "bn_normalize", "bn_backward_input")
+"""The steps over all elements that read them from memory."""
 
 
 def dtypes() -> list[np.dtype[Any]]:
@@ -44,9 +49,29 @@ def dtypes() -> list[np.dtype[Any]]:
 
 
 def how_on_chip(step: str, shape: tuple[int, int, int], dtype: np.dtype[Any]) -> str:
-    """How this device takes a step over (N, C, L): "streamed", or the cluster's blocks and their threads."""
-    plan = cupy_ops._resident_plan(step, shape, dtype, True, 0)
-    return "streamed" if plan is None else f"{plan.geometry.cluster} x {plan.geometry.threads}"
+    """How this device takes a step over (N, C, L): as a cluster of so many blocks, or streamed; and its packs."""
+    width = _width(shape, dtype)
+    plan = cupy_ops._resident_plan(step, shape, dtype, width, 0)
+    how = "streamed" if plan is None else f"{plan.geometry.cluster} x {plan.geometry.team or plan.geometry.threads}"
+    return f"{how} by {width * dtype.itemsize} bytes"
+
+
+def kernels_for(shape: tuple[int, ...], channel_axis: int, dtype: np.dtype[Any]) -> set[tuple[str, tuple[str, ...]]]:
+    """The names and options of the kernels that this device takes for any step over arrays of this shape."""
+    axis = channel_axis % len(shape)
+    layout = math.prod(shape[:axis]), shape[axis], math.prod(shape[axis + 1 :])
+    width = _width(layout, dtype)
+    plans: list[Any] = [cupy_ops._resident_plan(step, layout, dtype, width, 0) for step in ON_CHIP]
+    for step in STREAMED:
+        multiprocessors = None if step in cupy_ops.SUMS else cupy_ops._device(0).multiprocessors
+        plans.append(cupy_ops._plan(step, layout, dtype, width, multiprocessors))
+    return {(plan.kernel.name, plan.kernel.options) for plan in plans if plan is not None}
+
+
+def _width(shape: tuple[int, int, int], dtype: np.dtype[Any]) -> int:
+    """Elements of the packs of arrays that are aligned as CuPy allocates them."""
+    _, C, L = shape
+    return math.gcd(cupy_ops.PACK, (L if L > 1 else C) * dtype.itemsize) // dtype.itemsize
 
 
 def has_clusters() -> bool:
@@ -56,7 +81,7 @@ def has_clusters() -> bool:
 
 def instances_here() -> list[Instance]:
     """All instances of kernels that the library may ask this device for, the most used first."""
-    return [instance for instance in all_instances() if instance.cluster <= 1 or has_clusters()]
+    return list(all_instances(90 if has_clusters() else 80))
 
 
 def is_stand_in() -> bool:
