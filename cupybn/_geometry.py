@@ -8,11 +8,11 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from cupybn._resident import CUDA, ROUNDS, Device, choose_cluster
+from cupybn._resident import CUDA, ROUNDS, SOON, Device, choose_cluster
 
 THREADS = 256
 """Threads of most blocks."""
-LEAST_SUMMED = 1 << 12
+LEAST_SUMMED = 1 << 13
 """Elements below which a sum is not split any further."""
 LEAST_MAPPED = 1 << 13
 """Elements that a block of an elementwise step takes at least: before them it merges the parts of its channels."""
@@ -46,7 +46,7 @@ CHANNELS_LAST_OWN = 16 << 10
 """Bytes of a block's shared memory that are not for the tensor, where that is kept on chip (channels last)."""
 MOST_COLUMNS = 32
 """Columns of a tile at most (channels last): the threads of a warp."""
-SUMMED_TILE = 64, 32
+SUMMED_TILE = 128, 32
 """Bytes of a row that a block sums (channels last), of long rows and of short ones. The launch that follows merges all
 parts of all channels of a tile: narrow tiles make few parts. 32 bytes are a sector, the least that memory hands out."""
 MAPPED_TILE = 128, 64
@@ -116,8 +116,9 @@ def channels_first_resident(
     cluster = choose_cluster(C, N * L // width, width * itemsize, arrays, device, CHANNELS_FIRST_OWN)
     if cluster is None or C * cluster.blocks > MOST_GRID_X:
         return None
-    team = team_of(cluster.packs, width * itemsize, ON_CHIP_PACKS // arrays, TEAMS[-1])
     most = device.shared_per_multiprocessor // ROUNDS - CUDA - CHANNELS_FIRST_OWN  # for all teams of a block
+    largest = TEAMS[-1] if cluster.shared > most else THREADS  # registers are not to keep a second block away
+    team = team_of(cluster.packs, width * itemsize, ON_CHIP_PACKS // arrays, largest)
     while team < LEAST_THREADS and cluster.shared * (LEAST_THREADS // team) > most:
         team *= 2
     threads = max(team, LEAST_THREADS)
@@ -160,25 +161,19 @@ def channels_last(M: int, C: int, itemsize: int, width: int, multiprocessors: in
 
 
 def channels_last_resident(M: int, C: int, itemsize: int, width: int, arrays: int, device: Device) -> Geometry | None:
-    """A cluster for each tile of columns; see ``channels_last/columns.cuh``. None where no tile is to be kept on chip.
+    """A block for each tile of columns; see ``channels_last/columns.cuh``. None where tiles are not small.
 
-    Of the tiles that fit, the widest one that keeps the whole device busy: narrow ones read memory in small pieces.
-    Blocks that fill a multiprocessor alone load, add up and store one after the other: reading memory twice takes no
-    longer.
+    Of the tiles that are, the widest one that keeps the whole device busy: narrow ones read memory in small pieces.
     """
-    most = device.shared_per_multiprocessor // ROUNDS - CUDA
     row, pack = C * itemsize, width * itemsize
     best = None
     for tile_bytes in ON_CHIP_TILE:
         tile = tile_of(row, pack, tile_bytes)
         tiles = math.ceil(row / (tile * pack))
-        cluster = choose_cluster(tiles, M * tile, pack, arrays, device, CHANNELS_LAST_OWN)
-        if cluster is None or cluster.shared + CHANNELS_LAST_OWN > most or tiles * cluster.blocks > MOST_GRID_X:
+        shared = M * tile * pack * arrays
+        if shared > min(SOON, device.shared_per_block - CHANNELS_LAST_OWN) or tiles > MOST_GRID_X:
             continue
-        rows = math.ceil(M / cluster.blocks)
-        sizes = {"M": M, "C": C, "tile": tile, "rows_per_block": rows}
-        shared = rows * tile * pack * arrays
-        geometry = Geometry((tiles * cluster.blocks,), sizes, 1, THREADS, cluster.blocks, shared)
-        if best is None or best.grid[0] < min(device.multiprocessors, geometry.grid[0]):
+        geometry = Geometry((tiles,), {"M": M, "C": C, "tile": tile}, 1, THREADS, shared=shared)
+        if best is None or best.grid[0] < min(device.multiprocessors, tiles):
             best = geometry
     return best

@@ -396,8 +396,7 @@ def _resident_plan(
     step: str, shape: tuple[int, int, int], dtype: np.dtype[Any], width: int, device_index: int
 ) -> _Plan | None:
     N, C, L = shape
-    device = _device(device_index)
-    arguments = dtype.itemsize, width, ON_CHIP[step], device
+    arguments = dtype.itemsize, width, ON_CHIP[step], _device(device_index)
     if L == 1:
         layout, geometry = "channels_last", _geometry.channels_last_resident(N, C, *arguments)
     else:
@@ -405,7 +404,9 @@ def _resident_plan(
     if geometry is None:
         return None
     macros = _macros(dtype, width, _index_bits(shape, geometry), geometry)
-    return _Plan(kernel(f"{layout}/{step}", **macros, CLUSTER_BLOCKS=geometry.cluster), geometry)
+    if L > 1:
+        macros["CLUSTER_BLOCKS"] = geometry.cluster
+    return _Plan(kernel(f"{layout}/{step}", **macros), geometry)
 
 
 def _index_bits(shape: tuple[int, int, int], geometry: Geometry) -> int:

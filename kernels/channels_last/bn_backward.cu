@@ -1,12 +1,12 @@
 // bn_backward: all gradients, dx = (dy - sum(dy) / count - xhat * sum(dy * xhat) / count) * rstd * weight, where activation
 // passed dy; dresidual = dy there; dweight = sum(dy * xhat), dbias = sum(dy)
 //
-// dy and x are read once. The blocks of a cluster take a tile of columns of both, which fit into their shared memory; each
-// thread keeps some of the packs of one column there. Where ReLU stopped dy it becomes 0 on chip, on the way to the sums.
+// dy and x are read once. A block takes a tile of columns of both, which fit into its shared memory; each thread keeps some of
+// the packs of one column there. Where ReLU stopped dy it becomes 0 on chip, on the way to the sums.
 // Mirror: numpy_ops.bn_backward
 #include "gradient_sums.cuh"
 
-extern "C" __global__ void CLUSTER REGISTERS(128) bn_backward(
+extern "C" __global__ void REGISTERS(128) bn_backward(
     const data_t* dy,                        // [M, C]
     const data_t* x,                         // [M, C]
     const double* statistics_mean,           // [C]
@@ -25,14 +25,12 @@ extern "C" __global__ void CLUSTER REGISTERS(128) bn_backward(
     // sizes
     long long M,
     long long C,
-    long long tile,
-    long long rows_per_block) {
-    cluster_start();
-    const Tile own(M, C, tile, rows_per_block, cluster_rank());
+    long long tile) {
+    const Tile own(M, C, tile, M, 0);
     const long long c = own.channel();
     const Packs packs(own);
     raw_t* const kept_dy = staging() + threadIdx.x;
-    raw_t* const kept_x = kept_dy + tile * rows_per_block;
+    raw_t* const kept_x = kept_dy + tile * M;
     const int group = stage<ROWS>({kept_dy, kept_x}, {dy, x}, packs);
     const OnChip own_dy = {kept_dy, group}, own_x = {kept_x, group};
     __shared__ Lanes lanes;
@@ -54,9 +52,8 @@ extern "C" __global__ void CLUSTER REGISTERS(128) bn_backward(
     const OwnChannels after(own, lanes);
 
     input_gradients_all(own_dy, own_x, packs, OPEN, nullptr, inv_count == 0, after, dx, dresidual);
-    if (own.looks_after() && cluster_rank() == 0) {
+    if (own.looks_after()) {
         if (dbias) dbias.set(c, sums[0]);
         if (dweight) dweight.set(c, sums[1]);
     }
-    cluster_wait();  // for blocks that still read this one's sums
 }

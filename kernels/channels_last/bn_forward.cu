@@ -1,14 +1,14 @@
 // bn_forward: batch norm in training, out = activation((x - mean) * rstd * weight + bias + residual), and the running
 // statistics follow
 //
-// Each element is read once. The blocks of a cluster take a tile of columns, which fits into their shared memory; each thread
-// keeps some of the packs of one column there. It adds them up as they come in; the sums of all threads make the statistics.
+// Each element is read once. A block takes a tile of columns, which fits into its shared memory; each thread keeps some of the
+// packs of one column there. It adds them up as they come in; the sums of all threads make the statistics.
 // Mirror: numpy_ops.bn_forward
 #include "../normalizing.cuh"
 #include "../running.cuh"
 #include "statistics.cuh"
 
-extern "C" __global__ void CLUSTER REGISTERS(128) bn_forward(
+extern "C" __global__ void REGISTERS(128) bn_forward(
     const data_t* x,                         // [M, C]
     double eps,
     Vector weight,                           // [C] or null
@@ -27,10 +27,8 @@ extern "C" __global__ void CLUSTER REGISTERS(128) bn_forward(
     // sizes
     long long M,
     long long C,
-    long long tile,
-    long long rows_per_block) {
-    cluster_start();
-    const Tile own(M, C, tile, rows_per_block, cluster_rank());
+    long long tile) {
+    const Tile own(M, C, tile, M, 0);
     const long long c = own.channel();
     const Packs packs(own);
     raw_t* const kept = staging() + threadIdx.x;
@@ -43,16 +41,14 @@ extern "C" __global__ void CLUSTER REGISTERS(128) bn_forward(
     __shared__ Lanes lanes;
     if (own.looks_after()) lanes.set(threadIdx.x, make_channel(batch.mean, var, eps, given));
     const OwnChannels channels(own, lanes);
-    const bool writes = own.looks_after() && cluster_rank() == 0;
     Running before;
-    if (writes && running_mean) before = read_running(running_mean, running_var, c);
+    if (own.looks_after() && running_mean) before = read_running(running_mean, running_var, c);
 
     normalize_all(source, packs, residual, activation, channels, out, mask);
-    if (writes) {
+    if (own.looks_after()) {
         if (statistics_mean) statistics_mean[c] = batch.mean;
         if (statistics_var) statistics_var[c] = var;
         if (running_mean) update_running(batch, before, running_mean, running_var, momentum, nullptr, c);
         if (c == 0 && num_batches_tracked) *num_batches_tracked += 1;
     }
-    cluster_wait();  // for blocks that still read this one's sums
 }

@@ -1,8 +1,8 @@
 // Channels last, [M, C]: which packs a thread takes, and sums down the columns of a tile.
 //
 // A row is C / WIDTH whole packs, which stand in as many columns. A block takes a tile of `tile` columns, a power of two up
-// to a warp, and a range of rows; the blocks of a cluster take one tile together. The threads of a block stand in rows as
-// long as the tile. Each goes down one column, row of threads by row of threads, and keeps its WIDTH channels for life.
+// to a warp, and a range of rows. The threads of a block stand in rows as long as the tile. Each goes down one column, row of
+// threads by row of threads, and keeps its WIDTH channels for life.
 //
 //     8 threads, tile = 4, 6 columns | 0 1 2 3 | 0 1 |     the last tile: threads 2, 3, 6, 7 have nothing to do
 //                                    | 4 5 6 7 | 4 5 |
@@ -26,7 +26,7 @@ struct Tile {
 
     // Of those that share a tile's rows this block is number `share`.
     DEVICE Tile(index_t M, index_t C, int columns, index_t rows_per_share, index_t share) : C(C), columns(columns) {
-        first = (index_t)(blockIdx.x / CLUSTER_BLOCKS) * columns * WIDTH;
+        first = (index_t)blockIdx.x * columns * WIDTH;
         lanes = (int)min((index_t)columns * WIDTH, C - first);
         const int log_columns = __ffs(columns) - 1;
         lane = (threadIdx.x & (columns - 1)) * WIDTH;
@@ -150,9 +150,8 @@ DEVICE void fold(const double (&values)[N], int first, int distance, int columns
     fold(halves, second ? first + N / 2 : first, distance / 2, columns, keep);
 }
 
-// The sums of K values of each lane over the threads that have it, in all blocks of the cluster; value k of a thread's
-// element e is values[k * WIDTH + e]. All threads call it, thread q gets the sums of lane q, in all blocks. The block has
-// arrived, and has arrived again when it returns: once all have, this block's memory is read no more.
+// The sums of K values of each lane over the threads of the block that have it, for thread q those of lane q; value k of a
+// thread's element e is values[k * WIDTH + e]. All threads call it.
 template <int K>
 DEVICE void sum_tile(const Tile& tile, const double (&values)[K * WIDTH], double (&sums)[K]) {
     __shared__ double of_warps[WARPS][K][MOST_LANES];
@@ -168,21 +167,4 @@ DEVICE void sum_tile(const Tile& tile, const double (&values)[K * WIDTH], double
             for (int w = 0; w < WARPS; w++) each[w] = of_warps[w][k][q];
             sums[k] = sum_pairs(each);
         }
-    if (CLUSTER_BLOCKS == 1) return;
-    __shared__ double of_this_block[K][MOST_LANES];
-    cluster_wait();
-    if (q < tile.lanes)
-#pragma unroll
-        for (int k = 0; k < K; k++) of_this_block[k][q] = sums[k];
-    cluster_arrive();
-    cluster_wait();
-    if (q < tile.lanes)
-#pragma unroll
-        for (int k = 0; k < K; k++) {
-            double each[CLUSTER_BLOCKS];
-#pragma unroll
-            for (int rank = 0; rank < CLUSTER_BLOCKS; rank++) each[rank] = *of_block(&of_this_block[k][q], rank);
-            sums[k] = sum_pairs(each);
-        }
-    cluster_arrive();
 }

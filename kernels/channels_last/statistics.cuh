@@ -110,7 +110,7 @@ DEVICE void add_exactly(const Source& x, Packs packs, int e, double pivot, Total
 template <class Source>
 DEVICE void add_exactly(const Source&, const Packs&, int, double, Total<double>&) {}
 
-// The moments of all threads of the block, in all blocks of the cluster, that have lane q, for thread q. All threads call it.
+// The moments of all threads of the block that have lane q, for thread q. All threads call it.
 // They are of so many rows, about the pivots of the lanes.
 DEVICE Moments gather(const Tile& tile, const Total<float> (&totals)[WIDTH], const double* pivots, double count) {
     double values[2 * WIDTH], sums[2] = {};
@@ -147,7 +147,7 @@ DEVICE Moments gather(const Tile& tile, const Total<double> (&totals)[WIDTH], co
     return {count, mean, sums[0]};
 }
 
-// The moments of lane q over the block's rows, or over all `count` rows of the cluster, for thread q. All threads call it.
+// The moments of lane q over the block's `count` rows, for thread q. All threads call it.
 // x tells where packs are read, first_row is that of the array: its elements are the pivots.
 template <class Source>
 DEVICE Moments moments_of(const Tile& tile, const Source& x, const Packs& packs, const data_t* first_row, double count) {
