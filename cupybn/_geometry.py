@@ -46,9 +46,10 @@ CHANNELS_LAST_OWN = 16 << 10
 """Bytes of a block's shared memory that are not for the tensor, where that is kept on chip (channels last)."""
 MOST_COLUMNS = 32
 """Columns of a tile at most (channels last): the threads of a warp."""
-SUMMED_TILE = 128, 32
-"""Bytes of a row that a block sums (channels last), of long rows and of short ones. The launch that follows merges all
-parts of all channels of a tile: narrow tiles make few parts. 32 bytes are a sector, the least that memory hands out."""
+SUMMED_TILE = {1: (64, 32), 2: (128, 32)}
+"""Bytes of a row that a block sums (channels last), by the arrays that it reads: of long rows and of short ones. The launch
+that follows merges all parts of all channels of a tile: narrow tiles make few parts. 32 bytes are a sector, the least
+that memory hands out."""
 MAPPED_TILE = 128, 64
 """Bytes of a row that a block of an elementwise step takes (channels last), of long rows and of short ones."""
 ON_CHIP_TILE = 64, 32
@@ -134,17 +135,19 @@ def tile_of(row_bytes: int, pack_bytes: int, tile_bytes: int) -> int:
     return min(tile_bytes // pack_bytes, 1 << (columns - 1).bit_length(), MOST_COLUMNS)
 
 
-def channels_last(M: int, C: int, itemsize: int, width: int, multiprocessors: int | None) -> Geometry:
+def channels_last(M: int, C: int, itemsize: int, width: int, arrays: int, multiprocessors: int | None) -> Geometry:
     """Block (t, s) takes a tile of columns of packs and a share of the rows; see ``channels_last/columns.cuh``.
 
     Parameters
     ----------
+    arrays : int
+        Those that are summed: 1 forward, 2 backward.
     multiprocessors : int or None
         None for a sum, which must not depend on the device.
     """
     row, pack = C * itemsize, width * itemsize
     short = row <= SHORT_ROW
-    tile = tile_of(row, pack, SUMMED_TILE[short])
+    tile = tile_of(row, pack, SUMMED_TILE[arrays][short])
     tiles = math.ceil(row / (tile * pack))
     shares = min(math.ceil(CHANNELS_LAST_SUM / tiles), math.ceil(M * tile * width / LEAST_SUMMED))
     if multiprocessors is not None:

@@ -384,7 +384,8 @@ def _plan(
     """The plan of a step that is streamed; programs ask for the same few again and again."""
     N, C, L = shape
     if L == 1:
-        layout, geometry = "channels_last", _geometry.channels_last(N, C, dtype.itemsize, width, multiprocessors)
+        layout, arrays = "channels_last", 2 if "backward" in step else 1
+        geometry = _geometry.channels_last(N, C, dtype.itemsize, width, arrays, multiprocessors)
     else:
         layout = "channels_first"
         geometry = _geometry.channels_first(N, C, L, dtype.itemsize, width, multiprocessors)

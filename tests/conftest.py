@@ -74,9 +74,10 @@ def fresh_plans():
 @pytest.fixture
 def streamed(monkeypatch, fresh_plans):  # noqa: ARG001
     """Nothing is kept on chip."""
-    from cupybn import _resident
+    from cupybn import _geometry, _resident
 
     monkeypatch.setattr(_resident, "BLOCKS", ())
+    monkeypatch.setattr(_geometry, "ON_CHIP_TILE", ())
 
 
 @pytest.fixture(params=["on chip", "streamed"])

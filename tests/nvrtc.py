@@ -115,7 +115,11 @@ def all_instances(architecture: int) -> Iterator[Instance]:
                 if pack_bytes < itemsize(dtype):
                     continue
                 clusters = (
-                    (0,) if step not in ON_CHIP else _clusters(architecture) if team in (0, threads) else BLOCKS[:1]
+                    (0,)
+                    if step not in ON_CHIP or layout == "channels_last"
+                    else _clusters(architecture)
+                    if team in (0, threads)
+                    else BLOCKS[:1]
                 )
                 for cluster in clusters:
                     yield Instance(kernel, dtype, pack_bytes // itemsize(dtype), index_bits, threads, team, cluster)

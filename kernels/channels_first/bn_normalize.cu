@@ -45,9 +45,13 @@ extern "C" __global__ void REGISTERS(INDEX_BITS == 64 || WIDTH < 4 ? 80 : 64) bn
     Channel& channel = channels[team()];
     Moments& batch = merged[team()];
     if (member() < WARP) {
-        const Affine given = read_affine(weight, bias, c);
-        const Moments all = moments_count ? merge_parts(moments_count, 1, moments_mean, moments_m2, C, parts, c)
-                                          : Moments{1, running_mean.get(c), running_var.get(c)};
+        Affine given;
+        if (member() == 0) given = read_affine(weight, bias, c);
+        Moments all = {1};
+        if (moments_count)
+            all = merge_parts(moments_count, 1, moments_mean, moments_m2, C, parts, c);
+        else if (member() == 0)
+            all = {1, running_mean.get(c), running_var.get(c)};
         if (member() == 0) {
             channel = make_channel(all.mean, all.m2 / all.count, eps, given);
             batch = all;
