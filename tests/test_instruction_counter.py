@@ -97,6 +97,26 @@ def test_both_sides_of_a_branch_count_where_a_warp_diverges(architecture, lanes)
     assert run.count("STG") == 2  # the warps are whole again
 
 
+def test_two_halves_of_a_warp_in_the_same_function_count_twice():
+    head = "__device__ __noinline__ float f(float x) { return rsqrtf(x) + 1; }"
+    body = "data[threadIdx.x] = threadIdx.x < n0 ? f(data[threadIdx.x]) * 2 : f(data[threadIdx.x] + 3) * 5;"
+    whole, halves = (Run(body, np.ones(32, np.float32), lanes, head=head) for lanes in (32, 16))
+    assert halves.data.tolist() == [4.0] * 16 + [7.5] * 16
+    assert (whole.count("MUFU.RSQ"), halves.count("MUFU.RSQ")) == (1, 2)
+    assert (whole.count("STG"), halves.count("STG")) == (1, 1)
+
+
+@every_architecture
+def test_lanes_wait_for_one_that_goes_a_long_way_round(architecture):
+    data = np.full(64, 3.0)
+    data[5] = 3e-310  # its reciprocal is found elsewhere
+    run = Run("data[threadIdx.x] = 1 / data[threadIdx.x];", data, architecture=architecture, threads=64)
+    with np.errstate(over="ignore"):
+        np.testing.assert_allclose(run.data, 1 / data, rtol=1e-15)
+    assert run.count("CALL") == 1
+    assert run.count("STG") == 2
+
+
 @every_architecture
 def test_a_warp_loops_as_long_as_its_slowest_lane_and_is_whole_afterwards(architecture):
     body = """
