@@ -250,6 +250,23 @@ def test_threads_that_have_left_are_not_waited_for(architecture):
     assert run.data.tolist() == expected.tolist()
 
 
+@every_architecture
+def test_a_lane_that_leaves_while_others_wait_for_it(architecture):
+    body = """
+    double x = data[threadIdx.x];
+    if (x < 1) {
+        x = 1 / x;
+        if (x > 1e300) return;
+    }
+    data[threadIdx.x] = x + 1;
+    """
+    data = np.full(64, 3.0)
+    data[5] = 3e-310
+    run = Run(body, data, architecture=architecture, threads=64)
+    assert run.data.tolist() == [4.0] * 5 + [3e-310] + [4.0] * 58
+    assert run.count("STG") == 2
+
+
 def test_barriers_that_count_and_named_ones():
     body = """
     const int some = __syncthreads_count(data[threadIdx.x] > 0), all = __syncthreads_and(data[threadIdx.x] > -9);
