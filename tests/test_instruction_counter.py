@@ -209,13 +209,13 @@ def test_parts_of_a_warp_that_shuffle_by_themselves(architecture):
     else
         x = __shfl_sync(part, x, 9) + 100 * __shfl_up_sync(part, x, 1);
     __syncwarp();
-    data[threadIdx.x] = x + 1000 * __shfl_down_sync(0xffffffffu, (int)threadIdx.x, 3);
+    data[threadIdx.x] = x + 1000 * __shfl_down_sync(0xffffffffu, (int)threadIdx.x, 3, 16);
     """
     run = Run(body, np.arange(32, dtype=np.int32), architecture=architecture)
     lane = np.arange(32)
     inner = np.where(lane < 8, 28, 9 + 100 * (lane - 1))
     valid = lane != 8  # its neighbour is not there
-    assert run.data[valid].tolist() == (inner + 1000 * np.where(lane < 29, lane + 3, lane))[valid].tolist()
+    assert run.data[valid].tolist() == (inner + 1000 * np.where(lane % 16 < 13, lane + 3, lane))[valid].tolist()
 
 
 @pytest.mark.parametrize("architecture", [80, 90, 120])
@@ -412,12 +412,12 @@ def test_pipelines():
 def test_spilled_registers_go_to_local_memory():
     body = """
     float values[40];
-    for (int i = 0; i < 40; i++) values[i] = data[i];
-    for (int i = 0; i < 40; i++) data[40 + i] = values[(i * n0) % 40];
+    for (int i = 0; i < 40; i++) values[i] = data[i] + 100 * threadIdx.x;
+    for (int i = 0; i < 40; i++) data[40 + 40 * threadIdx.x + i] = values[(i * n0) % 40];
     """
-    x = np.arange(80, dtype=np.float32)
-    run = Run(body, x, 7)
-    assert run.data[40:].tolist() == [i * 7 % 40 for i in range(40)]
+    run = Run(body, np.arange(40 * 33, dtype=np.float32), 7)
+    thread, i = np.mgrid[:32, :40]
+    assert np.array_equal(run.data[40:].reshape(32, 40), i * 7 % 40 + 100 * thread)
     assert run.count("STL") > 0
     assert run.count("LDL") > 0
 
