@@ -272,6 +272,7 @@ def test_barriers_that_count_and_named_ones():
     const int some = __syncthreads_count(data[threadIdx.x] > 0), all = __syncthreads_and(data[threadIdx.x] > -9);
     const int any = __syncthreads_or(data[threadIdx.x] > 99);
     if (threadIdx.x < 64) asm volatile("bar.sync 1, 64;");
+    __syncthreads();
     data[threadIdx.x] = some + 1000 * all + 2000 * any;
     """
     data = np.arange(-4, 92, dtype=np.int32)
@@ -378,20 +379,20 @@ def test_copies_into_shared_memory(architecture):
 @pytest.mark.parametrize("architecture", [90, 120])
 def test_blocks_of_a_cluster_write_into_each_others_shared_memory(architecture):
     body = """
-    __shared__ int given[2];
+    __shared__ double given[2];
     __cluster_barrier_arrive();
     __cluster_barrier_wait();
+    const double own = 1 / data[blockIdx.x];
     if (threadIdx.x == 0)
         for (int rank = 0; rank < 2; rank++)
-            *static_cast<int*>(__cluster_map_shared_rank(&given[blockIdx.x % 2], rank)) = data[blockIdx.x];
+            *static_cast<double*>(__cluster_map_shared_rank(&given[blockIdx.x % 2], rank)) = own;
     __cluster_barrier_arrive();
     __cluster_barrier_wait();
-    if (threadIdx.x == 0) data[4 + blockIdx.x] = given[0] - 2 * given[1];
+    if (threadIdx.x < 2) data[4 + 2 * blockIdx.x + threadIdx.x] = given[threadIdx.x];
     """
-    run = Run(
-        body, np.array([3, 5, 10, 20, 0, 0, 0, 0], np.int32), architecture=architecture, threads=64, blocks=4, cluster=2
-    )
-    assert run.data[4:].tolist() == [-7, -7, -30, -30]
+    data = np.array([2, 1e-308, 4, 8, *[0] * 8])  # the reciprocal of the second one is found elsewhere: it comes late
+    run = Run(body, data, architecture=architecture, threads=64, blocks=4, cluster=2)
+    np.testing.assert_allclose(run.data[4:], [0.5, 1e308] * 2 + [0.25, 0.125] * 2, rtol=1e-15)
 
 
 def test_pipelines():
