@@ -97,6 +97,26 @@ def test_both_sides_of_a_branch_count_where_a_warp_diverges(architecture, lanes)
     assert run.count("STG") == 2  # the warps are whole again
 
 
+def test_two_halves_of_a_warp_in_the_same_function_count_twice():
+    head = "__device__ __noinline__ float f(float x) { return rsqrtf(x) + 1; }"
+    body = "data[threadIdx.x] = threadIdx.x < n0 ? f(data[threadIdx.x]) * 2 : f(data[threadIdx.x] + 3) * 5;"
+    whole, halves = (Run(body, np.ones(32, np.float32), lanes, head=head) for lanes in (32, 16))
+    assert halves.data.tolist() == [4.0] * 16 + [7.5] * 16
+    assert (whole.count("MUFU.RSQ"), halves.count("MUFU.RSQ")) == (1, 2)
+    assert (whole.count("STG"), halves.count("STG")) == (1, 1)
+
+
+@every_architecture
+def test_lanes_wait_for_one_that_goes_a_long_way_round(architecture):
+    data = np.full(64, 3.0)
+    data[5] = 3e-310  # its reciprocal is found elsewhere
+    run = Run("data[threadIdx.x] = 1 / data[threadIdx.x];", data, architecture=architecture, threads=64)
+    with np.errstate(over="ignore"):
+        np.testing.assert_allclose(run.data, 1 / data, rtol=1e-15)
+    assert run.count("CALL") == 1
+    assert run.count("STG") == 2
+
+
 @every_architecture
 def test_a_warp_loops_as_long_as_its_slowest_lane_and_is_whole_afterwards(architecture):
     body = """
@@ -189,13 +209,13 @@ def test_parts_of_a_warp_that_shuffle_by_themselves(architecture):
     else
         x = __shfl_sync(part, x, 9) + 100 * __shfl_up_sync(part, x, 1);
     __syncwarp();
-    data[threadIdx.x] = x + 1000 * __shfl_down_sync(0xffffffffu, (int)threadIdx.x, 3);
+    data[threadIdx.x] = x + 1000 * __shfl_down_sync(0xffffffffu, (int)threadIdx.x, 3, 16);
     """
     run = Run(body, np.arange(32, dtype=np.int32), architecture=architecture)
     lane = np.arange(32)
     inner = np.where(lane < 8, 28, 9 + 100 * (lane - 1))
     valid = lane != 8  # its neighbour is not there
-    assert run.data[valid].tolist() == (inner + 1000 * np.where(lane < 29, lane + 3, lane))[valid].tolist()
+    assert run.data[valid].tolist() == (inner + 1000 * np.where(lane % 16 < 13, lane + 3, lane))[valid].tolist()
 
 
 @pytest.mark.parametrize("architecture", [80, 90, 120])
@@ -230,11 +250,29 @@ def test_threads_that_have_left_are_not_waited_for(architecture):
     assert run.data.tolist() == expected.tolist()
 
 
+@every_architecture
+def test_a_lane_that_leaves_while_others_wait_for_it(architecture):
+    body = """
+    double x = data[threadIdx.x];
+    if (x < 1) {
+        x = 1 / x;
+        if (x > 1e300) return;
+    }
+    data[threadIdx.x] = x + 1;
+    """
+    data = np.full(64, 3.0)
+    data[5] = 3e-310
+    run = Run(body, data, architecture=architecture, threads=64)
+    assert run.data.tolist() == [4.0] * 5 + [3e-310] + [4.0] * 58
+    assert run.count("STG") == 2
+
+
 def test_barriers_that_count_and_named_ones():
     body = """
     const int some = __syncthreads_count(data[threadIdx.x] > 0), all = __syncthreads_and(data[threadIdx.x] > -9);
     const int any = __syncthreads_or(data[threadIdx.x] > 99);
     if (threadIdx.x < 64) asm volatile("bar.sync 1, 64;");
+    __syncthreads();
     data[threadIdx.x] = some + 1000 * all + 2000 * any;
     """
     data = np.arange(-4, 92, dtype=np.int32)
@@ -341,20 +379,20 @@ def test_copies_into_shared_memory(architecture):
 @pytest.mark.parametrize("architecture", [90, 120])
 def test_blocks_of_a_cluster_write_into_each_others_shared_memory(architecture):
     body = """
-    __shared__ int given[2];
+    __shared__ double given[2];
     __cluster_barrier_arrive();
     __cluster_barrier_wait();
+    const double own = 1 / data[blockIdx.x];
     if (threadIdx.x == 0)
         for (int rank = 0; rank < 2; rank++)
-            *static_cast<int*>(__cluster_map_shared_rank(&given[blockIdx.x % 2], rank)) = data[blockIdx.x];
+            *static_cast<double*>(__cluster_map_shared_rank(&given[blockIdx.x % 2], rank)) = own;
     __cluster_barrier_arrive();
     __cluster_barrier_wait();
-    if (threadIdx.x == 0) data[4 + blockIdx.x] = given[0] - 2 * given[1];
+    if (threadIdx.x < 2) data[4 + 2 * blockIdx.x + threadIdx.x] = given[threadIdx.x];
     """
-    run = Run(
-        body, np.array([3, 5, 10, 20, 0, 0, 0, 0], np.int32), architecture=architecture, threads=64, blocks=4, cluster=2
-    )
-    assert run.data[4:].tolist() == [-7, -7, -30, -30]
+    data = np.array([2, 1e-308, 4, 8, *[0] * 8])  # the reciprocal of the second one is found elsewhere: it comes late
+    run = Run(body, data, architecture=architecture, threads=64, blocks=4, cluster=2)
+    np.testing.assert_allclose(run.data[4:], [0.5, 1e308] * 2 + [0.25, 0.125] * 2, rtol=1e-15)
 
 
 def test_pipelines():
@@ -375,12 +413,12 @@ def test_pipelines():
 def test_spilled_registers_go_to_local_memory():
     body = """
     float values[40];
-    for (int i = 0; i < 40; i++) values[i] = data[i];
-    for (int i = 0; i < 40; i++) data[40 + i] = values[(i * n0) % 40];
+    for (int i = 0; i < 40; i++) values[i] = data[i] + 100 * threadIdx.x;
+    for (int i = 0; i < 40; i++) data[40 + 40 * threadIdx.x + i] = values[(i * n0) % 40];
     """
-    x = np.arange(80, dtype=np.float32)
-    run = Run(body, x, 7)
-    assert run.data[40:].tolist() == [i * 7 % 40 for i in range(40)]
+    run = Run(body, np.arange(40 * 33, dtype=np.float32), 7)
+    thread, i = np.mgrid[:32, :40]
+    assert np.array_equal(run.data[40:].reshape(32, 40), i * 7 % 40 + 100 * thread)
     assert run.count("STL") > 0
     assert run.count("LDL") > 0
 

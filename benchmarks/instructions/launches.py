@@ -65,7 +65,7 @@ class Counter:
 
     def __init__(self, size: int) -> None:
         self.launches: list[Launch] = []
-        self._piece, self._used = Allocation(size, 0), 0
+        self._piece, self._used = Allocation(-(-size // ALIGNMENT) * ALIGNMENT, 0), 0
         self.space = Space(self._piece.host, self._piece.ptr, self._piece.initialised)
 
     def alloc(self, size: int) -> Any:
