@@ -21,14 +21,12 @@ from tests.nvrtc import ARCHITECTURES, Instance, Usage
 
 HEADER = """# Registers
 
-Registers of a thread, where whole packs are read and indices have 32 bits, by compute capability, and static shared
-memory of a block in bytes; NVRTC {version}. Spills are bytes stored + loaded, where there are any. Kernels that
-keep channels on chip are compiled for their largest blocks, in clusters of eight from 9.0 on. Written by
-`benchmarks/registers.py`.
+Registers of a thread, where packs have 16 bytes and indices 32 bits, by compute capability, and static shared
+memory of a block in bytes; NVRTC {version}. Spills are bytes stored + loaded, where there are any. Blocks have the
+fewest threads that they may have, as these may have the fewest registers; kernels that keep channels on chip are in
+clusters of eight from 9.0 on. Written by `benchmarks/registers.py`.
 
 """
-USUAL = (1, 32)
-"""Of the instances: those that read whole packs and have 32-bit indices."""
 COLUMNS = ["kernel", "dtype", *(f"{a // 10}.{a % 10}" for a in ARCHITECTURES), "shared", "spills"]
 
 
@@ -59,7 +57,7 @@ def main() -> None:
             i
             for kernel in _kernels.kernel_names()
             for i in nvrtc.instances(kernel, a)
-            if (i.vectorized, i.index_bits) == USUAL
+            if "/" not in kernel or (i.pack_bytes, i.index_bits) == (16, 32)
         ]
         for a in ARCHITECTURES
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+from typing import NamedTuple
 
 import pytest
 
@@ -17,17 +18,30 @@ ON_CHIP = [name for name in kernel_names() if name.endswith(("bn_forward", "bn_b
 ELEMENTWISE = [name for name in kernel_names() if name.endswith(("bn_normalize", "bn_backward_input"))]
 OVER_ELEMENTS = [name for name in kernel_names() if "/" in name]
 
-ASYNC_COPY = r"cp\.async\.cg\.shared\.global \[\S+\], \[\S+\], 16;"
-ASYNC_WAIT = r"cp\.async\.wait_all;"
-READ_PACK = r"ld\.shared\.v4\."
+ASYNC_COPY = {
+    16: r"cp\.async\.cg\.shared\.global \[\S+\], \[\S+\], 16;",
+    8: r"cp\.async\.ca\.shared\.global \[\S+\], \[\S+\], 8;",
+    4: r"cp\.async\.ca\.shared\.global \[\S+\], \[\S+\], 4;",
+}
+ASYNC_GROUP, ASYNC_WAIT = r"cp\.async\.commit_group;", r"cp\.async\.wait_group (\d);"
 CLUSTER = r"barrier\.cluster|mapa|\.reqnctapercluster|shared::cluster"
-BARRIER = r"bar\.sync|barrier\.cluster\.wait"
+ATOMIC = r"(?<![\w.])(?:atom|red|multimem)\."
 FUSED = r"fma\."
 FLOAT64_ARITHMETIC = r"(?:add|sub|mul|fma|div|sqrt|rcp)\.(?:\w+\.)*f64"
+TO_FLOAT16 = r"cvt\S+\.f16(?:x2)?\.f(?:32|64)"
+TO_PAIR = {"float16": r"cvt\.rn\.f16x2\.f32", "bfloat16": r"cvt\.rn\.bf16x2\.f32"}
+
+
+class Line(NamedTuple):
+    """An instruction, and the line of the kernels' source that it comes from."""
+
+    text: str
+    file: str
+    number: int
 
 
 @functools.cache
-def compiled(name, architecture=90, dtype="float16", vectorized=1, usual=False):
+def compiled(name, architecture=90, dtype="float16", pack_bytes=16, usual=False):
     """The lines of a kernel.
 
     Parameters
@@ -35,104 +49,153 @@ def compiled(name, architecture=90, dtype="float16", vectorized=1, usual=False):
     usual : bool
         Without what is there for channels near the limits of float32.
     """
-    (instance, *_) = nvrtc.instances(name, architecture)
+    every = nvrtc.instances(name, architecture, everything=True)
+    same = [i for i in every if (i.dtype, i.index_bits) == (dtype, 32)] or every
+    instance = [i for i in same if i.pack_bytes == pack_bytes or "/" not in name][-1]
     text = _kernels.source(name)
     if usual:
-        text, count = re.subn(r"if \(channel\.wide\)(?=\n)|any_wide \|= (?=\(unsigned\))", r"if (false)", text)
-        assert count == 1
-    options = instance._replace(dtype=dtype, vectorized=vectorized).options
-    return nvrtc.ptx(text, architecture, options).splitlines()
+        text, count = re.subn(r"sizeof\(acc_t\) < 8 && (?:channels\.any_wide|!all_held)(?=\))", "false", text)
+        text, more = re.subn(r"(?<=if \()!missed && !channels\.any_wide(?=\) return)", "true", text)
+        assert count + more == {"channels_first/bn_backward": 2, "channels_last/bn_backward": 3}.get(name, 1)
+    ptx = nvrtc.ptx(text, architecture, [*instance.options, "-lineinfo"])
+    files = {number: path.rpartition("kernels/")[2] for number, path in re.findall(r'(?m)^\t\.file\t(\d+) "(.+)"', ptx)}
+    lines, file, number = [], "", 0
+    for line in ptx.splitlines():
+        place = re.match(r"\t\.loc\t(\d+) (\d+)", line)
+        if place:
+            file, number = files[place[1]], int(place[2])
+        else:
+            lines.append(Line(line.strip(), file, number))
+    return lines
 
 
 def places(pattern, lines):
     """The numbers of the lines that have it."""
-    return [number for number, line in enumerate(lines) if re.search(pattern, line)]
-
-
-def after_the_last_barrier(lines):
-    """Where the elements are gone through, one by one."""
-    return lines[places(BARRIER, lines)[-1] :]
+    return [number for number, line in enumerate(lines) if re.search(pattern, line.text)]
 
 
 def found(pattern, lines):
     """The lines that have it."""
-    return [lines[number].strip() for number in places(pattern, lines)]
+    return [lines[number].text for number in places(pattern, lines)]
+
+
+def from_source(lines, file, first, last=None):
+    """The lines that come from a file, from where its text has `first` on, and before it has `last`."""
+    texts = (_kernels.KERNELS / file).read_text().splitlines()
+    (begin,) = [number for number, text in enumerate(texts, 1) if first in text]
+    end = next((number for number, text in enumerate(texts, 1) if number > begin and last and last in text), 1 << 30)
+    return [line for line in lines if line.file == file and begin <= line.number < end]
+
+
+def of_elements(lines):
+    """What is done to each element for outputs and gradients, but for their sums."""
+    return from_source(lines, "elementwise.cuh", "struct Factors", "sum(dy * (x - center) * rstd) of element e")
 
 
 @pytest.mark.parametrize("name", ON_CHIP)
-@pytest.mark.parametrize("architecture", [75, 80, 90])
-def test_packs_are_copied_while_the_thread_goes_on(name, architecture):
-    """And read when it has waited, after the last of the copies has begun. GPUs before sm_80 cannot."""
-    lines = compiled(name, architecture)
-    copies, waits, reads = (places(pattern, lines) for pattern in (ASYNC_COPY, ASYNC_WAIT, READ_PACK))
+@pytest.mark.parametrize(("architecture", "pack_bytes"), [(75, 16), (80, 16), (90, 16), (90, 8), (90, 4)])
+def test_packs_are_copied_while_the_thread_goes_on(name, architecture, pack_bytes):
+    """And read once it has waited for some, after the last of the copies has begun. GPUs before sm_80 cannot."""
+    lines = compiled(name, architecture, pack_bytes=pack_bytes)
+    reads = [line for line in from_source(lines, "batches.cuh", "return own[i * TEAM]", "put(") if "ld." in line.text]
     assert reads
+    assert all(line.text.startswith("ld.shared.") for line in reads)
     if architecture < 80:
         assert not found(r"cp\.async", lines)
+        assert carries(lines)
         return
+    copies, groups, waits = (places(p, lines) for p in (ASYNC_COPY[pack_bytes], ASYNC_GROUP, ASYNC_WAIT))
     assert len(copies) == (2 if name.endswith("bn_backward") else 1)
-    assert len(waits) == 1
-    assert len(found(r"cp\.async", lines)) == len(copies) + len(waits)
-    assert max(copies) < waits[0] < min(reads)
+    assert len(groups) == 1
+    assert len(found(r"cp\.async", lines)) == len(copies) + len(groups) + len(waits)
+    assert {re.search(ASYNC_WAIT, lines[i].text)[1] for i in waits} == {"0", "1", "2", "3"}
+    assert max(copies) < groups[0] < waits[0] < min(lines.index(line) for line in reads)
+    assert not carries(lines)
 
 
 @pytest.mark.parametrize("name", ON_CHIP)
-def test_single_elements_are_copied_by_the_thread(name):
-    lines = compiled(name, vectorized=0)
-    assert not found(r"cp\.async", lines)
-    assert found(r"\.maxntid", lines) == [f".maxntid {nvrtc.instances(name, 90)[0].threads}, 1, 1"]
+def test_two_bytes_are_carried_by_the_thread(name):
+    lines = compiled(name, dtype="bfloat16", pack_bytes=2)
+    assert not found(r"cp\.async\.(?!wait_group)", lines)
+    assert {line.text.split()[0] for line in carries(lines)} == {"st.shared.u16"}
+
+
+def carries(lines):
+    """The stores of packs that the thread has loaded itself."""
+    (number,) = [
+        number
+        for number, text in enumerate((_kernels.KERNELS / "batches.cuh").read_text().splitlines(), 1)
+        if "= raw[k][u];" in text
+    ]
+    return [line for line in lines if (line.file, line.number) == ("batches.cuh", number) and "st." in line.text]
 
 
 @pytest.mark.parametrize("name", ON_CHIP)
-def test_clusters(name):
-    """All that a thread wrote before it arrived is seen by those that have waited: so they do by default."""
-    assert not found(CLUSTER, compiled(name, 80))
-    lines = compiled(name, 90)
+@pytest.mark.parametrize("dtype", ["float16", "float64"])
+def test_clusters(name, dtype):
+    """By default waiting shows all that others wrote before they arrived; when they arrive first, it is nothing."""
+    assert not found(CLUSTER, compiled(name, 80, dtype))
+    lines = compiled(name, 90, dtype)
     assert found(r"\.reqnctapercluster", lines) == [".reqnctapercluster 8, 1, 1"]
     arrivals, waits = found(r"barrier\.cluster\.arrive", lines), found(r"barrier\.cluster\.wait", lines)
-    assert set(arrivals) == {"barrier.cluster.arrive;"}
-    assert set(waits) == {"barrier.cluster.wait;"}
-    assert (
-        places(r"barrier\.cluster\.arrive", lines)[0] < places(r"ld\.global|cp\.async|barrier\.cluster\.wait", lines)[0]
-    )
+    assert arrivals[0] == "barrier.cluster.arrive.relaxed;"
+    assert set(arrivals[1:]) == {"barrier.cluster.arrive;"}
+    assert waits == ["barrier.cluster.wait;"] * len(arrivals)
+    first = places(r"barrier\.cluster\.arrive", lines)[0]
+    assert first < places(r"ld\.global|st\.|cp\.async|barrier\.cluster\.wait", lines)[0]
 
 
 @pytest.mark.parametrize("name", OVER_ELEMENTS)
-def test_float16_is_converted_by_the_hardware(name):
+@pytest.mark.parametrize("pack_bytes", [16, 2])
+def test_float16_is_converted_by_the_hardware(name, pack_bytes):
     """To the nearest; without a library's function, and without a shift or two for each element."""
-    lines = compiled(name)
-    assert len(found(r"cvt\.f32\.f16 ", lines)) >= 8
-    to_float16 = {line.split()[0] for line in found(r"\.f16\.f(?:32|64)", lines)}
+    lines, width = compiled(name, pack_bytes=pack_bytes), pack_bytes // 2
+    assert len(found(r"cvt\.f32\.f16 ", lines)) >= width
+    to_float16 = {line.split()[0] for line in found(TO_FLOAT16, lines)}
     writes = not name.endswith(("bn_stats", "bn_backward_reduce"))
-    assert to_float16 == ({"cvt.rn.f16.f32"} if writes else set())
-    assert len(found(r"cvt\.rn\.f16\.f32", lines)) >= 8 * writes
+    pairs = {"cvt.rn.f16x2.f32"} if width > 1 else set()
+    assert to_float16 == ({"cvt.rn.f16.f32"} | pairs if writes else set())
+
+
+@pytest.mark.parametrize("name", ELEMENTWISE + ON_CHIP)
+@pytest.mark.parametrize(("dtype", "architecture"), [("float16", 90), ("bfloat16", 80)])
+def test_elements_are_converted_in_pairs(name, dtype, architecture):
+    """By one instruction from sm_80 on. One by one there are vectors of channels alone, but for wide channels."""
+    lines = compiled(name, architecture, dtype, usual=True)
+    assert len(found(TO_PAIR[dtype], from_source(lines, "types.cuh", f"narrow_pair<{dtype}, float>"))) >= 4
+    assert len(found(r"cvt\.rn\.f16\.f32", lines)) <= 2  # of vectors
+    lines = compiled(name, 75)
+    assert not found(TO_PAIR[dtype], lines)
+    assert len(found(r"cvt\.rn\.f16\.f32", lines)) >= 8
 
 
 @pytest.mark.parametrize("name", kernel_names())
 def test_what_no_kernel_has(name):
-    """Atomics on memory, and loads that need not see what the kernel stores: an output may be an input."""
+    """Atomics on memory, loads that need not see what the kernel stores (an output may be an input), local memory."""
     lines = compiled(name)
     assert found(r"ld\.(?:shared|global)", lines)
-    assert not found(r"\b(?:atom|red|multimem)\.", lines)
+    assert not found(ATOMIC, lines)
     assert not found(r"ld\.global\.nc", lines)
-    assert found(r"\.maxntid", lines) == [f".maxntid {nvrtc.instances(name, 90)[0].threads}, 1, 1"]
+    assert not found(r"\.local\b", lines)
+    threads = max(i.threads for i in nvrtc.instances(name, 90, everything=True))
+    assert found(r"\.maxntid", lines) == [f".maxntid {threads}, 1, 1"]
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype"),
-    [*((name, "float16") for name in ELEMENTWISE + ON_CHIP), *((name, "float64") for name in ELEMENTWISE)],
-)
+@pytest.mark.parametrize("name", ELEMENTWISE + ON_CHIP)
+@pytest.mark.parametrize("dtype", ["float16", "float64"])
 def test_elements_are_rounded_as_by_numpy(name, dtype):
     """After each operation: a product and a sum are not one."""
-    lines = after_the_last_barrier(compiled(name, dtype=dtype))
-    assert len(found(r"mul\.rn\.(?:ftz\.f32|f64)", lines)) >= (8 if dtype == "float16" else 2)
+    lines = of_elements(compiled(name, dtype=dtype))
+    width = 16 // nvrtc.itemsize(dtype)
+    assert len(found(r"mul\.rn\.(?:ftz\.f32|f64)", lines)) >= width
     assert not found(FUSED, lines)
 
 
-@pytest.mark.parametrize("name", ELEMENTWISE)
+@pytest.mark.parametrize("name", ELEMENTWISE + ON_CHIP)
 def test_float64_for_channels_that_need_it_alone(name):
     """It is slow. What is there besides are factors that are converted, and a comparison."""
-    assert found(FLOAT64_ARITHMETIC, after_the_last_barrier(compiled(name)))
-    lines = after_the_last_barrier(compiled(name, usual=True))
+    assert found(FLOAT64_ARITHMETIC, of_elements(compiled(name)))
+    lines = of_elements(compiled(name, usual=True))
     assert found(r"mul\.rn\.(?:ftz\.)?f32", lines)
     assert not found(FLOAT64_ARITHMETIC, lines)
 
@@ -141,9 +204,10 @@ CHANNEL = """
 extern "C" __global__ void test(double mean, double var, double eps, Vector weight, Vector bias, double sum_dy,
                                 double sum_dy_xhat, double inv_count, Channel* channel, double count, double m2,
                                 Vector running_mean, Vector running_var, double momentum, const long long* batches) {
-    *channel = make_channel(mean, var, eps, weight, bias, 0);
+    *channel = make_channel(mean, var, eps, read_affine(weight, bias, 0));
     set_gradient(*channel, sum_dy, sum_dy_xhat, inv_count);
-    update_running({count, mean, m2}, running_mean, running_var, momentum, batches, 0);
+    const Running before = read_running(running_mean, running_var, 0);
+    update_running({count, mean, m2}, before, running_mean, running_var, momentum, batches, 0);
 }
 """
 
@@ -151,8 +215,8 @@ extern "C" __global__ void test(double mean, double var, double eps, Vector weig
 def test_channels_are_rounded_as_by_numpy():
     """And divisions and roots to the nearest, in float64."""
     text = _kernels._with_headers(_kernels.KERNELS / "running.cuh", set()) + CHANNEL
-    macros = "-DDATA_T=float32", "-DVECTORIZED=1", "-DINDEX_BITS=32", "-DTHREADS=256"
-    lines = nvrtc.ptx(text, 90, macros).splitlines()
+    macros = "-DDATA_T=float32", "-DWIDTH=4", "-DINDEX_BITS=32", "-DTHREADS=256"
+    lines = [Line(line, "", 0) for line in nvrtc.ptx(text, 90, macros).splitlines()]
     assert not found(FUSED, lines)
     assert not found(r"\b(?:div|sqrt|rcp|rsqrt)\.(?!rn)", lines)
     assert found(r"sqrt\.rn\.f64", lines)
@@ -167,6 +231,6 @@ def test_these_would_be_found():
         *z = *z * a + 1;
     }
     """
-    lines = nvrtc.ptx(text, 90).splitlines()
-    for pattern in FUSED, r"\b(?:atom|red|multimem)\.", r"ld\.global\.nc", FLOAT64_ARITHMETIC:
+    lines = [Line(line, "", 0) for line in nvrtc.ptx(text, 90).splitlines()]
+    for pattern in FUSED, ATOMIC, r"ld\.global\.nc", FLOAT64_ARITHMETIC:
         assert found(pattern, lines), pattern

@@ -17,8 +17,8 @@ class Stage(NamedTuple):
 
 ALONE = (
     Stage("environment", 30, "versions, attributes of the device, and the mechanisms that all kernels rest on"),
-    Stage("precompile", 45, "every instance of every kernel into CuPy's cache, on all processors; local memory"),
-    Stage("smoke", 40, "every size of cluster and block, both layouts, forward and backward, against float64"),
+    Stage("precompile", 45, "kernels into CuPy's cache, on all processors, the most used first; local memory"),
+    Stage("smoke", 40, "every size of cluster, team and pack, both layouts, forward and backward, against float64"),
     Stage("bench", 95, "copies, then 16 shapes against PyTorch and cuDNN, caches cold, through the scripts gpu_*.py"),
     Stage("ncu", 45, "Nsight Compute over four calls: time, memory, issue slots, reasons to stall"),
 )

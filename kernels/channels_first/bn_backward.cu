@@ -6,7 +6,7 @@
 // Mirror: numpy_ops.bn_backward
 #include "gradient_sums.cuh"
 
-extern "C" __global__ void CLUSTER REGISTERS(80) bn_backward(
+extern "C" __global__ void CLUSTER REGISTERS(96) bn_backward(
     const data_t* dy,                        // [N, C, L]
     const data_t* x,                         // [N, C, L]
     const double* statistics_mean,           // [C]

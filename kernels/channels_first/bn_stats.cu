@@ -4,7 +4,7 @@
 // Mirror: numpy_ops.bn_stats
 #include "statistics.cuh"
 
-extern "C" __global__ void REGISTERS(80) bn_stats(
+extern "C" __global__ void REGISTERS(128) bn_stats(
     const data_t* x,                         // [N, C, L]
     const long long* num_batches_tracked,    // [] or null
     // outputs

@@ -34,21 +34,24 @@ extern "C" __global__ void REGISTERS(128) bn_forward(
     raw_t* const kept = staging() + threadIdx.x;
     const OnChip source = {kept, stage<CHUNK>({kept}, {x}, packs)};
     Affine given;
-    if (own.looks_after()) given = read_affine(weight, bias, c);
+    __shared__ Running before[MOST_LANES];  // read while copies are on their way, and kept where no registers are wanted
+    if (own.looks_after()) {
+        given = read_affine(weight, bias, c);
+        if (running_mean) before[threadIdx.x] = read_running(running_mean, running_var, c);
+    }
 
     const Moments batch = moments_of(own, source, packs, x, (double)M);
     const double var = batch.m2 / batch.count;
     __shared__ Lanes lanes;
+    given.has_bias = (bool)bias;  // no register has held it until now
     if (own.looks_after()) lanes.set(threadIdx.x, make_channel(batch.mean, var, eps, given));
     const OwnChannels channels(own, lanes);
-    Running before;
-    if (own.looks_after() && running_mean) before = read_running(running_mean, running_var, c);
 
     normalize_all(source, packs, residual, activation, channels, out, mask);
     if (own.looks_after()) {
         if (statistics_mean) statistics_mean[c] = batch.mean;
         if (statistics_var) statistics_var[c] = var;
-        if (running_mean) update_running(batch, before, running_mean, running_var, momentum, nullptr, c);
+        if (running_mean) update_running(batch, before[threadIdx.x], running_mean, running_var, momentum, nullptr, c);
         if (c == 0 && num_batches_tracked) *num_batches_tracked += 1;
     }
 }

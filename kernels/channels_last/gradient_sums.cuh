@@ -92,9 +92,11 @@ DEVICE void sum_all(const Source& dy, const Source& x, const Packs& packs, Gate 
             constexpr int FEW = (Source::FAR ? 4 : 2) / (OPENED ? 1 : 2);
             missed = sum_packs<false, WIDTH == 8 ? FEW : ROWS>(dy, x, packs, {known, mask}, channels, sums);
         });
-    if (sizeof(acc_t) == 8 || (!missed && !channels.any_wide)) return;
+    if constexpr (sizeof(acc_t) < 8) {
+        if (!missed && !channels.any_wide) return;
 #pragma unroll
-    for (int e = 0; e < WIDTH; e++)  // each channel by itself: no other one is touched
-        if (missed >> e & 1 || (channels.any_wide && channels.is_wide(e)))
-            sum_exactly(dy, x, packs, {gate, mask}, channels, e, sums[e], sums[WIDTH + e]);
+        for (int e = 0; e < WIDTH; e++)  // each channel by itself: no other one is touched
+            if (missed >> e & 1 || (channels.any_wide && channels.is_wide(e)))
+                sum_exactly(dy, x, packs, {gate, mask}, channels, e, sums[e], sums[WIDTH + e]);
+    }
 }
