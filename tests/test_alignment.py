@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import cupy as cp
 import numpy as np
 import pytest
@@ -12,13 +14,13 @@ from tests.reference import DTYPES, bits, to_numpy
 from tests.steps import EPS, Arrays, to_device
 
 SHAPES = [(4, 3, 16), (3, 5, 49), (1029, 3, 1), (45, 16, 1)]
-"""Rows of whole packs and others, super-rows with a tail, and packs of one row."""
+"""Rows of whole packs, and of single elements."""
 
 
 def offsets():
-    """By 4 and by 8 bytes, where elements are not larger."""
+    """By 2, 4 and 8 bytes, where elements are not larger: to packs of so many bytes, where rows allow it."""
     for dtype in DTYPES:
-        for nbytes in 4, 8:
+        for nbytes in 2, 4, 8:
             if nbytes >= dtype.itemsize:
                 yield pytest.param(dtype, nbytes // dtype.itemsize, id=f"{dtype.name}, {nbytes} bytes")
 
@@ -79,7 +81,10 @@ def test_bn_normalize(shape, dtype, offset, role, masked):
     expected, _ = normalize(Shifted(np.random.default_rng(0), shape, dtype, offset), masked)
     out, mask = normalize(Shifted(np.random.default_rng(0), shape, dtype, offset, (role,)), masked)
     assert bits(out) == bits(expected)
-    assert not masked or mask.dtype == np.bool_
+    if masked:
+        width = math.gcd(offset, shape[2] if shape[2] > 1 else shape[1])
+        assert mask.dtype == (np.uint8 if width > 1 else np.bool_)
+        assert mask.size == out.size // width
 
 
 @pytest.mark.parametrize("role", ["dy", "x", "dx", "dresidual", "mask"])
@@ -135,7 +140,7 @@ def test_bn_forward(shape, dtype, offset, role, masked):
 @on_shapes
 @pytest.mark.usefixtures("either")
 def test_bn_backward(shape, dtype, offset, role, masked):
-    """Sums add in another order, of packs and of single elements."""
+    """Sums add in another order, of packs of another width."""
 
     def backward(roles):
         arrays = Shifted(np.random.default_rng(0), shape, dtype, offset, roles)

@@ -7,6 +7,9 @@ import re
 import numpy as np
 import pytest
 
+import cupybn.functional as F
+from cupybn import _kernels, _resident, cupy_ops
+from tests.steps import forget_plans
 from tests.test_emulated_kernels import (  # the fixture by its name, too
     INVALID_VALUE,
     CompileException,
@@ -975,3 +978,43 @@ def test_copies_into_shared_memory_that_peers_read(seeds):
         np.testing.assert_array_equal(out.get().reshape(2, 4, 32), np.roll(x.get().reshape(2, 4, 32), -1, 1))
         kernel = cluster("const int* in, int* out", body.replace("WAIT", ""))
         fails(kernel, x, out, grid=8, match="uninitialised: of a peer's shared memory, 4 bytes read while a copy")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Faults in the clusters of the library's kernels
+
+FIRST, COLUMNS = (8, 2, 34), (512, 16, 1)
+FAULTS = {
+    "channels first, no release": (FIRST, "{ __cluster_barrier_arrive(); }", "{ __cluster_barrier_arrive_relaxed(); }"),
+    "channels first, no start": (FIRST, "cluster_wait();  // all blocks have started", ""),
+    "channels last, no release": (
+        COLUMNS,
+        "{ __cluster_barrier_arrive(); }",
+        "{ __cluster_barrier_arrive_relaxed(); }",
+    ),
+    "channels last, too early": (COLUMNS, "    cluster_wait();  // for blocks that still read this one's sums\n", ""),
+}
+
+
+@pytest.mark.parametrize(("shape", "text", "fault"), FAULTS.values(), ids=FAULTS)
+def test_faults_in_clusters_of_the_library_are_found(seeds, monkeypatch, shape, text, fault):
+    """Of bn_forward: the sums of eight blocks."""
+    name = f"{'channels_last' if shape[2] == 1 else 'channels_first'}/bn_forward"
+    source = _kernels.source(name)
+    assert source.count(text) == 1
+    x = cupy.asarray(np.random.default_rng(0).standard_normal(shape).astype(np.float32))
+    monkeypatch.setattr(_resident, "BLOCKS", (8,))
+    try:
+        for code, right in (source, True), (source.replace(text, fault), False):
+            forget_plans()
+            plan = cupy_ops._choose_resident("bn_forward", x)
+            assert plan.geometry.cluster == 8
+            monkeypatch.setattr(plan.kernel, "raw", cupy.RawKernel(code, "bn_forward", plan.kernel.options))
+            for _ in seeds():
+                if right:
+                    F.batch_norm(x, None, None, training=True)
+                    continue
+                with pytest.raises(EmulationError, match=r"race on|too late|twice"):
+                    F.batch_norm(x, None, None, training=True)
+    finally:
+        forget_plans()

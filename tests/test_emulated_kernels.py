@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cupybn import _geometry, _kernels
+from cupybn import _kernels
 
 if importlib.util.find_spec("cupy") is None:
     sys.path.insert(0, str(Path(__file__).parent / "emulated"))
@@ -1095,18 +1095,18 @@ def test_threads_of_the_host_launch_at_once():
 # ---------------------------------------------------------------------------------------------------------------------
 # Faults in a kernel of the library
 
-N, C, L = 5, 3, 101
-OPTIONS = ("-DDATA_T=float32", "-DVECTORIZED=1", "-DINDEX_BITS=32", "-DTHREADS=256")
+N, C, L, WIDTH = 5, 3, 602, 2
+PARTS, THREADS, TEAM = 2, 128, 64
+"""Blocks have two teams, one of the last block is idle. Threads take eleven or twelve packs: a chunk and some more."""
 
 
 def bn_stats(text, x):
     """Count, mean and m2 of each channel, in its parts."""
-    geometry = _geometry.channels_first(*x.shape, 4, None)
-    outputs = [cupy.empty(shape) for shape in ((geometry.parts,), (geometry.parts, C), (geometry.parts, C))]
-    sizes = [int(size) for size in geometry.sizes.values()]
-    cupy.RawKernel(text, "bn_stats", OPTIONS)(
-        geometry.grid, (_geometry.THREADS,), (cupy.asarray(x), None, *outputs, None, *sizes)
-    )
+    macros = {"DATA_T": "float32", "WIDTH": WIDTH, "INDEX_BITS": 32, "THREADS": THREADS, "TEAM": TEAM}
+    options = tuple(f"-D{name}={value}" for name, value in macros.items())
+    outputs = [cupy.empty(shape) for shape in ((PARTS,), (PARTS, C), (PARTS, C))]
+    sizes = N, C, L, -(-N * L // WIDTH // PARTS)
+    cupy.RawKernel(text, "bn_stats", options)((2, PARTS), (THREADS,), (cupy.asarray(x), None, *outputs, None, *sizes))
     return [array.get() for array in outputs]
 
 
@@ -1135,26 +1135,33 @@ def test_the_kernel_of_the_library_is_right(seeds):
 @pytest.mark.parametrize(
     ("text", "fault"),
     [
-        ("a.count + b.count;", "a.count + b.count + 1;"),
-        ("a.count + b.count;", "a.count;"),
-        ("? row + L :", "? row + L + 1 :"),
-        ("? row + L :", "? row + L - 1 :"),
-        ("? row + L :", "? row + L + 4 :"),
-        ("begin + segments_per_block, N * segments_per_row", "begin + segments_per_block, N * segments_per_row - 1"),
-        (
-            "begin + segments_per_block, N * segments_per_row",
-            "begin + segments_per_block + 1, N * segments_per_row + 1",
-        ),
-        ("(n * C + c) * L", "(n * C + c + 1) * L"),
-        ("first - first % WIDTH", "first"),
-        ("distance = 16; distance > 0", "distance = 16; distance > 1"),
-        ("warp < THREADS / 32", "warp <= THREADS / 32"),
-        ("if (threadIdx.x % 32 == 0) of_warps", "of_warps"),
-        ("if (threadIdx.x == 0) {", "{"),
-        ("threadIdx.x + 1 ==", "threadIdx.x + 1001 =="),
+        ("(double)((end - begin) * WIDTH)", "(double)((end - begin) * WIDTH + 1)"),
+        ("(double)((end - begin) * WIDTH)", "(double)(end - begin)"),
+        ("j >= row_packs", "j > row_packs"),
+        ("wrap = (C - 1) * L", "wrap = C * L"),
+        ("row_packs = L / WIDTH", "row_packs = L / WIDTH + 1"),
+        ("row_packs = L / WIDTH", "row_packs = L / WIDTH - 1"),
+        ("step * WIDTH", "step"),
+        ("(end - first + TEAM - 1) / TEAM", "(end - first) / TEAM"),
+        ("(end - first + TEAM - 1) / TEAM", "(end - first + TEAM) / TEAM"),
+        ("(index_t)(N * L / WIDTH));", "(index_t)(N * L / WIDTH) - 1);"),
+        ("begin + (index_t)packs_per_share", "begin + (index_t)packs_per_share + 1"),
+        ("(n * C + (index_t)place.c) * L", "(n * C + (index_t)place.c + 1) * L"),
+        ("* TEAMS + team()", "* TEAMS"),
+        ("threadIdx.x % TEAM", "threadIdx.x"),
+        ("distance = LANES / 2; distance > 0", "distance = LANES / 2; distance > 1"),
+        ("team() * TEAM_WARPS + lane % TEAM_WARPS", "lane % TEAM_WARPS"),
+        ("if (lane == 0)", ""),
+        ("if (member() > 0 || place.idle) return;", "if (place.idle) return;"),
+        ("if (member() > 0 || place.idle) return;", "if (member() > 0) return;"),
         ("__shfl_xor_sync(ALL_LANES, ", "__shfl_xor_sync(0xffffu, "),
-        ("moments_mean[part * C + c]", "moments_mean[part * C + c + 1]"),
-        ("moments_m2[part * C + c] = all.m2;", ""),
+        ("moments_mean[part] =", "moments_mean[part + 1] ="),
+        ("moments_m2[part] = moments.m2;", ""),
+        ("else if (full || i < count) sums[i % SUMS] += d[i]", "else sums[i % SUMS] += d[i]"),
+        ("sum_pairs(sums) / (A)count", "sum_pairs(sums) / (A)N"),
+        ("squares += part * away + chunk.m2", "squares += chunk.m2"),
+        ("squares - sum * off", "squares"),
+        ("body(No(), i, end - i)", "body(Yes(), i, AT_ONCE)"),
     ],
 )
 def test_seeded_faults_are_found(text, fault):
@@ -1166,12 +1173,12 @@ def test_seeded_faults_are_found(text, fault):
     assert not right
 
 
-@pytest.mark.parametrize("nth", [0, 2])  # 1 is for sums of as many values, one after the other: there are none
-def test_a_missing_barrier_of_the_kernel_is_found(seeds, nth):
-    pieces = source().split("__syncthreads();")
-    assert len(pieces) == 4
-    text = "__syncthreads();".join(pieces[: nth + 1]) + "__syncthreads();".join(["", *pieces[nth + 1 :]])[16:]
-    assert text.count("__syncthreads();") == source().count("__syncthreads();") - 1
+def test_a_missing_barrier_of_the_kernel_is_found(seeds):
+    barrier = """        for (int k = 0; k < K; k++) of_warps[k][warp] = values[k];
+    __syncthreads();
+"""
+    assert source().count(barrier) == 1
+    text = source().replace(barrier, barrier.replace("__syncthreads();", ""))
     for _ in seeds():
         with pytest.raises(EmulationError, match=r"(race on|uninitialised: 8 bytes of) shared memory.* at kernels/"):
             is_right(text)

@@ -23,7 +23,7 @@ only_emulated = pytest.mark.skipif(emulator is None, reason="a GPU does not tell
 
 SHAPES = {  # (N, C, L), and what is special
     "two values": (1, 1, 2),
-    "(M, C)": (37, 4, 1),
+    "whole packs, several tiles": (37, 72, 1),
     "one channel": (1, 1, 1000),
     "rows of one pack": (5, 3, 16),
     "rows shorter than a pack": (9, 5, 3),
@@ -81,6 +81,18 @@ on_clusters = pytest.mark.parametrize((*CASE, "activation", "has_residual", "blo
 def merged(parts):
     """All of them, by the mirror."""
     return Moments.of_rows(numpy_ops.merge_moments(parts))
+
+
+def test_the_cases_have_packs_of_every_width():
+    """In both layouts, aligned or not; of 16-bit dtypes from one element on."""
+    found = set()
+    for case in cases():
+        (_, C, L), dtype, offset = case.values
+        nbytes = dtype.itemsize * math.gcd(L if L > 1 else C, offset, 16 // dtype.itemsize)
+        found.add((L > 1, dtype.itemsize, nbytes))
+    assert found >= {(rows, 2, nbytes) for rows in (True, False) for nbytes in (2, 4, 8, 16)}
+    assert found >= {(rows, 4, nbytes) for rows in (True, False) for nbytes in (4, 8, 16)}
+    assert found >= {(rows, 8, nbytes) for rows in (True, False) for nbytes in (8, 16)}
 
 
 @on_cases

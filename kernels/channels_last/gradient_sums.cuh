@@ -31,25 +31,25 @@ DEVICE unsigned sum_packs(const Source& dy, const Source& x, Packs packs, const 
         raw_t raw_dy[AT_ONCE], raw_x[AT_ONCE];
         unsigned bits[AT_ONCE];
 #pragma unroll
-        for (int u = 0; u < AT_ONCE; u++)
-            if (full || u < count) {
-                const index_t at = packs.next();
-                raw_dy[u] = dy.get(at, i + u);
-                raw_x[u] = x.get(at, i + u);
-                bits[u] = backward.bits(at);
-            }
+        for (int u = 0; u < AT_ONCE; u++) {
+            const bool there = full || u < count;
+            const index_t at = there ? packs.next() : 0;
+            raw_dy[u] = there ? dy.get(at, i + u) : raw_t();  // dy of 0 adds nothing, or NaN that float32 finds
+            raw_x[u] = there ? x.get(at, i + u) : raw_x[0];
+            bits[u] = there ? backward.bits(at) : 0;
+        }
 #pragma unroll
-        for (int u = 0; u < AT_ONCE; u++)
-            if (full || u < count) {
-                acc_t g[WIDTH], in[WIDTH];
-                unpack(raw_dy[u], g);
-                unpack(raw_x[u], in);
-                stop<WIDE>(g, in, backward.gate, bits[u], channels);
-                if (backward.gate != OPEN) dy.put(pack(g), i + u);
+        for (int u = 0; u < AT_ONCE; u++) {
+            acc_t g[WIDTH], in[WIDTH];
+            unpack(raw_dy[u], g);
+            unpack(raw_x[u], in);
+            stop<WIDE>(g, in, backward.gate, bits[u], channels);
+            if (backward.gate != OPEN && (full || u < count)) dy.put(pack(g), i + u);
 #pragma unroll
-                for (int e = 0; e < WIDTH; e++)
+            for (int e = 0; e < WIDTH; e++)
+                if (full || u < count || sizeof(acc_t) < 8)
                     add_products<acc_t>(g[e], in[e], channels.usual(e), rstd[e], sum_dy[e], sum_dy_xhat[e]);
-            }
+        }
         if (full && (i + AT_ONCE) % SUMMED == 0) flush();
     });
     flush();
