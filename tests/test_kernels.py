@@ -38,7 +38,7 @@ SHAPES = {  # (N, C, L), and what is special
     "many parts, half packs": (9001, 6, 1),
     "many channels": (9, 700, 1),
 }
-SOME = ("two values", "odd rows", "several parts of rows", "few odd channels", "odd channels, several tiles")
+SOME = ("two values", "odd rows", "several parts of rows", "whole packs, several tiles", "odd channels, several tiles")
 """For dtypes and alignments that differ from those of the other shapes by what an element is, not by where it is."""
 
 
