@@ -45,10 +45,12 @@ extern "C" __global__ void REGISTERS(80) bn_normalize(
     Channel& channel = channels[team()];
     Moments& batch = merged[team()];
     if (member() < WARP) {
-        const Affine given = read_affine(weight, bias, c);
-        const Moments all = moments_count ? merge_parts(moments_count, 1, moments_mean, moments_m2, C, parts, c)
-                                          : Moments{1, running_mean.get(c), running_var.get(c)};
+        Affine given;
+        if (member() == 0) given = read_affine(weight, bias, c);
+        Moments all;
+        if (moments_count) all = merge_parts(moments_count, 1, moments_mean, moments_m2, C, parts, c);
         if (member() == 0) {
+            if (!moments_count) all = {1, running_mean.get(c), running_var.get(c)};
             channel = make_channel(all.mean, all.m2 / all.count, eps, given);
             batch = all;
         }

@@ -36,28 +36,38 @@ DEVICE void sum_rows(const Standing& at, double (&values)[K]) {
         for (int k = 0; k < K; k++) values[k] += of_threads[k][row * at.lanes + at.q];
 }
 
-// The moments of lane q, from its parts, for thread q. About the mean of the first one: exact, if all are the same.
+// The moments of lane q, from its parts, for thread q. Each thread adds its parts up about the mean of the first of them, then
+// all are added about the mean of the first thread: exact, if all are the same.
 DEVICE Moments merge_parts(const Tile& tile, const double* count, const double* mean, const double* m2, int parts,
                            index_t C) {
     const Standing at(tile);
-    const double pivot = mean[at.c];
-    double sums[2] = {0, 0};
+    Moments own = {0, 0, 0};
+    double sum = 0;
 #pragma unroll 4
     for (int p = at.row; p < parts && !at.idle; p += at.rows) {
-        const double n = count[p];
-        sums[0] += n;
-        if (n > 0) sums[1] += n * (mean[(long long)p * C + at.c] - pivot);
+        const double n = count[p], part = mean[(long long)p * C + at.c];
+        if (p == at.row) own.mean = part;
+        const double away = part - own.mean;
+        own.count += n;
+        if (n > 0) {
+            sum += n * away;
+            own.m2 += m2[(long long)p * C + at.c] + n * away * away;
+        }
     }
+    if (sum != 0) {
+        const double off = sum / own.count;
+        own.mean += off;
+        own.m2 -= sum * off;
+    }
+    __shared__ double pivots[MOST_LANES];
+    if (at.row == 0) pivots[at.q] = own.mean;
+    __syncthreads();
+    const double pivot = pivots[at.q], away = own.mean - pivot;
+    double sums[3] = {own.count, own.count > 0 ? own.count * away : 0,
+                      own.count > 0 ? own.m2 + own.count * away * away : 0};
     sum_rows(at, sums);
-    const double all = pivot + sums[1] / sums[0];
-    double squares[1] = {0};
-#pragma unroll 4
-    for (int p = at.row; p < parts && !at.idle; p += at.rows) {
-        const double n = count[p], delta = mean[(long long)p * C + at.c] - all;
-        if (n > 0) squares[0] += m2[(long long)p * C + at.c] + n * delta * delta;
-    }
-    sum_rows(at, squares);
-    return {sums[0], all, squares[0]};
+    const double off = sums[1] / sums[0];
+    return {sums[0], pivot + off, sums[2] - sums[1] * off};
 }
 
 // The sums of lane q over its parts, for thread q.
