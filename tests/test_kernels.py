@@ -12,7 +12,7 @@ import pytest
 
 import cupybn
 import cupybn.functional as F
-from cupybn import _geometry, _resident, cupy_ops, numpy_ops
+from cupybn import _geometry, _kernels, _resident, cupy_ops, numpy_ops
 from cupybn._moments import Moments, Statistics, Sums
 from tests.reference import DTYPES, HALF_ULP, bits, to_numpy
 from tests.steps import EPS, Arrays, forget_plans, to_device, to_host, ways
@@ -38,7 +38,7 @@ SHAPES = {  # (N, C, L), and what is special
     "many parts, half packs": (9001, 6, 1),
     "many channels": (9, 700, 1),
 }
-SOME = ("two values", "odd rows", "several parts of rows", "few odd channels", "odd channels, several tiles")
+SOME = ("two values", "odd rows", "several parts of rows", "whole packs, several tiles", "odd channels, several tiles")
 """For dtypes and alignments that differ from those of the other shapes by what an element is, not by where it is."""
 
 
@@ -406,6 +406,36 @@ def test_rows_of_threads_count_for_indices(channels, bits):
     """There are eight of them, also where there is one row."""
     plan = cupy_ops._plan("bn_normalize", (1, channels, 1), np.dtype(np.float16), 1, 132)
     assert f"-DINDEX_BITS={bits}" in plan.kernel.options
+
+
+@pytest.fixture
+def fresh_kernels():
+    """None is there that was made of another source."""
+    _kernels.kernel.cache_clear()
+    forget_plans()
+    yield
+    _kernels.kernel.cache_clear()
+    forget_plans()
+
+
+@only_emulated
+@pytest.mark.usefixtures("fresh_kernels")
+@pytest.mark.parametrize("shape", [(6, 5, 50), (45, 302, 1)], ids=str)
+def test_packs_that_threads_carry_to_shared_memory(shape, monkeypatch):
+    """As GPUs do that know no copies which go on by themselves: the same bits."""
+    expected = all_results(np.random.default_rng(0), shape, np.float32)
+    condition = "constexpr bool CARRIED = PACK_BYTES < 4;"
+    original, seen = _kernels.source, set()
+
+    def source(name):
+        seen.add(name.rpartition("/")[2] if condition in original(name) else None)
+        return original(name).replace(condition, "constexpr bool CARRIED = true;")
+
+    monkeypatch.setattr(_kernels, "source", source)
+    _kernels.kernel.cache_clear()
+    forget_plans()
+    assert all_results(np.random.default_rng(0), shape, np.float32) == expected
+    assert seen >= {"bn_forward", "bn_backward"}
 
 
 @only_emulated

@@ -47,12 +47,10 @@ extern "C" __global__ void REGISTERS(INDEX_BITS == 64 || WIDTH < 4 ? 80 : 64) bn
     if (member() < WARP) {
         Affine given;
         if (member() == 0) given = read_affine(weight, bias, c);
-        Moments all = {1};
-        if (moments_count)
-            all = merge_parts(moments_count, 1, moments_mean, moments_m2, C, parts, c);
-        else if (member() == 0)
-            all = {1, running_mean.get(c), running_var.get(c)};
+        Moments all;
+        if (moments_count) all = merge_parts(moments_count, 1, moments_mean, moments_m2, C, parts, c);
         if (member() == 0) {
+            if (!moments_count) all = {1, running_mean.get(c), running_var.get(c)};
             channel = make_channel(all.mean, all.m2 / all.count, eps, given);
             batch = all;
         }
