@@ -546,11 +546,11 @@ def test_threads_that_see_different_results(monkeypatch):
 
 def test_precompile_sees_what_does_not_compile(tmp_path, monkeypatch):
     task = Task(Log(None), tmp_path, 100, rehearse=True)
-    share = precompile.compile_share(0, 2, 100, rehearse=True)
+    share = precompile.compile_share(0, 2, time.time() + 100, rehearse=True)
     assert (share.compiled, share.left, share.failed) == (precompile.TINY // 2, 0, [])
-    assert precompile.compile_share(0, 2, -1, rehearse=True).left == precompile.TINY // 2
+    assert precompile.compile_share(0, 2, time.time(), rehearse=True).left == precompile.TINY // 2
     monkeypatch.setattr(_kernels, "source", lambda name: f"error in {name}")
-    failed = precompile.compile_share(0, 2, 100, rehearse=True).failed
+    failed = precompile.compile_share(0, 2, time.time() + 100, rehearse=True).failed
     assert len(failed) == precompile.TINY // 2
     assert all("-DDATA_T=" in text for text in failed)
     monkeypatch.setattr(precompile, "ProcessPoolExecutor", lambda shares, mp_context: ThreadPoolExecutor(shares))  # noqa: ARG005
