@@ -1,6 +1,7 @@
 // Batches: the packs of a thread, several at a time, out of memory or from the block's shared memory.
 //
-// Packs, the packs of a thread, have a count, and next(): the first element of the next one, by its place in the array.
+// Packs are the packs of a thread: they have a count, and next() gives the place of the next one, that of its first element
+// in the array.
 #pragma once
 #include "staging.cuh"
 #include "team.cuh"
@@ -20,14 +21,15 @@ DEVICE void in_batches(int count, Body body) {
     in_batches<AT_ONCE>(i, count, body);
 }
 
-// Where the packs of a thread are read: pack i of them, whose first element is `at` in the array.
+// Sources tell where a thread reads its packs: get(at, i) is pack i of the thread, whose first element is array[at]. put
+// changes it, where that can be. FAR: it takes long to come.
 struct InMemory {
     static constexpr bool FAR = true;
     const data_t* array;
     DEVICE raw_t get(index_t at, int) const { return load(array + at); }
     DEVICE void put(const raw_t&, int) const {}  // memory stays as it is
 };
-// On chip they come in GROUPS of so many.
+// On chip they lie TEAM apart, as each thread of a team has one in turn, and come in GROUPS groups of `group` packs.
 struct OnChip {
     static constexpr bool FAR = false;
     raw_t* own;

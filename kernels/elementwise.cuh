@@ -4,7 +4,8 @@
 // goes back sees the very value whose sign ReLU saw.
 //
 // `Channels` knows the channels of a pack's elements: usual(e) are the factors of element e in the dtype of the arithmetic.
-// Where float32 does not reach some of them, any_wide, all is done once more slowly: is_wide(e), and wide(e) in float64.
+// Where float32 does not reach some of them, any_wide, all is done more slowly: is_wide(e) tells which, and wide(e) are
+// their factors in float64.
 //
 // What is asked for, flags and gates, is chosen once, outside loops: the compiler knows it where all this is inlined.
 #pragma once
@@ -75,7 +76,7 @@ DEVICE raw_t normalize(const raw_t& x, const raw_t& residual, const Flags& flags
 // ---------------------------------------------------------------------------------------------------------------------
 // Backward
 
-// How to know what ReLU passed: it was not there; by the input, whose output is worked out once more; by the mask.
+// How to know what ReLU passed. OPEN: there was no ReLU; INPUT: by the output, worked out once more; MASK: by the mask.
 enum Gate { OPEN, INPUT, MASK };
 
 DEVICE Gate gate_of(bool relu, const mask_t* mask) { return !relu ? OPEN : mask ? MASK : INPUT; }
@@ -128,7 +129,8 @@ DEVICE raw_t input_gradient(const raw_t& dy, const raw_t& x, Gate gate, unsigned
     return pack(dx);
 }
 
-// Adds sum(dy) and sum(dy * (x - center) * rstd) of element e, in the dtype A; the latter is kept scaled.
+// Adds sum(dy) and sum(dy * (x - center) * rstd) of element e, in the dtype A; the latter as rstd is given, times
+// PRODUCT_SCALE.
 template <class A>
 DEVICE void add_products(acc_t dy, acc_t x, const Factors<A>& f, A rstd, A& sum_dy, A& sum_dy_xhat) {
     sum_dy += (A)dy;

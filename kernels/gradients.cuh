@@ -5,7 +5,7 @@
 #include "batches.cuh"
 #include "elementwise.cuh"
 
-// What belongs to a gradient and does not change from pack to pack.
+// How to know what ReLU passed of the packs of a thread: the same for all of them. bits: those of the mask, of one pack.
 struct Backward {
     Gate gate;
     const mask_t* mask;

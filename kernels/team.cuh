@@ -11,8 +11,8 @@ constexpr int TEAMS = THREADS / TEAM;         // of a block
 constexpr int WARP = 32;
 constexpr int TEAM_WARPS = TEAM / WARP;
 
-DEVICE int team() { return threadIdx.x / TEAM; }     // of this thread, in its block
-DEVICE int member() { return threadIdx.x % TEAM; }   // this thread, in its team
+DEVICE int team() { return threadIdx.x / TEAM; }     // the number of this thread's team in the block
+DEVICE int member() { return threadIdx.x % TEAM; }   // the number of this thread in its team
 
 // The sums of each of K values over groups of LANES neighbouring lanes; all get them, the same bits.
 template <int LANES, int K>

@@ -25,8 +25,12 @@ struct Accumulation<double> {
     typedef double type;
 };
 
-// How many registers a thread may have, so that several blocks are on a multiprocessor at a time.
-#define REGISTERS(most) __launch_bounds__(THREADS, 65536 / (most) / THREADS)
+// How many registers a thread may have, so that several blocks are on a multiprocessor at a time: it has 65536 of them, and
+// no GPU has places for less than 16 blocks.
+constexpr int blocks_with(int registers) {
+    return 65536 / registers / THREADS < 16 ? 65536 / registers / THREADS : 16;
+}
+#define REGISTERS(most) __launch_bounds__(THREADS, blocks_with(most))
 
 typedef DATA_T data_t;                        // of the arrays
 typedef Accumulation<data_t>::type acc_t;     // of the arithmetic

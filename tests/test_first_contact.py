@@ -544,13 +544,24 @@ def test_threads_that_see_different_results(monkeypatch):
         graph.threads_on_streams(2)
 
 
+@pytest.mark.skipif(not EMULATED, reason="the plans are those of an H200")
+def test_what_is_measured_is_compiled_first():
+    order = [(instance.kernel, instance.options) for instance in precompile.in_order()]
+    assert sorted(order) == sorted((instance.kernel, instance.options) for instance in insides.instances_here())
+    problems = [row.case.problem for row in bench.ROWS]
+    asked = [insides.kernels_for(p.shape, p.channel_axis, p.dtype) for p in problems]
+    assert set().union(*asked) <= set(order[:80])
+    cases = smoke.all_cases(rehearse=False)
+    assert set().union(*(insides.kernels_for(c.shape, c.channel_axis, c.dtype) for c in cases)) <= set(order[:350])
+
+
 def test_precompile_sees_what_does_not_compile(tmp_path, monkeypatch):
     task = Task(Log(None), tmp_path, 100, rehearse=True)
-    share = precompile.compile_share(0, 2, 100, rehearse=True)
+    share = precompile.compile_share(0, 2, time.time() + 100, rehearse=True)
     assert (share.compiled, share.left, share.failed) == (precompile.TINY // 2, 0, [])
-    assert precompile.compile_share(0, 2, -1, rehearse=True).left == precompile.TINY // 2
+    assert precompile.compile_share(0, 2, time.time(), rehearse=True).left == precompile.TINY // 2
     monkeypatch.setattr(_kernels, "source", lambda name: f"error in {name}")
-    failed = precompile.compile_share(0, 2, 100, rehearse=True).failed
+    failed = precompile.compile_share(0, 2, time.time() + 100, rehearse=True).failed
     assert len(failed) == precompile.TINY // 2
     assert all("-DDATA_T=" in text for text in failed)
     monkeypatch.setattr(precompile, "ProcessPoolExecutor", lambda shares, mp_context: ThreadPoolExecutor(shares))  # noqa: ARG005

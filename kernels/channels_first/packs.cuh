@@ -31,8 +31,10 @@ struct Place {
 
 // The packs of a thread, one after the other.
 class Packs {
-    index_t at, stride, wrap;       // the next one's first element; from pack to pack, and more where a row ends
-    index_t j, row_packs, step;     // the next one in its row
+    index_t at;            // the next one's first element
+    index_t stride, wrap;  // from one to the one after it, and how much more where a row ends in between
+    index_t j, row_packs;  // the next one's place in its row, and how many places that has
+    index_t step;          // places from one to the one after it
 
   public:
     int count;                      // of the thread

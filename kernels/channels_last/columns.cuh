@@ -1,8 +1,8 @@
 // Channels last, [M, C]: which packs a thread takes, and sums down the columns of a tile.
 //
 // A row is C / WIDTH whole packs, which stand in as many columns. A block takes a tile of `tile` columns, a power of two up
-// to a warp, and a range of rows. The threads of a block stand in rows as long as the tile. Each goes down one column, row of
-// threads by row of threads, and keeps its WIDTH channels for life.
+// to a warp, and a range of rows. The threads of a block stand in rows as long as the tile. Each goes down one column in steps
+// of all rows of threads, and has the same WIDTH channels all the time.
 //
 //     8 threads, tile = 4, 6 columns | 0 1 2 3 | 0 1 |     the last tile: threads 2, 3, 6, 7 have nothing to do
 //                                    | 4 5 6 7 | 4 5 |
@@ -19,7 +19,7 @@ static_assert((THREADS & (THREADS - 1)) == 0, "rows of threads are a power of tw
 
 struct Tile {
     index_t C, first;      // channels, and the first one of the tile
-    int columns, lanes;    // as long as a row of threads, and how many channels there are
+    int columns, lanes;    // packs of a row, which are threads of a row as well; channels that there are
     int lane, row;         // this thread's first lane, and its row of threads
     int step, log_step;    // how many rows of threads there are: a power of two
     index_t begin, end;    // the block's rows

@@ -33,12 +33,13 @@ class Share(NamedTuple):
 def run(task: Task) -> None:
     """Compile, and say what failed."""
     log, shares = task.log, 2 if task.rehearse else max(2, min(MOST_SHARES, (os.cpu_count() or 2) - 2))
-    began, seconds = time.monotonic(), max(5.0, task.left() - 6)
+    began = time.time()
+    end = began + max(5.0, task.left() - 6)
     with ProcessPoolExecutor(shares, mp_context=get_context("spawn")) as pool:
-        jobs = [pool.submit(compile_share, i, shares, seconds, task.rehearse) for i in range(shares)]
+        jobs = [pool.submit(compile_share, i, shares, end, task.rehearse) for i in range(shares)]
         done = [job.result() for job in jobs]
     log.fact("compiled", sum(share.compiled for share in done))
-    log.fact("seconds", round(time.monotonic() - began, 1))
+    log.fact("seconds", round(time.time() - began, 1))
     if left := sum(share.left for share in done):
         log.skip(f"{left} instances, left out for lack of time")
     local = [text for share in done for text in share.with_local_memory]
@@ -49,9 +50,8 @@ def run(task: Task) -> None:
     log.check("all kernels compile and load", not failed, f"{len(failed)} failed")
 
 
-def compile_share(index: int, shares: int, seconds: float, rehearse: bool) -> Share:
-    """Compile the part of one process of all instances, until the time is over."""
-    end = time.monotonic() + seconds
+def compile_share(index: int, shares: int, end: float, rehearse: bool) -> Share:
+    """Compile the part of one process of all instances, until the clock, which all processes share, is at the end."""
     instances = in_order()
     if rehearse:
         instances = instances[:: len(instances) // TINY][:TINY]
@@ -60,7 +60,7 @@ def compile_share(index: int, shares: int, seconds: float, rehearse: bool) -> Sh
     failed: list[str] = []
     local: list[str] = []
     for number, instance in enumerate(instances):
-        if time.monotonic() > end:
+        if time.time() > end:
             return Share(compiled, len(instances) - number, failed, local)
         name = f"{instance.kernel} {' '.join(instance.options)}"
         try:
