@@ -46,8 +46,8 @@ CHANNELS_LAST_OWN = 16 << 10
 MOST_COLUMNS = 32
 """Channels last: columns of a tile at most, those of a warp."""
 SUMMED_TILE = 64, 32
-"""Channels last: bytes of a row that a block sums, of long rows and of others. Blocks that normalize merge all parts of all
-their channels: narrow tiles make few parts. 32 bytes are a sector, the least that memory hands out."""
+"""Channels last: bytes of a row that a block sums, of long rows and of others. Blocks that normalize merge all parts of
+all their channels: narrow tiles make few parts. 32 bytes are a sector, the least that memory hands out."""
 MAPPED_TILE = 128, 64
 """Channels last: bytes of a row that a block of an elementwise step takes, likewise."""
 ON_CHIP_TILE = 64, 32
@@ -80,7 +80,7 @@ def over_channels(C: int, shares: int = 1) -> tuple[int, int, int]:
 
 
 def team_of(packs: int, pack_bytes: int, each: int, most: int) -> int:
-    """The threads of a team: the fewest that have no more than `each` of so many packs, of narrow ones twice as many."""
+    """The threads of a team: the fewest that take at most `each` of so many packs, or twice as many narrow ones."""
     each *= 1 if pack_bytes >= NARROW else 2
     return next((t for t in TEAMS if t == most or packs <= t * each), most)
 
@@ -111,7 +111,7 @@ def channels_first(N: int, C: int, L: int, itemsize: int, width: int, multiproce
 def channels_first_resident(
     N: int, C: int, L: int, itemsize: int, width: int, arrays: int, device: Device
 ) -> Geometry | None:
-    """A team or a cluster for each channel; see ``channels_first/packs.cuh``. None where a channel does not fit on chip."""
+    """A team or a cluster for each channel; see ``channels_first/packs.cuh``. None where none is to be kept on chip."""
     cluster = choose_cluster(C, N * L // width, width * itemsize, arrays, device, CHANNELS_FIRST_OWN)
     if cluster is None or C * cluster.blocks > MOST_GRID_X:
         return None

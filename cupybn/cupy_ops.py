@@ -7,7 +7,6 @@ those with L = 1 go to the kernels of ``channels_last``, the others to those of 
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import numpy as np
