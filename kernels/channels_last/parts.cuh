@@ -46,7 +46,7 @@ DEVICE Moments merge_parts(const Tile& tile, const double* count, const double* 
 #pragma unroll 4
     for (int p = at.row; p < parts && !at.idle; p += at.rows) {
         const double n = count[p], part = mean[(long long)p * C + at.c];
-        if (p == at.row) own.mean = part;
+        if (own.count == 0) own.mean = part;
         const double away = part - own.mean;
         own.count += n;
         if (n > 0) {
