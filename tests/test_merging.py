@@ -100,6 +100,25 @@ def test_merge_sums(rng, parts):
     np.testing.assert_array_equal(cupy_ops.merge_sums(to_device(sums), cp.asarray(count), None, None).get(), row)
 
 
+@pytest.mark.parametrize("parts", PARTS)
+@pytest.mark.parametrize("shape", [(4, C, 40), (40, C, 1)], ids=str)
+def test_bn_normalize_merges_the_parts_of_blocks(rng, shape, parts):
+    """About a value of their own size; of one mean exactly."""
+    moments = Moments(rng.integers(1, 9, parts).astype(float), rng.normal(1e6, 1, (parts, C)), np.ones((parts, C)))
+    x, out = cp.zeros(shape), cp.empty(shape)
+
+    def merged(moments):
+        none = (None, None, None, None)
+        return cupy_ops.bn_normalize(x, to_device(moments), 1.0, *none, *none, out, None)
+
+    mean, var = (field.get() for field in merged(moments))
+    row = numpy_ops.merge_moments(moments)
+    np.testing.assert_allclose(mean, row[0, 1 : 1 + C], rtol=ROUNDINGS)
+    np.testing.assert_allclose(var, row[0, 1 + C :] / row[0, 0], rtol=ROUNDINGS, atol=ROUNDINGS * 1e6)
+    moments.mean[...] = 0.1
+    np.testing.assert_array_equal(merged(moments).mean.get(), 0.1)
+
+
 @pytest.mark.parametrize("count", [0, 1, 2, 9, np.nan])
 @pytest.mark.parametrize("momentum", [None, 0.1])
 @pytest.mark.parametrize("C", [1, 5, 777])
