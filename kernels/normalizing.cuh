@@ -5,7 +5,8 @@
 #include "batches.cuh"
 #include "elementwise.cuh"
 
-constexpr int LOADS = PACK_BYTES < 8 ? 8 : 4;  // packs of an array in flight
+// Packs of an array in flight. Each has an index of its own: of two registers, where that has 64 bits.
+constexpr int LOADS = PACK_BYTES < 8 && sizeof(index_t) == 4 ? 8 : 4;
 
 // Normalizes the packs of a thread; x tells where they are. AT_ONCE of them are in flight.
 template <bool WIDE, int AT_ONCE, class Source, class Packs, class Channels>
