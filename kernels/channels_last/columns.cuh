@@ -58,8 +58,11 @@ class Packs {
         at = (tile.begin + tile.row) * tile.C + tile.first + tile.lane;
         stride = tile.step * tile.C;
     }
-    // How many of two arrays are to be in flight: fewer where factors take many registers.
-    DEVICE static constexpr int pairs(Gate gate) { return PACK_BYTES < 8 ? 8 : WIDTH == 8 && gate == INPUT ? 3 : 4; }
+    // How many of two arrays are to be in flight: fewer where factors or indices take many registers.
+    DEVICE static constexpr int pairs(Gate gate) {
+        if (sizeof(index_t) == 8) return PACK_BYTES < 8 ? 4 : 2;
+        return PACK_BYTES < 8 ? 8 : WIDTH == 8 && gate == INPUT ? 3 : 4;
+    }
     DEVICE index_t next() {
         const index_t own = at;
         at += stride;
