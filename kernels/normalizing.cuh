@@ -6,7 +6,7 @@
 #include "elementwise.cuh"
 
 // Packs of an array in flight. Each has an index of its own: of two registers, where that has 64 bits.
-constexpr int LOADS = sizeof(index_t) == 4 ? (PACK_BYTES < 8 ? 8 : 4) : (PACK_BYTES < 8 ? 4 : 3);
+constexpr int LOADS = sizeof(index_t) == 4 ? (PACK_BYTES < 8 ? 8 : 4) : (PACK_BYTES < 8 ? 4 : 2);
 
 // Normalizes the packs of a thread; x tells where they are. AT_ONCE of them are in flight.
 template <bool WIDE, int AT_ONCE, class Source, class Packs, class Channels>
