@@ -5,7 +5,8 @@
 #include "batches.cuh"
 #include "elementwise.cuh"
 
-constexpr int LOADS = PACK_BYTES < 8 ? 8 : 4;  // packs of an array in flight
+// Packs of an array in flight. Each has an index of its own: of two registers, where that has 64 bits.
+constexpr int LOADS = sizeof(index_t) == 4 ? (PACK_BYTES < 8 ? 8 : 4) : (PACK_BYTES < 8 ? 4 : 2);
 
 // Normalizes the packs of a thread; x tells where they are. AT_ONCE of them are in flight.
 template <bool WIDE, int AT_ONCE, class Source, class Packs, class Channels>
@@ -39,7 +40,7 @@ DEVICE void normalize_all(const Source& x, const Packs& packs, const data_t* res
         normalize_packs<true, 1>(x, packs, residual, {residual != nullptr, relu}, channels, out, mask);
     else
         with_flag(residual, [&](auto given) {
-            constexpr int AT_ONCE = decltype(given)::value ? LOADS / 2 : LOADS;  // as many bytes
+            constexpr int AT_ONCE = decltype(given)::value ? (LOADS + 1) / 2 : LOADS;  // as many bytes
             with_flag(relu, [&](auto rectified) {
                 normalize_packs<false, AT_ONCE>(x, packs, residual, {given, rectified}, channels, out, mask);
             });

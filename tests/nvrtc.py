@@ -31,6 +31,7 @@ MEMORY = {
     (8, 32): ("float16",),
     (4, 32): ("float16", "float32"),
     (2, 32): ("bfloat16",),
+    (2, 64): ("bfloat16",),
 }
 """Bytes of packs and bits of indices, with the dtypes to compile where a choice will do; all but the first for one
 architecture alone."""

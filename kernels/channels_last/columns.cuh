@@ -58,8 +58,11 @@ class Packs {
         at = (tile.begin + tile.row) * tile.C + tile.first + tile.lane;
         stride = tile.step * tile.C;
     }
-    // How many of two arrays are to be in flight: fewer where factors take many registers.
-    DEVICE static constexpr int pairs(Gate) { return WIDTH == 8 ? 2 : PACK_BYTES < 8 ? 6 : 4; }
+    // How many of two arrays are to be in flight: fewer where factors or indices take many registers.
+    DEVICE static constexpr int pairs(Gate) {
+        if (sizeof(index_t) == 8) return PACK_BYTES < 8 ? 4 : 2;
+        return WIDTH == 8 ? 2 : PACK_BYTES < 8 ? 6 : 4;
+    }
     DEVICE index_t next() {
         const index_t own = at;
         at += stride;
