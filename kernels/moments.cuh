@@ -47,7 +47,8 @@ struct Chunk {
 // 16-bit elements are added as they are: float32 holds the sum of some dozens exactly.
 constexpr bool ADDED_AS_THEY_ARE = sizeof(data_t) == 2;
 
-// The chunk of the first `count` of N values, all N if full, which the compiler knows; get(i) is value i. In several sums side by side: few roundings.
+// The chunk of the first `count` of N values, all N if full, which the compiler knows; get(i) is value i. Sums are taken in
+// several parts side by side: few roundings for each.
 template <class A, int N, class Full, class Get>
 DEVICE Chunk<A> chunk_of(Full full, int count, Get get) {
     constexpr int SUMS = N < 4 ? N : 4;

@@ -47,7 +47,7 @@ extern "C" __global__ void REGISTERS(INDEX_BITS == 64 || WIDTH < 4 ? 80 : 64) bn
     if (member() < WARP) {
         Affine given;
         if (member() == 0) given = read_affine(weight, bias, c);
-        Moments all = {1};
+        Moments all = {1};  // of one value: m2 / count is the running variance itself
         if (moments_count)
             all = merge_parts(moments_count, 1, moments_mean, moments_m2, C, parts, c);
         else if (member() == 0)

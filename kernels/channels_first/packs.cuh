@@ -31,8 +31,8 @@ struct Place {
 
 // The packs of a thread, one after the other.
 class Packs {
-    index_t at, stride, wrap;       // the next one's first element; from pack to pack, and more where a row ends
-    index_t j, row_packs, step;     // the next one in its row
+    index_t at, stride, wrap;       // where the next one begins; how far on the one after it is, and how much more if rows end
+    index_t j, row_packs, step;     // the next one's number in its row, of so many; how far on the one after it is
 
   public:
     int count;                      // of the thread
