@@ -47,9 +47,9 @@ CHANNELS_LAST_OWN = 16 << 10
 MOST_COLUMNS = 32
 """Columns of a tile at most (channels last): the threads of a warp."""
 SUMMED_TILE = {1: (64, 32), 2: (128, 32)}
-"""Bytes of a row that a block sums (channels last), by the arrays that it reads: of long rows and of short ones. The launch
-that follows merges all parts of all channels of a tile: narrow tiles make few parts. 32 bytes are a sector, the least
-that memory hands out."""
+"""Bytes of a row that a block sums (channels last), of long rows and of short ones, by the arrays it reads.
+The launch that follows merges all parts of all channels of a tile: narrow tiles make few parts. 32 bytes are a sector,
+the least that memory hands out."""
 MAPPED_TILE = 128, 64
 """Bytes of a row that a block of an elementwise step takes (channels last), of long rows and of short ones."""
 ON_CHIP_TILE = 64, 32

@@ -1,7 +1,8 @@
 """The choice between kernels that keep a channel on chip and those that read it twice.
 
-A channel (channels first) or a tile of channels (channels last) that fits into the shared memory of a block, or of a
-cluster of blocks, is read once: training moves 2 passes over the tensor instead of 3, its backward pass 3 instead of 5.
+A channel (channels first) that fits into the shared memory of a block or of a cluster of blocks, or a tile of channels
+(channels last) that fits into that of a block, is read once: training moves 2 passes over the tensor instead of 3, its
+backward pass 3 instead of 5.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Device(NamedTuple):
 
 
 class Cluster(NamedTuple):
-    """Blocks that keep one channel or tile together."""
+    """Blocks that keep one channel together."""
 
     blocks: int
     packs: int  # of each array in a block
@@ -41,16 +42,16 @@ class Cluster(NamedTuple):
 
 
 def choose_cluster(
-    groups: int, packs: int, pack_bytes: int, arrays: int, device: Device, own: int = 0
+    channels: int, packs: int, pack_bytes: int, arrays: int, device: Device, own: int = 0
 ) -> Cluster | None:
-    """The cluster for each of so many channels or tiles, or None if they had better be read twice.
+    """The cluster for each of so many channels, or None if they had better be read twice.
 
     Parameters
     ----------
-    groups : int
-        Channels or tiles of channels: each has a cluster of its own.
+    channels : int
+        Each has a cluster of its own.
     packs, pack_bytes : int
-        How many packs there are of a group in each array, and their size.
+        How many packs of a channel each array has, and their size.
     arrays : int
         That are kept on chip: 1 forward, 2 backward.
     own : int
@@ -65,7 +66,7 @@ def choose_cluster(
     else:
         return None
     full = device.multiprocessors * ROUNDS
-    best = next((c for c in fitting if groups * c.blocks >= full or c.shared <= SMALL), fitting[-1])
-    if groups * best.blocks * LEAST < device.multiprocessors and best.shared > SOON:
+    best = next((c for c in fitting if channels * c.blocks >= full or c.shared <= SMALL), fitting[-1])
+    if channels * best.blocks * LEAST < device.multiprocessors and best.shared > SOON:
         return None  # most of the GPU would be idle
     return best

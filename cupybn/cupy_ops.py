@@ -366,8 +366,10 @@ def _width(x: Array, *others: Array | None, mask: Array | None = None) -> int:
         return int(x.size) // int(mask.size)
     _, C, L = x.shape
     itemsize, row = x.dtype.itemsize, L if L > 1 else C
-    together = functools.reduce(int.__or__, (a.data.ptr for a in others if a is not None), x.data.ptr | row * itemsize)
-    return int(min(PACK, together & -together) // itemsize)
+    together: int = PACK | row * itemsize | x.data.ptr  # without channels all but PACK is 0
+    for array in others:
+        together |= 0 if array is None else array.data.ptr
+    return (together & -together) // int(itemsize)
 
 
 def _beside(mask: Array | None, x: Array, dy: Array) -> Array:

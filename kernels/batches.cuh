@@ -45,7 +45,7 @@ DEVICE void as_they_come(const InMemory&, int count, Body body) {
 }
 template <int AT_ONCE, class Body>
 DEVICE void as_they_come(const OnChip& source, int count, Body body) {
-    int i = 0, groups = 0, there = 0;  // packs of these groups
+    int i = 0, groups = 0, there = 0;  // groups that have been waited for, and how many packs they have
 #pragma unroll 1
     for (; i + AT_ONCE <= count; i += AT_ONCE) {
         if (i == there) {
@@ -59,8 +59,8 @@ DEVICE void as_they_come(const OnChip& source, int count, Body body) {
     body(No(), i, count - i);
 }
 
-// Starts the copies of a thread's packs of K arrays into their places, in GROUPS that are batches of AT_ONCE; returns the packs
-// of a group.
+// Starts the copies of a thread's packs of K arrays into their places, in GROUPS of whole batches of AT_ONCE. Returns how many
+// packs a group has.
 template <int AT_ONCE, int K, class Packs>
 DEVICE int stage(raw_t* const (&kept)[K], const data_t* const (&arrays)[K], Packs packs) {
     const int group = (packs.count + GROUPS * AT_ONCE - 1) / (GROUPS * AT_ONCE) * AT_ONCE;

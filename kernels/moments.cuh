@@ -30,8 +30,7 @@ DEVICE A sum_pairs(const A (&values)[N]) {
     return sums[0];
 }
 
-// Whether the dtype A held the squares of deviations: none was too large, and not all too small. A sum of 0 may be of squares
-// that were.
+// Whether the dtype A held the squares of deviations. 0 may be the sum of squares that it lost.
 template <class A>
 DEVICE bool held_squares(A m2) {
     return sizeof(A) == 8 || (1e-28f < m2 && m2 < 1e36f);
@@ -48,8 +47,8 @@ struct Chunk {
 // 16-bit elements are added as they are: float32 holds the sum of some dozens exactly.
 constexpr bool ADDED_AS_THEY_ARE = sizeof(data_t) == 2;
 
-// The chunk of the first `count` of N values, all N if full, which the compiler knows; get(i) is value i. There are several
-// sums side by side: few roundings for each.
+// The chunk of the first `count` of N values, all N if full, which the compiler knows; get(i) is value i. Sums are taken in
+// several parts side by side: few roundings for each.
 template <class A, int N, class Full, class Get>
 DEVICE Chunk<A> chunk_of(Full full, int count, Get get) {
     constexpr int SUMS = N < 4 ? N : 4;
@@ -97,8 +96,8 @@ struct Total {
     DEVICE Moments moments(double) const { return own; }
 };
 
-// For other data sums of deviations from the pivot are enough: those of all threads just add up. Where the pivot is the outlier
-// that makes up all of the variance, n values lose a factor of n of the accuracy of float64.
+// For other data sums of deviations from the pivot do: they are added, whoever has them. Where the pivot is the outlier that
+// makes up all of the variance, n values lose a factor of n of the accuracy of float64.
 template <>
 struct Total<float> {
     double pivot, sum, squares;

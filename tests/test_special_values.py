@@ -13,7 +13,7 @@ from tests.reference import DTYPES, bits, to_numpy
 from tests.steps import EPS, Arrays
 
 SHAPES = [(4, 5, 49), (3, 5, 16), (57, 5, 1), (12, 16, 1)]
-"""Packs of two rows and of one, super-rows with a tail, and packs of channels."""
+"""Rows of single elements and of whole packs; likewise channels last."""
 NAN = np.uint32(0x7FFFFFFF).view(np.float32)
 """What a GPU's arithmetic makes of all NaN: its bits, rounded up like those of a number, are those of -0."""
 

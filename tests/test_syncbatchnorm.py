@@ -361,10 +361,12 @@ def test_eval_mode_sends_nothing(xp, device):
     assert engine.messages == []
 
 
-def test_no_channels_send_nothing_on_the_way_back(xp, device):
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_no_channels_send_nothing_on_the_way_back(xp, device, activation):
     engine = Alone()
-    layer = SyncBatchNorm(0, device=device, comm=engine)
-    y, vjp_fn = layer.vjp(xp.ones((4, 0)))
+    layer = SyncBatchNorm(0, device=device, comm=engine, activation=activation)
+    x = xp.ones((4, 0))
+    y, vjp_fn = layer.vjp(x, residual=x)  # with ReLU there is a mask
     sent = len(engine.messages)
     assert vjp_fn(y).input.shape == (4, 0)
     with pytest.raises(TypeError, match="grad_output"):

@@ -52,7 +52,8 @@ extern "C" __global__ void CLUSTER REGISTERS(96) bn_backward(
     }
     __syncthreads();
 
-    input_gradients_all(OnChip{kept_dy, group}, OnChip{kept_x, group}, own, OPEN, nullptr, inv_count == 0, OneChannel(channel), dx, dresidual);
+    input_gradients_all(OnChip{kept_dy, group}, OnChip{kept_x, group}, own, OPEN, nullptr, inv_count == 0,
+                        OneChannel(channel), dx, dresidual);
     if (!place.owns()) return;
     if (dbias) dbias.set(c, sums[0]);
     if (dweight) dweight.set(c, sums[1]);

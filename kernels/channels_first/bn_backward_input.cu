@@ -45,8 +45,8 @@ extern "C" __global__ void REGISTERS(80) bn_backward_input(
     }
     __syncthreads();
 
-    input_gradients_all(InMemory{dy}, InMemory{x}, own, gate_of(activation, mask), mask, inv_count == 0, OneChannel(channel), dx,
-                        dresidual);
+    input_gradients_all(InMemory{dy}, InMemory{x}, own, gate_of(activation, mask), mask, inv_count == 0,
+                        OneChannel(channel), dx, dresidual);
     if (!place.owns()) return;
     if (dbias) dbias.set(c, sums[0]);
     if (dweight) dweight.set(c, sums[1]);
