@@ -24,25 +24,25 @@ DEVICE bool sum_packs(const Source& dy, const Source& x, Packs packs, const Back
             raw_t raw_dy[IN_FLIGHT], raw_x[IN_FLIGHT];
             unsigned bits[IN_FLIGHT];
 #pragma unroll
-            for (int u = 0; u < IN_FLIGHT; u++) {
-                if (!full && first + u >= count) break;
-                const index_t at = packs.next();
-                raw_dy[u] = dy.get(at, i + first + u);
-                raw_x[u] = x.get(at, i + first + u);
-                bits[u] = backward.bits(at);
-            }
+            for (int u = 0; u < IN_FLIGHT; u++)
+                if (full || first + u < count) {
+                    const index_t at = packs.next();
+                    raw_dy[u] = dy.get(at, i + first + u);
+                    raw_x[u] = x.get(at, i + first + u);
+                    bits[u] = backward.bits(at);
+                }
 #pragma unroll
-            for (int u = 0; u < IN_FLIGHT; u++) {
-                if (!full && first + u >= count) break;
-                acc_t g[WIDTH], in[WIDTH];
-                unpack(raw_dy[u], g);
-                unpack(raw_x[u], in);
-                stop<WIDE>(g, in, backward.gate, bits[u], channel);
-                if (backward.gate != OPEN) dy.put(pack(g), i + first + u);
+            for (int u = 0; u < IN_FLIGHT; u++)
+                if (full || first + u < count) {
+                    acc_t g[WIDTH], in[WIDTH];
+                    unpack(raw_dy[u], g);
+                    unpack(raw_x[u], in);
+                    stop<WIDE>(g, in, backward.gate, bits[u], channel);
+                    if (backward.gate != OPEN) dy.put(pack(g), i + first + u);
 #pragma unroll
-                for (int e = 0; e < WIDTH; e++)
-                    add_products<A>(g[e], in[e], f, rstd, sum_dy[e % SUMS], sum_dy_xhat[e % SUMS]);
-            }
+                    for (int e = 0; e < WIDTH; e++)
+                        add_products<A>(g[e], in[e], f, rstd, sum_dy[e % SUMS], sum_dy_xhat[e % SUMS]);
+                }
         }
         const A of_dy = sum_pairs(sum_dy), of_dy_xhat = sum_pairs(sum_dy_xhat);
         all_held = all_held && held(of_dy) && held(of_dy_xhat);
