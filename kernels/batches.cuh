@@ -69,17 +69,18 @@ DEVICE int stage(raw_t* const (&kept)[K], const data_t* const (&arrays)[K], Pack
         in_batches<IN_FLIGHT>(packs.count, [&](auto full, int i, int count) {
             raw_t raw[K][IN_FLIGHT];
 #pragma unroll
-            for (int u = 0; u < IN_FLIGHT; u++)
-                if (full || u < count) {
-                    const index_t at = packs.next();
+            for (int u = 0; u < IN_FLIGHT; u++) {
+                if (!full && u == count) break;
+                const index_t at = packs.next();
 #pragma unroll
-                    for (int k = 0; k < K; k++) raw[k][u] = load(arrays[k] + at);
-                }
+                for (int k = 0; k < K; k++) raw[k][u] = load(arrays[k] + at);
+            }
 #pragma unroll
-            for (int u = 0; u < IN_FLIGHT; u++)
-                if (full || u < count)
+            for (int u = 0; u < IN_FLIGHT; u++) {
+                if (!full && u == count) break;
 #pragma unroll
-                    for (int k = 0; k < K; k++) kept[k][(i + u) * TEAM] = raw[k][u];
+                for (int k = 0; k < K; k++) kept[k][(i + u) * TEAM] = raw[k][u];
+            }
         });
     } else {
         unsigned addresses[K];

@@ -22,20 +22,20 @@ DEVICE void input_gradients(const Source& dy, const Source& x, Packs packs, cons
         index_t at[AT_ONCE];
         unsigned bits[AT_ONCE];
 #pragma unroll
-        for (int u = 0; u < AT_ONCE; u++)
-            if (full || u < count) {
-                at[u] = packs.next();
-                g[u] = dy.get(at[u], i + u);
-                raw[u] = x.get(at[u], i + u);
-                bits[u] = backward.bits(at[u]);
-            }
+        for (int u = 0; u < AT_ONCE; u++) {
+            if (!full && u == count) break;
+            at[u] = packs.next();
+            g[u] = dy.get(at[u], i + u);
+            raw[u] = x.get(at[u], i + u);
+            bits[u] = backward.bits(at[u]);
+        }
 #pragma unroll
-        for (int u = 0; u < AT_ONCE; u++)
-            if (full || u < count) {
-                acc_t passed[WIDTH];
-                store(dx + at[u], input_gradient<WIDE>(g[u], raw[u], backward.gate, bits[u], constant, channels, passed));
-                if (dresidual) store(dresidual + at[u], pack(passed));
-            }
+        for (int u = 0; u < AT_ONCE; u++) {
+            if (!full && u == count) break;
+            acc_t passed[WIDTH];
+            store(dx + at[u], input_gradient<WIDE>(g[u], raw[u], backward.gate, bits[u], constant, channels, passed));
+            if (dresidual) store(dresidual + at[u], pack(passed));
+        }
     });
 }
 

@@ -16,19 +16,19 @@ DEVICE void normalize_packs(const Source& x, Packs packs, const data_t* residual
         raw_t raw[AT_ONCE], added[AT_ONCE];
         index_t at[AT_ONCE];
 #pragma unroll
-        for (int u = 0; u < AT_ONCE; u++)
-            if (full || u < count) {
-                at[u] = packs.next();
-                raw[u] = x.get(at[u], i + u);
-                if (flags.residual) added[u] = load(residual + at[u]);
-            }
+        for (int u = 0; u < AT_ONCE; u++) {
+            if (!full && u == count) break;
+            at[u] = packs.next();
+            raw[u] = x.get(at[u], i + u);
+            if (flags.residual) added[u] = load(residual + at[u]);
+        }
 #pragma unroll
-        for (int u = 0; u < AT_ONCE; u++)
-            if (full || u < count) {
-                unsigned bits;
-                store(out + at[u], normalize<WIDE>(raw[u], added[u], flags, channels, bits));
-                if (flags.residual && flags.relu && mask) mask[at[u] / WIDTH] = (mask_t)bits;
-            }
+        for (int u = 0; u < AT_ONCE; u++) {
+            if (!full && u == count) break;
+            unsigned bits;
+            store(out + at[u], normalize<WIDE>(raw[u], added[u], flags, channels, bits));
+            if (flags.residual && flags.relu && mask) mask[at[u] / WIDTH] = (mask_t)bits;
+        }
     });
 }
 

@@ -92,9 +92,13 @@ DEVICE void narrow(float x, float& result) { result = x; }
 DEVICE void narrow(double x, double& result) { result = x; }
 DEVICE void narrow(double x, float& result) { result = (float)x; }
 DEVICE void narrow(float x, bfloat16& result) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(result.bits) : "f"(x));
+#else
     const unsigned bits = __float_as_uint(x);
     const unsigned rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     result.bits = (unsigned short)(x == x ? rounded : 0x7fc0u | (bits >> 16));
+#endif
 }
 DEVICE void narrow(float x, float16& result) {
 #ifdef __CUDA_ARCH__
