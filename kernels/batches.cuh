@@ -6,19 +6,14 @@
 #include "staging.cuh"
 #include "team.cuh"
 
-// Calls body(full, i, count) for batches of AT_ONCE of a thread's packs, from number i on and before number `end`; the last
-// batch may have fewer: full, which the compiler knows, tells.
+// Calls body(full, i, count) for a thread's packs in batches of AT_ONCE: for `count` of them from number i on. The last batch
+// may have fewer: full, which the compiler knows, tells.
 template <int AT_ONCE, class Body>
-DEVICE void in_batches(int& i, int end, Body body) {
-#pragma unroll 1
-    for (; i + AT_ONCE <= end; i += AT_ONCE) body(Yes(), i, AT_ONCE);
-    if (AT_ONCE > 1 && i < end) body(No(), i, end - i);
-    i = max(i, end);
-}
-template <int AT_ONCE, class Body>
-DEVICE void in_batches(int count, Body body) {
+DEVICE void in_batches(int packs, Body body) {
     int i = 0;
-    in_batches<AT_ONCE>(i, count, body);
+#pragma unroll 1
+    for (; i + AT_ONCE <= packs; i += AT_ONCE) body(Yes(), i, AT_ONCE);
+    if (AT_ONCE > 1 && i < packs) body(No(), i, packs - i);
 }
 
 // Sources tell where a thread reads its packs: get(at, i) is pack i of the thread, whose first element is array[at]. put
