@@ -81,31 +81,32 @@ def test_small_channels_share_a_block():
     assert channels_first(8, 2049, 2**11, 4, 4, None)[3:] == (256, 1, 0, 256)
 
 
-@given(sizes, sizes, packs, devices)
-def test_channels_last(M, columns, pack, multiprocessors):
+@given(sizes, sizes, packs, st.sampled_from([1, 2]), devices)
+def test_channels_last(M, columns, pack, arrays, multiprocessors):
     """Every column is in one tile, and every row in one share."""
     itemsize, width = pack
     C = columns * width
-    (tiles, shares), s, parts, threads, cluster, shared, team = channels_last(M, C, itemsize, width, multiprocessors)
+    geometry = channels_last(M, C, itemsize, width, arrays, multiprocessors)
+    (tiles, shares), s, parts, threads, cluster, shared, team = geometry
     assert s == {"M": M, "C": C, "tile": s["tile"], "rows_per_share": s["rows_per_share"]}
     assert (tiles - 1) * s["tile"] < columns <= tiles * s["tile"]
     assert s["tile"].bit_count() == 1  # a power of two
     assert s["tile"] <= MOST_COLUMNS
-    assert s["tile"] * width * itemsize <= max(MAPPED_TILE if multiprocessors else SUMMED_TILE)
+    assert s["tile"] * width * itemsize <= max(MAPPED_TILE if multiprocessors else SUMMED_TILE[arrays])
     assert s["tile"] < 2 * columns
     assert (shares - 1) * s["rows_per_share"] < M <= shares * s["rows_per_share"]
     assert 1 <= parts == shares <= MOST_GRID_Y
     assert (threads, cluster, shared, team) == (THREADS, 1, 0, 0)
 
 
-@given(sizes, sizes, packs, st.integers(1, 10**4))
-def test_blocks_have_more_to_do_than_to_merge(M, columns, pack, multiprocessors):
+@given(sizes, sizes, packs, st.sampled_from([1, 2]), st.integers(1, 10**4))
+def test_blocks_have_more_to_do_than_to_merge(M, columns, pack, arrays, multiprocessors):
     """Where rows are shared out, elementwise steps have many of them for each part that they merge first."""
     itemsize, width = pack
     C = columns * width
-    (_, shares), s, *_ = channels_last(M, C, itemsize, width, multiprocessors)
+    (_, shares), s, *_ = channels_last(M, C, itemsize, width, arrays, multiprocessors)
     if shares > 1:
-        parts = channels_last(M, C, itemsize, width, None).parts
+        parts = channels_last(M, C, itemsize, width, arrays, None).parts
         wanted = max(LEAST_MAPPED / (s["tile"] * width), ROWS_PER_PART * parts)
         assert s["rows_per_share"] >= wanted / 2  # two shares of little more than one
 
@@ -135,13 +136,13 @@ def test_large_arrays_fill_a_large_device(shape):
         assert blocks * shares * geometry.threads >= 132 * 8 * 32
         assert blocks * shares >= min(256, N * C)
         width = math.gcd(C, 4)
-        tiles, shares = channels_last(N * L, C, 4, width, multiprocessors).grid
+        tiles, shares = channels_last(N * L, C, 4, width, 1, multiprocessors).grid
         assert tiles * shares >= 250 or N * L < 10**4
 
 
 def test_small_arrays_are_not_split():
     assert channels_first(4, 3, 100, 4, 4, None).parts == 1
-    assert channels_last(50, 64, 4, 4, None).parts == 1
+    assert channels_last(50, 64, 4, 4, 2, None).parts == 1
 
 
 @given(sizes, sizes, sizes, packs)
@@ -149,10 +150,11 @@ def test_sums_have_few_parts(N, C, rows, pack):
     itemsize, width = pack
     most = min(math.ceil(CHANNELS_FIRST_SUM / C), MOST_PARTS)
     assert channels_first(N, C, rows * width, itemsize, width, None).parts <= most
-    assert channels_last(N, C * width, itemsize, width, None).parts <= CHANNELS_LAST_SUM
+    for arrays in 1, 2:
+        assert channels_last(N, C * width, itemsize, width, arrays, None).parts <= CHANNELS_LAST_SUM
 
 
-@pytest.mark.parametrize("tile", [max(SUMMED_TILE), max(MAPPED_TILE), max(ON_CHIP_TILE)])
+@pytest.mark.parametrize("tile", [*map(max, SUMMED_TILE.values()), max(MAPPED_TILE), max(ON_CHIP_TILE)])
 def test_the_kernels_have_room_for_the_lanes(tile):
     text = (KERNELS / "channels_last/columns.cuh").read_text()
     assert "constexpr int MOST_LANES = 128 / sizeof(data_t);" in text
@@ -226,7 +228,7 @@ def test_every_grid_can_be_launched(N, C, L, pack, multiprocessors):
     rows, whole = -(-L // width) * width, -(-C // width) * width
     for geometry in (
         channels_first(N, C, rows, itemsize, width, multiprocessors),
-        channels_last(N, whole, itemsize, width, multiprocessors),
+        channels_last(N, whole, itemsize, width, 1, multiprocessors),
         channels_first_resident(N, C, rows, itemsize, width, 1, device),
         channels_last_resident(N, whole, itemsize, width, 1, device),
     ):
@@ -247,7 +249,7 @@ def test_more_columns_of_packs_than_a_grid_is_wide():
 
 @pytest.mark.parametrize("M", [2**44, 2**44 + 5])
 def test_as_many_shares_as_a_grid_has_room_for(M):
-    (tiles, shares), sizes, *_ = channels_last(M, 2**10 - 1, 2, 1, 10**8)
+    (tiles, shares), sizes, *_ = channels_last(M, 2**10 - 1, 2, 1, 1, 10**8)
     assert 65000 < shares <= 65535
     assert (shares - 1) * sizes["rows_per_share"] < M <= shares * sizes["rows_per_share"]
     assert tiles * sizes["tile"] >= 2**10 - 1
@@ -269,7 +271,7 @@ def test_many_channels(C):
     assert small.grid == over_channels(-(-C // 4))
     for width in 1, 8:
         columns = -(-C // width)
-        (tiles, shares), sizes, *_ = channels_last(19, columns * width, 2, width, None)
+        (tiles, shares), sizes, *_ = channels_last(19, columns * width, 2, width, 2, None)
         assert (tiles - 1) * sizes["tile"] < columns <= tiles * sizes["tile"]
         assert shares == 1
 
@@ -280,7 +282,7 @@ def test_clusters_fill_a_grid_and_no_more():
         geometry = channels_first_resident(1, C, 800_000, 2, 8, 1, H200)
         assert bool(geometry) == on_chip
         assert not on_chip or (geometry.cluster, geometry.grid) == (8, (2**30,))
-    for tiles, on_chip in (2**27, True), (2**27 + 1, False):
-        geometry = channels_last_resident(52_000, tiles * 16, 2, 8, 1, H200)
+    for tiles, on_chip in (2**30, True), (2**30 + 1, False):
+        geometry = channels_last_resident(500, tiles * 32, 2, 8, 1, H200)
         assert bool(geometry) == on_chip
-        assert not on_chip or (geometry.cluster, geometry.grid) == (8, (2**30,))
+        assert not on_chip or (geometry.cluster, geometry.grid) == (1, (2**30,))

@@ -74,15 +74,14 @@ def test_channels_last(M, columns, pack, arrays, device):
     if geometry is None:
         return
     s = geometry.sizes
-    assert s == {"M": M, "C": C, "tile": s["tile"], "rows_per_block": s["rows_per_block"]}
+    assert s == {"M": M, "C": C, "tile": s["tile"]}
     assert s["tile"].bit_count() == 1  # a power of two
     assert s["tile"] <= _geometry.MOST_COLUMNS
     assert s["tile"] * width * itemsize <= max(_geometry.ON_CHIP_TILE)
-    tiles = geometry.grid[0] // geometry.cluster
+    (tiles,) = geometry.grid
     assert (tiles - 1) * s["tile"] < columns <= tiles * s["tile"]
-    assert s["rows_per_block"] * geometry.cluster >= M
-    assert (geometry.threads, geometry.team) == (_geometry.THREADS, 0)
-    assert geometry.shared == s["rows_per_block"] * s["tile"] * width * itemsize * arrays
+    assert (geometry.threads, geometry.team, geometry.cluster) == (_geometry.THREADS, 0, 1)
+    assert geometry.shared == M * s["tile"] * width * itemsize * arrays <= SOON
     assert geometry.shared + 16 * KiB <= device.shared_per_block  # the kernel's own variables among it
 
 
@@ -177,11 +176,22 @@ def test_few_packs_take_few_threads(itemsize, width, arrays):
     """A thread keeps 32 of all arrays, or 64 narrow ones, unless the largest block has more to do."""
     each = (32 if itemsize * width >= 8 else 64) // arrays
     device = Device(132, 999 * KiB, 1000 * KiB, clusters=False)
-    teams = _geometry.TEAMS
+    teams = [team for team in _geometry.TEAMS if team <= _geometry.THREADS]
     for team, larger in zip(teams, (*teams[1:], teams[-1]), strict=True):
         for packs, expected in (team * each, team), (team * each + 1, larger):
             geometry = _geometry.channels_first_resident(1, 1000, packs * width, itemsize, width, arrays, device)
             assert (geometry.team, geometry.threads) == (expected, max(expected, 128))
+
+
+def test_the_largest_blocks_are_alone_on_a_multiprocessor():
+    """Registers are not to keep a second block away that shared memory has room for."""
+
+    def threads(nbytes, arrays=1):
+        return _geometry.channels_first_resident(1, 1000, nbytes // 2, 2, 1, arrays, A100).threads
+
+    room = (164 // 2 - 1 - 1) * KiB  # of two blocks, but for what CUDA and the kernel take of it
+    assert [threads(nbytes) for nbytes in (room, room + 2)] == [256, 512]
+    assert [threads(nbytes // 2, 2) for nbytes in (room, room + 4)] == [256, 512]
 
 
 def test_small_blocks_are_not_split_further():
