@@ -2,7 +2,7 @@
 //
 // No CUDA header is needed: inline PTX stands behind small functions, each with a plain C++ body for other compilers.
 // The compiler is told DATA_T (float16, bfloat16, float32, float64), WIDTH, the elements of a pack, INDEX_BITS (32, 64) and
-// THREADS, the threads of every block.
+// THREADS, the threads of every block; some kernels also TEAM (team.cuh) and CLUSTER_BLOCKS (cluster.cuh).
 #pragma once
 
 #define DEVICE __device__ __forceinline__
