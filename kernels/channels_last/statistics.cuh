@@ -15,11 +15,11 @@ struct Column {
     acc_t base, offset, m2;
 };
 
-// Merges the packs of ROWS rows into columns that have `before` rows, a few CHUNKs and perhaps some single rows. A bit of missed
+// Merges the packs of ROWS rows into columns that have `before` rows, a few CHUNKs and perhaps some more. A bit of missed
 // tells for which elements float32 did not hold their squares.
 template <int ROWS>
 DEVICE void add_rows(const raw_t (&raw)[ROWS], int before, Column (&columns)[WIDTH], unsigned& missed) {
-    const acc_t share = ROWS == 1             ? 1 / (acc_t)(before + 1)
+    const acc_t share = ROWS < CHUNK          ? (acc_t)ROWS / (before + ROWS)
                         : before == 0         ? 1
                         : before == CHUNK     ? (acc_t)1 / 2
                         : before == 2 * CHUNK ? (acc_t)1 / 3
@@ -45,6 +45,17 @@ DEVICE void add_rows(const raw_t (&raw)[ROWS], int before, Column (&columns)[WID
     }
 }
 
+// Adds the next ROWS packs, from number i on, if `count`, those that are left, as a binary number has them.
+template <int ROWS, class Source>
+DEVICE void add_piece(const Source& x, Packs& packs, int& i, int count, Column (&columns)[WIDTH], unsigned& missed) {
+    if (!(count & ROWS)) return;
+    raw_t raw[ROWS];
+#pragma unroll
+    for (int u = 0; u < ROWS; u++) raw[u] = x.get(packs.next(), i + u);
+    add_rows<ROWS>(raw, i % (CHUNK * CHUNKS), columns, missed);
+    i += ROWS;
+}
+
 // Adds all packs of a thread to the totals of its channels, which have these pivots. Returns a bit for each that float32 did
 // not hold.
 template <class Source>
@@ -67,10 +78,10 @@ DEVICE unsigned add_all(const Source& x, Packs packs, const double* pivots, Tota
             const int before = i % (CHUNK * CHUNKS);  // rows in the columns
             add_rows<CHUNK>(raw, before, columns, missed);
             if (before == CHUNK * (CHUNKS - 1)) flush(CHUNK * CHUNKS);
-        } else {  // one by one: there are few
-#pragma unroll 1
-            for (int u = i; u < i + count; u++)
-                add_rows<1>({x.get(packs.next(), u)}, u % (CHUNK * CHUNKS), columns, missed);
+        } else {  // in few pieces: each merge is rounded
+            add_piece<4>(x, packs, i, count, columns, missed);
+            add_piece<2>(x, packs, i, count, columns, missed);
+            add_piece<1>(x, packs, i, count, columns, missed);
         }
     });
     if (packs.count % (CHUNK * CHUNKS) > 0) flush(packs.count % (CHUNK * CHUNKS));
