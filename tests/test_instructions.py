@@ -18,9 +18,9 @@ from instructions.report import case  # noqa: E402
 class Budget(NamedTuple):
     """Most thread-instructions for each 16 bytes of one array, on sm_90: what was counted, and 5 % more.
 
-    All that the launch issues is in it, also the 250 to 1000 instructions that each warp issues once, spread over as many
-    packs as its threads have in `count`'s cases. These are few on chip, 3 to 25, where the same kernel costs more for
-    each than one with 128. A kernel that takes other numbers of packs needs other budgets.
+    All that the launch issues is in it, also what each warp issues once, 250 to 1000 instructions, spread over as many
+    packs as its threads have in the cases of `count`: 4 to 128 of 16 bytes, so that a kernel on chip, which has few of
+    them, may take more for each. A kernel that gets other numbers of packs needs other budgets.
     """
 
     float32: tuple[int, int]  # packs of 16 bytes, packs of one element
