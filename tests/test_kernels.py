@@ -196,7 +196,7 @@ def test_bn_backward_input(rng, shape, dtype, offset, activation, has_residual):
 
 @pytest.fixture
 def on_chip(monkeypatch, request):
-    """What can be kept on chip is, by clusters of so many blocks, channels last by one; the launches that were chosen."""
+    """What fits is kept on chip, by clusters of so many blocks, channels last by one; a list of the launches."""
     chosen = []
     monkeypatch.setattr(_geometry, "SOON", 10**9)
     monkeypatch.setattr(_resident, "BLOCKS", (request.getfixturevalue("blocks"),))
