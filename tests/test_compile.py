@@ -42,19 +42,31 @@ def test_kernels_compile_without_warnings_and_local_memory(architecture, kernel)
 
 def most_registers(instance):
     """Of a thread, so that as many blocks are on a multiprocessor as the kernel's source promises, at least one."""
-    head = r'extern "C" __global__ void (?:CLUSTER )?REGISTERS\((\d+)\)'
-    (promised,) = map(int, re.findall(head, _kernels.source(instance.kernel)))
+    promised = promised_registers(instance)
     assert promised <= MOST_REGISTERS
     blocks = min(BLOCKS, max(1, REGISTERS // (promised * instance.threads)))
     return min(MOST_REGISTERS, REGISTERS // (blocks * instance.threads) // TOGETHER * TOGETHER)
 
 
-def test_blocks_have_as_many_registers_as_there_are():
-    def instance(kernel, threads):
-        return nvrtc.Instance(kernel, "float32", 4, 32, threads)
+def promised_registers(instance):
+    """Of a thread, by the macro in the kernel's source: a number, or a choice between two by other macros."""
+    head = r'extern "C" __global__ void (?:CLUSTER )?REGISTERS\(([^)]+)\)'
+    (text,) = re.findall(head, _kernels.source(instance.kernel))
+    condition, _, numbers = text.rpartition(" ? ")
+    if not condition:
+        return int(text)
+    chosen = eval(condition.replace("||", "or"), {"INDEX_BITS": instance.index_bits, "WIDTH": instance.width})
+    return int(numbers.split(" : ")[0 if chosen else 1])
 
-    assert most_registers(instance("channels_first/bn_normalize", 256)) == 80
-    assert most_registers(instance("channels_first/bn_normalize", 128)) == 80
+
+def test_blocks_have_as_many_registers_as_there_are():
+    def instance(kernel, threads, width=4, index_bits=32):
+        return nvrtc.Instance(kernel, "float32", width, index_bits, threads)
+
+    assert most_registers(instance("channels_first/bn_normalize", 256)) == 64
+    assert most_registers(instance("channels_first/bn_normalize", 128)) == 64
+    assert most_registers(instance("channels_first/bn_normalize", 128, width=1)) == 80
+    assert most_registers(instance("channels_first/bn_normalize", 128, index_bits=64)) == 80
     assert most_registers(instance("channels_first/bn_backward", 128)) == 96
     assert most_registers(instance("channels_first/bn_backward", 512)) == 128
     assert most_registers(instance("mean_and_var", 32)) == 128

@@ -56,7 +56,7 @@ def test_indices_are_not_cut(name):
 @needs_compiler
 def test_conversions_are_seen():
     text = _kernels.source("channels_first/bn_stats")
-    changed = text.replace("    index_t at, stride, wrap; ", "    int at, stride, wrap; ", 1)
+    changed = text.replace("    index_t stride, wrap; ", "    int stride, wrap; ", 1)
     assert changed != text
     assert conversions(changed, 1) > conversions(text, 1)
 
@@ -76,10 +76,10 @@ def test_what_is_cut_is_small(N, C, rows, pack, device):
     last = _geometry.channels_last_resident(N, whole, itemsize, width, 1, device)
     sums = (
         _geometry.channels_first(N, C, L, itemsize, width, None),
-        _geometry.channels_last(N, whole, itemsize, width, None),
+        _geometry.channels_last(N, whole, itemsize, width, 1, None),
     )
     for geometry in filter(None, (first, last, *sums)):
         assert geometry.sizes.get("tile", 0) < 2**31
         assert geometry.parts < 2**31
     assert first is None or first.sizes["packs_per_block"] * _geometry.LEAST_THREADS < 2**31  # of all its teams
-    assert last is None or last.sizes["rows_per_block"] * last.sizes["tile"] < 2**31
+    assert last is None or last.sizes["M"] * last.sizes["tile"] < 2**31

@@ -1161,7 +1161,7 @@ def test_the_kernel_of_the_library_is_right(seeds):
         ("sum_pairs(sums) / (A)count", "sum_pairs(sums) / (A)N"),
         ("squares += part * away + chunk.m2", "squares += chunk.m2"),
         ("squares - sum * off", "squares"),
-        ("body(No(), i, end - i)", "body(Yes(), i, AT_ONCE)"),
+        ("body(No(), i, packs - i)", "body(Yes(), i, AT_ONCE)"),
     ],
 )
 def test_seeded_faults_are_found(text, fault):

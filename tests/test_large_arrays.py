@@ -112,8 +112,8 @@ ON_CHIP = {
     "rows of packs": ((3, 43692, 16384), "float16", 0),
     "odd rows, 2^34 elements": ((3, 349528, 16387), "float16", 0),
     "several teams, some idle": ((4, 2**20 + 1, 1024), "float16", 0),
-    "columns of packs": ((2050, 2**20, 1), "float16", 0),
-    "columns of elements": ((2051, 2**20 + 3, 1), "float32", 1),
+    "columns of packs": ((700, 2**22, 1), "float16", 0),
+    "columns of elements": ((701, 2**22 + 3, 1), "float32", 1),
 }
 
 
@@ -217,9 +217,10 @@ def many_shares(monkeypatch):
 
 
 def shares_of(shape, dtype, offset, share, tile):
-    """The share of a case in the sums, and in the elementwise steps."""
+    """The share of a case in the sums forward and back, and in the elementwise steps."""
     width = width_of(shape, dtype, offset)
-    for step, multiprocessors in ("bn_stats", None), ("bn_normalize", emulator.H200.multiprocessors):
+    on_h200 = emulator.H200.multiprocessors
+    for step, multiprocessors in ("bn_stats", None), ("bn_backward_reduce", None), ("bn_normalize", on_h200):
         geometry = cupy_ops._plan(step, shape, np.dtype(dtype), width, multiprocessors).geometry
         of_step = geometry, width, share % geometry.grid[1]
         if shape[2] > 1:
@@ -236,8 +237,8 @@ def backward_step(host, mask):
 @pytest.mark.usefixtures("many_shares")
 @pytest.mark.parametrize("case", STREAMED.values(), ids=STREAMED)
 def test_streamed(rng, case):
-    of_sums, of_maps = shares_of(*case)
-    large = Large(rng, *case[:3], of_sums, of_maps)
+    of_sums, of_gradients, of_maps = shares_of(*case)
+    large = Large(rng, *case[:3], of_sums, of_gradients, of_maps)
     host = large.on_host(of_maps)
     C = large.shape[1]
     weight, bias, *running = map(cp.asarray, (large.weight, large.bias, large.running_mean, large.running_var))
@@ -262,11 +263,11 @@ def test_streamed(rng, case):
 
     fill(large.mask, lambda size: np.random.default_rng(1).integers(0, 2**large.width, size))
     step = (large.dy, large.x, on_device(large.statistics), EPS, weight, bias, "relu", large.mask)
-    with emulator.run_only(of_sums.block):
+    with emulator.run_only(of_gradients.block):
         sums = cupy_ops.bn_backward_reduce(*step)
-    expected = numpy_ops.bn_backward_reduce(*backward_step(large.on_host(of_sums), passes(large, of_sums)))
+    expected = numpy_ops.bn_backward_reduce(*backward_step(large.on_host(of_gradients), passes(large, of_gradients)))
     for ours, theirs in zip(sums, expected, strict=True):
-        np.testing.assert_allclose(of_sums.sums(ours), theirs[0], atol=32 * UNIT * of_sums.places[:, 0].size)
+        np.testing.assert_allclose(of_gradients.sums(ours), theirs[0], atol=32 * UNIT * of_gradients.places[:, 0].size)
 
     vectors, expected = [cp.zeros(C) for _ in range(2)], [np.zeros(of_maps.channels.size) for _ in range(2)]
     with emulator.run_only(of_maps.block):

@@ -19,7 +19,7 @@ struct Column {
 // tells for which elements float32 did not hold their squares.
 template <int ROWS>
 DEVICE void add_rows(const raw_t (&raw)[ROWS], int before, Column (&columns)[WIDTH], unsigned& missed) {
-    const acc_t share = ROWS < CHUNK          ? (acc_t)ROWS / (before + ROWS)
+    const acc_t share = ROWS < CHUNK          ? (acc_t)ROWS / (acc_t)(before + ROWS)
                         : before == 0         ? 1
                         : before == CHUNK     ? (acc_t)1 / 2
                         : before == 2 * CHUNK ? (acc_t)1 / 3
