@@ -9,7 +9,7 @@
 #include "../parts.cuh"
 #include "../running.cuh"
 
-extern "C" __global__ void REGISTERS(INDEX_BITS == 64 || WIDTH < 4 ? 80 : 64) bn_normalize(
+extern "C" __global__ void REGISTERS(INDEX_BITS == 64 || WIDTH < 4 ? 80 : 72) bn_normalize(
     const data_t* x,                         // [N, C, L]
     const double* moments_count,             // [P] or null: normalise with the running statistics
     const double* moments_mean,              // [P, C] or null

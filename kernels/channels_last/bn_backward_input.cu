@@ -7,7 +7,7 @@
 #include "../gradients.cuh"
 #include "parts.cuh"
 
-extern "C" __global__ void REGISTERS(INDEX_BITS == 32 ? 80 : 128) bn_backward_input(
+extern "C" __global__ void REGISTERS(INDEX_BITS == 64 || WIDTH == 8 ? 128 : 80) bn_backward_input(
     const data_t* dy,                        // [M, C]
     const data_t* x,                         // [M, C]
     const double* statistics_mean,           // [C]
