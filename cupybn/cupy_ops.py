@@ -177,7 +177,7 @@ def bn_forward(
             activation=ACTIVATIONS[activation],
             running_mean=running_mean,
             running_var=running_var,
-            momentum=0 if momentum is None else momentum,
+            momentum=momentum,
             num_batches_tracked=num_batches_tracked,
             out=out,
             mask=mask,
