@@ -26,11 +26,11 @@ from gpu_measure import Bench, Record, failures
 from gpu_peers import CUPYBN, peers
 from tqdm import tqdm
 
+from cupybn._arrays.devices import cuda_missing, import_cupy
 from cupybn._cli import info
 from cupybn._cli.extras import optional
 from cupybn._cli.measure import AS_LITTLE_AS_POSSIBLE, Effort
 from cupybn._cli.table import table
-from cupybn._devices import cuda_missing, import_cupy
 
 RESULTS = Path(__file__).parent / "results"
 DRY_RUN = "dry run, not a measurement"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from cupybn._arrays.dtypes import parameter_dtype
 from cupybn._cli.problem import OPERATIONS, Problem
-from cupybn._dtypes import parameter_dtype
 
 RESNET50 = [  # C and H = W of its twelve shapes
     *((64, 112), (64, 56), (256, 56), (128, 56), (128, 28), (512, 28)),

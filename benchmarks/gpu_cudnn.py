@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 
+from cupybn._arrays.devices import import_cupy
 from cupybn._cli.measure import Call
 from cupybn._cli.peers import EPS, MOMENTUM
 from cupybn._cli.problem import OPERATIONS, Arrays, Operation, Problem
-from cupybn._devices import import_cupy
 
 LIBRARY = "cudnn/lib/libcudnn.so.9"
 """libcudnn in the folder `nvidia`, where the packages `nvidia-cudnn-cu12` and `nvidia-cudnn-cu13` put it."""

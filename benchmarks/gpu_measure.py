@@ -13,11 +13,11 @@ from gpu_cases import Case
 from gpu_cudnn import RefusedError
 from gpu_peers import CUDNN, CUPYBN, TORCH, Peer
 
-from cupybn import _kernels
+from cupybn._arrays.devices import import_cupy
 from cupybn._cli.extras import optional
 from cupybn._cli.measure import Call, Effort, cold_sets, copy_time, device_time, host_time, release, rotate
 from cupybn._cli.problem import OPERATIONS, Arrays, Operation, make_arrays
-from cupybn._devices import import_cupy
+from cupybn._steps import launcher
 
 Record = dict[str, Any]
 
@@ -133,16 +133,16 @@ def failures(records: Sequence[Record]) -> list[str]:
 
 def count_launches(call: Call) -> int:
     """How many kernels cupybn launches in a call."""
-    launch, count = _kernels.Kernel.launch, 0
+    launch, count = launcher.Kernel.launch, 0
 
     def counted(*args: Any, **kwargs: Any) -> None:
         nonlocal count
         count += 1
         launch(*args, **kwargs)
 
-    _kernels.Kernel.launch = counted  # type: ignore[method-assign]
+    launcher.Kernel.launch = counted  # type: ignore[method-assign]
     try:
         call()
     finally:
-        _kernels.Kernel.launch = launch  # type: ignore[method-assign]
+        launcher.Kernel.launch = launch  # type: ignore[method-assign]
     return count

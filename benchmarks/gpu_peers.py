@@ -11,11 +11,11 @@ import gpu_cudnn
 import numpy as np
 from gpu_expert import expert_call
 
+from cupybn._arrays.devices import import_cupy
 from cupybn._cli.extras import optional
 from cupybn._cli.measure import Call, CupyGraph, Graph, TorchGraph
 from cupybn._cli.peers import cupybn_call, plain_call, torch_call
 from cupybn._cli.problem import Array, Arrays, Operation, Problem
-from cupybn._devices import import_cupy
 
 CUPYBN, TORCH, NATIVE = "cupybn", "PyTorch", "PyTorch without cuDNN"
 CUDNN, PLAIN, EXPERT = "cuDNN Frontend", "plain CuPy", "expert CuPy"

@@ -75,17 +75,18 @@ def pretend_cupy() -> None:
 
 def main() -> None:
     pretend_cupy()
-    from cupybn import _kernels, cupy_ops, functional
+    from cupybn import functional
+    from cupybn._steps import cupy_ops, launcher
 
     x, vectors, counter = ndarray((32, 64, 56, 56), "f4"), [ndarray((64,), "f4") for _ in range(4)], ndarray((), "i8")
     flat, y = ndarray((32, 64, 3136), "f4"), ndarray((32, 64, 3136), "f4")
     moments = cupy_ops.bn_stats(flat, counter)
     mean, var, weight, bias = vectors
     launches = []
-    launch = _kernels.Kernel.launch
-    _kernels.Kernel.launch = lambda *args: launches.append(args)
+    launch = launcher.Kernel.launch
+    launcher.Kernel.launch = lambda *args: launches.append(args)
     cupy_ops.bn_normalize(flat, moments, 1e-5, weight, bias, None, None, mean, var, 0.1, counter, y, None)
-    _kernels.Kernel.launch = launch
+    launcher.Kernel.launch = launch
     _, vjp_fn = functional.batch_norm_vjp(x, *vectors, True)
     cases = {
         f"checked launch of bn_normalize, {len(launches[0][3])} arguments": lambda: launch(*launches[0]),

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the compiler is that of the tests
 
-from cupybn import _kernels
+from cupybn._steps import launcher
 from tests import nvrtc
 from tests.nvrtc import ARCHITECTURES, Instance, Usage
 
@@ -55,7 +55,7 @@ def main() -> None:
     by_architecture = [
         [
             i
-            for kernel in _kernels.kernel_names()
+            for kernel in launcher.kernel_names()
             for i in nvrtc.instances(kernel, a)
             if "/" not in kernel or (i.pack_bytes, i.index_bits) == (16, 32)
         ]

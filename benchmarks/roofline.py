@@ -27,11 +27,11 @@ from unittest.mock import patch
 import matplotlib
 from gpu_cases import RESNET50
 
-from cupybn import cupy_ops
+from cupybn._arrays.dtypes import parameter_dtype
 from cupybn._cli.problem import OPERATIONS
 from cupybn._cli.table import markdown
-from cupybn._dtypes import parameter_dtype
-from cupybn._resident import Device
+from cupybn._steps import cupy_ops
+from cupybn._steps.resident import Device
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

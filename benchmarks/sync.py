@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # ranks are started as in
 
 import cupybn
 from cupybn import BatchNorm2d, SyncBatchNorm
-from cupybn._engines import engine_for
+from cupybn._ranks.engines import engine_for
 from tests.ranks.launch import RANK_ENVIRONMENT, find_mpiexec
 
 RANKS, CHANNELS, ROUNDS = (1, 2, 4, 8), (16, 64, 256, 1024, 2048), 60

@@ -1,10 +1,10 @@
 """Batch normalization for CuPy and NumPy arrays: PyTorch's BatchNorm1d, 2d and 3d, and their functional form."""
 
 from cupybn import functional
-from cupybn._tracking import no_stats_update
-from cupybn.batchnorm import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from cupybn._calls.tracking import no_stats_update
 from cupybn.functional import BatchNormGrads
-from cupybn.syncbatchnorm import SyncBatchNorm
+from cupybn.layers.batchnorm import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from cupybn.layers.syncbatchnorm import SyncBatchNorm
 
 __version__ = "0.1.0"
 __all__ = [

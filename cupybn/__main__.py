@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import cupybn
 from cupybn._cli import bench, check, info
 from cupybn._cli.options import UsageError
-from cupybn._tiles import wanted_threads
+from cupybn._steps.tiles import wanted_threads
 
 COMMANDS = {"info": info, "check": check, "bench": bench}
 PROGRAM = "python -m cupybn"

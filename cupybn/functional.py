@@ -13,13 +13,15 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from cupybn import _checks, cupy_ops, numpy_ops
-from cupybn._call import Call, Checked
-from cupybn._devices import current, empty_like, kind, plain, write_at_once, zeros_like
-from cupybn._dtypes import accumulation_dtype
-from cupybn._layout import Layout
-from cupybn._moments import Statistics
-from cupybn._synchronized import Synchronized
+from cupybn._arrays.devices import current, empty_like, write_at_once, zeros_like
+from cupybn._arrays.dtypes import accumulation_dtype
+from cupybn._arrays.kinds import kind, plain
+from cupybn._calls import checks
+from cupybn._calls.call import Call, Checked
+from cupybn._calls.layout import Layout
+from cupybn._ranks.synchronized import Synchronized
+from cupybn._steps import cupy_ops, numpy_ops
+from cupybn._steps.bundles import Statistics
 
 __all__ = ["BatchNormGrads", "batch_norm", "batch_norm_vjp", "moments"]
 
@@ -114,7 +116,7 @@ def batch_norm(
     >>> running_mean, running_var
     (array([0.3, 3. ], dtype=float32), array([ 1.3, 70.9], dtype=float32))
     """
-    momentum = _checks.as_float("momentum", momentum)
+    momentum = checks.as_float("momentum", momentum)
     call = Call(
         input, running_mean, running_var, weight, bias, training, momentum, eps, residual, activation, channel_axis
     )
@@ -168,7 +170,7 @@ def batch_norm_vjp(
     >>> dx.round(3).ravel(), dweight.round(3), dbias
     (array([ 0.176, -0.22 ,  0.044], dtype=float32), array([-0.926], dtype=float32), array([1.], dtype=float32))
     """
-    momentum = _checks.as_float("momentum", momentum)
+    momentum = checks.as_float("momentum", momentum)
     call = Call(
         input, running_mean, running_var, weight, bias, training, momentum, eps, residual, activation, channel_axis
     )
@@ -202,8 +204,8 @@ def moments(input: Array, *, channel_axis: int = 1) -> tuple[Array, Array]:
     >>> F.moments(photos, channel_axis=-1)
     (array([10.5, 11.5, 12.5], dtype=float32), array([47.25, 47.25, 47.25], dtype=float32))
     """
-    _checks.check_array("input", input)
-    axis = _checks.check_channel_axis(channel_axis, input.ndim)
+    checks.check_array("input", input)
+    axis = checks.check_channel_axis(channel_axis, input.ndim)
     if input.size == 0:
         raise ValueError(f"expected an input that is not empty (got shape {input.shape})")
     input = plain(input)
@@ -225,7 +227,7 @@ def forward_vjp(call: Call) -> tuple[Array, VjpFn]:
     assert saved is not None
 
     def vjp_fn(grad_output: Array) -> BatchNormGrads:
-        _checks.check_like("grad_output", grad_output, saved.input)
+        checks.check_like("grad_output", grad_output, saved.input)
         with current(grad_output):
             return backward(saved, plain(grad_output))
 

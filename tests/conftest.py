@@ -74,10 +74,10 @@ def fresh_plans():
 @pytest.fixture
 def streamed(monkeypatch, fresh_plans):  # noqa: ARG001
     """Nothing is kept on chip."""
-    from cupybn import _geometry, _resident
+    from cupybn._steps import geometry, resident
 
-    monkeypatch.setattr(_resident, "BLOCKS", ())
-    monkeypatch.setattr(_geometry, "ON_CHIP_TILE", ())
+    monkeypatch.setattr(resident, "BLOCKS", ())
+    monkeypatch.setattr(geometry, "ON_CHIP_TILE", ())
 
 
 @pytest.fixture(params=["on chip", "streamed"])

@@ -16,11 +16,11 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
-from cupybn import _kernels
-from cupybn._dtypes import FLOATS
-from cupybn._geometry import LEAST_THREADS, TEAMS, THREADS, WARP, Geometry
-from cupybn._resident import BLOCKS
-from cupybn.cupy_ops import ON_CHIP, _macros
+from cupybn._arrays.dtypes import FLOATS
+from cupybn._steps import launcher
+from cupybn._steps.cupy_ops import ON_CHIP, _macros
+from cupybn._steps.geometry import LEAST_THREADS, TEAMS, THREADS, WARP, Geometry
+from cupybn._steps.resident import BLOCKS
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 PACK_BYTES = (16, 8, 4, 2)
@@ -62,12 +62,12 @@ class Instance(NamedTuple):
         return self.width * itemsize(self.dtype)
 
     @property
-    def loader(self) -> _kernels.Kernel:
+    def loader(self) -> launcher.Kernel:
         """The library's own object for it."""
         dtype = np.dtype(getattr(ml_dtypes, self.dtype, self.dtype))
         geometry = Geometry((), {}, threads=self.threads, team=self.team)
         macros = _macros(dtype, self.width, self.index_bits, geometry)
-        return _kernels.Kernel(self.kernel, macros | ({"CLUSTER_BLOCKS": self.cluster} if self.cluster else {}))
+        return launcher.Kernel(self.kernel, macros | ({"CLUSTER_BLOCKS": self.cluster} if self.cluster else {}))
 
     @property
     def options(self) -> tuple[str, ...]:
@@ -105,7 +105,7 @@ def instances(kernel: str, architecture: int, everything: bool = False) -> list[
 def all_instances(architecture: int) -> Iterator[Instance]:
     """All that the library may ask a GPU for, every size of team, block and cluster; the most used first."""
     for index_bits, pack_bytes in itertools.product((32, 64), PACK_BYTES):
-        for kernel in _kernels.kernel_names():
+        for kernel in launcher.kernel_names():
             layout, _, step = kernel.rpartition("/")
             if not layout:  # over vectors of one value per channel
                 if (pack_bytes, index_bits) == (16, 32):  # once
@@ -239,7 +239,7 @@ def _compile(text: str, options: list[str], result: str) -> tuple[bytes, str]:
 
 def compile_instance(instance: Instance, architecture: int) -> tuple[bytes, str]:
     """Machine code and log of a kernel."""
-    return compile_text(_kernels.source(instance.kernel), architecture, instance.options)
+    return compile_text(launcher.source(instance.kernel), architecture, instance.options)
 
 
 def usage(log: str) -> Usage:

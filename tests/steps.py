@@ -7,8 +7,8 @@ from typing import NamedTuple
 import cupy as cp
 import numpy as np
 
-from cupybn import cupy_ops, numpy_ops
-from cupybn._moments import Statistics
+from cupybn._steps import cupy_ops, numpy_ops
+from cupybn._steps.bundles import Statistics
 from tests.reference import HALF_ULP, to_numpy
 
 EPS = 1e-3

@@ -8,8 +8,8 @@ import cupy as cp
 import numpy as np
 import pytest
 
-from cupybn import cupy_ops
-from cupybn._moments import Statistics, Sums
+from cupybn._steps import cupy_ops
+from cupybn._steps.bundles import Statistics, Sums
 from tests.reference import DTYPES, bits, to_numpy
 from tests.steps import EPS, Arrays, to_device
 

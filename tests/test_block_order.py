@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cupybn import cupy_ops
-from cupybn._moments import Statistics
+from cupybn._steps import cupy_ops
+from cupybn._steps.bundles import Statistics
 
 cp = pytest.importorskip("cupy")
 emulator = getattr(cp, "emulator", None)

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 import cupybn
-from cupybn import _call
-from cupybn._call import Call, Checked
-from cupybn._layout import Layout
+from cupybn._calls import call as _call
+from cupybn._calls.call import Call, Checked
+from cupybn._calls.layout import Layout
 
 cp = pytest.importorskip("cupy")
 emulator = getattr(cp, "emulator", None)
@@ -25,7 +25,7 @@ NO_DIFFERENCE = {"momentum", "layer_device", "idle"}
 
 @pytest.fixture(autouse=True)
 def empty_cache(monkeypatch):
-    monkeypatch.setattr(_call, "_checked", {})
+    monkeypatch.setattr("cupybn._calls._call._checked", {})
 
 
 @pytest.fixture(params=["numpy", "cupy"])

@@ -7,7 +7,7 @@ import pytest
 
 import cupybn
 import cupybn.functional as F
-from cupybn import cupy_ops
+from cupybn._steps import cupy_ops
 from tests.reference import bits
 
 cp = pytest.importorskip("cupy")

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 
 import cupybn
-from cupybn import cupy_ops, numpy_ops
 from cupybn.__main__ import CLOSED_PIPE, COMMANDS, INTERRUPTED, main
 from cupybn._cli import bench, cases, check, extras, info, memory, sides
 from cupybn._cli import options as cli_options
@@ -24,7 +23,8 @@ from cupybn._cli.peers import cupybn_call, torch_call
 from cupybn._cli.problem import OPERATIONS, Problem, make_arrays
 from cupybn._cli.steps import STEPS
 from cupybn._cli.table import table
-from cupybn._kernels import kernel_names
+from cupybn._steps import cupy_ops, numpy_ops
+from cupybn._steps.launcher import kernel_names
 from tests.reference import bits
 
 ROOT = Path(__file__).parent.parent

@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from cupybn import _kernels
-from cupybn._geometry import CHANNELS_FIRST_OWN, CHANNELS_LAST_OWN
+from cupybn._steps import launcher
+from cupybn._steps.geometry import CHANNELS_FIRST_OWN, CHANNELS_LAST_OWN
 from tests import nvrtc
 from tests.nvrtc import ARCHITECTURES
 
@@ -23,7 +23,7 @@ TOGETHER = 8  # registers of a thread that a GPU hands out at a time
 STATIC_SHARED = 48 << 10
 
 
-@pytest.mark.parametrize("kernel", _kernels.kernel_names())
+@pytest.mark.parametrize("kernel", launcher.kernel_names())
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_kernels_compile_without_warnings_and_local_memory(architecture, kernel):
     instances = nvrtc.instances(kernel, architecture, EVERYTHING)
@@ -51,7 +51,7 @@ def most_registers(instance):
 def promised_registers(instance):
     """Of a thread, by the macro in the kernel's source: a number, or a choice between two by other macros."""
     head = r'extern "C" __global__ void (?:CLUSTER )?REGISTERS\(([^)]+)\)'
-    (text,) = re.findall(head, _kernels.source(instance.kernel))
+    (text,) = re.findall(head, launcher.source(instance.kernel))
     condition, _, numbers = text.rpartition(" ? ")
     if not condition:
         return int(text)
@@ -76,21 +76,21 @@ def test_blocks_have_as_many_registers_as_there_are():
 # The checks above are worth something
 
 
-@pytest.mark.parametrize("kernel", _kernels.kernel_names())
+@pytest.mark.parametrize("kernel", launcher.kernel_names())
 def test_errors_name_file_and_line(kernel):
     broken = 'extern "C"'
-    lines = (_kernels.KERNELS / f"{kernel}.cu").read_text().splitlines()
+    lines = (launcher.KERNELS / f"{kernel}.cu").read_text().splitlines()
     line = 1 + next(number for number, text in enumerate(lines) if text.startswith(broken))
-    text = _kernels.source(kernel).replace(broken, f"broken {broken}")
+    text = launcher.source(kernel).replace(broken, f"broken {broken}")
     with pytest.raises(nvrtc.CompileError, match=rf"(?m)^{re.escape(f'kernels/{kernel}.cu({line}): error')}"):
         nvrtc.compile_text(text, 90, nvrtc.instances(kernel, 90)[0].options)
 
 
 def test_errors_in_headers_name_the_header_and_its_line():
     broken = "constexpr unsigned ALL_LANES"
-    lines = (_kernels.KERNELS / "types.cuh").read_text().splitlines()
+    lines = (launcher.KERNELS / "types.cuh").read_text().splitlines()
     line = 1 + next(number for number, text in enumerate(lines) if text.startswith(broken))
-    text = _kernels.source("channels_first/bn_stats").replace(broken, f"broken {broken}")
+    text = launcher.source("channels_first/bn_stats").replace(broken, f"broken {broken}")
     with pytest.raises(nvrtc.CompileError, match=rf"(?m)^kernels/types\.cuh\({line}\): error"):
         nvrtc.compile_text(text, 90, nvrtc.instances("channels_first/bn_stats", 90)[0].options)
 

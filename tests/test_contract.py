@@ -8,12 +8,12 @@ import typing
 
 import pytest
 
-from cupybn import _kernels, cupy_ops, numpy_ops
-from cupybn._checks import ACTIVATIONS
-from cupybn._dtypes import FLOATS
-from cupybn._kernels import KERNELS, kernel_names, signature
-from cupybn._moments import Moments, Statistics, Sums
-from cupybn._synchronized import Synchronized
+from cupybn._arrays.dtypes import FLOATS
+from cupybn._calls.checks import ACTIVATIONS
+from cupybn._ranks.synchronized import Synchronized
+from cupybn._steps import cupy_ops, launcher, numpy_ops
+from cupybn._steps.bundles import Moments, Statistics, Sums
+from cupybn._steps.launcher import KERNELS, kernel_names, signature
 
 LAYOUTS = ("channels_first", "channels_last")
 STEPS = ("bn_stats", "bn_normalize", "bn_forward", "bn_backward_reduce", "bn_backward_input", "bn_backward")
@@ -105,7 +105,7 @@ def test_numbers_that_both_sides_know():
     text = (KERNELS / "types.cuh").read_text()
     assert f"enum {{ {', '.join(name.upper() for name in FLOATS)} }};" in text
     struct = text[text.index("struct Vector {") : text.index("DEVICE explicit operator bool")]
-    assert re.findall(r"(\w+);", struct) == list(_kernels.VECTOR.names)
+    assert re.findall(r"(\w+);", struct) == list(launcher.VECTOR.names)
     assert dict(zip(ACTIVATIONS, (0, 1), strict=True)) == cupy_ops.ACTIVATIONS
 
 
@@ -127,7 +127,7 @@ def test_source(name):
     parameters = text[text.index("__global__") : text.index(") {", text.index("__global__"))]
     for line in re.findall(r"^    .*(?:\*|Vector) \w+,.*$", parameters, re.MULTILINE):
         assert re.search(r"// \[[\w, +]*( / WIDTH)?\]", line), line
-    whole = _kernels.source(name)
+    whole = launcher.source(name)
     assert "#include" not in whole
     assert f'#line 1 "kernels/{name}.cu"' in whole
     assert not re.search(r"atomicAdd|__restrict__|__ldg|memset", whole)
@@ -146,5 +146,5 @@ def test_the_parser_sees_a_drift(tmp_path, monkeypatch):
     for old, new in changes.values():
         assert old in original
         (tmp_path / "bn_stats.cu").write_text(original.replace(old, new))
-        monkeypatch.setattr(_kernels, "KERNELS", tmp_path)
+        monkeypatch.setattr(launcher, "KERNELS", tmp_path)
         assert signature.__wrapped__("bn_stats") != before

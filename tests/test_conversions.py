@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cupybn import _geometry, _kernels
-from cupybn._kernels import kernel_names
-from cupybn._resident import Device
+from cupybn._steps import geometry, launcher
+from cupybn._steps.launcher import kernel_names
+from cupybn._steps.resident import Device
 from tests.conftest import EMULATED
 
 COMPILER = shutil.which("g++")
@@ -38,8 +38,8 @@ def conversions(text, width):
 def converted(name, width):
     """What is converted."""
     found = set()
-    for file, line, column in conversions(_kernels.source(name), width):
-        text = (_kernels.KERNELS / file).read_text().splitlines()[line - 1]
+    for file, line, column in conversions(launcher.source(name), width):
+        text = (launcher.KERNELS / file).read_text().splitlines()[line - 1]
         found.add(re.match(r"\w*", text[column - 1 :])[0] or text)
     return found
 
@@ -55,7 +55,7 @@ def test_indices_are_not_cut(name):
 
 @needs_compiler
 def test_conversions_are_seen():
-    text = _kernels.source("channels_first/bn_stats")
+    text = launcher.source("channels_first/bn_stats")
     changed = text.replace("    index_t stride, wrap; ", "    int stride, wrap; ", 1)
     assert changed != text
     assert conversions(changed, 1) > conversions(text, 1)
@@ -72,14 +72,14 @@ def test_what_is_cut_is_small(N, C, rows, pack, device):
     """Also what the kernels count with it: the packs of a thread, and those of a channel or a tile on chip."""
     itemsize, width = pack
     L, whole = rows * width, -(-C // width) * width
-    first = _geometry.channels_first_resident(N, C, L, itemsize, width, 1, device)
-    last = _geometry.channels_last_resident(N, whole, itemsize, width, 1, device)
+    first = geometry.channels_first_resident(N, C, L, itemsize, width, 1, device)
+    last = geometry.channels_last_resident(N, whole, itemsize, width, 1, device)
     sums = (
-        _geometry.channels_first(N, C, L, itemsize, width, None),
-        _geometry.channels_last(N, whole, itemsize, width, 1, None),
+        geometry.channels_first(N, C, L, itemsize, width, None),
+        geometry.channels_last(N, whole, itemsize, width, 1, None),
     )
-    for geometry in filter(None, (first, last, *sums)):
-        assert geometry.sizes.get("tile", 0) < 2**31
-        assert geometry.parts < 2**31
-    assert first is None or first.sizes["packs_per_block"] * _geometry.LEAST_THREADS < 2**31  # of all its teams
+    for laid in filter(None, (first, last, *sums)):
+        assert laid.sizes.get("tile", 0) < 2**31
+        assert laid.parts < 2**31
+    assert first is None or first.sizes["packs_per_block"] * geometry.LEAST_THREADS < 2**31  # of all its teams
     assert last is None or last.sizes["M"] * last.sizes["tile"] < 2**31

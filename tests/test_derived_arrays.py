@@ -9,7 +9,7 @@ import pytest
 
 import cupybn.functional as F
 from cupybn import BatchNorm1d
-from cupybn._call import Call
+from cupybn._calls.call import Call
 from tests.reference import arguments, bits
 
 SHAPE = (4, 3, 5)

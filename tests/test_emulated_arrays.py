@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cupybn import _devices
-from cupybn._layout import Layout
+from cupybn._arrays import devices, kinds
+from cupybn._calls.layout import Layout
 
 if importlib.util.find_spec("cupy") is None:
     sys.path.insert(0, str(Path(__file__).parent / "emulated"))
@@ -452,7 +452,7 @@ def test_launches_are_recorded_apart():
 def test_the_library_knows_the_arrays():
     host = np.arange(48, dtype=np.float32).reshape(2, 4, 3, 2)
     x = cupy.array(host).transpose(0, 3, 1, 2)
-    assert _devices.describe(x) == "CuPy array on cuda:0"
+    assert kinds.describe(x) == "CuPy array on cuda:0"
     layout = Layout.of(x, 1)
     assert layout.shape == (24, 2, 1)
     assert layout.view(x)._allocation is x._allocation
@@ -461,5 +461,5 @@ def test_the_library_knows_the_arrays():
     conformed = layout.conform(cupy.ascontiguousarray(x))
     assert conformed.strides == x.strides
     np.testing.assert_array_equal(conformed.get(), x.get())
-    assert _devices.transfer(x, np.dtype(np.float64), "cpu").dtype == np.float64
-    assert _devices.transfer([1, 2], np.dtype(np.float32), "cuda:0").device.id == 0
+    assert devices.transfer(x, np.dtype(np.float64), "cpu").dtype == np.float64
+    assert devices.transfer([1, 2], np.dtype(np.float32), "cuda:0").device.id == 0

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import cupybn.functional as F
-from cupybn import _kernels, _resident, cupy_ops
+from cupybn._steps import cupy_ops, launcher, resident
 from tests.steps import forget_plans
 from tests.test_emulated_kernels import (  # the fixture by its name, too
     INVALID_VALUE,
@@ -993,10 +993,10 @@ FAULTS = {
 @pytest.mark.parametrize(("text", "fault"), FAULTS.values(), ids=FAULTS)
 def test_faults_in_clusters_of_the_library_are_found(seeds, monkeypatch, text, fault):
     """Of bn_forward: the sums of eight blocks."""
-    source = _kernels.source("channels_first/bn_forward")
+    source = launcher.source("channels_first/bn_forward")
     assert source.count(text) == 1
     x = cupy.asarray(np.random.default_rng(0).standard_normal(SHAPE).astype(np.float32))
-    monkeypatch.setattr(_resident, "BLOCKS", (8,))
+    monkeypatch.setattr(resident, "BLOCKS", (8,))
     try:
         for code, right in (source, True), (source.replace(text, fault), False):
             forget_plans()

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cupybn import _kernels
+from cupybn._steps import launcher
 
 if importlib.util.find_spec("cupy") is None:
     sys.path.insert(0, str(Path(__file__).parent / "emulated"))
@@ -1124,7 +1124,7 @@ def is_right(text):
 
 
 def source():
-    return _kernels.source("channels_first/bn_stats")
+    return launcher.source("channels_first/bn_stats")
 
 
 def test_the_kernel_of_the_library_is_right(seeds):

@@ -14,8 +14,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from cupybn import SyncBatchNorm, _engines, _watch
-from cupybn._watch import Watch
+from cupybn import SyncBatchNorm
+from cupybn._ranks import engines, watch
+from cupybn._ranks.watch import Watch
 from tests.reference import bits
 
 cupy = pytest.importorskip("cupy")
@@ -107,9 +108,9 @@ class Communicator:
 
 @pytest.fixture
 def engine(monkeypatch):
-    monkeypatch.setattr(_engines, "_lost_key", lambda: "lost")
-    monkeypatch.setattr(_engines, "_abandoned", [])
-    return _engines.MPIEngine(Communicator(), 5)
+    monkeypatch.setattr(engines, "_lost_key", lambda: "lost")
+    monkeypatch.setattr(engines, "_abandoned", [])
+    return engines.MPIEngine(Communicator(), 5)
 
 
 LAUNCH_FAILURE = 719
@@ -122,7 +123,7 @@ def row_of(value):
 @pytest.mark.usefixtures("lag")
 def test_pinned_memory_over_two_streams(engine, monkeypatch):
     """A message of one stream does not overwrite what another one has not yet copied to the device."""
-    monkeypatch.setattr(_engines, "cuda_aware", lambda: False)
+    monkeypatch.setattr(engines, "cuda_aware", lambda: False)
     rows = row_of(1), row_of(2)
     streams = Stream(), Stream()
     for collective, factor in (engine.gather, 1), (engine.sum, 2):
@@ -150,7 +151,7 @@ def test_pinned_memory_that_is_freed_after_a_pass(engine):
 
 def test_memory_of_a_gpu_is_sent_when_it_is_written(engine, monkeypatch):
     """MPI knows nothing of streams."""
-    monkeypatch.setattr(_engines, "cuda_aware", lambda: True)
+    monkeypatch.setattr(engines, "cuda_aware", lambda: True)
     row, stream = row_of(0), Stream()
     stream.late.append(lambda: row.fill(7))
     with stream:
@@ -164,7 +165,7 @@ def test_memory_is_allocated_before_a_message_is_sent(engine, monkeypatch):
     """A rank that runs out of it afterwards would be behind the others."""
     row, sent = row_of(0), []
     monkeypatch.setattr(engine._comm, "Iallreduce", lambda *_: sent.append(1))
-    engine._staging[1, 4] = _engines._Staging(1, 4)
+    engine._staging[1, 4] = engines._Staging(1, 4)
 
     def malloc(_):
         raise MemoryError
@@ -192,9 +193,9 @@ def test_a_lost_communicator_used_again(engine, monkeypatch):
     with pytest.raises(RuntimeError, match=r"^rank 0 expected all 2 ranks to exchange statistics within timeout=0\.01"):
         engine.texts("hello")
     assert started == [1]
-    again = _engines.MPIEngine(engine._comm, 0.01)
+    again = engines.MPIEngine(engine._comm, 0.01)
     for aware in False, True:
-        monkeypatch.setattr(_engines, "cuda_aware", lambda aware=aware: aware)
+        monkeypatch.setattr(engines, "cuda_aware", lambda aware=aware: aware)
         for call in (
             lambda: again.texts("hello"),
             lambda: again.gather(np.ones((1, 3)), np.zeros(2)),
@@ -210,20 +211,20 @@ def test_a_lost_communicator_used_again(engine, monkeypatch):
 @pytest.mark.parametrize(
     ("aware", "owner", "name", "sent"),
     [
-        (False, _engines, "empty", 0),
+        (False, engines, "empty", 0),
         (False, cupy.ndarray, "get", 0),
         (False, cupy.ndarray, "set", 1),
         (False, cupy.cuda.Stream, "synchronize", 1),
-        (True, _engines, "empty", 0),
+        (True, engines, "empty", 0),
         (True, cupy.cuda.Stream, "synchronize", 0),
     ],
 )
 def test_an_error_of_the_device_in_the_middle_of_an_exchange(engine, monkeypatch, forward, aware, owner, name, sent):
     """Before the message or after it: no layer of the communicator sends anything more, and each says why."""
-    monkeypatch.setattr(_engines, "cuda_aware", lambda: aware)
+    monkeypatch.setattr(engines, "cuda_aware", lambda: aware)
     comm, started = engine._comm, []
-    engines = [engine, *(_engines.MPIEngine(comm, 5) for _ in range(2))]
-    layer, later = (SyncBatchNorm(3, device="cuda:0", comm=engine) for engine in engines[:2])
+    three = [engine, *(engines.MPIEngine(comm, 5) for _ in range(2))]
+    layer, later = (SyncBatchNorm(3, device="cuda:0", comm=engine) for engine in three[:2])
     y, vjp_fn = layer.vjp(cupy.ones((4, 3)))
     _, later_vjp_fn = later.vjp(cupy.ones((4, 3)))
     before = bits(*layer.state_dict().values(), *later.state_dict().values())
@@ -242,7 +243,7 @@ def test_an_error_of_the_device_in_the_middle_of_an_exchange(engine, monkeypatch
         sent = int(name == "synchronize")
     assert len(started) == sent
     text = "^this rank has lost the other ranks of this communicator: CUDARuntimeError: cudaErrorLaunchFailure"
-    new = SyncBatchNorm(5, device="cuda:0", comm=engines[2])
+    new = SyncBatchNorm(5, device="cuda:0", comm=three[2])
     for call in (
         lambda: layer(cupy.ones((4, 3))),
         lambda: vjp_fn(y),
@@ -266,7 +267,7 @@ def test_why_a_communicator_is_lost_is_told_as_the_engine_says_it(engine, monkey
 
 
 def test_all_messages_of_an_exchange_are_waited_for(engine, monkeypatch):
-    monkeypatch.setattr(_engines, "cuda_aware", lambda: True)
+    monkeypatch.setattr(engines, "cuda_aware", lambda: True)
     monkeypatch.setattr(engine._comm, "Isend", lambda *_: Request(done=False))
     engine.timeout = 0.01
     with pytest.raises(RuntimeError, match=r"^rank 0 expected all 2 ranks"):
@@ -285,7 +286,7 @@ def test_memory_that_mpi_may_still_write_to_is_kept(engine, monkeypatch):
         monkeypatch.setattr(engine._comm, name, start)
     engine.timeout = 0.001
     for aware, row in (False, np.ones((1, 3))), (False, row_of(1)), (True, row_of(1)):
-        monkeypatch.setattr(_engines, "cuda_aware", lambda aware=aware: aware)
+        monkeypatch.setattr(engines, "cuda_aware", lambda aware=aware: aware)
         for call, header in (engine.gather, np.zeros(2)), (engine.sum, np.zeros(1)):
             engine._comm.attributes.clear()
             engine._staging.clear()
@@ -319,14 +320,14 @@ def test_mpi_is_aborted_at_the_end_if_an_exchange_never_ended(engine, monkeypatc
 
     monkeypatch.setattr(comm, "Iallgather", start)
     engine.timeout = 0.001
-    _engines._abort_if_lost()
+    engines._abort_if_lost()
     with pytest.raises(KeyboardInterrupt if error is KeyboardInterrupt else RuntimeError):
         engine.texts("hello")
     request.done = late
-    _engines._abort_if_lost()
+    engines._abort_if_lost()
     assert aborted == ([] if late and error is None else [1])
     request.done = None
-    _engines._abort_if_lost()
+    engines._abort_if_lost()
     assert aborted[-1:] == [1]
 
 
@@ -363,8 +364,8 @@ def test_where_mpi_says_that_it_takes_memory_of_gpus(monkeypatch, kinds, query, 
     world = SimpleNamespace(Get_info=lambda: info)
     monkeypatch.setitem(sys.modules, "mpi4py.MPI", SimpleNamespace(COMM_WORLD=world, __file__="mpi"))
     library = SimpleNamespace() if query is None else SimpleNamespace(MPIX_Query_cuda_support=lambda: query)
-    monkeypatch.setattr(_engines.ctypes, "CDLL", {"mpi": library}.get)
-    assert _engines.cuda_aware.__wrapped__() is (expected if result is None else result)
+    monkeypatch.setattr(engines.ctypes, "CDLL", {"mpi": library}.get)
+    assert engines.cuda_aware.__wrapped__() is (expected if result is None else result)
 
 
 @pytest.mark.parametrize("text", ["yes", "2", "true", " 1", "01"])
@@ -373,7 +374,7 @@ def test_the_variable_that_overrules_mpi_is_0_or_1(monkeypatch, text):
     monkeypatch.setenv("CUPYBN_CUDA_AWARE_MPI", text)
     comm = SimpleNamespace(Is_inter=lambda: False, Get_rank=lambda: 0, Get_size=lambda: 2)
     message = re.escape(f"expected CUPYBN_CUDA_AWARE_MPI to be 0 or 1 (got {text!r}): unset it to ask MPI")
-    for call in lambda: _engines.MPIEngine(comm, None), _engines.cuda_aware.__wrapped__:
+    for call in lambda: engines.MPIEngine(comm, None), engines.cuda_aware.__wrapped__:
         with pytest.raises(ValueError, match=f"^{message}$"):
             call()
 
@@ -436,8 +437,8 @@ class Echo(Aborted):
 @pytest.fixture(autouse=True)
 def threads(monkeypatch):
     """Of watches: they end soon."""
-    monkeypatch.setattr(_watch, "IDLE", 0.02)
-    monkeypatch.setattr(_watch, "NAP", 0.001)
+    monkeypatch.setattr(watch, "IDLE", 0.02)
+    monkeypatch.setattr(watch, "NAP", 0.001)
 
 
 def wait_for(watch):
@@ -476,7 +477,7 @@ def test_an_error_in_the_middle_of_an_exchange_of_nccl(monkeypatch):
         layer._group._agreed = other._group._agreed = 3
         y, vjp_fn = other.vjp(x)
         with monkeypatch.context() as patch:
-            patch.setattr(_engines, "_nan", fail)
+            patch.setattr(engines, "_nan", fail)
             with pytest.raises(runtime.CUDARuntimeError):
                 layer(x)
         for call in lambda: layer(x), lambda: other(x), lambda: vjp_fn(y):
@@ -529,7 +530,7 @@ def test_what_the_watch_has_seen_fail_is_told_in_its_words():
 def test_a_communicator_whose_module_nobody_has_imported(monkeypatch):
     """CuPy does not import `cupy.cuda.nccl` by itself, and its class is that of another module."""
     monkeypatch.delattr(cupy.cuda, "nccl")
-    engine = _engines.engine_for(Aborted(), 5)
+    engine = engines.engine_for(Aborted(), 5)
     assert engine.gather(row_of(1), np.zeros(2))[0].shape == (2, 3)
     assert engine.sum(row_of(1), np.zeros(1))[0].shape == (1, 3)
 
@@ -537,7 +538,7 @@ def test_a_communicator_whose_module_nobody_has_imported(monkeypatch):
 def test_what_a_communicator_can_send():
     """CuPy arrays on its device: the pointers of others mean nothing to it."""
     with emulator.pretend(emulator.H200, emulator.H200):
-        engine = _engines.engine_for(Aborted(), 5)
+        engine = engines.engine_for(Aborted(), 5)
         with cupy.cuda.Device(1):
             elsewhere = row_of(1)
         engine.check(row_of(1))
@@ -548,14 +549,14 @@ def test_what_a_communicator_can_send():
 
 def test_communicators_that_are_no_more():
     comm = Aborted()
-    engine = _engines.engine_for(comm, 5)
-    assert _engines.engine_for(comm, 5)._watch is engine._watch
+    engine = engines.engine_for(comm, 5)
+    assert engines.engine_for(comm, 5)._watch is engine._watch
     engine._watch._failure = "a rank has died"  # and the communicator is about to be aborted
     destroyed = Aborted()
     destroyed.comm = 0
     for lost in comm, destroyed:
         with pytest.raises(ValueError, match=r"^expected comm to be alive \(got an NCCL communicator that was aborted"):
-            _engines.engine_for(lost, 5)
+            engines.engine_for(lost, 5)
 
 
 def test_a_rank_that_raises_says_so_on_the_device_of_the_layer():
@@ -585,7 +586,7 @@ def test_texts_go_over_the_device_of_the_communicator(monkeypatch):
     with emulator.pretend(emulator.H200, emulator.H200):
         with cupy.cuda.Device(1):
             comm = Echo()
-            engine = _engines.engine_for(comm, 5)
+            engine = engines.engine_for(comm, 5)
             assert engine._device == 1
         assert engine.texts("3 channels") == ["3 channels"] * 2
         assert comm.devices == [1]

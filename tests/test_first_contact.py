@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cupybn import _kernels, functional
+from cupybn import functional
+from cupybn._steps import launcher
 
 pytest.importorskip("ml_dtypes")
 pytest.importorskip("tqdm")
@@ -560,7 +561,7 @@ def test_precompile_sees_what_does_not_compile(tmp_path, monkeypatch):
     share = precompile.compile_share(0, 2, time.time() + 100, rehearse=True)
     assert (share.compiled, share.left, share.failed) == (precompile.TINY // 2, 0, [])
     assert precompile.compile_share(0, 2, time.time(), rehearse=True).left == precompile.TINY // 2
-    monkeypatch.setattr(_kernels, "source", lambda name: f"error in {name}")
+    monkeypatch.setattr(launcher, "source", lambda name: f"error in {name}")
     failed = precompile.compile_share(0, 2, time.time() + 100, rehearse=True).failed
     assert len(failed) == precompile.TINY // 2
     assert all("-DDATA_T=" in text for text in failed)
@@ -666,7 +667,7 @@ def test_nccl_sees_a_communicator_that_is_not_refused():
 def test_all_that_the_library_asks_for_is_compiled(monkeypatch):
     """Every step over shapes, dtypes and alignments of all kinds, on the device that is there."""
     compiled = {(instance.kernel, instance.options) for instance in insides.instances_here()}
-    assert {kernel for kernel, _ in compiled} == set(_kernels.kernel_names())
+    assert {kernel for kernel, _ in compiled} == set(launcher.kernel_names())
     shapes = [(N, C, L) for L in (1, 2, 49, 3136, 1 << 20) for N in (2, 64, 5000) for C in (2, 3, 64, 1000)]
     asked = set()
     for (N, C, L), dtype, most in product(shapes, insides.dtypes(), (16, 8, 4, 2)):

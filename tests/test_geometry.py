@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cupybn import cupy_ops
-from cupybn._geometry import (
+from cupybn._steps import cupy_ops
+from cupybn._steps.cupy_ops import PACK
+from cupybn._steps.geometry import (
     CHANNELS_FIRST_SUM,
     CHANNELS_LAST_SUM,
     LEAST_MAPPED,
@@ -34,9 +35,8 @@ from cupybn._geometry import (
     over_channels,
     team_of,
 )
-from cupybn._kernels import KERNELS
-from cupybn._resident import Device
-from cupybn.cupy_ops import PACK
+from cupybn._steps.launcher import KERNELS
+from cupybn._steps.resident import Device
 
 sizes = st.integers(1, 300) | st.integers(1, 10**6)
 packs = st.sampled_from([(2, 1), (2, 2), (2, 4), (2, 8), (4, 1), (4, 2), (4, 4), (8, 1), (8, 2)])

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 import cupybn.functional as F
+from cupybn._arrays.dtypes import parameter_dtype
 from cupybn._cli.measure import AS_LITTLE_AS_POSSIBLE
 from cupybn._cli.peers import EPS, MOMENTUM
 from cupybn._cli.problem import OPERATIONS, Problem, make_arrays
-from cupybn._dtypes import parameter_dtype
 from tests import real_cupy
 
 pytest.importorskip("matplotlib")

@@ -11,10 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cupybn import SyncBatchNorm, _group, _synchronized, batchnorm, functional, numpy_ops, syncbatchnorm
+from cupybn import SyncBatchNorm, functional
+from cupybn._ranks import group, synchronized
+from cupybn._steps import numpy_ops
+from cupybn.layers import batchnorm, syncbatchnorm
 from tests.reference import bits
 
-FILES = {module.__file__ for module in (batchnorm, functional, numpy_ops, _group, _synchronized, syncbatchnorm)}
+FILES = {module.__file__ for module in (batchnorm, functional, numpy_ops, group, synchronized, syncbatchnorm)}
 LEFT = object()
 LOST = "RuntimeError: this rank has lost the other ranks of this communicator: "
 WITHDRAWN = "RuntimeError: synchronized batch norm: rank 0 raised KeyboardInterrupt"

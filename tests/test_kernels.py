@@ -12,8 +12,8 @@ import pytest
 
 import cupybn
 import cupybn.functional as F
-from cupybn import _geometry, _kernels, _resident, cupy_ops, numpy_ops
-from cupybn._moments import Moments, Statistics, Sums
+from cupybn._steps import cupy_ops, geometry, launcher, numpy_ops, resident
+from cupybn._steps.bundles import Moments, Statistics, Sums
 from tests.reference import DTYPES, HALF_ULP, bits, to_numpy
 from tests.steps import EPS, Arrays, forget_plans, to_device, to_host, ways
 
@@ -198,9 +198,9 @@ def test_bn_backward_input(rng, shape, dtype, offset, activation, has_residual):
 def on_chip(monkeypatch, request):
     """What fits is kept on chip, by clusters of so many blocks, channels last by one; a list of the launches."""
     chosen = []
-    monkeypatch.setattr(_geometry, "SOON", 10**9)
-    monkeypatch.setattr(_resident, "BLOCKS", (request.getfixturevalue("blocks"),))
-    monkeypatch.setattr(_resident, "LEAST", 10**9)
+    monkeypatch.setattr(geometry, "SOON", 10**9)
+    monkeypatch.setattr(resident, "BLOCKS", (request.getfixturevalue("blocks"),))
+    monkeypatch.setattr(resident, "LEAST", 10**9)
     original = cupy_ops._choose_resident
 
     def choose(*arguments, **options):
@@ -348,8 +348,8 @@ def test_teams_of_a_block_know_nothing_of_each_other(rng, dtype, L):
         of_channels += [to_numpy(a) for a in (dweight, dbias, mean, var)]
         return [bits(*(a[c] for a in of_channels)) for c in range(len(channels))]
 
-    geometry = cupy_ops._choose("bn_stats", cp.asarray(x)).geometry
-    assert geometry.threads == 4 * geometry.team
+    laid = cupy_ops._choose("bn_stats", cp.asarray(x)).geometry
+    assert laid.threads == 4 * laid.team
     alone = [results([c, 8 - c])[0] for c in range(9)]  # of one channel rows would be one
     for C in 3, 4, 5, 9:
         assert results(list(range(C))) == alone[:C]
@@ -414,10 +414,10 @@ def test_rows_of_threads_count_for_indices(channels, bits):
 @pytest.fixture
 def fresh_kernels():
     """None is there that was made of another source."""
-    _kernels.kernel.cache_clear()
+    launcher.kernel.cache_clear()
     forget_plans()
     yield
-    _kernels.kernel.cache_clear()
+    launcher.kernel.cache_clear()
     forget_plans()
 
 
@@ -428,14 +428,14 @@ def test_packs_that_threads_carry_to_shared_memory(shape, monkeypatch):
     """As GPUs do that know no copies which go on by themselves: the same bits."""
     expected = all_results(np.random.default_rng(0), shape, np.float32)
     condition = "constexpr bool CARRIED = PACK_BYTES < 4;"
-    original, seen = _kernels.source, set()
+    original, seen = launcher.source, set()
 
     def source(name):
         seen.add(name.rpartition("/")[2] if condition in original(name) else None)
         return original(name).replace(condition, "constexpr bool CARRIED = true;")
 
-    monkeypatch.setattr(_kernels, "source", source)
-    _kernels.kernel.cache_clear()
+    monkeypatch.setattr(launcher, "source", source)
+    launcher.kernel.cache_clear()
     forget_plans()
     assert all_results(np.random.default_rng(0), shape, np.float32) == expected
     assert seen >= {"bn_forward", "bn_backward"}
@@ -459,7 +459,7 @@ def test_every_device_gets_the_same_bits(shape, training):
 @pytest.mark.usefixtures("streamed")
 def test_more_channels_than_a_grid_is_wide(shape, monkeypatch):
     expected = all_results(np.random.default_rng(0), shape, np.float32)
-    monkeypatch.setattr(_geometry, "MOST_GRID_X", 1)
+    monkeypatch.setattr(geometry, "MOST_GRID_X", 1)
     forget_plans()
     assert all_results(np.random.default_rng(0), shape, np.float32) == expected
 

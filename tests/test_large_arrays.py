@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from cupybn import cupy_ops, numpy_ops
-from cupybn._geometry import MOST_GRID_Y
-from cupybn._moments import Moments, Statistics, Sums
+from cupybn._steps import cupy_ops, numpy_ops
+from cupybn._steps.bundles import Moments, Statistics, Sums
+from cupybn._steps.geometry import MOST_GRID_Y
 from tests.reference import HALF_ULP, to_numpy
 
 cp = pytest.importorskip("cupy")

@@ -8,8 +8,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from cupybn import _kernels
-from cupybn._kernels import Kernel, kernel, kernel_names, signature, source
+from cupybn._steps import launcher
+from cupybn._steps.launcher import Kernel, kernel, kernel_names, signature, source
 
 cp = pytest.importorskip("cupy")
 
@@ -55,9 +55,9 @@ def example(tmp_path, monkeypatch):
     (tmp_path / "deeper").mkdir()
     for name, text in {"example.cu": EXAMPLE, "helper.cuh": HELPER, "deeper/more.cuh": MORE}.items():
         (tmp_path / name).write_text(text)
-    monkeypatch.setattr(_kernels, "KERNELS", tmp_path)
-    monkeypatch.setattr(_kernels, "signature", signature.__wrapped__)
-    monkeypatch.setattr(_kernels, "source", source.__wrapped__)
+    monkeypatch.setattr(launcher, "KERNELS", tmp_path)
+    monkeypatch.setattr(launcher, "signature", signature.__wrapped__)
+    monkeypatch.setattr(launcher, "source", source.__wrapped__)
     return Kernel("example", {"DATA_T": np.dtype(np.float32), "THREADS": 64})
 
 
@@ -158,7 +158,7 @@ def test_arrays_on_another_device(example, arguments):
 
 @pytest.mark.usefixtures("example")
 def test_source_has_each_header_once_and_says_where_lines_come_from():
-    text = _kernels.source("example")
+    text = launcher.source("example")
     assert "#include" not in text
     assert "#pragma once" not in text
     assert text.count("struct Vector") == text.count("twice(double x)") == 1
@@ -177,12 +177,12 @@ def test_source_has_each_header_once_and_says_where_lines_come_from():
 
 @pytest.mark.usefixtures("example")
 def test_signature():
-    assert [p.name for p in _kernels.signature("example")] == ["x", "a", "v", "b", "y", "size"]
-    assert [p.type for p in _kernels.signature("example")] == [
+    assert [p.name for p in launcher.signature("example")] == ["x", "a", "v", "b", "y", "size"]
+    assert [p.type for p in launcher.signature("example")] == [
         "data_t*", "double*", "Vector", "double", "data_t*", "long long",
     ]  # fmt: skip
-    assert [p.section for p in _kernels.signature("example")] == ["inputs"] * 4 + ["outputs", "sizes"]
-    assert [p.nullable for p in _kernels.signature("example")] == [False, True, True, False, False, False]
+    assert [p.section for p in launcher.signature("example")] == ["inputs"] * 4 + ["outputs", "sizes"]
+    assert [p.nullable for p in launcher.signature("example")] == [False, True, True, False, False, False]
 
 
 @pytest.mark.parametrize("name", kernel_names())

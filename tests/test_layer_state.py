@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cupybn import BatchNorm1d, cupy_ops, numpy_ops
+from cupybn import BatchNorm1d
+from cupybn._steps import cupy_ops, numpy_ops
 from tests.reference import bits
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")

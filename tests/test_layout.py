@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from cupybn._layout import Layout
+from cupybn._calls.layout import Layout
 
 
 def dense(shape, order):

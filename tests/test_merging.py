@@ -6,8 +6,8 @@ import cupy as cp
 import numpy as np
 import pytest
 
-from cupybn import cupy_ops, numpy_ops
-from cupybn._moments import Moments, Sums
+from cupybn._steps import cupy_ops, numpy_ops
+from cupybn._steps.bundles import Moments, Sums
 
 PARTS = [1, 3, 700]  # less and more than a block has threads
 C = 5

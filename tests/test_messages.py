@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 import cupybn.functional as F
-from cupybn import BatchNorm1d, BatchNorm2d, SyncBatchNorm, _tiles
-from cupybn._devices import show
+from cupybn import BatchNorm1d, BatchNorm2d, SyncBatchNorm
+from cupybn._arrays.kinds import show
+from cupybn._steps import tiles
 from tests.reference import arguments, bits
 
 SHAPE = (4, 3, 5)
@@ -257,17 +258,17 @@ def test_layers_say_where_they_are(rng, options, features, training):
 
 
 def test_layers_say_where_they_are_of_several_gpus():
-    from cupybn import _checks
+    from cupybn._calls import checks
 
     there = types.SimpleNamespace
     arrays = {i: type("ndarray", (), {"__module__": "cupy"})() for i in range(2)}
     for i, array in arrays.items():
         array.device = there(id=i)
-    assert message_of(TypeError, _checks.check_beside_layer, arrays[0], arrays[1]) == (
+    assert message_of(TypeError, checks.check_beside_layer, arrays[0], arrays[1]) == (
         "expected input to be a CuPy array on cuda:1, as the layer is on cuda:1 (got a CuPy array on cuda:0): use "
         'cupy.asarray(input) within `with cupy.cuda.Device(1)`, or layer.to("cuda:0")'
     )
-    assert message_of(TypeError, _checks.check_counter, 4, arrays[1]).endswith(
+    assert message_of(TypeError, checks.check_counter, 4, arrays[1]).endswith(
         ": use layer.num_batches_tracked = cupy.asarray(n, 'int64') within `with cupy.cuda.Device(1)`"
     )
 
@@ -573,7 +574,7 @@ def test_number_of_threads(monkeypatch, text, shape):
 @pytest.mark.parametrize("text", ["1", "2", " 3 ", "007", "100000"])
 def test_numbers_of_threads(monkeypatch, text):
     monkeypatch.setenv("CUPYBN_NUM_THREADS", text)
-    assert _tiles.num_threads() == int(text)
+    assert tiles.num_threads() == int(text)
 
 
 def test_show():

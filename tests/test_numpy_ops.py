@@ -7,8 +7,8 @@ import itertools
 import numpy as np
 import pytest
 
-from cupybn import numpy_ops as ops
-from cupybn._moments import Moments, Statistics, Sums
+from cupybn._steps import numpy_ops as ops
+from cupybn._steps.bundles import Moments, Statistics, Sums
 from tests import reference
 
 SHAPES = [

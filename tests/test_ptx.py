@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import pytest
 
-from cupybn import _kernels
-from cupybn._kernels import kernel_names
+from cupybn._steps import launcher
+from cupybn._steps.launcher import kernel_names
 from tests import nvrtc
 
 pytestmark = pytest.mark.skipif(nvrtc.find_library() is None, reason="no NVRTC: pip install nvidia-cuda-nvrtc")
@@ -52,7 +52,7 @@ def compiled(name, architecture=90, dtype="float16", pack_bytes=16, usual=False)
     every = nvrtc.instances(name, architecture, everything=True)
     same = [i for i in every if (i.dtype, i.index_bits) == (dtype, 32)] or every
     instance = [i for i in same if i.pack_bytes == pack_bytes or "/" not in name][-1]
-    text = _kernels.source(name)
+    text = launcher.source(name)
     if usual:
         text, count = re.subn(r"sizeof\(acc_t\) < 8 && (?:channels\.any_wide|!all_held)(?=\))", "false", text)
         text, more = re.subn(r"(?<=if \()!missed && !channels\.any_wide(?=\) return)", "true", text)
@@ -81,7 +81,7 @@ def found(pattern, lines):
 
 def from_source(lines, file, first, last=None):
     """The lines that come from a file, from where its text has `first` on, and before it has `last`."""
-    texts = (_kernels.KERNELS / file).read_text().splitlines()
+    texts = (launcher.KERNELS / file).read_text().splitlines()
     (begin,) = [number for number, text in enumerate(texts, 1) if first in text]
     end = next((number for number, text in enumerate(texts, 1) if number > begin and last and last in text), 1 << 30)
     return [line for line in lines if line.file == file and begin <= line.number < end]
@@ -124,7 +124,7 @@ def carries(lines):
     """The stores of packs that the thread has loaded itself."""
     (number,) = [
         number
-        for number, text in enumerate((_kernels.KERNELS / "batches.cuh").read_text().splitlines(), 1)
+        for number, text in enumerate((launcher.KERNELS / "batches.cuh").read_text().splitlines(), 1)
         if "= raw[k][u];" in text
     ]
     return [line for line in lines if (line.file, line.number) == ("batches.cuh", number) and "st." in line.text]
@@ -214,7 +214,7 @@ extern "C" __global__ void test(double mean, double var, double eps, Vector weig
 
 def test_channels_are_rounded_as_by_numpy():
     """And divisions and roots to the nearest, in float64."""
-    text = _kernels._with_headers(_kernels.KERNELS / "running.cuh", set()) + CHANNEL
+    text = launcher._with_headers(launcher.KERNELS / "running.cuh", set()) + CHANNEL
     macros = "-DDATA_T=float32", "-DWIDTH=4", "-DINDEX_BITS=32", "-DTHREADS=256"
     lines = [Line(line, "", 0) for line in nvrtc.ptx(text, 90, macros).splitlines()]
     assert not found(FUSED, lines)

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cupybn import _geometry
-from cupybn._resident import BLOCKS, SOON, Device, choose_cluster
+from cupybn._steps import geometry
+from cupybn._steps.resident import BLOCKS, SOON, Device, choose_cluster
 
 KiB = 1 << 10
 H200 = Device(132, 227 * KiB, 228 * KiB, clusters=True)
@@ -47,50 +47,50 @@ packs = st.sampled_from([(2, 1), (2, 2), (2, 4), (2, 8), (4, 1), (4, 2), (4, 4),
 def test_channels_first(N, C, rows, pack, arrays, device):
     """Each channel has a team or a cluster, and the teams of a block fit beside each other."""
     itemsize, width = pack
-    geometry = _geometry.channels_first_resident(N, C, rows * width, itemsize, width, arrays, device)
-    if geometry is None:
+    laid = geometry.channels_first_resident(N, C, rows * width, itemsize, width, arrays, device)
+    if laid is None:
         return
-    s = geometry.sizes
+    s = laid.sizes
     assert s == {"N": N, "C": C, "L": rows * width, "packs_per_block": s["packs_per_block"]}
-    assert s["packs_per_block"] * geometry.cluster >= N * rows
-    assert geometry.team in _geometry.TEAMS
-    assert geometry.threads == max(geometry.team, _geometry.LEAST_THREADS)
-    teams = geometry.threads // geometry.team
-    assert teams == 1 or geometry.cluster == 1
-    blocks = geometry.grid[0] // geometry.cluster
+    assert s["packs_per_block"] * laid.cluster >= N * rows
+    assert laid.team in geometry.TEAMS
+    assert laid.threads == max(laid.team, geometry.LEAST_THREADS)
+    teams = laid.threads // laid.team
+    assert teams == 1 or laid.cluster == 1
+    blocks = laid.grid[0] // laid.cluster
     assert (blocks - 1) * teams < C <= blocks * teams
-    assert geometry.grid == (blocks * geometry.cluster,)
+    assert laid.grid == (blocks * laid.cluster,)
     of_team = s["packs_per_block"] * width * itemsize * arrays
-    assert geometry.shared == of_team * teams
-    assert geometry.shared + 1 * KiB <= device.shared_per_block  # the kernel's own variables among it
-    assert teams == 1 or geometry.shared + 2 * KiB <= device.shared_per_multiprocessor // 2  # another block has room
+    assert laid.shared == of_team * teams
+    assert laid.shared + 1 * KiB <= device.shared_per_block  # the kernel's own variables among it
+    assert teams == 1 or laid.shared + 2 * KiB <= device.shared_per_multiprocessor // 2  # another block has room
 
 
 @given(sizes, sizes, packs, st.sampled_from([1, 2]), devices)
 def test_channels_last(M, columns, pack, arrays, device):
     itemsize, width = pack
     C = columns * width
-    geometry = _geometry.channels_last_resident(M, C, itemsize, width, arrays, device)
-    if geometry is None:
+    laid = geometry.channels_last_resident(M, C, itemsize, width, arrays, device)
+    if laid is None:
         return
-    s = geometry.sizes
+    s = laid.sizes
     assert s == {"M": M, "C": C, "tile": s["tile"]}
     assert s["tile"].bit_count() == 1  # a power of two
-    assert s["tile"] <= _geometry.MOST_COLUMNS
-    assert s["tile"] * width * itemsize <= max(_geometry.ON_CHIP_TILE)
-    (tiles,) = geometry.grid
+    assert s["tile"] <= geometry.MOST_COLUMNS
+    assert s["tile"] * width * itemsize <= max(geometry.ON_CHIP_TILE)
+    (tiles,) = laid.grid
     assert (tiles - 1) * s["tile"] < columns <= tiles * s["tile"]
-    assert (geometry.threads, geometry.team, geometry.cluster) == (_geometry.THREADS, 0, 1)
-    assert geometry.shared == M * s["tile"] * width * itemsize * arrays <= SOON
-    assert geometry.shared + 16 * KiB <= device.shared_per_block  # the kernel's own variables among it
+    assert (laid.threads, laid.team, laid.cluster) == (geometry.THREADS, 0, 1)
+    assert laid.shared == M * s["tile"] * width * itemsize * arrays <= SOON
+    assert laid.shared + 16 * KiB <= device.shared_per_block  # the kernel's own variables among it
 
 
 def test_small_channels_share_a_block_as_far_as_they_fit():
     """The teams of a block leave room for another block. On a GPU with less memory a block has one larger team."""
 
     def chosen(packs, device, arrays=1):
-        geometry = _geometry.channels_first_resident(1, 1001, packs * 4, 4, 4, arrays, device)
-        return geometry.team, geometry.threads, geometry.grid[0], geometry.shared // KiB
+        laid = geometry.channels_first_resident(1, 1001, packs * 4, 4, 4, arrays, device)
+        return laid.team, laid.threads, laid.grid[0], laid.shared // KiB
 
     assert chosen(64, T4) == chosen(64, H200) == (32, 128, 251, 4)
     assert chosen(1024, H200) == (32, 128, 251, 64)
@@ -121,7 +121,7 @@ def kept(batch, itemsize, arrays, device):
     return [
         (C, side)
         for C, side in RESNET50
-        if _geometry.channels_first_resident(batch, C, side * side, itemsize, 16 // itemsize, arrays, device)
+        if geometry.channels_first_resident(batch, C, side * side, itemsize, 16 // itemsize, arrays, device)
     ]
 
 
@@ -140,9 +140,9 @@ def test_small_arrays_take_one_launch(device):
     for N, C, L in (8, 16, 14 * 14), (4, 3, 64), (2, 1, 1000), (128, 512, 1), (64, 10, 1), (256, 100, 1):
         for arrays in 1, 2:
             if L == 1:
-                assert _geometry.channels_last_resident(N, C, 4, 1 if C % 4 else 4, arrays, device)
+                assert geometry.channels_last_resident(N, C, 4, 1 if C % 4 else 4, arrays, device)
             else:
-                assert _geometry.channels_first_resident(N, C, L, 4, 4, arrays, device)
+                assert geometry.channels_first_resident(N, C, L, 4, 4, arrays, device)
 
 
 def test_a_few_large_channels_are_streamed():
@@ -176,18 +176,18 @@ def test_few_packs_take_few_threads(itemsize, width, arrays):
     """A thread keeps 32 of all arrays, or 64 narrow ones, unless the largest block has more to do."""
     each = (32 if itemsize * width >= 8 else 64) // arrays
     device = Device(132, 999 * KiB, 1000 * KiB, clusters=False)
-    teams = [team for team in _geometry.TEAMS if team <= _geometry.THREADS]
+    teams = [team for team in geometry.TEAMS if team <= geometry.THREADS]
     for team, larger in zip(teams, (*teams[1:], teams[-1]), strict=True):
         for packs, expected in (team * each, team), (team * each + 1, larger):
-            geometry = _geometry.channels_first_resident(1, 1000, packs * width, itemsize, width, arrays, device)
-            assert (geometry.team, geometry.threads) == (expected, max(expected, 128))
+            laid = geometry.channels_first_resident(1, 1000, packs * width, itemsize, width, arrays, device)
+            assert (laid.team, laid.threads) == (expected, max(expected, 128))
 
 
 def test_the_largest_blocks_are_alone_on_a_multiprocessor():
     """Registers are not to keep a second block away that shared memory has room for."""
 
     def threads(nbytes, arrays=1):
-        return _geometry.channels_first_resident(1, 1000, nbytes // 2, 2, 1, arrays, A100).threads
+        return geometry.channels_first_resident(1, 1000, nbytes // 2, 2, 1, arrays, A100).threads
 
     room = (164 // 2 - 1 - 1) * KiB  # of two blocks, but for what CUDA and the kernel take of it
     assert [threads(nbytes) for nbytes in (room, room + 2)] == [256, 512]
@@ -210,8 +210,8 @@ def test_how_much_a_few_blocks_may_have():
 
 def test_the_widest_tile_that_keeps_the_device_busy():
     """Of four packs, or of two where there would be fewer blocks than multiprocessors; no wider than the array."""
-    tiles = {C: _geometry.channels_last_resident(100, C, 2, 8, 1, H200).sizes["tile"] for C in (8192, 4096, 2048)}
+    tiles = {C: geometry.channels_last_resident(100, C, 2, 8, 1, H200).sizes["tile"] for C in (8192, 4096, 2048)}
     assert tiles == {8192: 4, 4096: 2, 2048: 2}
     small = H200._replace(multiprocessors=1)
-    tiles = [_geometry.channels_last_resident(100, C, 2, 8, 1, small).sizes["tile"] for C in (8, 16, 24, 32, 40)]
+    tiles = [geometry.channels_last_resident(100, C, 2, 8, 1, small).sizes["tile"] for C in (8, 16, 24, 32, 40)]
     assert tiles == [1, 2, 4, 4, 4]

@@ -12,10 +12,10 @@ import pytest
 
 import cupybn
 import cupybn.functional as F
-from cupybn import cupy_ops
-from cupybn._geometry import Geometry
-from cupybn._kernels import SHARED, kernel
-from cupybn._resident import Device
+from cupybn._steps import cupy_ops
+from cupybn._steps.geometry import Geometry
+from cupybn._steps.launcher import SHARED, kernel
+from cupybn._steps.resident import Device
 from tests.reference import to_numpy
 
 cp = pytest.importorskip("cupy")

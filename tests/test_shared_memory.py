@@ -9,7 +9,7 @@ import pytest
 
 import cupybn
 import cupybn.functional as F
-from cupybn import _overlap
+from cupybn._calls import overlap
 from tests.reference import bits, to_numpy
 
 C = 5
@@ -72,14 +72,14 @@ def check(given, dy, training, with_out, tangled):
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize("overlap", OVERLAPS.values(), ids=OVERLAPS)
+@pytest.mark.parametrize("shared", OVERLAPS.values(), ids=OVERLAPS)
 @pytest.mark.parametrize("pair", list(itertools.combinations(VECTORS, 2)), ids="-".join)
-def test_two_vectors(xp, rng, pair, overlap, shape):
+def test_two_vectors(xp, rng, pair, shared, shape):
     dy = xp.asarray(rng.standard_normal(shape).astype(np.float32))
     for training, with_out in itertools.product((True, False), repeat=2):
         given = arguments(xp, rng, shape)
         memory = xp.asarray(rng.uniform(0.5, 2, 2 * C).astype(np.float32))
-        given |= dict(zip(pair, overlap(memory), strict=True))
+        given |= dict(zip(pair, shared(memory), strict=True))
         check(given, dy, training, with_out, pair)
 
 
@@ -174,7 +174,7 @@ def test_columns_of_one_array_are_no_overlap(xp, rng):
 def may_overlap(arrays):
     """The quick answer, from arrays alone."""
     named = dict(enumerate(arrays))
-    return _overlap.may_overlap(named, {name: _overlap.Extent.of(array) for name, array in named.items()})
+    return overlap.may_overlap(named, {name: overlap.Extent.of(array) for name, array in named.items()})
 
 
 def test_overlapping(xp):
@@ -192,7 +192,7 @@ def test_overlapping(xp):
         *(("row", "column"), ("column", "reversed"), ("column", "bytes"), ("reversed", "bytes")),
     }
     for one, other in itertools.permutations(arrays, 2):
-        found = _overlap.overlapping({one: arrays[one]}, {other: arrays[other]})
+        found = overlap.overlapping({one: arrays[one]}, {other: arrays[other]})
         assert bool(found) == ((one, other) in expected or (other, one) in expected), (one, other)
 
 
@@ -207,9 +207,9 @@ def test_the_quick_answer_counts_the_last_element(xp):
 
 def test_overlapping_names_what_overlaps_with_other_names(xp):
     a, b = xp.zeros(3), xp.zeros(3)
-    assert _overlap.overlapping({"a": a, "b": b}, {"a": a, "b": b}) == []
-    assert _overlap.overlapping({"a": a, "b": b, "c": a[1:]}, {"a": a}) == ["c"]
-    assert _overlap.overlapping({"a": a, "b": b}, {}) == []
+    assert overlap.overlapping({"a": a, "b": b}, {"a": a, "b": b}) == []
+    assert overlap.overlapping({"a": a, "b": b, "c": a[1:]}, {"a": a}) == ["c"]
+    assert overlap.overlapping({"a": a, "b": b}, {}) == []
 
 
 def test_arrays_too_intricate_to_decide_count_as_overlapping(xp):
@@ -219,4 +219,4 @@ def test_arrays_too_intricate_to_decide_count_as_overlapping(xp):
     memory = xp.zeros(sum(s * 6 for s in (3, 5, 7, 11, 13, 17, 19, 23)) + 2)
     one = xp.lib.stride_tricks.as_strided(memory, shape, strides)
     other = xp.lib.stride_tricks.as_strided(memory[1:], shape, strides)
-    assert _overlap.overlapping({"one": one}, {"other": other}) == ["one"]
+    assert overlap.overlapping({"one": one}, {"other": other}) == ["one"]

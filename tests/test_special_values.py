@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import cupybn.functional as F
-from cupybn import cupy_ops, numpy_ops
-from cupybn._moments import Sums
+from cupybn._steps import cupy_ops, numpy_ops
+from cupybn._steps.bundles import Sums
 from tests.reference import DTYPES, bits, to_numpy
 from tests.steps import EPS, Arrays
 

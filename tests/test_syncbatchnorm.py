@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 
 import cupybn
-from cupybn import BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm, _engines
+from cupybn import BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm
+from cupybn._ranks import engines
 from tests.conftest import EMULATED
 from tests.ranks.launch import RANK_ENVIRONMENT, find_mpiexec
 from tests.reference import bits, to_numpy
@@ -272,7 +273,7 @@ def test_nccl_of_one_rank(rng):
     if not nccl.available:
         pytest.skip("no NCCL")
     comm = nccl.NcclCommunicator(1, nccl.get_unique_id(), 0)
-    engine = _engines.engine_for(comm, 30)
+    engine = engines.engine_for(comm, 30)
     row = cp.asarray(rng.standard_normal((1, 7)))
     for collective in engine.gather, engine.sum:
         result, header = collective(row, np.empty(0))
@@ -287,7 +288,7 @@ def test_nccl_of_one_rank(rng):
 
 def test_where_mpi_says_that_it_takes_memory_of_gpus(monkeypatch):
     """An MPI that does not know may be overruled."""
-    code = "from mpi4py import MPI; from cupybn._engines import cuda_aware; print(cuda_aware(), cuda_aware())"
+    code = "from mpi4py import MPI; from cupybn._ranks.engines import cuda_aware; print(cuda_aware(), cuda_aware())"
     said = {}
     for value in "", "0", "1":
         monkeypatch.setenv("CUPYBN_CUDA_AWARE_MPI", value)

@@ -10,7 +10,7 @@ import threading
 import numpy as np
 import pytest
 
-from cupybn import _tiles
+from cupybn._steps import tiles
 
 SHAPES = [  # each cut in another way
     (1, 1, 1),
@@ -34,16 +34,16 @@ def threads(request, monkeypatch):
 
 @pytest.mark.parametrize("shape", [(32, 32, 1), (32, 4, 5), (1, 1, 1), (1000, 2, 1)])
 def test_small_arrays_are_one_tile(shape):
-    assert len(_tiles.tiles(shape)) == 1
+    assert len(tiles.tiles(shape)) == 1
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_element_once(shape):
     seen = np.zeros(shape, np.uint8)
-    for tile in _tiles.tiles(shape):
+    for tile in tiles.tiles(shape):
         seen[tile.n, tile.c, tile.l] += 1
     assert np.all(seen == 1)
-    assert max(seen[t.n, t.c, t.l].size for t in _tiles.tiles(shape)) <= _tiles.LARGE_TILE
+    assert max(seen[t.n, t.c, t.l].size for t in tiles.tiles(shape)) <= tiles.LARGE_TILE
 
 
 def scaled(column, x, y, vector):
@@ -65,11 +65,11 @@ def test_map_and_sums(shape, contiguous, rng):
         x = np.concatenate([x, x], axis=1)[:, : shape[1]]
     vector = np.arange(shape[1], dtype=np.float32) % 7
     y = np.full(x.shape, np.nan, np.float32)
-    assert _tiles.tile_map(scaled, [x, y], [vector], False)[0][1] == []
+    assert tiles.tile_map(scaled, [x, y], [vector], False)[0][1] == []
     np.testing.assert_array_equal(y, x * vector[:, None])
 
     d = x.astype(np.float64) - vector[:, None]
-    sum_d, sum_dx = _tiles.tile_sums(products, [x], [vector], False, 2)
+    sum_d, sum_dx = tiles.tile_sums(products, [x], [vector], False, 2)
     assert sum_d.dtype == sum_dx.dtype == np.float64
     np.testing.assert_array_equal(sum_d, d.sum(axis=(0, 2)))  # small integers: exact
     np.testing.assert_array_equal(sum_dx, (d * x).sum(axis=(0, 2)))
@@ -82,7 +82,7 @@ def test_the_same_bits_with_any_number_of_threads(shape, monkeypatch, rng):
     results = []
     for count in "1", "2", "5", "2":
         monkeypatch.setenv("CUPYBN_NUM_THREADS", count)
-        results.append(_tiles.tile_sums(products, [x], [vector], False, 2))
+        results.append(tiles.tile_sums(products, [x], [vector], False, 2))
     for other in results[1:]:
         np.testing.assert_array_equal(results[0], other)
 
@@ -90,7 +90,7 @@ def test_the_same_bits_with_any_number_of_threads(shape, monkeypatch, rng):
 def test_work_is_shared(monkeypatch):
     monkeypatch.setenv("CUPYBN_NUM_THREADS", "3")
     meeting = threading.Barrier(3, timeout=10)
-    names = _tiles.run(lambda _: (meeting.wait(), threading.current_thread().name)[1], [None] * 12, 3)
+    names = tiles.run(lambda _: (meeting.wait(), threading.current_thread().name)[1], [None] * 12, 3)
     assert len(set(names)) == 3
 
 
@@ -104,7 +104,7 @@ def test_an_error_comes_through_and_ends_the_work():
             raise ArithmeticError("tile 3")
 
     with pytest.raises(ArithmeticError, match="tile 3"):
-        _tiles.run(task, range(1000), _tiles.num_threads())
+        tiles.run(task, range(1000), tiles.num_threads())
     assert len(done) < 1000
 
 
@@ -115,7 +115,7 @@ def test_numpy_settings_of_the_caller_stay(N):
     x = np.ones((N, 64, 64), np.float32) * 9
     with np.errstate(all="raise"):
         np.setbufsize(4096)
-        _tiles.tile_map(scaled, [x, np.empty_like(x)], [np.full(64, 3e38, np.float32)], False)  # overflows, quietly
+        tiles.tile_map(scaled, [x, np.empty_like(x)], [np.full(64, 3e38, np.float32)], False)  # overflows, quietly
         assert np.getbufsize() == 4096
         assert np.geterr() == dict.fromkeys(("divide", "over", "under", "invalid"), "raise")
 
@@ -157,7 +157,7 @@ atexit.register(lambda: print(F.batch_norm(x, None, None, training=True).sum()))
 
 def test_without_new_threads_the_work_is_done_by_those_there_are(monkeypatch):
     """The system may refuse another thread, after some have started."""
-    _tiles._pool.cache_clear()
+    tiles._pool.cache_clear()
     start, started = threading.Thread.start, []
 
     def refuse_the_third(thread):
@@ -174,6 +174,6 @@ def test_without_new_threads_the_work_is_done_by_those_there_are(monkeypatch):
             meeting.wait()
         return index
 
-    assert _tiles.run(task, range(100), 7) == list(range(100))
+    assert tiles.run(task, range(100), 7) == list(range(100))
     assert len(started) == 2
-    _tiles._pool.cache_clear()
+    tiles._pool.cache_clear()

@@ -9,8 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from cupybn import _watch
-from cupybn._watch import Watch, watch_of
+from cupybn._ranks.watch import Watch, watch_of
 
 LOST = "^NCCL has lost the other ranks of this communicator: "
 
@@ -72,8 +71,8 @@ class Communicator:
 def events(monkeypatch):
     runtime = SimpleNamespace(getDevice=lambda: 0, eventQuery=lambda ptr: ptr.status, CUDARuntimeError=CUDARuntimeError)
     cuda = SimpleNamespace(Event=Event, Device=lambda _: SimpleNamespace(use=lambda: None), runtime=runtime)
-    monkeypatch.setattr(_watch, "import_cupy", lambda: SimpleNamespace(cuda=cuda))
-    monkeypatch.setattr(_watch, "NAP", 0.001)
+    monkeypatch.setattr("cupybn._ranks.watch.import_cupy", lambda: SimpleNamespace(cuda=cuda))
+    monkeypatch.setattr("cupybn._ranks.watch.NAP", 0.001)
 
 
 def start(watch, stream, timeout=None):
@@ -212,7 +211,7 @@ def test_what_a_graph_captures_is_not_watched():
 
 
 def test_threads_and_communicators_are_let_go(monkeypatch):
-    monkeypatch.setattr(_watch, "IDLE", 0.01)
+    monkeypatch.setattr("cupybn._ranks.watch.IDLE", 0.01)
     comm = Communicator()
     watch = Watch(comm)
     for _ in range(2):  # a thread anew, when there is something to watch

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from cupybn import cupy_ops
-from cupybn._devices import cuda_missing
-from cupybn._dtypes import FLOATS, parameter_dtype
-from cupybn._engines import engine_for
-from cupybn._kernels import VECTOR
-from cupybn._watch import watch_of
+from cupybn._arrays.devices import cuda_missing
+from cupybn._arrays.dtypes import FLOATS, parameter_dtype
+from cupybn._ranks.engines import engine_for
+from cupybn._ranks.watch import watch_of
+from cupybn._steps import cupy_ops
+from cupybn._steps.launcher import VECTOR
 from tests.nvrtc import Instance, all_instances
 from tests.ranks.launch import RANK_ENVIRONMENT, find_mpiexec
 from tests.reference import ROUNDINGS, assert_close, batch_norm

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import cupy
 import numpy as np
 
-from cupybn import cupy_ops
-from cupybn._dtypes import parameter_dtype
-from cupybn._moments import Moments, Statistics, Sums
+from cupybn._arrays.dtypes import parameter_dtype
+from cupybn._steps import cupy_ops
+from cupybn._steps.bundles import Moments, Statistics, Sums
 from instructions.lanes import Array
 from instructions.launches import Counter
 from tests.reference import HALF_ULP
@@ -39,7 +39,7 @@ class Case(NamedTuple):
 
     @property
     def kernel(self) -> str:
-        """As `cupybn._kernels` calls it."""
+        """As `cupybn._steps.launcher` calls it."""
         return f"channels_{'last' if self.row == 1 else 'first'}/{self.step}"
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from cupy import emulator
 from cupy._memory import Allocation
 
-from cupybn import _kernels
+from cupybn._steps import launcher
 from instructions.lanes import WARP, Array
 from instructions.machine import Machine
 from instructions.memory import Space
@@ -136,7 +136,7 @@ def counted(architecture: int, choose: Choose, memory: int, multiprocessors: int
 
 def _forget() -> None:
     forget_plans()
-    _kernels.kernel.cache_clear()
+    launcher.kernel.cache_clear()
 
 
 def execute(

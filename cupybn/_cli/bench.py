@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cupybn._checks import check_channel_axis, check_more_than_one_value
+from cupybn._arrays.devices import cuda_missing, import_cupy
+from cupybn._calls.checks import check_channel_axis, check_more_than_one_value
 from cupybn._cli.extras import optional, progress
 from cupybn._cli.measure import (
     AS_LITTLE_AS_POSSIBLE,
@@ -35,7 +36,6 @@ from cupybn._cli.options import UsageError, add_dtypes, chosen_dtypes, seconds, 
 from cupybn._cli.peers import cupybn_call, plain_call, torch_call
 from cupybn._cli.problem import Arrays, Operation, Problem, make_arrays
 from cupybn._cli.table import table
-from cupybn._devices import cuda_missing, import_cupy
 
 USAGE = "--shape SHAPE [options]"
 RATIOS = "x / cupybn: how many times as long x takes. At 2.0 cupybn takes half the time, at 0.5 twice. -: not measured."

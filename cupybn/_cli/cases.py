@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from cupybn._arrays.dtypes import accumulation_dtype
 from cupybn._cli import formula
-from cupybn._dtypes import accumulation_dtype
-from cupybn._moments import Moments, Statistics, Sums
+from cupybn._steps.bundles import Moments, Statistics, Sums
 
 Array = npt.NDArray[Any]
 

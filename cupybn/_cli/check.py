@@ -15,15 +15,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cupybn._arrays.devices import cuda_missing, import_cupy
+from cupybn._arrays.dtypes import FLOATS
 from cupybn._cli.cases import Case, Variant
 from cupybn._cli.extras import progress
 from cupybn._cli.options import add_dtypes, chosen_dtypes
 from cupybn._cli.sides import FORMULA, KERNELS, MIRRORS, Side, worst
 from cupybn._cli.steps import STEPS
 from cupybn._cli.table import table
-from cupybn._devices import cuda_missing, import_cupy
-from cupybn._dtypes import FLOATS
-from cupybn._kernels import kernel_names
+from cupybn._steps.launcher import kernel_names
 
 Shape = tuple[int, int, int]
 MOST_LISTED = 20

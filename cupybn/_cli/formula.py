@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cupybn._moments import Moments, Statistics, Sums
+from cupybn._steps.bundles import Moments, Statistics, Sums
 
 Array = npt.NDArray[Any]
 

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 import cupybn
+from cupybn._arrays.devices import cuda_missing, import_cupy
 from cupybn._cli.extras import optional
-from cupybn._devices import cuda_missing, import_cupy
-from cupybn._kernels import KERNELS, kernel_names
-from cupybn._tiles import num_threads
+from cupybn._steps.launcher import KERNELS, kernel_names
+from cupybn._steps.tiles import num_threads
 
 MIB = 1 << 20
 

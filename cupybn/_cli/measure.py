@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from statistics import quantiles
 from typing import Any, NamedTuple, Protocol
 
-from cupybn._devices import import_cupy
+from cupybn._arrays.devices import import_cupy
 
 Call = Callable[[], Any]
 

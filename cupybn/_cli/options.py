@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from cupybn._arrays.dtypes import FLOATS, parameter_dtype
 from cupybn._cli.extras import optional
-from cupybn._dtypes import FLOATS, parameter_dtype
 
 MOST_DIMENSIONS = 32
 """The most that CuPy takes."""

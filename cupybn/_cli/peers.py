@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 import cupybn.functional as F
+from cupybn._arrays.kinds import kind
 from cupybn._cli.measure import Call
 from cupybn._cli.problem import Array, Arrays, Operation, Problem
-from cupybn._devices import kind
 
 EPS, MOMENTUM = 1e-5, 0.1
 

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from cupybn import cupy_ops, numpy_ops
+from cupybn._arrays.devices import import_cupy
 from cupybn._cli import formula
 from cupybn._cli.cases import HALF_ULP, Case
-from cupybn._devices import import_cupy
+from cupybn._steps import cupy_ops, numpy_ops
 
 Array = npt.NDArray[Any]
 

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cupybn import numpy_ops
 from cupybn._cli import formula
 from cupybn._cli.cases import EPS, HALF_ULP, MOMENTUM, NEAR, Case, Variant
 from cupybn._cli.sides import Result, Results, Side
-from cupybn._moments import Moments, Statistics, Sums
+from cupybn._steps import numpy_ops
+from cupybn._steps.bundles import Moments, Statistics, Sums
 
 
 def bn_stats(case: Case, side: Side) -> Results:

@@ -9,7 +9,8 @@ import time
 import numpy as np
 import pytest
 
-from cupybn import _engines, cupy_ops, numpy_ops
+from cupybn._ranks import engines
+from cupybn._steps import cupy_ops, numpy_ops
 from tests.ranks.world import arrays_of, fill
 from tests.reference import bits, to_numpy
 
@@ -249,7 +250,7 @@ def test_a_rank_whose_device_fails_in_the_middle_of_an_exchange(world):
     def fail(*_, **__):
         raise runtime.CUDARuntimeError(719)
 
-    place = {"mpi": (_engines._Staging, "download"), "cuda-aware": (_engines, "empty"), "nccl": (_engines, "_nan")}
+    place = {"mpi": (engines._Staging, "download"), "cuda-aware": (engines, "empty"), "nccl": (engines, "_nan")}
     comm = duplicate_of(world)
     layers = [world.layer(3, comm=comm) for _ in range(2)]
     for layer in layers:
@@ -272,7 +273,7 @@ def test_a_rank_whose_device_fails_in_the_middle_of_an_exchange(world):
     assert bits(*arrays) == before
     world.mpi.Barrier()
     if world.rank == 1 and world.host_sees:  # what was to come: else MPI waits for it at the end, for ever
-        comm.Delete_attr(_engines._lost_key())
+        comm.Delete_attr(engines._lost_key())
         layers[0]._group.engine.gather(*expected_message(world))
     elif world.rank == 1:
         comm.abort()

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from cupybn import SyncBatchNorm, _engines
+from cupybn import SyncBatchNorm
 from tests.reference import bits, to_numpy
 
 TIMEOUT = 30.0
@@ -114,7 +114,7 @@ def worlds(mpi, engines):
             yield World("mpi", cupy, device, mpi, mpi)
         if "cuda-aware" in engines and emulated:  # whose memory is that of the host
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(_engines, "cuda_aware", lambda: True)
+                patch.setattr("cupybn._ranks.engines.cuda_aware", lambda: True)
                 yield World("cuda-aware", cupy, device, mpi, mpi)
         if {"cupyx", "nccl"} & set(engines) and (emulated or count >= mpi.size):  # NCCL wants a GPU for each rank
             from cupyx.distributed import init_process_group

@@ -12,9 +12,9 @@ from gpu_peers import CUDNN, CUPYBN, TORCH, peers
 
 from contact.log import write_whole
 from contact.task import Task
+from cupybn._arrays.dtypes import parameter_dtype
 from cupybn._cli.measure import AS_LITTLE_AS_POSSIBLE, Effort, copy_time
 from cupybn._cli.problem import Problem
-from cupybn._dtypes import parameter_dtype
 
 FUSED = ("training + add + ReLU", "backward + add + ReLU")
 SECONDS = 0.02

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from cupybn._devices import from_dlpack, kind, plain, show
-from cupybn._dtypes import BITS_OF_BFLOAT16, is_float
+from cupybn._arrays.dtypes import BITS_OF_BFLOAT16, is_float
+from cupybn._arrays.kinds import from_dlpack, kind, plain, show
 
 COUNTER = "num_batches_tracked"
 MOST_BATCHES = 2**63 - 1

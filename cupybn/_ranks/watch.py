@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from cupybn._devices import import_cupy
+from cupybn._arrays.devices import import_cupy
 
 NAP = 0.02
 """Seconds between two looks at the device."""

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from cupybn._devices import current, full, kind
-from cupybn._dtypes import FLOATS
-from cupybn._engines import CapturingError, Engine
+from cupybn._arrays.devices import current, full
+from cupybn._arrays.dtypes import FLOATS
+from cupybn._arrays.kinds import kind
+from cupybn._ranks.engines import CapturingError, Engine
 
 Array = Any  # numpy.ndarray or cupy.ndarray
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from cupybn._devices import empty
-from cupybn._group import Group
-from cupybn._moments import Moments, Statistics, Sums
+from cupybn._arrays.devices import empty
+from cupybn._ranks.group import Group
+from cupybn._steps.bundles import Moments, Statistics, Sums
 
 Array = Any  # numpy.ndarray or cupy.ndarray
 

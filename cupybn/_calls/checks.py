@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from cupybn._devices import describe, device_of, from_dlpack, kind, show
-from cupybn._dtypes import BITS_OF_BFLOAT16, FLOATS, is_float
+from cupybn._arrays.dtypes import BITS_OF_BFLOAT16, FLOATS, is_float
+from cupybn._arrays.kinds import describe, device_of, from_dlpack, kind, show
 
 ACTIVATIONS = (None, "relu")
 MOST_FEATURES = 2**60 - 1

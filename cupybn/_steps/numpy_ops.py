@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from cupybn._devices import write_at_once
-from cupybn._dtypes import accumulation_dtype
-from cupybn._moments import Moments, Statistics, Sums
-from cupybn._tiles import gather, tile_map, tile_sums
+from cupybn._arrays.devices import write_at_once
+from cupybn._arrays.dtypes import accumulation_dtype
+from cupybn._steps.bundles import Moments, Statistics, Sums
+from cupybn._steps.tiles import gather, tile_map, tile_sums
 
 Array = npt.NDArray[Any]
 Terms = list[tuple[Array, ...]]

@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cupybn import _geometry
-from cupybn._devices import empty, import_cupy
-from cupybn._geometry import WARP, Geometry
-from cupybn._kernels import Kernel, kernel
-from cupybn._moments import Moments, Statistics, Sums
-from cupybn._resident import Device
+from cupybn._arrays.devices import empty, import_cupy
+from cupybn._steps import geometry as _geometry
+from cupybn._steps.bundles import Moments, Statistics, Sums
+from cupybn._steps.geometry import WARP, Geometry
+from cupybn._steps.launcher import Kernel, kernel
+from cupybn._steps.resident import Device
 
 Array = Any  # cupy.ndarray
 

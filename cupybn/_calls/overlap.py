@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cupybn._devices import kind
+from cupybn._arrays.kinds import kind
 
 Array = Any  # numpy.ndarray or cupy.ndarray
 

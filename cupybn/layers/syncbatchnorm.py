@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 
-from cupybn import _checks
-from cupybn._call import Call
-from cupybn._engines import engine_for
-from cupybn._group import Group
-from cupybn.batchnorm import BatchNorm1d, BatchNorm2d, BatchNorm3d, _BatchNorm
+from cupybn._calls import checks
+from cupybn._calls.call import Call
+from cupybn._ranks.engines import engine_for
+from cupybn._ranks.group import Group
 from cupybn.functional import BatchNormGrads, VjpFn
+from cupybn.layers.batchnorm import BatchNorm1d, BatchNorm2d, BatchNorm3d, _BatchNorm
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -163,7 +163,7 @@ class SyncBatchNorm(_BatchNorm):
         >>> synchronized.weight is layer.weight
         True
         >>> type(synchronized.to_batchnorm())
-        <class 'cupybn.batchnorm.BatchNorm2d'>
+        <class 'cupybn.layers.batchnorm.BatchNorm2d'>
         """
         if not isinstance(layer, _BatchNorm):
             raise TypeError(f"expected layer to be a batch norm layer (got {type(layer).__qualname__})")
@@ -275,6 +275,6 @@ _KINDS: dict[int, type[_BatchNorm]] = {2: BatchNorm1d, 3: BatchNorm1d, 4: BatchN
 
 
 def _checked_timeout(timeout: float | None) -> float | None:
-    if timeout is not None and not _checks.as_float("timeout", timeout) > 0:
+    if timeout is not None and not checks.as_float("timeout", timeout) > 0:
         raise ValueError(f"expected timeout > 0 or None (got {timeout})")
     return timeout

@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from cupybn import _checks, _devices, _state, functional
-from cupybn._call import Call
-from cupybn._dtypes import parameter_dtype
+from cupybn import functional
+from cupybn._arrays import devices, kinds
+from cupybn._arrays.dtypes import parameter_dtype
+from cupybn._calls import checks
+from cupybn._calls.call import Call
 from cupybn.functional import VjpFn
+from cupybn.layers import state as _state
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -114,16 +117,16 @@ class _BatchNorm:
         activation: str | None = None,
     ) -> None:
         if num_features is not None:
-            num_features = _checks.check_num_features(num_features)
-        _checks.as_float("eps", eps)
+            num_features = checks.check_num_features(num_features)
+        checks.as_float("eps", eps)
         if momentum is not None:
-            _checks.as_float("momentum", momentum)
+            checks.as_float("momentum", momentum)
         for name, flag in ("affine", affine), ("track_running_stats", track_running_stats), ("bias", bias):
-            _checks.check_bool(name, flag)
-        _checks.as_int("channel_axis", channel_axis)
+            checks.check_bool(name, flag)
+        checks.as_int("channel_axis", channel_axis)
         if self._ranks:
-            _checks.check_channel_axis(channel_axis, max(self._ranks))
-        _checks.check_activation(activation)
+            checks.check_channel_axis(channel_axis, max(self._ranks))
+        checks.check_activation(activation)
         self.num_features = num_features
         self.eps = eps
         self.momentum = momentum
@@ -133,7 +136,7 @@ class _BatchNorm:
         self.channel_axis = channel_axis
         self.activation = activation
         self.training = True
-        self._device = _devices.resolve_device(device)
+        self._device = devices.resolve_device(device)
         has = {"weight": affine, "bias": affine and bias}
         self._members = tuple(name for name in INITIAL if has.get(name, track_running_stats))
         for name in INITIAL:
@@ -201,9 +204,9 @@ class _BatchNorm:
     def _call(self, input: Array, residual: Array | None) -> Call:
         """Which statistics, which update: torch's table."""
         for name in "training", "track_running_stats":
-            _checks.check_bool(name, getattr(self, name))
-        _checks.check_both_or_neither(self.running_mean, self.running_var)
-        momentum = None if self.momentum is None else _checks.as_float("momentum", self.momentum)
+            checks.check_bool(name, getattr(self, name))
+        checks.check_both_or_neither(self.running_mean, self.running_var)
+        momentum = None if self.momentum is None else checks.as_float("momentum", self.momentum)
         moves = momentum is not None or self.num_batches_tracked is not None
         uses_buffers = not self.training or (self.track_running_stats and moves)
         return Call(
@@ -226,9 +229,9 @@ class _BatchNorm:
     @contextlib.contextmanager
     def _settled(self, input: Array) -> Iterator[None]:
         """Check the rank and, on the first input, take the number of features from it, unless the call fails."""
-        _checks.check_array("input", input)
+        checks.check_array("input", input)
         self._check_rank(input.ndim)
-        axis = _checks.check_channel_axis(self.channel_axis, input.ndim)
+        axis = checks.check_channel_axis(self.channel_axis, input.ndim)
         lazy = self.num_features is None
         try:
             if lazy:
@@ -250,7 +253,7 @@ class _BatchNorm:
     def train(self, mode: bool = True) -> Self:
         """Training mode, or eval mode with ``mode=False``. Returns the layer."""
         if not isinstance(mode, (bool, np.bool_)):
-            raise ValueError(f"expected mode to be a bool (got {_devices.show(mode)})")  # PyTorch's kind of error
+            raise ValueError(f"expected mode to be a bool (got {kinds.show(mode)})")  # PyTorch's kind of error
         self.training = bool(mode)
         return self
 
@@ -277,7 +280,7 @@ class _BatchNorm:
 
     def state_dict(self, prefix: str = "") -> dict[str, Array]:
         """The layer's arrays themselves, not copies, under torch's names and in torch's order."""
-        _checks.check_str("prefix", prefix)
+        checks.check_str("prefix", prefix)
         return {prefix + name: array for name, array in self._arrays().items()}
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True, prefix: str = "") -> None:
@@ -319,8 +322,8 @@ class _BatchNorm:
         ``layer.load_state_dict(np.load("layer.npz"))``; where the layer is bfloat16, too, whose name NumPy's files do
         not keep.
         """
-        _checks.check_bool("strict", strict, f"; did you mean prefix={strict!r}?" if isinstance(strict, str) else "")
-        _checks.check_str("prefix", prefix)
+        checks.check_bool("strict", strict, f"; did you mean prefix={strict!r}?" if isinstance(strict, str) else "")
+        checks.check_str("prefix", prefix)
         _state.check_mapping(state)
         names = self._members if self.num_features is None else tuple(self._arrays())
         keys = _state.under(prefix, state.keys())
@@ -340,7 +343,7 @@ class _BatchNorm:
         if features is None:  # nothing here tells a lazy layer its size
             return
         loaded = {
-            name: _devices.transfer(own[name], self._dtype_of(name), self._device) for name in names if name in own
+            name: devices.transfer(own[name], self._dtype_of(name), self._device) for name in names if name in own
         }
         if self.num_features is None:
             self._allocate(features, loaded)
@@ -351,8 +354,8 @@ class _BatchNorm:
         """Unpickled CuPy arrays are on the current device: bring them to that of the layer."""
         vars(self).update(state)
         for name, array in self._arrays().items():
-            if _devices.kind(array) is not None and _devices.device_of(array) != self._device:
-                setattr(self, name, _devices.transfer(array, array.dtype, _devices.resolve_device(self._device)))
+            if kinds.kind(array) is not None and kinds.device_of(array) != self._device:
+                setattr(self, name, devices.transfer(array, array.dtype, devices.resolve_device(self._device)))
 
     @property
     def device(self) -> str:
@@ -367,9 +370,9 @@ class _BatchNorm:
         ValueError, RuntimeError
             If the device is unknown, or is not there.
         """
-        target = _devices.named_device(device)
+        target = devices.named_device(device)
         if target != self._device:
-            moved = {name: _devices.transfer(array, array.dtype, target) for name, array in self._arrays().items()}
+            moved = {name: devices.transfer(array, array.dtype, target) for name, array in self._arrays().items()}
             vars(self).update(moved, _device=target)
         return self
 
@@ -395,7 +398,7 @@ class _BatchNorm:
         arrays = {
             name: given[name]
             if name in given
-            else _devices.full(
+            else devices.full(
                 () if name == _state.COUNTER else (num_features,), INITIAL[name], self._dtype_of(name), self._device
             )
             for name in self._members
@@ -408,19 +411,19 @@ class _BatchNorm:
     def _fill(self, values: Mapping[str, Any]) -> None:
         """Write into the layer's arrays, all or none."""
         for name in values:
-            if _devices.kind(getattr(self, name)) is None:
-                raise TypeError(f"expected {name} to be an array (got {_devices.describe(getattr(self, name))})")
-            _checks.check_writeable(name, getattr(self, name))
+            if kinds.kind(getattr(self, name)) is None:
+                raise TypeError(f"expected {name} to be an array (got {kinds.describe(getattr(self, name))})")
+            checks.check_writeable(name, getattr(self, name))
         before: list[tuple[Array, Array]] = []
         try:
             for name, value in values.items():
                 array = getattr(self, name)
-                with _devices.current(array):
-                    before.append((array, _devices.copied(array)))
+                with devices.current(array):
+                    before.append((array, devices.copied(array)))
                     array[...] = value
         except BaseException:
             for array, value in reversed(before):
-                with _devices.current(array):
+                with devices.current(array):
                     array[...] = value
             raise
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cupybn._devices import show
+from cupybn._arrays.kinds import show
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 BITS_OF_BFLOAT16 = np.dtype("V2")

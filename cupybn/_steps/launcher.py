@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from cupybn._devices import import_cupy
-from cupybn._dtypes import FLOATS
+from cupybn._arrays.devices import import_cupy
+from cupybn._arrays.dtypes import FLOATS
 
 Array = Any  # cupy.ndarray
 

@@ -7,12 +7,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cupybn import _checks
-from cupybn._devices import copied, is_derived, plain
-from cupybn._group import Group
-from cupybn._layout import Layout
-from cupybn._overlap import Extent, may_overlap, overlapping
-from cupybn._tracking import updates_stats
+from cupybn._arrays.devices import copied
+from cupybn._arrays.kinds import is_derived, plain
+from cupybn._calls import checks
+from cupybn._calls.layout import Layout
+from cupybn._calls.overlap import Extent, may_overlap, overlapping
+from cupybn._calls.tracking import updates_stats
+from cupybn._ranks.group import Group
 
 Array = Any  # numpy.ndarray or cupy.ndarray
 
@@ -102,17 +103,17 @@ class Call(NamedTuple):
             What was expected and what was given. Nothing has been changed, and no array on a device has been read.
         """
         input = self.input
-        _checks.check_array("input", input)
-        axis = _checks.check_channel_axis(self.channel_axis, input.ndim)
-        _checks.check_activation(self.activation)
-        _checks.check_bool("training", self.training)
-        _checks.check_both_or_neither(self.running_mean, self.running_var)
+        checks.check_array("input", input)
+        axis = checks.check_channel_axis(self.channel_axis, input.ndim)
+        checks.check_activation(self.activation)
+        checks.check_bool("training", self.training)
+        checks.check_both_or_neither(self.running_mean, self.running_var)
         if self.running_mean is None and not self.training:
             raise ValueError(
                 "running_mean and running_var must be given when training=False (training defaults to False; "
                 "training=True takes the statistics of the batch)"
             )
-        _checks.check_vectors(
+        checks.check_vectors(
             input,
             axis,
             {
@@ -123,16 +124,16 @@ class Call(NamedTuple):
             },
             self.layer_device,
         )
-        _checks.check_eps(self.eps, self.training)
+        checks.check_eps(self.eps, self.training)
         if self.training and input.size and self.group is None:
-            _checks.check_more_than_one_value(input.shape, axis, self._way_to_eval())
+            checks.check_more_than_one_value(input.shape, axis, self._way_to_eval())
         for name, array in ("residual", self.residual), ("out", out):
             if array is not None:
-                _checks.check_like(name, array, input)
+                checks.check_like(name, array, input)
         written = {"out": out}
         if self.updates_running():
             if self.num_batches_tracked is not None:
-                _checks.check_counter(self.num_batches_tracked, input)
+                checks.check_counter(self.num_batches_tracked, input)
             written |= {
                 "running_mean": self.running_mean,
                 "running_var": self.running_var,
@@ -140,7 +141,7 @@ class Call(NamedTuple):
             }
         for name, array in written.items():
             if array is not None:
-                _checks.check_writeable(name, array)
+                checks.check_writeable(name, array)
         return axis
 
     def _way_to_eval(self) -> str:

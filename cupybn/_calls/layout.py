@@ -6,7 +6,7 @@ import functools
 import math
 from typing import Any, NamedTuple
 
-from cupybn._devices import empty
+from cupybn._arrays.devices import empty
 
 Array = Any  # numpy.ndarray or cupy.ndarray
 

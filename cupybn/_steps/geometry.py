@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from cupybn._resident import CUDA, ROUNDS, SOON, Device, choose_cluster
+from cupybn._steps.resident import CUDA, ROUNDS, SOON, Device, choose_cluster
 
 THREADS = 256
 """Threads of most blocks."""

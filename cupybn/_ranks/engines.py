@@ -18,8 +18,9 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from cupybn._devices import describe, empty, import_cupy, kind
-from cupybn._watch import Watch, watch_of
+from cupybn._arrays.devices import empty, import_cupy
+from cupybn._arrays.kinds import describe, kind
+from cupybn._ranks.watch import Watch, watch_of
 
 Array = Any  # numpy.ndarray or cupy.ndarray
 Header = npt.NDArray[np.float64]

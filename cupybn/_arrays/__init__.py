@@ -1,0 +1,1 @@
+"""Arrays: of which kind they are, on which device, of which dtype."""

@@ -1,0 +1,1 @@
+"""The arguments of a call: what they are, whether they fit together, how they lie in memory."""

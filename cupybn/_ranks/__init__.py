@@ -1,0 +1,1 @@
+"""Ranks: several processes whose batches are one batch."""
