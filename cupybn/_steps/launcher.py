@@ -22,8 +22,8 @@ from cupybn._arrays.dtypes import FLOATS
 
 Array = Any  # cupy.ndarray
 
-_here = Path(__file__).parent
-KERNELS = next((d for d in (_here / "kernels", _here.parent / "kernels") if d.is_dir()), _here / "kernels")
+_package = Path(__file__).parents[1]
+KERNELS = next((d for d in (_package / "kernels", _package.parent / "kernels") if d.is_dir()), _package / "kernels")
 """The folder of the ``.cu`` files: ``cupybn/kernels`` in a wheel, ``kernels`` in a checkout."""
 
 
