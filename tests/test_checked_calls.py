@@ -25,7 +25,7 @@ NO_DIFFERENCE = {"momentum", "layer_device", "idle"}
 
 @pytest.fixture(autouse=True)
 def empty_cache(monkeypatch):
-    monkeypatch.setattr("cupybn._calls._call._checked", {})
+    monkeypatch.setattr(_call, "_checked", {})
 
 
 @pytest.fixture(params=["numpy", "cupy"])

@@ -1,46 +1,97 @@
-"""What travels between the steps: statistics that merge, and sums that add up."""
+"""Bundles: what always travels together between the steps, as one thing with one name.
+
+Each is a struct of the same name and fields in ``kernels/bundles.cuh``, which kernels take by value. Fields are declared
+by the types that follow, whose names stand for types of CUDA; ``None`` is a null pointer there.
+"""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-Array = Any  # numpy.ndarray or cupy.ndarray
+Tensor = Any
+"""Contiguous (N, C, L) array of the dtype of the call; ``data_t*`` in kernels."""
+Vector = Any
+"""One value for each channel, a (C,) array of any float dtype and any stride; ``Vector`` in kernels."""
+Doubles = Any
+"""Contiguous float64 array; ``double*`` in kernels."""
+Counter = Any
+"""Array without axes, int64; ``long long*`` in kernels."""
+Mask = Any
+"""Array of `empty_mask`; ``mask_t*`` in kernels."""
+Activation = str | None
+"""One of `ACTIVATIONS`; its number in kernels."""
+
+ACTIVATIONS = (None, "relu")
+"""Activations in the order of their numbers, those of the enum ``Activation`` in ``kernels/bundles.cuh``."""
+
+
+class Affine(NamedTuple):
+    """What makes normalised values of x, and the output of these: weight * (x - mean) / sqrt(var + eps) + bias."""
+
+    weight: Vector | None  # (C,); None stands for 1
+    bias: Vector | None  # (C,); None stands for 0
+    eps: float
+
+
+class Running(NamedTuple):
+    """The running statistics and what moves them; without arrays, where nothing is to be moved."""
+
+    mean: Vector | None = None  # (C,)
+    var: Vector | None = None  # (C,)
+    momentum: float | None = 0.0  # weight of the new batch; None stands for 1 / (batches + 1), the mean over all batches
+    batches: Counter | None = None  # (); num_batches_tracked
+
+
+class Epilogue(NamedTuple):
+    """What is done to a normalised value last: activation(value + residual)."""
+
+    residual: Tensor | None = None  # (N, C, L); for the way forward
+    activation: Activation = None
+    mask: Mask | None = None  # as `empty_mask` makes it; the way forward writes where ReLU passes, the way back reads it
 
 
 class Moments(NamedTuple):
     """Count, mean and sum of squared deviations of each channel, in P parts that are still to be merged.
 
-    Parts are those of the blocks of a grid or of the ranks of a cluster; NumPy's steps make one. All are float64.
+    Parts are those of the blocks of a grid or of the ranks of a cluster; NumPy's steps make one.
     """
 
-    count: Array  # (P,)
-    mean: Array  # (P, C)
-    m2: Array  # (P, C)  sum((x - mean)^2)
-    batches: Array | None = None
-    """0-d int64: the number of batches before this one, for whoever moves the counter and needs its old value."""
+    count: Doubles  # (P,)
+    mean: Doubles  # (P, C)
+    m2: Doubles  # (P, C); sum((x - mean)^2)
+    batches: Counter | None = None  # (); number of batches before this one, for whoever moves the counter and needs it
 
     @classmethod
-    def of_rows(cls, rows: Array, batches: Array | None = None) -> Moments:
+    def of_rows(cls, rows: Any, batches: Counter | None = None) -> Moments:
         """The moments in the rows that `merge_moments` makes, (P, 1 + 2 C): what ranks send each other."""
         C = rows.shape[1] // 2
         return cls(rows[:, 0], rows[:, 1 : 1 + C], rows[:, 1 + C :], batches)
 
 
 class Statistics(NamedTuple):
-    """Mean and biased variance of each channel: copies, so that what used them stays right. float64."""
+    """Mean and biased variance of each channel: copies, so that what used them stays right."""
 
-    mean: Array  # (C,)
-    var: Array  # (C,)
+    mean: Doubles  # (C,)
+    var: Doubles  # (C,)
 
 
 class Sums(NamedTuple):
-    """What the gradients need of the whole batch, in P parts that are still to be added. float64."""
+    """What the gradients need of the whole batch, in P parts that are still to be added."""
 
-    dy: Array  # (P, C)  sum(dy), the gradient of bias
-    dy_xhat: Array  # (P, C)  sum(dy * xhat), the gradient of weight
+    dy: Doubles  # (P, C); sum(dy), the gradient of bias
+    dy_xhat: Doubles  # (P, C); sum(dy * xhat), the gradient of weight
 
     @classmethod
-    def of_rows(cls, rows: Array) -> Sums:
+    def of_rows(cls, rows: Any) -> Sums:
         """The sums in the row that `merge_sums` makes, (1, 2 C)."""
         C = rows.shape[1] // 2
         return cls(rows[:, :C], rows[:, C:])
+
+
+class Gradients(NamedTuple):
+    """The arrays that a step writes gradients to."""
+
+    dx: Tensor  # (N, C, L)
+    dresidual: Tensor | None = None  # (N, C, L)
+    dweight: Vector | None = None  # (C,)
+    dbias: Vector | None = None  # (C,)
