@@ -38,7 +38,9 @@ class Running(NamedTuple):
 
     mean: Vector | None = None  # (C,)
     var: Vector | None = None  # (C,)
-    momentum: float | None = 0.0  # weight of the new batch; None stands for 1 / (batches + 1), the mean over all batches
+    momentum: float | None = (
+        0.0  # weight of the new batch; None stands for 1 / (batches + 1), the mean over all batches
+    )
     batches: Counter | None = None  # (); num_batches_tracked
 
 
@@ -47,7 +49,9 @@ class Epilogue(NamedTuple):
 
     residual: Tensor | None = None  # (N, C, L); for the way forward
     activation: Activation = None
-    mask: Mask | None = None  # as `empty_mask` makes it; the way forward writes where ReLU passes, the way back reads it
+    mask: Mask | None = (
+        None  # as `empty_mask` makes it; the way forward writes where ReLU passes, the way back reads it
+    )
 
 
 class Moments(NamedTuple):

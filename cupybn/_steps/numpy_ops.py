@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from cupybn._arrays.devices import write_at_once
 from cupybn._arrays.dtypes import accumulation_dtype
-from cupybn._steps.bundles import Affine, Epilogue, Gradients, Moments, Running, Statistics, Sums
+from cupybn._steps.bundles import Activation, Affine, Epilogue, Gradients, Moments, Running, Statistics, Sums
 from cupybn._steps.tiles import gather, tile_map, tile_sums
 
 Array = npt.NDArray[Any]
@@ -295,13 +295,13 @@ def bn_backward_reduce(
     scratch : array of the same shape, or None
         Memory to work in; it is used if its dtype is that of the arithmetic.
     """
-    channels, gate = _Channels.of(x.dtype, statistics, affine), _Gate.of(epilogue)
+    channels, activation = _Channels.of(x.dtype, statistics, affine), epilogue.activation
     usable = _usable(scratch, channels.dtype)
     line = channels.line(slice(None), channels.dtype)
-    temporaries = usable is None or epilogue.activation is not None
+    temporaries = usable is None or activation is not None
 
     def products(column: Column, dy: Array, x: Array, mask: Array | None, usable: Array | None, *line: Array) -> Terms:
-        g = gate.passed(dy, x, mask, column, line)
+        g = _passed(dy, x, mask, column, line, activation)
         return [(g,), (g, np.subtract(x, column(line[0]), out=usable, dtype=line[0].dtype))]
 
     def some(column: Column, dy: Array, x: Array, mask: Array | None, usable: Array | None, *line: Array) -> Terms:
@@ -320,14 +320,14 @@ def bn_backward_reduce(
         for chosen, dtype in (channels.wide, np.float64), (~channels.wide & ~held, channels.dtype):
             numbers = np.flatnonzero(chosen)
             if numbers.size:
-                sums = _gradient_sums_in_float64([dy, x, epilogue.mask], channels, gate, numbers, dtype)
+                sums = _gradient_sums_in_float64(arrays[:3], channels, activation, numbers, dtype)
                 sum_dy[numbers], sum_dy_d[numbers] = sums
     sum_dy_xhat = (sum_dy_d - channels.rest * sum_dy) * channels.rstd
     return Sums(sum_dy[None], sum_dy_xhat[None])
 
 
 def _gradient_sums_in_float64(
-    arrays: Sequence[Array | None], channels: _Channels, gate: _Gate, numbers: Array, dtype: npt.DTypeLike
+    arrays: Sequence[Array | None], channels: _Channels, activation: Activation, numbers: Array, dtype: npt.DTypeLike
 ) -> tuple[Array, Array]:
     """sum(dy) and sum(dy * (x - center)) of the channels of these numbers, from dy, x and mask.
 
@@ -336,7 +336,7 @@ def _gradient_sums_in_float64(
     sum_dy, sum_dy_d = np.zeros((2, len(numbers)))
     line = channels.line(numbers, dtype)
     for some, (g, values, mask) in gather(numbers, arrays):
-        g = gate.passed(g, values, mask, lambda v: v[:, None], [v[some] for v in line])
+        g = _passed(g, values, mask, lambda v: v[:, None], [v[some] for v in line], activation)
         g, d = g.astype(np.float64), values.astype(np.float64) - channels.center[numbers[some], None]
         sum_dy[some] += g.sum(axis=1)
         sum_dy_d[some] += np.vecdot(g, d)
@@ -396,7 +396,7 @@ def bn_backward_input(
     gradients : Gradients
         Get all of these.
     """
-    channels, gate = _Channels.of(x.dtype, statistics, affine), _Gate.of(epilogue)
+    channels, activation = _Channels.of(x.dtype, statistics, affine), epilogue.activation
     dx, dresidual, dweight, dbias = gradients
     slope = offset = np.zeros(x.shape[1])
     if sums is not None:
@@ -408,15 +408,9 @@ def bn_backward_input(
         if dbias is not None:
             dbias[...] = sum_dy
 
-    def core(
-        column: Column,
-        arrays: tuple[Array, Array, Array | None, Array, Array | None],
-        vectors: tuple[Array, Array, Array, Array, Array],
-    ) -> None:
-        dy, x, mask, dx, dresidual = arrays
-        *line, slope, offset = vectors
-        center, scale, _ = line
-        dy = gate.passed(dy, x, mask, column, line)
+    def core(column: Column, *tile: Any) -> None:
+        dy, x, mask, dx, dresidual, center, scale, shift, slope, offset = tile
+        dy = _passed(dy, x, mask, column, (center, scale, shift), activation)
         if dresidual is not None:
             np.copyto(dresidual, dy, casting="unsafe")
         d = dx if dx.dtype == scale.dtype else np.empty(x.shape, scale.dtype)
@@ -431,38 +425,37 @@ def bn_backward_input(
         if d is not dx:
             np.copyto(dx, d, casting="unsafe")
 
+    for some, dtype in channels.precisions(slope, offset):
+        arrays = [None if a is None else a[:, some] for a in (dy, x, epilogue.mask, dx, dresidual)]
+        vectors = [*channels.line(some, dtype), slope[some].astype(dtype), offset[some].astype(dtype)]
+        tile_map(core, arrays, vectors, temporaries=activation is not None or dx.dtype != dtype)
+
+
 def bn_backward(
     dy: Array,
     x: Array,
     statistics: Statistics,
-    eps: float,
-    weight: Array | None,
-    bias: Array | None,
-    activation: str | None,
-    mask: Array | None,
+    affine: Affine,
+    epilogue: Epilogue,
     inv_count: float,
-    dx: Array,
-    dresidual: Array | None,
-    dweight: Array | None,
-    dbias: Array | None,
+    gradients: Gradients,
     scratch: Array | None = None,
 ) -> None:
     """`bn_backward_reduce`, then `bn_backward_input`: all gradients."""
-    step = (dy, x, statistics, eps, weight, bias, activation, mask)
-    sums = bn_backward_reduce(*step, scratch)
-    bn_backward_input(*step, sums, inv_count, dx, dresidual, dweight, dbias)
+    sums = bn_backward_reduce(dy, x, statistics, affine, epilogue, scratch)
+    bn_backward_input(dy, x, statistics, affine, epilogue, sums, inv_count, gradients)
 
 
 def _passed(
-    dy: Array, x: Array, mask: Array | None, column: Column, affine: Sequence[Array], activation: str | None
+    dy: Array, x: Array, mask: Array | None, column: Column, line: Sequence[Array], activation: Activation
 ) -> Array:
     """dy in the dtype of the arithmetic, 0 where ReLU stopped it: never 0 * dy, dy may be inf."""
-    dy = dy.astype(affine[0].dtype, copy=False)
+    dy = dy.astype(line[0].dtype, copy=False)
     if activation != "relu":
         return dy
     y = np.empty(x.shape, dy.dtype)
     if mask is None:
-        _preactivation(y, x, None, column, *affine)
+        _preactivation(y, x, None, column, line)
         mask = y > 0
     word = np.dtype(f"i{dy.itemsize}")
     bits = np.negative(mask.view(np.int8))  # 0 or all bits set
@@ -474,43 +467,49 @@ def _passed(
 # Per channel
 
 
-class _Affine(NamedTuple):
-    """Batch norm of a channel as (x - center) * scale + shift; (C,) arrays, float64."""
+_LARGE = 1e30
+"""Size from which numbers, or their products, may be beyond float32; below its inverse they may be lost."""
+_SMALL_RSTD = 1e-15
+"""Least rstd of a narrow channel: (x - mean)^2 would be too large, and beyond its inverse dy * (x - mean) too small."""
+
+
+class _Channels(NamedTuple):
+    """Batch norm of each channel as (x - center) * scale + shift; (C,) arrays, float64."""
 
     center: Array
     rest: Array  # mean - center
     rstd: Array
     scale: Array
     shift: Array
-    wide: Array  # needs float64
-    dtype: np.dtype[Any]  # else this one
+    wide: Array  # whether the channel needs float64
+    dtype: np.dtype[Any]  # of the arithmetic of the others
+
+    @classmethod
+    def of(cls, x_dtype: np.dtype[Any], statistics: Statistics, affine: Affine) -> _Channels:
+        """What statistics, weight and bias make of the channels of x."""
+        weight, bias, eps = affine
+        dtype = accumulation_dtype(x_dtype)
+        rstd = 1 / np.sqrt(statistics.var + eps)
+        scale = rstd if weight is None else rstd * weight.astype(np.float64)
+        wide = (rstd < _SMALL_RSTD) | (rstd > 1 / _SMALL_RSTD) | _extreme(scale) | (np.abs(statistics.mean) > _LARGE)
+        center = np.where(wide, statistics.mean, statistics.mean.astype(dtype))
+        rest = np.where(np.isfinite(center), statistics.mean - center, 0)
+        shift = np.where(rest == 0, 0, -rest * scale)
+        if bias is not None:
+            shift += bias.astype(np.float64)
+            wide |= np.abs(shift) > _LARGE
+        return cls(center, rest, rstd, scale, shift, wide, dtype)
+
+    def line(self, some: slice | Array, dtype: npt.DTypeLike) -> list[Array]:
+        """Center, scale and shift of some of the channels, in the dtype of their arithmetic."""
+        return [vector[some].astype(dtype) for vector in (self.center, self.scale, self.shift)]
 
     def precisions(self, *more: Array) -> list[tuple[slice, npt.DTypeLike]]:
         """Ranges of channels and the dtype for each: float32 does not reach where values are near its limits."""
         wide = self.wide | np.any([_extreme(v) for v in more], axis=0) if more else self.wide
         if not wide.any():
             return [(slice(None), self.dtype)]
-        return [(channels, self.dtype) for channels in _runs(~wide)] + [(c, np.dtype(np.float64)) for c in _runs(wide)]
-
-
-_LARGE = 1e30
-_SMALL_RSTD = 1e-15  # (x - mean)^2 would be large, and beyond its inverse dy * (x - mean) small
-
-
-def _affine(
-    x_dtype: np.dtype[Any], statistics: Statistics, eps: float, weight: Array | None, bias: Array | None
-) -> _Affine:
-    dtype = accumulation_dtype(x_dtype)
-    rstd = 1 / np.sqrt(statistics.var + eps)
-    scale = rstd if weight is None else rstd * weight.astype(np.float64)
-    wide = (rstd < _SMALL_RSTD) | (rstd > 1 / _SMALL_RSTD) | _extreme(scale) | (np.abs(statistics.mean) > _LARGE)
-    center = np.where(wide, statistics.mean, statistics.mean.astype(dtype))
-    rest = np.where(np.isfinite(center), statistics.mean - center, 0)
-    shift = np.where(rest == 0, 0, -rest * scale)
-    if bias is not None:
-        shift += bias.astype(np.float64)
-        wide |= np.abs(shift) > _LARGE
-    return _Affine(center, rest, rstd, scale, shift, wide, dtype)
+        return [(some, self.dtype) for some in _runs(~wide)] + [(some, np.dtype(np.float64)) for some in _runs(wide)]
 
 
 def _extreme(factor: Array) -> Array:
