@@ -39,7 +39,7 @@ class Running(NamedTuple):
     mean: Vector | None = None  # (C,)
     var: Vector | None = None  # (C,)
     momentum: float | None = (
-        0.0  # weight of the new batch; None stands for 1 / (batches + 1), the mean over all batches
+        0.0  # weight of the new batch; None stands for 1 / (batches + 1): the mean over all of them
     )
     batches: Counter | None = None  # (); num_batches_tracked
 
@@ -49,9 +49,7 @@ class Epilogue(NamedTuple):
 
     residual: Tensor | None = None  # (N, C, L); for the way forward
     activation: Activation = None
-    mask: Mask | None = (
-        None  # as `empty_mask` makes it; the way forward writes where ReLU passes, the way back reads it
-    )
+    mask: Mask | None = None  # of `empty_mask`: the way forward notes in it where ReLU passes, for the way back
 
 
 class Moments(NamedTuple):
