@@ -1,7 +1,7 @@
 """Bundles: what always travels together between the steps, as one thing with one name.
 
-Each is a struct of the same name and fields in ``kernels/bundles.cuh``, which kernels take by value. Fields are declared
-by the types that follow, whose names stand for types of CUDA; ``None`` is a null pointer there.
+Each is a struct of the same name and fields in ``kernels/bundles.cuh``, which kernels take by value. The types of fields
+are named here as well: each stands for a type of CUDA, and None for a null pointer.
 """
 
 from __future__ import annotations
