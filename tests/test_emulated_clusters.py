@@ -992,7 +992,7 @@ FAULTS = {
 
 @pytest.mark.parametrize(("text", "fault"), FAULTS.values(), ids=FAULTS)
 def test_faults_in_clusters_of_the_library_are_found(seeds, monkeypatch, text, fault):
-    """Of bn_forward: the sums of eight blocks."""
+    """Faults in bn_forward, where eight blocks add their sums."""
     source = launcher.source("channels_first/bn_forward")
     assert source.count(text) == 1
     x = cupy.asarray(np.random.default_rng(0).standard_normal(SHAPE).astype(np.float32))

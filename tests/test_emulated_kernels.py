@@ -1102,12 +1102,14 @@ PARTS, THREADS, TEAM = 2, 128, 64
 
 def bn_stats(text, x):
     """Count, mean and m2 of each channel, in its parts."""
-    macros = {"DATA_T": "float32", "WIDTH": WIDTH, "INDEX_BITS": 32, "THREADS": THREADS, "TEAM": TEAM}
-    options = tuple(f"-D{name}={value}" for name, value in macros.items())
-    outputs = [cupy.empty(shape) for shape in ((PARTS,), (PARTS, C), (PARTS, C))]
-    sizes = N, C, L, -(-N * L // WIDTH // PARTS)
-    cupy.RawKernel(text, "bn_stats", options)((2, PARTS), (THREADS,), (cupy.asarray(x), None, *outputs, None, *sizes))
-    return [array.get() for array in outputs]
+    macros = {"DATA_T": x.dtype, "WIDTH": WIDTH, "INDEX_BITS": 32, "THREADS": THREADS, "TEAM": TEAM}
+    kernel = launcher.Kernel("channels_first/bn_stats", macros)
+    kernel.raw = cupy.RawKernel(text, "bn_stats", kernel.options)
+    moments = Moments(*(cupy.empty(shape) for shape in ((PARTS,), (PARTS, C), (PARTS, C))))
+    sizes = ChannelsFirst(N, C, L, packs=-(-N * L // WIDTH // PARTS))
+    arguments = {"x": cupy.asarray(x), "batches": None, "moments": moments, "sizes": sizes}
+    kernel.launch((2, PARTS), THREADS, arguments)
+    return [array.get() for array in moments[:3]]
 
 
 def is_right(text):
