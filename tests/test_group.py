@@ -88,7 +88,7 @@ def outcome(call):
 
 
 def interrupted(calls, interrupt):
-    """What both ranks say of each of two calls, of which the first one of rank 0 is interrupted; rank 0's arrays after that."""
+    """What both ranks say of each of two calls, and the arrays of rank 0 after its first one, which is interrupted."""
     said, arrays = ([], []), []
 
     def other():

@@ -209,7 +209,7 @@ def test_how_much_a_few_blocks_may_have():
 
 
 def test_the_widest_tile_that_keeps_the_device_busy():
-    """Tiles have four packs, or two where there would be fewer blocks than multiprocessors; none is wider than a row."""
+    """Tiles have four packs, or two where there would be fewer blocks than multiprocessors; and no more than a row."""
     tiles = {C: geometry.channels_last_resident(100, C, 2, 8, 1, H200).sizes.tile for C in (8192, 4096, 2048)}
     assert tiles == {8192: 4, 4096: 2, 2048: 2}
     small = H200._replace(multiprocessors=1)
