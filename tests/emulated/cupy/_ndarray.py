@@ -238,12 +238,7 @@ class ndarray:  # noqa: N801 - as CuPy has it
         if order.upper() not in ("C", "F", "A"):
             raise ValueError(f"unsupported order: {order}")
         if out is not None:
-            if not isinstance(out, np.ndarray):
-                raise TypeError("Only numpy.ndarray can be obtained from cupy.ndarray")
-            if self.dtype != out.dtype:
-                raise TypeError(f"{out.dtype} array cannot be obtained from {self.dtype} array")
-            if self.shape != out.shape:
-                raise ValueError(f"Shape mismatch. Expected shape: {self.shape}, actual shape: {out.shape}")
+            self._expect_alike(out, "obtained from", "Expected", "actual")
             if not (out.flags.c_contiguous or out.flags.f_contiguous):
                 raise RuntimeError("`out` cannot be specified when copying to non-contiguous ndarray")
         note_get("get", stream, blocking)
@@ -255,17 +250,21 @@ class ndarray:  # noqa: N801 - as CuPy has it
 
     def set(self, arr: npt.NDArray[Any], stream: Stream | None = None) -> None:
         """Copy a NumPy array of the same shape and dtype into this one."""
-        if not isinstance(arr, np.ndarray):
-            raise TypeError("Only numpy.ndarray can be set to cupy.ndarray")
-        if self.dtype != arr.dtype:
-            raise TypeError(f"{arr.dtype} array cannot be set to {self.dtype} array")
-        if self.shape != arr.shape:
-            raise ValueError(f"Shape mismatch. Old shape: {self.shape}, new shape: {arr.shape}")
+        self._expect_alike(arr, "set to", "Old", "new")
         if not self.flags.forc:
             raise RuntimeError("Cannot set to non-contiguous array")
         note_set(stream)
         self._host[...] = arr
         self._mark()
+
+    def _expect_alike(self, host: npt.NDArray[Any], how: str, ours: str, theirs: str) -> None:
+        """Raise unless the elements of one array can be copied into the other; the words are CuPy's."""
+        if not isinstance(host, np.ndarray):
+            raise TypeError(f"Only numpy.ndarray can be {how} cupy.ndarray")
+        if self.dtype != host.dtype:
+            raise TypeError(f"{host.dtype} array cannot be {how} {self.dtype} array")
+        if self.shape != host.shape:
+            raise ValueError(f"Shape mismatch. {ours} shape: {self.shape}, {theirs} shape: {host.shape}")
 
     def item(self) -> Any:
         """The only element as a Python scalar."""
