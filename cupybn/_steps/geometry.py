@@ -64,11 +64,29 @@ ROWS_PER_PART = 8
 """Rows that a block of an elementwise step takes at least for each part that it merges (channels last)."""
 
 
+class ChannelsFirst(NamedTuple):
+    """Sizes that the kernels of ``channels_first`` are told: the array is (N, C, L)."""
+
+    N: int
+    C: int
+    L: int
+    packs: int  # of a channel that a team takes, or a block of a cluster
+
+
+class ChannelsLast(NamedTuple):
+    """Sizes that the kernels of ``channels_last`` are told: the array is (M, C)."""
+
+    M: int
+    C: int
+    tile: int  # columns of packs that a block takes
+    rows: int  # that a block takes of them
+
+
 class Geometry(NamedTuple):
     """A grid of blocks, and the sizes that the kernel is told."""
 
     grid: tuple[int, ...]
-    sizes: dict[str, int]
+    sizes: ChannelsFirst | ChannelsLast | None = None  # None for kernels without a layout
     parts: int = 1  # of each channel, where blocks sum
     threads: int = THREADS  # of a block
     cluster: int = 1  # blocks
@@ -101,13 +119,12 @@ def channels_first(N: int, C: int, L: int, itemsize: int, width: int, multiproce
     else:
         wanted = multiprocessors * CHANNELS_FIRST_MAP
         shares = min(math.ceil(wanted / C), math.ceil(N * L / LEAST_MAPPED), MOST_GRID_Y)
-    packs_per_share = math.ceil(packs / shares)
-    shares = math.ceil(packs / packs_per_share)
-    team = team_of(packs_per_share, width * itemsize, STREAMED_PACKS, THREADS)
+    own = math.ceil(packs / shares)
+    shares = math.ceil(packs / own)
+    team = team_of(own, width * itemsize, STREAMED_PACKS, THREADS)
     threads = max(team, LEAST_THREADS)
-    sizes = {"N": N, "C": C, "L": L, "packs_per_share": packs_per_share}
     grid = over_channels(math.ceil(C * team / threads), shares)
-    return Geometry(grid, sizes, shares, threads, team=team)
+    return Geometry(grid, ChannelsFirst(N, C, L, own), shares, threads, team=team)
 
 
 def channels_first_resident(
@@ -124,8 +141,8 @@ def channels_first_resident(
         team *= 2
     threads = max(team, LEAST_THREADS)
     teams = threads // team if cluster.blocks == 1 else 1
-    sizes = {"N": N, "C": C, "L": L, "packs_per_block": cluster.packs}
     grid = (math.ceil(C / teams) * cluster.blocks,)
+    sizes = ChannelsFirst(N, C, L, cluster.packs)
     return Geometry(grid, sizes, 1, threads, cluster.blocks, cluster.shared * teams, threads // teams)
 
 
@@ -157,10 +174,9 @@ def channels_last(M: int, C: int, itemsize: int, width: int, arrays: int, multip
         least = max(math.ceil(LEAST_MAPPED / (tile * width)), parts * ROWS_PER_PART)
         wanted = max(1, multiprocessors * CHANNELS_LAST_MAP // tiles)  # no more than there is room for at a time
         shares = min(wanted, math.ceil(M / least), MOST_GRID_Y)
-    rows_per_share = math.ceil(M / shares)
-    shares = math.ceil(M / rows_per_share)
-    sizes = {"M": M, "C": C, "tile": tile, "rows_per_share": rows_per_share}
-    return Geometry((tiles, shares), sizes, shares)
+    rows = math.ceil(M / shares)
+    shares = math.ceil(M / rows)
+    return Geometry((tiles, shares), ChannelsLast(M, C, tile, rows), shares)
 
 
 def channels_last_resident(M: int, C: int, itemsize: int, width: int, arrays: int, device: Device) -> Geometry | None:
@@ -176,7 +192,7 @@ def channels_last_resident(M: int, C: int, itemsize: int, width: int, arrays: in
         shared = M * tile * pack * arrays
         if shared > min(SOON, device.shared_per_block - CHANNELS_LAST_OWN) or tiles > MOST_GRID_X:
             continue
-        geometry = Geometry((tiles,), {"M": M, "C": C, "tile": tile}, 1, THREADS, shared=shared)
+        geometry = Geometry((tiles,), ChannelsLast(M, C, tile, M), shared=shared)
         if best is None or best.grid[0] < min(device.multiprocessors, tiles):
             best = geometry
     return best
