@@ -130,6 +130,7 @@ class ndarray:  # noqa: N801 - as CuPy has it
         buffer = memptr.mem.host if memptr.mem.nbytes else np.empty(0, np.uint8)
         self._host = np.ndarray(shape, dtype, buffer, offset, strides, order)
         self._allocation = memptr.mem
+        self._allocation.arrays[id(self)] = self
         self.base: ndarray | None = None
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -141,6 +142,7 @@ class ndarray:  # noqa: N801 - as CuPy has it
         offset = _address(host) - self._allocation.ptr if host.size else 0
         view._host = np.ndarray(host.shape, host.dtype, self._allocation.host, offset, host.strides)
         view._allocation = self._allocation
+        view._allocation.arrays[id(view)] = view
         view.base = self if self.base is None else self.base
         return view
 
@@ -488,6 +490,19 @@ def byte_range(array: ndarray) -> tuple[int, int]:
     """The addresses of the first byte of an array and of the first one past it, whatever its strides."""
     first, end = np.lib.array_utils.byte_bounds(array._host) if array.size else (array.data.ptr,) * 2
     return int(first), int(end)
+
+
+def range_at(allocation: _memory.Allocation, ptr: int) -> tuple[int, int]:
+    """The addresses of what somebody who was told an address may touch: of the live arrays that begin there.
+
+    Where none does, of the whole allocation that it lies in.
+    """
+    arrays = [reference() for reference in allocation.arrays.valuerefs()]  # at once: other threads may make views
+    ranges = [byte_range(a) for a in arrays if a is not None and a.size and _address(a._host) == ptr]
+    if not ranges:
+        return allocation.ptr, allocation.ptr + allocation.nbytes
+    firsts, ends = zip(*ranges, strict=True)
+    return min(firsts), max(ends)
 
 
 def _address(host: npt.NDArray[Any]) -> int:
