@@ -11,15 +11,15 @@ import math
 import numbers
 import operator
 from array import array as BuiltinArray
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from cupybn._arrays.dtypes import BITS_OF_BFLOAT16, FLOATS, is_float
 from cupybn._arrays.kinds import describe, device_of, from_dlpack, kind, show
+from cupybn._steps.bundles import ACTIVATIONS, Running
 
-ACTIVATIONS = (None, "relu")
 MOST_FEATURES = 2**60 - 1
 """The most float64 whose bytes an array can count."""
 MOST_NESTED = 64
@@ -145,6 +145,15 @@ def check_counter(counter: Any, like: Any) -> None:
         raise ValueError(f"expected num_batches_tracked of shape () (got {counter.shape}){way_out}")
 
 
+def check_input(input: Any, channel_axis: int, ranks: Sequence[int] = ()) -> int:
+    """An array of one of these ranks, or of any if none are named. Returns the channel axis counted from the front."""
+    check_array("input", input)
+    if ranks and input.ndim not in ranks:
+        expected = " or ".join(f"{rank}D" for rank in ranks)
+        raise ValueError(f"expected {expected} input (got {input.ndim}D input)")
+    return check_channel_axis(channel_axis, input.ndim)
+
+
 def check_channel_axis(channel_axis: int, ndim: int) -> int:
     """The channel axis counted from the front."""
     if ndim < 2:
@@ -218,10 +227,15 @@ def check_eps(eps: float, training: bool) -> None:
         raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
 
 
-def check_both_or_neither(running_mean: Any, running_var: Any) -> None:
-    """Running statistics come in pairs."""
-    if (running_mean is None) != (running_var is None):
+def check_running(running: Running, training: bool) -> None:
+    """Running statistics, which come in pairs; there must be some unless the batch has its own in training."""
+    if (running.mean is None) != (running.var is None):
         raise ValueError("running_mean and running_var must either both be None or neither be None")
+    if running.mean is None and not training:
+        raise ValueError(
+            "running_mean and running_var must be given when training=False (training defaults to False; "
+            "training=True takes the statistics of the batch)"
+        )
 
 
 def check_vectors(input: Any, axis: int, vectors: Mapping[str, Any], layer_device: str | None) -> None:

@@ -1,6 +1,6 @@
 """Bundles: what always travels together between the steps, as one thing with one name.
 
-Each is a struct of the same name and fields in ``kernels/bundles.cuh``, which kernels take by value. The types of fields
+Each is a struct of the same name and fields in ``kernels/bundles.cuh``, which kernels take by value. Types of fields
 are named here as well: each stands for a type of CUDA, and None for a null pointer.
 """
 

@@ -306,7 +306,7 @@ def _resident_plan(
 
 
 def _index_bits(shape: tuple[int, int, int], geometry: Geometry) -> int:
-    """Bits of the kernels' indices, which go beyond the end of the array by some rows: by one stride of a block's threads."""
+    """Bits of the kernels' indices. These go beyond the end of the array by one stride of a block's threads."""
     N, C, L = shape
     sizes = geometry.sizes
     beyond = geometry.threads // sizes.tile if isinstance(sizes, ChannelsLast) else geometry.threads * PACK // L + 2
