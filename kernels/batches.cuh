@@ -1,13 +1,13 @@
 // Batches: the packs of a thread, several at a time, out of memory or from the block's shared memory.
 //
-// Packs are the packs of a thread: they have a count, and next() gives the place of the next one, that of its first element
-// in the array.
+// `Packs`, a template parameter, are the packs of a thread: they have a count, and next() gives the place of the next one,
+// that of its first element in the array.
 #pragma once
 #include "staging.cuh"
 #include "team.cuh"
 
 // Calls body(full, i, count) for a thread's packs in batches of AT_ONCE: for `count` of them from number i on. The last batch
-// may have fewer: full, which the compiler knows, tells.
+// may have fewer: full, which the compiler knows, tells whether it does not.
 template <int AT_ONCE, class Body>
 DEVICE void in_batches(int packs, Body body) {
     int i = 0;
@@ -16,24 +16,35 @@ DEVICE void in_batches(int packs, Body body) {
     if (AT_ONCE > 1 && i < packs) body(No(), i, packs - i);
 }
 
-// Sources tell where a thread reads its packs: get(at, i) is pack i of the thread, whose first element is array[at]. put
-// changes it, where that can be. FAR: it takes long to come.
+// Calls body(u) for each pack u of such a batch, in a loop that is unrolled: arrays of AT_ONCE values stay in registers.
+template <int AT_ONCE, class Full, class Body>
+DEVICE void each(Full full, int count, Body body) {
+#pragma unroll
+    for (int u = 0; u < AT_ONCE; u++) {
+        if (!full && u == count) break;
+        body(u);
+    }
+}
+
+// Sources, which tell where a thread reads its packs: get(at, i) is pack i of the thread, whose first element is array[at].
+// put changes it, where that can be. FAR is whether it takes long to come. This one is memory.
 struct InMemory {
     static constexpr bool FAR = true;
     const data_t* array;
     DEVICE raw_t get(index_t at, int) const { return load(array + at); }
     DEVICE void put(const raw_t&, int) const {}  // memory stays as it is
 };
-// On chip they lie TEAM apart, as each thread of a team has one in turn, and come in GROUPS groups of `group` packs.
+// Shared memory, where the packs of a thread lie TEAM apart, as each thread of a team has one in turn. They come in GROUPS
+// groups of `group` packs.
 struct OnChip {
     static constexpr bool FAR = false;
-    raw_t* own;
+    raw_t* own;  // the first one of the thread
     int group;
     DEVICE raw_t get(index_t, int i) const { return own[i * TEAM]; }
     DEVICE void put(const raw_t& raw, int i) const { own[i * TEAM] = raw; }
 };
 
-// Batches in the order in which packs come in: each group once it is there.
+// Calls body as in_batches does, in the order in which packs come in: for each group once it is there.
 template <int AT_ONCE, class Body>
 DEVICE void as_they_come(const InMemory&, int count, Body body) {
     in_batches<AT_ONCE>(count, body);
@@ -54,8 +65,8 @@ DEVICE void as_they_come(const OnChip& source, int count, Body body) {
     body(No(), i, count - i);
 }
 
-// Starts the copies of a thread's packs of K arrays into their places, in GROUPS of whole batches of AT_ONCE. Returns how many
-// packs a group has.
+// Starts the copies of a thread's packs of K arrays to shared memory, to `kept` and what follows TEAM apart, in GROUPS groups
+// of whole batches of AT_ONCE. Returns how many packs a group has.
 template <int AT_ONCE, int K, class Packs>
 DEVICE int stage(raw_t* const (&kept)[K], const data_t* const (&arrays)[K], Packs packs) {
     const int group = (packs.count + GROUPS * AT_ONCE - 1) / (GROUPS * AT_ONCE) * AT_ONCE;
@@ -63,19 +74,15 @@ DEVICE int stage(raw_t* const (&kept)[K], const data_t* const (&arrays)[K], Pack
         constexpr int IN_FLIGHT = 8 / K;
         in_batches<IN_FLIGHT>(packs.count, [&](auto full, int i, int count) {
             raw_t raw[K][IN_FLIGHT];
-#pragma unroll
-            for (int u = 0; u < IN_FLIGHT; u++) {
-                if (!full && u == count) break;
+            each<IN_FLIGHT>(full, count, [&](int u) {
                 const index_t at = packs.next();
 #pragma unroll
                 for (int k = 0; k < K; k++) raw[k][u] = load(arrays[k] + at);
-            }
-#pragma unroll
-            for (int u = 0; u < IN_FLIGHT; u++) {
-                if (!full && u == count) break;
+            });
+            each<IN_FLIGHT>(full, count, [&](int u) {
 #pragma unroll
                 for (int k = 0; k < K; k++) kept[k][(i + u) * TEAM] = raw[k][u];
-            }
+            });
         });
     } else {
         unsigned addresses[K];

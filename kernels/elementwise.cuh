@@ -3,15 +3,15 @@
 // Every operation is rounded by itself, as NumPy does it: the same statistics give the same bits, and the pass that
 // goes back sees the very value whose sign ReLU saw.
 //
-// `Channels` knows the channels of a pack's elements: usual(e) are the factors of element e in the dtype of the arithmetic.
-// Where float32 does not reach some of them, any_wide, all is done more slowly: is_wide(e) tells which, and wide(e) are
-// their factors in float64.
+// `Channels`, a template parameter throughout, knows the channels of a pack's elements: usual(e) are the factors of element e
+// in the dtype of the arithmetic. Where float32 does not reach some of them, any_wide, all is done more slowly: is_wide(e)
+// tells which, and wide(e) are their factors in float64.
 //
 // What is asked for, flags and gates, is chosen once, outside loops: the compiler knows it where all this is inlined.
 #pragma once
 #include "channel.cuh"
-#include "pack.cuh"
 
+// The numbers of a channel in the dtype A, in which elements are computed with them.
 template <class A>
 struct Factors {
     A center, rstd, scale, shift, slope, offset;
@@ -22,10 +22,11 @@ struct Factors {
           slope((A)channel.slope), offset((A)channel.offset) {}
 };
 
-DEVICE float mul(float a, float b) { return __fmul_rn(a, b); }  // never part of a fused multiply-add
+// A product that never becomes part of a fused multiply-add.
+DEVICE float mul(float a, float b) { return __fmul_rn(a, b); }
 DEVICE double mul(double a, double b) { return __dmul_rn(a, b); }
 
-// The dtype of the arithmetic, or float64.
+// The dtype in which a pack's elements are computed: that of the arithmetic, or float64 if some are WIDE.
 template <bool WIDE>
 struct Arithmetic {
     typedef acc_t type;
@@ -44,11 +45,12 @@ DEVICE A affine(A x, const Factors<A>& f) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Forward
 
+// What there is of an epilogue, known to the compiler.
 struct Flags {
     bool residual, relu;
 };
 
-// The output of a pack. Bit e of mask tells whether ReLU passes element e.
+// The output of a pack. Bit e of mask becomes whether ReLU passes element e.
 template <bool WIDE, class Channels>
 DEVICE raw_t normalize(const raw_t& x, const raw_t& residual, const Flags& flags, const Channels& channels, unsigned& mask) {
     acc_t in[WIDTH], added[WIDTH];
@@ -76,14 +78,16 @@ DEVICE raw_t normalize(const raw_t& x, const raw_t& residual, const Flags& flags
 // ---------------------------------------------------------------------------------------------------------------------
 // Backward
 
-// How to know what ReLU passed. OPEN: there was no ReLU; INPUT: by the output, worked out once more; MASK: by the mask.
+// How to know what ReLU passed. OPEN: there was no ReLU; INPUT: by the sign of the output, worked out once more from the
+// input; MASK: by the mask.
 enum Gate { OPEN, INPUT, MASK };
 
-DEVICE Gate gate_of(bool relu, const mask_t* mask) { return !relu ? OPEN : mask ? MASK : INPUT; }
+DEVICE Gate gate_of(const Epilogue& epilogue) { return epilogue.activation == NONE ? OPEN : epilogue.mask ? MASK : INPUT; }
 
-// Calls body with a gate that the compiler knows.
+// Calls body with the gate of an epilogue, which the compiler knows.
 template <class Body>
-DEVICE void with_gate(Gate gate, Body body) {
+DEVICE void with_gate(const Epilogue& epilogue, Body body) {
+    const Gate gate = gate_of(epilogue);
     if (gate == OPEN)
         body(Known<Gate, OPEN>());
     else if (gate == INPUT)
@@ -92,7 +96,8 @@ DEVICE void with_gate(Gate gate, Body body) {
         body(Known<Gate, MASK>());
 }
 
-// dy becomes 0 where ReLU stopped it: what the residual gets. Never 0 * dy, which may be inf. bits: those of the mask.
+// Sets dy to 0 where ReLU stopped it: what the residual gets. It is never 0 * dy, as dy may be inf. bits are the pack's bits
+// of the mask.
 template <bool WIDE, class Channels>
 DEVICE void stop(acc_t (&dy)[WIDTH], const acc_t (&x)[WIDTH], Gate gate, unsigned bits, const Channels& channels) {
     if (gate == OPEN) return;
@@ -105,13 +110,14 @@ DEVICE void stop(acc_t (&dy)[WIDTH], const acc_t (&x)[WIDTH], Gate gate, unsigne
     }
 }
 
+// The input's gradient of an element; `constant` if the statistics do not depend on x.
 template <class A>
 DEVICE A input_gradient(A dy, A x, const Factors<A>& f, bool constant) {
     const A dx = constant ? dy : dy - mul(x - f.center, f.slope) - f.offset;  // without 0 * x: x may be inf
     return dx * f.scale;
 }
 
-// The input's gradient of a pack. g becomes what the residual gets. Where constant, statistics do not depend on x.
+// The input's gradient of a pack. g becomes what the residual gets.
 template <bool WIDE, class Channels>
 DEVICE raw_t input_gradient(const raw_t& dy, const raw_t& x, Gate gate, unsigned bits, bool constant,
                             const Channels& channels, acc_t (&g)[WIDTH]) {
@@ -129,10 +135,10 @@ DEVICE raw_t input_gradient(const raw_t& dy, const raw_t& x, Gate gate, unsigned
     return pack(dx);
 }
 
-// Adds sum(dy) and sum(dy * (x - center) * rstd) of element e, in the dtype A; the latter as rstd is given, times
-// PRODUCT_SCALE.
+// Adds dy to sum(dy) and dy * (x - center) * rstd to sum(dy * (x - center) * rstd) of element e, in the dtype A. rstd is given
+// times PRODUCT_SCALE.
 template <class A>
 DEVICE void add_products(acc_t dy, acc_t x, const Factors<A>& f, A rstd, A& sum_dy, A& sum_dy_xhat) {
     sum_dy += (A)dy;
-    sum_dy_xhat += (A)dy * (((A)x - f.center) * rstd);  // the product of both may be too small
+    sum_dy_xhat += (A)dy * (((A)x - f.center) * rstd);  // dy * (x - center) may be too small
 }

@@ -1,55 +1,57 @@
-// The input's gradient of the packs of a thread, in either layout.
+// The way back through the packs of a thread, in either layout: the input's gradient, and what the sums have in common.
 //
-// Channels, those of a pack's elements, also tell whether float32 does not reach any of them: any_wide.
+// `Channels`, those of a pack's elements, also tell whether float32 does not reach any of them: any_wide.
 #pragma once
 #include "batches.cuh"
 #include "elementwise.cuh"
 
-// How to know what ReLU passed of the packs of a thread: the same for all of them. bits: those of the mask, of one pack.
-struct Backward {
+// What ReLU passed of the packs of a thread: the gate is the same for all of them.
+struct Passed {
     Gate gate;
     const mask_t* mask;
 
+    // The mask's bits of the pack at this place.
     DEVICE unsigned bits(index_t at) const { return gate == MASK ? mask[at / WIDTH] : 0; }
 };
 
-// The gradients of a thread's packs.
+// Turns the second of {sum(dy), PRODUCT_SCALE * sum(dy * (x - center) * rstd)} into sum(dy * xhat), with the mean itself.
+DEVICE void finish_sums(double (&sums)[2], const Channel& channel) {
+    sums[1] = unscaled(sums[1]) - channel.rest * channel.rstd * sums[0];
+}
+
+// Writes the gradients of a thread's packs; `constant` if the statistics do not depend on x.
 template <bool WIDE, int AT_ONCE, class Source, class Packs, class Channels>
-DEVICE void input_gradients(const Source& dy, const Source& x, Packs packs, const Backward& backward, bool constant,
-                            const Channels& channels, data_t* dx, data_t* dresidual) {
+DEVICE void input_gradients(const Source& dy, const Source& x, Packs packs, const Passed& passed, bool constant,
+                            const Channels& channels, const Gradients& gradients) {
     in_batches<AT_ONCE>(packs.count, [&](auto full, int i, int count) {
-        raw_t g[AT_ONCE], raw[AT_ONCE];
+        raw_t raw_dy[AT_ONCE], raw_x[AT_ONCE];
         index_t at[AT_ONCE];
         unsigned bits[AT_ONCE];
-#pragma unroll
-        for (int u = 0; u < AT_ONCE; u++) {
-            if (!full && u == count) break;
+        each<AT_ONCE>(full, count, [&](int u) {
             at[u] = packs.next();
-            g[u] = dy.get(at[u], i + u);
-            raw[u] = x.get(at[u], i + u);
-            bits[u] = backward.bits(at[u]);
-        }
-#pragma unroll
-        for (int u = 0; u < AT_ONCE; u++) {
-            if (!full && u == count) break;
-            acc_t passed[WIDTH];
-            store(dx + at[u], input_gradient<WIDE>(g[u], raw[u], backward.gate, bits[u], constant, channels, passed));
-            if (dresidual) store(dresidual + at[u], pack(passed));
-        }
+            raw_dy[u] = dy.get(at[u], i + u);
+            raw_x[u] = x.get(at[u], i + u);
+            bits[u] = passed.bits(at[u]);
+        });
+        each<AT_ONCE>(full, count, [&](int u) {
+            acc_t g[WIDTH];
+            store(gradients.dx + at[u],
+                  input_gradient<WIDE>(raw_dy[u], raw_x[u], passed.gate, bits[u], constant, channels, g));
+            if (gradients.dresidual) store(gradients.dresidual + at[u], pack(g));
+        });
     });
 }
 
-// The same, whatever is asked for: all choices are made here.
+// The same for all that may be asked for: every choice is made here, once.
 template <class Source, class Packs, class Channels>
-DEVICE void input_gradients_all(const Source& dy, const Source& x, const Packs& packs, Gate gate, const mask_t* mask,
-                                bool constant, const Channels& channels, data_t* dx, data_t* dresidual) {
+DEVICE void input_gradients_all(const Source& dy, const Source& x, const Packs& packs, const Epilogue& epilogue,
+                                bool constant, const Channels& channels, const Gradients& gradients) {
     if (sizeof(acc_t) < 8 && channels.any_wide)
-        input_gradients<true, 1>(dy, x, packs, {gate, mask}, constant, channels, dx, dresidual);
+        input_gradients<true, 1>(dy, x, packs, {gate_of(epilogue), epilogue.mask}, constant, channels, gradients);
     else
-        with_gate(gate, [&](auto known) {
-            constexpr int AT_ONCE = Packs::pairs(decltype(known)::value);
+        with_gate(epilogue, [&](auto gate) {
             with_flag(constant, [&](auto unchanging) {
-                input_gradients<false, AT_ONCE>(dy, x, packs, {known, mask}, unchanging, channels, dx, dresidual);
+                input_gradients<false, Packs::PAIRS>(dy, x, packs, {gate, epilogue.mask}, unchanging, channels, gradients);
             });
         });
 }

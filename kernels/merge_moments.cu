@@ -1,24 +1,22 @@
 // merge_moments: count, mean and m2 of each channel over P parts, as a row: one count, C means, C m2
 //
-// A block per channel. The parts are those of bn_stats, arrays of their own, or those of ranks, rows like this one:
-// so many elements lie between a part and the next one.
+// There is a block for each channel. The parts are those of bn_stats, arrays of their own, or those of ranks, which lie in rows
+// like this one.
 // Mirror: numpy_ops.merge_moments
 #include "parts.cuh"
 
 extern "C" __global__ void REGISTERS(80) merge_moments(
-    const double* moments_count,             // [P]
-    const double* moments_mean,              // [P, C]
-    const double* moments_m2,                // [P, C]
+    Moments moments,
     // outputs
     double* row,                             // [1 + 2 C]
     // sizes
     long long parts,
     long long C,
-    long long count_stride,
-    long long stride) {
-    const long long c = blockIdx.x + (long long)blockIdx.z * gridDim.x;
+    long long count_stride,                  // elements from the count of a part to that of the next one
+    long long stride) {                      // the same of mean and of m2
+    const long long c = channel_of_block();
     if (c >= C) return;
-    const Moments all = merge_parts(moments_count, count_stride, moments_mean, moments_m2, stride, parts, c);
+    const ChannelMoments all = merge_parts(moments, count_stride, stride, parts, c);
     if (threadIdx.x == 0) {
         if (c == 0) row[0] = all.count;
         row[1 + c] = all.mean;

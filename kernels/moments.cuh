@@ -1,22 +1,37 @@
-// Moments: count, mean and sum of squared deviations; how they come about, and how they merge.
+// Moments: count, mean and sum of squared deviations of some values; how they come about, and how they merge.
 #pragma once
-#include "types.cuh"
+#include "bundles.cuh"
 
-struct Moments {
+// The moments of one channel, or of a part of it.
+struct ChannelMoments {
     double count, mean, m2;
+
+    DEVICE double var() const { return m2 / count; }
 };
 
 // The moments of two sets of values together; share = b.count / (a.count + b.count). Chan, Golub and LeVeque (1979).
-DEVICE Moments merge(const Moments& a, const Moments& b, double share) {
+DEVICE ChannelMoments merge(const ChannelMoments& a, const ChannelMoments& b, double share) {
     const double delta = b.mean - a.mean;
     return {a.count + b.count, a.mean + delta * share, a.m2 + b.m2 + delta * (delta * (a.count * share))};
 }
-DEVICE Moments merge(const Moments& a, const Moments& b) {
+DEVICE ChannelMoments merge(const ChannelMoments& a, const ChannelMoments& b) {
     const double count = a.count + b.count;
     return count == 0 ? a : merge(a, b, b.count / count);
 }
 
-// The sum of N values, added pair by pair: few roundings for each.
+// Writes what `own` has found of channel c, one of C, as a part of the moments. The thread of channel 0 writes the count, and
+// that of part 0 copies the counter of batches as it is before another launch moves it.
+DEVICE void set_moments(const Moments& moments, long long part, long long C, long long c, const ChannelMoments& own,
+                        const long long* batches) {
+    moments.mean[part * C + c] = own.mean;
+    moments.m2[part * C + c] = own.m2;
+    if (c == 0) {
+        moments.count[part] = own.count;
+        if (part == 0 && moments.batches) *moments.batches = *batches;
+    }
+}
+
+// The sum of N values, added pair by pair: each takes part in few roundings.
 template <int N, class A>
 DEVICE A sum_pairs(const A (&values)[N]) {
     static_assert((N & (N - 1)) == 0, "a power of two");
@@ -36,19 +51,19 @@ DEVICE bool held_squares(A m2) {
     return sizeof(A) == 8 || (1e-28f < m2 && m2 < 1e36f);
 }
 
-// Of a few values, in the dtype A: their mean, which is base + offset, and the sum of squares of deviations from it. That the
-// mean is rounded does no harm: about a center that is off by d, the squares of n values are n * d * d too many.
+// A few values, summed in the dtype A: their mean, which is base + offset, and the sum of squares of deviations from it. That
+// the mean is rounded does no harm: about a center that is off by d, the squares of n values are n * d * d too many.
 template <class A>
 struct Chunk {
     A base, offset, m2;
-    bool held;
+    bool held;  // whether the dtype A held the squares
 };
 
-// 16-bit elements are added as they are: float32 holds the sum of some dozens exactly.
+// Whether elements are added without a base: float32 holds the sum of some dozens of 16-bit elements exactly.
 constexpr bool ADDED_AS_THEY_ARE = sizeof(data_t) == 2;
 
-// The chunk of the first `count` of N values, all N if full, which the compiler knows; get(i) is value i. Sums are taken in
-// several parts side by side: few roundings for each.
+// The chunk of the first `count` of N values, all N if full, which the compiler knows; get(i) is value i. Several sums go on
+// side by side, so that each has few roundings.
 template <class A, int N, class Full, class Get>
 DEVICE Chunk<A> chunk_of(Full full, int count, Get get) {
     constexpr int SUMS = N < 4 ? N : 4;
@@ -69,7 +84,8 @@ DEVICE Chunk<A> chunk_of(Full full, int count, Get get) {
         else if (full || i < count) sums[i % SUMS] += deviation * deviation;
     }
     chunk.m2 = sum_pairs(sums);
-    // float16 is never too large nor too small. Else 0 is right where all values are the same, and only there.
+    // The squares of float16 are never too large nor too small. For others 0 is right where all values are the same, and only
+    // there.
     chunk.held = (sizeof(A) == 4 && IS_FLOAT16) || held_squares<A>(chunk.m2);
     if (!chunk.held && chunk.m2 == 0) {
         chunk.held = true;
@@ -80,12 +96,12 @@ DEVICE Chunk<A> chunk_of(Full full, int count, Get get) {
     return chunk;
 }
 
-// The moments of many values, from chunks, about one and the same element of the channel, its pivot. In float64, and for
-// float64 data by Chan's formula, which takes a division for each chunk.
+// Many values, to which chunks are added in float64, about an element of the channel, the pivot. T is the dtype of the
+// arithmetic: float64 data are merged by Chan's formula, which takes a division for each chunk.
 template <class T>
 struct Total {
     double pivot;
-    Moments own;
+    ChannelMoments own;
 
     DEVICE Total() {}
     DEVICE explicit Total(double pivot) : pivot(pivot), own{0, 0, 0} {}
@@ -93,11 +109,11 @@ struct Total {
     DEVICE void add(double count, const Chunk<A>& chunk) {
         own = merge(own, {count, (double)chunk.base + (double)chunk.offset, (double)chunk.m2});
     }
-    DEVICE Moments moments(double) const { return own; }
+    DEVICE ChannelMoments moments(double) const { return own; }
 };
 
-// For other data sums of deviations from the pivot do: they are added, whoever has them. Where the pivot is the outlier that
-// makes up all of the variance, n values lose a factor of n of the accuracy of float64.
+// For other data sums of deviations from the pivot will do; those of several threads can simply be added. Where the pivot is
+// the outlier that makes up all of the variance, n values lose a factor of n of the accuracy of float64.
 template <>
 struct Total<float> {
     double pivot, sum, squares;
@@ -111,18 +127,18 @@ struct Total<float> {
         sum += part;
         squares += part * away + chunk.m2;
     }
-    // Of so many values, once all are added.
-    DEVICE Moments moments(double count) const {
+    // The moments of all that were added, `count` values.
+    DEVICE ChannelMoments moments(double count) const {
         const double off = sum / count, m2 = squares - sum * off;
         return {count, pivot + off, m2 < 0 ? 0 : m2};  // NaN stays
     }
 };
 
-// Sums of dy * xhat are kept times this power of two: float32 loses fewer of the small products, and where it does not hold
-// large ones, float64 takes over.
+// Power of two that sums of dy * xhat are multiplied by in float32: it loses fewer of the small products then, and where it
+// does not hold large ones, float64 takes over.
 constexpr float PRODUCT_SCALE = 0x1p32f;
 DEVICE double unscaled(double sum) { return sum * 0x1p-32; }
 
-// Whether float32 held a sum.
+// Whether the dtype held a sum.
 DEVICE bool held(float sum) { return -1e36f < sum && sum < 1e36f; }
 DEVICE bool held(double) { return true; }

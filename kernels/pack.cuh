@@ -1,11 +1,13 @@
 // Packs: the WIDTH neighbouring elements that one load or store moves.
 //
-// 16 bytes where rows and memory allow it, 8, 4 or a single element where they do not: a pack never has elements of two rows.
+// They are 16 bytes where rows and memory allow it, 8, 4 or a single element where they do not: a pack never has elements of
+// two rows.
 #pragma once
 #include "types.cuh"
 
 constexpr int PACK_BYTES = WIDTH * sizeof(data_t);
 
+// The type by which so many bytes are moved.
 template <int BYTES>
 struct Raw;
 template <>
@@ -25,7 +27,7 @@ struct Raw<2> {
     typedef unsigned short type;
 };
 typedef Raw<PACK_BYTES>::type raw_t;          // a pack as it lies in memory
-typedef unsigned char mask_t;                 // a bit for each element of a pack
+typedef unsigned char mask_t;                 // the byte of a pack in a mask, which has a bit for each element
 
 // A pack as 32-bit words, which stay in registers: indices are constants once loops are unrolled.
 struct Words {
@@ -50,9 +52,9 @@ struct Words {
     DEVICE static void join(const unsigned* w, unsigned short& raw) { raw = (unsigned short)w[0]; }
 };
 
-// Elements of a dtype in 32-bit words.
+// Reads and writes element e among 32-bit words. T is the dtype; this one is for those of two bytes.
 template <class T>
-struct Elements {  // of two bytes
+struct Elements {
     DEVICE static T get(const unsigned* w, int e) {
         T x;
         x.bits = (unsigned short)(w[e / 2] >> (e % 2 * 16));
@@ -97,7 +99,7 @@ DEVICE void unpack(const raw_t& raw, acc_t (&x)[WIDTH]) {
     for (int e = 0; e < WIDTH; e++) x[e] = widen(Elements<data_t>::get(words.w, e));
 }
 
-// The pack of these elements, each rounded to the nearest.
+// The pack that has these elements, each rounded to the nearest.
 template <class A>
 DEVICE raw_t pack(const A (&x)[WIDTH]) {
     Words words;
@@ -105,5 +107,6 @@ DEVICE raw_t pack(const A (&x)[WIDTH]) {
     return words.raw();
 }
 
+// Load and store of the pack whose first element is *p.
 DEVICE raw_t load(const data_t* p) { return *reinterpret_cast<const raw_t*>(p); }
 DEVICE void store(data_t* p, const raw_t& raw) { *reinterpret_cast<raw_t*>(p) = raw; }

@@ -1,21 +1,36 @@
-// Running statistics. Mirror: numpy_ops.bn_update_running
+// What the way forward leaves of a channel: its statistics, and the running statistics moved.
+// Mirror: numpy_ops.bn_update_running
 #pragma once
 #include "channel.cuh"
 #include "moments.cuh"
 
-// The running statistics of a channel: read early, as memory takes its time.
-struct Running {
+// Writes mean and variance of channel c where they are wanted.
+DEVICE void set_statistics(const Statistics& statistics, const ChannelMoments& batch, long long c) {
+    if (statistics.mean) statistics.mean[c] = batch.mean;
+    if (statistics.var) statistics.var[c] = batch.var();
+}
+
+// The running statistics of one channel; kernels on chip read them early, as memory takes its time.
+struct ChannelRunning {
     double mean, var;
 };
-DEVICE Running read_running(const Vector& mean, const Vector& var, long long c) { return {mean.get(c), var.get(c)}; }
+DEVICE ChannelRunning read_running(const Running& running, long long c) { return {running.mean.get(c), running.var.get(c)}; }
 
-// running = (1 - momentum) * running + momentum * batch for channel c, with the unbiased variance of the batch.
-// batches, where it is given, is the number of batches before this one, and the momentum 1 / (batches + 1). A number below
-// 0, which is no count, stands for 0.
-DEVICE void update_running(const Moments& batch, const Running& before, const Vector& running_mean,
-                           const Vector& running_var, double momentum, const long long* batches, long long c) {
-    if (batches) momentum = 1 / ((double)max(*batches, 0LL) + 1);
+// running = (1 - momentum) * running + momentum * batch for channel c, with the unbiased variance of the batch. `before` is
+// what read_running has read. Where there is no momentum it is 1 / (batches + 1), batches being the number of those before
+// this one; a number below 0, which is no count, stands for 0.
+DEVICE void move_running(const ChannelMoments& batch, const ChannelRunning& before, const Running& running,
+                         const long long* batches, long long c) {
+    double momentum = running.momentum;
+    if (batches && momentum != momentum) momentum = 1 / ((double)max(*batches, 0LL) + 1);
     const double var = batch.m2 / (batch.count - 1);
-    running_mean.set(c, __dmul_rn(1 - momentum, before.mean) + __dmul_rn(momentum, batch.mean));
-    running_var.set(c, __dmul_rn(1 - momentum, before.var) + __dmul_rn(momentum, var));
+    running.mean.set(c, __dmul_rn(1 - momentum, before.mean) + __dmul_rn(momentum, batch.mean));
+    running.var.set(c, __dmul_rn(1 - momentum, before.var) + __dmul_rn(momentum, var));
+}
+
+// The same, and the thread of channel 0 counts the batch. `batches` is no counter that another thread moves meanwhile.
+DEVICE void update_running(const ChannelMoments& batch, const ChannelRunning& before, const Running& running,
+                           const long long* batches, long long c) {
+    move_running(batch, before, running, batches, c);
+    if (c == 0 && running.batches) *running.batches += 1;
 }

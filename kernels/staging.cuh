@@ -1,18 +1,19 @@
 // Copies into shared memory that are on their way while the thread goes on.
 //
-// A thread reads the packs that it has copied itself, and no others: it waits for its copies, and no barrier is needed.
+// A thread reads the packs that it has copied itself, and no others: it waits for its own copies, and no barrier is needed.
 #pragma once
 #include "pack.cuh"
 
-constexpr int GROUPS = 4;  // of a thread's copies: it works on the first ones while the others are on their way
+// Groups of a thread's copies: it works on the first ones while the others are on their way.
+constexpr int GROUPS = 4;
 
-// The block's dynamic shared memory.
+// The dynamic shared memory of the block, where the packs of all its threads lie.
 DEVICE raw_t* staging() {
     extern __shared__ __align__(16) unsigned char memory[];
     return reinterpret_cast<raw_t*>(memory);
 }
 
-// A place in shared memory as copies want it: worked out once, outside loops.
+// The address of a place in shared memory, in the form that copies want. Call it outside loops: it takes some instructions.
 DEVICE unsigned address_of(const raw_t* shared) {
 #ifdef __CUDA_ARCH__
     unsigned address;  // opaque: the compiler would work it out again for each copy
@@ -23,17 +24,18 @@ DEVICE unsigned address_of(const raw_t* shared) {
 #endif
 }
 
-// Whether the thread itself has to carry packs: where GPUs know no such copies, and of fewer bytes than these move.
+// Whether threads carry packs themselves, by loading and storing them: on GPUs without such copies, and where packs have
+// fewer bytes than a copy moves.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
 constexpr bool CARRIED = true;
 #else
 constexpr bool CARRIED = PACK_BYTES < 4;
 #endif
 
-// Starts the copy of the pack at p to pack i after `shared`, whose address is given as well.
+// Starts the copy of the pack at p to shared[i]; `address` is address_of(shared).
 DEVICE void copy(raw_t* shared, unsigned address, int i, const data_t* p) {
 #ifndef __CUDA_ARCH__
-    __pipeline_memcpy_async(shared + i, p, PACK_BYTES);  // CUDA declares it in a header, which costs a second
+    __pipeline_memcpy_async(shared + i, p, PACK_BYTES);  // CUDA declares it in a header, which takes a second to compile
 #elif __CUDA_ARCH__ >= 800
     const unsigned to = address + i * PACK_BYTES;
     if (PACK_BYTES == 16)
@@ -44,7 +46,7 @@ DEVICE void copy(raw_t* shared, unsigned address, int i, const data_t* p) {
 #endif
 }
 
-// Ends a group of this thread's copies.
+// Ends a group of this thread's copies: those that it has started since the last group.
 DEVICE void end_group() {
 #if !defined(__CUDA_ARCH__)
     __pipeline_commit();
@@ -53,7 +55,7 @@ DEVICE void end_group() {
 #endif
 }
 
-// Waits for all groups of this thread but the last LEFT.
+// Waits until all groups of this thread's copies have arrived but the last LEFT.
 template <int LEFT>
 DEVICE void wait_but() {
 #if !defined(__CUDA_ARCH__)
@@ -63,7 +65,7 @@ DEVICE void wait_but() {
 #endif
 }
 
-// Waits for the first `groups` of GROUPS.
+// Waits until the first `groups` of GROUPS groups have arrived.
 DEVICE void wait_for(int groups) {
     static_assert(GROUPS == 4, "a case for each");
     if (groups >= 4)

@@ -1,5 +1,5 @@
-// Teams: the threads of a block that take one channel together, TEAM of its THREADS; sums over them, in an order that never
-// changes.
+// Teams: the threads of a block that take one channel together, TEAM of its THREADS; and sums over them, in an order that
+// never changes.
 #pragma once
 #include "cluster.cuh"
 #include "moments.cuh"
@@ -7,14 +7,14 @@
 #ifndef TEAM
 #define TEAM THREADS
 #endif
-constexpr int TEAMS = THREADS / TEAM;         // of a block
-constexpr int WARP = 32;
-constexpr int TEAM_WARPS = TEAM / WARP;
+constexpr int TEAMS = THREADS / TEAM;         // teams of a block
+constexpr int WARP = 32;                      // threads of a warp
+constexpr int TEAM_WARPS = TEAM / WARP;       // warps of a team
 
 DEVICE int team() { return threadIdx.x / TEAM; }     // the number of this thread's team in the block
 DEVICE int member() { return threadIdx.x % TEAM; }   // the number of this thread in its team
 
-// The sums of each of K values over groups of LANES neighbouring lanes; all get them, the same bits.
+// Makes each of K values its sum over LANES neighbouring threads of a warp; all of them get the same bits.
 template <int LANES, int K>
 DEVICE void lanes_sum(double (&values)[K]) {
 #pragma unroll
@@ -23,7 +23,8 @@ DEVICE void lanes_sum(double (&values)[K]) {
         for (int k = 0; k < K; k++) values[k] += __shfl_xor_sync(ALL_LANES, values[k], distance);
 }
 
-// The sums of each of K values over the team. All threads of the block call it and get them, once in a kernel for each K.
+// Makes each of K values its sum over the team. All threads of the block call it and get the sum, once in a kernel for
+// each K.
 template <int K>
 DEVICE void team_sum(double (&values)[K]) {
     lanes_sum<WARP>(values);
@@ -39,8 +40,8 @@ DEVICE void team_sum(double (&values)[K]) {
     lanes_sum<TEAM_WARPS>(values);
 }
 
-// The moments of all threads of the team, in all blocks of the cluster, of values about a pivot that all of them share. All
-// threads call it; all have arrived and waited for the cluster.
+// Makes a thread's total that of its team, in all blocks of the cluster; the pivot is the same for all of them. All threads
+// call it, once all blocks of the cluster have started.
 DEVICE void gather(Total<float>& total) {
     double sums[2] = {total.sum, total.squares};
     team_sum(sums);
@@ -49,7 +50,7 @@ DEVICE void gather(Total<float>& total) {
     total.squares = sums[1];
 }
 DEVICE void gather(Total<double>& total) {
-    const Moments own = total.own;
+    const ChannelMoments own = total.own;
     double sums[2] = {own.count, own.count > 0 ? own.count * (own.mean - total.pivot) : 0};
     team_sum(sums);
     cluster_sum(sums);

@@ -1,8 +1,8 @@
 // The dtypes by NumPy's names, conversions between them, and vectors of one value per channel.
 //
 // No CUDA header is needed: inline PTX stands behind small functions, each with a plain C++ body for other compilers.
-// The compiler is told DATA_T (float16, bfloat16, float32, float64), WIDTH, the elements of a pack, INDEX_BITS (32, 64) and
-// THREADS, the threads of every block; some kernels also TEAM (team.cuh) and CLUSTER_BLOCKS (cluster.cuh).
+// The host sets these macros: DATA_T (float16, bfloat16, float32, float64), WIDTH, the elements of a pack, INDEX_BITS (32, 64)
+// and THREADS, the threads of every block; for some kernels also TEAM (team.cuh) and CLUSTER_BLOCKS (cluster.cuh).
 #pragma once
 
 #define DEVICE __device__ __forceinline__
@@ -16,6 +16,7 @@ struct bfloat16 {
     unsigned short bits;
 };
 
+// The dtype of the arithmetic: float32, or float64 for float64 data.
 template <class T>
 struct Accumulation {
     typedef float type;
@@ -25,29 +26,30 @@ struct Accumulation<double> {
     typedef double type;
 };
 
-// How many registers a thread may have, so that several blocks are on a multiprocessor at a time: it has 65536 of them, and
-// no GPU has places for less than 16 blocks.
+// Blocks that are on a multiprocessor (SM) at a time if each thread has so many registers: a multiprocessor has 65536 of them,
+// and places for 16 blocks at least.
 constexpr int blocks_with(int registers) {
     return 65536 / registers / THREADS < 16 ? 65536 / registers / THREADS : 16;
 }
+// Limits the registers of a thread to about `most`, so that so many blocks find room.
 #define REGISTERS(most) __launch_bounds__(THREADS, blocks_with(most))
 
-typedef DATA_T data_t;                        // of the arrays
-typedef Accumulation<data_t>::type acc_t;     // of the arithmetic
+typedef DATA_T data_t;                        // an element of the arrays
+typedef Accumulation<data_t>::type acc_t;     // a number in the dtype of the arithmetic
 template <class T>
 constexpr bool is_float16() { return false; }
 template <>
 constexpr bool is_float16<float16>() { return true; }
 constexpr bool IS_FLOAT16 = is_float16<data_t>();
 #if INDEX_BITS == 64
-typedef long long index_t;                    // of elements
+typedef long long index_t;                    // the number of an element in its array
 #else
 typedef int index_t;
 #endif
 
-constexpr unsigned ALL_LANES = 0xffffffffu;
+constexpr unsigned ALL_LANES = 0xffffffffu;   // all threads of a warp, for shuffles
 
-// A value that the compiler knows, given as an argument.
+// A value that the compiler knows, though it is given as an argument.
 template <class T, T VALUE>
 struct Known {
     static constexpr T value = VALUE;
@@ -66,7 +68,7 @@ DEVICE void with_flag(bool flag, Body body) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// To the dtype of the arithmetic: exact
+// Conversions to the dtype of the arithmetic, which are exact
 
 DEVICE float widen(float x) { return x; }
 DEVICE double widen(double x) { return x; }
@@ -78,7 +80,7 @@ DEVICE float widen(float16 x) {
     return result;
 #else
     const unsigned sign = (x.bits & 0x8000u) << 16, magnitude = x.bits & 0x7fffu;
-    if (magnitude < 0x0400u)  // subnormal: so many steps of 2^-24
+    if (magnitude < 0x0400u)  // subnormal: the magnitude counts steps of 2^-24
         return __uint_as_float(__float_as_uint(magnitude * 0x1p-24f) | sign);
     const unsigned exponent = magnitude < 0x7c00u ? 112u << 23 : 224u << 23;  // inf and NaN keep the largest one
     return __uint_as_float(((magnitude << 13) + exponent) | sign);
@@ -86,7 +88,7 @@ DEVICE float widen(float16 x) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// From the dtype of the arithmetic: to the nearest, ties to even
+// Conversions from the dtype of the arithmetic: to the nearest, ties to even
 
 DEVICE void narrow(float x, float& result) { result = x; }
 DEVICE void narrow(double x, double& result) { result = x; }
@@ -109,7 +111,7 @@ DEVICE void narrow(float x, float16& result) {
     if (magnitude > 0x7f800000u)
         magnitude = 0x7fffu;  // NaN
     else if (magnitude >= 0x477ff000u)
-        magnitude = 0x7c00u;  // beyond the largest: inf
+        magnitude = 0x7c00u;  // beyond the largest one: inf
     else if (magnitude < 0x38800000u)  // subnormal: next to 0.5 a float32 has the same steps
         magnitude = __float_as_uint(__uint_as_float(magnitude) + 0.5f) - 0x3f000000u;
     else
@@ -119,12 +121,12 @@ DEVICE void narrow(float x, float16& result) {
 }
 DEVICE void narrow(double x, bfloat16& result) { narrow((float)x, result); }
 DEVICE void narrow(double x, float16& result) {
-    // Through a float32 that is odd where it is not exact, so that rounding twice rounds once.
+    // The way is through a float32 that is odd where it is not exact: then rounding twice is like rounding once.
     const float cut = __double2float_rz(x);
     narrow(cut == x ? cut : __uint_as_float(__float_as_uint(cut) | 1u), result);
 }
 
-// Two at once, the first one in the low half of a word: of float32 a single instruction from sm_80 on.
+// A word of two numbers, each narrowed, the first one in its low half. From float32 it takes one instruction from sm_80 on.
 template <class T, class A>
 DEVICE unsigned narrow_pair(A low, A high) {
     T a, b;
@@ -148,14 +150,16 @@ DEVICE unsigned narrow_pair<bfloat16, float>(float low, float high) {
 #endif
 
 // ---------------------------------------------------------------------------------------------------------------------
-// One value per channel, in memory of any of the dtypes and any stride
+// Vectors
 
+// The dtypes by their numbers, those of dtypes.FLOATS.
 enum { FLOAT16, BFLOAT16, FLOAT32, FLOAT64 };
 
+// One value for each channel, in any of the dtypes and at any stride.
 struct Vector {
-    char* data;          // null: there is none
-    long long stride;    // bytes
-    long long dtype;
+    char* data;          // null if there is no vector
+    long long stride;    // bytes from a value to the next one
+    long long dtype;     // its number in the enum above
 
     DEVICE explicit operator bool() const { return data != nullptr; }
 

@@ -9,52 +9,36 @@
 extern "C" __global__ void CLUSTER REGISTERS(96) bn_backward(
     const data_t* dy,                        // [N, C, L]
     const data_t* x,                         // [N, C, L]
-    const double* statistics_mean,           // [C]
-    const double* statistics_var,            // [C]
-    double eps,
-    Vector weight,                           // [C] or null
-    Vector bias,                             // [C] or null
-    long long activation,                    // 0: none, 1: ReLU
-    const mask_t* mask,                      // [N, C, L / WIDTH], as bn_normalize left it, or null
+    Statistics statistics,
+    Affine affine,
+    Epilogue epilogue,                       // its mask is read
     double inv_count,                        // 1 / count in training; 0: the statistics are constants
     // outputs
-    data_t* dx,                              // [N, C, L]
-    data_t* dresidual,                       // [N, C, L] or null
-    Vector dweight,                          // [C] or null
-    Vector dbias,                            // [C] or null
+    Gradients gradients,
     // sizes
-    long long N,
-    long long C,
-    long long L,
-    long long packs_per_block) {
+    ChannelsFirst sizes) {
     cluster_start();
-    const Place place(C, false);
+    const Place place(sizes);
     const long long c = place.c;
-    const index_t begin = cluster_rank() * packs_per_block;
-    const Packs own(place, C, L, begin, min(begin + (index_t)packs_per_block, (index_t)(N * L / WIDTH)));
-    raw_t* const kept_dy = staging() + team() * packs_per_block + member();
-    raw_t* const kept_x = kept_dy + TEAMS * packs_per_block;
-    const int group = stage<SUMMED>({kept_dy, kept_x}, {dy, x}, own);
-    __shared__ Channel channels[TEAMS];
-    Channel& channel = channels[team()];
-    if (member() == 0)
-        channel = make_channel(statistics_mean[c], statistics_var[c], eps, read_affine(weight, bias, c));
+    const Packs packs(place, sizes);
+    raw_t *const at_dy = kept(sizes, 0), *const at_x = kept(sizes, 1);
+    const int group = stage<SUMMED>({at_dy, at_x}, {dy, x}, packs);
+    const OnChip kept_dy = {at_dy, group}, kept_x = {at_x, group};
+    Channel& channel = channel_of_team();
+    if (member() == 0) channel = channel_of(statistics, affine, c);
     __syncthreads();
 
     double sums[2];
-    sum_all(OnChip{kept_dy, group}, OnChip{kept_x, group}, own, gate_of(activation, mask), mask, OneChannel(channel), sums);
+    sum_all(kept_dy, kept_x, packs, epilogue, OneChannel(channel), sums);
     cluster_wait();  // all blocks have started
     team_sum(sums);
     cluster_sum(sums);
     if (member() == 0) {
-        sums[1] = unscaled(sums[1]) - channel.rest * channel.rstd * sums[0];
-        set_gradient(channel, sums[0], sums[1], inv_count);
+        finish_sums(sums, channel);
+        set_gradient(channel, sums, inv_count);
     }
     __syncthreads();
 
-    input_gradients_all(OnChip{kept_dy, group}, OnChip{kept_x, group}, own, OPEN, nullptr, inv_count == 0,
-                        OneChannel(channel), dx, dresidual);
-    if (!place.owns()) return;
-    if (dbias) dbias.set(c, sums[0]);
-    if (dweight) dweight.set(c, sums[1]);
+    input_gradients_all(kept_dy, kept_x, packs, Epilogue(), inv_count == 0, OneChannel(channel), gradients);
+    if (place.owns()) set_vectors(gradients.dweight, gradients.dbias, sums, c);
 }

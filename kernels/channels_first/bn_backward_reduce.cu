@@ -7,36 +7,23 @@
 extern "C" __global__ void REGISTERS(80) bn_backward_reduce(
     const data_t* dy,                        // [N, C, L]
     const data_t* x,                         // [N, C, L]
-    const double* statistics_mean,           // [C]
-    const double* statistics_var,            // [C]
-    double eps,
-    Vector weight,                           // [C] or null
-    Vector bias,                             // [C] or null
-    long long activation,                    // 0: none, 1: ReLU
-    const mask_t* mask,                      // [N, C, L / WIDTH], as bn_normalize left it, or null
+    Statistics statistics,
+    Affine affine,
+    Epilogue epilogue,                       // its mask is read
     // outputs
-    double* sums_dy,                         // [P, C]
-    double* sums_dy_xhat,                    // [P, C]
+    Sums sums,
     // sizes
-    long long N,
-    long long C,
-    long long L,
-    long long packs_per_share) {
-    const Place place(C, false);
+    ChannelsFirst sizes) {
+    const Place place(sizes);
     const long long c = place.c;
-    const index_t begin = (index_t)place.share * packs_per_share;
-    const Packs own(place, C, L, begin, min(begin + (index_t)packs_per_share, (index_t)(N * L / WIDTH)));
-    __shared__ Channel channels[TEAMS];
-    Channel& channel = channels[team()];
-    if (member() == 0)
-        channel = make_channel(statistics_mean[c], statistics_var[c], eps, read_affine(weight, bias, c));
+    Channel& channel = channel_of_team();
+    if (member() == 0) channel = channel_of(statistics, affine, c);
     __syncthreads();
 
-    double sums[2];
-    sum_all(InMemory{dy}, InMemory{x}, own, gate_of(activation, mask), mask, OneChannel(channel), sums);
-    team_sum(sums);
+    double own[2];
+    sum_all(InMemory{dy}, InMemory{x}, Packs(place, sizes), epilogue, OneChannel(channel), own);
+    team_sum(own);
     if (member() > 0 || place.idle) return;
-    const long long part = place.share * C + c;
-    sums_dy[part] = sums[0];
-    sums_dy_xhat[part] = unscaled(sums[1]) - channel.rest * channel.rstd * sums[0];
+    finish_sums(own, channel);
+    set_sums(sums, place.share * sizes.C + c, own);
 }

@@ -11,58 +11,37 @@
 
 extern "C" __global__ void REGISTERS(INDEX_BITS == 64 || WIDTH < 4 ? 80 : 72) bn_normalize(
     const data_t* x,                         // [N, C, L]
-    const double* moments_count,             // [P] or null: normalise with the running statistics
-    const double* moments_mean,              // [P, C] or null
-    const double* moments_m2,                // [P, C] or null
-    const long long* moments_batches,        // [] or null: momentum is 1 / (batches + 1)
-    double eps,
-    Vector weight,                           // [C] or null
-    Vector bias,                             // [C] or null
-    const data_t* residual,                  // [N, C, L] or null
-    long long activation,                    // 0: none, 1: ReLU
-    Vector running_mean,                     // [C] or null; updated in training
-    Vector running_var,                      // [C] or null; updated in training
-    double momentum,
-    long long* num_batches_tracked,          // [] or null
+    Moments moments,                         // or null: normalise with the running statistics
+    Affine affine,
+    Running running,                         // moved in training
+    Epilogue epilogue,                       // its mask is written
     // outputs
-    data_t* out,                             // [N, C, L]; may be x or residual
-    mask_t* mask,                            // [N, C, L / WIDTH] or null: where ReLU passes
-    double* statistics_mean,                 // [C] or null
-    double* statistics_var,                  // [C] or null
+    data_t* out,                             // [N, C, L]; may be x or the residual
+    Statistics statistics,                   // or null
     // sizes
     long long parts,
-    long long N,
-    long long C,
-    long long L,
-    long long packs_per_share) {
-    const Place place(C, true);
+    ChannelsFirst sizes) {
+    const Place place(sizes, true);
     const long long c = place.c;
-    const index_t begin = (index_t)place.share * packs_per_share;
-    const Packs own(place, C, L, begin, min(begin + (index_t)packs_per_share, (index_t)(N * L / WIDTH)));
-
-    __shared__ Channel channels[TEAMS];
-    __shared__ Moments merged[TEAMS];  // for the end: registers are wanted until then
-    Channel& channel = channels[team()];
-    Moments& batch = merged[team()];
+    const Packs packs(place, sizes);
+    Channel& channel = channel_of_team();
+    __shared__ ChannelMoments merged[TEAMS];  // kept for the end where no registers are wanted
+    ChannelMoments& batch = merged[team()];
     if (member() < WARP) {
-        Affine given;
-        if (member() == 0) given = read_affine(weight, bias, c);
-        Moments all;
-        if (moments_count) all = merge_parts(moments_count, 1, moments_mean, moments_m2, C, parts, c);
+        ChannelAffine given;
+        if (member() == 0) given = read_affine(affine, c);
+        ChannelMoments all;
+        if (moments.count) all = merge_parts(moments, 1, sizes.C, parts, c);
         if (member() == 0) {
-            if (!moments_count) all = {1, running_mean.get(c), running_var.get(c)};
-            channel = make_channel(all.mean, all.m2 / all.count, eps, given);
+            if (!moments.count) all = {1, running.mean.get(c), running.var.get(c)};
+            channel = make_channel(all.mean, all.var(), affine, given);
             batch = all;
         }
     }
     __syncthreads();
 
-    normalize_all(InMemory{x}, own, residual, activation, OneChannel(channel), out, mask);
+    normalize_all(InMemory{x}, packs, epilogue, OneChannel(channel), out);
     if (!place.owns()) return;
-    if (statistics_mean) statistics_mean[c] = batch.mean;
-    if (statistics_var) statistics_var[c] = batch.m2 / batch.count;
-    if (moments_count && running_mean)
-        update_running(batch, read_running(running_mean, running_var, c), running_mean, running_var, momentum,
-                       moments_batches, c);
-    if (c == 0 && num_batches_tracked) *num_batches_tracked += 1;
+    set_statistics(statistics, batch, c);
+    if (moments.count && running.mean) update_running(batch, read_running(running, c), running, moments.batches, c);
 }

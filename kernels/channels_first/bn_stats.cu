@@ -6,30 +6,16 @@
 
 extern "C" __global__ void REGISTERS(128) bn_stats(
     const data_t* x,                         // [N, C, L]
-    const long long* num_batches_tracked,    // [] or null
+    const long long* batches,                // [] or null: a counter, copied into the moments
     // outputs
-    double* moments_count,                   // [P]
-    double* moments_mean,                    // [P, C]
-    double* moments_m2,                      // [P, C]
-    long long* moments_batches,              // [] or null: the counter as it was, for the launch that moves it
+    Moments moments,
     // sizes
-    long long N,
-    long long C,
-    long long L,
-    long long packs_per_share) {
-    const Place place(C, false);
-    const index_t begin = (index_t)place.share * packs_per_share;
-    const index_t end = min(begin + (index_t)packs_per_share, (index_t)(N * L / WIDTH));
-    const Packs own(place, C, L, begin, end);
-    Total<acc_t> total = total_of(InMemory{x}, own, widen(x[place.c * L]));
+    ChannelsFirst sizes) {
+    const Place place(sizes);
+    const long long c = place.c;
+    Total<acc_t> total = total_of(InMemory{x}, Packs(place, sizes), widen(x[c * sizes.L]));
     gather(total);
     if (member() > 0 || place.idle) return;
-    const Moments moments = total.moments((double)((end - begin) * WIDTH));
-    const long long part = place.share * C + place.c;
-    moments_mean[part] = moments.mean;
-    moments_m2[part] = moments.m2;
-    if (place.c == 0) {
-        moments_count[place.share] = moments.count;
-        if (place.share == 0 && moments_batches) *moments_batches = *num_batches_tracked;
-    }
+    const double count = (double)((place.end - place.begin) * WIDTH);
+    set_moments(moments, place.share, sizes.C, c, total.moments(count), batches);
 }

@@ -1,15 +1,15 @@
-// Channels first: the sums of dy and of dy * xhat over the packs of a thread.
+// Channels first: the sums of dy and of dy * xhat, over the packs of a thread.
 #pragma once
 #include "../gradients.cuh"
 #include "packs.cuh"
 
-constexpr int SUMMED = PACK_BYTES < 8 ? 8 : 4;   // packs whose sums are taken in float32 before they go on in float64
-constexpr int PAIRS = PACK_BYTES < 8 ? 4 : 2;    // packs of both arrays in flight
+// Packs whose sums are taken in float32 before they go on in float64.
+constexpr int SUMMED = PACK_BYTES < 8 ? 8 : 4;
 
-// Sums of dy and dy * xhat over a thread's packs, in the dtype A. Returns whether it held them. WIDE: what ReLU passed is told
-// by float64. AT_ONCE packs of both arrays are in flight.
+// Takes the sums over a thread's packs, in the dtype A, of batches of AT_ONCE packs: {sum(dy), PRODUCT_SCALE * sum(dy * (x -
+// center) * rstd)}. Returns whether the dtype A held them. WIDE is whether what ReLU passed is worked out in float64.
 template <class A, bool WIDE, int AT_ONCE, class Source>
-DEVICE bool sum_packs(const Source& dy, const Source& x, Packs packs, const Backward& backward, const OneChannel& channel,
+DEVICE bool sum_packs(const Source& dy, const Source& x, Packs packs, const Passed& passed, const OneChannel& channel,
                       double (&sums)[2]) {
     constexpr int SUMS = sizeof(A) == 8 ? 1 : WIDTH < 4 ? WIDTH : 4;  // side by side: few roundings for each
     const Factors<A> f(*channel.channel);
@@ -18,7 +18,7 @@ DEVICE bool sum_packs(const Source& dy, const Source& x, Packs packs, const Back
     sums[0] = sums[1] = 0;
     as_they_come<AT_ONCE>(x, packs.count, [&](auto full, int i, int count) {
         A sum_dy[SUMS] = {}, sum_dy_xhat[SUMS] = {};
-        constexpr int IN_FLIGHT = AT_ONCE < PAIRS ? AT_ONCE : PAIRS;
+        constexpr int IN_FLIGHT = AT_ONCE < Packs::PAIRS ? AT_ONCE : Packs::PAIRS;
 #pragma unroll
         for (int first = 0; first < AT_ONCE; first += IN_FLIGHT) {
             raw_t raw_dy[IN_FLIGHT], raw_x[IN_FLIGHT];
@@ -29,7 +29,7 @@ DEVICE bool sum_packs(const Source& dy, const Source& x, Packs packs, const Back
                     const index_t at = packs.next();
                     raw_dy[u] = dy.get(at, i + first + u);
                     raw_x[u] = x.get(at, i + first + u);
-                    bits[u] = backward.bits(at);
+                    bits[u] = passed.bits(at);
                 }
 #pragma unroll
             for (int u = 0; u < IN_FLIGHT; u++)
@@ -37,8 +37,8 @@ DEVICE bool sum_packs(const Source& dy, const Source& x, Packs packs, const Back
                     acc_t g[WIDTH], in[WIDTH];
                     unpack(raw_dy[u], g);
                     unpack(raw_x[u], in);
-                    stop<WIDE>(g, in, backward.gate, bits[u], channel);
-                    if (backward.gate != OPEN) dy.put(pack(g), i + first + u);
+                    stop<WIDE>(g, in, passed.gate, bits[u], channel);
+                    if (passed.gate != OPEN) dy.put(pack(g), i + first + u);
 #pragma unroll
                     for (int e = 0; e < WIDTH; e++)
                         add_products<A>(g[e], in[e], f, rstd, sum_dy[e % SUMS], sum_dy_xhat[e % SUMS]);
@@ -52,14 +52,15 @@ DEVICE bool sum_packs(const Source& dy, const Source& x, Packs packs, const Back
     return all_held;
 }
 
-// The same, whatever is asked for: all choices are made here.
+// The same for all that may be asked for: every choice is made here, once.
 template <class Source>
-DEVICE void sum_all(const Source& dy, const Source& x, const Packs& packs, Gate gate, const mask_t* mask,
+DEVICE void sum_all(const Source& dy, const Source& x, const Packs& packs, const Epilogue& epilogue,
                     const OneChannel& channel, double (&sums)[2]) {
     bool all_held = false;
     if (sizeof(acc_t) == 8 || !channel.any_wide)
-        with_gate(gate, [&](auto known) {
-            all_held = sum_packs<acc_t, false, SUMMED>(dy, x, packs, {known, mask}, channel, sums);
+        with_gate(epilogue, [&](auto gate) {
+            all_held = sum_packs<acc_t, false, SUMMED>(dy, x, packs, {gate, epilogue.mask}, channel, sums);
         });
-    if (sizeof(acc_t) < 8 && !all_held) sum_packs<double, true, 1>(dy, x, packs, {gate, mask}, channel, sums);
+    if (sizeof(acc_t) < 8 && !all_held)
+        sum_packs<double, true, 1>(dy, x, packs, {gate_of(epilogue), epilogue.mask}, channel, sums);
 }

@@ -9,41 +9,54 @@
 #include "../batches.cuh"
 #include "../elementwise.cuh"
 
-// The channel that a team takes and, in launches that split channels, its share. There may be more teams than channels, and
-// more channels than one side of a grid has blocks.
-struct Place {
-    long long c, share;
-    bool idle;  // there is no such channel: the thread has nothing to do, but reaches every barrier
+// The sizes that a kernel is given.
+struct ChannelsFirst {
+    long long N;
+    long long C;
+    long long L;
+    long long packs;  // of a channel, that a team takes or, in a cluster, a block
+};
 
-    // `backwards` for a launch that reads what another one has just read: the last of it is still in L2.
-    DEVICE Place(long long C, bool backwards) : share(blockIdx.y) {
+// What a team takes: a channel or a share of it. There may be more teams than channels, and more channels than one side of a
+// grid has blocks.
+struct Place {
+    long long c, share;  // the channel, and the number of the share
+    index_t begin, end;  // the packs of the channel that are in the share: from begin to end - 1
+    bool idle;           // there is no such channel: the thread has nothing to do, but reaches every barrier
+
+    // `backwards` is for launches that read what another one has just read: the last of it is still in the L2 cache.
+    DEVICE explicit Place(const ChannelsFirst& sizes, bool backwards = false)
+        : share(CLUSTER_BLOCKS > 1 ? cluster_rank() : blockIdx.y) {
         c = (blockIdx.x / CLUSTER_BLOCKS + (long long)blockIdx.z * gridDim.x) * TEAMS + team();
-        idle = c >= C;
-        if (idle) c = C - 1;
+        idle = c >= sizes.C;
+        if (idle) c = sizes.C - 1;
         if (backwards) {
-            c = C - 1 - c;
+            c = sizes.C - 1 - c;
             share = gridDim.y - 1 - share;
         }
+        begin = (index_t)share * (index_t)sizes.packs;
+        end = min(begin + (index_t)sizes.packs, (index_t)(sizes.N * sizes.L / WIDTH));
     }
-    // Whether this thread writes what belongs to the channel.
-    DEVICE bool owns() const { return !idle && share == 0 && cluster_rank() == 0 && member() == 0; }
+    // Whether this thread writes what there is once for the channel.
+    DEVICE bool owns() const { return !idle && share == 0 && member() == 0; }
 };
 
 // The packs of a thread, one after the other.
 class Packs {
-    index_t at;            // the next one's first element
-    index_t stride, wrap;  // from one to the one after it, and how much more where a row ends in between
-    index_t j, row_packs;  // the next one's place in its row, and how many places that has
-    index_t step;          // places from one to the one after it
+    index_t at;            // the first element of the next one
+    index_t stride, wrap;  // elements from one to the one after it, and how many more if a row ends in between
+    index_t j, row_packs;  // the next one's number in its row, and how many packs a row has
+    index_t step;          // how much larger that number is for the one after it
 
   public:
-    int count;                      // of the thread
+    static constexpr int PAIRS = PACK_BYTES < 8 ? 4 : 2;  // packs of two arrays in flight
+    int count;                                            // how many the thread has
 
-    // Of packs begin to end - 1 of a channel.
-    DEVICE Packs(const Place& place, index_t C, index_t L, index_t begin, index_t end) {
+    DEVICE Packs(const Place& place, const ChannelsFirst& sizes) {
+        const index_t C = (index_t)sizes.C, L = (index_t)sizes.L;
         row_packs = L / WIDTH;
-        const index_t first = begin + member(), n = first / row_packs;
-        count = first < end && !place.idle ? (int)((end - first + TEAM - 1) / TEAM) : 0;
+        const index_t first = place.begin + member(), n = first / row_packs;
+        count = first < place.end && !place.idle ? (int)((place.end - first + TEAM - 1) / TEAM) : 0;
         j = first - n * row_packs;
         at = (n * C + (index_t)place.c) * L + j * WIDTH;
         const index_t rows = TEAM / row_packs;
@@ -51,8 +64,6 @@ class Packs {
         stride = rows * C * L + step * WIDTH;
         wrap = (C - 1) * L;
     }
-    // How many of two arrays are to be in flight.
-    DEVICE static constexpr int pairs(Gate) { return PACK_BYTES < 8 ? 4 : 2; }
     DEVICE index_t next() {
         const index_t own = at;
         j += step;
@@ -65,7 +76,12 @@ class Packs {
     }
 };
 
-// The one channel of all elements.
+// Where a thread's packs of the array of this number lie in shared memory: the first one, the next ones TEAM apart.
+DEVICE raw_t* kept(const ChannelsFirst& sizes, int array = 0) {
+    return staging() + (array * TEAMS + team()) * sizes.packs + member();
+}
+
+// The one channel that all elements of a team belong to.
 struct OneChannel {
     Factors<acc_t> own;
     const Channel* channel;
@@ -76,3 +92,9 @@ struct OneChannel {
     DEVICE const Factors<acc_t>& usual(int) const { return own; }
     DEVICE Factors<double> wide(int) const { return Factors<double>(*channel); }
 };
+
+// The place in shared memory for the channel of this thread's team.
+DEVICE Channel& channel_of_team() {
+    __shared__ Channel channels[TEAMS];
+    return channels[team()];
+}

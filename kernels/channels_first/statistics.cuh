@@ -1,15 +1,15 @@
-// Channels first: the sums behind mean and variance of the packs of a thread.
+// Channels first: the sums behind mean and variance, over the packs of a thread.
 //
 // They are taken in chunks of CHUNK packs: in float32 about an element of the chunk, a second time about its mean, and then in
 // float64. An outlier that makes up most of a channel's variance does so in one chunk, whose sums have few roundings.
 #pragma once
 #include "packs.cuh"
 
-// Packs of a chunk. In float64, fewer: its registers are twice as many.
+// Packs of a chunk, whose sums are taken in the dtype A: fewer in float64, as its registers are twice as many.
 template <class A>
 constexpr int CHUNK = (sizeof(A) == 8 ? 8 : sizeof(data_t) == 2 ? 32 : 16) / WIDTH;
 
-// Adds all packs of a thread. Returns whether the dtype A held their sums.
+// Adds all packs of a thread to the total. Returns whether the dtype A held their sums.
 template <class A, class Source>
 DEVICE bool add_all(const Source& x, Packs packs, Total<acc_t>& total) {
     constexpr int AT_ONCE = CHUNK<A>;
@@ -30,7 +30,7 @@ DEVICE bool add_all(const Source& x, Packs packs, Total<acc_t>& total) {
     return held;
 }
 
-// Their total about a pivot: in the dtype of the arithmetic or, if that does not hold it, in float64.
+// The total of a thread's packs about a pivot: in the dtype of the arithmetic or, if that does not hold it, in float64.
 template <class Source>
 DEVICE Total<acc_t> total_of(const Source& x, const Packs& packs, double pivot) {
     Total<acc_t> total(pivot);

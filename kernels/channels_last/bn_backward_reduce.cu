@@ -7,35 +7,24 @@
 extern "C" __global__ void REGISTERS(128) bn_backward_reduce(
     const data_t* dy,                        // [M, C]
     const data_t* x,                         // [M, C]
-    const double* statistics_mean,           // [C]
-    const double* statistics_var,            // [C]
-    double eps,
-    Vector weight,                           // [C] or null
-    Vector bias,                             // [C] or null
-    long long activation,                    // 0: none, 1: ReLU
-    const mask_t* mask,                      // [M, C / WIDTH], as bn_normalize left it, or null
+    Statistics statistics,
+    Affine affine,
+    Epilogue epilogue,                       // its mask is read
     // outputs
-    double* sums_dy,                         // [P, C]
-    double* sums_dy_xhat,                    // [P, C]
+    Sums sums,
     // sizes
-    long long M,
-    long long C,
-    long long tile,
-    long long rows_per_share) {
-    const Tile own(M, C, tile, rows_per_share, blockIdx.y);
+    ChannelsLast sizes) {
+    const Tile own(sizes, forwards());
     const long long c = own.channel();
     __shared__ Lanes lanes;
-    if (own.looks_after())
-        lanes.set(threadIdx.x, make_channel(statistics_mean[c], statistics_var[c], eps, read_affine(weight, bias, c)));
+    if (own.looks_after()) lanes.set(threadIdx.x, channel_of(statistics, affine, c));
     const OwnChannels channels(own, lanes);
 
     ColumnSums of_thread;
-    double sums[2];
-    sum_all(InMemory{dy}, InMemory{x}, Packs(own), gate_of(activation, mask), mask, channels, of_thread);
-    sum_tile(own, of_thread, sums);
+    double of_lane[2];
+    sum_all(InMemory{dy}, InMemory{x}, Packs(own), epilogue, channels, of_thread);
+    sum_tile(own, of_thread, of_lane);
     if (!own.looks_after()) return;
-    const Channel& channel = lanes.channels[threadIdx.x];
-    const long long part = blockIdx.y * C + c;
-    sums_dy[part] = sums[0];
-    sums_dy_xhat[part] = unscaled(sums[1]) - channel.rest * channel.rstd * sums[0];
+    finish_sums(of_lane, lanes.channels[threadIdx.x]);
+    set_sums(sums, blockIdx.y * sizes.C + c, of_lane);
 }

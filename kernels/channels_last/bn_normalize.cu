@@ -10,53 +10,31 @@
 
 extern "C" __global__ void REGISTERS(INDEX_BITS == 32 ? 80 : 128) bn_normalize(
     const data_t* x,                         // [M, C]
-    const double* moments_count,             // [P] or null: normalise with the running statistics
-    const double* moments_mean,              // [P, C] or null
-    const double* moments_m2,                // [P, C] or null
-    const long long* moments_batches,        // [] or null: momentum is 1 / (batches + 1)
-    double eps,
-    Vector weight,                           // [C] or null
-    Vector bias,                             // [C] or null
-    const data_t* residual,                  // [M, C] or null
-    long long activation,                    // 0: none, 1: ReLU
-    Vector running_mean,                     // [C] or null; updated in training
-    Vector running_var,                      // [C] or null; updated in training
-    double momentum,
-    long long* num_batches_tracked,          // [] or null
+    Moments moments,                         // or null: normalise with the running statistics
+    Affine affine,
+    Running running,                         // moved in training
+    Epilogue epilogue,                       // its mask is written
     // outputs
-    data_t* out,                             // [M, C]; may be x or residual
-    mask_t* mask,                            // [M, C / WIDTH] or null: where ReLU passes
-    double* statistics_mean,                 // [C] or null
-    double* statistics_var,                  // [C] or null
+    data_t* out,                             // [M, C]; may be x or the residual
+    Statistics statistics,                   // or null
     // sizes
     long long parts,
-    long long M,
-    long long C,
-    long long tile,
-    long long rows_per_share) {
-    const Tile own(M, C, tile, rows_per_share, backwards());
+    ChannelsLast sizes) {
+    const Tile own(sizes, backwards());
     const long long c = own.channel();
-    const bool writes = own.looks_after() && own.begin == 0;
     __shared__ Lanes lanes;
-    Affine given;
-    if (own.looks_after()) given = read_affine(weight, bias, c);
-    Moments batch = {0, 0, 0};
-    if (moments_count) batch = merge_parts(own, moments_count, moments_mean, moments_m2, parts, C);
+    ChannelAffine given;
+    if (own.looks_after()) given = read_affine(affine, c);
+    ChannelMoments batch = {0, 0, 0};
+    if (moments.count) batch = merge_parts(own, moments, parts);
     if (own.looks_after()) {
-        const double mean = moments_count ? batch.mean : running_mean.get(c);
-        const double var = moments_count ? batch.m2 / batch.count : running_var.get(c);
-        lanes.set(threadIdx.x, make_channel(mean, var, eps, given));
-        if (writes) {
-            if (statistics_mean) statistics_mean[c] = mean;
-            if (statistics_var) statistics_var[c] = var;
-        }
+        if (!moments.count) batch = {1, running.mean.get(c), running.var.get(c)};
+        lanes.set(threadIdx.x, make_channel(batch.mean, batch.var(), affine, given));
     }
     const OwnChannels channels(own, lanes);
 
-    normalize_all(InMemory{x}, Packs(own), residual, activation, channels, out, mask);
-    if (!writes) return;
-    if (moments_count && running_mean)
-        update_running(batch, read_running(running_mean, running_var, c), running_mean, running_var, momentum,
-                       moments_batches, c);
-    if (c == 0 && num_batches_tracked) *num_batches_tracked += 1;
+    normalize_all(InMemory{x}, Packs(own), epilogue, channels, out);
+    if (!own.owns()) return;
+    set_statistics(statistics, batch, c);
+    if (moments.count && running.mean) update_running(batch, read_running(running, c), running, moments.batches, c);
 }

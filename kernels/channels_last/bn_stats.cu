@@ -6,26 +6,12 @@
 
 extern "C" __global__ void REGISTERS(128) bn_stats(
     const data_t* x,                         // [M, C]
-    const long long* num_batches_tracked,    // [] or null
+    const long long* batches,                // [] or null: a counter, copied into the moments
     // outputs
-    double* moments_count,                   // [P]
-    double* moments_mean,                    // [P, C]
-    double* moments_m2,                      // [P, C]
-    long long* moments_batches,              // [] or null: the counter as it was, for the launch that moves it
+    Moments moments,
     // sizes
-    long long M,
-    long long C,
-    long long tile,
-    long long rows_per_share) {
-    const Tile own(M, C, tile, rows_per_share, blockIdx.y);
-    const double count = (double)(own.end - own.begin);
-    const Moments moments = moments_of(own, InMemory{x}, Packs(own), x, count);
-    if (!own.looks_after()) return;
-    const long long c = own.channel(), part = blockIdx.y;
-    moments_mean[part * C + c] = moments.mean;
-    moments_m2[part * C + c] = moments.m2;
-    if (c == 0) {
-        moments_count[part] = count;
-        if (part == 0 && moments_batches) *moments_batches = *num_batches_tracked;
-    }
+    ChannelsLast sizes) {
+    const Tile own(sizes, forwards());
+    const ChannelMoments of_rows = moments_of(own, InMemory{x}, Packs(own), x);
+    if (own.looks_after()) set_moments(moments, blockIdx.y, sizes.C, own.channel(), of_rows, batches);
 }

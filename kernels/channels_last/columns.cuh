@@ -1,31 +1,41 @@
 // Channels last, [M, C]: which packs a thread takes, and sums down the columns of a tile.
 //
-// A row is C / WIDTH whole packs, which stand in as many columns. A block takes a tile of `tile` columns, a power of two up
-// to a warp, and a range of rows. The threads of a block stand in rows as long as the tile. Each goes down one column in steps
-// of all rows of threads, and has the same WIDTH channels all the time.
+// A row is C / WIDTH whole packs, which stand in as many columns. A block takes a tile of neighbouring columns, a power of two
+// of them up to a warp, and a range of rows. The threads of a block stand in rows as long as the tile. Each goes down one
+// column in steps of all rows of threads, and has the same WIDTH channels all the time.
 //
 //     8 threads, tile = 4, 6 columns | 0 1 2 3 | 0 1 |     the last tile: threads 2, 3, 6, 7 have nothing to do
 //                                    | 4 5 6 7 | 4 5 |
 //                                    | 0 1 2 3 | 0 1 |
 //
-// Lane q of a tile is its q-th channel; thread q looks after it wherever something is done once for a channel.
+// Lane q of a tile is its q-th channel; thread q of the block looks after it wherever something is done once for a channel.
 #pragma once
 #include "../batches.cuh"
 #include "../elementwise.cuh"
 
-constexpr int MOST_LANES = 128 / sizeof(data_t);  // of a tile: 128 bytes of a row, the most that memory hands out at a time
-constexpr int WARPS = THREADS / WARP;
+// Lanes of a tile at most: 128 bytes of a row, the most that memory hands out at a time.
+constexpr int MOST_LANES = 128 / sizeof(data_t);
+constexpr int WARPS = THREADS / WARP;  // warps of a block
 static_assert((THREADS & (THREADS - 1)) == 0, "rows of threads are a power of two as well");
 
-struct Tile {
-    index_t C, first;      // channels, and the first one of the tile
-    int columns, lanes;    // packs of a row, which are threads of a row as well; channels that there are
-    int lane, row;         // this thread's first lane, and its row of threads
-    int step, log_step;    // how many rows of threads there are: a power of two
-    index_t begin, end;    // the block's rows
+// The sizes that a kernel is given.
+struct ChannelsLast {
+    long long M;
+    long long C;
+    long long tile;  // columns of a tile
+    long long rows;  // of the array, that a block takes
+};
 
-    // Of those that share a tile's rows this block is number `share`.
-    DEVICE Tile(index_t M, index_t C, int columns, index_t rows_per_share, index_t share) : C(C), columns(columns) {
+// What a block takes: a tile of columns, and the rows of its share.
+struct Tile {
+    index_t C, first;      // channels of the array, and the first one of the tile
+    int columns, lanes;    // columns of the tile, which are the threads of a row as well; channels that there are in it
+    int lane, row;         // this thread's first lane, and its row of threads
+    int step, log_step;    // how many rows of threads there are, and the binary logarithm of that
+    index_t begin, end;    // the block's rows: from begin to end - 1
+
+    // The tile of a block that takes this share of the rows.
+    DEVICE explicit Tile(const ChannelsLast& sizes, index_t share = 0) : C((index_t)sizes.C), columns((int)sizes.tile) {
         first = (index_t)blockIdx.x * columns * WIDTH;
         lanes = (int)min((index_t)columns * WIDTH, C - first);
         const int log_columns = __ffs(columns) - 1;
@@ -33,35 +43,42 @@ struct Tile {
         row = threadIdx.x >> log_columns;
         step = THREADS >> log_columns;
         log_step = __ffs(THREADS) - 1 - log_columns;
-        begin = min(share * rows_per_share, M);
-        end = min(begin + rows_per_share, M);
+        const index_t M = (index_t)sizes.M, rows = (index_t)sizes.rows;
+        begin = min(share * rows, M);
+        end = min(begin + rows, M);
     }
+    // Whether this thread looks after a channel.
     DEVICE bool looks_after() const { return (int)threadIdx.x < lanes; }
+    // Whether it also writes what there is once for the channel.
+    DEVICE bool owns() const { return looks_after() && begin == 0; }
+    // The channel that it looks after; the last one of the tile if it looks after none.
     DEVICE index_t channel() const { return first + min((int)threadIdx.x, lanes - 1); }
-    // The thread's first lane or, if it has no column, that of another one.
+    // The first lane of the thread's column or, if it has no column, that of the last one.
     DEVICE int known_lane() const { return min(lane / WIDTH, lanes / WIDTH - 1) * WIDTH; }
 };
 
-// The share of a block in launches that read what another one has just read: the last of it is still in L2.
+// The share of a block: its number among those that take the same tile. backwards() is for launches that read what another one
+// has just read: the last of it is still in the L2 cache.
+DEVICE index_t forwards() { return blockIdx.y; }
 DEVICE index_t backwards() { return gridDim.y - 1 - blockIdx.y; }
 
 // The packs of a thread, one after the other.
 class Packs {
-    index_t at, stride;
+    index_t at, stride;  // the first element of the next one, and how many there are from one to the one after it
 
   public:
-    int count;
+    // Packs of two arrays in flight: fewer where factors or indices take many registers.
+    static constexpr int PAIRS = sizeof(index_t) == 8 ? (PACK_BYTES < 8 ? 4 : 2)
+                                 : WIDTH == 8         ? 2
+                                 : PACK_BYTES < 8     ? 6
+                                                      : 4;
+    int count;  // how many the thread has
 
     DEVICE explicit Packs(const Tile& tile) {
-        const index_t rows = tile.end - tile.begin - tile.row + tile.step - 1;  // for all threads of the column
+        const index_t rows = tile.end - tile.begin - tile.row + tile.step - 1;  // rounded up to a multiple of step
         count = tile.lane < tile.lanes && rows > 0 ? (int)(rows >> tile.log_step) : 0;
         at = (tile.begin + tile.row) * tile.C + tile.first + tile.lane;
         stride = tile.step * tile.C;
-    }
-    // How many of two arrays are to be in flight: fewer where factors or indices take many registers.
-    DEVICE static constexpr int pairs(Gate) {
-        if (sizeof(index_t) == 8) return PACK_BYTES < 8 ? 4 : 2;
-        return WIDTH == 8 ? 2 : PACK_BYTES < 8 ? 6 : 4;
     }
     DEVICE index_t next() {
         const index_t own = at;
@@ -73,7 +90,8 @@ class Packs {
 // ---------------------------------------------------------------------------------------------------------------------
 // The channels of a tile
 
-// What the threads of a block have to know of the tile's channels, each lane's in the dtype of the arithmetic as well.
+// What the threads of a block have to know of the tile's channels, in shared memory: the channel of each lane, and its factors
+// in the dtype of the arithmetic, each in an array over lanes.
 struct Lanes {
     Channel channels[MOST_LANES];
     __align__(16) acc_t center[MOST_LANES];
@@ -95,11 +113,12 @@ struct Lanes {
     }
 };
 
-// The channels of the elements of this thread's packs. All threads of a block make theirs at the same time, once lanes are set.
+// The channels of the elements of this thread's packs. All threads of a block construct theirs together, when lanes are set: it
+// is a barrier.
 struct OwnChannels {
     Factors<acc_t> own[WIDTH];
     const Channel* channels;  // in shared memory
-    bool any_wide;            // of the tile
+    bool any_wide;            // whether any channel of the tile is wide
 
     DEVICE OwnChannels(const Tile& tile, const Lanes& lanes) : channels(lanes.channels + tile.known_lane()) {
         const int q = threadIdx.x, lane = tile.known_lane();
@@ -120,11 +139,11 @@ struct OwnChannels {
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Sums, in an order that never changes
+// Sums over the threads of a block, in an order that never changes
 
-// Adds up N values of each lane of a warp over the lanes that have the same column, which stand `columns` apart. In each step
-// two lanes share the work: one goes on with the first half of the sums, the other one with the rest. keep(i, sum) is
-// called by one lane for each i.
+// Adds up N values of each thread of a warp over the threads that have the same column, which stand `columns` apart. In each
+// step two threads share the work: one goes on with the first half of the sums, the other one with the rest. keep(i, sum) is
+// called by one thread for each i.
 template <class Keep>
 DEVICE void fold(const double (&values)[1], int first, int distance, int columns, Keep keep) {
     double sum = values[0];
@@ -153,8 +172,8 @@ DEVICE void fold(const double (&values)[N], int first, int distance, int columns
     fold(halves, second ? first + N / 2 : first, distance / 2, columns, keep);
 }
 
-// The sums of K values of each lane over the threads of the block that have it, for thread q those of lane q; value k of a
-// thread's element e is values[k * WIDTH + e]. All threads call it.
+// The sums of K values of each lane over the threads of the block that have it. values[k * WIDTH + e] is value k of a thread's
+// element e; thread q gets the sums of lane q. All threads call it.
 template <int K>
 DEVICE void sum_tile(const Tile& tile, const double (&values)[K * WIDTH], double (&sums)[K]) {
     __shared__ double of_warps[WARPS][K][MOST_LANES];

@@ -1,17 +1,18 @@
-// Channels last: the sums of dy and of dy * xhat over the packs of a thread.
+// Channels last: the sums of dy and of dy * xhat, over the packs of a thread.
 #pragma once
 #include "../gradients.cuh"
 #include "../moments.cuh"
 #include "columns.cuh"
 
 constexpr int SUMMED = 16;                        // rows whose sums are taken in float32 before they go on in float64
-constexpr int ROWS = PACK_BYTES < 8 ? 8 : 4;      // in flight
-typedef double ColumnSums[2 * WIDTH];             // of dy of each channel of a thread, then of dy * xhat
+constexpr int ROWS = PACK_BYTES < 8 ? 8 : 4;      // rows in flight
+typedef double ColumnSums[2 * WIDTH];             // sum(dy) of each channel of a thread, then all of the products
 
-// The sums in the dtype of the arithmetic. WIDE: what ReLU passed is told by float64. AT_ONCE packs of both arrays are in
-// flight. Returns a bit for each element that the dtype did not hold.
+// Takes the sums in the dtype of the arithmetic, with AT_ONCE packs of both arrays in flight: sum(dy), and PRODUCT_SCALE *
+// sum(dy * (x - center) * rstd). WIDE is whether what ReLU passed is worked out in float64. Returns a bit for each element whose
+// sums the dtype did not hold.
 template <bool WIDE, int AT_ONCE, class Source>
-DEVICE unsigned sum_packs(const Source& dy, const Source& x, Packs packs, const Backward& backward,
+DEVICE unsigned sum_packs(const Source& dy, const Source& x, Packs packs, const Passed& passed,
                           const OwnChannels& channels, ColumnSums& sums) {
     acc_t sum_dy[WIDTH] = {}, sum_dy_xhat[WIDTH] = {}, rstd[WIDTH];
 #pragma unroll
@@ -36,15 +37,15 @@ DEVICE unsigned sum_packs(const Source& dy, const Source& x, Packs packs, const 
             const index_t at = there ? packs.next() : 0;
             raw_dy[u] = there ? dy.get(at, i + u) : raw_t();  // dy of 0 adds nothing, or NaN that float32 finds
             raw_x[u] = there ? x.get(at, i + u) : raw_x[0];
-            bits[u] = there ? backward.bits(at) : 0;
+            bits[u] = there ? passed.bits(at) : 0;
         }
 #pragma unroll
         for (int u = 0; u < AT_ONCE; u++) {
             acc_t g[WIDTH], in[WIDTH];
             unpack(raw_dy[u], g);
             unpack(raw_x[u], in);
-            stop<WIDE>(g, in, backward.gate, bits[u], channels);
-            if (backward.gate != OPEN && (full || u < count)) dy.put(pack(g), i + u);
+            stop<WIDE>(g, in, passed.gate, bits[u], channels);
+            if (passed.gate != OPEN && (full || u < count)) dy.put(pack(g), i + u);
 #pragma unroll
             for (int e = 0; e < WIDTH; e++)
                 if (full || u < count || sizeof(acc_t) < 8)
@@ -60,9 +61,9 @@ DEVICE unsigned sum_packs(const Source& dy, const Source& x, Packs packs, const 
     return missed;
 }
 
-// The same of element e, in float64.
+// Takes the sums of element e alone, in float64.
 template <class Source>
-DEVICE void sum_exactly(const Source& dy, const Source& x, Packs packs, const Backward& backward,
+DEVICE void sum_exactly(const Source& dy, const Source& x, Packs packs, const Passed& passed,
                         const OwnChannels& channels, int e, double& sum_dy, double& sum_dy_xhat) {
     const Factors<double> f = channels.wide(e);
     const double rstd = f.rstd * PRODUCT_SCALE;
@@ -73,30 +74,31 @@ DEVICE void sum_exactly(const Source& dy, const Source& x, Packs packs, const Ba
         acc_t g[WIDTH], in[WIDTH];
         unpack(dy.get(at, i), g);
         unpack(x.get(at, i), in);
-        stop<true>(g, in, backward.gate, backward.bits(at), channels);
+        stop<true>(g, in, passed.gate, passed.bits(at), channels);
         add_products<double>(g[e], in[e], f, rstd, sum_dy, sum_dy_xhat);
     }
 }
 
-// The sums, whatever is asked for: all choices are made here.
+// The sums for all that may be asked for: every choice is made here, once.
 template <class Source>
-DEVICE void sum_all(const Source& dy, const Source& x, const Packs& packs, Gate gate, const mask_t* mask,
+DEVICE void sum_all(const Source& dy, const Source& x, const Packs& packs, const Epilogue& epilogue,
                     const OwnChannels& channels, ColumnSums& sums) {
+    const Passed passed = {gate_of(epilogue), epilogue.mask};
     unsigned missed = 0;
     if (sizeof(acc_t) < 8 && channels.any_wide)
-        missed = sum_packs<true, 1>(dy, x, packs, {gate, mask}, channels, sums);
+        missed = sum_packs<true, 1>(dy, x, packs, passed, channels, sums);
     else
-        with_gate(gate, [&](auto known) {
-            // Memory is far; but for gates registers are wanted as well.
-            constexpr bool OPENED = decltype(known)::value == OPEN;
+        with_gate(epilogue, [&](auto gate) {
+            // Many packs are in flight from memory, which is far; fewer with gates, which want registers as well.
+            constexpr bool OPENED = decltype(gate)::value == OPEN;
             constexpr int FEW = (Source::FAR ? 4 : 2) / (OPENED ? 1 : 2);
-            missed = sum_packs<false, WIDTH == 8 ? FEW : ROWS>(dy, x, packs, {known, mask}, channels, sums);
+            missed = sum_packs<false, WIDTH == 8 ? FEW : ROWS>(dy, x, packs, {gate, epilogue.mask}, channels, sums);
         });
     if constexpr (sizeof(acc_t) < 8) {
         if (!missed && !channels.any_wide) return;
 #pragma unroll
         for (int e = 0; e < WIDTH; e++)  // each channel by itself: no other one is touched
             if (missed >> e & 1 || (channels.any_wide && channels.is_wide(e)))
-                sum_exactly(dy, x, packs, {gate, mask}, channels, e, sums[e], sums[WIDTH + e]);
+                sum_exactly(dy, x, packs, passed, channels, e, sums[e], sums[WIDTH + e]);
     }
 }

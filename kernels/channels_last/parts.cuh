@@ -1,13 +1,14 @@
-// Channels last: parts of sums, which blocks have left in memory for the next launch.
+// Channels last: merging and adding the parts that the blocks of an earlier launch have left in memory, by a block for each tile.
 #pragma once
-#include "../moments.cuh"
 #include "columns.cuh"
 
-// To merge parts, the threads of a block stand anew, in rows of lanes: each takes some parts of one channel.
+// Where a thread stands while parts are merged: in rows of threads as long as the tile has lanes, each of which takes some parts
+// of one channel.
 struct Standing {
-    int q, row, lanes, rows;
-    bool idle;
-    long long c;
+    int q, row;       // the thread's lane, and its row
+    int lanes, rows;  // threads of a row, and rows of threads
+    bool idle;        // whether the thread has nothing to do
+    long long c;      // the channel of its lane
 
     DEVICE explicit Standing(const Tile& tile) : lanes(tile.columns * WIDTH) {
         const int log_lanes = __ffs(lanes) - 1;
@@ -19,7 +20,7 @@ struct Standing {
     }
 };
 
-// The sums of each of K values over the rows, in all threads of a lane.
+// Makes each of K values its sum over the rows of threads; all threads of a lane get it.
 template <int K>
 DEVICE void sum_rows(const Standing& at, double (&values)[K]) {
     __shared__ double of_threads[K][THREADS];
@@ -34,23 +35,22 @@ DEVICE void sum_rows(const Standing& at, double (&values)[K]) {
         for (int k = 0; k < K; k++) values[k] += of_threads[k][row * at.lanes + at.q];
 }
 
-// The moments of lane q, from its parts, for thread q. About the mean of the first one that is not empty: exact, if all are
-// the same. Squares of P parts lose a factor of P of the accuracy of float64 at most: for float64 data they are taken once
-// more about the mean.
-DEVICE Moments merge_parts(const Tile& tile, const double* count, const double* mean, const double* m2, int parts,
-                           index_t C) {
+// The moments of lane q over all its parts, for thread q. They are merged about the mean of the first part that is not empty:
+// exact, if all means are the same. The squares of P parts lose a factor of P of the accuracy of float64 at most: for float64
+// data they are taken once more about the mean.
+DEVICE ChannelMoments merge_parts(const Tile& tile, const Moments& moments, int parts) {
     const Standing at(tile);
     int first = 0;
-    while (first < parts - 1 && count[first] == 0) first++;
-    const double pivot = mean[(long long)first * C + at.c];
+    while (first < parts - 1 && moments.count[first] == 0) first++;
+    const double pivot = moments.mean[(long long)first * tile.C + at.c];
     double sums[3] = {0, 0, 0};
 #pragma unroll 4
     for (int p = at.row; p < parts && !at.idle; p += at.rows) {
-        const double n = count[p], away = mean[(long long)p * C + at.c] - pivot;
+        const double n = moments.count[p], away = moments.mean[(long long)p * tile.C + at.c] - pivot;
         if (n == 0) continue;
         sums[0] += n;
         sums[1] += n * away;
-        if (sizeof(acc_t) < 8) sums[2] += m2[(long long)p * C + at.c] + n * away * away;
+        if (sizeof(acc_t) < 8) sums[2] += moments.m2[(long long)p * tile.C + at.c] + n * away * away;
     }
     sum_rows(at, sums);
     const double off = sums[1] / sums[0], all = pivot + off;
@@ -59,22 +59,21 @@ DEVICE Moments merge_parts(const Tile& tile, const double* count, const double* 
     double squares[1] = {0};
 #pragma unroll 4
     for (int p = at.row; p < parts && !at.idle; p += at.rows) {
-        const double n = count[p], away = mean[(long long)p * C + at.c] - all;
-        if (n > 0) squares[0] += m2[(long long)p * C + at.c] + n * away * away;
+        const double n = moments.count[p], away = moments.mean[(long long)p * tile.C + at.c] - all;
+        if (n > 0) squares[0] += moments.m2[(long long)p * tile.C + at.c] + n * away * away;
     }
     sum_rows(at, squares);
     return {sums[0], all, squares[0]};
 }
 
-// The sums of lane q over its parts, for thread q.
-DEVICE void add_parts(const Tile& tile, const double* dy, const double* dy_xhat, int parts, index_t C,
-                      double (&sums)[2]) {
+// The sums of lane q over all its parts, for thread q.
+DEVICE void add_parts(const Tile& tile, const Sums& of_parts, int parts, double (&sums)[2]) {
     const Standing at(tile);
     sums[0] = sums[1] = 0;
 #pragma unroll 4
     for (int p = at.row; p < parts && !at.idle; p += at.rows) {
-        sums[0] += dy[(long long)p * C + at.c];
-        sums[1] += dy_xhat[(long long)p * C + at.c];
+        sums[0] += of_parts.dy[(long long)p * tile.C + at.c];
+        sums[1] += of_parts.dy_xhat[(long long)p * tile.C + at.c];
     }
     sum_rows(at, sums);
 }

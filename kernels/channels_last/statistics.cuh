@@ -1,22 +1,21 @@
-// Channels last: the sums behind mean and variance of the channels of a thread.
+// Channels last: the sums behind mean and variance, over the packs of a thread.
 //
 // They are taken in chunks of CHUNK rows: in float32 about an element of the chunk, and a second time about its mean. CHUNKS of
 // them merge in float32, and then go on in float64. An outlier that makes up most of a channel's variance does so in one chunk,
 // whose sums have few roundings.
 #pragma once
 #include "columns.cuh"
-#include "../moments.cuh"
 
-constexpr int CHUNK = 8;
-constexpr int CHUNKS = 4;
+constexpr int CHUNK = 8;   // rows of a chunk
+constexpr int CHUNKS = 4;  // chunks that merge in float32
 
 // What some rows of a channel come to: their mean is base + offset.
 struct Column {
     acc_t base, offset, m2;
 };
 
-// Merges the packs of ROWS rows into columns that have `before` rows, a few CHUNKs and perhaps some more. A bit of missed
-// tells for which elements float32 did not hold their squares.
+// Merges the packs of ROWS rows into columns that have `before` rows so far, a few whole chunks and perhaps some rows. Bit e of
+// missed is set if float32 did not hold the squares of element e.
 template <int ROWS>
 DEVICE void add_rows(const raw_t (&raw)[ROWS], int before, Column (&columns)[WIDTH], unsigned& missed) {
     const acc_t share = ROWS < CHUNK          ? (acc_t)ROWS / (acc_t)(before + ROWS)
@@ -45,7 +44,8 @@ DEVICE void add_rows(const raw_t (&raw)[ROWS], int before, Column (&columns)[WID
     }
 }
 
-// Adds the next ROWS packs, from number i on, if `count`, those that are left, as a binary number has them.
+// Adds the next ROWS packs, from number i on, if ROWS is one of the powers of two that make up `count`, the packs of a chunk that
+// is not full.
 template <int ROWS, class Source>
 DEVICE void add_piece(const Source& x, Packs& packs, int& i, int count, Column (&columns)[WIDTH], unsigned& missed) {
     if (!(count & ROWS)) return;
@@ -56,8 +56,8 @@ DEVICE void add_piece(const Source& x, Packs& packs, int& i, int count, Column (
     i += ROWS;
 }
 
-// Adds all packs of a thread to the totals of its channels, which have these pivots. Returns a bit for each that float32 did
-// not hold.
+// Adds all packs of a thread to the totals of its channels, which have these pivots. Returns a bit for each element whose sums
+// float32 did not hold.
 template <class Source>
 DEVICE unsigned add_all(const Source& x, Packs packs, const double* pivots, Total<float> (&totals)[WIDTH]) {
     unsigned missed = 0;
@@ -105,7 +105,7 @@ DEVICE unsigned add_all(const Source& x, Packs packs, const double*, Total<doubl
     return 0;
 }
 
-// The total of element e of a thread's packs in float64, about the same pivot.
+// Makes the total of element e anew, over all packs of a thread in float64, about the same pivot.
 template <class Source>
 DEVICE void add_exactly(const Source& x, Packs packs, int e, double pivot, Total<float>& total) {
     total = Total<float>(pivot);
@@ -121,9 +121,9 @@ DEVICE void add_exactly(const Source& x, Packs packs, int e, double pivot, Total
 template <class Source>
 DEVICE void add_exactly(const Source&, const Packs&, int, double, Total<double>&) {}
 
-// The moments of all threads of the block that have lane q, for thread q. All threads call it.
-// They are of so many rows, about the pivots of the lanes.
-DEVICE Moments gather(const Tile& tile, const Total<float> (&totals)[WIDTH], const double* pivots, double count) {
+// The moments of lane q over all threads of the block, for thread q, from totals about the pivots of the lanes; `count` is the
+// number of rows. All threads call it.
+DEVICE ChannelMoments gather(const Tile& tile, const Total<float> (&totals)[WIDTH], const double* pivots, double count) {
     double values[2 * WIDTH], sums[2] = {};
 #pragma unroll
     for (int e = 0; e < WIDTH; e++) {
@@ -136,12 +136,12 @@ DEVICE Moments gather(const Tile& tile, const Total<float> (&totals)[WIDTH], con
     all.squares = sums[1];
     return all.moments(count);
 }
-DEVICE Moments gather(const Tile& tile, const Total<double> (&totals)[WIDTH], const double* pivots, double count) {
+DEVICE ChannelMoments gather(const Tile& tile, const Total<double> (&totals)[WIDTH], const double* pivots, double count) {
     __shared__ double means[MOST_LANES];
     double values[WIDTH], sums[1] = {};
 #pragma unroll
     for (int e = 0; e < WIDTH; e++) {
-        const Moments& own = totals[e].own;
+        const ChannelMoments& own = totals[e].own;
         values[e] = own.count > 0 ? own.count * (own.mean - pivots[tile.known_lane() + e]) : 0;
     }
     sum_tile<1>(tile, values, sums);
@@ -150,7 +150,7 @@ DEVICE Moments gather(const Tile& tile, const Total<double> (&totals)[WIDTH], co
     __syncthreads();
 #pragma unroll
     for (int e = 0; e < WIDTH; e++) {
-        const Moments& own = totals[e].own;
+        const ChannelMoments& own = totals[e].own;
         const double delta = own.mean - means[tile.known_lane() + e];
         values[e] = own.count > 0 ? own.m2 + own.count * delta * delta : 0;
     }
@@ -158,10 +158,10 @@ DEVICE Moments gather(const Tile& tile, const Total<double> (&totals)[WIDTH], co
     return {count, mean, sums[0]};
 }
 
-// The moments of lane q over the block's `count` rows, for thread q. All threads call it.
-// x tells where packs are read, first_row is that of the array: its elements are the pivots.
+// The moments of lane q over the block's rows, for thread q. first_row is that of the array: its elements are the pivots. All
+// threads call it.
 template <class Source>
-DEVICE Moments moments_of(const Tile& tile, const Source& x, const Packs& packs, const data_t* first_row, double count) {
+DEVICE ChannelMoments moments_of(const Tile& tile, const Source& x, const Packs& packs, const data_t* first_row) {
     __shared__ double pivots[MOST_LANES];
     if (tile.looks_after()) pivots[threadIdx.x] = widen(first_row[tile.channel()]);
     __syncthreads();
@@ -173,5 +173,5 @@ DEVICE Moments moments_of(const Tile& tile, const Source& x, const Packs& packs,
 #pragma unroll
         for (int e = 0; e < WIDTH; e++)  // each channel by itself: no other one is touched
             if (missed >> e & 1) add_exactly(x, packs, e, pivots[tile.known_lane() + e], totals[e]);
-    return gather(tile, totals, pivots, count);
+    return gather(tile, totals, pivots, (double)(tile.end - tile.begin));
 }

@@ -1,0 +1,60 @@
+// Bundles: what always travels together between the steps, as one thing with one name.
+//
+// Each is a NamedTuple of the same name and fields in cupybn/_steps/bundles.py; the launcher reads the fields from here. Kernels
+// take bundles by value: their fields lie in constant memory, where single parameters would lie as well. None is a null
+// pointer. Shapes are those of channels first; channels last, [N, C, L] is [M, C].
+#pragma once
+#include "pack.cuh"
+
+// The activations, in the order of bundles.ACTIVATIONS.
+enum Activation : long long { NONE, RELU };
+
+// What makes normalised values of x, and the output of these: weight * (x - mean) / sqrt(var + eps) + bias.
+struct Affine {
+    Vector weight;               // [C] or null, which stands for 1
+    Vector bias;                 // [C] or null, which stands for 0
+    double eps;
+};
+
+// The running statistics and what moves them; without arrays, where nothing is to be moved.
+struct Running {
+    Vector mean;                 // [C] or null
+    Vector var;                  // [C] or null
+    double momentum;             // weight of the new batch; NaN, for None, stands for 1 / (batches + 1)
+    long long* batches;          // [] or null; num_batches_tracked
+};
+
+// What is done to a normalised value last: activation(value + residual).
+struct Epilogue {
+    const data_t* residual;      // [N, C, L] or null; for the way forward
+    Activation activation;
+    mask_t* mask;                // [N, C, L / WIDTH] or null; the way forward notes in it where ReLU passes, for the way back
+};
+
+// Count, mean and sum of squared deviations of each channel, in P parts that are still to be merged.
+struct Moments {
+    double* count;               // [P]
+    double* mean;                // [P, C]
+    double* m2;                  // [P, C]; sum((x - mean)^2)
+    long long* batches;          // [] or null; number of batches before this one, for whoever moves the counter and needs it
+};
+
+// Mean and biased variance of each channel: copies, so that what used them stays right.
+struct Statistics {
+    double* mean;                // [C]
+    double* var;                 // [C]
+};
+
+// What the gradients need of the whole batch, in P parts that are still to be added.
+struct Sums {
+    double* dy;                  // [P, C]; sum(dy), the gradient of bias
+    double* dy_xhat;             // [P, C]; sum(dy * xhat), the gradient of weight
+};
+
+// The arrays that a step writes gradients to.
+struct Gradients {
+    data_t* dx;                  // [N, C, L]
+    data_t* dresidual;           // [N, C, L] or null
+    Vector dweight;              // [C] or null
+    Vector dbias;                // [C] or null
+};
