@@ -42,8 +42,8 @@ SMALL = 1 << 20
 TILE = 1 << 18
 """Most elements in a tile of a small array: 1 MiB of float32, which stays in cache between NumPy's calls."""
 LARGE_TILE = 1 << 19
-"""Most elements in a tile of a larger array. Smaller ones would fit closer caches, but threads would wait for each other
-more often: between two calls of NumPy only one of them runs."""
+"""Most elements in a tile of a larger array. Smaller ones would fit closer caches, but threads would wait more often
+for each other: between two calls of NumPy only one of them runs."""
 SHORT = 1 << 9
 """Elements below which a row is short and is joined with others. NumPy's iterator has buffers of this size, and
 copies operands into them unless their rows are longer."""
