@@ -110,7 +110,7 @@ def main():
 
     world = MPI.COMM_WORLD
     if xp is not np:
-        xp.cuda.Device(world.rank % xp.cuda.runtime.getDeviceCount()).use()  # each rank has its own, if there are enough
+        xp.cuda.Device(world.rank % xp.cuda.runtime.getDeviceCount()).use()  # one for each rank, if there are enough
 
     digits = load_digits()
     images = (digits.images[:, None] / 16).astype(np.float32)  # (N, 1, 8, 8), from 0 to 1
@@ -121,7 +121,7 @@ def main():
 
     losses, accuracies = {}, {}
     for name, norm, comm in (
-        (SINGLE, BatchNorm2d, MPI.COMM_SELF),  # every rank does the same, for itself
+        (SINGLE, BatchNorm2d, MPI.COMM_SELF),  # every rank trains this network by itself, on whole batches
         (SYNCHRONIZED, partial(SyncBatchNorm, comm=world), world),
         (PLAIN, BatchNorm2d, world),
     ):

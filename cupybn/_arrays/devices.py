@@ -18,10 +18,12 @@ import numpy.typing as npt
 from cupybn._arrays.kinds import kind, show
 
 _KNOWN = "'cpu', 'cuda', 'cuda:0', 'cuda:1', ..."
+"""Names of devices, for error messages."""
 _INSTALL = (
     "`pip install '.[cuda12]'` or `pip install '.[cuda13]'`, in a clone of cupybn, installs the CuPy for that version "
     "of CUDA"
 )
+"""Advice for error messages where there is no usable CuPy."""
 
 
 def resolve_device(device: str | None) -> str:
@@ -160,6 +162,7 @@ def transfer(array: Any, dtype: np.dtype[Any], device: str) -> Any:
 
 
 def _index(device: str) -> int:
+    """Number of a CUDA device from its full name."""
     return int(device.removeprefix("cuda:"))
 
 

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from cupybn._arrays.kinds import show
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
+"""Names of the dtypes that batch norm takes."""
 BITS_OF_BFLOAT16 = np.dtype("V2")
 """Dtype that a bfloat16 array has after NumPy has read it from a file: two bytes without a meaning."""
 

@@ -62,6 +62,7 @@ def overlapping(arrays: Mapping[str, Array], others: Mapping[Any, Array]) -> lis
 
 
 def _common_element(a: Array, b: Array) -> bool:
+    """Whether two arrays have an element in common, or it would take too long to find out."""
     if kind(a) != kind(b):
         return False
     if kind(a) == "cupy":

@@ -1,4 +1,4 @@
-"""What is found on this machine: versions, GPUs, kernels."""
+"""Show what is found on this machine: versions, GPUs, kernels."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ MISSING = {
     "ml_dtypes": "not found, `pip install '.[bf16]'` installs it",
     "mpi4py": "not found, `pip install '.[mpi]'` installs it",
 }
+"""Texts in place of the versions of optional libraries that are missing."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

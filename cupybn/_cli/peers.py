@@ -15,6 +15,7 @@ from cupybn._cli.measure import Call
 from cupybn._cli.problem import Array, Arrays, Operation, Problem
 
 EPS, MOMENTUM = 1e-5, 0.1
+"""PyTorch's defaults, with which all of them compute."""
 
 
 def cupybn_call(problem: Problem, operation: Operation, a: Arrays) -> Call:

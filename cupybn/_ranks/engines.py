@@ -24,6 +24,7 @@ from cupybn._ranks.watch import Watch, watch_of
 
 Array = Any  # numpy.ndarray or cupy.ndarray
 Header = npt.NDArray[np.float64]
+"""Few numbers on the host that a rank sends beside a row: see `Group`."""
 
 TEXT = 256
 """Bytes of a text that ranks exchange. All texts have this length, so that they match; longer ones are cut."""
@@ -228,6 +229,7 @@ class MPIEngine:
             raise
 
     def _has_lost(self, reason: str) -> str:
+        """Text of the error on a rank that has lost the others."""
         return f"rank {self.rank} has lost the other ranks of this communicator: {reason}"
 
 

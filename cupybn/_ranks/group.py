@@ -40,8 +40,9 @@ class Group:
 
         1. compare    texts: "3 channels of float32 in NumPy arrays". Left out where all ranks are known to have the
                       same number of channels.
-        2. exchange   `gather` in a forward pass, `sum` on the way back: a row of statistics, and beside it a header
-                      of one or two numbers, which shows whether a rank has failed.
+        2. exchange   `gather` in a forward pass, `sum` in a backward pass: a row of statistics, and beside it a
+                      header, which shows whether a rank has failed: (dtype, count), with NaN for the dtype if it has,
+                      or (0 or 1).
         3. compare    texts, only where a header says that a rank has failed or that dtypes differ: all ranks raise.
         4. over       each rank goes on by itself.
 
@@ -78,7 +79,7 @@ class Group:
 
     @contextlib.contextmanager
     def taking_part(self, forward: bool, channels: int | None, device: str) -> Iterator[Group]:
-        """Context of one call. If it raises, the other ranks get to know as the table of the class says.
+        """Context of one call. If it raises, the other ranks learn of it in the way that the class describes.
 
         Parameters
         ----------

@@ -95,6 +95,7 @@ class Watch:
         return self._failure is not None
 
     def _put(self, message: _Message) -> None:
+        """Hand a collective to the thread, which is started if none is running."""
         with self._lock:
             self._messages.put(message)
             if self._thread is None:

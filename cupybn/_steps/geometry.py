@@ -1,4 +1,4 @@
-"""From the shape of an array to the launch of a kernel: how many blocks and threads there are, and what each takes.
+"""The launches of kernels, from the shape of an array: how many blocks and threads there are, and what each takes.
 
 `cupy_ops` has arrays (N, C, L) and calls one of four functions, each of which returns a `Geometry`::
 
@@ -167,6 +167,7 @@ def channels_first_resident(
     most = device.shared_per_multiprocessor // BLOCKS_PER_MULTIPROCESSOR - CUDA_OWN - CHANNELS_FIRST_OWN
     largest = TEAMS[-1] if cluster.shared > most else THREADS
     team = team_of(cluster.packs, width * itemsize, ON_CHIP_PACKS // arrays, largest)
+    # Small teams share a block. Where their channels would not fit together, fewer and larger teams do.
     while team < LEAST_THREADS and cluster.shared * (LEAST_THREADS // team) > most:
         team *= 2
     threads = max(team, LEAST_THREADS)

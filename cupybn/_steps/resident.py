@@ -1,4 +1,4 @@
-"""On chip or streamed: whether kernels keep a channel in shared memory, and how many blocks keep it together.
+"""The choice between on chip and streamed: whether kernels keep a channel in shared memory, and in how many blocks.
 
 A kernel on chip reads a channel once, into the shared memory of one block or of a cluster of blocks. Streamed kernels
 read it twice from memory: first for its statistics, then to use them. On chip the forward pass in training moves 2

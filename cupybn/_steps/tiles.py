@@ -283,6 +283,7 @@ def _as_threads(text: str) -> int:
 
 @functools.cache
 def _pool() -> ThreadPoolExecutor:
+    """Pool of threads that all calls of this process share."""
     return ThreadPoolExecutor(MOST_THREADS, thread_name_prefix="cupybn")  # starts a thread when it is needed
 
 
