@@ -1,6 +1,6 @@
 """Checks of arguments, all of them before any array is touched or any kernel is launched.
 
-A function ``check_...`` raises unless what its first line says is true. A message names the argument, what was expected
+A function ``check_...`` raises if its argument is not as it must be. A message names the argument, what was expected
 and what was given, in PyTorch's words where it has such an error. It ends with the way out, if there is one: what to
 write instead.
 """

@@ -40,7 +40,7 @@ class Layout(NamedTuple):
         return cls(tuple(axes), sizes, (math.prod(sizes[:c]), sizes[c], math.prod(sizes[c + 1 :])))
 
     def matches(self, array: Array) -> bool:
-        """Whether an array of this layout's shape has this layout and is dense."""
+        """Whether an array is dense and has this layout, which was made of an array of the same shape."""
         return _is_dense(self.axes, array.shape, array.strides, array.itemsize)
 
     def conform(self, array: Array | None) -> Array | None:

@@ -15,7 +15,7 @@ from cupybn._arrays.dtypes import BITS_OF_BFLOAT16, is_float
 from cupybn._arrays.kinds import from_dlpack, kind, plain, show
 
 COUNTER = "num_batches_tracked"
-"""Name of the counter of batches, the only array that a state dict may leave out."""
+"""Name of the counter of batches, the only one of a layer's arrays that a state dict may leave out."""
 MOST_BATCHES = 2**63 - 1
 """Largest number that an int64 counter holds."""
 LOADERS = {
@@ -175,7 +175,7 @@ def _wrong_count(key: str, counter: Any) -> list[str]:
 
 def _meant(state: Mapping[Any, Any], shapes: Mapping[str, tuple[int, ...]], prefix: str) -> str:
     """Hint at the prefix or key under which the state has what the layer expects. The end of a message."""
-    texts = {key: None for key in state.keys() if isinstance(key, str)}  # noqa: SIM118 - objects that act like mappings need not iterate over keys
+    texts = {key: None for key in state.keys() if isinstance(key, str)}  # noqa: SIM118 - it may only act like a mapping
     names = [name for name in shapes if name != COUNTER]
     prefixes = [key.removesuffix(names[0]) for key in texts if key.endswith(names[0])]
     complete = [other for other in prefixes if other != prefix and all(other + name in texts for name in names)]
