@@ -70,7 +70,7 @@ def test_a_view_ends_where_it_ends(memory, key, inside, outside, plain):
         write(view, index, plain=plain)
     assert (memory.get() == 0.5).sum() == len(inside)
     for index in outside:
-        with pytest.raises(EmulationError, match="example: out of bounds: 8 bytes written .* argument"):
+        with pytest.raises(EmulationError, match=r"example: out of bounds: 8 bytes written .* argument"):
             write(view, index, plain=plain)
     assert (memory.get() == 0.5).sum() == len(inside)
 

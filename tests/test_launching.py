@@ -322,7 +322,6 @@ ARRAY = np.zeros(4, np.float32)
         ("state.rest", None, r"expected a 1-D array of float16, .* \(got NoneType\)"),
         ("affine.eps", None, r"expected a number \(got NoneType\)"),
         ("affine.eps", ARRAY, r"expected a number \(got shape"),
-        ("state.momentum", "0.1", r"expected a number \(got str\)"),
         ("state.last", None, r"expected a C-contiguous array of float32 \(got NoneType\)"),
         ("state.last", ARRAY.astype(np.float64), r"expected a C-contiguous array of float32 \(got .* float64"),
         ("state.last", "strided", r"expected a C-contiguous array of float32 \(got .*strides \(8,\)"),
@@ -358,7 +357,6 @@ class Other(NamedTuple):
         ("state", "array", "shape .*"),
         ("sizes", None, "NoneType"),
         ("sizes", (2, 2), "tuple"),
-        ("sizes", [2, 2], "list"),
         ("sizes", Other(2, 2), "Other"),
     ],
 )

@@ -9,6 +9,7 @@ NamedTuples with the same fields. Arguments are given by name and checked: CuPy 
 from __future__ import annotations
 
 import functools
+import operator
 import re
 import struct
 import threading
@@ -143,7 +144,7 @@ class _Readers:
             code = "".join(self._code(field.type) for field in fields)
             pack = _packer(code, self._struct(parameter))
             if all(field.type == "long long" for field in fields):  # sizes, which are the same again and again
-                return functools.lru_cache(maxsize=64)(pack)
+                return functools.lru_cache(maxsize=64, typed=True)(pack)
             return pack
         if parameter.type in self._pointees:
             return self._array(name, parameter)
@@ -177,11 +178,8 @@ class _Readers:
         """The reader of anything but a struct: returns its words."""
         if parameter.type == "Vector":
             return self._vector(name, parameter.nullable)
-        if parameter.type == "double":
-            nan = float("nan")
-            return lambda value, _: (nan if value is None and parameter.nullable else float(value),)
-        if parameter.type == "long long":
-            return lambda value, _: (int(value),)
+        if parameter.type in ("double", "long long"):
+            return self._number(name, parameter)
         if parameter.type in self._pointees:
             array = self._array(name, parameter)
             return lambda value, device: (0 if array(value, device) is None else value.data.ptr,)
@@ -213,6 +211,21 @@ class _Readers:
             if value.data.device_id != device:
                 raise self._elsewhere(name, value, device)
             return value.data.ptr, value.strides[0], number
+
+        return words
+
+    def _number(self, name: str, parameter: Parameter) -> Reader:
+        """The reader of a number: returns it as a word; a double that is None is NaN."""
+        nullable, nan = parameter.nullable, float("nan")
+        convert, expected = (float, "a number") if parameter.type == "double" else (operator.index, "an integer")
+
+        def words(value: Any, _: int) -> Words:
+            if value is None and nullable:
+                return (nan,)
+            try:
+                return (convert(value),)
+            except (TypeError, ValueError):
+                raise self._unexpected(name, expected, value) from None
 
         return words
 
