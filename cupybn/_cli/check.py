@@ -23,7 +23,7 @@ from cupybn._cli.options import add_dtypes, chosen_dtypes
 from cupybn._cli.sides import FORMULA, KERNELS, MIRRORS, Side, worst
 from cupybn._cli.steps import STEPS
 from cupybn._cli.table import table
-from cupybn._steps.launcher import kernel_names
+from cupybn._steps.sources import kernel_names
 
 Shape = tuple[int, int, int]
 MOST_LISTED = 20

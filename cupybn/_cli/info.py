@@ -15,7 +15,7 @@ import numpy as np
 import cupybn
 from cupybn._arrays.devices import cuda_missing, import_cupy
 from cupybn._cli.extras import optional
-from cupybn._steps.launcher import KERNELS, kernel_names
+from cupybn._steps.sources import KERNELS, kernel_names
 from cupybn._steps.tiles import num_threads
 
 MIB = 1 << 20
