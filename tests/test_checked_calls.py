@@ -20,9 +20,7 @@ emulator = getattr(cp, "emulator", None)
 
 BUNDLES = {"affine": Affine, "running": Running, "epilogue": Epilogue, "layer": Caller}
 """Fields of a call that have fields of their own."""
-FIELDS = [
-    (name, inner) for name in Call._fields for inner in (BUNDLES[name]._fields if name in BUNDLES else (None,))
-]
+FIELDS = [(name, inner) for name in Call._fields for inner in (BUNDLES[name]._fields if name in BUNDLES else (None,))]
 """Names of the fields of a call, each with a field of a bundle or None."""
 ARRAYS = {"input", "mean", "var", "weight", "bias", "residual", "batches"}
 """Fields that are arrays."""
