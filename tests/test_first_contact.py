@@ -558,7 +558,8 @@ def test_precompile_sees_what_does_not_compile(tmp_path, monkeypatch):
     share = precompile.compile_share(0, 2, time.time() + 100, rehearse=True)
     assert (share.compiled, share.left, share.failed) == (precompile.TINY // 2, 0, [])
     assert precompile.compile_share(0, 2, time.time(), rehearse=True).left == precompile.TINY // 2
-    monkeypatch.setattr(launcher, "source", lambda name: f"error in {name}")
+    right = launcher.source
+    monkeypatch.setattr(launcher, "source", lambda name: f"{right(name)}\nan error")
     failed = precompile.compile_share(0, 2, time.time() + 100, rehearse=True).failed
     assert len(failed) == precompile.TINY // 2
     assert all("-DDATA_T=" in text for text in failed)
