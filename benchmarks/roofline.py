@@ -86,9 +86,8 @@ class Gpu:
     device: Device
     clock: float  # GHz, under load
     bandwidth: float  # GB/s of a copy
-    rates: dict[
-        str, float
-    ]  # thread-instructions for each clock and multiprocessor, by pipeline; "issue" is all of them together
+    rates: dict[str, float]
+    """Thread-instructions for each clock and multiprocessor, by pipeline; "issue" is all of them together."""
 
 
 def _rates(fma: float, fp64: float) -> dict[str, float]:

@@ -63,9 +63,8 @@ class Flow:
         self._barrier = np.full(total, -1)  # number of the block's barrier where a thread waits
         self._flag = np.zeros(total, bool)  # value that a thread contributes to its barrier
         self.result = np.zeros(total, np.uint32)
-        self._kinds: dict[
-            int, tuple[int | None, str]
-        ] = {}  # by barrier of a block: how many threads it waits for, and its reduction
+        # By barrier of a block: how many threads it waits for (None: all), and its reduction.
+        self._kinds: dict[int, tuple[int | None, str]] = {}
         self._arrivals = np.zeros(total, np.int64)  # how often a thread has arrived at the cluster's barrier
         self._in_cluster = np.zeros(total, bool)  # whether a thread waits at the cluster's barrier
 

@@ -19,10 +19,7 @@ _LABEL = re.compile(r"([.$\w]+):$")
 _INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
 _REMARK = re.compile(r"\s*\(\*.*?\*\)")
 _COMMA = re.compile(r",\s*(?![^\[]*\])")  # a comma between operands, not one inside of an address
-_PARAMETERS, _CLUSTER = (
-    0x0A,
-    0x3D,
-)  # attributes: where parameters begin, and blocks of a cluster
+_PARAMETERS, _CLUSTER = 0x0A, 0x3D  # attributes: where parameters begin, and blocks of a cluster
 
 
 class Instruction(NamedTuple):

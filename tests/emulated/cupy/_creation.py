@@ -1,6 +1,6 @@
-"""New device arrays."""
+"""Functions that create device arrays."""
 
-# The parameters are CuPy's.
+# The parameters are CuPy's, whether they are used here or not.
 # ruff: noqa: ARG001
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Shape = int | tuple[int, ...]
 
 
 def empty(shape: Shape, dtype: npt.DTypeLike = float, order: str = "C") -> Any:
-    """A new array that nobody has written yet."""
+    """A new array whose elements are not initialised."""
     return cupy.ndarray(shape, dtype, order=order)
 
 
@@ -49,7 +49,7 @@ def empty_like(
     subok: bool | None = None,
     shape: Shape | None = None,
 ) -> Any:
-    """A new array with the shape, dtype and order of another one that nobody has written yet."""
+    """A new array with the shape, dtype and order of another one, not initialised."""
     if not isinstance(prototype, cupy.ndarray):
         raise TypeError(f"Unsupported type {type(prototype)}")
     dtype = prototype.dtype if dtype is None else _dtypes.supported(dtype)
@@ -125,17 +125,17 @@ def asarray(
     copy: bool | None = None,
     blocking: bool = False,
 ) -> Any:
-    """The array itself, if it is one of this dtype and order on a device, else one on the current device."""
+    """The array itself if it is on a device and has this dtype and order, else a copy on the current device."""
     return array(a, dtype, copy, order or "K")
 
 
 def ascontiguousarray(a: Any, dtype: npt.DTypeLike | None = None) -> Any:
-    """The array itself, if it is contiguous in C's order, else a copy that is."""
+    """The array itself if it is contiguous in C's order, else a copy that is."""
     return asarray(a, dtype, "C")
 
 
 def asfortranarray(a: Any, dtype: npt.DTypeLike | None = None) -> Any:
-    """The array itself, if it is contiguous in Fortran's order, else a copy that is."""
+    """The array itself if it is contiguous in Fortran's order, else a copy that is."""
     return asarray(a, dtype, "F")
 
 
