@@ -1,4 +1,6 @@
-"""Every kernel in every instantiation through the real compiler, for every generation of GPUs, without a GPU."""
+"""Every instance of every kernel compiles with NVRTC for every generation of GPUs, within its registers. No GPU is
+needed.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +18,10 @@ from tests.nvrtc import ARCHITECTURES
 pytestmark = pytest.mark.skipif(nvrtc.find_library() is None, reason="no NVRTC: pip install nvidia-cuda-nvrtc")
 
 EVERYTHING = os.environ.get("CUPYBN_COMPILE_ALL") == "1"
-MOST_REGISTERS = 128  # of a thread
-REGISTERS = 65536  # of a multiprocessor
-BLOCKS = 16  # of a multiprocessor, that every GPU has places for
-TOGETHER = 8  # registers of a thread that a GPU hands out at a time
+MOST_REGISTERS = 128  # a thread's limit
+REGISTERS = 65536  # registers that a multiprocessor has
+BLOCKS = 16  # blocks that fit on a multiprocessor of every GPU
+TOGETHER = 8  # registers of a thread are allotted in multiples of this
 STATIC_SHARED = 48 << 10
 
 
@@ -41,7 +43,7 @@ def test_kernels_compile_without_warnings_and_local_memory(architecture, kernel)
 
 
 def most_registers(instance):
-    """Of a thread, so that as many blocks are on a multiprocessor as the kernel's source promises, at least one."""
+    """Most registers of a thread with which as many blocks fit on a multiprocessor as the kernel's source promises."""
     promised = promised_registers(instance)
     assert promised <= MOST_REGISTERS
     blocks = min(BLOCKS, max(1, REGISTERS // (promised * instance.threads)))
@@ -49,7 +51,9 @@ def most_registers(instance):
 
 
 def promised_registers(instance):
-    """Of a thread, by the macro in the kernel's source: a number, or a choice between two by other macros."""
+    """Most registers of a thread by the macro in the kernel's source: a number, or a choice between two by other
+    macros.
+    """
     head = r'extern "C" __global__ void (?:CLUSTER )?REGISTERS\(([^)]+)\)'
     (text,) = re.findall(head, launcher.source(instance.kernel))
     condition, _, numbers = text.rpartition(" ? ")
@@ -73,7 +77,7 @@ def test_blocks_have_as_many_registers_as_there_are():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The checks above are worth something
+# Tests of the checks above
 
 
 @pytest.mark.parametrize("kernel", launcher.kernel_names())
@@ -121,7 +125,7 @@ def test_warnings_are_seen():
 
 
 def test_functions_belong_to_the_device_as_with_cupy():
-    """Unless they say where they belong; so do lambdas, which cannot say it."""
+    """Functions without `__host__` or `__device__` are functions of the device, as with CuPy; so are lambdas."""
     text = """
     int twice(int x) { return 2 * x; }
     extern "C" __global__ void f(int* x) {

@@ -1,4 +1,4 @@
-"""The examples of the docstrings print what they say, each by itself: a reader can paste it."""
+"""The examples in docstrings print what they say, each by itself, so that a reader can paste it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import cupybn
 
 
 def found():
-    """All docstrings of the package that have examples, by name; each starts from an empty namespace."""
+    """The docstrings of the package that have examples, by name; each is run in an empty namespace."""
     finder = doctest.DocTestFinder()
     for _, name, _ in pkgutil.walk_packages(cupybn.__path__, "cupybn."):
         if not name.endswith("__main__"):
@@ -30,7 +30,7 @@ def test_example(name):
     if "mpi4py" in example.docstring:
         try:
             from mpi4py import MPI  # noqa: F401
-        except (ImportError, RuntimeError) as error:  # the latter where there is no MPI
+        except (ImportError, RuntimeError) as error:  # RuntimeError where mpi4py finds no MPI
             pytest.skip(f"pip install '.[mpi]': {error}")
     report = []
     failed, attempted = doctest.DocTestRunner().run(example, out=report.append, clear_globs=False)
@@ -48,11 +48,11 @@ def test_what_users_call_has_examples():
 
 
 def test_no_example_is_left_out():
-    """What holds the marks of an example is found: also where a docstring is made from another one."""
+    """Every example is run, even in docstrings that are made from others."""
     marks = sum(
         inspect.getsource(importlib.import_module(name)).count("Examples\n")
         for _, name, _ in pkgutil.walk_packages(cupybn.__path__, "cupybn.")
         if not name.endswith("__main__")
     )
     assert marks > 0
-    assert len(EXAMPLES) == marks + 3  # that of the layers stands in three more classes
+    assert len(EXAMPLES) == marks + 3  # the layers' example stands in three more classes
