@@ -203,7 +203,7 @@ def without(original, index):
 
 
 def test_every_part_of_the_key_counts(xp, pairs, monkeypatch):
-    """Without any one part of the key, some pair gets a wrong outcome."""
+    """Some pair gets a wrong outcome if any one part of the key is left out."""
     call, out, _ = bases(xp)["training"]
     original, key = Call._key, call._key(out)
     for index in range(len(key)):

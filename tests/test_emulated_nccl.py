@@ -204,7 +204,7 @@ def test_memset():
     np.testing.assert_array_equal(x[0, :2].get(), [0, 0])
     with pytest.raises(Uninitialised, match="4 of 6"):
         x.get()
-    x[1].data.memset(0x13F, 12)  # marks the last byte of x[1] as written
+    x[1].data.memset(0x13F, 12)  # bytes are set to 0x3F, the last byte of the value
     assert x[1].tobytes() == b"\x3f" * 12
     for ptr, size in (x.data, 25), (x[1].data, 13), (cupy.empty(0).data, 1):
         with pytest.raises(CUDARuntimeError, match="cudaErrorInvalidValue"):

@@ -222,9 +222,7 @@ def test_a_lost_communicator_used_again(engine, monkeypatch):
     ],
 )
 def test_an_error_of_the_device_in_the_middle_of_an_exchange(engine, monkeypatch, forward, aware, owner, name, sent):
-    """After an error of the device, before or after the message is sent, no layer sends anything more, and each says
-    why.
-    """
+    """No layer sends anything after an error of the device, before the message or after it, and each says why."""
     monkeypatch.setattr(engines, "cuda_aware", lambda: aware)
     comm, started = engine._comm, []
     three = [engine, *(engines.MPIEngine(comm, 5) for _ in range(2))]
@@ -467,9 +465,7 @@ def test_what_an_aborted_message_leaves_is_nan(rng):
 
 
 def test_an_error_in_the_middle_of_an_exchange_of_nccl(monkeypatch):
-    """After an error of the device, messages on their way may arrive, but no layer sends another one, not even a new
-    layer.
-    """
+    """No layer, not even a new one, sends anything after an error of the device; messages on their way may arrive."""
     comm, sent, x = Aborted(), [], cupy.ones((4, 3))
     comm.allGather = comm.allReduce = lambda *_: sent.append(1)
     text = "^this rank has lost the other ranks of this communicator: CUDARuntimeError: cudaErrorLaunchFailure"

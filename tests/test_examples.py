@@ -68,7 +68,7 @@ def test_wrong_options(example, monkeypatch, capsys, tmp_path):
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_without_the_extra(name, monkeypatch, capsys):
-    """Without the packages of the extra there is still help; else a line says what is missing."""
+    """Help works without the packages of the extra; anything else ends with a line that says what is missing."""
     needed = [*layers.NEEDED, *(["mpi4py"] if name == "distributed_digits" else [])]
     for missing in needed:
         monkeypatch.setitem(sys.modules, missing, None)

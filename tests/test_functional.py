@@ -609,7 +609,7 @@ def test_adding_a_constant_changes_nothing(xp, view, constant):
 @properties
 @given(view=views())
 def test_gradient_of_the_input_sums_to_zero(xp, view):
-    """In training, dx sums to 0 over a channel, since adding a constant to a channel does not move the output."""
+    """The gradient dx of training sums to 0 over a channel, since adding a constant to it does not move the output."""
     x, axis = view.on(xp), view.axis
     dy = x.copy(order="C") ** 2
     others = tuple(i for i in range(x.ndim) if i != axis % x.ndim)

@@ -80,7 +80,7 @@ def test_conform_copies_only_another_order():
 
 @pytest.mark.parametrize("shape", [(2, 3, 1, 1), (1, 3, 4, 1), (2, 3, 1, 5), (1, 3, 1, 1), (2, 3, 1)], ids=str)
 def test_axes_of_length_1(shape):
-    """In the output, axes of length 1 have the strides of a contiguous array, whatever they are in the input."""
+    """Axes of length 1 have the strides of a contiguous array in the output, whatever they have in the input."""
     x = dense(shape, range(len(shape)))
     layout = Layout.of(x, 1)
     assert layout.shape == (shape[0], 3, np.prod(shape[2:]))

@@ -182,9 +182,7 @@ def test_what_is_not_like_input(xp, rng):
 
 @pytest.mark.parametrize(("of_input", "other"), [("<f4", ">f4"), (">f4", "<f4"), (">f4", "<f8"), (">f2", ">f4")])
 def test_another_order_of_bytes(rng, of_input, other):
-    """An array with another byte order than the input is refused, and the message's conversion to the input's dtype
-    works.
-    """
+    """An array in another byte order than the input's is refused, and the conversion in the message is accepted."""
     kwargs = cast(arguments(np, rng, SHAPE), of_input)
     _, vjp_fn = F.batch_norm_vjp(**kwargs)
     wrong = kwargs["input"].astype(other)

@@ -84,7 +84,7 @@ def test_sections():
 
 
 def test_eval_mode_at_a_mean_of_a_million(rng):
-    """At a mean of a million, eval mode is off by half of 1/16, the last place of the mean in float32: "up to 3e-2"."""
+    """Eval mode at a mean of a million is off by half of 1/16, the last place of the mean in float32: "up to 3e-2"."""
     x = rng.normal(1e6, 1, (64, 64, 4, 4)).astype(np.float32)
     exact = x.astype(np.float64)
     mean, var = exact.mean((0, 2, 3), keepdims=True), exact.var((0, 2, 3), keepdims=True, ddof=1)

@@ -453,7 +453,7 @@ def test_what_acts_like_a_mapping(device, rng):
 
 
 def named(name):
-    """An open file by its name."""
+    """A file in memory that has a name, as open files do."""
     file = io.BytesIO()
     file.name = name
     return file

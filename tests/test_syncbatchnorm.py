@@ -127,7 +127,7 @@ def test_the_time_limit_leaves_time_to_end():
 
 @pytest.mark.parametrize("shape", [(4, 3), (4, 3, 5), (2, 3, 4, 5), (2, 3, 2, 2, 2)])
 def test_without_a_communicator_it_is_batch_norm(xp, device, rng, shape):
-    """Without a communicator the layer is batch norm to the bit; one sample for each channel raises."""
+    """A layer without a communicator is batch norm to the bit; one value for each channel raises."""
     cls = {2: BatchNorm1d, 3: BatchNorm1d, 4: BatchNorm2d, 5: BatchNorm3d}[len(shape)]
     layers = [kind(3, activation="relu", device=device) for kind in (SyncBatchNorm, cls)]
     x, residual, dy = (xp.asarray(rng.standard_normal(shape).astype(np.float32)) for _ in range(3))
@@ -287,7 +287,7 @@ def test_nccl_of_one_rank(rng):
 
 
 def test_where_mpi_says_that_it_takes_memory_of_gpus(monkeypatch):
-    """A variable makes an MPI that does not say whether it takes GPUs' memory count as one that does."""
+    """The variable CUPYBN_CUDA_AWARE_MPI overrules a real MPI, whose own answer stays the same."""
     code = "from mpi4py import MPI; from cupybn._ranks.engines import cuda_aware; print(cuda_aware(), cuda_aware())"
     said = {}
     for value in "", "0", "1":

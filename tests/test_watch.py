@@ -135,7 +135,7 @@ def test_a_device_that_fails(make):
 
 
 def test_nothing_is_sent_after_a_failure():
-    """After a failure nothing is sent, even before the communicator is aborted."""
+    """Nothing is sent after a failure, even before the communicator is aborted."""
     watch, sent = Watch(Communicator()), []
     watch._failure = "remote process exited"
 

@@ -122,9 +122,7 @@ def test_arrays_that_the_engine_does_not_know(world):
 
 
 def test_layers_without_arrays_compare_their_channels_each_time(world):
-    """Layers without arrays have channels that differ told at each pass, as messages of different lengths must not
-    meet.
-    """
+    """Layers without arrays compare their channels in each pass, as each pass may have another number of them."""
     layer = world.layer(None, affine=False, track_running_stats=False)
     for C in 3, 5:
         layer(share_of(world, C))
