@@ -11,7 +11,6 @@ ratio of a shape is the median over the rounds of (PyTorch's median time / cupyb
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import time
@@ -22,6 +21,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from cpu_files import Measured, save
 from tqdm import tqdm
 
 import cupybn
@@ -162,13 +162,8 @@ def main() -> None:
     machine = f"{args.threads} threads, {platform.machine()}, Python {platform.python_version()}"
     print(f"{versions}\n{machine}, float32, {rounds} rounds: median (lowest..highest)\n{table(results)}")
 
-    args.output.mkdir(parents=True, exist_ok=True)
     stem = args.output / ("cpu-short" if args.short else "cpu")
-    stem.with_suffix(".json").write_text(
-        json.dumps({"versions": versions, "machine": machine, "rounds": rounds, "results": results}, indent=1) + "\n"
-    )
-    plot(results, f"{versions}; {machine}", stem.with_suffix(".png"))
-    print(f"results: {stem}.json, plot: {stem}.png")
+    save(Measured(versions, machine, rounds, results), stem, plot)
 
 
 if __name__ == "__main__":

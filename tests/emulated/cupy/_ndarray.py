@@ -228,6 +228,15 @@ class ndarray:  # noqa: N801 - as CuPy has it
     # -----------------------------------------------------------------------------------------------------------------
     # To the host and from it
 
+    def _must_match(self, host: Any, verb: str, ours: str, theirs: str) -> None:
+        """Raise CuPy's error, in its words for this direction, unless `host` is a NumPy array of this dtype and shape."""
+        if not isinstance(host, np.ndarray):
+            raise TypeError(f"Only numpy.ndarray can be {verb} cupy.ndarray")
+        if self.dtype != host.dtype:
+            raise TypeError(f"{host.dtype} array cannot be {verb} {self.dtype} array")
+        if self.shape != host.shape:
+            raise ValueError(f"Shape mismatch. {ours} shape: {self.shape}, {theirs} shape: {host.shape}")
+
     def get(
         self,
         stream: Stream | None = None,
@@ -239,12 +248,7 @@ class ndarray:  # noqa: N801 - as CuPy has it
         if order.upper() not in ("C", "F", "A"):
             raise ValueError(f"unsupported order: {order}")
         if out is not None:
-            if not isinstance(out, np.ndarray):
-                raise TypeError("Only numpy.ndarray can be obtained from cupy.ndarray")
-            if self.dtype != out.dtype:
-                raise TypeError(f"{out.dtype} array cannot be obtained from {self.dtype} array")
-            if self.shape != out.shape:
-                raise ValueError(f"Shape mismatch. Expected shape: {self.shape}, actual shape: {out.shape}")
+            self._must_match(out, "obtained from", "Expected", "actual")
             if not (out.flags.c_contiguous or out.flags.f_contiguous):
                 raise RuntimeError("`out` cannot be specified when copying to non-contiguous ndarray")
         note_get("get", stream, blocking)
@@ -256,12 +260,7 @@ class ndarray:  # noqa: N801 - as CuPy has it
 
     def set(self, arr: npt.NDArray[Any], stream: Stream | None = None) -> None:
         """Copy a NumPy array of the same shape and dtype into this one."""
-        if not isinstance(arr, np.ndarray):
-            raise TypeError("Only numpy.ndarray can be set to cupy.ndarray")
-        if self.dtype != arr.dtype:
-            raise TypeError(f"{arr.dtype} array cannot be set to {self.dtype} array")
-        if self.shape != arr.shape:
-            raise ValueError(f"Shape mismatch. Old shape: {self.shape}, new shape: {arr.shape}")
+        self._must_match(arr, "set to", "Old", "new")
         if not self.flags.forc:
             raise RuntimeError("Cannot set to non-contiguous array")
         note_set(stream)
