@@ -229,7 +229,7 @@ class ndarray:  # noqa: N801 - as CuPy has it
     # To the host and from it
 
     def _must_match(self, host: Any, verb: str, ours: str, theirs: str) -> None:
-        """Raise CuPy's error, in its words for this direction, unless `host` is a NumPy array of this dtype and shape."""
+        """Raise CuPy's error, worded for this direction, unless `host` is a NumPy array of this dtype and shape."""
         if not isinstance(host, np.ndarray):
             raise TypeError(f"Only numpy.ndarray can be {verb} cupy.ndarray")
         if self.dtype != host.dtype:
