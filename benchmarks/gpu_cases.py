@@ -28,9 +28,9 @@ class Case:
     problem: Problem
     operations: tuple[str, ...]
     all_peers: bool
-    """Measure also the peers that nobody would choose for speed."""
+    """Whether also those peers are measured that nobody would choose for speed."""
     dead: bool = False
-    """Every other channel of x is zero, as behind a ReLU whose outputs are all 0."""
+    """Whether every other channel of x is zero, as behind a ReLU whose outputs are all 0."""
 
 
 def cases(full: bool, dry_run: bool) -> list[Case]:

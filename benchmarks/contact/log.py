@@ -78,7 +78,7 @@ class Log:
             self.check(name, True, " ".join(map(str, details)))
 
     def fact(self, name: str, value: Any) -> None:
-        """Enter something that is neither right nor wrong."""
+        """Enter a fact, which is neither right nor wrong."""
         self.findings.facts[name] = value
         self._write(f"     {name}: {value}")
 
@@ -88,7 +88,7 @@ class Log:
         self._write("     " + "  ".join(f"{name}={value}" for name, value in cells.items()))
 
     def note(self, text: str) -> None:
-        """Enter a sentence."""
+        """Enter a note: a sentence."""
         self.findings.notes.append(text[:2000])
         self._write(f"     {text}")
 

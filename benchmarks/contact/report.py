@@ -11,8 +11,7 @@ from pathlib import Path
 from contact.log import Findings, write_whole
 
 MOST_LINES, MOST_COLUMNS = 60, 190
-"""Most lines of the summary, and characters of a line: what runs this elsewhere may return no more than 12,000 of
-them."""
+"""Most lines of the summary, and characters of a line: whoever runs this elsewhere may see 12,000 characters alone."""
 MOST_FAILURES, MOST_OF_A_STAGE = 24, 6
 """Most lines of failures in the summary, and failed checks of one stage among them."""
 GOOD = ("passed", "skipped")
@@ -58,7 +57,7 @@ class Report:
     out : Path
         Folder for ``report.md`` and ``results.json``.
     rehearse : bool
-        Say that this says nothing of a GPU.
+        Whether this is a rehearsal, which tells nothing of a GPU: the report says so.
     """
 
     def __init__(self, out: Path, rehearse: bool) -> None:

@@ -26,7 +26,7 @@ def run(task: Task) -> None:
 
 
 def replays_are_steps(shape: tuple[int, ...], momentum: float | None) -> None:
-    """Each replay of a graph gives the bits of a step without one, and leaves the same buffers."""
+    """Check that each replay of a graph gives the bits of a step without one, and leaves the same buffers."""
     import cupy
 
     import cupybn
@@ -67,7 +67,7 @@ def bits(arrays: Any) -> list[bytes]:
 
 
 def threads_on_streams(calls: int) -> None:
-    """Threads that compile, load and launch the same kernel at once each get the same bits in every call."""
+    """Check that threads which compile, load and launch the same kernel at once get the same bits in every call."""
     import cupy
 
     import cupybn.functional as F

@@ -36,8 +36,7 @@ extern "C" __global__ void __cluster_dims__(BLOCKS, 1, 1) ranks(unsigned* out, i
     if (threadIdx.x == 0) out[blockIdx.x] = memory[0] * (memory[words - 1] == 7u);
 }
 """
-"""Source of a kernel whose blocks each write into the shared memory of the next block, and into the end of their
-own."""
+"""Source of a kernel whose blocks write into the next block's shared memory, and into the end of their own."""
 CALLS = 100
 
 

@@ -82,9 +82,7 @@ def in_a_graph(comm: Any, row: Any) -> None:
 
 
 def captured_beside_the_watch(comm: Any) -> None:
-    """Check that a watched message does not disturb a capture: even the strictest mode, where asking events is
-    forbidden.
-    """
+    """Check that the watch of a message does not disturb a capture, even one that forbids asking for events."""
     import cupy
 
     spin = cupy.RawKernel(SPIN, "spin")

@@ -1,4 +1,4 @@
-"""Runs the tests that need a GPU."""
+"""Runs the tests on the GPU, except for those that need none."""
 
 from __future__ import annotations
 
