@@ -20,7 +20,7 @@ emulator = getattr(cp, "emulator", None)
 ARRAYS = tuple(name for name in Call._fields if "Array" in str(Call.__annotations__[name]))
 """Names of the fields that are arrays."""
 NO_DIFFERENCE = {"momentum", "layer_device", "idle"}
-"""Fields without a wrong value: momentum is checked earlier, the others tell what an error is to say."""
+"""Fields without a wrong value: momentum is checked earlier, layer_device words errors, idle may share any memory."""
 
 
 @pytest.fixture(autouse=True)

@@ -184,7 +184,7 @@ def test_shared_memory_and_barriers(architecture):
     np.testing.assert_allclose(run.data[:3], 1 / data.reshape(3, 128).sum(1), rtol=1e-15)
     assert run.count("STS") == 3 * 4
     assert run.count("BAR") == 3 * 4
-    assert run.count("SHFL") == 3 * 4 * 5 * 2  # twice as often, as the halves of each warp have parted
+    assert run.count("SHFL") == 3 * 4 * 5 * 2  # two for each shuffle, as a double is moved in two halves
     assert run.count("DADD") == 3 * (4 * 5 + 3)
 
 

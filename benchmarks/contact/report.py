@@ -110,7 +110,7 @@ class Report:
         lines += failures[:MOST_FAILURES]
         skipped = [f"{name}: {text}" for name, o in self.outcomes.items() for text in o.findings.skipped]
         last = [f"skipped: {'; '.join(skipped)}"] if skipped else []
-        # What may be cut is last: the longest list.
+        # The longest list comes last, where the summary may be cut.
         for outcome in sorted(self.outcomes.values(), key=lambda outcome: len(outcome.findings.highlights)):
             lines += outcome.findings.highlights[: max(0, MOST_LINES - len(last) - len(lines))]
         return "\n".join(line.replace("\n", " ")[:MOST_COLUMNS] for line in lines + last)

@@ -27,7 +27,7 @@ class Instruction(NamedTuple):
 
     address: int
     guard: str | None  # the predicate that the instruction depends on, such as "P0" or "!UP1"
-    opcode: str  # with its modifiers, such as "IADD3.X"
+    opcode: str  # the instruction's name with its modifiers, such as "IADD3.X"
     operands: tuple[str, ...]
 
 

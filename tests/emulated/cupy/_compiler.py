@@ -157,7 +157,7 @@ class Module:
         if len(dynamic) > 1:
             raise CompileException("the stand-in for CuPy knows one extern __shared__ array")
         self.dynamic = dynamic[0] if dynamic else None
-        definitions = [  # In assembler, because the C++ text declares the arrays in its own ways.
+        definitions = [  # in assembler, because the C++ text declares the arrays in its own ways
             rf'asm(".pushsection .bss\n.balign 32\n.globl {name}\n.type {name}, %object\n'
             rf'.size {name}, {MOST_SHARED}\n{name}: .zero {MOST_SHARED}\n.popsection");'
             for name in dynamic
