@@ -126,7 +126,7 @@ def shortened(record: Record) -> Record:
 
 
 def rounded(value: Any) -> Any:
-    """The value with its figures rounded to DIGITS digits, at any depth of lists and dicts."""
+    """The value with its floats rounded to DIGITS significant digits, also those in dicts."""
     if isinstance(value, dict):
         return {name: rounded(item) for name, item in value.items()}
     if isinstance(value, float) and value and math.isfinite(value):
@@ -135,7 +135,7 @@ def rounded(value: Any) -> Any:
 
 
 def as_json(measured: dict[str, Any]) -> str:
-    """The measurement as JSON, with a line for each record."""
+    """The measurement as JSON, with a line for each item of a list, such as a record."""
     lines = []
     for name, value in measured.items():
         if isinstance(value, list) and value:
@@ -202,7 +202,7 @@ def compare(before: Path, after: Path) -> list[Path]:
 
 
 def comparison(both: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
-    """A table with the figures of both measurements, and their ratio."""
+    """A page with a table of both measurements and how many times as fast the second one is."""
     old, new = (Results(measured["records"]) for measured in both)
     head = ["case", "operation", f"us, {names[0]}", names[1], "times as fast", f"share of copy, {names[0]}", names[1]]
     head += [f"{TORCH} / {CUPYBN}, {names[0]}", names[1], f"{CUDNN} / {CUPYBN}, {names[1]}"]
@@ -225,7 +225,7 @@ def comparison(both: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
 
 
 def figure(value: float | None, digits: int = 2) -> str:
-    """The text of a cell with a figure; empty for None."""
+    """The text of a cell with a figure; "-" for None."""
     return "-" if value is None else f"{value:.{digits}f}"
 
 

@@ -26,7 +26,7 @@ ATTRIBUTES = (
 
 
 def run(task: Task) -> None:
-    """Enter everything; what can fail for the most reasons comes last."""
+    """Enter everything; what needs CuPy, a GPU or working kernels comes later."""
     machine(task.log)
     with task.log.checking("cupybn finds a GPU"):
         library(task.log)

@@ -53,7 +53,7 @@ def run(task: Task) -> None:
 
 
 def all_cases(rehearse: bool) -> list[Case]:
-    """All cases, those with the fewest elements first."""
+    """All cases: the odd ones, which are small, then those of all plans by their size."""
     return [*odd_cases(rehearse), *cases_of_all_plans(FEW_ELEMENTS if rehearse else MOST_ELEMENTS)]
 
 
