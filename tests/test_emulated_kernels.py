@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cupybn._steps import launcher
+from cupybn._steps import launcher, sources
 from cupybn._steps.bundles import Moments
 from cupybn._steps.geometry import ChannelsFirst
 
@@ -1128,7 +1128,7 @@ def is_right(text):
 
 
 def source():
-    return launcher.source("channels_first/bn_stats")
+    return sources.source("channels_first/bn_stats")
 
 
 def test_the_kernel_of_the_library_is_right(seeds):
