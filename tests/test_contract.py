@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+import struct
 import typing
 from pathlib import Path
 
@@ -363,7 +364,7 @@ def test_numbers_that_both_sides_know():
         ("stride", "long long"),
         ("dtype", "long long"),
     ]
-    assert arguments.CODES["Vector"] == "Qqq"
+    assert struct.calcsize("=Qqq") == arguments.VECTOR.itemsize == struct.calcsize(f'={arguments.CODES["Vector"]}')
 
 
 @pytest.mark.parametrize("name", KERNEL_NAMES)
