@@ -5,10 +5,10 @@ from __future__ import annotations
 import ast
 import inspect
 import re
-import struct
 import typing
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import cupybn
@@ -359,12 +359,11 @@ def test_numbers_that_both_sides_know():
     text = (KERNELS / "types.cuh").read_text()
     assert f"enum {{ {', '.join(name.upper() for name in FLOATS)} }};" in text
     (vector,) = fields_in_header(text, ["Vector"]).values()
-    assert [(field.name, field.type) for field in vector] == [
-        ("data", "char*"),
-        ("stride", "long long"),
-        ("dtype", "long long"),
+    words = {"char*": np.uint64, "long long": np.int64}
+    assert [(field.name, words[field.type]) for field in vector] == [
+        (name, dtype) for name, (dtype, _) in arguments.VECTOR.fields.items()
     ]
-    assert struct.calcsize("=Qqq") == arguments.VECTOR.itemsize == struct.calcsize(f'={arguments.CODES["Vector"]}')
+    assert arguments._vector(1, -2, 3) == np.array((1, -2, 3), arguments.VECTOR).tobytes()
 
 
 @pytest.mark.parametrize("name", KERNEL_NAMES)

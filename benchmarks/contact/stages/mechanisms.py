@@ -71,7 +71,7 @@ def arguments_by_value() -> None:
     kernel = cupy.RawKernel(TAKE, "take")
     x, out = cupy.asarray(np.array([2.5, 3.5], np.float32)), cupy.zeros(12)
     ptr = x.data.ptr
-    bundle = by_value("QqqQqdQ", ptr, 4, 2, ptr, 1, np.inf, 0)
+    bundle = by_value("=QqqQqdQ", ptr, 4, 2, ptr, 1, np.inf, 0)
     kernel((1,), (1,), [x, bundle, 0.25, 2**40 + 1, None, out], shared_mem=0)
     found = out.get().tolist()
     assert found == [2.5, float(ptr), 4, 2, 0.25, 2**40 + 1, 0, 3.5, 3.5, 1, np.inf, 0], found
@@ -88,11 +88,11 @@ def host_times(rounds: int) -> dict[str, float]:
     from cupy.cuda.function import CNumpyArray
 
     kernel, words = cupy.RawKernel(STRUCTS, "structs"), range(7)
-    once = by_value("7q", *words)
+    once = by_value("=7q", *words)
     ready, named = CNumpyArray(once), once.view([(f"word{i}", np.int64) for i in words])
     ways: dict[str, Callable[[], list[Any]]] = {
-        "4 structs, packed each time": lambda: [by_value("7q", *words) for _ in range(4)],
-        "4 structs, packed once": lambda: [once] * 4,
+        "4 structs, packed each time": lambda: [by_value.__wrapped__("=7q", *words) for _ in range(4)],
+        "4 structs, looked up": lambda: [by_value("=7q", *words) for _ in range(4)],
         "4 structs as CNumpyArray, made once": lambda: [ready] * 4,
         "4 structs with names of fields": lambda: [named] * 4,
     }
