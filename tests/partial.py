@@ -6,6 +6,7 @@ import mmap
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any
+from weakref import WeakValueDictionary
 
 import cupy as cp
 import numpy as np
@@ -44,7 +45,8 @@ class Sparse(_memory.Allocation):
         self.ptr = self.host.__array_interface__["data"][0]  # the begin of a page
         self.parts: Ranges = []
         self._complete = False
-        _memory._live[self.ptr] = self
+        self.arrays = WeakValueDictionary()
+        _memory._keep_track(self)
 
     def __del__(self) -> None:
         """Nothing is given back: this memory was not counted."""

@@ -20,16 +20,13 @@ import pytest
 
 from cupybn import functional
 from cupybn._steps import launcher
+from tests.benchmark_scripts import BENCHMARKS, ROOT, require
 
 pytest.importorskip("ml_dtypes")
 pytest.importorskip("tqdm")
 cp = pytest.importorskip("cupy")
 
-ROOT = Path(__file__).parent.parent
-BENCHMARKS = ROOT / "benchmarks"
-if not BENCHMARKS.is_dir():
-    pytest.skip("the benchmarks are not part of the wheel", allow_module_level=True)
-sys.path.append(str(BENCHMARKS))
+require()
 
 from contact import insides, plan, report, runner  # noqa: E402
 from contact.log import Check, Findings, Log, write_whole  # noqa: E402
@@ -561,7 +558,8 @@ def test_precompile_sees_what_does_not_compile(tmp_path, monkeypatch):
     share = precompile.compile_share(0, 2, time.time() + 100, rehearse=True)
     assert (share.compiled, share.left, share.failed) == (precompile.TINY // 2, 0, [])
     assert precompile.compile_share(0, 2, time.time(), rehearse=True).left == precompile.TINY // 2
-    monkeypatch.setattr(launcher, "source", lambda name: f"error in {name}")
+    right = launcher.source
+    monkeypatch.setattr(launcher, "source", lambda name: f"{right(name)}\nan error")
     failed = precompile.compile_share(0, 2, time.time() + 100, rehearse=True).failed
     assert len(failed) == precompile.TINY // 2
     assert all("-DDATA_T=" in text for text in failed)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from itertools import product
 from statistics import median
+from typing import Any
 
 import numpy as np
 
@@ -12,15 +14,18 @@ from contact.task import Task
 
 TAKE = r"""
 struct Vector { char* data; long long stride; long long dtype; };
-extern "C" __global__ void take(const float* x, Vector v, double d, long long n, float* none, double* out) {
+enum Activation : long long { NONE, RELU };
+struct Bundle { Vector v; const float* x; Activation activation; double d; float* none; };
+extern "C" __global__ void take(const float* x, Bundle b, double d, long long n, float* none, double* out) {
+    const Vector v = b.v;
     out[0] = x[0]; out[1] = (double)(unsigned long long)v.data; out[2] = (double)v.stride; out[3] = (double)v.dtype;
     out[4] = d; out[5] = (double)n; out[6] = none ? 1 : 0; out[7] = *(const float*)(v.data + v.stride);
+    out[8] = b.x[1]; out[9] = b.activation == RELU; out[10] = b.d; out[11] = b.none ? 1 : 0;
 }
 """
-FOUR = r"""
-struct Vector { char* data; long long stride; long long dtype; };
-typedef long long L;
-extern "C" __global__ void four(Vector a, Vector b, Vector c, Vector d, L e, L f, L g, L h, L i, L j, L k, L l) {}
+STRUCTS = r"""
+struct Bundle { long long words[7]; };
+extern "C" __global__ void structs(Bundle a, Bundle b, Bundle c, Bundle d, void* e, void* f) {}
 """
 CLUSTER = r"""
 extern "C" __global__ void __cluster_dims__(BLOCKS, 1, 1) ranks(unsigned* out, int words) {
@@ -43,11 +48,11 @@ CALLS = 100
 def run(task: Task) -> None:
     """Try all of them."""
     log = task.log
-    with log.checking("arguments by value: a struct of 24 bytes, double, long long, None"):
+    with log.checking("arguments by value: a struct of 56 bytes, double, long long, None"):
         arguments_by_value()
     with log.checking("host time of a launch, by how its arguments are given"):
         for how, us in host_times(3 if task.rehearse else 15).items():
-            log.fact(f"us of the host for a launch with 8 integers and {how}", us)
+            log.fact(f"us of the host for a launch with 2 pointers and {how}", us)
     for blocks, kib in product((2, 4, 8), (1, 110, 0)):
         with log.checking(f"cluster of {blocks} blocks, {kib or 'as many as there are'} KiB each") as detail:
             detail.append(cluster(blocks, kib << 10, 2 if task.rehearse else 40))
@@ -61,39 +66,42 @@ def arguments_by_value() -> None:
     """Compare what a kernel gets with what it is given, for all that the launcher gives."""
     import cupy
 
-    from contact.insides import VECTOR
+    from contact.insides import by_value
 
     kernel = cupy.RawKernel(TAKE, "take")
-    x, out = cupy.asarray(np.array([2.5, 3.5], np.float32)), cupy.zeros(8)
-    vector = np.array((x.data.ptr, 4, 2), VECTOR)
-    kernel((1,), (1,), [x, vector, 0.25, 2**40 + 1, None, out], shared_mem=0)
+    x, out = cupy.asarray(np.array([2.5, 3.5], np.float32)), cupy.zeros(12)
+    ptr = x.data.ptr
+    bundle = by_value("QqqQqdQ", ptr, 4, 2, ptr, 1, np.inf, 0)
+    kernel((1,), (1,), [x, bundle, 0.25, 2**40 + 1, None, out], shared_mem=0)
     found = out.get().tolist()
-    assert found == [2.5, float(x.data.ptr), 4, 2, 0.25, 2**40 + 1, 0, 3.5], found
+    assert found == [2.5, float(ptr), 4, 2, 0.25, 2**40 + 1, 0, 3.5, 3.5, 1, np.inf, 0], found
 
 
 def host_times(rounds: int) -> dict[str, float]:
     """Microseconds of a launch for each way to give structs; nothing on the stand-in."""
     import cupy
 
-    from contact.insides import VECTOR, is_stand_in
+    from contact.insides import by_value, is_stand_in
 
     if is_stand_in():
         return {}
     from cupy.cuda.function import CNumpyArray
 
-    kernel = cupy.RawKernel(FOUR, "four")
-    vectors = [np.array((0, 4, 2), VECTOR)] * 4
-    ways = {
-        "4 structs as arrays": vectors,
-        "4 structs as CNumpyArray, made once": [CNumpyArray(vector) for vector in vectors],
-        "4 structs as arrays of V24": [vector.view("V24") for vector in vectors],
+    kernel, words = cupy.RawKernel(STRUCTS, "structs"), range(7)
+    once = by_value("7q", *words)
+    ready, named = CNumpyArray(once), once.view([(f"word{i}", np.int64) for i in words])
+    ways: dict[str, Callable[[], list[Any]]] = {
+        "4 structs, packed each time": lambda: [by_value("7q", *words) for _ in range(4)],
+        "4 structs, packed once": lambda: [once] * 4,
+        "4 structs as CNumpyArray, made once": lambda: [ready] * 4,
+        "4 structs with names of fields": lambda: [named] * 4,
     }
     times: dict[str, list[float]] = {how: [] for how in ways}
     for _ in range(rounds):
         for how, structs in ways.items():
             start = time.perf_counter()
             for _ in range(CALLS):
-                kernel((1,), (32,), [*structs, *[7] * 8])
+                kernel((1,), (32,), [*structs(), None, None])
             times[how].append((time.perf_counter() - start) * 1e6 / CALLS)
             cupy.cuda.Device().synchronize()
     return {how: round(median(values), 2) for how, values in times.items()}
