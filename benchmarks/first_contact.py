@@ -12,6 +12,7 @@ that crashes or hangs loses only itself. After each of them report.md and result
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import sys
 import time
@@ -86,13 +87,10 @@ def arguments() -> argparse.Namespace:
 
 def minutes(text: str) -> float:
     """A time for everything."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a number of minutes, more than 0 (got {text!r})")
-    return value
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < math.inf:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"expected a number of minutes, more than 0 (got {text!r})")
 
 
 def names(text: str) -> list[str]:

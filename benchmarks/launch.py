@@ -77,6 +77,7 @@ def main() -> None:
     pretend_cupy()
     from cupybn import functional
     from cupybn._steps import cupy_ops, launcher
+    from cupybn._steps.bundles import Affine, Epilogue, Running
 
     x, vectors, counter = ndarray((32, 64, 56, 56), "f4"), [ndarray((64,), "f4") for _ in range(4)], ndarray((), "i8")
     flat, y = ndarray((32, 64, 3136), "f4"), ndarray((32, 64, 3136), "f4")
@@ -85,7 +86,8 @@ def main() -> None:
     launches = []
     launch = launcher.Kernel.launch
     launcher.Kernel.launch = lambda *args: launches.append(args)
-    cupy_ops.bn_normalize(flat, moments, 1e-5, weight, bias, None, None, mean, var, 0.1, counter, y, None)
+    affine, running = Affine(weight, bias, 1e-5), Running(mean, var, 0.1, counter)
+    cupy_ops.bn_normalize(flat, moments, affine, running, Epilogue(), y)
     launcher.Kernel.launch = launch
     _, vjp_fn = functional.batch_norm_vjp(x, *vectors, True)
     cases = {

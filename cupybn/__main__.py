@@ -1,4 +1,4 @@
-"""``python -m cupybn``: three commands in a terminal."""
+"""The command line, ``python -m cupybn``, and its three commands: info, check and bench."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ COMMANDS = {"info": info, "check": check, "bench": bench}
 PROGRAM = "python -m cupybn"
 SUMMARY = "What is found on this machine, whether the kernels are right on it, and how fast they are."
 CLOSED_PIPE, INTERRUPTED = 128 + 13, 128 + 2
-"""Exit statuses: as of a program that is ended by SIGPIPE and by SIGINT."""
+"""Exit statuses, as if the program had been ended by SIGPIPE and by SIGINT."""
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-"""What is wrong where a disk is full, or is no more: the commands write nothing but their output."""
+"""Numbers of the errors that a full or broken disk raises. The commands write nothing but their output."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return the exit status; quietly, where nobody reads on or somebody interrupts."""
+    """Run one command and return the exit status. No traceback for a closed pipe, a full disk or Ctrl-C."""
     try:
         try:
             return run(arguments)
         finally:
-            print(end="", flush=True)  # not at the end of Python, which would tell of a closed pipe
-    except BrokenPipeError:  # whoever read has seen enough, as `head` has
+            print(end="", flush=True)  # here, not when Python ends, which would print an error for a closed pipe
+    except BrokenPipeError:  # the reader has seen enough, as `head` has
         write_no_more()
         return CLOSED_PIPE
     except OSError as error:
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def write_no_more() -> None:
-    """Send what is still to be written nowhere."""
+    """Discard what is still to be written to the standard output."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -72,7 +72,7 @@ def run(arguments: Sequence[str] | None) -> int:
 
 
 def check_environment() -> None:
-    """Raise where nothing could be computed, because of a variable of the environment."""
+    """Raise UsageError if a variable of the environment is wrong, so that no step could compute anything."""
     try:
         wanted_threads()
     except ValueError as error:

@@ -1,10 +1,34 @@
-"""Batch normalization as functions of arrays: the flow of one call, from top to bottom.
+"""Batch normalization as functions of arrays.
 
-input -> layout (N, C, L) -> bn_stats -> bn_normalize -> output, running statistics
-grad_output -> bn_backward_reduce -> bn_backward_input -> gradients
+Training, of data with the channels on axis 1; the running statistics follow the batch:
 
-In training the two steps each way are one, bn_forward and bn_backward: nothing happens in between, unless the batch is
-spread over ranks (`_synchronized`).
+>>> import numpy as np
+>>> import cupybn.functional as F
+>>> x = np.array([[1, 10], [3, 20], [5, 60]], np.float32)  # (N, C); CuPy arrays are taken likewise
+>>> running_mean, running_var = np.zeros(2, np.float32), np.ones(2, np.float32)
+>>> y = F.batch_norm(x, running_mean, running_var, training=True)
+>>> running_mean
+array([0.3, 3. ], dtype=float32)
+
+Inference, with the running statistics as they are:
+
+>>> F.batch_norm(x[:1], running_mean, running_var).round(2)
+array([[0.61, 0.83]], dtype=float32)
+
+The way back, from the gradient of the output to those of the arguments:
+
+>>> y, vjp_fn = F.batch_norm_vjp(x, running_mean, running_var, np.ones(2, np.float32), training=True)
+>>> vjp_fn(np.ones_like(y)).weight.round(2)  # of a loss that is the sum of the output
+array([0., 0.], dtype=float32)
+
+How a call goes, from top to bottom:
+
+    input -> (N, C, L) -> bn_forward  = bn_stats, bn_normalize                  -> output, running statistics
+    grad_output        -> bn_backward = bn_backward_reduce, bn_backward_input   -> gradients
+
+The two steps each way are one where nothing happens in between: where the batch is not spread over ranks
+(`cupybn._ranks.synchronized`), and a channel stays on chip. What steps take together is a bundle
+(`cupybn._steps.bundles`).
 """
 
 from __future__ import annotations
@@ -17,11 +41,11 @@ from cupybn._arrays.devices import current, empty_like, write_at_once, zeros_lik
 from cupybn._arrays.dtypes import accumulation_dtype
 from cupybn._arrays.kinds import kind, plain
 from cupybn._calls import checks
-from cupybn._calls.call import Call, Checked
+from cupybn._calls.call import Call
 from cupybn._calls.layout import Layout
 from cupybn._ranks.synchronized import Synchronized
 from cupybn._steps import cupy_ops, numpy_ops
-from cupybn._steps.bundles import Statistics
+from cupybn._steps.bundles import Affine, Epilogue, Gradients, Running, Statistics
 
 __all__ = ["BatchNormGrads", "batch_norm", "batch_norm_vjp", "moments"]
 
@@ -116,9 +140,13 @@ def batch_norm(
     >>> running_mean, running_var
     (array([0.3, 3. ], dtype=float32), array([ 1.3, 70.9], dtype=float32))
     """
-    momentum = checks.as_float("momentum", momentum)
     call = Call(
-        input, running_mean, running_var, weight, bias, training, momentum, eps, residual, activation, channel_axis
+        input,
+        Affine(weight, bias, eps),
+        Running(running_mean, running_var, checks.as_float("momentum", momentum)),
+        Epilogue(residual, activation),
+        training,
+        channel_axis,
     )
     return forward(call, out)
 
@@ -170,9 +198,13 @@ def batch_norm_vjp(
     >>> dx.round(3).ravel(), dweight.round(3), dbias
     (array([ 0.176, -0.22 ,  0.044], dtype=float32), array([-0.926], dtype=float32), array([1.], dtype=float32))
     """
-    momentum = checks.as_float("momentum", momentum)
     call = Call(
-        input, running_mean, running_var, weight, bias, training, momentum, eps, residual, activation, channel_axis
+        input,
+        Affine(weight, bias, eps),
+        Running(running_mean, running_var, checks.as_float("momentum", momentum)),
+        Epilogue(residual, activation),
+        training,
+        channel_axis,
     )
     return forward_vjp(call)
 
@@ -204,8 +236,7 @@ def moments(input: Array, *, channel_axis: int = 1) -> tuple[Array, Array]:
     >>> F.moments(photos, channel_axis=-1)
     (array([10.5, 11.5, 12.5], dtype=float32), array([47.25, 47.25, 47.25], dtype=float32))
     """
-    checks.check_array("input", input)
-    axis = checks.check_channel_axis(channel_axis, input.ndim)
+    axis = checks.check_input(input, channel_axis)
     if input.size == 0:
         raise ValueError(f"expected an input that is not empty (got shape {input.shape})")
     input = plain(input)
@@ -221,10 +252,15 @@ def moments(input: Array, *, channel_axis: int = 1) -> tuple[Array, Array]:
 # The flow
 
 
+def forward(call: Call, out: Array | None = None) -> Array:
+    """The output of a call, which is `out` where that is given."""
+    output, _ = _forward(call, out, for_vjp=False)
+    return output if out is None else out
+
+
 def forward_vjp(call: Call) -> tuple[Array, VjpFn]:
-    """The output, and the function that goes back."""
+    """The output of a call, and the function that goes back."""
     output, saved = _forward(call, None, for_vjp=True)
-    assert saved is not None
 
     def vjp_fn(grad_output: Array) -> BatchNormGrads:
         checks.check_like("grad_output", grad_output, saved.input)
@@ -234,95 +270,80 @@ def forward_vjp(call: Call) -> tuple[Array, VjpFn]:
     return output, vjp_fn
 
 
-def forward(call: Call, out: Array | None = None) -> Array:
-    """The output."""
-    output = _forward(call, out, for_vjp=False)[0]
-    return output if out is None else out
-
-
 class Saved(NamedTuple):
-    """What the way back needs of the way forth."""
+    """What the way back needs of the way forward."""
 
-    input: Array  # dense
-    weight: Array | None
-    bias: Array | None
-    training: bool
-    eps: float
-    activation: str | None
-    layout: Layout
     ops: Any  # the steps; None if there is nothing to do
-    statistics: Statistics | None  # of an input that is not empty
+    layout: Layout
+    input: Array  # dense
+    statistics: Statistics | None  # None if there is nothing to do, or nobody goes back
+    affine: Affine
+    epilogue: Epilogue  # without the residual
     has_residual: bool
-    mask: Array | None  # where ReLU passed, if a residual had its part in it
+    training: bool
 
 
-def _forward(call: Call, out: Array | None, for_vjp: bool) -> tuple[Array, Saved | None]:
-    """The output and, for the way back, what it needs."""
+def _forward(call: Call, out: Array | None, for_vjp: bool) -> tuple[Array, Saved]:
+    """The output and what the way back needs, if there will be one."""
     checked = call.checked(out)
+    if checked.derived:
+        call, out = call.plain(), plain(out)
+    layout, ops = checked.layout, ops_for(call)
     with current(call.input):
-        return _checked_forward(call.plain(), checked, plain(out), for_vjp)
+        in_place = out is not None and layout.matches(out) and not call.shares_with_vectors(out, checked)
+        call, written = call.apart(checked, for_vjp)
+        input: Array = layout.conform(call.input)
+        output: Array = out if in_place else layout.empty_like(input)
 
+        x, residual, y = layout.view(input), layout.view(layout.conform(call.epilogue.residual)), layout.view(output)
+        weight, bias, eps = call.affine
+        affine, running = Affine(weight, bias, float(eps)), call.running_of_steps(checked.moves)
+        activation, statistics, mask = call.epilogue.activation, None, None
+        if ops is not None:
+            if for_vjp and residual is not None and activation is not None:
+                mask = ops.empty_mask(x, residual, y)
+            epilogue = Epilogue(residual, activation, mask)
+            if call.training:
+                scratch = y if out is None else None
+                statistics = ops.bn_forward(x, affine, running, epilogue, y, for_vjp, scratch)
+            else:
+                statistics = ops.bn_normalize(x, None, affine, running, epilogue, y, for_vjp)
 
-def _checked_forward(call: Call, checked: Checked, out: Array | None, for_vjp: bool) -> tuple[Array, Saved | None]:
-    """The same for arguments that fit together, on the current device."""
-    layout = checked.layout
-    ops = ops_for(call)
-    in_place = out is not None and layout.matches(out) and not call.shares_with_vectors(out, checked)
-    call, written = call.apart(checked, for_vjp)
-    input: Array = layout.conform(call.input)
-    eps, training, has_residual = float(call.eps), call.training, call.residual is not None
-    output = out if in_place else layout.empty_like(input)
-    x, residual, y = layout.view(input), layout.view(layout.conform(call.residual)), layout.view(output)
-    statistics = mask = saved = None
-
-    if ops is not None:
-        if for_vjp and has_residual and call.activation is not None:
-            mask = ops.empty_mask(x, residual, y)
-        step = (eps, call.weight, call.bias, residual, call.activation, *call.running(), y, mask, for_vjp)
-        if training:
-            statistics = ops.bn_forward(x, *step, scratch=y if out is None else None)
-        else:
-            statistics = ops.bn_normalize(x, None, *step)
-
-    if for_vjp:
-        saved = Saved(
-            input, call.weight, call.bias, training, eps, call.activation, layout, ops, statistics, has_residual, mask
-        )
-    if out is not None and not in_place:
-        written.append((out, output))  # the last: it is right, whatever it shares with the buffers
-    if ops is not None and written:
-        write_at_once(written)
-    return output, saved
+        if out is not None and not in_place:
+            written.append((out, output))  # the last: it is right, whatever it shares with the buffers
+        if ops is not None and written:
+            write_at_once(written)
+    way_back = Epilogue(None, activation, mask)
+    return output, Saved(ops, layout, input, statistics, affine, way_back, residual is not None, call.training)
 
 
 def backward(saved: Saved, grad_output: Array) -> BatchNormGrads:
     """The gradients of the arguments, from that of the output."""
-    input, weight, bias, training, eps, activation, layout, ops, statistics, has_residual, mask = saved
+    ops, layout, input, statistics, affine, epilogue, has_residual, training = saved
     grad_output = layout.conform(grad_output)
     dinput = layout.empty_like(input)
     new = zeros_like if ops is None else empty_like
-    dweight, dbias = (None if vector is None else new(vector) for vector in (weight, bias))
+    dweight, dbias = (None if vector is None else new(vector) for vector in (affine.weight, affine.bias))
     # What nothing masked is the gradient of the output.
-    dresidual = layout.empty_like(input) if has_residual and activation is not None else grad_output
+    dresidual = layout.empty_like(input) if has_residual and epilogue.activation is not None else grad_output
 
     if ops is not None:
         dy, x, dx = layout.view(grad_output), layout.view(input), layout.view(dinput)
-        step = (dy, x, statistics, eps, weight, bias, activation, mask)
-        gradients = (dx, layout.view(dresidual) if mask is not None else None, dweight, dbias)
+        gradients = Gradients(dx, layout.view(dresidual) if epilogue.mask is not None else None, dweight, dbias)
         if training or dweight is not None or dbias is not None:
             inv_count = layout.shape[1] / input.size if training and input.size > 0 else 0.0
-            ops.bn_backward(*step, inv_count, *gradients, scratch=dx)
+            ops.bn_backward(dy, x, statistics, affine, epilogue, inv_count, gradients, scratch=dx)
         else:
-            ops.bn_backward_input(*step, None, 0.0, *gradients)
+            ops.bn_backward_input(dy, x, statistics, affine, epilogue, None, 0.0, gradients)
 
     return BatchNormGrads(dinput, dweight, dbias, dresidual if has_residual else None)
 
 
 def ops_for(call: Call) -> Any:
-    """The steps for arrays of this kind, of one call if the batch is spread over ranks; None if there are none."""
+    """The steps for the arrays of a call, on one rank or on several; None if there is nothing to do."""
     ops = steps_for(call.input)
-    if call.group is not None:
-        return Synchronized(ops, call.group)
+    if call.layer is not None and call.layer.group is not None:
+        return Synchronized(ops, call.layer.group)
     return ops if call.input.size > 0 else None
 
 

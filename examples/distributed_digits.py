@@ -22,20 +22,20 @@ from layers import xp
 from train_digits import BATCH_SIZE, LEARNING_RATE, accuracy, make_network
 
 EPOCHS = 3
-FIRST, BOUND = 10, 2e-3  # in so many steps rounding moves a loss by less, and other statistics by more
-SHOWN = 1e-8  # a logarithm has no place for losses that are the same
+FIRST, BOUND = 10, 2e-3  # in the first FIRST steps, rounding moves a loss by less than BOUND, other statistics by more
+SHOWN = 1e-8  # smallest difference that is drawn: a logarithmic axis has no place for 0
 SINGLE, SYNCHRONIZED, PLAIN = "single process", "SyncBatchNorm", "BatchNorm2d"
 
 
 def part_of(comm, batch, labels):
-    """The part of this rank, when a batch is sorted by label and cut in the ratio n : n - 1 : ... : 1."""
+    """Part of this rank when a batch is sorted by label and cut in the ratio n : n - 1 : ... : 1."""
     ratio = np.arange(comm.size, 0, -1)
     cuts = len(batch) * ratio.cumsum() // ratio.sum()
     return np.split(batch[labels[batch].argsort()], cuts[:-1])[comm.rank]
 
 
 def sum_over_ranks(comm, arrays):
-    """The sums of arrays over all ranks, which get the same bits, as one message."""
+    """Sums of arrays over all ranks, exchanged as one message. All ranks get the same bits."""
     from mpi4py import MPI
 
     message = np.concatenate([layers.to_numpy(array).ravel() for array in arrays])
@@ -45,7 +45,7 @@ def sum_over_ranks(comm, arrays):
 
 
 def train(name, norm, comm, x, labels, epochs):
-    """The network, and the loss of every step, by the ranks of comm."""
+    """Train a network on the ranks of comm together. Returns the network and the loss of every step."""
     from mpi4py import MPI
     from tqdm import tqdm
 
@@ -58,7 +58,7 @@ def train(name, norm, comm, x, labels, epochs):
         part = part_of(comm, batch, labels)
         scores, vjp_fn = network.vjp(xp.asarray(x[part]))
         loss, dscores = layers.softmax_cross_entropy(scores, xp.asarray(labels[part]))
-        share = len(part) / len(batch)  # sums over ranks are to be means over the batch
+        share = len(part) / len(batch)  # weight of this rank, so that sums over ranks are means over the batch
         _, *grads = vjp_fn(dscores * share)
         loss, *grads = sum_over_ranks(comm, [loss * share, *grads])
         optimizer.step(grads)
@@ -70,7 +70,7 @@ def train(name, norm, comm, x, labels, epochs):
 
 
 def report(ranks, losses, accuracies, folder):
-    """Print and draw what came out, and exit with an error if it is not what the text above says."""
+    """Print and draw the results, and exit with an error if they are not as the text at the top says."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
@@ -110,7 +110,7 @@ def main():
 
     world = MPI.COMM_WORLD
     if xp is not np:
-        xp.cuda.Device(world.rank % xp.cuda.runtime.getDeviceCount()).use()  # a GPU for each rank, where there are
+        xp.cuda.Device(world.rank % xp.cuda.runtime.getDeviceCount()).use()  # one for each rank, if there are enough
 
     digits = load_digits()
     images = (digits.images[:, None] / 16).astype(np.float32)  # (N, 1, 8, 8), from 0 to 1
@@ -121,7 +121,7 @@ def main():
 
     losses, accuracies = {}, {}
     for name, norm, comm in (
-        (SINGLE, BatchNorm2d, MPI.COMM_SELF),  # every rank does the same, for itself
+        (SINGLE, BatchNorm2d, MPI.COMM_SELF),  # every rank trains this network by itself, on whole batches
         (SYNCHRONIZED, partial(SyncBatchNorm, comm=world), world),
         (PLAIN, BatchNorm2d, world),
     ):

@@ -34,7 +34,7 @@ def norms(network):
 
 
 def buffers(network):
-    """The bytes of all running statistics and counters."""
+    """Bytes of all running statistics and counters, to compare them bit by bit."""
     names = ("running_mean", "running_var", "num_batches_tracked")
     return [to_numpy(getattr(norm, name)).tobytes() for norm in norms(network) for name in names]
 
@@ -52,7 +52,7 @@ def accuracy(network, x, labels):
 
 
 def load(first):
-    """Five classes of digits: x, x_test, labels, labels_test."""
+    """Digits of five classes: x, x_test, labels, labels_test."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -86,7 +86,7 @@ def main():
         in_eval = accuracy(network.eval(), x_test, labels_test)
         print(f"  {way:39} {moved:20} {in_training:23.1%} {in_eval:11.1%}")
 
-    for norm in norms(network):  # of the last network
+    for norm in norms(network):  # the last network, which has tracked nothing
         norm.track_running_stats, norm.momentum = True, None  # the plain mean over all batches
         norm.reset_running_stats()
     network.train()(x)

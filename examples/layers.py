@@ -1,7 +1,7 @@
-"""What the examples need beside batch normalization: a few layers, on NumPy and on CuPy arrays, and their options.
+"""A few layers on NumPy and CuPy arrays, and the options of the examples: their needs beside batch normalization.
 
-As in cupybn, ``y, vjp_fn = layer.vjp(x)`` goes forward, and ``vjp_fn(dy)`` goes back: it returns dx, then the gradients
-of the layer's parameters in their order.
+As in cupybn, ``y, vjp_fn = layer.vjp(x)`` is the forward pass, and ``vjp_fn(dy)`` the backward pass: it returns dx, and
+then the gradients of the layer's parameters in their order.
 """
 
 import argparse
@@ -19,18 +19,18 @@ if cupybn.BatchNorm2d(1).device != "cpu":  # CuPy, where batch norm layers live 
     import cupy as xp
 
 NEEDED = ("matplotlib", "PIL", "sklearn", "threadpoolctl", "tqdm")
-CLOSED_PIPE = 128 + 13  # the status of a program that is ended by SIGPIPE
+CLOSED_PIPE = 128 + 13  # exit status, as if the program had been ended by SIGPIPE
 
 
 def to_numpy(array):
-    """The array in host memory, for pictures and files."""
+    """Array in host memory, for pictures and files."""
     return array.get() if hasattr(array, "get") else array
 
 
 class Layer:
-    """What a batch norm layer offers, too: a call, modes, parameters, a state dict."""
+    """Base of the layers, with the methods of a batch norm layer: a call, modes, parameters and a state dict."""
 
-    names = ()  # of the parameters
+    names = ()  # names of the parameters
 
     def __call__(self, x):
         return self.vjp(x)[0]
@@ -54,7 +54,7 @@ class Layer:
 
 
 class Sequential(Layer):
-    """Layers one after the other."""
+    """A layer that applies other layers one after the other."""
 
     def __init__(self, *layers):
         self.layers = layers
@@ -69,7 +69,7 @@ class Sequential(Layer):
             grads = []
             for layer_vjp_fn in reversed(vjp_fns):
                 dy, *layer_grads = layer_vjp_fn(dy)
-                grads = [grad for grad in layer_grads if grad is not None] + grads  # None: there was no residual
+                grads = [grad for grad in layer_grads if grad is not None] + grads  # None: batch norm had no residual
             return dy, *grads
 
         return x, vjp_fn
@@ -117,7 +117,7 @@ class Conv2d(Layer):
             dweight = (columns.T @ dy).reshape(k, k, C, C_out).transpose(3, 2, 0, 1)
             dcolumns = (dy @ weight.T).reshape(N, H, W, k, k, C)
             dpadded = xp.zeros_like(padded)
-            for i in range(k):  # every pixel gathers from the k x k windows that it was part of
+            for i in range(k):  # each pixel's gradient is a sum over the k x k windows that the pixel was part of
                 for j in range(k):
                     dpadded[:, i : i + s * H : s, j : j + s * W : s] += dcolumns[:, :, :, i, j]
             dx = dpadded[:, p : p + x.shape[2], p : p + x.shape[3]]
@@ -127,7 +127,7 @@ class Conv2d(Layer):
 
 
 class MaxPool2d(Layer):
-    """The maximum of every 2 x 2 pixels. Equal maxima share the gradient."""
+    """Maximum of every 2 x 2 pixels. Equal maxima share the gradient."""
 
     def vjp(self, x):
         N, C, H, W = x.shape
@@ -143,7 +143,7 @@ class MaxPool2d(Layer):
 
 
 class GlobalAveragePool(Layer):
-    """The mean of every channel: (N, C, H, W) to (N, C)."""
+    """Mean of every channel: (N, C, H, W) to (N, C)."""
 
     def vjp(self, x):
         area = x.shape[2] * x.shape[3]
@@ -165,7 +165,7 @@ class Linear(Layer):
 
 
 class Bias(Layer):
-    """What stands in the place of batch norm in a network without it: y = activation(x + bias + residual)."""
+    """Layer that takes the place of batch norm in a network without it: y = activation(x + bias + residual)."""
 
     names = ("bias",)
 
@@ -185,7 +185,7 @@ class Bias(Layer):
 
 
 def softmax_cross_entropy(scores, labels):
-    """The mean loss, and its gradient with respect to the scores."""
+    """Mean loss, and its gradient with respect to the scores."""
     scores = scores - scores.max(axis=1, keepdims=True)
     log_p = scores - xp.log(xp.exp(scores).sum(axis=1, keepdims=True))
     target = (labels[:, None] == xp.arange(scores.shape[1])).astype(scores.dtype)
@@ -207,7 +207,7 @@ class SGD:
 
 
 def train_epoch(network, optimizer, x, labels, batch_size, rng):
-    """One pass over the data in random order. Returns the mean loss."""
+    """Train for one pass over the data in random order. Returns the mean loss."""
     total = 0
     for batch in np.array_split(rng.permutation(len(x)), len(x) // batch_size):
         batch = xp.asarray(batch)
@@ -220,19 +220,19 @@ def train_epoch(network, optimizer, x, labels, batch_size, rng):
 
 
 def run(main):
-    """Run an example; quietly, where whoever read has seen enough, as `head` has."""
+    """Run an example. No traceback if the reader of its output has seen enough, as `head` has."""
     try:
         main()
         sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be written
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # discard what is still to be written
         sys.exit(CLOSED_PIPE)
 
 
 def options(text, epochs=None, output=None, needed=()):
-    """The options of an example: of its text, how many epochs there are unless told otherwise, and what it writes.
+    """Parse the options of an example: its text for `--help`, its number of epochs, and what it writes, for the help.
 
-    Examples import what may be missing when their options are known: `--help` works without it, and here it is missed.
+    Exits if a library is missing. Examples import libraries only after this, so that `--help` works without them.
     """
     parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     if epochs is not None:
@@ -255,14 +255,14 @@ def options(text, epochs=None, output=None, needed=()):
 
 
 def positive(text):
-    """A whole number of 1 or more, as it is given on the command line."""
+    """Whole number of 1 or more from its text on the command line."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of 1 or more (got {text!r})")
     return int(text)
 
 
 def save_picture(figure, path, dpi):
-    """A PNG of 256 colours: a third of the size."""
+    """Save a figure as a PNG of 256 colours, which is a third of the size."""
     from PIL import Image
 
     figure.savefig(path, dpi=dpi)

@@ -14,12 +14,12 @@ import layers
 from cupybn import BatchNorm2d
 from layers import to_numpy, xp
 
-BATCHES = 40  # for the running statistics, at momentum 0.1
+BATCHES = 40  # passes in training mode, in which the running statistics settle, at momentum 0.1
 MODES = ("training mode", "eval mode after 1 batch", f"eval mode after {BATCHES} batches")
 
 
 class ResNetBlock(layers.Sequential):
-    """relu(norm2(conv2(relu(norm1(conv1(x))))) + shortcut(x)), at half the height and width."""
+    """Residual block at half the height and width: relu(norm2(conv2(relu(norm1(conv1(x))))) + shortcut(x))."""
 
     def __init__(self, rng, C_in, C_out):
         super().__init__(
@@ -31,7 +31,7 @@ class ResNetBlock(layers.Sequential):
         )
 
     def __call__(self, x):
-        """The output."""
+        """Output of the block."""
         conv1, norm1, conv2, norm2, shortcut = self.layers
         return norm2(conv2(norm1(conv1(x))), residual=shortcut(x))
 
@@ -47,7 +47,7 @@ def vgg_block(rng, C_in, C_out):
 
 
 def in_three_modes(layer, x):
-    """The outputs in training mode, in eval mode right after it, and in eval mode after more batches."""
+    """Outputs of a layer in training mode, in eval mode right after that, and in eval mode after more batches."""
     layer.train()
     outputs = [layer(x)]
     outputs.append(layer.eval()(x))

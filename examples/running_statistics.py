@@ -1,4 +1,4 @@
-"""How fast running statistics follow data that drifts: momentum 0.5, 0.1, 0.01 and None.
+"""Running statistics of data that drifts, and how fast they follow with momentum 0.5, 0.1, 0.01 and None.
 
 The batches are strips of a photograph, two pixels wide, from left to right. The smaller the momentum, the steadier and
 the later the running mean, and the longer it remembers that it started at 0. None is the plain mean of all batches so
@@ -15,7 +15,7 @@ import layers
 from cupybn import BatchNorm1d
 from layers import xp
 
-BLUE = 2  # the channel that is shown
+BLUE = 2  # number of the channel that is shown
 STYLES = {
     "mean of batch": {"color": "0.75", "linewidth": 4},
     "mean so far": {"color": "black", "linestyle": ":", "linewidth": 3},

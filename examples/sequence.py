@@ -15,7 +15,7 @@ from layers import xp
 
 
 def results(x, dy, channel_axis):
-    """Whatever one step of training makes, the arrays of x's shape as (N, L, C)."""
+    """Arrays that one step of training makes, by name; those of x's shape as (N, L, C)."""
     norm = BatchNorm1d(3, channel_axis=channel_axis)
     y, vjp_fn = norm.vjp(x)
     dx, dweight, dbias, _ = vjp_fn(dy)

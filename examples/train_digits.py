@@ -19,10 +19,10 @@ EPOCHS, BATCH_SIZE, LEARNING_RATE, GOAL = 15, 64, 0.1, 0.98
 
 
 class ResidualBlock(layers.Sequential):
-    """relu(norm2(conv2(relu(norm1(conv1(x))))) + x)."""
+    """Residual block: relu(norm2(conv2(relu(norm1(conv1(x))))) + x)."""
 
     def vjp(self, x):
-        """The output, and the function from its gradient to those of x and of the parameters."""
+        """Output, and the function from its gradient to the gradients of x and of the parameters."""
         conv1, norm1, conv2, norm2 = self.layers
         y, conv1_vjp = conv1.vjp(x)
         y, norm1_vjp = norm1.vjp(y)
@@ -56,12 +56,12 @@ def make_network(norm):
 
 
 def accuracy(network, x, labels, training):
-    with no_stats_update():  # testing must not move the running statistics, in training mode neither
+    with no_stats_update():  # a test must not move the running statistics, not even one in training mode
         return float((network.train(training)(x).argmax(axis=1) == labels).mean())
 
 
 def train(name, network, x, labels, x_test, labels_test, epochs):
-    """The training loss and the held-out accuracy of every epoch."""
+    """Train a network. Returns the training loss and the held-out accuracy of every epoch."""
     from tqdm import tqdm
 
     rng = np.random.default_rng(0)
@@ -101,7 +101,7 @@ def main():
 
     loss_axes.set(title="Training loss", xlabel="epoch", ylabel="cross entropy")
     wrong_axes.set(title=f"Mistakes in {len(x_test)} held-out digits, eval mode", xlabel="epoch", ylabel="mistakes")
-    wrong_axes.set_yscale("symlog", linthresh=1)  # down to 0
+    wrong_axes.set_yscale("symlog", linthresh=1)  # a logarithmic axis that has a place for 0
     wrong_axes.set(
         ylim=(-0.2, len(x_test)), yticks=(0, 1, 3, 10, 30, 100, 300), yticklabels=(0, 1, 3, 10, 30, 100, 300)
     )

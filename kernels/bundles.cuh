@@ -20,7 +20,7 @@ struct Affine {
 struct Running {
     Vector mean;                 // [C] or null
     Vector var;                  // [C] or null
-    double momentum;             // weight of the new batch; NaN, for None, stands for 1 / (batches + 1)
+    double momentum;             // or null, which is NaN: weight of the new batch; null stands for 1 / (batches + 1)
     long long* batches;          // [] or null; num_batches_tracked
 };
 

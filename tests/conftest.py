@@ -14,7 +14,7 @@ EMULATED = Path(__file__).parent / "emulated"
 
 
 def _use_a_gpu_or_the_stand_in() -> None:
-    """Where no GPU can be used, `import cupy` is to find the stand-in, unless CUPYBN_REQUIRE_GPU forbids it."""
+    """Let `import cupy` find the stand-in where no GPU can be used, unless CUPYBN_REQUIRE_GPU forbids it."""
     try:
         import cupy
 
@@ -63,7 +63,7 @@ def rng():
 
 @pytest.fixture
 def fresh_plans():
-    """No launch is planned as for another device or setting."""
+    """Launches are planned anew: nothing is kept that was planned for another device or setting."""
     from tests.steps import forget_plans
 
     forget_plans()
@@ -73,7 +73,7 @@ def fresh_plans():
 
 @pytest.fixture
 def streamed(monkeypatch, fresh_plans):  # noqa: ARG001
-    """Nothing is kept on chip."""
+    """All channels are streamed: nothing is kept on chip."""
     from cupybn._steps import geometry, resident
 
     monkeypatch.setattr(resident, "BLOCKS", ())
@@ -82,7 +82,7 @@ def streamed(monkeypatch, fresh_plans):  # noqa: ARG001
 
 @pytest.fixture(params=["on chip", "streamed"])
 def either(request):
-    """As it comes, and with nothing kept on chip."""
+    """Channels are kept on chip where they fit, and then all of them are streamed."""
     request.getfixturevalue("fresh_plans" if request.param == "on chip" else "streamed")
 
 

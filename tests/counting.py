@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 
-from tests import nvrtc
-
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+from tests import benchmark_scripts, nvrtc
 
 
 def require() -> None:
@@ -19,11 +14,9 @@ def require() -> None:
     cupy = pytest.importorskip("cupy")
     if not hasattr(cupy, "emulator"):
         pytest.skip("launches are caught on the stand-in for CuPy", allow_module_level=True)
-    if not BENCHMARKS.is_dir():
-        pytest.skip("the benchmarks are not part of the wheel", allow_module_level=True)
+    benchmark_scripts.require()
     if nvrtc.find_library() is None:
         pytest.skip("no NVRTC: pip install nvidia-cuda-nvrtc", allow_module_level=True)
-    sys.path.append(str(BENCHMARKS))
     from instructions.program import find_nvdisasm
 
     if find_nvdisasm() is None:

@@ -6,6 +6,7 @@ import mmap
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any
+from weakref import WeakValueDictionary
 
 import cupy as cp
 import numpy as np
@@ -17,7 +18,7 @@ PACK = 16
 _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 
 Ranges = list[tuple[int, int]]
-"""From one place to another one, in order; no two of them touch."""
+"""Pairs of places, from the first to the one after the last, in order; no two of them touch."""
 
 
 def merged(ranges: Iterable[tuple[int, int]]) -> Ranges:
@@ -35,7 +36,7 @@ class Sparse(_memory.Allocation):
     Attributes
     ----------
     parts : Ranges
-        Of addresses.
+        Addresses that kernels may touch.
     """
 
     def __init__(self, nbytes: int, device: int = 0) -> None:
@@ -44,10 +45,11 @@ class Sparse(_memory.Allocation):
         self.ptr = self.host.__array_interface__["data"][0]  # the begin of a page
         self.parts: Ranges = []
         self._complete = False
-        _memory._live[self.ptr] = self
+        self.arrays = WeakValueDictionary()
+        _memory._keep_track(self)
 
     def __del__(self) -> None:
-        """Nothing was counted."""
+        """Nothing is given back: this memory was not counted."""
 
     def visible(self, begin: int, end: int) -> Ranges:
         """The parts between two addresses."""

@@ -2,90 +2,112 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cupy as cp
 import numpy as np
 
 from cupybn._steps import cupy_ops, numpy_ops
-from cupybn._steps.bundles import Statistics
+from cupybn._steps.bundles import Affine, Epilogue, Gradients, Running, Statistics
 from tests.reference import HALF_ULP, to_numpy
 
 EPS = 1e-3
 
 
-def to_device(array, offset=0):
-    """A copy on the device whose memory begins some elements after an aligned address."""
-    if array is None:
-        return None
-    memory = cp.empty(array.size + offset, array.dtype)
-    view = memory[offset:].reshape(array.shape)
-    view[...] = cp.asarray(array)
-    return view
+def each_array(function, value):
+    """What a function makes of an array, or a bundle of what it makes of each array; all else stays as it is."""
+    if isinstance(value, tuple):
+        return type(value)(*(each_array(function, field) for field in value))
+    return function(value) if isinstance(value, (np.ndarray, cp.ndarray)) else value
+
+
+def to_host(value):
+    """An array of the device, or a bundle of them, on the host."""
+    return each_array(to_numpy, value)
+
+
+def to_device(value, offset=0):
+    """A copy on the device of an array or a bundle, in memory that begins some elements after an aligned address."""
+
+    def copy(array):
+        memory = cp.empty(array.size + offset, array.dtype)
+        view = memory[offset:].reshape(array.shape)
+        view[...] = cp.asarray(array)
+        return view
+
+    return each_array(copy, value)
 
 
 class Arrays:
-    """Random arguments of all steps, on the host and on the device."""
+    """Random arguments of all steps, on the host; `on_device` copies them."""
 
-    def __init__(self, rng, shape, dtype, offset, has_residual=False):
+    def __init__(self, rng, shape, dtype, offset, has_residual=False, activation=None):
         self.offset = offset
         C = shape[1]
         self.x = (rng.standard_normal(shape) * 2 + 3).astype(dtype)
         self.dy = rng.standard_normal(shape).astype(dtype)
-        self.residual = rng.standard_normal(shape).astype(dtype) if has_residual else None
-        self.weight, self.bias, self.mean = rng.standard_normal((3, C)).astype(np.float32)
-        self.var = rng.uniform(0.5, 2, C)
+        self.epilogue = Epilogue(rng.standard_normal(shape).astype(dtype) if has_residual else None, activation)
+        weight, bias, mean = rng.standard_normal((3, C)).astype(np.float32)
+        self.affine, self.running = Affine(weight, bias, EPS), Running(mean, rng.uniform(0.5, 2, C), 0.1)
         self.unit = 2 * HALF_ULP["float64" if dtype == np.float64 else "float32"]  # of the arithmetic
 
+    @property
+    def statistics(self):
+        """The running statistics, as those that x was normalised with."""
+        return Statistics(self.running.mean.astype(np.float64), self.running.var)
+
     def on_device(self, *names):
+        """Copies of the arguments of these names."""
         return [to_device(getattr(self, name), self.offset) for name in names]
 
     def empty(self):
+        """An array of the device for an output of the shape of x."""
         return to_device(np.zeros_like(self.x), self.offset)
 
+    def gradients(self, dweight_dtype=np.float64):
+        """Arrays for all gradients on the host and on the device, each with a number of its own that no result has."""
+        C = self.x.shape[1]
+        host = Gradients(*(np.full_like(self.x, 77) for _ in range(2)), np.full(C, 77, dweight_dtype), np.full(C, 77.0))
+        return host, to_device(each_array(np.negative, host), self.offset)
+
     def close(self, ours, mirrored, size, roundings):
-        """Up to some roundings of terms of this size, and one of the dtype itself."""
+        """Check equality up to some roundings of terms of this size, and one of the dtype itself."""
         ours, mirrored = (np.asarray(to_numpy(a), np.float64) for a in (ours, mirrored))
         bound = roundings * self.unit * (np.abs(mirrored) + size) + 2 * HALF_ULP[self.x.dtype.name] * np.abs(mirrored)
         error = np.abs(ours - mirrored)
         assert np.all(error <= bound), f"off by {np.max(error)} where {np.min(bound)} and more is allowed"
 
 
-def to_host(value):
-    """A NamedTuple of arrays on the host."""
-    return type(value)(*(None if field is None else to_numpy(field) for field in value))
+class Back(NamedTuple):
+    """The arguments that all steps of the way back begin with."""
 
-
-class Way(NamedTuple):
-    """The statistics and the mask that a way back starts with, on the host and on the device."""
-
+    dy: Any
+    x: Any
     statistics: Statistics
-    mask: np.ndarray | None
-
-    @classmethod
-    def of(cls, arrays, ops, x, weight, bias, residual, activation, out):
-        """From running statistics, so that all have the same bits."""
-        xp = np if ops is numpy_ops else cp
-        mask = None if residual is None or activation is None else ops.empty_mask(x, residual, out)
-        running = xp.asarray(arrays.mean), xp.asarray(arrays.var)
-        return cls(
-            ops.bn_normalize(x, None, EPS, weight, bias, residual, activation, *running, 0, None, out, mask), mask
-        )
+    affine: Affine
+    epilogue: Epilogue  # activation and mask
 
 
-def ways(arrays, activation):
-    """The first arguments of steps of the way back, on the device and on the host."""
-    dy, x, residual, weight, bias = arrays.on_device("dy", "x", "residual", "weight", "bias")
-    ours = Way.of(arrays, cupy_ops, x, weight, bias, residual, activation, arrays.empty())
-    host = (arrays.x, arrays.weight, arrays.bias, arrays.residual, activation, np.empty_like(arrays.x))
-    theirs = Way.of(arrays, numpy_ops, *host)
-    return (
-        (dy, x, ours.statistics, EPS, weight, bias, activation, ours.mask),
-        (arrays.dy, arrays.x, theirs.statistics, EPS, arrays.weight, arrays.bias, activation, theirs.mask),
-    )
+def ways_back(arrays, out=None, y=None):
+    """The ways back on the device and on the host, from running statistics, so that both have the same bits.
+
+    The ways forward write their outputs to `out` and `y`.
+    """
+    out, y = arrays.empty() if out is None else out, np.empty_like(arrays.x) if y is None else y
+    ours = arrays.on_device("dy", "x", "affine", "running", "epilogue")
+    theirs = arrays.dy, arrays.x, arrays.affine, arrays.running, arrays.epilogue
+    return _way_back(cupy_ops, *ours, out), _way_back(numpy_ops, *theirs, y)
+
+
+def _way_back(ops, dy, x, affine, running, epilogue, out):
+    """The way back after a way forward that has left a mask if there was a residual."""
+    residual, activation, _ = epilogue
+    mask = None if residual is None or activation is None else ops.empty_mask(x, residual, out)
+    statistics = ops.bn_normalize(x, None, affine, running, epilogue._replace(mask=mask), out)
+    return Back(dy, x, statistics, affine, Epilogue(None, activation, mask))
 
 
 def forget_plans():
-    """Of devices and settings that are no more."""
+    """Drop the plans of launches: those made for devices and settings that are no more."""
     for cached in (cupy_ops._plan, cupy_ops._resident_plan, cupy_ops._device):
         cached.cache_clear()

@@ -9,77 +9,83 @@ import numpy as np
 import pytest
 
 from cupybn._steps import cupy_ops
-from cupybn._steps.bundles import Statistics, Sums
+from cupybn._steps.bundles import Epilogue, Gradients, Running, Sums
 from tests.reference import DTYPES, bits, to_numpy
-from tests.steps import EPS, Arrays, to_device
+from tests.steps import EPS, Arrays, Back, to_device
 
 SHAPES = [(4, 3, 16), (3, 5, 49), (1029, 3, 1), (45, 16, 1)]
-"""Rows of whole packs, and of single elements."""
+"""Shapes with rows of whole packs, and with rows of single elements."""
 
 
-def offsets():
-    """By 2, 4 and 8 bytes, where elements are not larger: to packs of so many bytes, where rows allow it."""
-    for dtype in DTYPES:
-        for nbytes in 2, 4, 8:
-            if nbytes >= dtype.itemsize:
-                yield pytest.param(dtype, nbytes // dtype.itemsize, id=f"{dtype.name}, {nbytes} bytes")
+def cases():
+    """Every shape, each dtype, and an array that lies 2, 4 or 8 bytes off: packs have so many, where rows allow it."""
+    for shape in SHAPES:
+        for dtype in DTYPES:
+            for nbytes in 2, 4, 8:
+                if nbytes >= dtype.itemsize:
+                    case = shape, dtype, nbytes // dtype.itemsize
+                    yield pytest.param(*case, id=f"{shape}, {dtype.name}, {nbytes} bytes")
 
 
-on_shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
-on_offsets = pytest.mark.parametrize(("dtype", "offset"), list(offsets()))
+on_cases = pytest.mark.parametrize(("shape", "dtype", "offset"), list(cases()))
+in_turns = pytest.mark.parametrize("role", ["x", "residual", "out"])
+masked_or_not = pytest.mark.parametrize("masked", [False, True], ids=["", "mask"])
 
 
 class Shifted(Arrays):
     """Arguments of which those named in `roles` are not aligned."""
 
-    def __init__(self, rng, shape, dtype, offset, roles=()):
-        super().__init__(rng, shape, dtype, offset, has_residual=True)
+    def __init__(self, shape, dtype, offset, *roles):
+        super().__init__(np.random.default_rng(0), shape, dtype, offset, has_residual=True)
         self.roles = roles
 
-    def get(self, role):
-        """An argument on the device; an output if there is none of this name."""
-        array = getattr(self, role, np.zeros_like(self.x))
-        array = to_device(array, self.offset if role in self.roles else 0)
-        assert array.ndim == 1 or (array.data.ptr % 16 != 0) == (role in self.roles)
-        return array
+    def get(self, *roles):
+        """Arguments on the device; outputs where there are none of these names."""
+        for role in roles:
+            array = {"x": self.x, "dy": self.dy, "residual": self.epilogue.residual}.get(role, np.zeros_like(self.x))
+            array = to_device(array, self.offset if role in self.roles else 0)
+            assert (array.data.ptr % 16 != 0) == (role in self.roles)
+            yield array
 
-    def vectors(self):
-        return [cp.asarray(v) for v in (self.weight, self.bias)]
+    def back(self, mask):
+        """The arguments that all steps of the way back begin with; without a mask ReLU is recomputed."""
+        statistics, affine = to_device(self.statistics), to_device(self.affine)
+        return Back(*self.get("dy", "x"), statistics, affine, Epilogue(None, "relu", mask))
 
-    def statistics(self):
-        return Statistics(*(cp.asarray(v.astype(np.float64)) for v in (self.mean, self.var)))
 
-
-def normalize(arrays, masked):
-    """Of running statistics: what each element gets depends on nothing else."""
-    x, residual, out = map(arrays.get, ("x", "residual", "out"))
+def forward(arrays, masked, step):
+    """Output and mask of a step, which is called with x, the affine and the epilogue, and the output."""
+    x, residual, out = arrays.get("x", "residual", "out")
     mask = cupy_ops.empty_mask(x, residual, out) if masked else None
     if "mask" in arrays.roles:
         mask = cp.empty(mask.size + arrays.offset * x.itemsize, mask.dtype)[-mask.size :].reshape(mask.shape)
-    running = map(cp.asarray, (arrays.mean, arrays.var))
-    cupy_ops.bn_normalize(
-        x, None, EPS, *arrays.vectors(), residual, "relu" if masked else None, *running, 0, None, out, mask
-    )
+    step(x, to_device(arrays.affine), Epilogue(residual, "relu" if masked else None, mask), out)
     return out, mask
 
 
+def normalize(arrays, masked):
+    """Output and mask from running statistics: what each element gets depends on nothing else."""
+    running = to_device(arrays.running)
+    return forward(
+        arrays, masked, lambda x, affine, epilogue, out: cupy_ops.bn_normalize(x, None, affine, running, epilogue, out)
+    )
+
+
 def backward_input(arrays, inv_count, mask=None):
-    """With the mask of a way there whose arrays were aligned, or recomputed."""
-    dy, x, dx, dresidual = map(arrays.get, ("dy", "x", "dx", "dresidual"))
-    C = x.shape[1]
+    """Gradients of input and residual, with the mask of a way forward or without one."""
+    gradients = Gradients(*arrays.get("dx", "dresidual"))
+    C = arrays.x.shape[1]
     sums = Sums(cp.arange(C, dtype=np.float64)[None], cp.ones((1, C)))
-    step = (dy, x, arrays.statistics(), EPS, *arrays.vectors(), "relu", mask)
-    cupy_ops.bn_backward_input(*step, sums, inv_count, dx, dresidual, None, None)
-    return dx, dresidual
+    cupy_ops.bn_backward_input(*arrays.back(mask), sums, inv_count, gradients)
+    return gradients[:2]
 
 
-@pytest.mark.parametrize("masked", [False, True], ids=["", "mask"])
-@pytest.mark.parametrize("role", ["x", "residual", "out"])
-@on_offsets
-@on_shapes
+@masked_or_not
+@in_turns
+@on_cases
 def test_bn_normalize(shape, dtype, offset, role, masked):
-    expected, _ = normalize(Shifted(np.random.default_rng(0), shape, dtype, offset), masked)
-    out, mask = normalize(Shifted(np.random.default_rng(0), shape, dtype, offset, (role,)), masked)
+    expected, _ = normalize(Shifted(shape, dtype, offset), masked)
+    out, mask = normalize(Shifted(shape, dtype, offset, role), masked)
     assert bits(out) == bits(expected)
     if masked:
         width = math.gcd(offset, shape[2] if shape[2] > 1 else shape[1])
@@ -88,11 +94,10 @@ def test_bn_normalize(shape, dtype, offset, role, masked):
 
 
 @pytest.mark.parametrize("role", ["dy", "x", "dx", "dresidual", "mask"])
-@on_offsets
-@on_shapes
+@on_cases
 def test_bn_backward_input(shape, dtype, offset, role):
-    """Masks of packs are the way there's whose arrays were aligned, as its gradients are: dy alone can be otherwise."""
-    aligned, shifted = (Shifted(np.random.default_rng(0), shape, dtype, offset, roles) for roles in ((), (role,)))
+    """A mask of packs is of a way forward whose arrays were aligned, as gradients are: dy alone can be otherwise."""
+    aligned, shifted = Shifted(shape, dtype, offset), Shifted(shape, dtype, offset, role)
     masks = [normalize(arrays, masked=True)[1] for arrays in (aligned, shifted if role == "mask" else aligned)]
     for inv_count in 0.0, 0.01:
         for expected, ours in [(None, None), masks] if role in ("dy", "mask") else [(None, None)]:
@@ -100,64 +105,52 @@ def test_bn_backward_input(shape, dtype, offset, role):
             assert bits(*results[0]) == bits(*results[1])
 
 
-@on_offsets
-@on_shapes
+@on_cases
 def test_bn_backward_reduce(shape, dtype, offset):
-    """By itself, as where the batch is spread over ranks: the mask of a way there whose arrays were aligned."""
-    aligned, shifted = (Shifted(np.random.default_rng(0), shape, dtype, offset, roles) for roles in ((), ("dy",)))
+    """The step by itself, as where the batch is spread over ranks: the way forward, whose mask it has, was aligned."""
+    aligned, shifted = Shifted(shape, dtype, offset), Shifted(shape, dtype, offset, "dy")
     mask = normalize(aligned, masked=True)[1]
-
-    def sums(arrays):
-        dy, x = map(arrays.get, ("dy", "x"))
-        return cupy_ops.bn_backward_reduce(dy, x, arrays.statistics(), EPS, *arrays.vectors(), "relu", mask)
-
-    assert bits(*sums(aligned)) == bits(*sums(shifted))
+    ours, expected = (cupy_ops.bn_backward_reduce(*arrays.back(mask)) for arrays in (shifted, aligned))
+    assert bits(*ours) == bits(*expected)
 
 
-@pytest.mark.parametrize("masked", [False, True], ids=["", "mask"])
-@pytest.mark.parametrize("role", ["x", "residual", "out"])
-@on_offsets
-@on_shapes
+@masked_or_not
+@in_turns
+@on_cases
 @pytest.mark.usefixtures("either")
 def test_bn_forward(shape, dtype, offset, role, masked):
-    def forward(roles):
-        arrays = Shifted(np.random.default_rng(0), shape, dtype, offset, roles)
-        x, residual, out = map(arrays.get, ("x", "residual", "out"))
-        mask = cupy_ops.empty_mask(x, residual, out) if masked else None
-        step = (EPS, *arrays.vectors(), residual, "relu" if masked else None, None, None, 0, None)
-        cupy_ops.bn_forward(x, *step, out, mask)
-        return arrays, out
+    arrays = Shifted(shape, dtype, offset, role)
 
-    (_, expected), (arrays, out) = forward(()), forward((role,))
-    arrays.close(out, to_numpy(expected), 1 + np.abs(arrays.weight[:, None]), 16)
+    def step(x, affine, epilogue, out):
+        cupy_ops.bn_forward(x, affine, Running(), epilogue, out)
+
+    (out, _), (expected, _) = forward(arrays, masked, step), forward(Shifted(shape, dtype, offset), masked, step)
+    arrays.close(out, to_numpy(expected), 1 + np.abs(arrays.affine.weight[:, None]), 16)
 
 
 @pytest.mark.parametrize(
     ("role", "masked"),
     [("dy", False), ("x", False), ("dx", False), ("dresidual", False), ("dy", True), ("mask", True)],
 )
-@on_offsets
-@on_shapes
+@on_cases
 @pytest.mark.usefixtures("either")
 def test_bn_backward(shape, dtype, offset, role, masked):
     """Sums add in another order, of packs of another width."""
 
-    def backward(roles):
-        arrays = Shifted(np.random.default_rng(0), shape, dtype, offset, roles)
-        mask = None
-        if masked:
-            of_mask = tuple({"mask"} & {*roles})
-            mask = normalize(Shifted(np.random.default_rng(0), shape, dtype, offset, of_mask), masked=True)[1]
-        dy, x, dx, dresidual = map(arrays.get, ("dy", "x", "dx", "dresidual"))
-        dweight, dbias = cp.empty((2, shape[1]))
-        step = (dy, x, arrays.statistics(), EPS, *arrays.vectors(), "relu", mask)
-        cupy_ops.bn_backward(*step, shape[1] / x.size, dx, dresidual, dweight, dbias)
-        return arrays, (dx, dresidual, dweight, dbias)
+    def backward(*roles):
+        arrays = Shifted(shape, dtype, offset, *roles)
+        before = Shifted(shape, dtype, offset, *({"mask"} & {*roles}))
+        mask = normalize(before, masked=True)[1] if masked else None
+        gradients = Gradients(*arrays.get("dx", "dresidual"), *cp.empty((2, shape[1])))
+        cupy_ops.bn_backward(*arrays.back(mask), shape[1] / arrays.x.size, gradients)
+        return arrays, gradients
 
-    (_, expected), (arrays, (dx, dresidual, dweight, dbias)) = backward(()), backward((role,))
-    assert bits(dresidual) == bits(expected[1])
-    arrays.close(dx, to_numpy(expected[0]), np.abs(arrays.weight[:, None]) * 8, 32)
+    (_, expected), (arrays, ours) = backward(), backward(role)
+    assert bits(ours.dresidual) == bits(expected.dresidual)
+    arrays.close(ours.dx, to_numpy(expected.dx), np.abs(arrays.affine.weight[:, None]) * 8, 32)
+    mean, var = arrays.statistics
     terms = np.abs(arrays.dy.astype(np.float64)).sum((0, 2))
-    xhat = np.abs(arrays.x.astype(np.float64) - arrays.mean[:, None]).max((0, 2)) / np.sqrt(arrays.var + EPS)
-    for ours, theirs, size in (dbias, expected[3], terms), (dweight, expected[2], terms * xhat):
-        assert np.all(np.abs(to_numpy(ours) - to_numpy(theirs)) <= 32 * arrays.unit * size)
+    xhat = np.abs(arrays.x.astype(np.float64) - mean[:, None]).max((0, 2)) / np.sqrt(var + EPS)
+    for name, size in ("dbias", terms), ("dweight", terms * xhat):
+        off = np.abs(to_numpy(getattr(ours, name)) - to_numpy(getattr(expected, name)))
+        assert np.all(off <= 32 * arrays.unit * size)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cupybn._steps import cupy_ops
-from cupybn._steps.bundles import Statistics
+from cupybn._steps.bundles import Affine, Epilogue, Gradients, Running, Statistics
 
 cp = pytest.importorskip("cupy")
 emulator = getattr(cp, "emulator", None)
@@ -16,6 +16,7 @@ if emulator is None:
 from tests.partial import sparse, written  # noqa: E402
 
 LAYOUTS = {"channels first": (4, 5, 8192), "channels last": (4096, 64, 1)}
+AFFINE = Affine(None, None, 1.0)
 each_layout = pytest.mark.parametrize("shape", LAYOUTS.values(), ids=LAYOUTS)
 
 
@@ -50,12 +51,12 @@ def statistics(C):
 @each_layout
 @pytest.mark.parametrize("step", ["bn_stats", "bn_backward_reduce"])
 def test_sums_go_forwards(step, shape):
-    """Through memory, and over channels."""
+    """Sums go through memory, and over channels, from the first to the last."""
     x = rising(shape)
     runs = {
         "bn_stats": lambda: only_value(cupy_ops.bn_stats(x).mean),
         "bn_backward_reduce": lambda: only_value(
-            cupy_ops.bn_backward_reduce(x, x, statistics(shape[1]), 1.0, None, None, None, None).dy
+            cupy_ops.bn_backward_reduce(x, x, statistics(shape[1]), AFFINE, Epilogue()).dy
         ),
     }
     places = over_blocks(step, x, runs[step])
@@ -66,18 +67,20 @@ def test_sums_go_forwards(step, shape):
 @each_layout
 @pytest.mark.parametrize("step", ["bn_normalize", "bn_backward_input"])
 def test_elementwise_steps_go_backwards(step, shape):
-    """Through memory and, where a block has one channel, over channels. Each element is written by one block."""
+    """The last place in memory comes first and, where a block has one channel, the last channel.
+
+    Each element is written by one block.
+    """
     x = rising(shape)
     taken = np.zeros(x.size, int)
-    none = (None,) * 4
 
     def run():
         out = sparse(shape, x.dtype, [(0, x.size)])
         if step == "bn_normalize":
-            vectors = cp.zeros(shape[1]), cp.ones(shape[1])
-            cupy_ops.bn_normalize(x, None, 1.0, *none, *vectors, None, None, out, None)
+            cupy_ops.bn_normalize(x, None, AFFINE, Running(*statistics(shape[1])), Epilogue(), out)
         else:
-            cupy_ops.bn_backward_input(x, x, statistics(shape[1]), 1.0, *none, None, 0.0, out, None, None, None)
+            gradients = Gradients(out)
+            cupy_ops.bn_backward_input(x, x, statistics(shape[1]), AFFINE, Epilogue(), None, 0.0, gradients)
         where = np.concatenate([np.arange(*ends) for ends in written(out)])
         taken[where] += 1
         return where.mean()

@@ -11,16 +11,22 @@ import pytest
 
 import cupybn
 from cupybn._calls import call as _call
-from cupybn._calls.call import Call, Checked
+from cupybn._calls.call import Call, Caller, Checked
 from cupybn._calls.layout import Layout
+from cupybn._steps.bundles import Affine, Epilogue, Running
 
 cp = pytest.importorskip("cupy")
 emulator = getattr(cp, "emulator", None)
 
-ARRAYS = tuple(name for name in Call._fields if "Array" in str(Call.__annotations__[name]))
-"""The fields that are arrays."""
-NO_DIFFERENCE = {"momentum", "layer_device", "idle"}
-"""Fields of which no value is wrong here: one is checked before, the other one tells how to say what is wrong."""
+BUNDLES = {"affine": Affine, "running": Running, "epilogue": Epilogue, "layer": Caller}
+"""Fields of a call that have fields of their own."""
+FIELDS = [(name, inner) for name in Call._fields for inner in (BUNDLES[name]._fields if name in BUNDLES else (None,))]
+"""Names of the fields of a call, each with a field of a bundle or None."""
+ARRAYS = {"input", "mean", "var", "weight", "bias", "residual", "batches"}
+"""Fields that are arrays."""
+NO_DIFFERENCE = {"momentum", "mask", "device", "idle"}
+"""Fields of which no value is wrong here: they are checked before, are not the caller's, or tell how to say what is
+wrong."""
 
 
 @pytest.fixture(autouse=True)
@@ -92,11 +98,22 @@ ALTERNATIVES = {
     "eps": [0.0, -1.0, 1 + 0j, float("nan"), "1", None],
     "activation": ["gelu", ["relu"]],
     "channel_axis": [2, -3, 4, 1.0, None],
-    "layer_device": ["cpu"],
+    "mask": [object()],
+    "device": ["cpu"],
+    "ranks": [(3, 4), (2,)],
     "group": [None, object()],
     "idle": [(object(), object())],
 }
-"""Of the fields that are no arrays. 1 + 0j and 1.0 are equal to the values that they stand for."""
+"""Other values of the fields that are no arrays. 1 + 0j and 1.0 are equal to the values that they stand for."""
+
+
+def replaced(call, **values):
+    """The same call with other values in fields of its own or of its bundles."""
+    for name, inner in FIELDS:
+        if (inner or name) in values:
+            value = values[inner or name]
+            call = call._replace(**{name: value if inner is None else getattr(call, name)._replace(**{inner: value})})
+    return call
 
 
 class Made(NamedTuple):
@@ -118,27 +135,32 @@ class Made(NamedTuple):
 def bases(xp):
     """Calls that are right, by name; from none of them a single change leads to another one."""
     x, vectors = xp.zeros((3, 4, 4), np.float32), [xp.ones(4, np.float32) for _ in range(4)]
-    whole = Call(x, *vectors, True, 0.1, 1.0, x.copy(), "relu", 1, xp.zeros((), np.int64))
+    mean, var, weight, bias = vectors
+    running = Running(mean, var, 0.1, xp.zeros((), np.int64))
+    whole = Call(x, Affine(weight, bias, 1.0), running, Epilogue(x.copy(), "relu"), True, 1, Caller("cuda:7"))
+    no_buffers = replaced(whole, mean=None, var=None, batches=None)
+    one_value = replaced(whole, input=x[:1, :, :1].copy(), residual=None, group=object())
     return {
         "training": Made(whole, x.copy()),
         "eval": Made(whole._replace(training=False), x.copy()),
-        "eps = 0 in eval": Made(whole._replace(training=False, eps=0.0)),
-        "no buffers": Made(whole._replace(running_mean=None, running_var=None, num_batches_tracked=None)),
-        "one value": Made(whole._replace(input=x[:1, :, :1].copy(), residual=None, group=object())),
-        "no update": Made(whole._replace(num_batches_tracked=xp.zeros((), np.int32)), moves_statistics=False),
+        "eps = 0 in eval": Made(replaced(whole, training=False, eps=0.0)),
+        "no buffers": Made(no_buffers),
+        "one value": Made(one_value),
+        "no update": Made(replaced(whole, batches=xp.zeros((), np.int32)), moves_statistics=False),
     }
 
 
 def alternatives(made):
     """What is other, and the call with that."""
-    for name in Call._fields:
-        value = getattr(made.call, name)
+    for bundle, inner in FIELDS:
+        name, value = inner or bundle, getattr(made.call, bundle)
+        value = value if inner is None else getattr(value, inner)
         if name in ARRAYS:
             others = () if value is None else array_alternatives(value)
         else:
             others = ((repr(other), other) for other in ALTERNATIVES[name])
         for label, other in others:
-            yield name, label, made._replace(call=made.call._replace(**{name: other}))
+            yield name, label, made._replace(call=replaced(made.call, **{name: other}))
     for label, other in () if made.out is None else array_alternatives(made.out):
         yield "out", label, made._replace(out=other)
     yield "moves_statistics", "", made._replace(moves_statistics=not made.moves_statistics)
@@ -185,7 +207,7 @@ def test_a_call_like_a_good_one(pairs):
 
 def test_every_field_has_a_wrong_value(pairs):
     """A new field needs an entry above, and a place in the key if what is checked depends on it."""
-    assert {pair.field for pair in pairs} == {*Call._fields, "out", "moves_statistics"}
+    assert {pair.field for pair in pairs} == {*(inner or name for name, inner in FIELDS), "out", "moves_statistics"}
     wrong = {pair.field for pair in pairs if not isinstance(pair.expected, Checked)}
     assert {pair.field for pair in pairs} - wrong == NO_DIFFERENCE
 
@@ -233,7 +255,7 @@ def test_so_many_calls_and_no_more(xp, monkeypatch):
     sizes = []
     for shape in list(itertools.product((2, 3, 4), (1, 2, 5), (2, 3))) * 2:
         x = xp.zeros(shape, np.float32)
-        call = Call(x, None, None, None, None, True, 0.1, 1.0, None, None, 1)
+        call = Call(x, Affine(None, None, 1.0), Running(), Epilogue(), True, 1)
         assert call.checked() is call.checked()
         assert call.checked().layout == Layout.of(x, 1)
         sizes.append(len(_call._checked))
@@ -245,5 +267,5 @@ def test_the_second_time_nothing_is_checked(xp, monkeypatch):
     expected = {base: made.outcome() for base, made in bases(xp).items()}
     monkeypatch.setattr(Call, "check", lambda *_: pytest.fail("checked again"))
     for base, made in bases(xp).items():
-        again = made._replace(call=made.call._replace(momentum=0.7))
+        again = made._replace(call=replaced(made.call, momentum=0.7))
         assert again.outcome() == expected[base]

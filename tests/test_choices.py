@@ -26,7 +26,7 @@ if emulator is None:
     ids=str,
 )
 def test_two_launches_only_where_a_counter_decides(options, launches):
-    """All blocks would have to read it before one moves it."""
+    """All blocks would have to read a counter before one of them moves it."""
     layer = cupybn.BatchNorm1d(3, device="cuda:0", **options)
     with emulator.record() as made:
         layer(cp.ones((4, 3, 5), np.float32))
@@ -39,7 +39,7 @@ def test_two_launches_only_where_a_counter_decides(options, launches):
 
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_the_same_launches_and_bits_without_an_update(momentum):
-    """So that a pass that only repeats another one, or warms up for a capture, compiles what is launched there."""
+    """A pass that only repeats another one, or warms up for a capture, compiles what is launched there."""
     layer, x = (
         cupybn.BatchNorm1d(3, momentum=momentum, device="cuda:0"),
         cp.arange(60, dtype=np.float32).reshape(4, 3, 5),
@@ -68,7 +68,7 @@ def test_the_same_launches_and_bits_without_an_update(momentum):
     ids=str,
 )
 def test_packs_as_wide_as_rows_and_memory_allow(shape, offset, width, nbytes):
-    """The mask has a byte for each, and is bool where packs are single elements."""
+    """The mask has a byte for each pack, and is bool where packs are single elements."""
     x = cp.empty(np.prod(shape) + offset, np.float32)[offset:].reshape(shape)
     plan = cupy_ops._choose_resident("bn_forward", x)
     assert f"-DWIDTH={width}" in plan.kernel.options
@@ -79,7 +79,7 @@ def test_packs_as_wide_as_rows_and_memory_allow(shape, offset, width, nbytes):
 
 
 def test_a_mask_decides_on_packs():
-    """Those of the way back are the ones that it was made of; only dy may have to be copied for it."""
+    """Packs of the way back are those that the mask was made of; only dy may have to be copied for it."""
     x, dy, whole = (cp.zeros(61, np.float32)[offset:][:60].reshape(2, 3, 10) for offset in (0, 1, 0))
     mask = cupy_ops.empty_mask(x, x, x)
     assert cupy_ops._width(x) == cupy_ops._width(x, dy, mask=mask) == 2
@@ -98,7 +98,7 @@ def test_a_mask_decides_on_packs():
 @pytest.mark.usefixtures("either")
 @pytest.mark.parametrize("training", [True, False])
 def test_without_a_way_back_the_output_alone_is_written(training):
-    """Neither statistics nor a mask."""
+    """Neither statistics nor a mask are written."""
     x = cp.arange(48, dtype=np.float32).reshape(4, 3, 4)
     buffers = (None, None) if training else (cp.zeros(3), cp.ones(3))
     with emulator.record() as made:

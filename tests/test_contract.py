@@ -1,26 +1,28 @@
-"""One name, three places: the kernels, their mirrors and their launchers agree in names, parameters and order."""
+"""One name, three places: kernels, mirrors and launchers agree in names, parameters and order, and on every bundle."""
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
 import typing
+from pathlib import Path
 
 import pytest
 
+import cupybn
 from cupybn._arrays.dtypes import FLOATS
-from cupybn._calls.checks import ACTIVATIONS
+from cupybn._calls import checks
 from cupybn._ranks.synchronized import Synchronized
-from cupybn._steps import cupy_ops, launcher, numpy_ops
-from cupybn._steps.bundles import Moments, Statistics, Sums
+from cupybn._steps import bundles, cupy_ops, geometry, launcher, numpy_ops
 from cupybn._steps.launcher import KERNELS, kernel_names, signature
 
 LAYOUTS = ("channels_first", "channels_last")
 STEPS = ("bn_stats", "bn_normalize", "bn_forward", "bn_backward_reduce", "bn_backward_input", "bn_backward")
 HOST_ONLY = {"scratch", "dtype", "keep"}
 """Parameters of mirrors that no kernel has: memory to work in, what DATA_T says, and whether results are null."""
-GROUPS = {"moments": Moments, "statistics": Statistics, "sums": Sums}
-"""Parameters that kernels take field by field."""
+RESULTS = {"Moments": "moments", "Statistics": "statistics", "Sums": "sums"}
+"""Bundles that mirrors return, and the parameters of kernels that write them."""
 OVER_CHANNELS = {
     "merge_moments": ["row"],
     "mean_and_var": ["mean", "var"],
@@ -30,6 +32,15 @@ OVER_CHANNELS = {
 """The steps that know no layout, and what they return."""
 ALLOCATORS = {"empty_mask"}
 """Functions that launch nothing."""
+MOST_OF_KERNELS, MOST_OF_FUNCTIONS = 12, 8
+"""Parameters, at most."""
+AS_IN_TORCH = {
+    "functional.batch_norm",
+    "functional.batch_norm_vjp",
+    "layers.batchnorm._BatchNorm.__init__",
+    "layers.syncbatchnorm.SyncBatchNorm.__init__",
+}
+"""Functions for users that take what PyTorch's take."""
 
 KERNEL_NAMES = kernel_names()
 
@@ -38,24 +49,242 @@ def stem(name):
     return name.rpartition("/")[2]
 
 
-def flat(names):
-    """Groups as the fields that they consist of."""
-    return [f"{name}_{field}" for name in names for field in GROUPS[name]._fields] if names else []
-
-
-def expand(name):
-    return flat([name]) if name in GROUPS else [name]
-
-
 def mirror(name):
     return getattr(numpy_ops, stem(name))
 
 
-def results(function):
-    """The names of what a mirror returns, as the parameters of a kernel that writes it."""
-    returned = typing.get_type_hints(function)["return"]
-    group = [name for name, kind in GROUPS.items() if kind is returned]
-    return flat(group)
+# ---------------------------------------------------------------------------------------------------------------------
+# Bundles
+
+TYPES = {
+    "Tensor": "data_t*",
+    "Vector": "Vector",
+    "Doubles": "double*",
+    "Counter": "long long*",
+    "Mask": "mask_t*",
+    "Activation": "Activation",
+    "float": "double",
+    "int": "long long",
+}
+"""Types of CUDA, by those that the fields of NamedTuples have."""
+WITHOUT_SHAPE = {"Activation", "double", "long long"}
+SHAPE_OF_MASKS = ("N", "C", "L / WIDTH")
+"""Only the header says it: masks of `numpy_ops.empty_mask` have another one."""
+SIZES = {"ChannelsFirst": "channels_first/packs.cuh", "ChannelsLast": "channels_last/columns.cuh"}
+
+
+class Field(typing.NamedTuple):
+    name: str
+    type: str  # of CUDA, without const
+    nullable: bool
+    shape: tuple[str, ...] | None
+
+
+def shape_in(comment, brackets):
+    """The first thing in brackets of a comment."""
+    opening, closing = map(re.escape, brackets)
+    found = re.search(rf"^[^;]*?{opening}([^{closing}]*){closing}", comment)
+    return None if found is None else tuple(size.strip() for size in found[1].split(",") if size.strip())
+
+
+def fields_in_python(text, names=None):
+    """The fields of NamedTuples of a module, by their classes: of all, or of these."""
+    lines, found = text.splitlines(), {}
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.ClassDef) and (names is None or node.name in names):
+            assert [ast.unparse(base) for base in node.bases] == ["NamedTuple"]
+            fields = [field for field in node.body if isinstance(field, ast.AnnAssign)]
+            found[node.name] = [field_in_python(field, lines[field.lineno - 1 : field.end_lineno]) for field in fields]
+    return found
+
+
+def field_in_python(field, lines):
+    type, bar, none = ast.unparse(field.annotation).partition(" | ")
+    comments = " ".join(line.partition("#")[2] for line in lines)
+    assert none == ("None" if bar else ""), ast.unparse(field)
+    return Field(field.target.id, TYPES.get(type, type), none != "", shape_in(comments, "()"))
+
+
+def fields_in_header(text, names=None):
+    """The fields of structs of a header, by their names: of all, or of these; what follows a blank line is no field."""
+    bodies = re.findall(r"^struct (\w+) \{\n(.*?)^(?:\};|\s*$)", text, re.DOTALL | re.MULTILINE)
+    wanted = [(name, body) for name, body in bodies if names is None or name in names]
+    return {name: [field_in_header(line) for line in body.splitlines()] for name, body in wanted}
+
+
+def field_in_header(line):
+    declared = re.fullmatch(r"    (?:const )?([\w ]+?\*?) (\w+);\s*(?://(.*))?", line)
+    assert declared is not None, line
+    comment = declared[3] or ""
+    return Field(declared[2], declared[1], "or null" in comment, shape_in(comment, "[]"))
+
+
+def differences(ours, theirs):
+    """Where bundles of Python and structs of CUDA differ; both as fields by names."""
+    found = [f"{name} is on one side alone" for name in ours.keys() ^ theirs.keys()]
+    for bundle in ours.keys() & theirs.keys():
+        names = [[field.name for field in side[bundle]] for side in (ours, theirs)]
+        if names[0] != names[1]:
+            found.append(f"{bundle} has {names[0]} and {names[1]}")
+            continue
+        for python, cuda in zip(ours[bundle], theirs[bundle], strict=True):
+            shape = SHAPE_OF_MASKS if python.type == "mask_t*" else python.shape
+            if python._replace(shape=shape) != cuda:
+                found.append(f"{bundle}.{cuda.name} is {python} and {cuda}")
+            if (cuda.shape is None) != (cuda.type in WITHOUT_SHAPE):
+                found.append(f"{bundle}.{cuda.name} has {cuda.shape} for a shape")
+    return found
+
+
+def text_of(module):
+    return Path(inspect.getsourcefile(module)).read_text()
+
+
+def bundles_differ(python=None, header=None):
+    """How the bundles differ; a side may be given as another text."""
+    python = text_of(bundles) if python is None else python
+    header = (KERNELS / "bundles.cuh").read_text() if header is None else header
+    return differences(fields_in_python(python), fields_in_header(header))
+
+
+def sizes_differ(python=None, headers=None):
+    """The same of the sizes of each layout; headers are given by the name of their struct."""
+    python = text_of(geometry) if python is None else python
+    theirs = {}
+    for name in SIZES:
+        theirs |= fields_in_header((headers or {}).get(name, header_of(name)), [name])
+    return differences(fields_in_python(python, SIZES), theirs)
+
+
+def header_of(name):
+    """The text that has a struct of sizes."""
+    return (KERNELS / SIZES[name]).read_text()
+
+
+def test_bundles_are_structs():
+    assert len(fields_in_python(text_of(bundles))) >= 7
+    assert bundles_differ() == []
+
+
+def test_sizes_are_structs():
+    assert sizes_differ() == []
+
+
+def test_bundles_have_the_fields_that_their_text_has():
+    for module, names in (bundles, None), (geometry, SIZES):
+        for name, fields in fields_in_python(text_of(module), names).items():
+            assert getattr(module, name)._fields == tuple(field.name for field in fields)
+
+
+def test_the_launcher_reads_what_the_headers_say():
+    structs = fields_in_header((KERNELS / "bundles.cuh").read_text())
+    for name in SIZES:
+        structs |= fields_in_header(header_of(name), [name])
+    for name in KERNEL_NAMES:
+        for parameter in signature(name):
+            read = [(field.name, field.type, field.nullable) for field in parameter.fields]
+            assert read == [field[:3] for field in structs.get(parameter.type, [])], (name, parameter.name)
+
+
+def test_kernels_take_all_bundles_and_no_other_structs():
+    taken = {parameter.type for name in KERNEL_NAMES for parameter in signature(name) if parameter.fields}
+    assert taken == fields_in_python(text_of(bundles)).keys() | SIZES.keys()
+    for name in KERNEL_NAMES:
+        layout = "".join(word.capitalize() for word in name.rpartition("/")[0].split("_"))
+        sizes = [(p.name, p.type, p.section) for p in signature(name) if p.type in SIZES]
+        assert sizes == ([("sizes", layout, "sizes")] if layout else [])
+
+
+def test_activations_have_one_order():
+    def declared(text):
+        (names,) = re.findall(r"^enum Activation : long long \{ (.+) \};", text, re.MULTILINE)
+        return tuple(None if name == "NONE" else name.lower() for name in names.split(", "))
+
+    assert declared((KERNELS / "bundles.cuh").read_text()) == bundles.ACTIVATIONS
+    assert checks.ACTIVATIONS == bundles.ACTIVATIONS
+
+
+CHANGES = {
+    True: {  # of a field in Python
+        "renamed": (r"^    (\w+):", r"    \1_2:"),
+        "no Doubles": (r": Doubles\b", ": Vector"),
+        "Doubles": (r": (?!Doubles\b)\w+", ": Doubles"),
+        "never None": (r" \| None", ""),
+        "None": (r"^(    \w+: \w+)(?! \|)\b", r"\1 | None"),
+        "of another shape": (r"# \(", "# (K, "),
+        "after one more": (r"^    \w+(: \w+).*$", r"    more\1\n\g<0>"),
+    },
+    False: {  # in CUDA
+        "renamed": (r"(\w+);", r"\1_2;"),
+        "no double*": (r"double\* ", "Vector "),
+        "double*": (r"^    (const )?(?!double\*)[\w ]+?\*? (?=\w+;)", "    double* "),
+        "never null": (r" or null", ""),
+        "null": (r"^((?!.* or null).*)$", r"\1 // or null"),
+        "of another shape": (r"// \[", "// [K, "),
+        "after one more": (r"^    (.*?)\w+;(.*)$", r"    \1more;\2\n\g<0>"),
+    },
+}
+"""What may become of the line of a field."""
+
+
+def places(text, python):
+    """The lines of each field, from one to another one, by bundles."""
+    if python:
+        classes = [node for node in ast.parse(text).body if isinstance(node, ast.ClassDef)]
+        return {
+            of.name: [(f.lineno - 1, f.end_lineno) for f in of.body if isinstance(f, ast.AnnAssign)] for of in classes
+        }
+    found = {}
+    for number, line in enumerate(text.splitlines()):
+        if head := re.match(r"struct (\w+) \{", line):
+            fields = found[head[1]] = []
+        elif line in ("", "};"):
+            fields = []
+        elif found:
+            fields.append((number, number + 1))
+    return found
+
+
+def changed(text, python, names):
+    """What has changed in one bundle of a text, and the text so changed; each change of each field by itself."""
+    lines = text.splitlines()
+    for bundle, fields in places(text, python).items():
+        for number, (begin, end) in enumerate(fields if bundle in names else ()):
+            for what, (pattern, replacement) in CHANGES[python].items():
+                line = re.sub(pattern, replacement, lines[begin], count=1)
+                if line != lines[begin]:
+                    yield f"{bundle}, field {number} {what}", [*lines[:begin], line, *lines[begin + 1 :]]
+            yield f"{bundle}, field {number} gone", lines[:begin] + lines[end:]
+            for after, last in fields[number + 1 : number + 2]:
+                swapped = lines[after:last] + lines[end:after] + lines[begin:end]
+                yield f"{bundle}, field {number} swapped", lines[:begin] + swapped + lines[last:]
+
+
+def test_the_comparison_sees_a_change_of_one_side_alone():
+    both = [(True, text_of(bundles)), (False, (KERNELS / "bundles.cuh").read_text())]
+    names, seen = fields_in_python(text_of(bundles)), set()
+    for python, text in both:
+        for what, lines in changed(text, python, names):
+            assert bundles_differ(**{"python" if python else "header": "\n".join(lines)}) != bundles_differ(), what
+            seen.add((python, what))
+    assert len(seen) > 2 * 5 * sum(map(len, names.values()))
+    for name in SIZES:
+        for what, lines in changed(text_of(geometry), True, [name]):
+            assert sizes_differ(python="\n".join(lines)), what
+        for what, lines in changed(header_of(name), False, [name]):
+            assert sizes_differ(headers={name: "\n".join(lines)}), what
+
+
+def test_the_comparison_sees_a_bundle_of_one_side_alone():
+    more_python = "\n\nclass More(NamedTuple):\n    x: Tensor  # (N, C, L)\n"
+    more_cuda = "\nstruct More {\n    data_t* x;  // [N, C, L]\n};\n"
+    python, header = text_of(bundles) + more_python, (KERNELS / "bundles.cuh").read_text() + more_cuda
+    assert bundles_differ(python=python) == bundles_differ(header=header) == ["More is on one side alone"]
+    assert bundles_differ(python, header) == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Kernels, mirrors and launchers
 
 
 def test_every_step_has_a_kernel_for_each_layout():
@@ -92,27 +321,49 @@ def test_steps_of_several_ranks_take_the_same(step):
 @pytest.mark.parametrize("name", KERNEL_NAMES)
 def test_kernel_takes_what_its_mirror_takes_and_writes_what_it_returns(name):
     parameters = signature(name)
-    taken = [p for p in inspect.signature(mirror(name)).parameters if p not in HOST_ONLY]
-    returned = OVER_CHANNELS[name] if name in OVER_CHANNELS else results(mirror(name))
-    unused = {"moments_batches"} if name in ("merge_moments", "mean_and_var") else set()
-    expected = [field for p in taken for field in expand(p) if field not in unused] + returned
+    mirrored = inspect.signature(mirror(name))
+    taken = [p for p in mirrored.parameters if p not in HOST_ONLY]
+    returned = RESULTS.get(str(mirrored.return_annotation).removesuffix(" | None"))
+    expected = taken + OVER_CHANNELS.get(name, [returned] if returned else [])
     assert [p.name for p in parameters if p.section != "sizes"] == expected
     outputs = [p.name for p in parameters if p.section == "outputs"]
     assert outputs == expected[len(expected) - len(outputs) :]
 
 
-def test_numbers_that_both_sides_know():
-    text = (KERNELS / "types.cuh").read_text()
-    assert f"enum {{ {', '.join(name.upper() for name in FLOATS)} }};" in text
-    struct = text[text.index("struct Vector {") : text.index("DEVICE explicit operator bool")]
-    assert re.findall(r"(\w+);", struct) == list(launcher.VECTOR.names)
-    assert dict(zip(ACTIVATIONS, (0, 1), strict=True)) == cupy_ops.ACTIVATIONS
+@pytest.mark.parametrize("name", KERNEL_NAMES)
+def test_a_bundle_is_the_same_one_in_a_kernel_its_mirror_and_its_launcher(name):
+    """And None alike, where it is taken."""
+    structs = {p.name: (p.type, p.nullable) for p in signature(name) if p.fields and p.section != "sizes"}
+    kinds = fields_in_python(text_of(bundles)).keys()
+    for function in mirror(name), getattr(cupy_ops, stem(name)):
+        found = {}
+        for parameter in inspect.signature(function).parameters.values():
+            kind, _, none = str(parameter.annotation).partition(" | ")
+            if kind in kinds:
+                found[parameter.name] = kind, none == "None"
+        kind = str(inspect.signature(function).return_annotation).removesuffix(" | None")
+        if kind in RESULTS:
+            result = RESULTS[kind]
+            found[result] = kind, "keep" in inspect.signature(function).parameters
+        assert found == structs
 
 
 @pytest.mark.parametrize("step", STEPS)
 def test_both_layouts_take_the_same(step):
     first, last = ([p for p in signature(f"{layout}/{step}") if p.section != "sizes"] for layout in LAYOUTS)
     assert first == last
+
+
+def test_numbers_that_both_sides_know():
+    text = (KERNELS / "types.cuh").read_text()
+    assert f"enum {{ {', '.join(name.upper() for name in FLOATS)} }};" in text
+    (vector,) = fields_in_header(text, ["Vector"]).values()
+    assert [(field.name, field.type) for field in vector] == [
+        ("data", "char*"),
+        ("stride", "long long"),
+        ("dtype", "long long"),
+    ]
+    assert launcher.CODES["Vector"] == "Qqq"
 
 
 @pytest.mark.parametrize("name", KERNEL_NAMES)
@@ -134,17 +385,82 @@ def test_source(name):
 
 
 def test_the_parser_sees_a_drift(tmp_path, monkeypatch):
-    """A parameter renamed, swapped or added in a source is another signature."""
-    original = (KERNELS / "channels_first/bn_stats.cu").read_text()
-    before = signature("channels_first/bn_stats")
-    changes = {
-        "renamed": ("double* moments_m2, ", "double* moments_M2, "),
-        "another type": ("    long long packs_per_share)", "    double packs_per_share)"),
-        "another order": ("    long long C,\n    long long L,", "    long long L,\n    long long C,"),
-        "added": ("    long long packs_per_share)", "    long long more,\n    long long packs_per_share)"),
-    }
-    for old, new in changes.values():
-        assert old in original
-        (tmp_path / "bn_stats.cu").write_text(original.replace(old, new))
-        monkeypatch.setattr(launcher, "KERNELS", tmp_path)
-        assert signature.__wrapped__("bn_stats") != before
+    """A parameter renamed, swapped or added in a source is another signature; so is a field of a bundle."""
+    name = "channels_first/bn_stats"
+    changes = [
+        (f"{name}.cu", "Moments moments", "Moments parts"),
+        (f"{name}.cu", "const long long* batches", "const double* batches"),
+        (f"{name}.cu", "    ChannelsFirst sizes)", "    long long more,\n    ChannelsFirst sizes)"),
+        ("bundles.cuh", "double* m2;", "double* M2;"),
+        ("bundles.cuh", "double* m2;", "Vector m2;"),
+        ("bundles.cuh", "double* m2;", "double* more;\n    double* m2;"),
+        ("channels_first/packs.cuh", "long long N;\n    long long C;", "long long C;\n    long long N;"),
+    ]
+    before = signature(name)
+    monkeypatch.setattr(launcher, "source", launcher.source.__wrapped__)
+    for number, (path, old, new) in enumerate(changes):
+        folder = tmp_path / str(number)
+        for file in KERNELS.rglob("*.cu*"):
+            copy = folder / file.relative_to(KERNELS)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_text(file.read_text())
+        monkeypatch.setattr(launcher, "KERNELS", folder)
+        assert signature.__wrapped__(name) == before
+        text = (folder / path).read_text()
+        assert old in text
+        (folder / path).write_text(text.replace(old, new, 1))
+        assert signature.__wrapped__(name) != before, new
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How many parameters
+
+
+def too_many(text, module=""):
+    """The functions of a module that take more than they may, by their names; self and cls are not counted."""
+
+    def look(node, place, in_class):
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+                given = child.args
+                every = [*given.posonlyargs, *given.args, *given.kwonlyargs, given.vararg, given.kwarg]
+                static = any(getattr(decorator, "id", "") == "staticmethod" for decorator in child.decorator_list)
+                count = sum(argument is not None for argument in every) - (in_class and not static)
+                if count > MOST_OF_FUNCTIONS:
+                    yield f"{place}{child.name}"
+                yield from look(child, f"{place}{child.name}.", False)
+            elif isinstance(child, ast.ClassDef):
+                yield from look(child, f"{place}{child.name}.", True)
+            else:
+                yield from look(child, place, in_class)
+
+    return set(look(ast.parse(text), f"{module}." if module else "", False))
+
+
+def test_functions_take_few_parameters():
+    package = Path(cupybn.__file__).parent
+    found = set()
+    for path in package.rglob("*.py"):
+        found |= too_many(path.read_text(), ".".join(path.relative_to(package).with_suffix("").parts))
+    assert found == AS_IN_TORCH
+
+
+def test_functions_of_many_parameters_are_seen():
+    text = """
+def eight(a, b, c, d, e, f, g, h): pass
+def nine(a, b, c, d, e, f, g, h, i): pass
+def stars(a, b, c, d, e, f, *g, h, **i): pass
+class Of:
+    def eight(self, a, b, c, d, e, f, g, h):
+        def nine(a, b, c, d, e, f, g, *, h, i=0): pass
+    if True:
+        def nine(self, a, b, c, d, e, f, g, h, i): pass
+    @staticmethod
+    def static(a, b, c, d, e, f, g, h, i): pass
+"""
+    assert too_many(text) == {"nine", "stars", "Of.eight.nine", "Of.nine", "Of.static"}
+
+
+@pytest.mark.parametrize("name", KERNEL_NAMES)
+def test_kernels_take_few_parameters(name):
+    assert len(signature(name)) <= MOST_OF_KERNELS

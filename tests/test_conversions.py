@@ -36,7 +36,7 @@ def conversions(text, width):
 
 
 def converted(name, width):
-    """What is converted."""
+    """The expressions that are converted, by their first names."""
     found = set()
     for file, line, column in conversions(launcher.source(name), width):
         text = (launcher.KERNELS / file).read_text().splitlines()[line - 1]
@@ -69,7 +69,7 @@ packs = st.sampled_from([(2, 1), (2, 2), (2, 8), (4, 1), (4, 4), (8, 1), (8, 2)]
 
 @given(many, many, many, packs, devices)
 def test_what_is_cut_is_small(N, C, rows, pack, device):
-    """Also what the kernels count with it: the packs of a thread, and those of a channel or a tile on chip."""
+    """What the kernels count with it is small, too: the packs of a thread, and those of a channel or a tile on chip."""
     itemsize, width = pack
     L, whole = rows * width, -(-C // width) * width
     first = geometry.channels_first_resident(N, C, L, itemsize, width, 1, device)
@@ -79,7 +79,7 @@ def test_what_is_cut_is_small(N, C, rows, pack, device):
         geometry.channels_last(N, whole, itemsize, width, 1, None),
     )
     for laid in filter(None, (first, last, *sums)):
-        assert laid.sizes.get("tile", 0) < 2**31
+        assert getattr(laid.sizes, "tile", 0) < 2**31
         assert laid.parts < 2**31
-    assert first is None or first.sizes["packs_per_block"] * geometry.LEAST_THREADS < 2**31  # of all its teams
-    assert last is None or last.sizes["M"] * last.sizes["tile"] < 2**31
+    assert first is None or first.sizes.packs * geometry.LEAST_THREADS < 2**31  # of all its teams
+    assert last is None or last.sizes.M * last.sizes.tile < 2**31

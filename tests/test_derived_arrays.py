@@ -10,6 +10,7 @@ import pytest
 import cupybn.functional as F
 from cupybn import BatchNorm1d
 from cupybn._calls.call import Call
+from cupybn._steps.bundles import Affine, Epilogue, Running
 from tests.reference import arguments, bits
 
 SHAPE = (4, 3, 5)
@@ -122,7 +123,8 @@ def test_memory_maps(tmp_path, rng):
 def test_they_are_checked_once_like_others(xp, rng):
     arrays = [derived(xp, arguments(xp, rng, SHAPE)[name]) for name in ("input", *VECTORS, "residual")]
     x, *vectors, residual = arrays
-    call = Call(x, *vectors, True, 0.1, 1e-5, residual, None, 1)
+    mean, var, weight, bias = vectors
+    call = Call(x, Affine(weight, bias, 1e-5), Running(mean, var, 0.1), Epilogue(residual), True, 1)
     assert call._key(None) is not None
     assert call._key(None) != call._replace(input=arguments(xp, rng, SHAPE)["input"])._key(None)
 

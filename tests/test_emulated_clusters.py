@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 
 import numpy as np
@@ -44,6 +45,14 @@ __device__ void sync_cluster() {
 
 def cluster(parameters, body, size=4, before=BEFORE):
     return make(parameters, body, before, f"__cluster_dims__({size}, 1, 1)")
+
+
+def outputs(seeds, kernel, size, new=cupy.empty, **dims):
+    """The integers that a kernel writes to its one argument, once for each order of threads."""
+    for _ in seeds():
+        out = new(size, np.int32)
+        launch(kernel, out, **dims)
+        yield out.get()
 
 
 def fails_somewhere(kernel, *args, match, **dims):
@@ -187,10 +196,8 @@ def test_clusters_in_three_dimensions(seeds):
     out[(blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x] = (of.z * 10 + of.y) * 10 + of.x;"""
     kernel = cluster("int* out", body.replace("out[", "if (threadIdx.x + threadIdx.y == 0) out["), 2)
     z, y, x = np.indices((2, 3, 4))
-    for _ in seeds():
-        out = cupy.empty((2, 3, 4), np.int32)
-        launch(kernel, out, grid=(4, 3, 2), block=(8, 5))
-        np.testing.assert_array_equal(out.get(), 100 * z + 10 * y + (x ^ 1))
+    for out in outputs(seeds, kernel, (2, 3, 4), grid=(4, 3, 2), block=(8, 5)):
+        np.testing.assert_array_equal(out, 100 * z + 10 * y + (x ^ 1))
 
 
 def test_stores_into_the_memory_of_peers(seeds):
@@ -205,11 +212,8 @@ def test_stores_into_the_memory_of_peers(seeds):
         out[blockIdx.x * 33 + threadIdx.x] = sum;
         sync_cluster();
     }"""
-    kernel = cluster("int* out", body)
-    for _ in seeds():
-        out = cupy.empty(8 * 33, np.int32)
-        launch(kernel, out, grid=8, block=33)
-        assert (out.get() == 600 + 8).all()
+    for out in outputs(seeds, cluster("int* out", body), 8 * 33, grid=8, block=33):
+        assert (out == 600 + 8).all()
 
 
 def test_atomics_in_the_memory_of_peers(seeds):
@@ -220,10 +224,8 @@ def test_atomics_in_the_memory_of_peers(seeds):
     atomicAdd(of_block(&sum, 2), 1);
     sync_cluster();
     if (rank() == 2 && threadIdx.x == 0) *out = sum;"""
-    for _ in seeds():
-        out = cupy.empty(1, np.int32)
-        launch(cluster("int* out", body), out, grid=4, block=64)
-        assert out.get() == 256
+    for out in outputs(seeds, cluster("int* out", body), 1, grid=4, block=64):
+        assert out == 256
 
 
 def test_a_block_has_barriers_of_its_own_while_others_wait_for_the_cluster(seeds):
@@ -242,10 +244,8 @@ def test_a_block_has_barriers_of_its_own_while_others_wait_for_the_cluster(seeds
     const int count = __syncthreads_count(1);
     __cluster_barrier_wait();
     if (threadIdx.x == 0 && rank() == 2) *out = count;"""
-    for _ in seeds():
-        out = cupy.zeros(1, np.int32)
-        launch(cluster("int* out", body), out, grid=4, block=64)
-        assert out.get() == 64
+    for out in outputs(seeds, cluster("int* out", body), 1, cupy.zeros, grid=4, block=64):
+        assert out == 64
 
 
 def test_work_between_arrival_and_wait(seeds):
@@ -259,10 +259,8 @@ def test_work_between_arrival_and_wait(seeds):
     sync_cluster();
     if (threadIdx.x == 32) out[blockIdx.x] += *of_block(&y, (rank() + 1) % 4);
     sync_cluster();"""
-    for _ in seeds():
-        out = cupy.empty(4, np.int32)
-        launch(cluster("int* out", body), out, grid=4, block=64)
-        np.testing.assert_array_equal(out.get(), [11, 22, 33, 0])
+    for out in outputs(seeds, cluster("int* out", body), 4, grid=4, block=64):
+        np.testing.assert_array_equal(out, [11, 22, 33, 0])
 
 
 def test_dynamic_shared_memory_of_any_size(seeds):
@@ -280,10 +278,8 @@ def test_dynamic_shared_memory_of_any_size(seeds):
     with refused(INVALID_VALUE, "bytes of shared memory in a block"):
         launch(kernel, cupy.zeros(1, np.int32), grid=2, block=64, shared_mem=200 << 10)
     kernel.max_dynamic_shared_size_bytes = 200 << 10
-    for _ in seeds():
-        out = cupy.zeros(1, np.int32)
-        launch(kernel, out, grid=2, block=64, shared_mem=200 << 10)
-        assert out.get() == 0
+    for out in outputs(seeds, kernel, 1, cupy.zeros, grid=2, block=64, shared_mem=200 << 10):
+        assert out == 0
 
 
 ORDER = """
@@ -414,10 +410,22 @@ def test_races_on_the_memory_of_peers(seeds, before, after, barrier):
             )
 
 
+def check_release(seeds, body, writer, reader, right):
+    """Check that one block reads the 7 that another one has written, or that this is reported as a race."""
+    kernel = cluster("int* out", body.replace("WRITER", str(writer)).replace("READER", str(reader)), 2)
+    for _ in seeds():
+        out = cupy.empty(1, np.int32)
+        if right:
+            launch(kernel, out, grid=2, block=64)
+            assert out.get() == 7
+        else:
+            fails_somewhere(kernel, out, grid=2, block=64, match="race on (a peer's )?shared memory")
+
+
 @pytest.mark.parametrize(("writes", "right"), [("before", True), ("between", False)])
 @pytest.mark.parametrize(("writer", "reader"), [(0, 1), (1, 0), (1, 1)])
 def test_what_lies_between_arrival_and_wait_is_not_released(seeds, writes, right, writer, reader):
-    """Nor for threads of the same block: thread 0 writes, thread 40 reads."""
+    """It is not released to threads of the same block either: thread 0 writes, thread 40 reads."""
     body = """
     __shared__ int x;
     if (threadIdx.x == 0) x = 0;
@@ -429,14 +437,7 @@ def test_what_lies_between_arrival_and_wait_is_not_released(seeds, writes, right
     if (rank() == READER && threadIdx.x == 40) *out = *of_block(&x, 1); // here
     sync_cluster();"""
     body = body.replace("BEFORE", "true" if writes == "before" else "false")
-    kernel = cluster("int* out", body.replace("WRITER", str(writer)).replace("READER", str(reader)), 2)
-    for _ in seeds():
-        out = cupy.empty(1, np.int32)
-        if right:
-            launch(kernel, out, grid=2, block=64)
-            assert out.get() == 7
-        else:
-            fails_somewhere(kernel, out, grid=2, block=64, match="race on (a peer's )?shared memory")
+    check_release(seeds, body, writer, reader, right)
 
 
 @pytest.mark.parametrize("barrier", ["", "__syncthreads();", "__syncwarp();"])  # while which all others may arrive
@@ -491,11 +492,8 @@ def test_what_a_thread_has_waited_for_it_tells_others(seeds, barrier, right):
     sync_cluster();"""
     kernel = cluster("int* out", body.replace("BARRIER", barrier), 2)
     for _ in seeds():
-        if right:
+        with contextlib.nullcontext() if right else pytest.raises(EmulationError, match="may not have started"):
             launch(kernel, cupy.empty(1, np.int32), grid=2)
-        else:
-            with pytest.raises(EmulationError, match="may not have started"):
-                launch(kernel, cupy.empty(1, np.int32), grid=2)
 
 
 @pytest.mark.parametrize("writer", [0, 1])
@@ -553,15 +551,7 @@ def test_a_relaxed_arrival_releases_nothing(seeds, before, after, right, writer,
     LATER
     if (rank() == READER && threadIdx.x == 40) *out = *of_block(&x, 1); // here
     sync_cluster();"""
-    body = body.replace("EARLIER", before).replace("LATER", after)
-    kernel = cluster("int* out", body.replace("WRITER", str(writer)).replace("READER", str(reader)), 2)
-    for _ in seeds():
-        out = cupy.empty(1, np.int32)
-        if right:
-            launch(kernel, out, grid=2, block=64)
-            assert out.get() == 7
-        else:
-            fails_somewhere(kernel, out, grid=2, block=64, match="race on (a peer's )?shared memory")
+    check_release(seeds, body.replace("EARLIER", before).replace("LATER", after), writer, reader, right)
 
 
 def test_after_a_relaxed_arrival_a_block_may_have_left(seeds):
@@ -992,7 +982,7 @@ FAULTS = {
 
 @pytest.mark.parametrize(("text", "fault"), FAULTS.values(), ids=FAULTS)
 def test_faults_in_clusters_of_the_library_are_found(seeds, monkeypatch, text, fault):
-    """Of bn_forward: the sums of eight blocks."""
+    """Faults in bn_forward, where eight blocks add their sums."""
     source = launcher.source("channels_first/bn_forward")
     assert source.count(text) == 1
     x = cupy.asarray(np.random.default_rng(0).standard_normal(SHAPE).astype(np.float32))

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 
 from cupybn._steps import launcher
+from cupybn._steps.bundles import Moments
+from cupybn._steps.geometry import ChannelsFirst
 
 if importlib.util.find_spec("cupy") is None:
     sys.path.insert(0, str(Path(__file__).parent / "emulated"))
@@ -363,19 +365,19 @@ def test_static_and_dynamic_shared_memory_share_what_there_is():
     assert kernel.shared_size_bytes == 4096
     assert kernel.max_dynamic_shared_size_bytes == 44 << 10
     launch(kernel, shared_mem=44 << 10)
-    with refused(INVALID_VALUE, "bytes of shared memory in a block"):
-        launch(kernel, shared_mem=(44 << 10) + 1)
-    with refused(INVALID_VALUE, "bytes of dynamic shared memory"):
-        kernel.max_dynamic_shared_size_bytes = 227 << 10
-    kernel.max_dynamic_shared_size_bytes = 223 << 10
-    launch(kernel, shared_mem=223 << 10)
-    with emulator.pretend(emulator.H200, emulator.A100), cupy.cuda.Device(1):  # a device that knows nothing of it
+
+    def check(too_much, most):
+        """48 KiB are there before a kernel asks for more; it may ask for what is left of a block's memory."""
         with refused(INVALID_VALUE, "bytes of shared memory in a block"):
             launch(kernel, shared_mem=(44 << 10) + 1)
         with refused(INVALID_VALUE, "bytes of dynamic shared memory"):
-            kernel.max_dynamic_shared_size_bytes = 160 << 10
-        kernel.max_dynamic_shared_size_bytes = 159 << 10
-        launch(kernel, shared_mem=159 << 10)
+            kernel.max_dynamic_shared_size_bytes = too_much << 10
+        kernel.max_dynamic_shared_size_bytes = most << 10
+        launch(kernel, shared_mem=most << 10)
+
+    check(227, 223)
+    with emulator.pretend(emulator.H200, emulator.A100), cupy.cuda.Device(1):  # a device that knows nothing of it
+        check(160, 159)
 
 
 @pytest.mark.parametrize("vector", ["uint4", "float4"])
@@ -1102,12 +1104,14 @@ PARTS, THREADS, TEAM = 2, 128, 64
 
 def bn_stats(text, x):
     """Count, mean and m2 of each channel, in its parts."""
-    macros = {"DATA_T": "float32", "WIDTH": WIDTH, "INDEX_BITS": 32, "THREADS": THREADS, "TEAM": TEAM}
-    options = tuple(f"-D{name}={value}" for name, value in macros.items())
-    outputs = [cupy.empty(shape) for shape in ((PARTS,), (PARTS, C), (PARTS, C))]
-    sizes = N, C, L, -(-N * L // WIDTH // PARTS)
-    cupy.RawKernel(text, "bn_stats", options)((2, PARTS), (THREADS,), (cupy.asarray(x), None, *outputs, None, *sizes))
-    return [array.get() for array in outputs]
+    macros = {"DATA_T": x.dtype, "WIDTH": WIDTH, "INDEX_BITS": 32, "THREADS": THREADS, "TEAM": TEAM}
+    kernel = launcher.Kernel("channels_first/bn_stats", macros)
+    kernel.raw = cupy.RawKernel(text, "bn_stats", kernel.options)
+    moments = Moments(*(cupy.empty(shape) for shape in ((PARTS,), (PARTS, C), (PARTS, C))))
+    sizes = ChannelsFirst(N, C, L, packs=-(-N * L // WIDTH // PARTS))
+    arguments = {"x": cupy.asarray(x), "batches": None, "moments": moments, "sizes": sizes}
+    kernel.launch((2, PARTS), THREADS, arguments)
+    return [array.get() for array in moments[:3]]
 
 
 def is_right(text):

@@ -20,16 +20,13 @@ import pytest
 
 from cupybn import functional
 from cupybn._steps import launcher
+from tests.benchmark_scripts import BENCHMARKS, ROOT, require
 
 pytest.importorskip("ml_dtypes")
 pytest.importorskip("tqdm")
 cp = pytest.importorskip("cupy")
 
-ROOT = Path(__file__).parent.parent
-BENCHMARKS = ROOT / "benchmarks"
-if not BENCHMARKS.is_dir():
-    pytest.skip("the benchmarks are not part of the wheel", allow_module_level=True)
-sys.path.append(str(BENCHMARKS))
+require()
 
 from contact import insides, plan, report, runner  # noqa: E402
 from contact.log import Check, Findings, Log, write_whole  # noqa: E402

@@ -28,6 +28,8 @@ from cupybn._steps.geometry import (
     SUMMED_TILE,
     TEAMS,
     THREADS,
+    ChannelsFirst,
+    ChannelsLast,
     channels_first,
     channels_first_resident,
     channels_last,
@@ -50,9 +52,9 @@ def test_channels_first(N, C, rows, pack, multiprocessors):
     itemsize, width = pack
     L = rows * width
     (x, shares, z), s, parts, threads, cluster, shared, team = channels_first(N, C, L, itemsize, width, multiprocessors)
-    assert s == {"N": N, "C": C, "L": L, "packs_per_share": s["packs_per_share"]}
+    assert s == ChannelsFirst(N=N, C=C, L=L, packs=s.packs)
     assert 1 <= parts == shares <= MOST_GRID_Y
-    assert (shares - 1) * s["packs_per_share"] < N * rows <= shares * s["packs_per_share"]  # none is empty
+    assert (shares - 1) * s.packs < N * rows <= shares * s.packs  # none is empty
     assert (cluster, shared, z) == (1, 0, 1)
     assert team in TEAMS
     assert threads == max(team, LEAST_THREADS) <= THREADS
@@ -62,7 +64,7 @@ def test_channels_first(N, C, rows, pack, multiprocessors):
 
 @given(sizes, packs)
 def test_teams_are_as_small_as_their_share_allows(count, pack):
-    """Of narrow packs each thread takes twice as many. The largest team takes whatever is left."""
+    """Each thread takes twice as many of narrow packs. The largest team takes whatever is left."""
     pack_bytes = math.prod(pack)
     for each, most in (STREAMED_PACKS, THREADS), (ON_CHIP_PACKS, TEAMS[-1]), (ON_CHIP_PACKS // 2, TEAMS[-1]):
         team = team_of(count, pack_bytes, each, most)
@@ -73,7 +75,7 @@ def test_teams_are_as_small_as_their_share_allows(count, pack):
 
 
 def test_small_channels_share_a_block():
-    """Planes of 7 x 7 at batch 32: of float32 1568 single elements, by 64 threads; a warp takes what is less."""
+    """Planes of 7 x 7 at batch 32 have 1568 single elements of float32, for 64 threads; a warp takes what is less."""
     assert [channels_first(32, 2048, 49, 4, 1, count)[3:] for count in (None, 132)] == [(128, 1, 0, 64)] * 2
     assert channels_first(32, 2048, 49, 4, 1, None).grid == (1024, 1, 1)
     assert channels_first(8, 2049, 49, 4, 1, None)[3:] == (128, 1, 0, 32)
@@ -88,27 +90,27 @@ def test_channels_last(M, columns, pack, arrays, multiprocessors):
     C = columns * width
     geometry = channels_last(M, C, itemsize, width, arrays, multiprocessors)
     (tiles, shares), s, parts, threads, cluster, shared, team = geometry
-    assert s == {"M": M, "C": C, "tile": s["tile"], "rows_per_share": s["rows_per_share"]}
-    assert (tiles - 1) * s["tile"] < columns <= tiles * s["tile"]
-    assert s["tile"].bit_count() == 1  # a power of two
-    assert s["tile"] <= MOST_COLUMNS
-    assert s["tile"] * width * itemsize <= max(MAPPED_TILE if multiprocessors else SUMMED_TILE[arrays])
-    assert s["tile"] < 2 * columns
-    assert (shares - 1) * s["rows_per_share"] < M <= shares * s["rows_per_share"]
+    assert s == ChannelsLast(M=M, C=C, tile=s.tile, rows=s.rows)
+    assert (tiles - 1) * s.tile < columns <= tiles * s.tile
+    assert s.tile.bit_count() == 1  # a power of two
+    assert s.tile <= MOST_COLUMNS
+    assert s.tile * width * itemsize <= max(MAPPED_TILE if multiprocessors else SUMMED_TILE[arrays])
+    assert s.tile < 2 * columns
+    assert (shares - 1) * s.rows < M <= shares * s.rows
     assert 1 <= parts == shares <= MOST_GRID_Y
     assert (threads, cluster, shared, team) == (THREADS, 1, 0, 0)
 
 
 @given(sizes, sizes, packs, st.sampled_from([1, 2]), st.integers(1, 10**4))
 def test_blocks_have_more_to_do_than_to_merge(M, columns, pack, arrays, multiprocessors):
-    """Where rows are shared out, elementwise steps have many of them for each part that they merge first."""
+    """Blocks of elementwise steps that share rows have many of them for each part that they merge first."""
     itemsize, width = pack
     C = columns * width
     (_, shares), s, *_ = channels_last(M, C, itemsize, width, arrays, multiprocessors)
     if shares > 1:
         parts = channels_last(M, C, itemsize, width, arrays, None).parts
-        wanted = max(LEAST_MAPPED / (s["tile"] * width), ROWS_PER_PART * parts)
-        assert s["rows_per_share"] >= wanted / 2  # two shares of little more than one
+        wanted = max(LEAST_MAPPED / (s.tile * width), ROWS_PER_PART * parts)
+        assert s.rows >= wanted / 2  # two shares of little more than one
 
 
 @given(sizes, sizes, sizes, packs, st.integers(1, 10**4))
@@ -116,7 +118,7 @@ def test_blocks_of_rows_have_enough_to_do(N, C, rows, pack, multiprocessors):
     itemsize, width = pack
     (_, shares, _), s, *_ = channels_first(N, C, rows * width, itemsize, width, multiprocessors)
     if shares > 1:
-        assert s["packs_per_share"] * width >= LEAST_MAPPED / 2
+        assert s.packs * width >= LEAST_MAPPED / 2
 
 
 def test_more_channels_than_a_grid_is_wide():
@@ -128,7 +130,7 @@ def test_more_channels_than_a_grid_is_wide():
 
 @pytest.mark.parametrize("shape", [(32, 64, 112 * 112), (32, 2048, 52), (2, 32, 128**3), (1, 1, 10**8)])
 def test_large_arrays_fill_a_large_device(shape):
-    """In warps, of which some channels take a few: two for each scheduler of so many multiprocessors, at least."""
+    """Each scheduler of so many multiprocessors has at least two warps, of which some channels take a few."""
     N, C, L = shape
     for multiprocessors in None, 132:
         geometry = channels_first(N, C, L, 4, 4, multiprocessors)
@@ -166,7 +168,7 @@ def test_the_kernels_have_room_for_the_lanes(tile):
 
 
 class At:
-    """As much of an array as the choice looks at."""
+    """An array, as far as the choice of a pack looks at it."""
 
     def __init__(self, shape, dtype, address):
         self.shape, self.dtype, self.size = shape, np.dtype(dtype), math.prod(shape)
@@ -176,7 +178,7 @@ class At:
 
 @given(sizes, st.integers(1, 100), sizes, st.sampled_from(["f2", "f4", "f8"]), st.lists(st.integers(0, 7), max_size=3))
 def test_a_pack_is_of_one_row_and_aligned(N, C, L, dtype, offsets):
-    """In both layouts, and in all arrays; none that were twice as wide would be."""
+    """Packs of both layouts fit rows and addresses of all arrays; packs of twice the width would not."""
     dtype = np.dtype(dtype)
     arrays = [At((N, C, L), dtype, offset * dtype.itemsize) for offset in (0, *offsets)]
     nbytes = cupy_ops._width(*arrays) * dtype.itemsize
@@ -195,7 +197,7 @@ def test_a_pack_is_of_one_row_and_aligned(N, C, L, dtype, offsets):
 )
 @pytest.mark.parametrize("which", [0, 1, 2])
 def test_odd_alignments_take_narrower_packs(offset, nbytes, which):
-    """Whichever array it is that is not aligned."""
+    """Any of the arrays may be the one that is not aligned."""
     for shape in (3, 5, 16), (9, 16, 1):
         arrays = [At(shape, np.float16, offset if i == which else 0) for i in range(3)]
         assert cupy_ops._width(*arrays) * 2 == nbytes
@@ -211,7 +213,7 @@ def test_odd_rows_take_narrower_packs(row, width):
 # At the limits of a grid
 
 GRID = 2**31 - 1, 65535, 65535
-"""What CUDA has."""
+"""The limits of CUDA itself."""
 H200 = Device(132, 227 << 10, 228 << 10, clusters=True)
 huge = st.integers(1, 2**20) | st.integers(2**20, 2**44)
 counts = st.none() | st.integers(1, 200) | st.integers(10**4, 10**6)
@@ -222,7 +224,7 @@ channels = st.integers(1, 2**20) | st.integers(2**20, 2**35)  # of float16, 64 G
 
 @given(huge, channels, huge | st.just(1), packs, counts)
 def test_every_grid_can_be_launched(N, C, L, pack, multiprocessors):
-    """Whatever the array, and the device that may come."""
+    """Grids stay within the limits, whatever the array, and the device that may come."""
     itemsize, width = pack
     device = H200._replace(multiprocessors=multiprocessors or 132)
     rows, whole = -(-L // width) * width, -(-C // width) * width
@@ -238,25 +240,25 @@ def test_every_grid_can_be_launched(N, C, L, pack, multiprocessors):
 
 
 def test_more_columns_of_packs_than_a_grid_is_wide():
-    """A tile has several of them, also where packs are single elements."""
+    """A tile has several columns, also where packs are single elements."""
     for C, width in (2**32 - 1, 1), (2**33 + 1, 1), (2**34 + 4, 4), (2**35 + 8, 8):
         plan = cupy_ops._plan("bn_normalize", (1, C, 1), np.dtype(np.float16), width, 132)
         sizes = plan.geometry.sizes
         assert f"-DWIDTH={width}" in plan.kernel.options
         assert plan.geometry.grid[0] <= MOST_GRID_X
-        assert plan.geometry.grid[0] * sizes["tile"] >= C // width
+        assert plan.geometry.grid[0] * sizes.tile >= C // width
 
 
 @pytest.mark.parametrize("M", [2**44, 2**44 + 5])
 def test_as_many_shares_as_a_grid_has_room_for(M):
     (tiles, shares), sizes, *_ = channels_last(M, 2**10 - 1, 2, 1, 1, 10**8)
     assert 65000 < shares <= 65535
-    assert (shares - 1) * sizes["rows_per_share"] < M <= shares * sizes["rows_per_share"]
-    assert tiles * sizes["tile"] >= 2**10 - 1
+    assert (shares - 1) * sizes.rows < M <= shares * sizes.rows
+    assert tiles * sizes.tile >= 2**10 - 1
     (blocks, shares, _), sizes, *_ = channels_first(M, 3, 5, 2, 1, 10**8)
     assert blocks == 3
     assert 65000 < shares <= 65535
-    assert (shares - 1) * sizes["packs_per_share"] < 5 * M <= shares * sizes["packs_per_share"]
+    assert (shares - 1) * sizes.packs < 5 * M <= shares * sizes.packs
 
 
 @pytest.mark.parametrize("C", [2**28, 2**30 - 1, 2**30, 2**30 + 1, 2**31, 2**32 + 3, 65535 << 30])
@@ -272,12 +274,12 @@ def test_many_channels(C):
     for width in 1, 8:
         columns = -(-C // width)
         (tiles, shares), sizes, *_ = channels_last(19, columns * width, 2, width, 2, None)
-        assert (tiles - 1) * sizes["tile"] < columns <= tiles * sizes["tile"]
+        assert (tiles - 1) * sizes.tile < columns <= tiles * sizes.tile
         assert shares == 1
 
 
 def test_clusters_fill_a_grid_and_no_more():
-    """Beyond that channels are streamed."""
+    """Clusters that are more than a grid has room for do not occur: channels are streamed."""
     for C, on_chip in (2**27, True), (2**27 + 1, False):
         geometry = channels_first_resident(1, C, 800_000, 2, 8, 1, H200)
         assert bool(geometry) == on_chip

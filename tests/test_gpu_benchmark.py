@@ -6,22 +6,18 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 import cupybn.functional as F
 from cupybn._cli.problem import OPERATIONS, Problem, make_arrays
+from tests.benchmark_scripts import BENCHMARKS, ROOT, require
 
 pytest.importorskip("matplotlib")
 cp = pytest.importorskip("cupy")
 
-ROOT = Path(__file__).parent.parent
-BENCHMARKS = ROOT / "benchmarks"
-if not BENCHMARKS.is_dir():
-    pytest.skip("the benchmarks are not part of the wheel", allow_module_level=True)
-sys.path.append(str(BENCHMARKS))
+require()
 
 import gpu_exact  # noqa: E402
 import gpu_goals  # noqa: E402

@@ -19,17 +19,14 @@ from cupybn._cli.measure import AS_LITTLE_AS_POSSIBLE
 from cupybn._cli.peers import EPS, MOMENTUM
 from cupybn._cli.problem import OPERATIONS, Problem, make_arrays
 from tests import real_cupy
+from tests.benchmark_scripts import BENCHMARKS, ROOT, require
 
 pytest.importorskip("matplotlib")
 cp = pytest.importorskip("cupy")
 if not hasattr(cp, "emulator"):
     pytest.skip("the stand-in for cudnn-frontend runs on the stand-in for CuPy", allow_module_level=True)
 
-ROOT = Path(__file__).parent.parent
-BENCHMARKS = ROOT / "benchmarks"
-if not BENCHMARKS.is_dir():
-    pytest.skip("the benchmarks are not part of the wheel", allow_module_level=True)
-sys.path.append(str(BENCHMARKS))
+require()
 
 import gpu_cudnn  # noqa: E402
 import gpu_exact  # noqa: E402

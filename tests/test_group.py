@@ -88,8 +88,7 @@ def outcome(call):
 
 
 def interrupted(calls, interrupt):
-    """Both ranks make their call twice. The first one of rank 0 is interrupted; what they say of each, and rank 0's
-    arrays after the first one."""
+    """What both ranks say of each of two calls, and the arrays of rank 0 after its first one, which is interrupted."""
     said, arrays = ([], []), []
 
     def other():
@@ -127,7 +126,7 @@ class Call:
 
 
 def calls_of(forward, passes, **kwargs):
-    """Of two ranks that have made so many passes."""
+    """The calls of two ranks that have made so many passes."""
     inboxes = queue.SimpleQueue(), queue.SimpleQueue()
     engines = [Rank(rank, inboxes) for rank in range(2)]
     x = np.random.default_rng(0).standard_normal((2, 4, 3)).astype(np.float32)
@@ -202,7 +201,7 @@ def test_interrupts_while_the_others_are_told(monkeypatch, message):
 
 
 class CUDARuntimeError(RuntimeError):
-    """As CuPy's: an error of the device is a RuntimeError, too, but none that all ranks raise."""
+    """The error of that name of CuPy: a RuntimeError, but none that all ranks raise."""
 
 
 @pytest.fixture

@@ -13,9 +13,9 @@ import pytest
 import cupybn
 import cupybn.functional as F
 from cupybn._steps import cupy_ops, geometry, launcher, numpy_ops, resident
-from cupybn._steps.bundles import Moments, Statistics, Sums
+from cupybn._steps.bundles import Affine, Epilogue, Gradients, Moments, Running, Sums
 from tests.reference import DTYPES, HALF_ULP, bits, to_numpy
-from tests.steps import EPS, Arrays, forget_plans, to_device, to_host, ways
+from tests.steps import EPS, Arrays, forget_plans, to_device, to_host, ways_back
 
 cp = pytest.importorskip("cupy")
 emulator = getattr(cp, "emulator", None)
@@ -39,7 +39,7 @@ SHAPES = {  # (N, C, L), and what is special
     "many channels": (9, 700, 1),
 }
 SOME = ("two values", "odd rows", "several parts of rows", "whole packs, several tiles", "odd channels, several tiles")
-"""For dtypes and alignments that differ from those of the other shapes by what an element is, not by where it is."""
+"""Shapes for all dtypes and alignments: with the others these would differ by what an element is, not where it is."""
 
 
 def cases():
@@ -53,7 +53,7 @@ def cases():
 
 
 def fused(cases):
-    """Each with the most that is fused, and some with less."""
+    """Each case with the most that is fused, and some with less."""
     for case in cases:
         yield pytest.param(*case.values, "relu", True, id=f"{case.id}, residual, relu")
         if any(name in case.id for name in SOME):
@@ -62,7 +62,7 @@ def fused(cases):
 
 
 def clustered(cases):
-    """With clusters of eight blocks, and some without."""
+    """Each case with clusters of eight blocks, and some without clusters."""
     for case in cases:
         if "bfloat16" in case.id:
             continue  # what it has of its own is in the steps' tests
@@ -78,13 +78,17 @@ on_fused = pytest.mark.parametrize((*CASE, "activation", "has_residual"), list(f
 on_clusters = pytest.mark.parametrize((*CASE, "activation", "has_residual", "blocks"), list(clustered(fused(cases()))))
 
 
+BARE = Affine(None, None, EPS)
+"""No weight and no bias."""
+
+
 def merged(parts):
-    """All of them, by the mirror."""
+    """The moments of all parts together, by the mirror."""
     return Moments.of_rows(numpy_ops.merge_moments(parts))
 
 
 def test_the_cases_have_packs_of_every_width():
-    """In both layouts, aligned or not; of 16-bit dtypes from one element on."""
+    """Packs of all widths occur in both layouts, those of 16-bit dtypes from one element on."""
     found = set()
     for case in cases():
         (_, C, L), dtype, offset = case.values
@@ -122,81 +126,77 @@ def test_mean_and_var(rng, shape, dtype, offset):
 
 @on_fused
 def test_bn_normalize(rng, shape, dtype, offset, activation, has_residual):
-    """From running statistics to the bit; from moments, whose merged bits may differ by one, to rounding."""
-    arrays = Arrays(rng, shape, dtype, offset, has_residual)
-    x, residual, weight, bias, mean, var = arrays.on_device("x", "residual", "weight", "bias", "mean", "var")
-    out = arrays.empty()
-    step = (EPS, weight, bias, residual, activation)
-    mirror = (EPS, arrays.weight, arrays.bias, arrays.residual, activation)
-    y = np.empty_like(arrays.x)
+    """Outputs agree to the bit from running statistics; to rounding from moments, whose merged bits may differ."""
+    arrays = Arrays(rng, shape, dtype, offset, has_residual, activation)
+    x, affine, running, epilogue = arrays.on_device("x", "affine", "running", "epilogue")
+    out, y = arrays.empty(), np.empty_like(arrays.x)
+    before = bits(*arrays.running[:2])
 
-    statistics = cupy_ops.bn_normalize(x, None, *step, mean, var, 0.1, None, out, None)
-    numpy_ops.bn_normalize(arrays.x, None, *mirror, arrays.mean, arrays.var, 0.1, None, y, None)
+    statistics = cupy_ops.bn_normalize(x, None, affine, running, epilogue, out)
+    numpy_ops.bn_normalize(arrays.x, None, arrays.affine, arrays.running, arrays.epilogue, y)
     np.testing.assert_array_equal(to_numpy(out).astype(np.float64), y.astype(np.float64))
-    np.testing.assert_array_equal(to_host(statistics), [arrays.mean, arrays.var])
-    assert bits(mean, var) == bits(arrays.mean, arrays.var)
+    np.testing.assert_array_equal(to_host(statistics), arrays.running[:2])
+    assert bits(*running[:2]) == bits(*arrays.running[:2]) == before
 
     moments, counter = cupy_ops.bn_stats(x), cp.array(2)
     host = to_host(moments)
-    ours = to_host(cupy_ops.bn_normalize(x, moments, *step, mean, var, 0.1, counter, out, None))
-    theirs = numpy_ops.bn_normalize(arrays.x, host, *mirror, arrays.mean, arrays.var, 0.1, None, y, None)
+    ours = cupy_ops.bn_normalize(x, moments, affine, running._replace(batches=counter), epilogue, out)
+    theirs = numpy_ops.bn_normalize(arrays.x, host, arrays.affine, arrays.running, arrays.epilogue, y)
     rtol = 8 * HALF_ULP["float64"]
-    np.testing.assert_allclose(ours, theirs, rtol=rtol, atol=0)
+    np.testing.assert_allclose(to_host(ours), theirs, rtol=rtol, atol=0)
     arrays.close(out, y, 4, 4)
-    np.testing.assert_allclose(to_numpy(mean), arrays.mean, rtol=2.0**-23)
-    np.testing.assert_allclose(to_numpy(var), arrays.var, rtol=rtol)
+    np.testing.assert_allclose(to_numpy(running.mean), arrays.running.mean, rtol=2.0**-23)
+    np.testing.assert_allclose(to_numpy(running.var), arrays.running.var, rtol=rtol)
     assert int(counter) == 3
 
 
 @pytest.mark.parametrize("target", ["x", "residual"])
 @on_float32
 def test_bn_normalize_in_place(rng, shape, dtype, offset, target):
-    arrays = Arrays(rng, shape, dtype, offset, has_residual=True)
-    x, residual, mean, var = arrays.on_device("x", "residual", "mean", "var")
-    out = arrays.empty()
-    step = (x, None, EPS, None, None, residual, "relu", mean, var, 0.1, None)
-    cupy_ops.bn_normalize(*step, out, None)
+    arrays = Arrays(rng, shape, dtype, offset, True, "relu")
+    x, running, epilogue = arrays.on_device("x", "running", "epilogue")
+    out, into = arrays.empty(), {"x": x, "residual": epilogue.residual}[target]
+    cupy_ops.bn_normalize(x, None, BARE, running, epilogue, out)
     expected = bits(out)
-    into = {"x": x, "residual": residual}[target]
-    cupy_ops.bn_normalize(*step, into, None)
+    cupy_ops.bn_normalize(x, None, BARE, running, epilogue, into)
     assert bits(into) == expected
 
 
 def close_sums(arrays, ours, theirs):
-    """sum(dy) and sum(dy * xhat), up to roundings of their terms."""
+    """Check sum(dy) and sum(dy * xhat), up to roundings of their terms."""
     g = np.abs(arrays.dy.astype(np.float64))
-    xhat = (arrays.x.astype(np.float64) - arrays.mean[:, None]) / np.sqrt(arrays.var + EPS)[:, None]
+    mean, var = arrays.statistics
+    xhat = (arrays.x.astype(np.float64) - mean[:, None]) / np.sqrt(var + EPS)[:, None]
     for a, b, terms in zip(ours, theirs, (g, g * np.abs(xhat)), strict=True):
         assert np.all(np.abs(a - b) <= 32 * arrays.unit * terms.sum((0, 2)))
 
 
 @on_fused
 def test_bn_backward_reduce(rng, shape, dtype, offset, activation, has_residual):
-    arrays = Arrays(rng, shape, dtype, offset, has_residual)
-    ours, theirs = ways(arrays, activation)
+    arrays = Arrays(rng, shape, dtype, offset, has_residual, activation)
+    ours, theirs = ways_back(arrays)
     sums, expected = to_host(cupy_ops.bn_backward_reduce(*ours)), numpy_ops.bn_backward_reduce(*theirs)
     close_sums(arrays, [a.sum(0) for a in sums], [b[0] for b in expected])
 
 
 @on_fused
 def test_bn_backward_input(rng, shape, dtype, offset, activation, has_residual):
-    """From the same statistics and one part of sums, to the bit, in training and in eval."""
-    arrays = Arrays(rng, shape, dtype, offset, has_residual)
+    """Gradients of the same statistics and one part of sums agree to the bit, in training and in eval."""
+    arrays = Arrays(rng, shape, dtype, offset, has_residual, activation)
     C = shape[1]
-    ours, theirs = ways(arrays, activation)
+    ours, theirs = ways_back(arrays)
     sums = Sums(*rng.standard_normal((2, 1, C)) * (arrays.x.size / C))
     for inv_count in C / arrays.x.size, 0.0:
-        gradients = arrays.empty(), arrays.empty(), to_device(np.zeros(C, dtype)), to_device(np.zeros(C))
-        cupy_ops.bn_backward_input(*ours, Sums(*map(cp.asarray, sums)), inv_count, *gradients)
-        expected = [np.empty_like(arrays.x), np.empty_like(arrays.x), np.empty(C, dtype), np.empty(C)]
-        numpy_ops.bn_backward_input(*theirs, sums, inv_count, *expected)
+        expected, gradients = arrays.gradients(dtype)
+        cupy_ops.bn_backward_input(*ours, to_device(sums), inv_count, gradients)
+        numpy_ops.bn_backward_input(*theirs, sums, inv_count, expected)
         for a, b in zip(gradients, expected, strict=True):
             np.testing.assert_array_equal(to_numpy(a).astype(np.float64), b.astype(np.float64))
 
 
 @pytest.fixture
 def on_chip(monkeypatch, request):
-    """What fits is kept on chip, by clusters of so many blocks, channels last by one; a list of the launches."""
+    """A list of the launches; what fits is kept on chip, by clusters of so many blocks, channels last by one block."""
     chosen = []
     monkeypatch.setattr(geometry, "SOON", 10**9)
     monkeypatch.setattr(resident, "BLOCKS", (request.getfixturevalue("blocks"),))
@@ -226,23 +226,21 @@ def check_clusters(chosen, blocks, x):
 
 @on_clusters
 def test_bn_forward(rng, shape, dtype, offset, activation, has_residual, blocks, on_chip):
-    arrays = Arrays(rng, shape, dtype, offset, has_residual)
-    x, residual, weight, bias, mean, var = arrays.on_device("x", "residual", "weight", "bias", "mean", "var")
+    arrays = Arrays(rng, shape, dtype, offset, has_residual, activation)
+    x, affine, running, epilogue = arrays.on_device("x", "affine", "running", "epilogue")
     out, y, counter = arrays.empty(), np.empty_like(arrays.x), cp.array(2)
-    options = EPS, weight, bias, residual, activation, mean, var, 0.1, counter, out
-    ours = to_host(cupy_ops.bn_forward(x, *options, None))
-    host = EPS, arrays.weight, arrays.bias, arrays.residual, activation, arrays.mean, arrays.var, 0.1, None, y
-    theirs = numpy_ops.bn_forward(arrays.x, *host, None)
+    ours = to_host(cupy_ops.bn_forward(x, affine, running._replace(batches=counter), epilogue, out))
+    theirs = numpy_ops.bn_forward(arrays.x, arrays.affine, arrays.running, arrays.epilogue, y)
     check_clusters(on_chip, blocks, x)
     std = np.sqrt(theirs.var)
     assert np.all(
         np.abs(ours.mean - theirs.mean) <= 4 * arrays.unit * std + 2 * HALF_ULP["float64"] * np.abs(ours.mean)
     )
     np.testing.assert_allclose(ours.var, theirs.var, rtol=8 * arrays.unit)
-    size = 1 + np.abs(arrays.weight[:, None])  # an error of the mean is one of the output
+    size = 1 + np.abs(arrays.affine.weight[:, None])  # an error of the mean is one of the output
     arrays.close(out, y, size, 16)
-    np.testing.assert_allclose(to_numpy(mean), arrays.mean, rtol=8 * arrays.unit, atol=8 * arrays.unit)
-    np.testing.assert_allclose(to_numpy(var), arrays.var, rtol=8 * arrays.unit)
+    np.testing.assert_allclose(to_numpy(running.mean), arrays.running.mean, rtol=8 * arrays.unit, atol=8 * arrays.unit)
+    np.testing.assert_allclose(to_numpy(running.var), arrays.running.var, rtol=8 * arrays.unit)
     assert int(counter) == 3
 
 
@@ -250,34 +248,31 @@ def test_bn_forward(rng, shape, dtype, offset, activation, has_residual, blocks,
 @pytest.mark.parametrize("blocks", [8])
 @on_float32
 def test_bn_forward_in_place(rng, shape, dtype, offset, target, blocks, on_chip):
-    arrays = Arrays(rng, shape, dtype, offset, has_residual=True)
-    x, residual = arrays.on_device("x", "residual")
-    options = (EPS, None, None, residual, "relu", None, None, 0.1, None)
-    out = arrays.empty()
-    cupy_ops.bn_forward(x, *options, out, None)
+    arrays = Arrays(rng, shape, dtype, offset, True, "relu")
+    x, epilogue = arrays.on_device("x", "epilogue")
+    out, into = arrays.empty(), {"x": x, "residual": epilogue.residual}[target]
+    cupy_ops.bn_forward(x, BARE, Running(), epilogue, out)
     expected = bits(out)
-    into = {"x": x, "residual": residual}[target]
-    cupy_ops.bn_forward(x, *options, into, None)
+    cupy_ops.bn_forward(x, BARE, Running(), epilogue, into)
     assert bits(into) == expected
     check_clusters(on_chip, blocks, x)
 
 
 @on_clusters
 def test_bn_backward(rng, shape, dtype, offset, activation, has_residual, blocks, on_chip):
-    arrays = Arrays(rng, shape, dtype, offset, has_residual)
+    arrays = Arrays(rng, shape, dtype, offset, has_residual, activation)
     C = shape[1]
-    ours, theirs = ways(arrays, activation)
+    ours, theirs = ways_back(arrays)
     for inv_count in C / arrays.x.size, 0.0:
         on_chip.clear()
-        gradients = [arrays.empty(), arrays.empty(), cp.zeros(C), cp.zeros(C)]
-        cupy_ops.bn_backward(*ours, inv_count, *gradients)
-        check_clusters(on_chip, blocks, ours[1])
-        dx, dresidual, dweight, dbias = (to_numpy(a) for a in gradients)
-        expected = [np.empty_like(arrays.x), np.empty_like(arrays.x), np.empty(C), np.empty(C)]
-        numpy_ops.bn_backward(*theirs, inv_count, *expected)
-        close_sums(arrays, (dbias, dweight), expected[:1:-1])
-        np.testing.assert_array_equal(dresidual.astype(np.float64), expected[1].astype(np.float64))
-        arrays.close(dx, expected[0], np.abs(arrays.weight[:, None]) * 8, 32)
+        expected, gradients = arrays.gradients()
+        cupy_ops.bn_backward(*ours, inv_count, gradients)
+        check_clusters(on_chip, blocks, ours.x)
+        dx, dresidual, dweight, dbias = to_host(gradients)
+        numpy_ops.bn_backward(*theirs, inv_count, expected)
+        close_sums(arrays, (dbias, dweight), (expected.dbias, expected.dweight))
+        np.testing.assert_array_equal(dresidual.astype(np.float64), expected.dresidual.astype(np.float64))
+        arrays.close(dx, expected.dx, np.abs(arrays.affine.weight[:, None]) * 8, 32)
 
 
 @pytest.mark.parametrize("shape", [(4, 5, 40), (40, 5, 1)], ids=str)
@@ -285,34 +280,29 @@ def test_sums_of_many_parts(rng, shape):
     """More parts than threads share them: each adds several."""
     arrays = Arrays(rng, shape, np.dtype(np.float32), 0)
     C = shape[1]
-    dy, x = arrays.on_device("dy", "x")
-    statistics = Statistics(arrays.mean.astype(np.float64), arrays.var)
+    dy, x, statistics = arrays.on_device("dy", "x", "statistics")
     sums = Sums(*rng.standard_normal((2, 1000, C)))
     parts = Moments(rng.integers(1, 9, 1000).astype(float), *rng.uniform(1, 2, (2, 1000, C)))
-    dweight, dbias, dx = np.empty(C), np.empty(C), np.empty_like(arrays.x)
-    host = (EPS, None, None, None, None)
-    numpy_ops.bn_backward_input(arrays.dy, arrays.x, statistics, *host, sums, 0.01, dx, None, dweight, dbias)
-    ours = [to_device(np.zeros_like(a)) for a in (dx, dweight, dbias)]
-    given = [type(t)(*(None if f is None else cp.asarray(f) for f in t)) for t in (statistics, sums, parts)]
-    cupy_ops.bn_backward_input(dy, x, given[0], *host, given[1], 0.01, ours[0], None, *ours[1:])
-    np.testing.assert_allclose(to_numpy(ours[1]), dweight, rtol=1e-12)
-    np.testing.assert_allclose(to_numpy(ours[2]), dbias, rtol=1e-12)
-    arrays.close(ours[0], dx, 4, 4)
+    theirs, ours = (gradients._replace(dresidual=None) for gradients in arrays.gradients())
+    numpy_ops.bn_backward_input(arrays.dy, arrays.x, arrays.statistics, BARE, Epilogue(), sums, 0.01, theirs)
+    cupy_ops.bn_backward_input(dy, x, statistics, BARE, Epilogue(), to_device(sums), 0.01, ours)
+    np.testing.assert_allclose(to_numpy(ours.dweight), theirs.dweight, rtol=1e-12)
+    np.testing.assert_allclose(to_numpy(ours.dbias), theirs.dbias, rtol=1e-12)
+    arrays.close(ours.dx, theirs.dx, 4, 4)
 
-    none = (None, None, None, None)
-    merged = cupy_ops.bn_normalize(x, given[2], *host, *none, ours[0], None)
-    mirrored = numpy_ops.bn_normalize(arrays.x, parts, *host, *none, dx, None)
+    merged = cupy_ops.bn_normalize(x, to_device(parts), BARE, Running(), Epilogue(), ours.dx)
+    mirrored = numpy_ops.bn_normalize(arrays.x, parts, BARE, Running(), Epilogue(), theirs.dx)
     np.testing.assert_allclose(to_host(merged), mirrored, rtol=1e-12)
 
 
 def test_rows_that_are_alike_stay_so(rng):
-    """Whichever block has them: parts merge in one order."""
+    """Rows that different blocks have get the same bits: parts merge in one order."""
     x = cp.asarray(np.broadcast_to(rng.standard_normal((1, 5, 1)), (8, 5, 1)).copy())
-    parts = Moments(*map(cp.asarray, (rng.integers(1, 9, 1000).astype(float), *rng.uniform(1, 2, (2, 1000, 5)))))
-    sums = Sums(*map(cp.asarray, rng.standard_normal((2, 1000, 5))))
-    out, dx, none = cp.empty_like(x), cp.empty_like(x), (None, None, None, None)
-    statistics = cupy_ops.bn_normalize(x, parts, EPS, *none, *none, out, None)
-    cupy_ops.bn_backward_input(x, x, statistics, EPS, *none, sums, 0.01, dx, None, None, None)
+    parts = to_device(Moments(rng.integers(1, 9, 1000).astype(float), *rng.uniform(1, 2, (2, 1000, 5))))
+    sums = to_device(Sums(*rng.standard_normal((2, 1000, 5))))
+    out, dx = cp.empty_like(x), cp.empty_like(x)
+    statistics = cupy_ops.bn_normalize(x, parts, BARE, Running(), Epilogue(), out)
+    cupy_ops.bn_backward_input(x, x, statistics, BARE, Epilogue(), sums, 0.01, Gradients(dx))
     for result in out, dx:
         assert bits(*result) == bits(result[0]) * len(result)
 
@@ -360,11 +350,12 @@ def test_teams_of_a_block_know_nothing_of_each_other(rng, dtype, L):
 
 
 def all_results(rng, shape, dtype, offset=0, training=True):
-    """Forward and backward through the public functions, with everything fused: the bits of all that comes out."""
-    arrays = Arrays(rng, shape, np.dtype(dtype), offset, has_residual=True)
-    x, residual, weight, bias, mean, dy = arrays.on_device("x", "residual", "weight", "bias", "mean", "dy")
-    var = cp.asarray(arrays.var)
-    y, vjp_fn = F.batch_norm_vjp(x, mean, var, weight, bias, training, residual=residual, activation="relu")
+    """The bits of all that comes out of the public functions, forward and backward, with everything fused."""
+    arrays = Arrays(rng, shape, np.dtype(dtype), offset, True, "relu")
+    x, dy, (weight, bias, _), running, epilogue = arrays.on_device("x", "dy", "affine", "running", "epilogue")
+    mean, var = running[:2]
+    options = {"residual": epilogue.residual, "activation": epilogue.activation}
+    y, vjp_fn = F.batch_norm_vjp(x, mean, var, weight, bias, training, **options)
     return bits(y, mean, var, *vjp_fn(dy), *F.moments(x))
 
 
@@ -406,14 +397,14 @@ def test_strides_over_the_end_count_for_indices(shape, bits):
 
 @pytest.mark.parametrize(("channels", "bits"), [(2**26 + 1, 32), (2**28 + 1, 64)])
 def test_rows_of_threads_count_for_indices(channels, bits):
-    """There are eight of them, also where there is one row."""
+    """Threads of a block lie in eight rows, also where the array has one row."""
     plan = cupy_ops._plan("bn_normalize", (1, channels, 1), np.dtype(np.float16), 1, 132)
     assert f"-DINDEX_BITS={bits}" in plan.kernel.options
 
 
 @pytest.fixture
 def fresh_kernels():
-    """None is there that was made of another source."""
+    """Drops the kernels that were made of another source."""
     launcher.kernel.cache_clear()
     forget_plans()
     yield
@@ -425,7 +416,7 @@ def fresh_kernels():
 @pytest.mark.usefixtures("fresh_kernels")
 @pytest.mark.parametrize("shape", [(6, 5, 50), (45, 302, 1)], ids=str)
 def test_packs_that_threads_carry_to_shared_memory(shape, monkeypatch):
-    """As GPUs do that know no copies which go on by themselves: the same bits."""
+    """GPUs without copies that go on by themselves let threads carry packs to shared memory, and get the same bits."""
     expected = all_results(np.random.default_rng(0), shape, np.float32)
     condition = "constexpr bool CARRIED = PACK_BYTES < 4;"
     original, seen = launcher.source, set()
@@ -446,7 +437,7 @@ def test_packs_that_threads_carry_to_shared_memory(shape, monkeypatch):
 @pytest.mark.usefixtures("streamed")
 @pytest.mark.parametrize("training", [True, False])
 def test_every_device_gets_the_same_bits(shape, training):
-    """Of what is not kept on chip."""
+    """Sums that are streamed are split alike on all devices."""
     results = []
     for properties in emulator.H200, emulator.T4, emulator.Properties(multiprocessors=1):
         with emulator.pretend(properties):
@@ -467,7 +458,7 @@ def test_more_channels_than_a_grid_is_wide(shape, monkeypatch):
 @VARIED
 @pytest.mark.usefixtures("either")
 def test_every_run_gets_the_same_bits(shape, monkeypatch):
-    """In whatever order threads and blocks run."""
+    """The order in which threads and blocks run changes nothing."""
     results = []
     for seed in range(4):
         if emulator is not None:
@@ -611,7 +602,7 @@ def test_moments_take_two_launches(rng):
 
 
 def test_a_copy_of_what_is_not_dense_alone(rng):
-    """Permuted memory is read as it is; a crop through one copy."""
+    """Permuted memory is read as it is, a crop through one copy."""
     x = cp.asarray(rng.standard_normal((4, 9, 9, 6)).astype(np.float32))
     for view in (x.transpose(0, 3, 1, 2), x.transpose(3, 0, 2, 1), x.transpose(1, 2, 3, 0)):
         y = F.batch_norm(view, None, None, training=True)

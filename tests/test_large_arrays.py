@@ -13,8 +13,8 @@ import numpy.typing as npt
 import pytest
 
 from cupybn._steps import cupy_ops, numpy_ops
-from cupybn._steps.bundles import Moments, Statistics, Sums
-from cupybn._steps.geometry import MOST_GRID_Y
+from cupybn._steps.bundles import Affine, Epilogue, Gradients, Moments, Running, Statistics, Sums
+from cupybn._steps.geometry import MOST_GRID_Y, ChannelsLast
 from tests.reference import HALF_ULP, to_numpy
 
 cp = pytest.importorskip("cupy")
@@ -23,8 +23,8 @@ if emulator is None:
     pytest.skip("a GPU runs whole grids", allow_module_level=True)
 
 from tests.partial import fill, merged, sparse, written  # noqa: E402
+from tests.steps import EPS, Back, each_array, to_device, to_host  # noqa: E402
 
-EPS = 1e-3
 UNIT = 2 * HALF_ULP["float32"]  # of the arithmetic
 
 
@@ -49,16 +49,15 @@ class Share(NamedTuple):
         return array._host.reshape(-1)[self.places]
 
     def sums(self, array):
-        """Those of a (P, C) array that are its own."""
+        """The elements of a (P, C) array that are its own."""
         return to_numpy(array.reshape(-1)[self.first_sum : self.first_sum + self.channels.size])
 
 
 def share_of_rows(geometry, width, share, backwards):
-    """Channels first: a share of the last channels."""
-    s, teams, (x, shares, _) = geometry.sizes, geometry.threads // geometry.team, geometry.grid
-    N, C, L = s["N"], s["C"], s["L"]
+    """A share of the last channels (channels first)."""
+    (N, C, L, of_share), teams, (x, shares, _) = geometry.sizes, geometry.threads // geometry.team, geometry.grid
     channels = np.arange(max(0, C - teams) if backwards else (x - 1) * teams, C)
-    packs = np.arange(share * s["packs_per_share"], min((share + 1) * s["packs_per_share"], N * (L // width)))
+    packs = np.arange(share * of_share, min((share + 1) * of_share, N * (L // width)))
     n, j = np.divmod(packs, L // width)
     elements = (n * C * L + j * width)[:, None] + np.arange(width)
     places = channels[:, None] * L + elements.reshape(-1)
@@ -67,27 +66,25 @@ def share_of_rows(geometry, width, share, backwards):
 
 
 def share_of_columns(geometry, width, share, tile, backwards):
-    """Channels last: a share of the rows of a tile."""
-    s, (tiles, shares) = geometry.sizes, geometry.grid
-    M, C, tile = s["M"], s["C"], tile % tiles
-    first = tile * s["tile"] * width
-    channels = np.arange(first, min(first + s["tile"] * width, C))
-    rows = np.arange(share * s["rows_per_share"], min((share + 1) * s["rows_per_share"], M))
-    block = tile, shares - 1 - share if backwards else share, 0
+    """A share of the rows of a tile (channels last)."""
+    (M, C, columns, of_share), (tiles, shares) = geometry.sizes, geometry.grid
+    first = tile % tiles * columns * width
+    channels = np.arange(first, min(first + columns * width, C))
+    rows = np.arange(share * of_share, min((share + 1) * of_share, M))
+    block = tile % tiles, shares - 1 - share if backwards else share, 0
     return Share(block, (rows[:, None] * C + channels)[:, :, None], channels, share * C + first, share == 0)
 
 
 def cluster(geometry, width):
-    """On chip: the last channels, or the last tile."""
-    s = geometry.sizes
-    C, last = s["C"], geometry.grid[0] // geometry.cluster - 1
-    block = last * geometry.cluster, 0, 0
-    if "tile" in s:
-        channels = np.arange(last * s["tile"] * width, C)
-        return Share(block, (np.arange(s["M"])[:, None] * C + channels)[:, :, None], channels, 0, True)
+    """The last channels, or the last tile, which a cluster keeps on chip."""
+    sizes, last = geometry.sizes, geometry.grid[0] // geometry.cluster - 1
+    block, C = (last * geometry.cluster, 0, 0), sizes.C
+    if isinstance(sizes, ChannelsLast):
+        channels = np.arange(last * sizes.tile * width, C)
+        return Share(block, (np.arange(sizes.M)[:, None] * C + channels)[:, :, None], channels, 0, True)
     channels = np.arange(last * (geometry.threads // geometry.team), C)
-    rows = (np.arange(s["N"])[:, None] * C + channels) * s["L"]
-    return Share(block, rows[:, :, None] + np.arange(s["L"]), channels, 0, True)
+    rows = (np.arange(sizes.N)[:, None] * C + channels) * sizes.L
+    return Share(block, rows[:, :, None] + np.arange(sizes.L), channels, 0, True)
 
 
 LAST = -1
@@ -125,27 +122,29 @@ def width_of(shape, dtype, offset):
 
 
 def index_bits(shape):
-    """Those that all places of an array need."""
+    """The bits of an index that all places of an array need."""
     return 64 if np.prod(shape, dtype=object) > 2**31 else 32
 
 
 class Large:
-    """The arguments of the steps, of which the elements of some shares are there."""
+    """The arguments of the steps on the device, of which the elements of some shares are there; vectors on the host."""
 
     def __init__(self, rng, shape, dtype, offset, *shares):
         self.shape, self.dtype, self.offset = shape, np.dtype(dtype), offset
         self.ranges = [r for share in shares for r in share.ranges]
         last = np.prod(shape, dtype=object) if index_bits(shape) == 32 else 2**31 / 0.95
         assert all(share.places.max() > 0.95 * last for share in shares)
-        self.x, self.dy, self.residual = (
+        self.x, self.dy, residual = (
             fill(self.empty(), lambda size, mean=mean: rng.standard_normal(size) * 2 + mean) for mean in (3, 0, 0)
         )
-        self.out, self.dx, self.dresidual = (self.empty() for _ in range(3))
+        self.out, dx, dresidual = (self.empty() for _ in range(3))
         self.width = width_of(shape, dtype, offset)
-        assert self.width == cupy_ops._width(self.x, self.residual, self.out, self.dy, self.dx, self.dresidual)
-        self.mask = self.empty_mask()
+        assert self.width == cupy_ops._width(self.x, residual, self.out, self.dy, dx, dresidual)
+        self.epilogue = Epilogue(residual, "relu", self.empty_mask())
         C = shape[1]
-        self.weight, self.bias, self.running_mean, self.running_var = rng.standard_normal((4, C)).astype(np.float32)
+        self.gradients = Gradients(dx, dresidual, cp.zeros(C), cp.zeros(C))
+        weight, bias, running_mean, running_var = rng.standard_normal((4, C)).astype(np.float32)
+        self.affine, self.running = Affine(weight, bias, EPS), Running(running_mean, running_var, 0.1)
         self.moments = Moments(np.array([9.0]), rng.uniform(2, 4, (1, C)), rng.uniform(20, 40, (1, C)))
         self.statistics = Statistics(rng.uniform(2, 4, C), rng.uniform(2, 4, C))
         self.sums = Sums(*rng.standard_normal((2, 1, C)))
@@ -155,41 +154,45 @@ class Large:
         return sparse(self.shape, self.dtype, self.ranges, self.offset)
 
     def empty_mask(self):
-        """As `cupy_ops.empty_mask` has it."""
+        """The mask that `cupy_ops.empty_mask` makes."""
         if self.width == 1:
             return sparse(self.shape, np.bool_, self.ranges)
         parts = [(begin // self.width, -(-end // self.width)) for begin, end in self.ranges]
         return sparse((np.prod(self.shape) // self.width,), np.uint8, parts)
 
+    def back(self):
+        """The arguments that all steps of the way back begin with, and a mask that lets some elements pass."""
+        fill(self.epilogue.mask, lambda size: np.random.default_rng(1).integers(0, 2**self.width, size))
+        statistics, affine = to_device(self.statistics), to_device(self.affine)
+        return Back(self.dy, self.x, statistics, affine, self.epilogue._replace(residual=None))
+
     def on_host(self, share):
-        """The same of a share."""
-        host = SimpleNamespace()
-        for name, value in vars(self).items():
-            if name in ("x", "dy", "residual"):
-                setattr(host, name, share.of(value))
-            elif name in ("weight", "bias", "running_mean", "running_var"):
-                setattr(host, name, value[share.channels])
-            elif name in ("moments", "statistics", "sums"):
-                fields = (None if f is None else f if f.size == 1 else f[..., share.channels] for f in value)
-                setattr(host, name, type(value)(*fields))
-        host.out, host.dx, host.dresidual = (np.empty_like(host.x) for _ in range(3))
-        host.mask = np.empty(host.x.shape, np.bool_)
+        """The same arguments, for a share alone."""
+        host = SimpleNamespace(x=share.of(self.x), dy=share.of(self.dy))
+        for name in "affine", "running", "moments", "statistics", "sums":
+            setattr(host, name, of_channels(share.channels, getattr(self, name)))
+        host.out, dx, dresidual = (np.empty_like(host.x) for _ in range(3))
+        vectors = (np.zeros(share.channels.size) for _ in range(2))
+        host.gradients = Gradients(dx, dresidual, *vectors)
+        host.epilogue = Epilogue(share.of(self.epilogue.residual), "relu", np.empty(host.x.shape, np.bool_))
         return host
 
 
-def on_device(fields):
-    """A NamedTuple of arrays."""
-    return type(fields)(*(None if field is None else cp.asarray(field) for field in fields))
+def of_channels(channels, bundle):
+    """A bundle of vectors, cut to some of their channels."""
+    if isinstance(bundle, Moments):  # the counts are those of all channels
+        return Moments(bundle.count, bundle.mean[:, channels], bundle.m2[:, channels])
+    return each_array(lambda array: array[..., channels], bundle)
 
 
 def check(array, share, expected):
-    """The share has what the mirror has, to the bit, and the block has written nothing else."""
+    """Check that the share has what the mirror has, to the bit, and that the block has written nothing else."""
     np.testing.assert_array_equal(share.of(array), expected)
     assert written(array) == merged(share.ranges)
 
 
 def check_vectors(ours, before, share, expected, **tolerance):
-    """The block has written to the channels that it owns, and to no others."""
+    """Check that the block has written to the channels that it owns, and to no others."""
     for array, start, result in zip(ours, before, expected, strict=True):
         wanted = np.array(start)
         if share.owns:
@@ -199,7 +202,7 @@ def check_vectors(ours, before, share, expected, **tolerance):
 
 @pytest.fixture
 def many_shares(monkeypatch):
-    """Where there are few channels, about as many blocks as a grid has room for."""
+    """About as many blocks as a grid has room for, where there are few channels."""
     original = cupy_ops._plan
 
     def plan(step, shape, dtype, width, multiprocessors):
@@ -207,11 +210,12 @@ def many_shares(monkeypatch):
         assert f"-DINDEX_BITS={index_bits(shape)}" in kernel.options
         if shape[1] > 100:
             return cupy_ops._Plan(kernel, geometry)
-        s, (x, _, *z) = dict(geometry.sizes), geometry.grid
-        of_share, count = ("rows_per_share", s["M"]) if "M" in s else ("packs_per_share", s["N"] * (s["L"] // width))
-        s[of_share] = -(-count // (MOST_GRID_Y - 1))
-        shares = -(-count // s[of_share])
-        return cupy_ops._Plan(kernel, geometry._replace(grid=(x, shares, *z), sizes=s, parts=shares))
+        sizes, (x, _, *z) = geometry.sizes, geometry.grid
+        name, count = ("rows", sizes.M) if shape[2] == 1 else ("packs", sizes.N * (sizes.L // width))
+        of_share = -(-count // (MOST_GRID_Y - 1))
+        shares = -(-count // of_share)
+        sizes = sizes._replace(**{name: of_share})
+        return cupy_ops._Plan(kernel, geometry._replace(grid=(x, shares, *z), sizes=sizes, parts=shares))
 
     monkeypatch.setattr(cupy_ops, "_plan", plan)
 
@@ -229,9 +233,9 @@ def shares_of(shape, dtype, offset, share, tile):
             yield share_of_columns(*of_step, tile, step == "bn_normalize")
 
 
-def backward_step(host, mask):
-    """The first arguments of the steps of the way back."""
-    return host.dy, host.x, host.statistics, EPS, host.weight, host.bias, "relu", mask
+def way_back(host, mask):
+    """The arguments that all steps of the way back begin with, on the host."""
+    return Back(host.dy, host.x, host.statistics, host.affine, Epilogue(None, "relu", mask))
 
 
 @pytest.mark.usefixtures("many_shares")
@@ -240,8 +244,6 @@ def test_streamed(rng, case):
     of_sums, of_gradients, of_maps = shares_of(*case)
     large = Large(rng, *case[:3], of_sums, of_gradients, of_maps)
     host = large.on_host(of_maps)
-    C = large.shape[1]
-    weight, bias, *running = map(cp.asarray, (large.weight, large.bias, large.running_mean, large.running_var))
 
     with emulator.run_only(of_sums.block):
         parts = cupy_ops.bn_stats(large.x)
@@ -249,39 +251,35 @@ def test_streamed(rng, case):
     np.testing.assert_allclose(of_sums.sums(parts.mean), expected.mean[0], atol=8 * UNIT)
     np.testing.assert_allclose(of_sums.sums(parts.m2), expected.m2[0], rtol=8 * UNIT)
 
-    step = (EPS, weight, bias, large.residual, "relu", *running, 0.1, None, large.out, large.mask)
+    moments, affine, running = to_device(large.moments), to_device(large.affine), to_device(large.running)
     with emulator.run_only(of_maps.block):
-        statistics = cupy_ops.bn_normalize(large.x, on_device(large.moments), *step)
-    step = (EPS, host.weight, host.bias, host.residual, "relu", host.running_mean, host.running_var, 0.1, None)
-    expected = numpy_ops.bn_normalize(host.x, host.moments, *step, host.out, host.mask)
+        statistics = cupy_ops.bn_normalize(large.x, moments, affine, running, large.epilogue, large.out)
+    expected = numpy_ops.bn_normalize(host.x, host.moments, host.affine, host.running, host.epilogue, host.out)
     check(large.out, of_maps, host.out)
-    np.testing.assert_array_equal(passes(large, of_maps), host.mask)
-    check_vectors(running, (large.running_mean, large.running_var), of_maps, (host.running_mean, host.running_var))
+    np.testing.assert_array_equal(passes(large, of_maps), host.epilogue.mask)
+    check_vectors(running[:2], large.running[:2], of_maps, host.running[:2])
     for ours, theirs in zip(statistics, expected, strict=True):
         if of_maps.owns:
             np.testing.assert_array_equal(to_numpy(ours[of_maps.channels]), theirs)
 
-    fill(large.mask, lambda size: np.random.default_rng(1).integers(0, 2**large.width, size))
-    step = (large.dy, large.x, on_device(large.statistics), EPS, weight, bias, "relu", large.mask)
+    back = large.back()
     with emulator.run_only(of_gradients.block):
-        sums = cupy_ops.bn_backward_reduce(*step)
-    expected = numpy_ops.bn_backward_reduce(*backward_step(large.on_host(of_gradients), passes(large, of_gradients)))
+        sums = cupy_ops.bn_backward_reduce(*back)
+    expected = numpy_ops.bn_backward_reduce(*way_back(large.on_host(of_gradients), passes(large, of_gradients)))
     for ours, theirs in zip(sums, expected, strict=True):
         np.testing.assert_allclose(of_gradients.sums(ours), theirs[0], atol=32 * UNIT * of_gradients.places[:, 0].size)
 
-    vectors, expected = [cp.zeros(C) for _ in range(2)], [np.zeros(of_maps.channels.size) for _ in range(2)]
     with emulator.run_only(of_maps.block):
-        cupy_ops.bn_backward_input(*step, on_device(large.sums), 0.25, large.dx, large.dresidual, *vectors)
-    step = backward_step(host, passes(large, of_maps))
-    numpy_ops.bn_backward_input(*step, host.sums, 0.25, host.dx, host.dresidual, *expected)
-    check(large.dx, of_maps, host.dx)
-    check(large.dresidual, of_maps, host.dresidual)
-    check_vectors(vectors, np.zeros((2, C)), of_maps, expected)
+        cupy_ops.bn_backward_input(*back, to_device(large.sums), 0.25, large.gradients)
+    numpy_ops.bn_backward_input(*way_back(host, passes(large, of_maps)), host.sums, 0.25, host.gradients)
+    check(large.gradients.dx, of_maps, host.gradients.dx)
+    check(large.gradients.dresidual, of_maps, host.gradients.dresidual)
+    check_vectors(large.gradients[2:], np.zeros((2, large.shape[1])), of_maps, host.gradients[2:])
 
 
 @pytest.fixture(params=ON_CHIP.values(), ids=ON_CHIP)
 def on_chip(request, rng):
-    """A function of a step: its arguments, those of its last cluster, and that."""
+    """A function of a step that returns its arguments, those of its last cluster, and what that takes."""
     shape, dtype, offset = request.param
     width = width_of(shape, dtype, offset)
 
@@ -296,7 +294,7 @@ def on_chip(request, rng):
 
 
 def check_close(array, share, expected):
-    """Up to roundings; the block has written nothing else."""
+    """Check equality up to roundings, and that the block has written nothing else."""
     tolerance = {"rtol": 4 * HALF_ULP[array.dtype.name], "atol": 64 * UNIT}
     np.testing.assert_allclose(share.of(array).astype(float), expected.astype(float), **tolerance)
     assert written(array) == merged(share.ranges)
@@ -304,32 +302,25 @@ def check_close(array, share, expected):
 
 def test_bn_forward(on_chip):
     large, host, share = on_chip("bn_forward")
-    weight, bias, *running = map(cp.asarray, (large.weight, large.bias, large.running_mean, large.running_var))
-    step = (EPS, weight, bias, large.residual, "relu", *running, 0.1, None, large.out, large.mask)
+    affine, running = to_device(large.affine), to_device(large.running)
     with emulator.run_only(share.block):
-        cupy_ops.bn_forward(large.x, *step)
-    step = (EPS, host.weight, host.bias, host.residual, "relu", host.running_mean, host.running_var, 0.1, None)
-    numpy_ops.bn_forward(host.x, *step, host.out, host.mask)
+        cupy_ops.bn_forward(large.x, affine, running, large.epilogue, large.out)
+    numpy_ops.bn_forward(host.x, host.affine, host.running, host.epilogue, host.out)
     check_close(large.out, share, host.out)
-    before, expected = (large.running_mean, large.running_var), (host.running_mean, host.running_var)
-    check_vectors(running, before, share, expected, rtol=8 * UNIT, atol=8 * UNIT)
+    check_vectors(running[:2], large.running[:2], share, host.running[:2], rtol=8 * UNIT, atol=8 * UNIT)
 
 
 def test_bn_backward(on_chip):
-    """With a mask that bn_normalize has left."""
+    """The mask is one that bn_normalize might have left."""
     large, host, share = on_chip("bn_backward")
-    C, lanes = large.shape[1], share.channels.size
-    fill(large.mask, lambda size: np.random.default_rng(1).integers(0, 2**large.width, size))
-    weight, bias = cp.asarray(large.weight), cp.asarray(large.bias)
-    vectors, expected = [cp.zeros(C) for _ in range(2)], [np.zeros(lanes) for _ in range(2)]
-    step = (large.dy, large.x, on_device(large.statistics), EPS, weight, bias, "relu", large.mask)
+    count = host.x.size / share.channels.size
     with emulator.run_only(share.block):
-        cupy_ops.bn_backward(*step, lanes / host.x.size, large.dx, large.dresidual, *vectors)
-    step = backward_step(host, passes(large, share))
-    numpy_ops.bn_backward(*step, lanes / host.x.size, host.dx, host.dresidual, *expected)
-    check_close(large.dx, share, host.dx)
-    check(large.dresidual, share, host.dresidual)
-    check_vectors(vectors, np.zeros((2, C)), share, expected, atol=32 * UNIT * host.x.size / lanes)
+        cupy_ops.bn_backward(*large.back(), 1 / count, large.gradients)
+    numpy_ops.bn_backward(*way_back(host, passes(large, share)), 1 / count, host.gradients)
+    check_close(large.gradients.dx, share, host.gradients.dx)
+    check(large.gradients.dresidual, share, host.gradients.dresidual)
+    before = np.zeros((2, large.shape[1]))
+    check_vectors(large.gradients[2:], before, share, host.gradients[2:], atol=32 * UNIT * count)
 
 
 def passes(large, share):
@@ -345,8 +336,7 @@ def passes(large, share):
 
 @pytest.fixture
 def parts(rng):
-    """Moments and sums of so many parts and channels that they have more than 2^31 elements; those of the last channels
-    are there. The same of these channels on the host."""
+    """Moments and sums of more than 2^31 elements, of which the last channels are there; the same on the host."""
     P, C, last = 1100, 2**21, 32
     assert P * C > 2**31
 
@@ -361,14 +351,14 @@ def parts(rng):
 
 
 def last_channels(array, expected):
-    """So many as the block has written."""
+    """Check the last channels: so many as the block has written."""
     np.testing.assert_allclose(to_numpy(array[..., -expected.shape[-1] :]), expected, rtol=1e-12)
 
 
 def test_merging_many_parts(parts):
     moments, sums, host, host_sums = parts
     C = moments.mean.shape[1]
-    own = Moments(host.count, host.mean[:, -1:], host.m2[:, -1:])
+    own, own_sums = of_channels(slice(-1, None), host), of_channels(slice(-1, None), host_sums)
     with emulator.run_only((C - 1, 0, 0)):
         row = cupy_ops.merge_moments(moments)
         mean, var = cupy_ops.mean_and_var(moments, np.dtype(np.float64))
@@ -380,7 +370,7 @@ def test_merging_many_parts(parts):
     last_channels(mean, numpy_ops.mean_and_var(own, np.dtype(np.float64))[0])
     last_channels(var, numpy_ops.mean_and_var(own, np.dtype(np.float64))[1])
     vectors = np.empty(1), np.empty(1)
-    expected = numpy_ops.merge_sums(Sums(*(field[:, -1:] for field in host_sums)), np.array([8.0]), *vectors)
+    expected = numpy_ops.merge_sums(own_sums, np.array([8.0]), *vectors)
     last_channels(sums_row[:, :C], expected[:, :1])
     last_channels(sums_row, expected[:, 1:])
     last_channels(dweight, vectors[0])
@@ -396,28 +386,24 @@ def test_many_parts_before_elementwise_steps(rng, parts, L):
     on_gpu, out = cp.asarray(x), cp.empty(shape, np.float32)
     geometry = cupy_ops._choose("bn_normalize", on_gpu).geometry
     block = geometry.grid[0] - 1 if L == 1 else 0
-    c = slice(-(geometry.sizes["tile"] * 4 if L == 1 else geometry.threads // geometry.team), None)
-    host = Moments(host.count, host.mean[:, c], host.m2[:, c])
-    host_sums = Sums(*(field[:, c] for field in host_sums))
-    none = (None,) * 4
+    c = slice(-(geometry.sizes.tile * 4 if L == 1 else geometry.threads // geometry.team), None)
+    host, host_sums = of_channels(c, host), of_channels(c, host_sums)
+    own, affine = x[:, c], Affine(None, None, EPS)
     with emulator.run_only((block, 0, 0)):
-        statistics = cupy_ops.bn_normalize(on_gpu, moments, EPS, None, None, None, None, *none, out, None)
-    expected = numpy_ops.bn_normalize(
-        x[:, c], host, EPS, None, None, None, None, *none, np.empty_like(x[:, c]), None
-    )  # fmt: skip
+        statistics = cupy_ops.bn_normalize(on_gpu, moments, affine, Running(), Epilogue(), out)
+    expected = numpy_ops.bn_normalize(own, host, affine, Running(), Epilogue(), np.empty_like(own))
     for ours, theirs in zip(statistics, expected, strict=True):
         last_channels(ours, theirs)
 
-    whole = Statistics(cp.zeros(C), cp.ones(C))
-    vectors, expected = [cp.empty(C), cp.empty(C)], [np.empty(x[:, c].shape[1]) for _ in range(2)]
+    statistics = Statistics(cp.zeros(C), cp.ones(C))
+    ours = Gradients(out, None, cp.empty(C), cp.empty(C))
+    theirs = Gradients(np.empty_like(own), None, *np.empty((2, own.shape[1])))
     with emulator.run_only((block, 0, 0)):
-        step = (whole, EPS, None, None, None, None, sums, 0.0, out, None, *vectors)
-        cupy_ops.bn_backward_input(on_gpu, on_gpu, *step)
-    own = Statistics(np.zeros(expected[0].size), np.ones(expected[0].size))
-    step = (own, EPS, None, None, None, None, host_sums, 0.0, np.empty_like(x[:, c]), None, *expected)
-    numpy_ops.bn_backward_input(x[:, c], x[:, c], *step)
-    for ours, theirs in zip(vectors, expected, strict=True):
-        last_channels(ours, theirs)
+        cupy_ops.bn_backward_input(on_gpu, on_gpu, statistics, affine, Epilogue(), sums, 0.0, ours)
+    statistics = of_channels(c, to_host(statistics))
+    numpy_ops.bn_backward_input(own, own, statistics, affine, Epilogue(), host_sums, 0.0, theirs)
+    last_channels(ours.dweight, theirs.dweight)
+    last_channels(ours.dbias, theirs.dbias)
 
 
 @pytest.mark.parametrize("shape", [(5, 3, 4), (7, 3, 1)], ids=str)
@@ -429,10 +415,11 @@ def test_vectors_of_large_strides(rng, shape):
         vectors.append(fill(memory, lambda size: rng.uniform(1, 2, size))[:: 2**31])
     host = [np.array([float(vector[i].get()) for i in range(3)], np.float32) for vector in vectors]
     out, y = cp.empty(shape, np.float32), np.empty_like(x)
-    weight, bias, mean, var = vectors
-    cupy_ops.bn_normalize(cp.asarray(x), None, EPS, weight, bias, None, None, mean, var, 0.1, None, out, None)
-    weight, bias, mean, var = host
-    numpy_ops.bn_normalize(x, None, EPS, weight, bias, None, None, mean, var, 0.1, None, y, None)
+    for ops, array, (weight, bias, mean, var), result in (
+        (cupy_ops, cp.asarray(x), vectors, out),
+        (numpy_ops, x, host, y),
+    ):
+        ops.bn_normalize(array, None, Affine(weight, bias, EPS), Running(mean, var), Epilogue(), result)
     np.testing.assert_array_equal(to_numpy(out), y)
 
 
@@ -440,30 +427,34 @@ def test_vectors_of_large_strides(rng, shape):
 # The checks above are worth something
 
 
+def normalize(x, out):
+    """Copy an array, more or less, by a step that works on its elements one by one."""
+    C = x.shape[1]
+    cupy_ops.bn_normalize(x, None, Affine(None, None, EPS), Running(cp.zeros(C), cp.ones(C)), Epilogue(), out)
+
+
 def test_what_is_not_there_is_out_of_bounds():
-    """Of nine channels the first block takes the last four."""
+    """The first block takes the last four of nine channels."""
     x, out = (sparse((1, 9, 8), np.float32, [(40, 72)]) for _ in range(2))
     fill(x, np.ones)
-    mean, var = cp.zeros(9), cp.ones(9)
-    step = (x, None, EPS, None, None, None, None, mean, var, None, None, out, None)
     with emulator.run_only((0, 0, 0)):
-        cupy_ops.bn_normalize(*step)
+        normalize(x, out)
     assert written(out) == [(40, 72)]
     with emulator.run_only((1, 0, 0)), pytest.raises(RuntimeError, match="out of bounds"):
-        cupy_ops.bn_normalize(*step)
+        normalize(x, out)
     with emulator.run_only((3, 0, 0)), pytest.raises(ValueError, match="expected a block of the grid"):
-        cupy_ops.bn_normalize(*step)
+        normalize(x, out)
     assert written(out) == [(40, 72)]
 
 
 def test_what_nobody_wrote_is_not_read():
     x, out = (sparse((1, 3, 8), np.float32, [(0, 24)]) for _ in range(2))
     with pytest.raises(RuntimeError, match="uninitialised"):
-        cupy_ops.bn_normalize(x, None, EPS, None, None, None, None, cp.zeros(3), cp.ones(3), None, None, out, None)
+        normalize(x, out)
 
 
 def test_strides_over_the_end_are_seen(monkeypatch):
-    """Where 32 bits hold all places of an array, but not those to which the last threads would go on."""
+    """32 bits hold all places of an array here, but not those to which its last threads would go on."""
     monkeypatch.setattr(cupy_ops, "MOST_INT", 2**40)
     cupy_ops._plan.cache_clear()
     for M, seen in (2080, False), (2140, True):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
 import pytest
 
-from cupybn._steps import launcher
+from cupybn._steps import bundles as real_bundles
+from cupybn._steps import geometry, launcher
 from cupybn._steps.launcher import Kernel, kernel, kernel_names, signature, source
 
 cp = pytest.importorskip("cupy")
@@ -47,13 +49,56 @@ struct Vector {
     }
 };
 """
+BUNDLED = """// bundled: all that it is given, in float64
+#include "deeper/more.cuh"
+
+enum Activation : long long { NONE, RELU };
+
+struct Affine {
+    Vector weight;  // [C] or null
+    double eps;
+
+    __device__ double at(long long c) const { return weight.data ? weight.get(c) : 1; }
+};
+
+struct State {
+    data_t* last;              // [size]
+    const long long* batches;  // [] or null
+    Activation activation;
+    double momentum;           // or null: there is none
+    Vector rest;               // [C]
+};
+
+struct Sizes {
+    long long N;
+    long long C;
+};
+
+extern "C" __global__ void bundled(
+    const data_t* x,           // [size]
+    Affine affine,
+    State state,               // or null: what is said here is seen as well
+    // outputs
+    double* out,               // [12]
+    // sizes
+    Sizes sizes) {
+    const double found[] = {
+        x[0], affine.at(sizes.C - 1), affine.eps, (double)(state.last != nullptr),
+        state.last ? state.last[sizes.N] : -1., state.batches ? (double)*state.batches : -1.,
+        (double)state.activation, state.momentum, (double)(state.rest.data != nullptr),
+        state.rest.data ? state.rest.get(sizes.C - 1) : -1., (double)sizes.N, (double)sizes.C,
+    };
+    for (int i = 0; i < 12; i++) out[i] = found[i];
+}
+"""
 
 
 @pytest.fixture
 def example(tmp_path, monkeypatch):
     """A kernel of its own folder, for float32 data."""
     (tmp_path / "deeper").mkdir()
-    for name, text in {"example.cu": EXAMPLE, "helper.cuh": HELPER, "deeper/more.cuh": MORE}.items():
+    texts = {"example.cu": EXAMPLE, "bundled.cu": BUNDLED, "helper.cuh": HELPER, "deeper/more.cuh": MORE}
+    for name, text in texts.items():
         (tmp_path / name).write_text(text)
     monkeypatch.setattr(launcher, "KERNELS", tmp_path)
     monkeypatch.setattr(launcher, "signature", signature.__wrapped__)
@@ -156,6 +201,221 @@ def test_arrays_on_another_device(example, arguments):
             example.launch((2,), 64, arguments | {"x": other})
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Bundles
+
+
+class Affine(NamedTuple):
+    weight: object
+    eps: object
+
+
+class State(NamedTuple):
+    last: object
+    batches: object
+    activation: object
+    momentum: object
+    rest: object
+
+
+class Sizes(NamedTuple):
+    N: object
+    C: object
+
+
+@pytest.fixture
+def bundled(example):
+    return Kernel("bundled", dict(option[2:].split("=") for option in example.options) | {"DATA_T": np.dtype("f4")})
+
+
+@pytest.fixture
+def bundles():
+    return {
+        "x": cp.full(1, 7, np.float32),
+        "affine": Affine(cp.asarray(np.array([1.5, 2.5], np.float32)), 1e-3),
+        "state": State(
+            cp.asarray(np.array([3, 4, 5], np.float32)), cp.asarray(9), "relu", 0.125, cp.asarray(np.array([6, 6.5]))
+        ),
+        "out": cp.zeros(12),
+        "sizes": Sizes(2, 2),
+    }
+
+
+def seen(kernel, bundles):
+    """What a kernel finds in its bundles."""
+    kernel.launch((1,), 1, bundles)
+    names = [
+        "x",
+        "weight",
+        "eps",
+        "has_last",
+        "last",
+        "batches",
+        "activation",
+        "momentum",
+        "has_rest",
+        "rest",
+        "N",
+        "C",
+    ]
+    return dict(zip(names, bundles["out"].tolist(), strict=True))
+
+
+def changed(bundles, path, value):
+    """The same arguments but for one, or for a field of one."""
+    name, _, field = path.partition(".")
+    return bundles | {name: bundles[name]._replace(**{field: value}) if field else value}
+
+
+def test_fields_land_in_the_struct(bundled, bundles):
+    assert seen(bundled, bundles) == {
+        "x": 7, "weight": 2.5, "eps": 1e-3, "has_last": 1, "last": 5, "batches": 9, "activation": 1,
+        "momentum": 0.125, "has_rest": 1, "rest": 6.5, "N": 2, "C": 2,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "name", "found"),
+    [
+        ("affine.weight", None, "weight", 1),
+        ("state.batches", None, "batches", -1),
+        ("state.momentum", None, "momentum", np.nan),
+        ("state.activation", None, "activation", 0),
+        ("affine.eps", np.float32(0.5), "eps", 0.5),
+        ("affine.eps", 2, "eps", 2),
+        ("sizes", Sizes(np.int32(1), 1), "last", 4),
+        ("sizes", Sizes(0, np.int64(1)), "rest", 6),
+    ],
+)
+def test_fields_of_other_values(bundled, bundles, path, value, name, found):
+    np.testing.assert_equal(seen(bundled, changed(bundles, path, value))[name], found)
+
+
+def test_vectors_in_structs_have_any_float_dtype_and_stride(bundled, bundles):
+    wide = cp.asarray(np.array([0.5, 1.5, 2.5, 3.5]))
+    for vector, found in ((wide, 1.5), (wide[::2], 2.5), (wide[::-1], 2.5), (wide.astype(np.float32)[2:], 3.5)):
+        assert seen(bundled, changed(bundles, "affine.weight", vector))["weight"] == found
+
+
+def test_a_whole_bundle_may_be_none_where_the_source_says_so(bundled, bundles):
+    found = seen(bundled, bundles | {"state": None})
+    assert (found["has_last"], found["batches"], found["activation"], found["has_rest"]) == (0, -1, 0, 0)
+    assert (found["weight"], found["C"]) == (2.5, 2)
+
+
+def refused(kernel, arguments, error, message):
+    """The launch of these arguments; nothing is launched."""
+    with pytest.raises(error, match=f"^bundled: {message}"):
+        kernel.launch((1,), 1, arguments)
+    assert not arguments["out"].get().any()
+
+
+ARRAY = np.zeros(4, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("affine.weight", ARRAY.astype(np.int32), r"expected a 1-D array of float16, .* \(got shape \(4,\), .* int32"),
+        ("affine.weight", ARRAY.reshape(2, 2), r"expected a 1-D array of float16, .* \(got shape \(2, 2\)"),
+        ("affine.weight", 1.0, r"expected a 1-D array of float16, .* \(got float\)"),
+        ("state.rest", None, r"expected a 1-D array of float16, .* \(got NoneType\)"),
+        ("affine.eps", None, r"expected a number \(got NoneType\)"),
+        ("affine.eps", ARRAY, r"expected a number \(got shape"),
+        ("state.last", None, r"expected a C-contiguous array of float32 \(got NoneType\)"),
+        ("state.last", ARRAY.astype(np.float64), r"expected a C-contiguous array of float32 \(got .* float64"),
+        ("state.last", "strided", r"expected a C-contiguous array of float32 \(got .*strides \(8,\)"),
+        ("state.last", 3, r"expected a C-contiguous array of float32 \(got int\)"),
+        ("state.batches", ARRAY, r"expected a C-contiguous array of int64 \(got .* float32"),
+        ("state.activation", "gelu", r"expected one of None, 'relu' \(got str\)"),
+        ("state.activation", 1, r"expected one of None, 'relu' \(got int\)"),
+        ("sizes.C", None, r"expected an integer \(got NoneType\)"),
+        ("sizes.N", 2.5, r"expected an integer \(got float\)"),
+    ],
+)
+def test_wrong_fields_are_named_and_not_launched(bundled, bundles, path, value, message):
+    if isinstance(value, np.ndarray):
+        value = cp.asarray(value)
+    elif isinstance(value, str) and value == "strided":
+        value = cp.zeros(8, np.float32)[::2]
+    refused(bundled, changed(bundles, path, value), TypeError, rf"{re.escape(path)}: {message}")
+
+
+class Other(NamedTuple):
+    weight: object
+    epsilon: object
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "given"),
+    [
+        ("affine", None, "NoneType"),
+        ("affine", (None, 1e-3), "tuple"),
+        ("affine", {"weight": None, "eps": 1e-3}, "dict"),
+        ("affine", Other(None, 1e-3), "Other"),
+        ("affine", 1e-3, "float"),
+        ("state", "array", "shape .*"),
+        ("sizes", None, "NoneType"),
+        ("sizes", (2, 2), "tuple"),
+        ("sizes", Other(2, 2), "Other"),
+    ],
+)
+def test_what_is_no_bundle_is_not_launched(bundled, bundles, name, value, given):
+    """Nor where it has the values of one that was."""
+    bundled.launch((1,), 1, bundles)
+    bundles["out"].fill(0)
+    value = cp.zeros(5, np.float32) if isinstance(value, str) else value
+    fields = ", ".join(bundles[name]._fields)
+    refused(bundled, bundles | {name: value}, TypeError, rf"{name}: expected a NamedTuple of {fields} \(got {given}\)$")
+
+
+def test_fields_on_another_device(bundled, bundles):
+    if not hasattr(cp, "emulator"):
+        pytest.skip("needs two GPUs")
+    with cp.emulator.pretend(cp.emulator.H200, cp.emulator.H200):
+        with cp.cuda.Device(1):
+            arrays = {
+                "affine.weight": cp.zeros(2, np.float32),
+                "state.last": cp.zeros(3, np.float32),
+                "state.batches": cp.zeros((), np.int64),
+            }
+        for path, array in arrays.items():
+            message = rf"expected {re.escape(path)} on device 0 \(got 1\)$"
+            refused(bundled, changed(bundles, path, array), ValueError, message)
+
+
+@pytest.mark.usefixtures("example")
+def test_signature_of_structs():
+    parameters = {p.name: p for p in launcher.signature("bundled")}
+    assert [(p.name, p.type, p.section, p.nullable) for p in parameters.values()] == [
+        ("x", "data_t*", "inputs", False),
+        ("affine", "Affine", "inputs", False),
+        ("state", "State", "inputs", True),
+        ("out", "double*", "outputs", False),
+        ("sizes", "Sizes", "sizes", False),
+    ]
+    assert [(f.name, f.type, f.nullable, f.fields) for f in parameters["affine"].fields] == [
+        ("weight", "Vector", True, ()),
+        ("eps", "double", False, ()),
+    ]
+    assert [(f.name, f.type, f.nullable) for f in parameters["state"].fields] == [
+        ("last", "data_t*", False),
+        ("batches", "long long*", True),
+        ("activation", "Activation", False),
+        ("momentum", "double", True),
+        ("rest", "Vector", False),
+    ]
+    assert [(f.name, f.type, f.section) for f in parameters["sizes"].fields] == [
+        ("N", "long long", "sizes"),
+        ("C", "long long", "sizes"),
+    ]
+    assert parameters["x"].fields == parameters["out"].fields == ()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sources
+
+
 @pytest.mark.usefixtures("example")
 def test_source_has_each_header_once_and_says_where_lines_come_from():
     text = launcher.source("example")
@@ -188,16 +448,13 @@ def test_signature():
 @pytest.mark.parametrize("name", kernel_names())
 def test_every_kernel_has_a_source_and_a_signature(name):
     assert source(name).count("__global__") == 1
-    assert len(signature(name)) > 5
-    assert {p.type for p in signature(name)} <= {
-        "data_t*",
-        "double*",
-        "long long*",
-        "mask_t*",
-        "double",
-        "long long",
-        "Vector",
-    }
+    assert len(signature(name)) > 2
+    bundles = {name for name, bundle in vars(real_bundles).items() if hasattr(bundle, "_fields")}
+    for parameter in signature(name):
+        simple = {"data_t*", "double*", "long long*", "double", "long long", "Vector"}
+        structs = bundles if parameter.section != "sizes" else {"ChannelsFirst", "ChannelsLast"}
+        assert parameter.type in simple | structs
+        assert bool(parameter.fields) == (parameter.type in structs)
 
 
 def test_a_kernel_is_made_and_compiled_once():
@@ -216,12 +473,19 @@ def test_a_mask_of_packs_has_bytes_and_one_of_elements_is_bool(width, dtype, oth
     macros = {"DATA_T": np.dtype(np.float16), "WIDTH": width, "INDEX_BITS": 32, "THREADS": 128, "TEAM": 32}
     loaded = kernel("channels_first/bn_backward_reduce", **macros)
     x = cp.zeros((1, 1, 8), np.float16)
-    vectors = {name: cp.zeros(1) for name in ("statistics_mean", "statistics_var")}
-    sums = {name: cp.zeros((1, 1)) for name in ("sums_dy", "sums_dy_xhat")}
-    numbers = {"eps": 1, "activation": 1, "N": 1, "C": 1, "L": 8, "packs_per_share": 8 // width}
-    arguments = {"dy": x, "x": x, "weight": None, "bias": None, **vectors, **sums, **numbers}
-    loaded.launch((1, 1, 1), 128, arguments | {"mask": cp.zeros(8 // width, dtype)})
-    with pytest.raises(
-        TypeError, match=rf"mask: expected a C-contiguous array of {np.dtype(dtype)} \(got .*{np.dtype(other)}"
-    ):
-        loaded.launch((1, 1, 1), 128, arguments | {"mask": cp.zeros(8 // width, other)})
+    arguments = {
+        "dy": x,
+        "x": x,
+        "statistics": real_bundles.Statistics(cp.zeros(1), cp.zeros(1)),
+        "affine": real_bundles.Affine(None, None, 1),
+        "sums": real_bundles.Sums(cp.zeros((1, 1)), cp.zeros((1, 1))),
+        "sizes": geometry.ChannelsFirst(1, 1, 8, 8 // width),
+    }
+
+    def masked(dtype):
+        return arguments | {"epilogue": real_bundles.Epilogue(None, "relu", cp.zeros(8 // width, dtype))}
+
+    loaded.launch((1, 1, 1), 128, masked(dtype))
+    message = rf"epilogue.mask: expected a C-contiguous array of {np.dtype(dtype)} \(got .*{np.dtype(other)}"
+    with pytest.raises(TypeError, match=message):
+        loaded.launch((1, 1, 1), 128, masked(other))

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from cupybn._steps import cupy_ops, numpy_ops
-from cupybn._steps.bundles import Moments, Sums
+from cupybn._steps.bundles import Affine, Epilogue, Moments, Running, Sums
+from tests.steps import to_device, to_host
 
 PARTS = [1, 3, 700]  # less and more than a block has threads
 C = 5
@@ -15,16 +16,12 @@ ROUNDINGS = 8 * np.finfo(np.float64).eps
 
 
 def moments_of(rng, parts):
-    """Of parts that lie far from zero, one of them without values."""
+    """Moments in so many parts, which lie far from zero; one of them is without values."""
     count = rng.integers(1, 9, parts).astype(np.float64)
     mean, m2 = rng.normal(1e6, 1, (parts, C)), rng.uniform(1, 2, (parts, C))
     if parts > 1:
         count[0] = mean[0] = m2[0] = 0
     return Moments(count, mean, m2)
-
-
-def to_device(fields):
-    return type(fields)(*(None if field is None else cp.asarray(field) for field in fields))
 
 
 def rows_of(moments):
@@ -44,7 +41,7 @@ def test_merge_moments(rng, parts):
 @pytest.mark.parametrize("parts", PARTS)
 @pytest.mark.parametrize("header", [0, 2])
 def test_merge_moments_of_rows_that_are_further_apart(rng, parts, header):
-    """As messages of ranks are, some with numbers of the host before them."""
+    """Rows lie as far apart as messages of ranks do, some of which begin with numbers of the host."""
     moments = moments_of(rng, parts)
     messages = cp.asarray(np.hstack([np.full((parts, header), np.nan), rows_of(moments)]))
     ours = cupy_ops.merge_moments(Moments.of_rows(messages[:, header:])).get()
@@ -53,7 +50,7 @@ def test_merge_moments_of_rows_that_are_further_apart(rng, parts, header):
 
 @pytest.mark.parametrize("parts", [0, 2])
 def test_merge_moments_of_nothing(parts):
-    nothing = Moments(*(cp.zeros(shape) for shape in ((parts,), (parts, C), (parts, C))))
+    nothing = Moments(cp.zeros(parts), cp.zeros((parts, C)), cp.zeros((parts, C)))
     np.testing.assert_array_equal(cupy_ops.merge_moments(nothing).get(), np.zeros((1, 1 + 2 * C)))
 
 
@@ -76,7 +73,7 @@ def test_merge_moments_keeps_channels_apart(rng, spoilt):
 
 
 def test_a_part_of_nan_values_spoils_all(rng):
-    """What a rank sends that has failed."""
+    """NaN is what a rank sends that has failed."""
     moments = moments_of(rng, 3)
     for field in moments[:3]:
         field[1] = np.nan
@@ -103,20 +100,20 @@ def test_merge_sums(rng, parts):
 @pytest.mark.parametrize("parts", PARTS)
 @pytest.mark.parametrize("shape", [(4, C, 40), (40, C, 1)], ids=str)
 def test_bn_normalize_merges_the_parts_of_blocks(rng, shape, parts):
-    """About a value of their own size; of one mean exactly."""
+    """Parts merge about a value of their own size, and exactly if they have one mean."""
     moments = Moments(rng.integers(1, 9, parts).astype(float), rng.normal(1e6, 1, (parts, C)), np.ones((parts, C)))
     x, out = cp.zeros(shape), cp.empty(shape)
 
     def merged(moments):
-        none = (None, None, None, None)
-        return cupy_ops.bn_normalize(x, to_device(moments), 1.0, *none, *none, out, None)
+        affine = Affine(None, None, 1.0)
+        return to_host(cupy_ops.bn_normalize(x, to_device(moments), affine, Running(), Epilogue(), out))
 
-    mean, var = (field.get() for field in merged(moments))
+    mean, var = merged(moments)
     row = numpy_ops.merge_moments(moments)
     np.testing.assert_allclose(mean, row[0, 1 : 1 + C], rtol=ROUNDINGS)
     np.testing.assert_allclose(var, row[0, 1 + C :] / row[0, 0], rtol=ROUNDINGS, atol=ROUNDINGS * 1e6)
     moments.mean[...] = 0.1
-    np.testing.assert_array_equal(merged(moments).mean.get(), 0.1)
+    np.testing.assert_array_equal(merged(moments).mean, 0.1)
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 9, np.nan])
@@ -128,15 +125,15 @@ def test_bn_update_running(rng, C, momentum, count, before):
     mean, m2 = rng.standard_normal((1, C)), rng.uniform(1, 2, (1, C))
     results = []
     for ops, xp in (numpy_ops, np), (cupy_ops, cp):
-        running = [xp.full(C, 0.5, np.float32), xp.full(2 * C, 2.0)[::2]]
         counter = xp.array(before)
+        running = Running(xp.full(C, 0.5, np.float32), xp.full(2 * C, 2.0)[::2], momentum, counter)
         batch = Moments(*map(xp.asarray, (np.array([float(count)]), mean, m2)), None if momentum else counter)
-        ops.bn_update_running(batch, *running, momentum, counter)
-        results.append([a if xp is np else a.get() for a in (*running, counter)])
-    for theirs, ours in zip(*results, strict=True):
-        np.testing.assert_array_equal(ours, theirs)
-    running_mean, _, counter = results[0]
-    assert counter == before + (count > 1)
-    assert (running_mean == 0.5).all() == (not count > 1)
+        ops.bn_update_running(batch, running)
+        results.append(to_host(running))
+    theirs, ours = results
+    for name in "mean", "var", "batches":
+        np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))
+    assert theirs.batches == before + (count > 1)
+    assert (theirs.mean == 0.5).all() == (not count > 1)
     if momentum is None and count > 1 and before <= 0:
-        np.testing.assert_array_equal(running_mean, mean[0].astype(np.float32))
+        np.testing.assert_array_equal(theirs.mean, mean[0].astype(np.float32))

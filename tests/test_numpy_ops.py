@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cupybn._steps import numpy_ops as ops
-from cupybn._steps.bundles import Moments, Statistics, Sums
+from cupybn._steps.bundles import Affine, Epilogue, Gradients, Moments, Running, Statistics, Sums
 from tests import reference
 
 SHAPES = [
@@ -44,17 +44,28 @@ def residual(shape, rng):
 
 @pytest.fixture
 def affine(shape, rng):
-    return rng.normal(1, 1, shape[1]).astype(np.float32), rng.standard_normal(shape[1]).astype(np.float32)
+    weight, bias = rng.normal(1, 1, shape[1]), rng.standard_normal(shape[1])
+    return Affine(weight.astype(np.float32), bias.astype(np.float32), EPS)
 
 
 def statistics_of(x):
     return Statistics(*ops.mean_and_var(ops.bn_stats(x), np.float64))
 
 
-def normalize(x, affine, residual, activation, out, mask=None):
-    """In training, without running statistics."""
-    moments = ops.bn_stats(x)
-    return ops.bn_normalize(x, moments, EPS, *affine, residual, activation, None, None, None, None, out, mask)
+def normalize(x, affine, epilogue, out):
+    """Batch norm in training, without running statistics."""
+    return ops.bn_normalize(x, ops.bn_stats(x), affine, Running(), epilogue, out)
+
+
+def textbook(x, affine, **options):
+    """Batch norm by the textbook, with this weight, bias and eps."""
+    weight, bias, eps = affine
+    return reference.batch_norm(x, weight, bias, eps=eps, **options)
+
+
+def empty_gradients(x, affine):
+    """Arrays for all gradients, with values that none of them has."""
+    return Gradients(*(np.full_like(a, np.nan) for a in (x, x, affine.weight, affine.bias)))
 
 
 def test_bn_stats(x):
@@ -75,7 +86,7 @@ def test_bn_stats_copies_the_counter(x):
 
 @pytest.mark.parametrize("center", [1e6, np.inf, np.nan])
 def test_bn_stats_where_a_few_values_mislead(x, center, monkeypatch):
-    """A center far from the mean: the channel is done again, about its mean, as the first value may be far from it."""
+    """A channel whose center is far from the mean is done again, about its mean: its first value may be far, too."""
     monkeypatch.setattr(ops, "_sample_mean", lambda x: np.array([center] + [0.0] * (x.shape[1] - 1)))
     x[0, 0, 0] += 1e5
     (mean, var), expected = statistics_of(x), reference.batch_norm(x)
@@ -85,7 +96,7 @@ def test_bn_stats_where_a_few_values_mislead(x, center, monkeypatch):
 
 
 def test_moments_of_parts_merge_to_those_of_the_whole(x):
-    """Parts of different sizes, also of one sample."""
+    """Parts may be of different sizes, also of one sample."""
     n = x.shape[0]
     cuts = sorted({0, n // 7, n // 3, n - 1, n})
     parts = [ops.bn_stats(np.ascontiguousarray(x[i:j])) for i, j in itertools.pairwise(cuts) if i < j]
@@ -96,7 +107,7 @@ def test_moments_of_parts_merge_to_those_of_the_whole(x):
 
 
 def test_merge_of_parts_of_one_mean_is_exact():
-    """Also if a part has no values: its mean counts for nothing."""
+    """The mean of a part without values counts for nothing."""
     mean = np.full((6, 3), 0.1)
     mean[0] = 0
     moments = Moments.of_rows(ops.merge_moments(Moments(np.array([0, 3.0, 1, 7, 2, 11]), mean, np.zeros((6, 3)))))
@@ -126,30 +137,30 @@ def test_merge_sums(rng):
 @pytest.mark.parametrize("momentum", [0.0, 0.1, 1.0])
 def test_bn_update_running(dtype, momentum):
     batch = Moments(np.array([5.0]), np.array([[2.0, -1.0]]), np.array([[8.0, 0.0]]))
-    running_mean, running_var = np.array([10, 20], dtype), np.array([1, 3], dtype)
-    ops.bn_update_running(batch, running_mean, running_var, momentum, None)
+    running = Running(np.array([10, 20], dtype), np.array([1, 3], dtype), momentum)
+    ops.bn_update_running(batch, running)
     expected_mean = np.array([(1 - momentum) * 10 + momentum * 2, (1 - momentum) * 20 - momentum])
     expected_var = np.array([(1 - momentum) + momentum * 2, (1 - momentum) * 3])
-    assert running_mean.dtype == dtype
-    np.testing.assert_array_equal(running_mean, expected_mean.astype(dtype))
-    np.testing.assert_array_equal(running_var, expected_var.astype(dtype))
+    assert running.mean.dtype == dtype
+    np.testing.assert_array_equal(running.mean, expected_mean.astype(dtype))
+    np.testing.assert_array_equal(running.var, expected_var.astype(dtype))
 
 
 def test_bn_update_running_takes_the_mean_of_all_batches_without_momentum():
-    running_mean, running_var, counter = np.zeros(1), np.ones(1), np.array(0)
+    running = Running(np.zeros(1), np.ones(1), None, np.array(0))
     for value in 1.0, 2.0, 6.0:
-        batch = Moments(np.array([2.0]), np.array([[value]]), np.array([[value]]), counter)
-        ops.bn_update_running(batch, running_mean, running_var, None, counter)
-    assert counter == 3
-    np.testing.assert_allclose([running_mean[0], running_var[0]], 3)
+        batch = Moments(np.array([2.0]), np.array([[value]]), np.array([[value]]), running.batches)
+        ops.bn_update_running(batch, running)
+    assert running.batches == 3
+    np.testing.assert_allclose([running.mean[0], running.var[0]], 3)
 
 
 @pytest.mark.parametrize("count", [0, 1, np.nan])
 def test_bn_update_running_leaves_all_alone_without_a_variance(count):
-    running_mean, running_var, counter = np.zeros(1), np.ones(1), np.array(0)
+    running = Running(np.zeros(1), np.ones(1), 0.1, np.array(0))
     batch = Moments(np.array([float(count)]), np.array([[5.0]]), np.array([[0.0]]))
-    ops.bn_update_running(batch, running_mean, running_var, 0.1, counter)
-    assert (running_mean, running_var, counter) == (0, 1, 0)
+    ops.bn_update_running(batch, running)
+    assert running == (0, 1, 0.1, 0)
 
 
 @pytest.mark.parametrize("activation", [None, "relu"])
@@ -157,18 +168,18 @@ def test_bn_update_running_leaves_all_alone_without_a_variance(count):
 def test_bn_normalize(x, residual, affine, activation, with_residual):
     residual = residual if with_residual else None
     out = np.full_like(x, np.nan)
-    statistics = normalize(x, affine, residual, activation, out)
+    statistics = normalize(x, affine, Epilogue(residual, activation), out)
     np.testing.assert_array_equal(statistics, statistics_of(x))
-    expected = reference.batch_norm(x, *affine, eps=EPS, residual=residual, relu=activation == "relu").y
+    expected = textbook(x, affine, residual=residual, relu=activation == "relu").y
     np.testing.assert_allclose(out, expected, rtol=1e-6, atol=2e-6)
 
 
 @pytest.mark.parametrize("target", ["x", "residual"])
 def test_bn_normalize_in_place(x, residual, affine, target):
     out = np.empty_like(x)
-    normalize(x, affine, residual, "relu", out)
+    normalize(x, affine, Epilogue(residual, "relu"), out)
     arrays = {"x": x.copy(), "residual": residual.copy()}
-    normalize(arrays["x"], affine, arrays["residual"], "relu", arrays[target])
+    normalize(arrays["x"], affine, Epilogue(arrays["residual"], "relu"), arrays[target])
     np.testing.assert_array_equal(arrays[target], out)
 
 
@@ -178,25 +189,23 @@ def test_bn_backward_reduce_and_bn_backward_input(x, dy, residual, affine, activ
     C = x.shape[1]
     running = None if running is None else tuple(np.full(C, v) for v in running)
     statistics = statistics_of(x) if running is None else Statistics(*running)
-    expected = reference.batch_norm(
-        x, *affine, running=running, eps=EPS, residual=residual, relu=activation == "relu", dy=dy
-    )
-    mask = ops.empty_mask(x, residual, x)
-    ops.bn_normalize(x, None, EPS, *affine, residual, activation, *statistics, None, None, np.empty_like(x), mask)
-    arguments = (dy, x, statistics, EPS, *affine, activation, mask)
-    sums = ops.bn_backward_reduce(*arguments)
+    expected = textbook(x, affine, running=running, residual=residual, relu=activation == "relu", dy=dy)
+    epilogue = Epilogue(residual, activation, ops.empty_mask(x, residual, x))
+    ops.bn_normalize(x, None, affine, Running(*statistics), epilogue, np.empty_like(x))
+    epilogue = epilogue._replace(residual=None)
+    sums = ops.bn_backward_reduce(dy, x, statistics, affine, epilogue)
     terms = np.abs(dy).sum((0, 2), dtype=np.float64)
     assert np.all(np.abs(sums.dy[0] - expected.dbias) <= 1e-6 * terms)
     assert np.all(np.abs(sums.dy_xhat[0] - expected.dweight) <= 3e-6 * terms)
 
-    dx, dresidual, dweight, dbias = (np.full_like(a, np.nan) for a in (x, x, *affine))
+    gradients = empty_gradients(x, affine)
     inv_count = C / x.size if running is None else 0.0
-    ops.bn_backward_input(*arguments, sums, inv_count, dx, dresidual, dweight, dbias)
-    size = np.abs(expected.dx).max((0, 2)) + np.abs(affine[0]) * np.abs(dy).max((0, 2))
-    assert np.all(np.abs(dx - expected.dx) <= 2e-6 * size[:, None])
-    np.testing.assert_array_equal(dresidual, expected.dresidual)
-    np.testing.assert_array_equal(dweight, sums.dy_xhat[0].astype(np.float32))
-    np.testing.assert_array_equal(dbias, sums.dy[0].astype(np.float32))
+    ops.bn_backward_input(dy, x, statistics, affine, epilogue, sums, inv_count, gradients)
+    size = np.abs(expected.dx).max((0, 2)) + np.abs(affine.weight) * np.abs(dy).max((0, 2))
+    assert np.all(np.abs(gradients.dx - expected.dx) <= 2e-6 * size[:, None])
+    np.testing.assert_array_equal(gradients.dresidual, expected.dresidual)
+    np.testing.assert_array_equal(gradients.dweight, sums.dy_xhat[0].astype(np.float32))
+    np.testing.assert_array_equal(gradients.dbias, sums.dy[0].astype(np.float32))
 
 
 def test_bn_backward_input_in_eval_does_not_look_at_x(x, dy, affine):
@@ -205,34 +214,37 @@ def test_bn_backward_input_in_eval_does_not_look_at_x(x, dy, affine):
     x[0, 0, 0] = np.inf
     dx = np.empty_like(x)
     statistics = Statistics(np.zeros(C), np.full(C, 4.0))
-    ops.bn_backward_input(dy, x, statistics, 0.0, affine[0], None, None, None, None, 0.0, dx, None, None, None)
-    np.testing.assert_allclose(dx, dy * (affine[0] / 2)[:, None], rtol=1e-6)
+    ops.bn_backward_input(dy, x, statistics, Affine(affine.weight, None, 0.0), Epilogue(), None, 0.0, Gradients(dx))
+    np.testing.assert_allclose(dx, dy * (affine.weight / 2)[:, None], rtol=1e-6)
 
 
 def test_relu_stops_inf_and_nan_in_the_gradient(rng):
     x = rng.standard_normal((4, 2, 3)).astype(np.float32)
     y, dy = np.empty_like(x), np.full_like(x, np.inf)
-    statistics = normalize(x, (None, None), None, "relu", y)
+    affine, epilogue = Affine(None, None, EPS), Epilogue(activation="relu")
+    statistics = normalize(x, affine, epilogue, y)
     dy[y > 0] = 1
-    sums = ops.bn_backward_reduce(dy, x, statistics, EPS, None, None, "relu", None)
+    sums = ops.bn_backward_reduce(dy, x, statistics, affine, epilogue)
     np.testing.assert_array_equal(sums.dy[0], (y > 0).sum((0, 2)))
 
 
 @pytest.mark.parametrize("activation", [None, "relu"])
 def test_bn_forward_and_bn_backward_are_their_steps(x, dy, residual, affine, activation):
     C = x.shape[1]
-    ours, theirs = ([np.full(C, 0.5), np.full(C, 2.0), np.array(3), np.empty_like(x)] for _ in range(2))
-    masks = [ops.empty_mask(x, residual, x) for _ in range(2)]
-    fused = ops.bn_forward(x, EPS, *affine, residual, activation, *ours[:2], None, *ours[2:], masks[0])
-    moments = ops.bn_stats(x, theirs[2])
-    ops.bn_normalize(x, moments, EPS, *affine, residual, activation, *theirs[:2], None, *theirs[2:], masks[1])
-    for a, b in zip((*ours, masks[0]), (*theirs, masks[1]), strict=True):
+    ours, theirs = (Running(np.full(C, 0.5), np.full(C, 2.0), None, np.array(3)) for _ in range(2))
+    ours_last, theirs_last = (Epilogue(residual, activation, ops.empty_mask(x, residual, x)) for _ in range(2))
+    out, y = (np.empty_like(x) for _ in range(2))
+    fused = ops.bn_forward(x, affine, ours, ours_last, out)
+    moments = ops.bn_stats(x, theirs.batches)
+    ops.bn_normalize(x, moments, affine, theirs, theirs_last, y)
+    for a, b in (ours.mean, theirs.mean), (ours.var, theirs.var), (ours_last.mask, theirs_last.mask), (out, y):
         np.testing.assert_array_equal(a, b)
-    assert ours[2] == 4
+    assert ours.batches == theirs.batches == 4
 
-    step = (dy, x, fused, EPS, *affine, activation, masks[0])
-    ours, theirs = ([np.full_like(a, np.nan) for a in (x, x, *affine)] for _ in range(2))
-    ops.bn_backward(*step, C / x.size, *ours)
-    ops.bn_backward_input(*step, ops.bn_backward_reduce(*step), C / x.size, *theirs)
+    epilogue = ours_last._replace(residual=None)
+    ours, theirs = (empty_gradients(x, affine) for _ in range(2))
+    ops.bn_backward(dy, x, fused, affine, epilogue, C / x.size, ours)
+    sums = ops.bn_backward_reduce(dy, x, fused, affine, epilogue)
+    ops.bn_backward_input(dy, x, fused, affine, epilogue, sums, C / x.size, theirs)
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_array_equal(a, b)

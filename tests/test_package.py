@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 import json
 import os
+import pickle
+import pickletools
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import cupybn
@@ -101,6 +106,34 @@ def test_public_names():
         assert "num_features" in layer.__doc__
         for name, member in vars(layer.__mro__[1]).items():
             assert name.startswith("_") or name in layer.__mro__[1].__annotations__ or member.__doc__, name
+
+
+def test_what_is_public_says_so():
+    """In messages, and in pickles: the files behind it may move."""
+    for place in cupybn, cupybn.functional:
+        for name in place.__all__:
+            subject = getattr(place, name)
+            if not inspect.ismodule(subject):
+                assert subject.__module__ in ("cupybn", "cupybn.functional"), name
+                assert getattr(sys.modules[subject.__module__], subject.__qualname__) is subject
+
+
+def places(pickled):
+    """The modules of this package that a pickle names."""
+    words = {value for _, value, _ in pickletools.genops(pickled) if isinstance(value, str)}
+    return {word for word in words if re.match(r"cupybn\b", word)}
+
+
+def test_pickles_name_public_places_alone():
+    layers = [cupybn.BatchNorm1d, cupybn.BatchNorm2d, cupybn.BatchNorm3d, cupybn.SyncBatchNorm]
+    for layer in [*(layer(2, device="cpu") for layer in layers), cupybn.BatchNorm2d(None)]:
+        pickled = pickle.dumps(layer)
+        assert places(pickled) == {"cupybn"}, layer
+        assert type(pickle.loads(pickled)) is type(layer)
+        assert type(copy.deepcopy(layer)) is type(layer)
+    grads = cupybn.BatchNormGrads(*np.ones((4, 1)))
+    assert places(pickle.dumps(grads)) == {"cupybn"}
+    assert pickle.loads(pickle.dumps(grads)) == grads
 
 
 def test_typed():

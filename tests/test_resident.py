@@ -51,8 +51,8 @@ def test_channels_first(N, C, rows, pack, arrays, device):
     if laid is None:
         return
     s = laid.sizes
-    assert s == {"N": N, "C": C, "L": rows * width, "packs_per_block": s["packs_per_block"]}
-    assert s["packs_per_block"] * laid.cluster >= N * rows
+    assert s == geometry.ChannelsFirst(N=N, C=C, L=rows * width, packs=s.packs)
+    assert s.packs * laid.cluster >= N * rows
     assert laid.team in geometry.TEAMS
     assert laid.threads == max(laid.team, geometry.LEAST_THREADS)
     teams = laid.threads // laid.team
@@ -60,7 +60,7 @@ def test_channels_first(N, C, rows, pack, arrays, device):
     blocks = laid.grid[0] // laid.cluster
     assert (blocks - 1) * teams < C <= blocks * teams
     assert laid.grid == (blocks * laid.cluster,)
-    of_team = s["packs_per_block"] * width * itemsize * arrays
+    of_team = s.packs * width * itemsize * arrays
     assert laid.shared == of_team * teams
     assert laid.shared + 1 * KiB <= device.shared_per_block  # the kernel's own variables among it
     assert teams == 1 or laid.shared + 2 * KiB <= device.shared_per_multiprocessor // 2  # another block has room
@@ -74,14 +74,14 @@ def test_channels_last(M, columns, pack, arrays, device):
     if laid is None:
         return
     s = laid.sizes
-    assert s == {"M": M, "C": C, "tile": s["tile"]}
-    assert s["tile"].bit_count() == 1  # a power of two
-    assert s["tile"] <= geometry.MOST_COLUMNS
-    assert s["tile"] * width * itemsize <= max(geometry.ON_CHIP_TILE)
+    assert s == geometry.ChannelsLast(M=M, C=C, tile=s.tile, rows=M)
+    assert s.tile.bit_count() == 1  # a power of two
+    assert s.tile <= geometry.MOST_COLUMNS
+    assert s.tile * width * itemsize <= max(geometry.ON_CHIP_TILE)
     (tiles,) = laid.grid
-    assert (tiles - 1) * s["tile"] < columns <= tiles * s["tile"]
+    assert (tiles - 1) * s.tile < columns <= tiles * s.tile
     assert (laid.threads, laid.team, laid.cluster) == (geometry.THREADS, 0, 1)
-    assert laid.shared == M * s["tile"] * width * itemsize * arrays <= SOON
+    assert laid.shared == M * s.tile * width * itemsize * arrays <= SOON
     assert laid.shared + 16 * KiB <= device.shared_per_block  # the kernel's own variables among it
 
 
@@ -146,7 +146,7 @@ def test_small_arrays_take_one_launch(device):
 
 
 def test_a_few_large_channels_are_streamed():
-    """They would leave most of the device idle."""
+    """A few blocks for large channels would leave most of the device idle."""
     assert choose_cluster(3, 60_000, 16, 1, H200) is None
     assert choose_cluster(3, 6_000, 16, 1, H200) is not None  # but it would be done before a second launch began
     assert choose_cluster(64, 60_000, 16, 1, H200).blocks == 8
@@ -195,13 +195,13 @@ def test_the_largest_blocks_are_alone_on_a_multiprocessor():
 
 
 def test_small_blocks_are_not_split_further():
-    """Though they leave most of a large GPU empty."""
+    """Blocks of 16 KiB stay whole, though they leave most of a large GPU empty."""
     packs = 16 * KiB // 16
     assert [choose_cluster(10, n, 16, 1, H200).blocks for n in (packs, packs + 1, 4 * packs + 1)] == [1, 2, 8]
 
 
 def test_how_much_a_few_blocks_may_have():
-    """They are done before two launches would be; of more, most of the GPU would wait for them."""
+    """Blocks of 48 KiB are done before two launches would be; with more, most of the GPU would wait for them."""
     packs = 8 * 48 * KiB // 16
     assert choose_cluster(5, packs, 16, 1, H200).shared == 48 * KiB
     assert choose_cluster(5, packs + 1, 16, 1, H200) is None
@@ -209,9 +209,9 @@ def test_how_much_a_few_blocks_may_have():
 
 
 def test_the_widest_tile_that_keeps_the_device_busy():
-    """Of four packs, or of two where there would be fewer blocks than multiprocessors; no wider than the array."""
-    tiles = {C: geometry.channels_last_resident(100, C, 2, 8, 1, H200).sizes["tile"] for C in (8192, 4096, 2048)}
+    """Tiles have four packs, or two where there would be fewer blocks than multiprocessors; and no more than a row."""
+    tiles = {C: geometry.channels_last_resident(100, C, 2, 8, 1, H200).sizes.tile for C in (8192, 4096, 2048)}
     assert tiles == {8192: 4, 4096: 2, 2048: 2}
     small = H200._replace(multiprocessors=1)
-    tiles = [geometry.channels_last_resident(100, C, 2, 8, 1, small).sizes["tile"] for C in (8, 16, 24, 32, 40)]
+    tiles = [geometry.channels_last_resident(100, C, 2, 8, 1, small).sizes.tile for C in (8, 16, 24, 32, 40)]
     assert tiles == [1, 2, 4, 4, 4]

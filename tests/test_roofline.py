@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 
 import pytest
+
+from tests.benchmark_scripts import require
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("cupy")
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-if not BENCHMARKS.is_dir():
-    pytest.skip("the benchmarks are not part of the wheel", allow_module_level=True)
-sys.path.append(str(BENCHMARKS))
+require()
 
 import roofline  # noqa: E402
 from roofline import GPUS, LAUNCH, Count, Launch, Layer  # noqa: E402

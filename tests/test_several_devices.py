@@ -13,10 +13,12 @@ import pytest
 import cupybn
 import cupybn.functional as F
 from cupybn._steps import cupy_ops
+from cupybn._steps.bundles import Moments, Running
 from cupybn._steps.geometry import Geometry
-from cupybn._steps.launcher import SHARED, kernel
+from cupybn._steps.launcher import SHARED, Kernel, kernel
 from cupybn._steps.resident import Device
 from tests.reference import to_numpy
+from tests.steps import forget_plans
 
 cp = pytest.importorskip("cupy")
 emulator = getattr(cp, "emulator", None)
@@ -27,14 +29,7 @@ SMALL = replace(emulator.T4, multiprocessors=3)
 DEVICES = {"large, small": (emulator.H200, SMALL), "small, large": (SMALL, emulator.H200)}
 
 
-@pytest.fixture(autouse=True)
-def fresh_plans():
-    """Of devices that are no more."""
-    for cached in (cupy_ops._plan, cupy_ops._resident_plan, cupy_ops._device):
-        cached.cache_clear()
-    yield
-    for cached in (cupy_ops._plan, cupy_ops._resident_plan, cupy_ops._device):
-        cached.cache_clear()
+pytestmark = pytest.mark.usefixtures("fresh_plans")
 
 
 @pytest.fixture(params=DEVICES.values(), ids=DEVICES)
@@ -63,7 +58,7 @@ def both_ways(x, device):
     ids=str,
 )
 def test_each_device_is_asked_for_what_it_has(rng, devices, shape, large, small):
-    """By turns: nothing is kept of one for the other. The stand-in refuses what a device cannot do."""
+    """Devices take turns: nothing is kept of one for the other. The stand-in refuses what a device cannot do."""
     x = rng.standard_normal(shape).astype(np.float32)
     y, vjp_fn = F.batch_norm_vjp(x, None, None, training=True)
     expected = y, vjp_fn(x).input
@@ -84,14 +79,13 @@ def test_clusters_from_the_first_generation_that_has_them(rng):
     x = rng.standard_normal((5, 2, 4000)).astype(np.float32)
     for capability in ("75", "80", "86", "89", "90", "100", "103", "120", "121"):
         with emulator.pretend(replace(emulator.H200, compute_capability=capability)):
-            for cached in (cupy_ops._plan, cupy_ops._resident_plan, cupy_ops._device):
-                cached.cache_clear()
+            forget_plans()
             _, launches = both_ways(x, 0)
             assert {launch.cluster > 1 for launch in launches} == {int(capability) >= 90}, capability
 
 
 def test_large_grids_on_large_devices_alone(devices):
-    """Elementwise steps; sums are laid out alike."""
+    """Elementwise steps have larger grids on a large device; sums have the same on all."""
     grids = {}
     for device, properties in enumerate(devices):
         with cp.cuda.Device(device):
@@ -156,20 +150,20 @@ def test_one_array_elsewhere_after_a_good_call(name):
 
 
 @pytest.mark.usefixtures("devices")
-@pytest.mark.parametrize("name", ["moments_mean", "running_mean", "num_batches_tracked"])
-def test_kernels_look_at_each_launch(name):
-    """At arrays and vectors alike, and whatever they have been launched with before."""
-    update = kernel("bn_update_running", **cupy_ops._macros(np.dtype(np.float64), 1, 32, Geometry((1,), {})))
-    shapes = {"moments_count": (1,), "moments_mean": (1, 3), "moments_m2": (1, 3), "running_mean": 3, "running_var": 3}
-    arguments = dict(zip(shapes, on_device(0, *shapes.values(), dtype=np.float64), strict=True))
+@pytest.mark.parametrize(("bundle", "field"), [("moments", "mean"), ("running", "mean"), ("running", "batches")])
+def test_kernels_look_at_each_launch(bundle, field):
+    """Arrays and vectors alike are looked at, whatever a kernel has been launched with before."""
+    update = kernel("bn_update_running", **cupy_ops._macros(np.dtype(np.float64), 1, 32, Geometry((1,))))
+    count, means, m2, mean, var = on_device(0, (1,), (1, 3), (1, 3), 3, 3, dtype=np.float64)
     (counter,) = on_device(0, (), dtype=np.int64)
-    arguments |= {"moments_batches": None, "momentum": 0.1, "num_batches_tracked": counter, "C": 3}
+    arguments = {"moments": Moments(count, means, m2), "running": Running(mean, var, 0.1, counter), "C": 3}
     update.launch((1,), 256, arguments)
-    dtype = np.int64 if name == "num_batches_tracked" else np.float64
-    (elsewhere,) = on_device(1, arguments[name].shape, dtype=dtype)
+    array = getattr(arguments[bundle], field)
+    (elsewhere,) = on_device(1, array.shape, dtype=array.dtype)
+    spoilt = arguments | {bundle: arguments[bundle]._replace(**{field: elsewhere})}
     with emulator.record() as launches:
-        with pytest.raises(ValueError, match=rf"bn_update_running: expected {name} on device 0 \(got 1\)"):
-            update.launch((1,), 256, arguments | {name: elsewhere})
+        with pytest.raises(ValueError, match=rf"bn_update_running: expected {bundle}.{field} on device 0 \(got 1\)"):
+            update.launch((1,), 256, spoilt)
         with cp.cuda.Device(1), pytest.raises(ValueError, match=r"on device 1 \(got 0\)"):
             update.launch((1,), 256, arguments)
     assert launches == []
@@ -205,10 +199,8 @@ class Raw:
 @pytest.fixture
 def asking(devices):  # noqa: ARG001
     """A kernel without arguments to speak of, and a function that launches it with so much shared memory."""
-    made = cupy_ops.Kernel("bn_update_running", cupy_ops._macros(np.dtype(np.float64), 1, 32, Geometry((1,), {})))
-    made.raw = Raw()
-    made._in_order = lambda _: []
-    made._integers, made._floats, made._vectors, made._arrays = [], [], [], []
+    made = Kernel("bn_update_running", cupy_ops._macros(np.dtype(np.float64), 1, 32, Geometry((1,))))
+    made.raw, made._readers = Raw(), {}
 
     def launch(size, device=0):
         with cp.cuda.Device(device):
@@ -244,7 +236,7 @@ def test_a_limit_that_was_refused_is_asked_for_again(asking):
 
 @pytest.mark.parametrize("sizes", [(40_000, 90_000), (90_000, 40_000)], ids=str)
 def test_two_threads_that_ask_at_once(asking, sizes):
-    """One is about to set its limit when the other one finds that it needs another one."""
+    """One thread is about to set its limit when the other one finds that it needs another limit."""
     raw, launch = asking
     inside, other = threading.Event(), threading.Event()
 
@@ -283,7 +275,7 @@ def test_eight_threads_up_and_down(asking):
 
 
 def test_eight_threads_through_the_library(rng):
-    """Channels of 4 to 200 kB on one device, by turns; the stand-in refuses a launch beyond the limit."""
+    """Threads take channels of 4 to 200 kB on one device; the stand-in refuses a launch beyond the limit."""
     xs = [rng.standard_normal((2, 2, size)).astype(np.float32) for size in (500, 25_000, 3000, 12_000, 20_000, 8000)]
     expected = [F.batch_norm(x, None, None, training=True) for x in xs]
     with emulator.pretend(replace(emulator.H200, compute_capability="80")):

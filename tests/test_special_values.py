@@ -8,9 +8,9 @@ import pytest
 
 import cupybn.functional as F
 from cupybn._steps import cupy_ops, numpy_ops
-from cupybn._steps.bundles import Sums
+from cupybn._steps.bundles import Affine, Epilogue, Gradients, Running, Sums
 from tests.reference import DTYPES, bits, to_numpy
-from tests.steps import EPS, Arrays
+from tests.steps import Arrays, each_array, ways_back
 
 SHAPES = [(4, 5, 49), (3, 5, 16), (57, 5, 1), (12, 16, 1)]
 """Rows of single elements and of whole packs; likewise channels last."""
@@ -26,12 +26,12 @@ in_both_modes = pytest.mark.parametrize("training", [True, False], ids=["trainin
 
 @pytest.fixture(params=[1.0, 2.0**-130], ids=["", "wide"])
 def var(request):
-    """Running variances: ordinary, and so small that arithmetic is float64."""
+    """Two running variances: an ordinary one, and one so small that arithmetic is float64."""
     return request.param
 
 
 def same(ours, theirs):
-    """To the bit, but for what kind of NaN, and the sign of zeros."""
+    """Check equality to the bit, but for the kind of NaN, and the sign of zeros."""
     np.testing.assert_array_equal(to_numpy(ours).astype(np.float64), to_numpy(theirs).astype(np.float64))
 
 
@@ -52,9 +52,9 @@ def on_both(call, *arrays):
 @on_dtypes
 @on_shapes
 def test_nan_stays_nan(way, rng, shape, dtype, training, activation, var):
-    """Of whatever payload, on its way to any dtype; where ReLU sees it, its gradient stops."""
+    """NaN of any payload stays NaN on its way to any dtype; where ReLU sees it, its gradient stops."""
     arrays = Arrays(rng, shape, dtype, 0)
-    x, dy, mean = map(way.asarray, (arrays.x, arrays.dy, arrays.mean))
+    x, dy, mean = map(way.asarray, (arrays.x, arrays.dy, arrays.running.mean))
     var = way.full(shape[1], var)
     weight, bias = np.ones((2, shape[1]), np.float32)
     bias[0] = weight[1] = bias[2] = weight[2] = NAN
@@ -76,7 +76,7 @@ def test_nan_stays_nan(way, rng, shape, dtype, training, activation, var):
 )
 @on_shapes
 def test_nan_of_16_bits_in_the_input(way, rng, shape, dtype, payload):
-    """Also in running statistics of 16 bits, and in the gradients of what comes back."""
+    """NaN arrives, also in running statistics of 16 bits, and in the gradients of what comes back."""
     nan = np.uint16(payload).view(dtype)
     arrays = Arrays(rng, shape, dtype, 0)
     arrays.x[0, 1, 0] = arrays.dy[0, 2, 0] = nan
@@ -101,7 +101,7 @@ def test_nan_of_16_bits_in_the_input(way, rng, shape, dtype, payload):
 def test_relu_stops_at_exactly_zero_whatever_comes_back(way, rng, shape, dtype, has_residual, var):
     """Gradients are those of a dy that is 0 there: 0 * inf would be NaN.
 
-    Of integers about a running mean of 1, with an rstd that is a power of two: all sums are exact.
+    Values are integers about a running mean of 1, and rstd is a power of two: all sums are exact.
     """
     C = shape[1]
     x = rng.integers(0, 3, shape).astype(dtype)
@@ -161,7 +161,7 @@ def test_relu_stops_a_constant_channel_in_training(way, rng, shape, dtype, has_r
 @on_shapes
 @pytest.mark.usefixtures("either")
 def test_statistics_that_are_not_numbers_of_float32(rng, shape, dtype, activation, has_residual):
-    """var + eps = 0, infinite means and variances, weights of 0, inf among the values: as NumPy, to the bit."""
+    """NumPy's bits come out of var + eps = 0, infinite means and variances, weights of 0, inf among the values."""
     arrays = Arrays(rng, shape, dtype, 0, has_residual)
     x, dy = arrays.x, arrays.dy
     x[0] = np.inf
@@ -172,14 +172,14 @@ def test_statistics_that_are_not_numbers_of_float32(rng, shape, dtype, activatio
     mean[:5] = 0, np.inf, 0, -np.inf, 1e35
     var[5:], mean[5:] = 1, 0
     x[2:, 0, ::2] = 0  # (x - mean) * rstd is 0 * inf
-    weight = arrays.weight
+    (weight, bias, _), residual = arrays.affine, arrays.epilogue.residual
     weight[shape[1] // 2] = 0
 
     def both_ways(x, dy, mean, var, weight, bias, residual):
         y, vjp_fn = F.batch_norm_vjp(x, mean, var, weight, bias, eps=0.0, residual=residual, activation=activation)
         return y, *vjp_fn(dy)
 
-    ours, theirs = on_both(both_ways, x, dy, mean, var, weight, arrays.bias, arrays.residual)
+    ours, theirs = on_both(both_ways, x, dy, mean, var, weight, bias, residual)
     for name, a, b in zip(("y", "dx", "dweight", "dbias", "dresidual"), ours, theirs, strict=True):
         if b is None:
             assert a is None
@@ -196,30 +196,20 @@ def test_statistics_that_are_not_numbers_of_float32(rng, shape, dtype, activatio
 @pytest.mark.parametrize("shape", [(4, 5, 49), (57, 5, 1)], ids=str)
 def test_special_values_anywhere(rng, shape, dtype, activation, has_residual):
     """NaN, inf, the largest and the smallest numbers, in eval: what the mirror has, but for subnormal results."""
-    arrays = Arrays(rng, shape, dtype, 0, has_residual)
+    arrays = Arrays(rng, shape, dtype, 0, has_residual, activation)
     largest = 65504.0 if dtype.name == "float16" else 3.3e38
     values = np.array([np.nan, np.inf, -np.inf, largest, -largest, 0.0, -0.0, 2.0**-14])
-    for array in (arrays.x, arrays.dy, *([arrays.residual] if has_residual else [])):
+    for array in (arrays.x, arrays.dy, *([arrays.epilogue.residual] if has_residual else [])):
         where = rng.random(shape) < 0.3
         array[where] = rng.choice(values, where.sum()).astype(dtype)
-    arrays.weight[:2], arrays.mean[2:4] = (1e35, -1e-35), (3e38, -1e-20)
-    dy, x, residual, weight, bias, mean, var = arrays.on_device("dy", "x", "residual", "weight", "bias", "mean", "var")
-    out, dx, dresidual = arrays.empty(), arrays.empty(), arrays.empty()
-    none = (None, None)
-    masks = [None, None]
-    if has_residual and activation is not None:
-        masks = [cupy_ops.empty_mask(x, residual, out), np.empty(shape, bool)]
-    running = (mean, var, None, None)
-    statistics = cupy_ops.bn_normalize(x, None, EPS, weight, bias, residual, activation, *running, out, masks[0])
-    step = (EPS, weight, bias, activation, masks[0], None, 0.0, dx, dresidual, *none)
-    cupy_ops.bn_backward_input(dy, x, statistics, *step)
-    y, *expected = (np.empty_like(arrays.x) for _ in range(3))
-    mirror = (EPS, arrays.weight, arrays.bias)
-    options = (arrays.residual, activation, arrays.mean, arrays.var, None, None, y, masks[1])
-    host = numpy_ops.bn_normalize(arrays.x, None, *mirror, *options)
-    numpy_ops.bn_backward_input(arrays.dy, arrays.x, host, *mirror, activation, masks[1], None, 0.0, *expected, *none)
-    for ours, theirs in zip((out, dx, dresidual), (y, *expected), strict=True):
-        np.testing.assert_allclose(to_numpy(ours).astype(np.float64), theirs.astype(np.float64), rtol=0, atol=2.0**-126)
+    arrays.affine.weight[:2], arrays.running.mean[2:4] = (1e35, -1e-35), (3e38, -1e-20)
+    out, y = arrays.empty(), np.empty_like(arrays.x)
+    ours, theirs = ways_back(arrays, out, y)
+    expected, gradients = (Gradients(*both[:2]) for both in arrays.gradients())
+    cupy_ops.bn_backward_input(*ours, None, 0.0, gradients)
+    numpy_ops.bn_backward_input(*theirs, None, 0.0, expected)
+    for a, b in (out, y), (gradients.dx, expected.dx), (gradients.dresidual, expected.dresidual):
+        np.testing.assert_allclose(to_numpy(a).astype(np.float64), b.astype(np.float64), rtol=0, atol=2.0**-126)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -243,23 +233,21 @@ LIMITS = {  # size of mean, var, weight, bias, sum(dy), sum(dy * xhat): what flo
 @pytest.mark.parametrize("shape", [(4, 11, 49), (57, 11, 1), (16, 11, 1)], ids=str)
 @pytest.mark.parametrize("dtype", [DTYPES[0], DTYPES[2]], ids=lambda dtype: dtype.name)
 def test_float64_is_taken_where_the_mirror_takes_it(rng, shape, dtype):
-    """To the bit: results in float64 are others."""
+    """Results agree to the bit, which float32 and float64 do not."""
     mean, var, weight, bias, *sums = np.array(list(LIMITS.values())).T * rng.uniform(1, 2, (6, len(LIMITS)))
     x, dy = rng.standard_normal((2, *shape))
     if dtype == np.float32:
         x = x * np.sqrt(var[:, None]) + mean[:, None]
         x[1::2] *= -1  # as far from the mean as can be
     x, dy = x.astype(dtype), dy.astype(dtype)
-    sums = Sums(*(v[None] for v in sums))
-    weight, bias = weight.astype(np.float32), bias.astype(np.float32)
+    affine, running = Affine(weight.astype(np.float32), bias.astype(np.float32), 0.0), Running(mean, var)
+    arguments = x, dy, affine, running, Sums(*(v[None] for v in sums))
     results = []
     for ops, xp in (numpy_ops, np), (cupy_ops, cp):
-        given = [xp.asarray(v) for v in (x, mean, var, weight, bias, dy)]
+        x, dy, affine, running, sums = (each_array(xp.asarray, argument) for argument in arguments)
         y, dx = (xp.zeros(shape, dtype) for _ in range(2))
-        step = (0.0, *given[3:5], None)
-        statistics = ops.bn_normalize(given[0], None, *step, None, *given[1:3], None, None, y, None)
-        step = (given[5], given[0], statistics, *step, None, Sums(*map(xp.asarray, sums)), 0.1, dx)
-        ops.bn_backward_input(*step, None, None, None)
+        statistics = ops.bn_normalize(x, None, affine, running, Epilogue(), y)
+        ops.bn_backward_input(dy, x, statistics, affine, Epilogue(), sums, 0.1, Gradients(dx))
         results.append((y, dx))
     for theirs, ours in zip(*results, strict=True):
         for c, name in enumerate(LIMITS):

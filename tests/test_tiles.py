@@ -111,7 +111,7 @@ def test_an_error_comes_through_and_ends_the_work():
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("N", [64, 600])
 def test_numpy_settings_of_the_caller_stay(N):
-    """And those of the arithmetic are the same in all threads, of which few samples need one alone."""
+    """Settings of the arithmetic are its own, and the same in all threads, of which few samples need one alone."""
     x = np.ones((N, 64, 64), np.float32) * 9
     with np.errstate(all="raise"):
         np.setbufsize(4096)

@@ -9,7 +9,7 @@ import numpy as np
 
 from cupybn._arrays.dtypes import parameter_dtype
 from cupybn._steps import cupy_ops
-from cupybn._steps.bundles import Moments, Statistics, Sums
+from cupybn._steps.bundles import Affine, Epilogue, Gradients, Moments, Running, Statistics, Sums
 from instructions.lanes import Array
 from instructions.launches import Counter
 from tests.reference import HALF_ULP
@@ -21,7 +21,7 @@ VARIANTS = {"plain": (None, False), "relu": ("relu", False), "mask": ("relu", Tr
 """The activation, and whether there is a residual: then a mask tells the way back where ReLU passes."""
 EPS = 1e-5
 PARTS = 4
-"""Of moments and sums that steps merge."""
+"""Parts of the moments and sums that steps merge."""
 PERIOD = 8
 """Channels with numbers of their own; the next ones have the same numbers again."""
 CLOSE = 1e-4
@@ -39,7 +39,7 @@ class Case(NamedTuple):
 
     @property
     def kernel(self) -> str:
-        """As `cupybn._steps.launcher` calls it."""
+        """The name of the kernel, as `cupybn._steps.launcher` has it."""
         return f"channels_{'last' if self.row == 1 else 'first'}/{self.step}"
 
 
@@ -79,29 +79,34 @@ class Arrays:
         if step == "bn_stats":
             return cupy_ops.bn_stats(x)._asdict()
         out = cupy.empty_like(x)
-        weight, bias = self._repeat(self._weight), self._repeat(self._bias)
+        affine = Affine(self._repeat(self._weight), self._repeat(self._bias), EPS)
         if "backward" not in step:
             residual = self._repeat(self._residual) if self._has_residual else None
             mask = cupy_ops.empty_mask(x, residual, out) if self._has_residual else None
-            running = cupy.zeros(C, np.float32), cupy.ones(C, np.float32), 0.1, cupy.zeros((), np.int64)
-            share = self.count / PARTS
-            moments = Moments(cupy.full(PARTS, share), self._parts(self._mean), self._parts(self._var * share))
-            given = (moments,) if step == "bn_normalize" else ()
-            getattr(cupy_ops, step)(x, *given, EPS, weight, bias, residual, self._activation, *running, out, mask)
+            running = Running(cupy.zeros(C, np.float32), cupy.ones(C, np.float32), 0.1, cupy.zeros((), np.int64))
+            epilogue = Epilogue(residual, self._activation, mask)
+            if step == "bn_forward":
+                cupy_ops.bn_forward(x, affine, running, epilogue, out)
+            else:
+                share = self.count / PARTS
+                moments = Moments(cupy.full(PARTS, share), self._parts(self._mean), self._parts(self._var * share))
+                cupy_ops.bn_normalize(x, moments, affine, running, epilogue, out)
             return {"out": out}
         dy = self._repeat(self._dy)
         mask = cupy_ops.empty_mask(x, dy, out) if self._has_residual else None
         if mask is not None:
             mask.fill(np.iinfo(np.uint8).max if mask.dtype == np.uint8 else True)
         statistics = Statistics(self._repeat(self._mean), self._repeat(self._var))
-        first = dy, x, statistics, EPS, weight, bias, self._activation, mask
+        epilogue = Epilogue(None, self._activation, mask)
         if step == "bn_backward_reduce":
-            return cupy_ops.bn_backward_reduce(*first)._asdict()
-        sums = Sums(*(self._parts(total / PARTS) for total in self._sums()))
-        given = (sums,) if step == "bn_backward_input" else ()
+            return cupy_ops.bn_backward_reduce(dy, x, statistics, affine, epilogue)._asdict()
         dresidual = cupy.empty_like(x) if self._has_residual else None
-        vectors = cupy.empty(C, np.float32), cupy.empty(C, np.float32)
-        getattr(cupy_ops, step)(*first, *given, 1 / self.count, out, dresidual, *vectors)
+        gradients = Gradients(out, dresidual, cupy.empty(C, np.float32), cupy.empty(C, np.float32))
+        if step == "bn_backward":
+            cupy_ops.bn_backward(dy, x, statistics, affine, epilogue, 1 / self.count, gradients)
+        else:
+            sums = Sums(*(self._parts(total / PARTS) for total in self._sums()))
+            cupy_ops.bn_backward_input(dy, x, statistics, affine, epilogue, sums, 1 / self.count, gradients)
         return {"dx": out} | ({"dresidual": dresidual} if self._has_residual else {})
 
     def _parts(self, values: Array) -> Any:

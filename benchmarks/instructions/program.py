@@ -56,15 +56,7 @@ def find_nvdisasm() -> str | None:
 
 @functools.cache
 def compile_program(text: str, architecture: int, options: tuple[str, ...] = ()) -> Program:
-    """Compile a text with one kernel.
-
-    Parameters
-    ----------
-    architecture : int
-        90 for ``sm_90``.
-    options : tuple of str
-        As CuPy hands them to the compiler.
-    """
+    """Compile a text with one kernel, by `nvrtc.compile_text`."""
     cubin, log = nvrtc.compile_text(text, architecture, options)
     tool = find_nvdisasm()
     assert tool is not None, "no nvdisasm: pip install nvidia-cuda-nvdisasm"

@@ -1,1 +1,1 @@
-"""Arrays: of which kind they are, on which device, of which dtype."""
+"""Facts about arrays: kind (NumPy or CuPy), device and dtype. The lowest floor, which imports none of the others."""

@@ -1,4 +1,4 @@
-"""Names of devices, and arrays on them. CuPy is imported only when somebody asks for a CUDA device."""
+"""Names of devices, and arrays on them. CuPy is imported only if a CUDA device or a CuPy array comes up."""
 
 from __future__ import annotations
 
@@ -18,21 +18,23 @@ import numpy.typing as npt
 from cupybn._arrays.kinds import kind, show
 
 _KNOWN = "'cpu', 'cuda', 'cuda:0', 'cuda:1', ..."
+"""Names of devices, for error messages."""
 _INSTALL = (
     "`pip install '.[cuda12]'` or `pip install '.[cuda13]'`, in a clone of cupybn, installs the CuPy for that version "
     "of CUDA"
 )
+"""Advice for error messages where there is no usable CuPy."""
 
 
 def resolve_device(device: str | None) -> str:
-    """``"cpu"`` or ``"cuda:N"`` for the device that the user named; None is the current CUDA device if there is one.
+    """Full name, ``"cpu"`` or ``"cuda:N"``, of the device that a user chose. None is the current CUDA device, if any.
 
     Raises
     ------
     ValueError
         If this is not the name of a device.
     RuntimeError
-        If the device is not there: what is missing, and which extra installs it.
+        If the device is not available. The message says what is missing, and which extra installs it.
     """
     if device is None:
         return f"cuda:{import_cupy().cuda.runtime.getDevice()}" if not cuda_missing() else "cpu"
@@ -40,7 +42,7 @@ def resolve_device(device: str | None) -> str:
 
 
 def named_device(device: str) -> str:
-    """The device of a name, as `resolve_device` has it: None is not one."""
+    """Full name of a device, like `resolve_device`, but None is an error."""
     match = _match(device) if isinstance(device, str) else None
     if match is None:
         raise ValueError(f"unknown device {show(device)}: expected one of {_KNOWN}{_meant(device)}")
@@ -58,12 +60,12 @@ def named_device(device: str) -> str:
 
 
 def _match(name: str) -> re.Match[str] | None:
-    """What a name of a device says, if it is one."""
+    """Match with the number of the CUDA device as its group; None if this is not the name of a device."""
     return re.fullmatch(r"cpu|cuda(?::([0-9]+))?", name)
 
 
 def _meant(device: object) -> str:
-    """The name that was meant by a number, or by what reads like a name, as a device of PyTorch does."""
+    """Hint at the name that was meant by a number, a device of CuPy or PyTorch, or a misspelt name, if it is clear."""
     cls = type(device)
     if cls.__module__.partition(".")[0] == "cupy":
         device = getattr(device, "id", None)
@@ -80,57 +82,58 @@ def _meant(device: object) -> str:
 
 @functools.cache
 def cuda_missing() -> str:
-    """Why no CUDA device can be used, and what to do about it; an empty string if one can."""
+    """Reason why no CUDA device can be used, and what to do about it; an empty string if one can."""
     try:
         cupy = import_cupy()
-    except Exception as error:  # a CuPy that cannot be used raises anything: no library, no cache folder, a bad wheel
+    except Exception as error:  # any class: a library or the cache folder may be missing, the wheel may be damaged
         return f"CuPy cannot be imported ({error!r}); {_INSTALL}"
     try:
         if not cupy.cuda.is_available():
             return f"CuPy finds no CUDA device or driver; {_INSTALL}"
         cupy.cuda.runtime.getDevice()
-    except Exception as error:  # half a CuPy: a folder of that name, an installation that broke off, a driver at fault
+    except Exception as error:  # the module may be a folder of that name or half installed, or the driver may fail
         place = getattr(cupy, "__file__", None) or ", ".join(getattr(cupy, "__path__", ()))
         return f"the module 'cupy' in {place} cannot be used ({error!r}); {_INSTALL}"
     return ""
 
 
 def empty(shape: tuple[int, ...], like: Any, dtype: npt.DTypeLike | None = None) -> Any:
-    """A new array of the kind of another one, on the current device, and with its dtype unless told otherwise."""
+    """New array, uninitialised, of the kind of ``like`` and on the current device; of its dtype if none is given."""
     xp = np if kind(like) == "numpy" else import_cupy()
     return xp.empty(shape, like.dtype if dtype is None else dtype)
 
 
 def empty_like(vector: Any) -> Any:
-    """A new C-contiguous array of the same shape, dtype and kind, on the current device."""
+    """New array, uninitialised and C-contiguous, with the shape, dtype and kind of this one, on the current device."""
     return empty(vector.shape, vector)
 
 
 def zeros_like(vector: Any) -> Any:
-    """The same, of zeros."""
+    """New C-contiguous array of zeros with the shape, dtype and kind of this one, on the current device."""
     zeros = empty_like(vector)
     zeros.fill(0)
     return zeros
 
 
 def copied(vector: Any) -> Any:
-    """A C-contiguous copy on the current device."""
+    """C-contiguous copy on the current device."""
     copy = empty_like(vector)
     copy[...] = vector
     return copy
 
 
 def write_at_once(written: Iterable[tuple[Any, Any]]) -> None:
-    """Fill arrays with values of their own shapes and dtypes.
+    """Copy values into arrays, given as pairs (array, value) of one shape and dtype.
 
-    Those of NumPy get all or none: an interrupt comes between two steps of Python, and this is a single one.
+    Ctrl-C leaves NumPy arrays all written or all unwritten: Python handles it between two instructions of its
+    interpreter, and here a single one writes everything.
     """
     arrays, values = zip(*written, strict=True)
     deque(map(operator.setitem, arrays, itertools.repeat(...), values), maxlen=0)
 
 
 def current(array: Any) -> contextlib.AbstractContextManager[Any]:
-    """A context in which the device of an array is the current one."""
+    """Context in which the device of this array is the current device."""
     if kind(array) == "numpy" or array.data.device_id == import_cupy().cuda.runtime.getDevice():
         return contextlib.nullcontext()
     device: contextlib.AbstractContextManager[Any] = array.device
@@ -138,7 +141,7 @@ def current(array: Any) -> contextlib.AbstractContextManager[Any]:
 
 
 def full(shape: tuple[int, ...], value: float, dtype: np.dtype[Any], device: str) -> Any:
-    """A new array on a device."""
+    """New array on a device, filled with a value."""
     if device == "cpu":
         return np.full(shape, value, dtype)
     with import_cupy().cuda.Device(_index(device)):
@@ -146,11 +149,11 @@ def full(shape: tuple[int, ...], value: float, dtype: np.dtype[Any], device: str
 
 
 def transfer(array: Any, dtype: np.dtype[Any], device: str) -> Any:
-    """A copy on a device, with a dtype, of anything that ``numpy.asarray`` takes, or of a CuPy array."""
+    """Copy, on a device and with a dtype, of a CuPy array or anything that ``numpy.asarray`` takes."""
     if kind(array) == "cupy" and device != "cpu":
         with import_cupy().cuda.Device(_index(device)):
             return import_cupy().array(array, dtype)
-    with np.errstate(all="ignore"):  # what the dtype does not hold becomes inf
+    with np.errstate(all="ignore"):  # numbers too large for the dtype become inf, without a warning
         host = np.asarray(array.get() if kind(array) == "cupy" else array).astype(dtype)
     if device == "cpu":
         return host
@@ -159,12 +162,13 @@ def transfer(array: Any, dtype: np.dtype[Any], device: str) -> Any:
 
 
 def _index(device: str) -> int:
+    """Number of a CUDA device from its full name."""
     return int(device.removeprefix("cuda:"))
 
 
 @functools.cache
 def import_cupy() -> ModuleType:
-    """CuPy, for those who know by now that it is wanted."""
+    """The module CuPy, imported on first use: call this only once it is clear that a GPU is wanted."""
     import cupy
 
     return cupy  # type: ignore[no-any-return]

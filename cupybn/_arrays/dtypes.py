@@ -1,4 +1,4 @@
-"""The dtypes that batch norm takes, and those that it computes in."""
+"""Dtypes that batch norm takes, and dtypes that it computes in."""
 
 from __future__ import annotations
 
@@ -11,31 +11,32 @@ import numpy.typing as npt
 from cupybn._arrays.kinds import show
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
+"""Names of the dtypes that batch norm takes."""
 BITS_OF_BFLOAT16 = np.dtype("V2")
-"""The dtype of a bfloat16 array that NumPy has read from a file."""
+"""Dtype that a bfloat16 array has after NumPy has read it from a file: two bytes without a meaning."""
 
 
 @functools.cache
 def is_float(dtype: np.dtype[Any]) -> bool:
-    """Whether batch norm takes this dtype; NumPy works its name out anew each time."""
+    """Whether batch norm takes this dtype. Cached, since NumPy computes ``dtype.name`` anew each time."""
     return dtype.name in FLOATS
 
 
 @functools.cache
 def accumulation_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
-    """float64 for float64, float32 for everything narrower."""
+    """Dtype that sums are kept in: float64 for float64, float32 for everything narrower."""
     return np.dtype(np.float64 if dtype.name == "float64" else np.float32)
 
 
 def parameter_dtype(dtype: npt.DTypeLike) -> np.dtype[Any]:
-    """The dtype that a layer was asked for; ``"bfloat16"`` is known by name once ml_dtypes is there.
+    """Dtype that a user chose for a layer. The name ``"bfloat16"`` needs ml_dtypes, which is imported for it.
 
     Raises
     ------
     TypeError
-        If this is not one of the four.
+        If this is none of ``FLOATS``.
     ImportError
-        If it is ``"bfloat16"``, and ml_dtypes is missing.
+        If this is ``"bfloat16"`` and ml_dtypes is missing.
     """
     if isinstance(dtype, str) and dtype == "bfloat16":
         try:
@@ -47,7 +48,7 @@ def parameter_dtype(dtype: npt.DTypeLike) -> np.dtype[Any]:
         dtype = ml_dtypes.bfloat16
     try:
         result: np.dtype[Any] = np.dtype(dtype)
-    except Exception:  # a TypeError mostly, but text and tuples are parsed, and raise what they like
+    except Exception:  # mostly TypeError, but NumPy parses texts and tuples, which raises errors of any class
         name = (dtype if isinstance(dtype, str) else show(dtype)).removeprefix("torch.")
         way_out = f"; did you mean dtype={name!r}?" if name in FLOATS else ""
         raise TypeError(f"expected dtype to be one of {', '.join(FLOATS)} (got {show(dtype)}){way_out}") from None

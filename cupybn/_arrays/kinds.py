@@ -1,4 +1,4 @@
-"""Kinds of arrays: NumPy's or CuPy's, plain or derived, and what messages call them, without an import of CuPy."""
+"""Kinds of arrays, NumPy's or CuPy's, and the words for them in error messages. CuPy is never imported for this."""
 
 from __future__ import annotations
 
@@ -10,26 +10,29 @@ from typing import Any
 import numpy as np
 
 DLPACK_ON_HOST = 1
-"""The kind of device that DLPack calls kDLCPU."""
+"""Number that DLPack has for the host's memory, kDLCPU."""
 
 
 def kind(array: object) -> str | None:
-    """``"numpy"``, ``"cupy"``, or None for anything else."""
+    """Kind of an array: ``"numpy"``, ``"cupy"``, or None for anything else."""
     cls: Any = type(array)
     return _kind_of(cls)
 
 
 @functools.cache
 def _kind_of(cls: Any) -> str | None:
-    """Asked of the class: of an array, the interface would be made anew each time."""
+    """Kind of an array by its class.
+
+    Looks at the class: reading the interface of an array builds a dict at every call.
+    """
     if issubclass(cls, np.ndarray):
-        return None if issubclass(cls, (np.ma.MaskedArray, np.matrix)) else "numpy"  # of rules of their own
+        return None if issubclass(cls, (np.ma.MaskedArray, np.matrix)) else "numpy"  # both compute by other rules
     of_many_devices = any(base.__module__.startswith("cupyx.") for base in cls.__mro__)
     return None if of_many_devices or _cupy_class(cls) is None else "cupy"
 
 
 def _cupy_class(cls: Any) -> Any:
-    """``cupy.ndarray`` if this is it or a class derived from it, else None. CuPy is not imported to find out."""
+    """The class ``cupy.ndarray`` if this is it or derived from it, else None. Found by name, without importing CuPy."""
     for base in cls.__mro__:
         if base.__name__ == "ndarray" and base.__module__.partition(".")[0] == "cupy":
             return base
@@ -38,14 +41,14 @@ def _cupy_class(cls: Any) -> Any:
 
 @functools.cache
 def is_derived(cls: Any) -> bool:
-    """Whether this is a class of arrays, but not that of NumPy or CuPy itself."""
+    """Whether this class is derived from ``numpy.ndarray`` or ``cupy.ndarray``, and is neither of them itself."""
     return _kind_of(cls) is not None and cls is not np.ndarray and cls is not _cupy_class(cls)
 
 
 def plain(array: Any) -> Any:
-    """The same memory as an array of the class of its kind: derived classes may compute by rules of their own.
+    """View of an array of a derived class as a plain ``numpy.ndarray`` or ``cupy.ndarray``; other objects as they are.
 
-    Anything else is returned as it is.
+    Derived classes may compute by rules of their own.
     """
     cls: Any = type(array)
     if not is_derived(cls):
@@ -56,7 +59,7 @@ def plain(array: Any) -> Any:
 
 
 def describe(array: object) -> str:
-    """What an error message calls an argument: its kind and where it lives."""
+    """Words for an argument in an error message: kind and device of an array, or the name of another class."""
     known = kind(array)
     if known == "numpy":
         return "NumPy array"
@@ -66,7 +69,7 @@ def describe(array: object) -> str:
 
 
 def show(value: object) -> str:
-    """What an error message says of a value: its text if that is short, and no array is read for it, or its class."""
+    """Words for a value in an error message: its ``repr`` if that is short and reads no array, else its class."""
     simple = (str, bytes, numbers.Number, type(None))
     if isinstance(value, (list, tuple)) and not all(isinstance(part, simple) for part in value):
         return type(value).__qualname__
@@ -75,22 +78,22 @@ def show(value: object) -> str:
         return describe(value)
     try:
         text = repr(value)
-    except Exception:  # whatever it raises, be it for a number of too many digits
+    except Exception:  # any class raises what it likes, and Python itself does for an int of too many digits
         return cls.__qualname__
     return text if len(text) <= 80 else cls.__qualname__
 
 
 def from_dlpack(name: str, value: Any) -> str:
-    """How to make an array of what knows DLPack: part of an error message."""
+    """Call that turns an object with ``__dlpack__`` into an array, as an error message recommends it."""
     on_host = True
     with contextlib.suppress(Exception):
         on_host = value.__dlpack_device__()[0] == DLPACK_ON_HOST
     with contextlib.suppress(Exception):
-        if value.requires_grad is True:  # PyTorch does not hand these out
+        if value.requires_grad is True:  # PyTorch exports no tensor that is part of a graph of autograd
             name += ".detach()"
     return f"{'numpy' if on_host else 'cupy'}.from_dlpack({name})"
 
 
 def device_of(array: Any) -> str:
-    """The device of an array: ``"cpu"`` or ``"cuda:N"``."""
+    """Device of an array: ``"cpu"`` or ``"cuda:N"``."""
     return "cpu" if kind(array) == "numpy" else f"cuda:{array.device.id}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,35 +14,35 @@ from cupybn._calls.layout import Layout
 from cupybn._calls.overlap import Extent, may_overlap, overlapping
 from cupybn._calls.tracking import updates_stats
 from cupybn._ranks.group import Group
+from cupybn._steps.bundles import Affine, Epilogue, Running
 
 Array = Any  # numpy.ndarray or cupy.ndarray
 
+BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+"""Names of the arrays that a call may move."""
+Written = list[tuple[Array, Array]]
+"""Arrays, and the values that they are to get."""
 
-Idle = tuple[Any, ...]
+
+class Caller(NamedTuple):
+    """The layer that makes a call."""
+
+    device: str
+    ranks: tuple[int, ...] = ()  # of inputs that it takes; none are named where it takes any
+    idle: tuple[Array, ...] = ()  # running statistics that it holds and this call does not use
+    group: Group | None = None  # ranks that the batch is spread over, in training
 
 
 class Call(NamedTuple):
     """What `batch_norm` and the layers were called with."""
 
     input: Array
-    running_mean: Array | None
-    running_var: Array | None
-    weight: Array | None
-    bias: Array | None
+    affine: Affine
+    running: Running
+    epilogue: Epilogue
     training: bool
-    momentum: float | None
-    """None is for layers: 1 / num_batches_tracked."""
-    eps: float
-    residual: Array | None
-    activation: str | None
     channel_axis: int
-    num_batches_tracked: Array | None = None
-    layer_device: str | None = None
-    """Device of the layer that is called; None for the functions."""
-    group: Group | None = None
-    """The ranks that the batch is spread over, in training."""
-    idle: Idle = ()
-    """The layer's buffers, where this call does not use them."""
+    layer: Caller | None = None  # None for the functions
 
     def checked(self, out: Array | None = None) -> Checked:
         """What is to be known of the arguments, if all is well.
@@ -58,9 +58,11 @@ class Call(NamedTuple):
         key = self._key(out)
         checked = _checked.get(key)
         if checked is None:
-            layout = Layout.of(self.input, self.check(out))
-            arrays = self._named((*READ, *self._buffers())) | ({} if out is None else {"out": out})
-            checked = Checked(layout, {name: Extent.of(array) for name, array in arrays.items()})
+            layout, moves = Layout.of(self.input, self.check(out)), self._moves()
+            arrays = self.arrays(moves) | ({} if out is None else {"out": out})
+            classes: set[Any] = {type(array) for array in arrays.values()}
+            extents = {name: Extent.of(array) for name, array in arrays.items()}
+            checked = Checked(layout, moves, any(map(is_derived, classes)), extents)
             if key is not None:
                 if len(_checked) >= MOST_CHECKED:
                     _checked.clear()
@@ -69,24 +71,27 @@ class Call(NamedTuple):
 
     def _key(self, out: Array | None) -> Hashable:
         """All that `check` looks at; None for what cannot be an argument."""
+        weight, bias, eps = self.affine
+        mean, var, _, batches = self.running
+        layer = self.layer
         try:
             key = (
                 _form(self.input),
-                _form(self.running_mean),
-                _form(self.running_var),
-                _form(self.weight),
-                _form(self.bias),
-                _form(self.residual),
-                _form(self.num_batches_tracked),
+                _form(mean),
+                _form(var),
+                _form(weight),
+                _form(bias),
+                _form(self.epilogue.residual),
+                _form(batches),
                 _form(out),
                 self.training,
                 type(self.training),
-                self.eps,
-                type(self.eps),
-                self.activation,
+                eps,
+                type(eps),
+                self.epilogue.activation,
                 self.channel_axis,
                 type(self.channel_axis),
-                self.group is not None,
+                None if layer is None else (layer.ranks, layer.group is not None),
                 updates_stats(),
             )
             hash(key)
@@ -102,43 +107,29 @@ class Call(NamedTuple):
         TypeError, ValueError
             What was expected and what was given. Nothing has been changed, and no array on a device has been read.
         """
-        input = self.input
-        checks.check_array("input", input)
-        axis = checks.check_channel_axis(self.channel_axis, input.ndim)
-        checks.check_activation(self.activation)
+        input, layer = self.input, self.layer
+        axis = checks.check_input(input, self.channel_axis, () if layer is None else layer.ranks)
+        checks.check_activation(self.epilogue.activation)
         checks.check_bool("training", self.training)
-        checks.check_both_or_neither(self.running_mean, self.running_var)
-        if self.running_mean is None and not self.training:
-            raise ValueError(
-                "running_mean and running_var must be given when training=False (training defaults to False; "
-                "training=True takes the statistics of the batch)"
-            )
-        checks.check_vectors(
-            input,
-            axis,
-            {
-                "running_mean": self.running_mean,
-                "running_var": self.running_var,
-                "weight": self.weight,
-                "bias": self.bias,
-            },
-            self.layer_device,
-        )
-        checks.check_eps(self.eps, self.training)
-        if self.training and input.size and self.group is None:
+        checks.check_running(self.running, self.training)
+        vectors = {
+            "running_mean": self.running.mean,
+            "running_var": self.running.var,
+            "weight": self.affine.weight,
+            "bias": self.affine.bias,
+        }
+        checks.check_vectors(input, axis, vectors, None if layer is None else layer.device)
+        checks.check_eps(self.affine.eps, self.training)
+        if self.training and input.size and (layer is None or layer.group is None):
             checks.check_more_than_one_value(input.shape, axis, self._way_to_eval())
-        for name, array in ("residual", self.residual), ("out", out):
+        for name, array in ("residual", self.epilogue.residual), ("out", out):
             if array is not None:
                 checks.check_like(name, array, input)
         written = {"out": out}
-        if self.updates_running():
-            if self.num_batches_tracked is not None:
-                checks.check_counter(self.num_batches_tracked, input)
-            written |= {
-                "running_mean": self.running_mean,
-                "running_var": self.running_var,
-                "num_batches_tracked": self.num_batches_tracked,
-            }
+        if self._moves():
+            if self.running.batches is not None:
+                checks.check_counter(self.running.batches, input)
+            written |= dict(zip(BUFFERS, (self.running.mean, self.running.var, self.running.batches), strict=True))
         for name, array in written.items():
             if array is not None:
                 checks.check_writeable(name, array)
@@ -146,34 +137,58 @@ class Call(NamedTuple):
 
     def _way_to_eval(self) -> str:
         """How a layer uses its running statistics instead of the batch's, if it has any: the end of a message."""
-        has_buffers = self.running_mean is not None or self.num_batches_tracked is not None
-        return "; did you mean layer.eval()?" if self.layer_device is not None and has_buffers else ""
+        has_buffers = self.running.mean is not None or self.running.batches is not None
+        return "; did you mean layer.eval()?" if self.layer is not None and has_buffers else ""
+
+    def _moves(self) -> bool:
+        """Whether this call moves the running statistics."""
+        return self.training and self.running.mean is not None and updates_stats()
+
+    def arrays(self, moves: bool) -> dict[str, Array]:
+        """The arrays of this call by name, but for those that are None; the counter is one where it moves."""
+        weight, bias, _ = self.affine
+        mean, var, _, batches = self.running
+        named = {
+            "input": self.input,
+            "residual": self.epilogue.residual,
+            "weight": weight,
+            "bias": bias,
+            "running_mean": mean,
+            "running_var": var,
+            "num_batches_tracked": batches if moves else None,
+        }
+        return {name: array for name, array in named.items() if array is not None}
 
     def plain(self) -> Call:
-        """The same with arrays of NumPy's and CuPy's own classes, in the same memory."""
-        return Call(*map(plain, self)) if any(map(is_derived, map(type, self))) else self
+        """The same call with arrays of NumPy's and CuPy's own classes, in the same memory."""
+        return self._with({name: plain(array) for name, array in self.arrays(True).items()})
 
-    def updates_running(self) -> bool:
-        """Whether this call moves the running statistics."""
-        return self.training and self.running_mean is not None and updates_stats()
+    def _with(self, arrays: dict[str, Array]) -> Call:
+        """The same call with other arrays in the place of some."""
+        weight, bias, eps = self.affine
+        mean, var, momentum, batches = self.running
+        residual, activation, mask = self.epilogue
+        return self._replace(
+            input=arrays.get("input", self.input),
+            affine=Affine(arrays.get("weight", weight), arrays.get("bias", bias), eps),
+            running=Running(
+                arrays.get("running_mean", mean),
+                arrays.get("running_var", var),
+                momentum,
+                arrays.get("num_batches_tracked", batches),
+            ),
+            epilogue=Epilogue(arrays.get("residual", residual), activation, mask),
+        )
 
-    def running(self) -> Running:
-        """What `bn_normalize` gets of the running statistics: no arrays in training that does not move them.
+    def running_of_steps(self, moves: bool) -> Running:
+        """What steps get of the running statistics: no arrays in training that does not move them.
 
         The momentum stays: what depends on it, the choice of launches, is the same with and without an update.
         """
-        if self.training and not self.updates_running():
-            return Running(None, None, 0.0 if self.running_mean is None else self.momentum, None)
-        counter = self.num_batches_tracked if self.training else None
-        return Running(self.running_mean, self.running_var, self.momentum, counter)
-
-    def _named(self, names: Iterable[str]) -> dict[str, Array]:
-        """Arrays of this call by name, but for those that are None."""
-        return {name: array for name in names if (array := getattr(self, name)) is not None}
-
-    def _buffers(self) -> tuple[str, ...]:
-        """The names of the buffers; the counter is one where it moves."""
-        return BUFFERS if self.updates_running() else BUFFERS[:2]
+        mean, var, momentum, batches = self.running
+        if self.training and not moves:
+            return Running(momentum=0.0 if mean is None else momentum)
+        return Running(mean, var, momentum, batches if self.training else None)
 
     def apart(self, checked: Checked, for_vjp: bool) -> tuple[Call, Written]:
         """The same call where nothing that it moves is read later, and what is to be written when all else is done.
@@ -182,46 +197,38 @@ class Call(NamedTuple):
         The way back reads after buffers have moved, be it in another call. Buffers that share memory with each other
         are moved as copies.
         """
-        moves = self.updates_running()
-        if not (moves or for_vjp):
+        if not (checked.moves or for_vjp):
             return self, []
-        names = self._buffers()
-        arrays = self._named((*READ, *names))
-        shared = overlapping(arrays, self._named(names)) if may_overlap(arrays, checked.extents) else []
-        if for_vjp and self.idle:
-            shared += overlapping(self._named(READ), dict(enumerate(self.idle)))
+        arrays = self.arrays(checked.moves)
+        buffers = {name: arrays[name] for name in BUFFERS if name in arrays}
+        shared = overlapping(arrays, buffers) if may_overlap(arrays, checked.extents) else []
+        if for_vjp and self.layer is not None and self.layer.idle:
+            read = {name: array for name, array in arrays.items() if name not in BUFFERS}
+            shared += overlapping(read, dict(enumerate(self.layer.idle)))
         if not shared:
             return self, []
         layout = checked.layout
         copies = {
             name: layout.copy(arrays[name]) if name in ("input", "residual") else copied(arrays[name])
             for name in shared
-            if name in READ or moves
+            if checked.moves or name not in BUFFERS
         }
-        written = [(arrays[name], copies[name]) for name in names if name in copies]
-        return self._replace(**copies), written
+        return self._with(copies), [(arrays[name], copies[name]) for name in buffers if name in copies]
 
     def shares_with_vectors(self, out: Array, checked: Checked) -> bool:
         """Whether an output has memory in common with a vector of this call."""
-        vectors = self._named(("weight", "bias", *BUFFERS[:2]))
+        tensors = ("input", "residual", "num_batches_tracked")
+        vectors = {name: array for name, array in self.arrays(checked.moves).items() if name not in tensors}
         return may_overlap({"out": out} | vectors, checked.extents) and bool(overlapping({"out": out}, vectors))
-
-
-READ = ("input", "residual", "weight", "bias")
-"""The arrays that a call only reads."""
-BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 class Checked(NamedTuple):
     """What is known of calls whose arguments fit together, and which are alike but for addresses and elements."""
 
     layout: Layout
-    extents: dict[str, Extent]
-    """Extents of the arrays that a call reads, moves or writes, by name."""
-
-
-Written = list[tuple[Array, Array]]
-"""Arrays, and the values that they are to get."""
+    moves: bool  # whether the call moves running statistics
+    derived: bool  # whether an array is of a class derived from NumPy's or CuPy's
+    extents: dict[str, Extent]  # of the arrays that the call reads, moves or writes, by name
 
 
 def _form(array: Array | None) -> Hashable:
@@ -236,13 +243,4 @@ def _form(array: Array | None) -> Hashable:
 MOST_CHECKED = 4096
 """Calls that are remembered, before all are forgotten."""
 _checked: dict[Hashable, Checked] = {}
-"""The calls that have been checked, by what `Call.check` looks at."""
-
-
-class Running(NamedTuple):
-    """Running statistics, and how they move."""
-
-    running_mean: Array | None
-    running_var: Array | None
-    momentum: float | None
-    num_batches_tracked: Array | None
+"""Calls that have been checked, by what `Call.check` looks at."""

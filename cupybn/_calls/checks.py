@@ -1,7 +1,8 @@
-"""Everything that can be wrong with the arguments, found before any array is touched or any kernel is launched.
+"""Checks of arguments, all of them before any array is touched or any kernel is launched.
 
-A message names the argument, what was expected and what was given, in PyTorch's words where it has such an error, and
-ends with the way out where there is one.
+A function ``check_...`` raises if its argument is not as it must be. A message names the argument, what was expected
+and what was given, in PyTorch's words where it has such an error. It ends with the way out, if there is one: what to
+write instead.
 """
 
 from __future__ import annotations
@@ -11,23 +12,23 @@ import math
 import numbers
 import operator
 from array import array as BuiltinArray
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from cupybn._arrays.dtypes import BITS_OF_BFLOAT16, FLOATS, is_float
 from cupybn._arrays.kinds import describe, device_of, from_dlpack, kind, show
+from cupybn._steps.bundles import ACTIVATIONS, Running
 
-ACTIVATIONS = (None, "relu")
 MOST_FEATURES = 2**60 - 1
-"""The most float64 whose bytes an array can count."""
+"""Most channels that a layer may have: with more, an int64 could not count the bytes of a float64 vector."""
 MOST_NESTED = 64
-"""Lists in lists that are looked into: NumPy and CuPy take no more axes than that."""
+"""Depth to which lists in lists are looked into: NumPy and CuPy take no more axes than that."""
 
 
 def check_array(name: str, array: Any, like: Any = None) -> None:
-    """An array of a kind and dtype that batch norm takes, on the device of ``like``, which is the input."""
+    """Check for an array of a kind and dtype that batch norm takes, on the device of ``like``, which is the input."""
     if kind(array) is None:
         given = describe(array)
         raise TypeError(f"expected {name} to be a NumPy or CuPy array (got {given}){_to_array(name, array, like)}")
@@ -44,17 +45,17 @@ def check_array(name: str, array: Any, like: Any = None) -> None:
 
 
 def _to_array(name: str, given: Any, like: Any) -> str:
-    """How to make an array of something else: the end of a message."""
+    """Way out for an argument that is no array: how to make one of it. The end of a message."""
     cls = type(given)
     masked = issubclass(cls, np.ma.MaskedArray)
-    if not masked:  # arrays over the same memory
+    if not masked:  # the calls that are recommended here make arrays over the same memory
         if issubclass(cls, np.ndarray):
             return f": use numpy.asarray({name})"
         if hasattr(cls, "__dlpack__"):
             return f": use {from_dlpack(name, given)}"
         if hasattr(cls, "__cuda_array_interface__"):
             return f": use cupy.asarray({name})"
-    if name == "out":  # it would be a copy that gets the output
+    if name == "out":  # the calls below make copies, and the output would be written to a copy
         return f": use {_new_out(like)}"
     if masked:
         return f": masks are not supported, use {name}.filled(...)"
@@ -67,7 +68,7 @@ def _to_array(name: str, given: Any, like: Any) -> str:
 
 
 def _first(given: Any) -> Any:
-    """The first element of nested lists, which may hold themselves."""
+    """First element of nested lists that is no list itself, down to MOST_NESTED: a list may contain itself."""
     for _ in range(MOST_NESTED):
         if not isinstance(given, (list, tuple)) or not given:
             break
@@ -76,18 +77,18 @@ def _first(given: Any) -> Any:
 
 
 def _to_float(name: str, dtype: np.dtype[Any]) -> str:
-    """How to make floats of other elements: the end of a message."""
+    """Way out for an array of another dtype: how to make floats of it. The end of a message."""
     if dtype.kind == "c":
         return ": complex numbers are not supported"
     if dtype.kind == "f" and dtype.itemsize > 8:
         return f": use {name}.astype(np.float64)"
     if dtype.type is np.void:  # NumPy's files keep the bits of bfloat16, not its name
         return f": use {name}.view(ml_dtypes.bfloat16)" if dtype == BITS_OF_BFLOAT16 else ""
-    return f": use {name}.astype(np.float32)" if dtype.kind in "fiubOV" else ""  # V are those of ml_dtypes
+    return f": use {name}.astype(np.float32)" if dtype.kind in "fiubOV" else ""  # ml_dtypes has dtypes of kind V
 
 
 def _to_device(name: str, array: Any, other: Any) -> str:
-    """How to copy an array to the device of another one: part of a message."""
+    """Call that copies an array to the device of another one. Part of a message."""
     device = device_of(other)
     if device == "cpu":
         return f"cupy.asnumpy({name})"
@@ -97,20 +98,20 @@ def _to_device(name: str, array: Any, other: Any) -> str:
 
 
 def _within(device: str) -> str:
-    """The context in which CuPy makes arrays on a device: part of a message."""
+    """Context in which CuPy makes arrays on a device. Part of a message."""
     return f"within `with cupy.cuda.Device({device.removeprefix('cuda:')})`"
 
 
 def _new_out(input: Any) -> str:
-    """How to make an array for the output: part of a message."""
+    """Call that makes an array for the output. Part of a message."""
     return f"{kind(input)}.empty_like(input)"
 
 
 def check_like(name: str, array: Any, input: Any) -> None:
-    """An array of the input's kind, device, dtype and shape."""
+    """Check for an array of the input's kind, device, dtype and shape."""
     check_array(name, array, input)
     if array.dtype != input.dtype:
-        told_by_name = input.dtype.isnative and array.dtype.name != input.dtype.name  # which lacks the order of bytes
+        told_by_name = input.dtype.isnative and array.dtype.name != input.dtype.name  # names leave out the byte order
         dtype = repr(input.dtype.name) if told_by_name else "input.dtype"
         way_out = f": use {_new_out(input)}" if name == "out" else f": use {name}.astype({dtype})"
         raise TypeError(f"expected {name} of the input's dtype {input.dtype} (got {array.dtype}){way_out}")
@@ -120,7 +121,7 @@ def check_like(name: str, array: Any, input: Any) -> None:
 
 
 def _to_shape(name: str, array: Any, input: Any) -> str:
-    """How to make an array of the input's shape, if it broadcasts to it: the end of a message."""
+    """Way out for an array of another shape, if it broadcasts to the input's. The end of a message."""
     with contextlib.suppress(ValueError):
         if np.broadcast_shapes(array.shape, input.shape) == input.shape:
             return f": use {kind(input)}.broadcast_to({name}, {input.shape})"
@@ -128,13 +129,13 @@ def _to_shape(name: str, array: Any, input: Any) -> str:
 
 
 def check_writeable(name: str, array: Any) -> None:
-    """An array that may be written to."""
+    """Check for an array that may be written to."""
     if kind(array) == "numpy" and not array.flags.writeable:
         raise ValueError(f"expected {name} to be writeable (got a read-only array): use a writeable one")
 
 
 def check_counter(counter: Any, like: Any) -> None:
-    """A 0-d int64 array, on the device of ``like``: it counts in place."""
+    """Check for a 0-d int64 array on the device of ``like``: a counter that is increased in place."""
     way_out = f": use layer.num_batches_tracked = {kind(like)}.asarray(n, 'int64')"
     if device_of(like) not in ("cpu", "cuda:0"):
         way_out += f" {_within(device_of(like))}"
@@ -145,8 +146,17 @@ def check_counter(counter: Any, like: Any) -> None:
         raise ValueError(f"expected num_batches_tracked of shape () (got {counter.shape}){way_out}")
 
 
+def check_input(input: Any, channel_axis: int, ranks: Sequence[int] = ()) -> int:
+    """Channel axis counted from the front; raises unless this is an array of one of the ranks, if any are named."""
+    check_array("input", input)
+    if ranks and input.ndim not in ranks:
+        expected = " or ".join(f"{rank}D" for rank in ranks)
+        raise ValueError(f"expected {expected} input (got {input.ndim}D input)")
+    return check_channel_axis(channel_axis, input.ndim)
+
+
 def check_channel_axis(channel_axis: int, ndim: int) -> int:
-    """The channel axis counted from the front."""
+    """Channel axis counted from the front; raises unless an array with so many axes has it."""
     if ndim < 2:
         raise ValueError(f"expected at least 2D input (got {ndim}D input)")
     axis = as_int("channel_axis", channel_axis)
@@ -156,7 +166,7 @@ def check_channel_axis(channel_axis: int, ndim: int) -> int:
 
 
 def check_num_features(num_features: Any) -> int:
-    """A number of channels that an array can have."""
+    """Number of channels as an int; raises unless an array can have as many."""
     features = as_int("num_features", num_features)
     if features < 0:
         raise ValueError(f"expected num_features >= 0 (got {show(features)})")
@@ -166,26 +176,26 @@ def check_num_features(num_features: Any) -> int:
 
 
 def check_activation(activation: str | None) -> None:
-    """One of ``ACTIVATIONS``."""
+    """Check for one of ``ACTIVATIONS``."""
     if activation is not None and not (isinstance(activation, str) and activation in ACTIVATIONS):
         raise ValueError(f"unknown activation {show(activation)}: expected one of {', '.join(map(repr, ACTIVATIONS))}")
 
 
 def check_bool(name: str, value: bool, way_out: str = "") -> None:
-    """Python's bool, or NumPy's: anything else is true or false as well, but seldom what was meant."""
+    """Check for a bool of Python or NumPy. Anything else is true or false as well, but seldom what was meant."""
     if not isinstance(value, (bool, np.bool_)):
         raise TypeError(f"expected {name} to be a bool (got {show(value)}){way_out}")
 
 
 def check_str(name: str, value: str) -> None:
-    """A text."""
+    """Check for a str."""
     if not isinstance(value, str):
         raise TypeError(f"expected {name} to be a str (got {show(value)})")
 
 
 def as_int(name: str, value: Any) -> int:
-    """A whole number of a type of whole numbers, which bool is not meant to be."""
-    if not isinstance(value, bool) and kind(value) != "cupy":  # which would be read
+    """Whole number as an int; raises for anything but integers, and for a bool, which is seldom what was meant."""
+    if not isinstance(value, bool) and kind(value) != "cupy":  # `operator.index` would read an array on a device
         with contextlib.suppress(TypeError):
             return operator.index(value)
     way_out = ""
@@ -197,10 +207,10 @@ def as_int(name: str, value: Any) -> int:
 
 
 def as_float(name: str, value: Any) -> float:
-    """A number that the host knows, as a float."""
+    """Real number as a float; raises for anything else, arrays included: their value may be on a device."""
     if not isinstance(value, numbers.Real):
         way_out = f": use float({name})" if getattr(value, "shape", None) == () else ""
-        if value is None and name == "momentum":  # of the functions
+        if value is None and name == "momentum":  # layers take None, functions do not
             way_out = ": layers count their batches, functions do not; 1 / n with the n-th batch is the mean over n"
         raise TypeError(f"expected {name} to be a float (got {show(value)}){way_out}")
     try:
@@ -210,7 +220,7 @@ def as_float(name: str, value: Any) -> float:
 
 
 def check_eps(eps: float, training: bool) -> None:
-    """Positive in training, where a variance may be 0; not negative otherwise."""
+    """Check for an eps that is not negative and, in training, where a variance may be 0, not 0 either."""
     as_float("eps", eps)
     if training and not eps > 0:
         raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
@@ -218,22 +228,28 @@ def check_eps(eps: float, training: bool) -> None:
         raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
 
 
-def check_both_or_neither(running_mean: Any, running_var: Any) -> None:
-    """Running statistics come in pairs."""
-    if (running_mean is None) != (running_var is None):
+def check_running(running: Running, training: bool) -> None:
+    """Check that both running statistics are given, or neither in training, where the batch has its own."""
+    if (running.mean is None) != (running.var is None):
         raise ValueError("running_mean and running_var must either both be None or neither be None")
+    if running.mean is None and not training:
+        raise ValueError(
+            "running_mean and running_var must be given when training=False (training defaults to False; "
+            "training=True takes the statistics of the batch)"
+        )
 
 
 def check_vectors(input: Any, axis: int, vectors: Mapping[str, Any], layer_device: str | None) -> None:
-    """Per-channel vectors: kind, device, dtype, and one element for each channel.
+    """Check that vectors have the input's kind and device, a float dtype, and one element per channel.
 
-    Those of a layer, which is on a device, are not what the caller passed: the message is about the input then.
+    If the vectors belong to a layer (``layer_device`` is its device), the caller passed the input alone, and so the
+    message is about the input.
     """
     vectors = {name: vector for name, vector in vectors.items() if vector is not None}
     for name, vector in vectors.items():
         if layer_device is not None and kind(vector) is not None and device_of(vector) == layer_device:
             check_beside_layer(input, vector)
-        if layer_device is None and isinstance(vector, (bool, np.bool_)):  # it stands where `training` was meant to
+        if layer_device is None and isinstance(vector, (bool, np.bool_)):  # `training` at the position of a vector
             given = f"{name} to be a NumPy or CuPy array (got {describe(vector)})"
             raise TypeError(f"expected {given}; did you mean training={bool(vector)}?")
         check_array(name, vector, input)
@@ -256,7 +272,7 @@ def check_vectors(input: Any, axis: int, vectors: Mapping[str, Any], layer_devic
 
 
 def check_beside_layer(input: Any, vector: Any) -> None:
-    """An input on the device of a layer, which is that of its vectors."""
+    """Check that the input is on the device of a layer, which is that of its vectors."""
     if device_of(input) != device_of(vector):
         raise TypeError(
             f"expected input to be a {describe(vector)}, as the layer is on {device_of(vector)} (got a "
@@ -265,6 +281,6 @@ def check_beside_layer(input: Any, vector: Any) -> None:
 
 
 def check_more_than_one_value(shape: tuple[int, ...], axis: int, way_out: str = "") -> None:
-    """The unbiased variance of a single value is not defined. The way out ends the message."""
+    """Check for two values per channel or more: the unbiased variance of a single one is undefined."""
     if math.prod(shape) == shape[axis]:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape}{way_out}")

@@ -1,4 +1,4 @@
-"""Any dense array, of any rank and memory order, as (N, C, L) without a copy."""
+"""Layouts: dense arrays of any rank and memory order seen as (N, C, L), without a copy."""
 
 from __future__ import annotations
 
@@ -11,25 +11,26 @@ from cupybn._arrays.devices import empty
 Array = Any  # numpy.ndarray or cupy.ndarray
 
 _COUNT = tuple(range(64))
-"""0, 1, 2, ...: NumPy and CuPy know no more axes."""
+"""The axes 0, 1, 2, ... of an array whose axes are in the order of memory; NumPy and CuPy take no more than these."""
 
 
 class Layout(NamedTuple):
-    """How the elements of an array lie in memory around its channel axis.
+    """Order of an array's axes in memory, and the shape (N, C, L) that this gives it.
 
-    With the axes in the order of memory, those before the channel axis collapse into N and those after it into L. So
-    contiguous NCHW is (N, C, H*W), channels-last data (N*H*W, C, 1), and every other dense permutation has such a form.
+    Sort the axes by their order in memory: those before the channel axis collapse into N, those after it into L. So
+    contiguous NCHW is (N, C, H*W), channels-last data is (N*H*W, C, 1), and every other dense permutation has such a
+    form.
     """
 
-    axes: tuple[int, ...]  # in the order of memory, slowest first
-    sizes: tuple[int, ...]  # of these axes
+    axes: tuple[int, ...]  # numbers of the axes in the order of memory, slowest first
+    sizes: tuple[int, ...]  # sizes of these axes, in the same order
     shape: tuple[int, int, int]  # N, C, L
 
     @classmethod
     def of(cls, array: Array, channel_axis: int) -> Layout:
-        """The layout of an array; for one that is not dense, that of a dense array with its axes in the same order."""
-        # Strides of axes of length 1 mean nothing, but wherever they go, such axes change neither N nor L. If the
-        # channel axis is one of them, all the array is one channel, (1, 1, L).
+        """Layout of an array. One that is not dense gets that of a dense array with its axes in the same order."""
+        # The strides of axes of length 1 mean nothing; but wherever such axes are sorted to, N and L stay the same. If
+        # the channel axis is one of them, it goes to the front: the whole array is one channel, (1, 1, L).
         axes = sorted(range(array.ndim), key=lambda i: (-abs(array.strides[i]), i))
         if array.shape[channel_axis] == 1:
             axes.remove(channel_axis)
@@ -39,35 +40,35 @@ class Layout(NamedTuple):
         return cls(tuple(axes), sizes, (math.prod(sizes[:c]), sizes[c], math.prod(sizes[c + 1 :])))
 
     def matches(self, array: Array) -> bool:
-        """Whether an array of the same shape has this layout and is dense."""
+        """Whether an array is dense and has this layout, which was made of an array of the same shape."""
         return _is_dense(self.axes, array.shape, array.strides, array.itemsize)
 
     def conform(self, array: Array | None) -> Array | None:
-        """The array itself if it has this layout, else a copy that has; None for None."""
+        """The array itself if it has this layout, else a copy that does; None for None."""
         return array if array is None or self.matches(array) else self.copy(array)
 
     def copy(self, array: Array) -> Array:
-        """A copy that has this layout."""
+        """Copy of an array in this layout."""
         copy = self.empty_like(array)
         copy[...] = array
         return copy
 
     def view(self, array: Array | None) -> Array | None:
-        """An array of this layout as (N, C, L); None for None."""
+        """View, as (N, C, L), of an array that has this layout; None for None."""
         if array is None:
             return None
         return self._in_order(array).reshape(self.shape)
 
     def empty_like(self, array: Array) -> Array:
-        """A new array of this layout, of the kind and dtype of the other one."""
+        """New array in this layout, uninitialised, of the kind and dtype of the given one."""
         return self._back(empty(self.sizes, array))
 
     def _in_order(self, array: Array) -> Array:
-        """The same array with its axes in the order of memory."""
+        """View of an array with its axes in the order of memory."""
         return array if self.axes == _COUNT[: len(self.axes)] else array.transpose(self.axes)
 
     def _back(self, array: Array) -> Array:
-        """The way back from `_in_order`."""
+        """View of an array as it was before `_in_order`: with its axes in their own order again."""
         if self.axes == _COUNT[: len(self.axes)]:
             return array
         return array.transpose([self.axes.index(i) for i in range(len(self.axes))])

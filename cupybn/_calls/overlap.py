@@ -1,6 +1,6 @@
-"""Which arrays of a call share memory: what is written to one of them changes the other one.
+"""Overlap of arrays: which of a call's arrays share memory, so that writing to one changes another.
 
-Addresses are compared: nothing on a device is read.
+Only addresses are compared; no array on a device is read.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from cupybn._arrays.kinds import kind
 Array = Any  # numpy.ndarray or cupy.ndarray
 
 MOST_WORK = 1000
-"""Steps of NumPy's search for a common element, after which two arrays count as overlapping."""
+"""Steps that NumPy may take to look for a common element of two arrays. Without an answer they count as overlapping."""
 
 
 class Extent(NamedTuple):
-    """The first byte of an array and the one behind its last, seen from the address of its first element."""
+    """Range of memory of an array: its first byte and the one after its last, relative to its element 0."""
 
     begin: int
     end: int
 
     @classmethod
     def of(cls, array: Array) -> Extent:
-        """The extent of an array."""
+        """Extent of an array. With negative strides, memory begins before element 0."""
         if array.size == 0:
             return cls(0, 0)
         steps = [(n - 1) * stride for n, stride in zip(array.shape, array.strides, strict=True)]
@@ -35,10 +35,8 @@ class Extent(NamedTuple):
 
 
 def may_overlap(arrays: Mapping[str, Array], extents: Mapping[str, Extent]) -> bool:
-    """Whether any two of these arrays may have an element in common: an answer that costs little, for every call."""
-    if (
-        kind(next(iter(arrays.values()))) == "numpy"
-    ):  # whose addresses are slow to get: no two arrays own the same memory
+    """Whether any two of these arrays may have an element in common: a quick test, which may err towards True."""
+    if kind(next(iter(arrays.values()))) == "numpy":  # two arrays that own their memory never share it
         return len({id(array) for array in arrays.values() if array.flags.owndata}) < len(arrays)
     reached = 0
     for begin, end in sorted([_span(array, extents[name]) for name, array in arrays.items()]):
@@ -49,13 +47,13 @@ def may_overlap(arrays: Mapping[str, Array], extents: Mapping[str, Extent]) -> b
 
 
 def _span(array: Array, extent: Extent) -> tuple[int, int]:
-    """The addresses where an array on a device begins and ends."""
+    """Addresses at which an array on a device begins and ends."""
     address: int = array.data.ptr
     return address + extent[0], address + extent[1]
 
 
 def overlapping(arrays: Mapping[str, Array], others: Mapping[Any, Array]) -> list[str]:
-    """The names of the arrays that have an element in common with one of the others, if that has another name."""
+    """Names of the arrays that have an element in common with one of the others that has another name."""
     return [
         name
         for name, array in arrays.items()
@@ -64,6 +62,7 @@ def overlapping(arrays: Mapping[str, Array], others: Mapping[Any, Array]) -> lis
 
 
 def _common_element(a: Array, b: Array) -> bool:
+    """Whether two arrays have an element in common, or it would take too long to find out."""
     if kind(a) != kind(b):
         return False
     if kind(a) == "cupy":
@@ -78,7 +77,7 @@ def _common_element(a: Array, b: Array) -> bool:
 
 
 def _on_host(array: Array) -> Array:
-    """An array of NumPy at the addresses of one on a device: it cannot be read."""
+    """NumPy array with the addresses of an array on a device. Its elements must not be read: the host cannot."""
     interface = {
         "version": 3,
         "data": (array.data.ptr, True),

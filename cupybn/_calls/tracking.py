@@ -1,4 +1,4 @@
-"""Whether forward passes of this thread update running statistics."""
+"""The switch `no_stats_update`: whether forward passes of a thread update running statistics."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 
 class _Inside(threading.local):
-    """The contexts that a thread is in: generators and tasks may leave them in another order."""
+    """Contexts that a thread is in. A set, not a stack: generators and tasks may leave them in any order."""
 
     def __init__(self) -> None:
         self.contexts: set[object] = set()

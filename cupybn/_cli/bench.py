@@ -39,10 +39,11 @@ from cupybn._cli.table import table
 
 USAGE = "--shape SHAPE [options]"
 RATIOS = "x / cupybn: how many times as long x takes. At 2.0 cupybn takes half the time, at 0.5 twice. -: not measured."
+"""Note under the table on its last columns."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `run` looks at."""
+    """Add the options of `bench` to its parser."""
     parser.add_argument(
         "--shape",
         type=shape,
@@ -61,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure, and print a table."""
+    """Measure what the options ask for, print a table and return the exit status."""
     problems = [
         Problem(shape, dtype, channel_axis(shape, options.channel_axis))
         for dtype in chosen_dtypes(options.dtypes, ("float32",))
@@ -76,7 +77,7 @@ def run(options: argparse.Namespace) -> int:
         row, effort, sets = gpu_row, AS_LITTLE_AS_POSSIBLE, AS_LITTLE_AS_POSSIBLE.most_sets
         note = "This CuPy is the stand-in that runs kernels on the CPU: the times below say nothing of a GPU."
     else:
-        row, effort, sets = gpu_row, Effort(options.seconds), 0  # the allocations tell
+        row, effort, sets = gpu_row, Effort(options.seconds), 0  # whether GPU memory is enough, allocations will show
         note = ""
     for job in jobs:
         check_memory(*job, sets)
@@ -96,12 +97,12 @@ def run(options: argparse.Namespace) -> int:
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether this is what NumPy, CuPy or PyTorch raise where memory is too small."""
+    """Whether this is the error that NumPy, CuPy or PyTorch raise if there is too little memory."""
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # the latter is PyTorch's
 
 
 def arrays_of(problem: Problem, xp: Any, sets: int = 1) -> list[Arrays]:
-    """Arrays to measure with; where they cannot be made, the shape is at fault."""
+    """Arrays to measure with. An error in making them, except for too little memory, is one of ``--shape``."""
     try:
         return make_arrays(problem, xp, sets)
     except Exception as error:
@@ -112,7 +113,7 @@ def arrays_of(problem: Problem, xp: Any, sets: int = 1) -> list[Arrays]:
 
 
 def channel_axis(shape: tuple[int, ...], axis: int) -> int:
-    """The channel axis of this shape, counted from the front."""
+    """Channel axis of this shape, counted from the front; UsageError if batch norm cannot take it."""
     try:
         axis = check_channel_axis(axis, len(shape))
     except ValueError as error:
@@ -125,7 +126,7 @@ def channel_axis(shape: tuple[int, ...], axis: int) -> int:
 
 
 def operations(options: argparse.Namespace) -> list[Operation]:
-    """The operations that the command line asks for."""
+    """Operations that the command line asks for."""
     relu = options.relu or options.residual
     fused = {"activation": "relu" if relu else None, "residual": options.residual}
     name = " + add" * options.residual + " + ReLU" * relu
@@ -140,7 +141,7 @@ CPU_HEAD = ["shape, operation", "host us", "(quartiles)", "plain NumPy / cupybn"
 
 
 def cpu_row(problem: Problem, operation: Operation, effort: Effort) -> list[str]:
-    """The cells of a line."""
+    """Cells of a row of the table, for the CPU."""
     (arrays,) = arrays_of(problem, np)
     calls = [cupybn_call(problem, operation, arrays), *cpu_peers(problem, operation, arrays)]
     ours, *theirs = (None if call is None else host_time(call, lambda: None, effort) for call in calls)
@@ -149,7 +150,7 @@ def cpu_row(problem: Problem, operation: Operation, effort: Effort) -> list[str]
 
 
 def cpu_peers(problem: Problem, operation: Operation, arrays: Arrays) -> list[Call | None]:
-    """Plain NumPy and PyTorch; None for what cannot be measured."""
+    """Calls of plain NumPy and PyTorch to compare with; None for those that cannot be measured."""
     torch = optional("torch")
     plain = None if problem.dtype.name == "bfloat16" else plain_call(np, problem, operation, arrays)
     return [plain, None if torch is None else torch_call(torch, problem, operation, arrays)]
@@ -166,14 +167,14 @@ GPU_HEAD = [
 
 
 class Measured(NamedTuple):
-    """Times of one library."""
+    """Times of one library, on the device and on the host."""
 
     device: Spread
     host: Spread
 
 
 def gpu_row(problem: Problem, operation: Operation, effort: Effort) -> list[str]:
-    """The cells of a line."""
+    """Cells of a row of the table, for a GPU."""
     cupy = import_cupy()
     l2 = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.runtime.getDevice())["l2CacheSize"]
     nbytes = int(operation.passes * problem.nbytes)
@@ -200,7 +201,7 @@ def gpu_row(problem: Problem, operation: Operation, effort: Effort) -> list[str]
 
 
 def torch_on_gpu(problem: Problem, operation: Operation, arrays: Sequence[Arrays], effort: Effort) -> Spread | None:
-    """PyTorch's time on the device, where it finds one."""
+    """Time of PyTorch on the device; None if PyTorch is missing or finds no GPU."""
     torch = optional("torch")
     if torch is None or not torch.cuda.is_available():
         return None
@@ -222,7 +223,7 @@ def measure(
     synchronize: Call,
     effort: Effort,
 ) -> Measured:
-    """One library, on all sets of buffers in turn on the device, and on the first on the host."""
+    """Times of one library: on the device with all sets of buffers in turn, on the host with the first set."""
     calls = [call_of(a) for a in arrays]
     device = device_time(graph_of(rotate(calls, effort)), effort)
     release()
@@ -234,10 +235,10 @@ def measure(
 
 
 def cells(time: Spread) -> list[str]:
-    """Median and quartiles."""
+    """Cells for the median and the quartiles of a time."""
     return [f"{time.median:.1f}", f"({time.low:.1f}..{time.high:.1f})"]
 
 
 def ratio(theirs: Spread | None, ours: Spread) -> str:
-    """How many times as long they take."""
+    """Cell for a ratio: how many times as long they take as we do."""
     return "-" if theirs is None else f"{theirs.median / ours.median:.2f}"

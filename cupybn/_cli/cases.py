@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from cupybn._arrays.dtypes import accumulation_dtype
 from cupybn._cli import formula
-from cupybn._steps.bundles import Moments, Statistics, Sums
+from cupybn._steps.bundles import Affine, Epilogue, Moments, Running, Statistics, Sums
 
 Array = npt.NDArray[Any]
 
@@ -33,26 +33,27 @@ class Case:
     def __init__(self, shape: tuple[int, int, int], dtype: np.dtype[Any], offset: int, variant: Variant) -> None:
         rng = np.random.default_rng(0)
         self.shape, self.dtype, self.offset = shape, dtype, offset
-        self.training, self.activation, self.has_residual = variant
+        self.training, activation, self.has_residual = variant
         C = shape[1]
         self.weight = (rng.uniform(0.5, 1.5, C) * rng.choice([-1, 1], C)).astype(np.float32)
-        self.bias, self.mean = rng.standard_normal((2, C)).astype(np.float32)
-        self.var = rng.uniform(0.5, 2, C)
+        self.bias, mean = rng.standard_normal((2, C)).astype(np.float32)
+        self.statistics = Statistics(mean.astype(np.float64), rng.uniform(0.5, 2, C))
+        self.affine = Affine(self.weight, self.bias, EPS)
+        self.running = Running(*self.statistics, MOMENTUM, np.array(2) if self.training else None)
         self.x = (rng.standard_normal(shape) * 2 + 3).astype(dtype)
         self.dy = rng.standard_normal(shape).astype(dtype)
-        self.residual = rng.standard_normal(shape).astype(dtype) if self.has_residual else None
+        self.epilogue = Epilogue(rng.standard_normal(shape).astype(dtype) if self.has_residual else None, activation)
         self._keep_away_from_zero()
         self.count = self.x.size / C
         self.inv_count = 1 / self.count if self.training else 0.0
         parts = rng.integers(2, 9, 3).astype(np.float64)
         self.moments = Moments(parts, *rng.uniform(1, 2, (2, 3, C)))
         self.sums = Sums(*rng.standard_normal((2, 1, C)) * self.count)
-        self.statistics = Statistics(self.mean.astype(np.float64), self.var)
 
     @property
     def masked(self) -> bool:
         """Whether the way back needs a mask of the way forth."""
-        return self.has_residual and self.activation is not None
+        return self.has_residual and self.epilogue.activation is not None
 
     @property
     def unit(self) -> float:
@@ -64,7 +65,8 @@ class Case:
     def before_activation(self, statistics: Statistics) -> Array:
         """The values that ReLU looks at, in float64."""
         y: Array = self.xhat(statistics) * self.weight[:, None] + self.bias[:, None]
-        return y if self.residual is None else y + self.residual.astype(np.float64)
+        residual = self.epilogue.residual
+        return y if residual is None else y + residual.astype(np.float64)
 
     def xhat(self, statistics: Statistics) -> Array:
         """The normalised input, in float64."""
@@ -79,11 +81,12 @@ class Case:
     def terms(self, statistics: Statistics) -> Array:
         """The sizes of what an output is a sum of."""
         sizes: Array = np.abs(self.weight)[:, None] * (1 + np.abs(self.xhat(statistics))) + np.abs(self.bias)[:, None]
-        return sizes if self.residual is None else sizes + np.abs(self.residual.astype(np.float64))
+        residual = self.epilogue.residual
+        return sizes if residual is None else sizes + np.abs(residual.astype(np.float64))
 
     def gradient_terms(self, sums: Sums | None = None) -> Array:
         """The same for the gradient of the input: of its channel the largest."""
-        xhat, scale = np.abs(self.xhat(self.statistics)), np.abs(self.weight) / np.sqrt(self.var + EPS)
+        xhat, scale = np.abs(self.xhat(self.statistics)), np.abs(self.weight) / np.sqrt(self.statistics.var + EPS)
         g = np.abs(self.dy.astype(np.float64))
         sum_dy, sum_dy_xhat = (
             (g.sum((0, 2)), (g * xhat).sum((0, 2))) if sums is None else map(np.abs, (s[0] for s in sums))
@@ -93,10 +96,9 @@ class Case:
         return largest
 
     def _keep_away_from_zero(self) -> None:
-        y = self.before_activation(Statistics(self.mean.astype(np.float64), self.var))
-        near = np.abs(y) < NEAR
-        if self.residual is not None:
-            self.residual[near] += np.asarray(4 * NEAR, self.dtype)
+        near = np.abs(self.before_activation(self.statistics)) < NEAR
+        if self.epilogue.residual is not None:
+            self.epilogue.residual[near] += np.asarray(4 * NEAR, self.dtype)
         else:
-            step = (4 * NEAR * np.sqrt(self.var + EPS) / self.weight)[:, None]
+            step = (4 * NEAR * np.sqrt(self.statistics.var + EPS) / self.weight)[:, None]
             self.x = np.where(near, self.x.astype(np.float64) + step, self.x.astype(np.float64)).astype(self.dtype)

@@ -27,7 +27,7 @@ from cupybn._steps.launcher import kernel_names
 
 Shape = tuple[int, int, int]
 MOST_LISTED = 20
-"""Calls that are listed one by one."""
+"""Most calls that are listed one by one under the table."""
 
 USAGE = "[options]"
 
@@ -35,21 +35,22 @@ QUICK: dict[str, list[Shape]] = {
     "channels_first": [(6, 5, 49), (4, 3, 64)],
     "channels_last": [(37, 3, 1), (45, 64, 1)],
 }
-"""(N, C, L) by layout. The first of each is checked in unaligned memory, too."""
+"""Shapes (N, C, L) that ``--quick`` checks, by layout. The first of each is checked in unaligned memory as well."""
 SHAPES: dict[str, list[Shape]] = {
     "channels_first": [*QUICK["channels_first"], (300, 2, 40), (2, 130, 3), (2, 2, 4099), (1, 1, 2)],
     "channels_last": [*QUICK["channels_last"], (1029, 3, 1), (45, 301, 1), (9001, 6, 1), (2, 1, 1)],
 }
+"""Shapes (N, C, L) that are checked without ``--quick``."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `run` looks at."""
+    """Add the options of `check` to its parser."""
     parser.add_argument("--quick", action="store_true", help="two shapes of each layout")
     add_dtypes(parser, default="all")
 
 
 class Job(NamedTuple):
-    """A call to be checked, for one cell of the table."""
+    """A call to check. All calls of one row and dtype share a cell of the table."""
 
     row: str
     step: str
@@ -59,7 +60,7 @@ class Job(NamedTuple):
     variant: Variant
 
     def describe(self) -> str:
-        """The text of a case in the list of misses."""
+        """Text for this call in the list of errors or misses."""
         training, activation, has_residual = self.variant
         words = [
             "training" if training else "eval",
@@ -71,7 +72,7 @@ class Job(NamedTuple):
 
 
 def run(options: argparse.Namespace) -> int:
-    """Check, and print a table."""
+    """Check what the options ask for, print a table and return the exit status."""
     dtypes, missing = chosen_dtypes(options.dtypes, FLOATS), cuda_missing()
     if missing:
         print(f"There are no kernels to check here: {missing}.\nChecking the NumPy mirrors against a plain formula.")
@@ -89,7 +90,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def kernel_jobs(dtypes: Sequence[np.dtype[Any]], shapes: dict[str, list[Shape]]) -> list[Job]:
-    """All calls for all kernels; a kernel without layout takes arrays of one."""
+    """Calls for all kernels. Those outside of the two layout folders get the shapes for channels first."""
     jobs = []
     for name in kernel_names():
         layout, _, step = name.rpartition("/")
@@ -98,13 +99,13 @@ def kernel_jobs(dtypes: Sequence[np.dtype[Any]], shapes: dict[str, list[Shape]])
 
 
 def mirror_jobs(dtypes: Sequence[np.dtype[Any]], shapes: dict[str, list[Shape]]) -> list[Job]:
-    """All calls for all mirrors, which know no alignment."""
+    """Calls for all mirrors, without unaligned memory, which makes no difference to NumPy."""
     every = [shape for layout in shapes.values() for shape in layout]
     return [job for step in STEPS for job in jobs_of(step, step, every, dtypes) if not job.offset]
 
 
 def jobs_of(row: str, step: str, shapes: Sequence[Shape], dtypes: Sequence[np.dtype[Any]]) -> list[Job]:
-    """All calls for a row of the table."""
+    """Calls for a row of the table."""
     return [
         Job(row, step, shape, dtype, offset, variant)
         for dtype in dtypes
@@ -115,29 +116,30 @@ def jobs_of(row: str, step: str, shapes: Sequence[Shape], dtypes: Sequence[np.dt
 
 
 class Found(NamedTuple):
-    """What came of a call."""
+    """Outcome of a call."""
 
     share: float
-    """The largest error, as a share of its bound; infinite where the call has raised."""
+    """Largest error as a share of its bound; infinite if the call has raised."""
     result: str
-    """The result that it is in."""
+    """Name of the result in which the error is largest."""
     raised: str = ""
+    """Text of the error that the call has raised; empty if it has not."""
 
 
 def check(jobs: Sequence[Job], ours: Side, referee: Side) -> dict[Job, Found]:
-    """All calls, and what came of them."""
+    """Outcomes of calls, by call, where one side is compared with the other."""
     found = {}
     for job in progress(jobs, "call"):
         case = Case(job.shape, job.dtype, job.offset, job.variant)
         try:
             found[job] = Found(*worst(case, STEPS[job.step].run, ours, referee))
-        except Exception as error:  # it does not compile, or not run: others may
+        except Exception as error:  # go on: if one kernel does not compile or run, others may
             found[job] = Found(math.inf, "", f"{type(error).__name__}: {error}".partition("\n")[0])
     return found
 
 
 def report(found: dict[Job, Found], dtypes: Sequence[np.dtype[Any]]) -> int:
-    """Print the table and what is wrong; 1 if anything is, or nothing was checked."""
+    """Print the table and all that is wrong. Returns the exit status: 1 if anything is, or if nothing was checked."""
     if not found:
         print("Nothing was checked.")
         return 1
@@ -171,5 +173,5 @@ def report(found: dict[Job, Found], dtypes: Sequence[np.dtype[Any]]) -> int:
 
 
 def cell(calls: Sequence[Found]) -> str:
-    """The calls of a cell of the table: their largest error."""
+    """Text for a cell of the table: the largest error of its calls."""
     return "error" if any(call.raised for call in calls) else f"{max(call.share for call in calls):.2f}"

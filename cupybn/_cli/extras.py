@@ -1,4 +1,4 @@
-"""Libraries that may be missing: the commands do without."""
+"""Optional libraries, which the commands use if they are installed and can do without."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Item = TypeVar("Item")
 
 
 def optional(name: str) -> Any:
-    """A module, or None where it cannot be imported."""
+    """Module of this name, or None if it cannot be imported."""
     try:
         return importlib.import_module(name)
     except ImportError:
@@ -19,7 +19,7 @@ def optional(name: str) -> Any:
 
 
 def progress(items: Sequence[Item], unit: str) -> Iterator[Item]:
-    """The items one by one, beside a bar where the errors go to a terminal and tqdm is there."""
+    """Yield the items one by one, with a progress bar if stderr is a terminal and tqdm is installed."""
     tqdm = optional("tqdm")
     if tqdm is not None:
         yield from tqdm.tqdm(items, unit=unit, leave=False, disable=None)

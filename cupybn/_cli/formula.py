@@ -5,26 +5,35 @@ No tiles, no threads, no second thoughts about precision. Outputs are float64, s
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 
-from cupybn._steps.bundles import Moments, Statistics, Sums
+from cupybn._steps.bundles import (
+    Affine,
+    Counter,
+    Doubles,
+    Epilogue,
+    Gradients,
+    Mask,
+    Moments,
+    Running,
+    Statistics,
+    Sums,
+    Tensor,
+    Vector,
+)
 
-Array = npt.NDArray[Any]
 
-
-def bn_stats(x: Array, num_batches_tracked: Array | None = None) -> Moments:
+def bn_stats(x: Tensor, batches: Counter | None = None) -> Moments:
     """Count, mean and sum of squared deviations of each channel."""
     x = x.astype(np.float64)
     count = np.array([x.size / x.shape[1]])
     mean = _total(x) / count
     m2 = _total((x - _column(mean)) ** 2)
-    return Moments(count, mean[None], m2[None], None if num_batches_tracked is None else num_batches_tracked.copy())
+    return Moments(count, mean[None], m2[None], None if batches is None else batches.copy())
 
 
-def mean_and_var(moments: Moments, dtype: npt.DTypeLike) -> tuple[Array, Array]:
+def mean_and_var(moments: Moments, dtype: npt.DTypeLike) -> tuple[Vector, Vector]:
     """Mean and biased variance of all parts together."""
     n = moments.count[:, None]
     mean = (n * moments.mean).sum(axis=0) / n.sum()
@@ -32,158 +41,125 @@ def mean_and_var(moments: Moments, dtype: npt.DTypeLike) -> tuple[Array, Array]:
     return mean.astype(dtype), var.astype(dtype)
 
 
-def merge_moments(moments: Moments) -> Array:
-    """The same, as one row: count, mean, m2."""
+def merge_moments(moments: Moments) -> Doubles:
+    """Count, mean and m2 of all parts together, as one row."""
     count, (mean, var) = moments.count.sum(), mean_and_var(moments, np.float64)
     return np.concatenate([[count], mean, var * count])[None]
 
 
-def bn_update_running(
-    moments: Moments, running_mean: Array, running_var: Array, momentum: float, num_batches_tracked: Array
-) -> None:
-    """running = (1 - momentum) * running + momentum * batch."""
+def bn_update_running(moments: Moments, running: Running) -> None:
+    """running = (1 - momentum) * running + momentum * batch, and a batch more."""
+    assert running.mean is not None
+    assert running.var is not None
+    assert running.momentum is not None
     count = moments.count.sum()
     mean, var = mean_and_var(moments, np.float64)
-    for running, new in (running_mean, mean), (running_var, var * count / (count - 1)):
-        running[...] = (1 - momentum) * running + momentum * new
-    num_batches_tracked += 1
+    for vector, new in (running.mean, mean), (running.var, var * count / (count - 1)):
+        vector[...] = (1 - running.momentum) * vector + running.momentum * new
+    if running.batches is not None:
+        running.batches[...] += 1
 
 
-def empty_mask(x: Array, residual: Array, out: Array) -> Array:  # noqa: ARG001
+def empty_mask(x: Tensor, residual: Tensor, out: Tensor) -> Mask:  # noqa: ARG001
     """Room for a truth value per element."""
     return np.empty(x.shape, bool)
 
 
 def bn_normalize(
-    x: Array,
-    moments: Moments | None,
-    eps: float,
-    weight: Array,
-    bias: Array,
-    residual: Array | None,
-    activation: str | None,
-    running_mean: Array,
-    running_var: Array,
-    momentum: float,
-    num_batches_tracked: Array | None,
-    out: Array,
-    mask: Array | None,
+    x: Tensor, moments: Moments | None, affine: Affine, running: Running, epilogue: Epilogue, out: Tensor
 ) -> Statistics:
     """activation(weight * (x - mean) / sqrt(var + eps) + bias + residual), and the running statistics."""
     if moments is None:
-        statistics = Statistics(running_mean.astype(np.float64), running_var.astype(np.float64))
+        assert running.mean is not None
+        assert running.var is not None
+        statistics = Statistics(running.mean.astype(np.float64), running.var.astype(np.float64))
     else:
-        assert num_batches_tracked is not None
         statistics = Statistics(*mean_and_var(moments, np.float64))
-        bn_update_running(moments, running_mean, running_var, momentum, num_batches_tracked)
-    y = _preactivation(x, statistics, eps, weight, bias)
-    if residual is not None:
-        y += residual.astype(np.float64)
-    if mask is not None:
-        mask[...] = y > 0
-    out[...] = np.maximum(y, 0) if activation == "relu" else y
+        bn_update_running(moments, running)
+    y = _preactivation(x, statistics, affine)
+    if epilogue.residual is not None:
+        y += epilogue.residual.astype(np.float64)
+    if epilogue.mask is not None:
+        epilogue.mask[...] = y > 0
+    out[...] = np.maximum(y, 0) if epilogue.activation == "relu" else y
     return statistics
 
 
-def bn_forward(x: Array, *arguments: Any) -> Statistics:
+def bn_forward(x: Tensor, affine: Affine, running: Running, epilogue: Epilogue, out: Tensor) -> Statistics:
     """Both steps."""
-    return bn_normalize(x, bn_stats(x), *arguments)
+    return bn_normalize(x, bn_stats(x), affine, running, epilogue, out)
 
 
-def bn_backward_reduce(
-    dy: Array,
-    x: Array,
-    statistics: Statistics,
-    eps: float,
-    weight: Array,
-    bias: Array,
-    activation: str | None,
-    mask: Array | None,
-) -> Sums:
+def bn_backward_reduce(dy: Tensor, x: Tensor, statistics: Statistics, affine: Affine, epilogue: Epilogue) -> Sums:
     """sum(dy) and sum(dy * xhat), where activation passed dy."""
-    g = _passed(dy, x, statistics, eps, weight, bias, activation, mask)
-    return Sums(_total(g)[None], _total(g * _xhat(x, statistics, eps))[None])
+    g = _passed(dy, x, statistics, affine, epilogue)
+    return Sums(_total(g)[None], _total(g * _xhat(x, statistics, affine))[None])
 
 
-def merge_sums(sums: Sums, count: Array, dweight: Array, dbias: Array) -> Array:
+def merge_sums(sums: Sums, count: Doubles, dweight: Vector, dbias: Vector) -> Doubles:
     """Both sums over all parts, divided by count, and the gradients that they are."""
     dbias[...], dweight[...] = sums.dy.sum(axis=0), sums.dy_xhat.sum(axis=0)
-    row: Array = np.concatenate([dbias, dweight])[None] / count
-    return row
+    return np.concatenate([dbias, dweight])[None] / count
 
 
 def bn_backward_input(
-    dy: Array,
-    x: Array,
+    dy: Tensor,
+    x: Tensor,
     statistics: Statistics,
-    eps: float,
-    weight: Array,
-    bias: Array,
-    activation: str | None,
-    mask: Array | None,
+    affine: Affine,
+    epilogue: Epilogue,
     sums: Sums,
     inv_count: float,
-    dx: Array,
-    dresidual: Array | None,
-    dweight: Array,
-    dbias: Array,
+    gradients: Gradients,
 ) -> None:
     """(dy - sum(dy) / count - xhat * sum(dy * xhat) / count) * rstd * weight, where activation passed dy."""
-    g = _passed(dy, x, statistics, eps, weight, bias, activation, mask)
+    g = _passed(dy, x, statistics, affine, epilogue)
     sum_dy, sum_dy_xhat = sums.dy.sum(axis=0), sums.dy_xhat.sum(axis=0)
-    terms = g - inv_count * (_column(sum_dy) + _xhat(x, statistics, eps) * _column(sum_dy_xhat))
-    dx[...] = terms * _column(weight / np.sqrt(statistics.var + eps))
-    if dresidual is not None:
-        dresidual[...] = g
-    dweight[...], dbias[...] = sum_dy_xhat, sum_dy
+    terms = g - inv_count * (_column(sum_dy) + _xhat(x, statistics, affine) * _column(sum_dy_xhat))
+    gradients.dx[...] = terms * _column(affine.weight / np.sqrt(statistics.var + affine.eps))
+    if gradients.dresidual is not None:
+        gradients.dresidual[...] = g
+    assert gradients.dweight is not None
+    assert gradients.dbias is not None
+    gradients.dweight[...], gradients.dbias[...] = sum_dy_xhat, sum_dy
 
 
 def bn_backward(
-    dy: Array,
-    x: Array,
+    dy: Tensor,
+    x: Tensor,
     statistics: Statistics,
-    eps: float,
-    weight: Array,
-    bias: Array,
-    activation: str | None,
-    mask: Array | None,
-    *arguments: Any,
+    affine: Affine,
+    epilogue: Epilogue,
+    inv_count: float,
+    gradients: Gradients,
 ) -> None:
     """Both steps."""
-    step = (dy, x, statistics, eps, weight, bias, activation, mask)
-    bn_backward_input(*step, bn_backward_reduce(*step), *arguments)
+    sums = bn_backward_reduce(dy, x, statistics, affine, epilogue)
+    bn_backward_input(dy, x, statistics, affine, epilogue, sums, inv_count, gradients)
 
 
-def _total(x: Array) -> Array:
+def _total(x: Tensor) -> Doubles:
     """The sum of each channel, along memory: only there does NumPy add pairwise."""
-    total: Array = np.ascontiguousarray(x.transpose(1, 0, 2)).reshape(x.shape[1], -1).sum(axis=1)
-    return total
+    return np.ascontiguousarray(x.transpose(1, 0, 2)).reshape(x.shape[1], -1).sum(axis=1)
 
 
-def _column(vector: Array) -> Array:
+def _column(vector: Vector) -> Doubles:
+    """The vector beside (N, C, L)."""
     return vector[:, None]
 
 
-def _xhat(x: Array, statistics: Statistics, eps: float) -> Array:
-    xhat: Array = (x.astype(np.float64) - _column(statistics.mean)) / _column(np.sqrt(statistics.var + eps))
-    return xhat
+def _xhat(x: Tensor, statistics: Statistics, affine: Affine) -> Doubles:
+    return (x.astype(np.float64) - _column(statistics.mean)) / _column(np.sqrt(statistics.var + affine.eps))
 
 
-def _preactivation(x: Array, statistics: Statistics, eps: float, weight: Array, bias: Array) -> Array:
-    return _xhat(x, statistics, eps) * _column(weight) + _column(bias)
+def _preactivation(x: Tensor, statistics: Statistics, affine: Affine) -> Doubles:
+    return _xhat(x, statistics, affine) * _column(affine.weight) + _column(affine.bias)
 
 
-def _passed(
-    dy: Array,
-    x: Array,
-    statistics: Statistics,
-    eps: float,
-    weight: Array,
-    bias: Array,
-    activation: str | None,
-    mask: Array | None,
-) -> Array:
+def _passed(dy: Tensor, x: Tensor, statistics: Statistics, affine: Affine, epilogue: Epilogue) -> Doubles:
+    """The elements of dy that activation passed, 0 for the others."""
     dy = dy.astype(np.float64)
-    if activation is None:
+    if epilogue.activation is None:
         return dy
-    return np.where(_preactivation(x, statistics, eps, weight, bias) > 0 if mask is None else mask, dy, 0)
+    passed = _preactivation(x, statistics, affine) > 0 if epilogue.mask is None else epilogue.mask
+    return np.where(passed, dy, 0)

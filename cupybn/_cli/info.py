@@ -1,4 +1,4 @@
-"""What is found on this machine: versions, GPUs, kernels."""
+"""Show what is found on this machine: versions, GPUs, kernels."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from cupybn._steps.tiles import num_threads
 
 MIB = 1 << 20
 
-
 USAGE = "[options]"
 MISSING = {
     "ml_dtypes": "not found, `pip install '.[bf16]'` installs it",
     "mpi4py": "not found, `pip install '.[mpi]'` installs it",
 }
+"""Texts in place of the versions of optional libraries that are missing."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `run` looks at."""
+    """Add the options of `info` to its parser."""
     parser.add_argument("--json", action="store_true", help="one JSON object, with null for what is not there")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print a line for each thing that is found, or why it is not."""
+    """Print a line for each thing that is looked for: what was found, or why nothing was. Returns the exit status."""
     if options.json:
         print(json.dumps(facts(), indent=2))
         return 0
@@ -44,7 +44,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def facts() -> dict[str, Any]:
-    """All that `info` knows, under the same keys on every machine; None for what is not there."""
+    """Facts about this machine, under the same keys on every machine; None for what is not there."""
     missing = cuda_missing()
     threads, wrong = None, {}
     try:
@@ -70,7 +70,7 @@ def facts() -> dict[str, Any]:
 
 
 def cupy_facts() -> dict[str, Any]:
-    """What there is to know where CuPy finds a GPU."""
+    """Facts that need a CuPy that finds a GPU."""
     cupy = import_cupy()
     runtime = cupy.cuda.runtime
     found: dict[str, str] = {}
@@ -97,7 +97,7 @@ def cupy_facts() -> dict[str, Any]:
 
 
 def lines() -> Iterator[tuple[str, str]]:
-    """Names and values, for people."""
+    """Yield names and values of the facts as people read them."""
     known = facts()
     yield "cupybn", known["cupybn"]
     yield "Python", f"{known['python']} on {known['machine']}"
@@ -125,7 +125,7 @@ def lines() -> Iterator[tuple[str, str]]:
 
 
 def nccl_version() -> str:
-    """NCCL's version, such as 2.27.3."""
+    """Version of NCCL, such as 2.27.3."""
     from cupy.cuda import nccl
 
     if not nccl.available:
@@ -135,19 +135,19 @@ def nccl_version() -> str:
 
 
 def version(number: int) -> str:
-    """A version of CUDA from how CUDA numbers it: 13020 is 13.2."""
+    """Version of CUDA from the number that CUDA has for it: 13020 is 13.2."""
     return f"{number // 1000}.{number % 1000 // 10}"
 
 
 def cache_folder() -> str:
-    """The folder where CuPy keeps what it has compiled."""
+    """Folder in which CuPy keeps compiled kernels."""
     if os.environ.get("CUPY_CACHE_IN_MEMORY", "0") not in ("", "0"):
         return "kept in memory alone (CUPY_CACHE_IN_MEMORY)"
     return os.environ.get("CUPY_CACHE_DIR") or str(Path.home() / ".cupy" / "kernel_cache")
 
 
 def gpu(properties: dict[str, Any]) -> dict[str, Any]:
-    """What there is to know of a GPU."""
+    """Facts about one GPU."""
     return {
         "name": properties["name"].decode(),
         "compute_capability": f"{properties['major']}.{properties['minor']}",
@@ -158,7 +158,7 @@ def gpu(properties: dict[str, Any]) -> dict[str, Any]:
 
 
 def describe(gpu: dict[str, Any]) -> str:
-    """A GPU in a line."""
+    """Facts about one GPU in a line of text."""
     return (
         f"{gpu['name']}, compute capability {gpu['compute_capability']}, {gpu['multiprocessors']} multiprocessors, "
         f"{gpu['memory_bytes'] / 2**30:.0f} GiB, {gpu['l2_bytes'] / MIB:.0f} MiB of L2"

@@ -1,7 +1,7 @@
-"""Time on the device, by events around replays of a graph, and time on the host.
+"""Measurement of calls: their time on the device, by events around replays of a CUDA graph, and their time on the host.
 
-A graph leaves out what the host does for a call, so that the two are measured apart. A graph holds several calls: on
-several sets of buffers, more than the L2 cache holds (cold), or on one set again and again (warm).
+A graph leaves out what the host does for a call, so that the two times are measured apart. A graph holds several calls,
+either on several sets of buffers, more than the L2 cache holds (cold), or again and again on one set (warm).
 """
 
 from __future__ import annotations
@@ -19,30 +19,32 @@ from cupybn._arrays.devices import import_cupy
 Call = Callable[[], Any]
 
 COLD = 3
-"""Times the size of the L2 cache that cold calls go through before they come back to a buffer."""
+"""Amount of memory, in sizes of the L2 cache, that cold calls go through before they come back to a buffer."""
 
 
 class Effort(NamedTuple):
-    """How much is done for one figure."""
+    """Effort that is spent on one figure."""
 
     seconds: float = 0.2
-    """Seconds that a figure takes, about."""
+    """Seconds of measurement for a figure, about."""
     least_rounds: int = 5
+    """Least number of rounds, each of which is timed: replays of a graph, or bursts of calls on the host."""
     most_rounds: int = 40
+    """Largest number of rounds."""
     least_calls: int = 4
-    """Calls of a graph, at least: what lies between two graphs is then little beside them."""
+    """Least number of calls in a graph, so that the gap between two graphs is short beside them."""
     burst: int = 20
     """Calls between two looks at the clock of the host: too few to fill the queue of the device."""
     most_sets: int = 1024
-    """Sets of buffers, at most: arrays of less than a few hundredths of a MB stay in the cache."""
+    """Largest number of sets of buffers. So arrays of less than a few hundredths of a MB stay in the cache."""
 
 
 AS_LITTLE_AS_POSSIBLE = Effort(0, 2, 2, 1, 1, 2)
-"""The effort on the stand-in, where a figure means nothing."""
+"""Effort on the stand-in for CuPy, where a figure means nothing."""
 
 
 class Spread(NamedTuple):
-    """Median and quartiles, in microseconds."""
+    """Median and quartiles of a time, in microseconds."""
 
     median: float
     low: float
@@ -56,25 +58,26 @@ def spread(times: Sequence[float]) -> Spread:
 
 
 class Graph(Protocol):
-    """Captured calls."""
+    """Calls that have been captured in a CUDA graph."""
 
     results: list[Any]
-    """What the calls returned: each replay writes it anew."""
+    """Results of the calls. Each replay writes to the same arrays."""
     calls: int
+    """Number of calls in the graph."""
 
     def replay(self, rounds: int) -> list[float]:
-        """Launch it so many times, and wait; microseconds of each."""
+        """Launch the graph so many times, and wait. Returns the microseconds of each launch."""
 
 
 def device_time(graph: Graph, effort: Effort) -> Spread:
-    """The time of one call of a graph on the device."""
+    """Time of one call of a graph on the device."""
     once = graph.replay(2)[-1]
     rounds = int(min(max(effort.seconds * 1e6 / max(once, 1), effort.least_rounds), effort.most_rounds))
     return spread([time / graph.calls for time in graph.replay(rounds)])
 
 
 def host_time(call: Call, synchronize: Call, effort: Effort) -> Spread:
-    """The time of one call, until it returns; the device catches up between the bursts, which is not counted."""
+    """Time until one call returns on the host. The device catches up between bursts of calls, which is not counted."""
     call()
     synchronize()
     times: list[float] = []
@@ -89,12 +92,12 @@ def host_time(call: Call, synchronize: Call, effort: Effort) -> Spread:
 
 
 def cold_sets(bytes_of_a_call: float, l2_bytes: int, effort: Effort) -> int:
-    """How many sets of buffers it takes to go through several times the L2 cache."""
+    """Number of sets of buffers that calls must go through so that the L2 cache holds none that comes again."""
     return min(1 + math.ceil(COLD * l2_bytes / bytes_of_a_call), effort.most_sets)
 
 
 def rotate(calls: Sequence[Call], effort: Effort) -> list[Call]:
-    """The calls for a graph, each set in turn."""
+    """Calls for a graph, which go through the sets in turn."""
     return [calls[i % len(calls)] for i in range(max(len(calls), effort.least_calls))]
 
 
@@ -104,37 +107,37 @@ def rotate(calls: Sequence[Call], effort: Effort) -> list[Call]:
 
 @functools.cache
 def _workplace() -> tuple[Any, Any]:
-    """The stream of graphs, and a pool of memory that nobody else gets anything from: graphs go on writing there."""
+    """Stream and memory pool of all graphs. Replays write to this memory, so nothing else may be allocated from it."""
     cuda = import_cupy().cuda
     return cuda.Stream(non_blocking=True), cuda.MemoryPool()
 
 
 def release() -> None:
-    """Give back the memory of graphs that are gone."""
+    """Free the memory of graphs that have been deleted."""
     _workplace()[1].free_all_blocks()
 
 
 def _run_all(calls: Sequence[Call], keep: bool, results: list[Any], end: Call) -> None:
-    """Make all calls of a capture, which must end when one of them fails."""
+    """Make all calls of a capture. If one fails, the capture is ended first: until then the stream is of no use."""
     try:
         for call in calls:
             if not keep:
                 results.clear()
             results.append(call())
     except BaseException:
-        with contextlib.suppress(Exception):  # what went wrong first is what to say
+        with contextlib.suppress(Exception):  # the first error is the one to raise
             end()
         raise
 
 
 class CupyGraph:
-    """Calls that launch through CuPy; one graph at a time, since they share their memory.
+    """Graph of calls that launch through CuPy. Only one at a time may exist, since graphs share their memory.
 
     Parameters
     ----------
     calls : sequence of functions without arguments
     keep : bool
-        Each result in memory of its own, else that of the last call alone: the memory of the others is used again.
+        Whether each result has memory of its own. Otherwise only the last one is kept, and calls use memory again.
     """
 
     def __init__(self, calls: Sequence[Call], keep: bool) -> None:
@@ -154,12 +157,13 @@ class CupyGraph:
             cuda.set_allocator(allocator)
 
     def _capture(self, calls: Sequence[Call], keep: bool) -> Any:
+        """Graph of CuPy in which the calls are captured."""
         self._stream.begin_capture()
         _run_all(calls, keep, self.results, self._stream.end_capture)
         return self._stream.end_capture()
 
     def replay(self, rounds: int) -> list[float]:
-        """Launch it so many times, and wait; microseconds of each."""
+        """Launch the graph so many times, and wait. Returns the microseconds of each launch."""
         events = [(self._cuda.Event(), self._cuda.Event()) for _ in range(rounds)]
         for start, end in events:
             start.record(self._stream)
@@ -170,7 +174,15 @@ class CupyGraph:
 
 
 class TorchGraph:
-    """Calls that launch through PyTorch, on the stream that their forward passes ran on. Parameters as `CupyGraph`."""
+    """Graph of calls that launch through PyTorch, on the stream of their forward passes.
+
+    Parameters
+    ----------
+    calls, keep
+        The same as those of `CupyGraph`.
+    torch : module
+    stream : torch.cuda.Stream
+    """
 
     def __init__(self, calls: Sequence[Call], keep: bool, torch: Any, stream: Any) -> None:
         self._torch, self._stream = torch, stream
@@ -186,7 +198,7 @@ class TorchGraph:
             self._graph.capture_end()
 
     def replay(self, rounds: int) -> list[float]:
-        """Launch it so many times, and wait; microseconds of each."""
+        """Launch the graph so many times, and wait. Returns the microseconds of each launch."""
         events = [[self._torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(rounds)]
         with self._torch.cuda.stream(self._stream):
             for start, end in events:
@@ -198,7 +210,7 @@ class TorchGraph:
 
 
 def copy_time(nbytes: int, l2_bytes: int, effort: Effort) -> Spread:
-    """The time of a copy on the device that reads half of these bytes and writes the other half, cold."""
+    """Time of a copy on the device that moves as many bytes, half of them read and half written, in a cold cache."""
     cupy = import_cupy()
     half = max(nbytes // 2, 1)
     sets = cold_sets(nbytes, l2_bytes, effort)

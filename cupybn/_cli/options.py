@@ -1,4 +1,4 @@
-"""What the commands take: types of options that say what they expect, and the error for options that do not work."""
+"""Options of the commands: types that say what they expect, and the error for options that do not work."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from cupybn._arrays.dtypes import FLOATS, parameter_dtype
 from cupybn._cli.extras import optional
 
 MOST_DIMENSIONS = 32
-"""The most that CuPy takes."""
+"""Most axes of an array that CuPy takes."""
 
 
 class UsageError(Exception):
-    """Options that do not work on this machine or do not fit together: a line for the user, without a traceback."""
+    """Raised for options that do not work on this machine or together. The user sees one line, without a traceback."""
 
 
 def add_dtypes(parser: argparse.ArgumentParser, default: str) -> None:
-    """The option ``--dtype``."""
+    """Add the option ``--dtype`` to a parser."""
     help = f"may be given several times (default: {default})"
     parser.add_argument("--dtype", choices=FLOATS, action="append", dest="dtypes", help=help)
 
 
 def shape(text: str) -> tuple[int, ...]:
-    """A shape as it is given on the command line, or as tables have it: 32,64,7,7 or 32x64x7x7."""
+    """Shape from its text on the command line, 32,64,7,7, or as the tables print it, 32x64x7x7."""
     try:
         sizes = tuple(int(size) for size in text.split("x" if "x" in text else ","))
     except ValueError:
@@ -41,7 +41,7 @@ def shape(text: str) -> tuple[int, ...]:
 
 
 def seconds(text: str) -> float:
-    """A time as it is given on the command line."""
+    """Number of seconds from its text on the command line."""
     try:
         value = float(text)
     except ValueError:
@@ -52,7 +52,7 @@ def seconds(text: str) -> float:
 
 
 def chosen_dtypes(names: list[str] | None, default: tuple[str, ...]) -> list[np.dtype[Any]]:
-    """Each of the named dtypes once; of those that nobody named, the ones that NumPy knows here."""
+    """Dtypes that the user named, each once. If none is named, those of ``default`` that are available here."""
     known = optional("ml_dtypes") is not None
     hint = "ml_dtypes is missing, `pip install '.[bf16]'` installs it"
     if names and "bfloat16" in names and not known:

@@ -1,6 +1,6 @@
-"""Batch norm by cupybn and by those that it is compared with, as calls without arguments that return tuples.
+"""Batch norm by cupybn, by plain NumPy or CuPy and by PyTorch, as calls without arguments that return tuples.
 
-The first item of a tuple is the output of a forward pass, or the gradient of the input.
+The first item of a tuple is the output of a forward pass or, of a backward pass, the gradient of the input.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from cupybn._cli.measure import Call
 from cupybn._cli.problem import Array, Arrays, Operation, Problem
 
 EPS, MOMENTUM = 1e-5, 0.1
+"""PyTorch's defaults, with which all of them compute."""
 
 
 def cupybn_call(problem: Problem, operation: Operation, a: Arrays) -> Call:
-    """Training goes through `batch_norm_vjp`, as it does in training."""
+    """Call of cupybn. A forward pass in training is one of `batch_norm_vjp`, as programs that train make it."""
     vectors = a.running_mean, a.running_var, a.weight, a.bias
     options: dict[str, Any] = {"activation": operation.activation, "channel_axis": problem.channel_axis}
     if operation.residual:
@@ -32,7 +33,7 @@ def cupybn_call(problem: Problem, operation: Operation, a: Arrays) -> Call:
 
 
 def plain_call(xp: Any, problem: Problem, operation: Operation, a: Arrays) -> Call:
-    """What one writes with the functions of NumPy or CuPy; statistics in float32 for narrower data."""
+    """Call of batch norm as one writes it in NumPy or CuPy. Statistics of data narrower than float32 are in float32."""
     axis = problem.channel_axis % len(problem.shape)
     others = tuple(i for i in range(len(problem.shape)) if i != axis)
     wide = np.promote_types(problem.dtype, np.float32)
@@ -79,7 +80,7 @@ def plain_call(xp: Any, problem: Problem, operation: Operation, a: Arrays) -> Ca
 
 
 def to_torch(torch: Any, array: Array, channel_axis: int = 0) -> Any:
-    """A tensor on the same memory, with the channels where PyTorch has them, on axis 1."""
+    """Tensor on the same memory, with the channels on axis 1, where PyTorch has them."""
     is_bfloat16 = array.dtype.name == "bfloat16"
     bits = array.view(np.int16) if is_bfloat16 else array
     tensor = torch.from_numpy(bits) if kind(array) == "numpy" else torch.from_dlpack(bits)
@@ -89,13 +90,13 @@ def to_torch(torch: Any, array: Array, channel_axis: int = 0) -> Any:
 
 
 def torch_call(torch: Any, problem: Problem, operation: Operation, a: Arrays) -> Call:
-    """PyTorch's own functions, one for each operation, on the same memory.
+    """Call of PyTorch's own functions on the same memory: batch norm, addition and ReLU one after the other.
 
-    A backward pass goes through autograd; it must run on the stream that is current now.
+    A backward pass goes through autograd. It must run on the stream that is current now.
     """
     x, dy, residual = (to_torch(torch, array, problem.channel_axis) for array in a[:3])
     weight, bias, running_mean, running_var = (to_torch(torch, vector) for vector in a[3:])
-    if x.dtype == torch.float64:  # PyTorch takes no narrower vectors with it
+    if x.dtype == torch.float64:  # PyTorch takes no narrower vectors beside float64 data
         weight, bias, running_mean, running_var = (v.double() for v in (weight, bias, running_mean, running_var))
     batch_norm, relu = torch.nn.functional.batch_norm, torch.nn.functional.relu
 

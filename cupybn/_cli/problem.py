@@ -1,4 +1,4 @@
-"""What is measured: an operation on arrays of a shape, memory order and dtype."""
+"""Problems to measure: operations of batch norm, and arrays of a shape, memory order and dtype."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import numpy as np
 Array = Any  # numpy.ndarray or cupy.ndarray
 
 PATTERN = 1_000_003
-"""Random values that arrays are filled with again and again: a prime, so that channels differ."""
+"""Number of random values that arrays are filled with, again and again: a prime, so that channels differ."""
 
 
 @dataclass(frozen=True)
 class Operation:
-    """One direction of batch norm, with what is fused into it."""
+    """One pass of batch norm, forward or backward, with the residual and activation that are fused into it."""
 
     name: str
     backward: bool = False
@@ -26,7 +26,7 @@ class Operation:
 
     @property
     def passes(self) -> float:
-        """The least memory traffic, in sizes of x: x, y; x, dy, dx; a residual or its gradient; the mask of ReLU."""
+        """Least memory traffic in sizes of x: x, y; x, dy, dx; a residual or its gradient; the mask of ReLU."""
         return 2 + self.backward + (1 + 1 / 16) * self.residual
 
 
@@ -42,11 +42,12 @@ OPERATIONS = {
         Operation("backward + add + ReLU", backward=True, activation="relu", residual=True),
     )
 }
+"""Operations by their names."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Contiguous arrays of this shape, whose channels are on this axis."""
+    """Shape, dtype and channel axis of contiguous arrays that an operation is measured on."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
@@ -54,24 +55,24 @@ class Problem:
 
     @property
     def channels(self) -> int:
-        """C."""
+        """Number of channels, C."""
         return self.shape[self.channel_axis]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of x."""
+        """Size of x in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     @property
     def name(self) -> str:
-        """The name of a problem in tables."""
+        """Name of this problem in tables."""
         axis, last = self.channel_axis % len(self.shape), len(self.shape) - 1
         order = "" if axis == 1 else ", channels last" if axis == last else f", channel axis {axis}"
         return f"{'x'.join(map(str, self.shape))} {self.dtype.name}{order}"
 
 
 class Arrays(NamedTuple):
-    """The arguments of a call, forth and back."""
+    """Arguments of a forward and of a backward pass."""
 
     x: Array
     dy: Array
@@ -83,7 +84,7 @@ class Arrays(NamedTuple):
 
 
 def make_arrays(problem: Problem, xp: Any, sets: int = 1) -> list[Arrays]:
-    """Sets of random arguments of the same values, made on the device: a host is slow at gigabytes of them."""
+    """Sets of random arguments, all with the same values. Filled on the device: a host is slow at gigabytes."""
     rng = np.random.default_rng(0)
     pattern = [
         xp.asarray((rng.standard_normal(PATTERN) * std + mean).astype(problem.dtype))
@@ -99,6 +100,7 @@ def make_arrays(problem: Problem, xp: Any, sets: int = 1) -> list[Arrays]:
 
 
 def _fill(xp: Any, pattern: Array, shape: tuple[int, ...]) -> Array:
+    """Array of this shape, filled with a pattern again and again."""
     array = xp.empty(shape, pattern.dtype)
     flat = array.reshape(-1)
     for start in range(0, flat.size, pattern.size):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,7 @@ from cupybn._cli.cases import HALF_ULP, Case
 from cupybn._steps import cupy_ops, numpy_ops
 
 Array = npt.NDArray[Any]
+Bundle = TypeVar("Bundle", bound=tuple[Any, ...])
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,9 @@ class Side:
         view[...] = import_cupy().asarray(array)
         return view
 
-    def put_all(self, fields: Any) -> Any:
-        """The same for a NamedTuple."""
-        return type(fields)(*(None if field is None else self.put(field) for field in fields))
+    def put_all(self, bundle: Bundle, offset: int = 0) -> Bundle:
+        """A bundle whose arrays are copies for this side."""
+        return _each(bundle, lambda array: self.put(array, offset))
 
     def out(self, like: Array, offset: int = 0) -> Any:
         """An array for results, of float64 where nothing is to be rounded."""
@@ -46,9 +47,14 @@ class Side:
         host: Array = array.get() if self.name == "kernels" else np.asarray(array)
         return host
 
-    def host_all(self, fields: Any) -> Any:
-        """The same for a NamedTuple."""
-        return type(fields)(*(None if field is None else self.host(field) for field in fields))
+    def host_all(self, bundle: Bundle) -> Bundle:
+        """A bundle whose arrays are on the host."""
+        return _each(bundle, self.host)
+
+
+def _each(bundle: Bundle, convert: Callable[[Any], Any]) -> Bundle:
+    """The bundle with its arrays converted; numbers, names and None stay what they are."""
+    return type(bundle)(*(convert(field) if hasattr(field, "dtype") else field for field in bundle))
 
 
 KERNELS, MIRRORS, FORMULA = (

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from cupybn._cli import formula
-from cupybn._cli.cases import EPS, HALF_ULP, MOMENTUM, NEAR, Case, Variant
+from cupybn._cli.cases import HALF_ULP, MOMENTUM, NEAR, Case, Variant
 from cupybn._cli.sides import Result, Results, Side
 from cupybn._steps import numpy_ops
-from cupybn._steps.bundles import Moments, Statistics, Sums
+from cupybn._steps.bundles import Affine, Epilogue, Gradients, Moments, Running, Statistics, Sums, Tensor
 
 
 def bn_stats(case: Case, side: Side) -> Results:
@@ -50,31 +50,32 @@ def merge_moments(case: Case, side: Side) -> Results:
 def bn_update_running(case: Case, side: Side) -> Results:
     """Running statistics and counter, from moments in one part."""
     moments = side.put_all(Moments(*(field[:1] for field in case.moments[:3])))
-    running = [side.put(case.mean.astype(np.float64)), side.put(case.var)]
-    counter = side.put(np.array(2))
-    side.ops.bn_update_running(moments, *running, MOMENTUM, counter)
-    running_mean, running_var = map(side.host, running)
+    running = side.put_all(Running(*case.statistics, MOMENTUM, np.array(2)))
+    side.ops.bn_update_running(moments, running)
+    mean, var = side.host(running.mean), side.host(running.var)
     return {
-        "running_mean": Result(running_mean, 4 * HALF_ULP["float64"] / case.unit, np.abs(running_mean) + 2),
-        "running_var": Result(running_var, 4 * HALF_ULP["float64"] / case.unit, running_var),
-        "num_batches_tracked": Result(side.host(counter), 0, 0),
+        "running_mean": Result(mean, 4 * HALF_ULP["float64"] / case.unit, np.abs(mean) + 2),
+        "running_var": Result(var, 4 * HALF_ULP["float64"] / case.unit, var),
+        "num_batches_tracked": Result(side.host(running.batches), 0, 0),
     }
 
 
 def bn_normalize(case: Case, side: Side) -> Results:
     """The output, from the same moments, or from running statistics."""
     moments = side.put_all(case.moments) if case.training else None
-    arguments = _Forward(case, side)
-    statistics = side.ops.bn_normalize(arguments.x, moments, *arguments.others)
+    forward = _Forward(case, side)
+    statistics = side.ops.bn_normalize(
+        forward.x, moments, forward.affine, forward.running, forward.epilogue, forward.out
+    )
     used = Statistics(*formula.mean_and_var(case.moments, np.float64)) if case.training else case.statistics
-    return arguments.results(statistics, used, exact=not case.training)
+    return forward.results(statistics, used, exact=not case.training)
 
 
 def bn_forward(case: Case, side: Side) -> Results:
     """The output and the statistics, from x alone."""
-    arguments = _Forward(case, side)
-    statistics = side.ops.bn_forward(arguments.x, *arguments.others)
-    return arguments.results(statistics, case.batch_statistics(), exact=False)
+    forward = _Forward(case, side)
+    statistics = side.ops.bn_forward(forward.x, forward.affine, forward.running, forward.epilogue, forward.out)
+    return forward.results(statistics, case.batch_statistics(), exact=False)
 
 
 def bn_backward_reduce(case: Case, side: Side) -> Results:
@@ -100,16 +101,16 @@ def merge_sums(case: Case, side: Side) -> Results:
 
 def bn_backward_input(case: Case, side: Side) -> Results:
     """The gradients, from the same statistics and sums."""
-    gradients = _Gradients(case, side)
-    side.ops.bn_backward_input(*_backward(case, side), side.put_all(case.sums), case.inv_count, *gradients.arrays)
-    return gradients.results(case.sums)
+    gradients = _empty_gradients(case, side)
+    side.ops.bn_backward_input(*_backward(case, side), side.put_all(case.sums), case.inv_count, gradients)
+    return _gradient_results(case, side.host_all(gradients), case.sums)
 
 
 def bn_backward(case: Case, side: Side) -> Results:
     """The gradients, from the same statistics."""
-    gradients = _Gradients(case, side)
-    side.ops.bn_backward(*_backward(case, side), case.inv_count, *gradients.arrays)
-    return gradients.results(None)
+    gradients = _empty_gradients(case, side)
+    side.ops.bn_backward(*_backward(case, side), case.inv_count, gradients)
+    return _gradient_results(case, side.host_all(gradients), None)
 
 
 class _Forward:
@@ -117,21 +118,18 @@ class _Forward:
 
     def __init__(self, case: Case, side: Side) -> None:
         self.case, self.side = case, side
-        self.x = side.put(case.x, case.offset)
-        residual = None if case.residual is None else side.put(case.residual, case.offset)
-        self.out = side.out(case.x, case.offset)
-        self.mask = side.ops.empty_mask(self.x, residual, self.out) if case.masked else None
-        self.running = [side.put(case.mean.astype(np.float64)), side.put(case.var)]
-        self.counter = side.put(np.array(2)) if case.training else None
-        affine = side.put(case.weight), side.put(case.bias), residual, case.activation
-        self.others = (EPS, *affine, *self.running, MOMENTUM, self.counter, self.out, self.mask)
+        self.x, self.out = side.put(case.x, case.offset), side.out(case.x, case.offset)
+        self.affine, self.running = side.put_all(case.affine), side.put_all(case.running)
+        epilogue = side.put_all(case.epilogue, case.offset)
+        mask = side.ops.empty_mask(self.x, epilogue.residual, self.out) if case.masked else None
+        self.epilogue = epilogue._replace(mask=mask)
 
     def results(self, statistics: Statistics, used: Statistics, exact: bool) -> Results:
         """All that it wrote. The mask is opaque: it shows in which elements of dy come through."""
         case, side = self.case, self.side
-        mean, var = map(side.host, statistics)
+        mean, var = side.host_all(statistics)
         std = np.sqrt(used.var)
-        running_mean, running_var = map(side.host, self.running)
+        running_mean, running_var = side.host(self.running.mean), side.host(self.running.var)
         results = {
             "y": Result(side.host(self.out), 8, case.terms(used), exact),
             "mean": Result(mean, 4, std + np.abs(mean) * HALF_ULP["float64"] / case.unit, exact),
@@ -139,58 +137,51 @@ class _Forward:
             "running_mean": Result(running_mean, 4, std + np.abs(running_mean) * HALF_ULP["float64"] / case.unit),
             "running_var": Result(running_var, 8, running_var),
         }
-        if self.counter is not None:
-            results["num_batches_tracked"] = Result(side.host(self.counter), 0, 0)
-        if self.mask is not None:
-            gradients = _Gradients(case, side)
-            step = (*_backward(case, side)[:-1], self.mask, side.put_all(case.sums), 0.0)
-            side.ops.bn_backward_input(*step, *gradients.arrays)
+        if self.running.batches is not None:
+            results["num_batches_tracked"] = Result(side.host(self.running.batches), 0, 0)
+        if self.epilogue.mask is not None:
+            gradients = _empty_gradients(case, side)
+            dy, x, given, affine, _ = _backward(case, side)
+            epilogue = self.epilogue._replace(residual=None)
+            side.ops.bn_backward_input(dy, x, given, affine, epilogue, side.put_all(case.sums), 0.0, gradients)
             clear = np.abs(case.before_activation(used)) > NEAR / 10
-            results["mask"] = Result(np.where(clear, side.host(gradients.arrays[1]), 0), 0, 0)
+            results["mask"] = Result(np.where(clear, side.host(gradients.dresidual), 0), 0, 0)
         return results
 
 
-def _backward(case: Case, side: Side) -> tuple[Any, ...]:
-    """What the steps of the way back begin with."""
-    dy, x, mask = side.put(case.dy, case.offset), side.put(case.x, case.offset), None
-    weight, bias = side.put(case.weight), side.put(case.bias)
+def _backward(case: Case, side: Side) -> tuple[Tensor, Tensor, Statistics, Affine, Epilogue]:
+    """What the steps of the way back begin with, the mask as the way forward has left it."""
+    forward = _Forward(case, side)
     if case.masked:
-        assert case.residual is not None
-        residual, out = side.put(case.residual, case.offset), side.out(case.x, case.offset)
-        mask = side.ops.empty_mask(x, residual, out)
-        running = side.put_all(case.statistics)
-        arguments = (weight, bias, residual, case.activation, *running, MOMENTUM, None, out, mask)
-        side.ops.bn_normalize(x, None, EPS, *arguments)
-    return dy, x, side.put_all(case.statistics), EPS, weight, bias, case.activation, mask
+        running = side.put_all(Running(*case.statistics))
+        side.ops.bn_normalize(forward.x, None, forward.affine, running, forward.epilogue, forward.out)
+    dy, statistics = side.put(case.dy, case.offset), side.put_all(case.statistics)
+    return dy, forward.x, statistics, forward.affine, forward.epilogue._replace(residual=None)
 
 
-class _Gradients:
+def _empty_gradients(case: Case, side: Side) -> Gradients:
     """The arrays that a step of the way back writes to."""
+    dx, dresidual = (side.out(case.x, case.offset) for _ in range(2))
+    return Gradients(dx, dresidual if case.masked else None, side.out(case.weight), side.out(case.bias))
 
-    def __init__(self, case: Case, side: Side) -> None:
-        self.case, self.side = case, side
-        dresidual = side.out(case.x, case.offset) if case.masked else None
-        self.arrays = side.out(case.x, case.offset), dresidual, side.out(case.weight), side.out(case.bias)
 
-    def results(self, sums: Sums | None) -> Results:
-        """All of it; with the sums given, nothing is left to be rounded in another order."""
-        case, given = self.case, sums is not None
-        dx, dresidual, dweight, dbias = (None if array is None else self.side.host(array) for array in self.arrays)
-        g = np.abs(case.dy.astype(np.float64))
-        sizes = np.zeros((2, case.shape[1]))
-        if not given:
-            sizes[:] = (g * np.abs(case.xhat(case.statistics))).sum((0, 2)), g.sum((0, 2))
-        assert dx is not None
-        assert dweight is not None
-        assert dbias is not None
-        results = {
-            "dx": Result(dx, 25, case.gradient_terms(sums), given),
-            "dweight": Result(dweight, 84, sizes[0], given),
-            "dbias": Result(dbias, 84, sizes[1], given),
-        }
-        if dresidual is not None:
-            results["dresidual"] = Result(dresidual, 0, 0, exact=True)
-        return results
+def _gradient_results(case: Case, gradients: Gradients, sums: Sums | None) -> Results:
+    """All that such a step wrote; with the sums given, nothing is left to be rounded in another order."""
+    given = sums is not None
+    assert gradients.dweight is not None
+    assert gradients.dbias is not None
+    g = np.abs(case.dy.astype(np.float64))
+    sizes = np.zeros((2, case.shape[1]))
+    if not given:
+        sizes[:] = (g * np.abs(case.xhat(case.statistics))).sum((0, 2)), g.sum((0, 2))
+    results = {
+        "dx": Result(gradients.dx, 25, case.gradient_terms(sums), given),
+        "dweight": Result(gradients.dweight, 84, sizes[0], given),
+        "dbias": Result(gradients.dbias, 84, sizes[1], given),
+    }
+    if gradients.dresidual is not None:
+        results["dresidual"] = Result(gradients.dresidual, 0, 0, exact=True)
+    return results
 
 
 class Step(NamedTuple):

@@ -1,7 +1,7 @@
-"""How ranks reach each other: the systems that programs already run, behind one small protocol.
+"""Engines, through which ranks exchange arrays: MPI and NCCL behind one small protocol, `Engine`.
 
-Nothing is imported here: whoever has a communicator has imported what it comes from. (mpi4py starts MPI when it is
-imported, and `cupyx.distributed` imports mpi4py.)
+Neither mpi4py nor NCCL is imported here: a program that has a communicator has imported its module already. (Importing
+mpi4py would start MPI, and `cupyx.distributed` imports mpi4py.)
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from cupybn._ranks.watch import Watch, watch_of
 
 Array = Any  # numpy.ndarray or cupy.ndarray
 Header = npt.NDArray[np.float64]
+"""Few numbers on the host that a rank sends beside a row: see `Group`."""
 
 TEXT = 256
-"""Bytes of a text that ranks exchange; what is longer is cut."""
+"""Bytes of a text that ranks exchange. All texts have this length, so that they match; longer ones are cut."""
 
 
 class CapturingError(RuntimeError):
@@ -37,21 +38,21 @@ class CapturingError(RuntimeError):
 
 
 class Engine(Protocol):
-    """What `SyncBatchNorm` wants of a group of ranks. All of them make the same calls in the same order.
+    """Protocol of a group of ranks, as `SyncBatchNorm` needs it. All ranks make the same calls in the same order.
 
-    Rows are (1, n) arrays of float64. Headers are few numbers of the host, which travel with them. They come back as
-    None if the host does not see what is exchanged: it does not wait for the device.
+    A rank sends a row, a (1, n) array of float64 on its device, and beside it a header, a few numbers on the host. An
+    engine whose host does not wait for the device cannot see what comes back: it returns None for the headers.
     """
 
     size: int
-    """How many ranks there are."""
+    """Number of ranks."""
     timeout: float | None
     """Seconds after which a rank gives up waiting for the others. None waits for ever."""
     lost: str | None
-    """Why this rank does not know what the others wait for; None if it does.
+    """Reason why this rank no longer knows what the others wait for; None if it knows.
 
-    A layer that loses the others sets it, and no layer of the engine sends anything more. An engine without such an
-    attribute is given it.
+    A layer that loses the other ranks sets it. After that no layer of the engine sends anything. `engine_for` adds the
+    attribute to an engine that has none.
     """
 
     def check(self, input: Any) -> None:
@@ -59,27 +60,27 @@ class Engine(Protocol):
         ...
 
     def gather(self, row: Array, header: Header) -> tuple[Array, Header | None]:
-        """The rows of all ranks in their order, (size, n), and their headers."""
+        """Rows of all ranks in their order, (size, n), and their headers, (size, number of numbers)."""
         ...
 
     def sum(self, row: Array, header: Header) -> tuple[Array, Header | None]:
-        """The sums over all ranks, (1, n), and those of their headers."""
+        """Sum of the rows of all ranks, (1, n), and sum of their headers."""
         ...
 
     def texts(self, text: str) -> list[str]:
-        """The texts of all ranks. The host waits for them."""
+        """Texts of all ranks in their order. The host waits for them."""
         ...
 
 
 def engine_for(comm: Any, timeout: float | None) -> Engine:
-    """The engine of a communicator.
+    """Engine of a communicator.
 
     Raises
     ------
     TypeError
-        If it is none that is known.
+        If this is no communicator of a known kind.
     ValueError
-        If this process is not in it, or it has been aborted, or ``CUPYBN_CUDA_AWARE_MPI`` is neither 0 nor 1.
+        If this process is not part of it, if it has been aborted, or if ``CUPYBN_CUDA_AWARE_MPI`` is neither 0 nor 1.
     """
     names = {f"{cls.__module__}.{cls.__qualname__}" for cls in type(comm).__mro__}
     if "mpi4py.MPI.Comm" in names:
@@ -103,19 +104,22 @@ def engine_for(comm: Any, timeout: float | None) -> Engine:
 # ---------------------------------------------------------------------------------------------------------------------
 # MPI
 
-TAG = 0x6362  # "cb"; every MPI has tags up to 0x7fff
+TAG = 0x6362
+"""Tag of the messages between two ranks, "cb" in ASCII. Every MPI has tags up to 0x7fff."""
 SPINS = 1000
-"""Looks at a message, about a microsecond each, before a rank sleeps between two of them: that takes 60 and more."""
+"""Number of times that a rank looks at a message, a microsecond each, before it sleeps in between: 60 us or more."""
 LONGEST_NAP = 1e-3
-"""Seconds between two looks."""
+"""Most seconds that a rank sleeps between two looks at a message."""
 
 
 class MPIEngine:
-    """An intracommunicator of mpi4py.
+    """Engine of an intracommunicator of mpi4py.
 
-    Nothing blocks, so that a rank that waits for another one can give up. CuPy arrays go through pinned memory of the
-    host; those that are gathered go as they are where MPI says that it knows GPUs. They are then sent from rank to
-    rank: Open MPI takes them in no collective that does not block, and crashes in reductions.
+    It calls only functions of MPI that do not block, so that a rank that waits for another one can give up.
+
+    CuPy arrays go through pinned memory of the host. Where MPI is CUDA-aware, those that are gathered go as they are,
+    each sent from rank to rank: Open MPI takes arrays of a GPU in no collective that does not block, and crashes in
+    reductions.
 
     Parameters
     ----------
@@ -128,7 +132,7 @@ class MPIEngine:
             raise ValueError("expected comm to be a communicator of this process (got MPI.COMM_NULL)")
         if comm.Is_inter():
             raise TypeError("expected comm to be an intracommunicator (got an intercommunicator)")
-        overruled()  # a variable that is wrong is told here, not in the middle of an exchange
+        overruled()  # raises for a wrong variable of the environment now, not in the middle of an exchange
         self.rank: int = comm.Get_rank()
         self.size: int = comm.Get_size()
         self.timeout = timeout
@@ -137,7 +141,7 @@ class MPIEngine:
 
     @property
     def lost(self) -> str | None:
-        """See `Engine`: of all engines of this communicator."""
+        """Reason why the others are lost, as in `Engine`. All engines of this communicator share it."""
         reason: str | None = self._comm.Get_attr(_lost_key())
         return reason
 
@@ -146,21 +150,21 @@ class MPIEngine:
         self._comm.Set_attr(_lost_key(), reason)
 
     def check(self, input: Any) -> None:
-        """All arrays can be sent."""
+        """Accept any array: MPI can send all of them."""
 
     def gather(self, row: Array, header: Header) -> tuple[Array, Header | None]:
-        """See `Engine`."""
+        """Rows and headers of all ranks, as in `Engine`; the host sees the headers."""
         if kind(row) == "cupy" and cuda_aware():
             return self._gather_on_device(row, header)
         return self._collect(self._comm.Iallgather, self.size, row, header)
 
     def sum(self, row: Array, header: Header) -> tuple[Array, Header | None]:
-        """See `Engine`."""
+        """Sums of the rows and headers of all ranks, as in `Engine`; the host sees those of the headers."""
         total, headers = self._collect(self._comm.Iallreduce, 1, row, header)
         return total, headers[0]
 
     def texts(self, text: str) -> list[str]:
-        """See `Engine`."""
+        """Texts of all ranks, as in `Engine`."""
         sent, received = _encode(text), np.zeros((self.size, TEXT), np.uint8)
         self._wait((sent, received), lambda: self._comm.Iallgather(sent, received))
         return [_decode(row) for row in received]
@@ -168,7 +172,7 @@ class MPIEngine:
     def _collect(
         self, collective: Callable[[Array, Array], Any], rows: int, row: Array, header: Header
     ) -> tuple[Array, Header]:
-        """The result of a collective, which has so many rows: header and row in one message of the host."""
+        """Result of a collective, with so many rows. Header and row travel as one message, from memory of the host."""
         h, n = header.size, row.size
         if kind(row) == "numpy":
             sent, received = np.concatenate([header, row[0]]), np.empty((rows, h + n))
@@ -183,10 +187,11 @@ class MPIEngine:
         return result[:, h:], staging.received[:, :h].copy()
 
     def _gather_on_device(self, row: Array, header: Header) -> tuple[Array, Header]:
+        """Rows of all ranks, sent straight from device to device, and headers, which the host gathers."""
         comm, others = self._comm, [rank for rank in range(self.size) if rank != self.rank]
         rows, headers = empty((self.size, row.size), row), np.empty((self.size, header.size))
         rows[self.rank] = row[0]
-        import_cupy().cuda.get_current_stream().synchronize()  # MPI knows nothing of streams
+        import_cupy().cuda.get_current_stream().synchronize()  # MPI does not wait for the stream that computes the row
         self._wait(
             (row, rows, header, headers),
             lambda: comm.Iallgather(header, headers),
@@ -196,7 +201,7 @@ class MPIEngine:
         return rows, headers
 
     def _wait(self, buffers: object, *starts: Callable[[], Any]) -> None:
-        """Start what returns requests, and wait until all are done or the time is over."""
+        """Call functions that return requests of MPI, and wait until all requests are done or the timeout is over."""
         if self.lost is not None:
             raise RuntimeError(self._has_lost(self.lost))
         requests: list[Any] = []
@@ -224,32 +229,33 @@ class MPIEngine:
             raise
 
     def _has_lost(self, reason: str) -> str:
+        """Text of the error on a rank that has lost the others."""
         return f"rank {self.rank} has lost the other ranks of this communicator: {reason}"
 
 
 def _let_others_run() -> None:
-    """Other ranks, where there are more of them than processors. Windows has no such call."""
+    """Let other ranks run, where there are more ranks than processors. Windows has no such function."""
     if hasattr(os, "sched_yield"):
         os.sched_yield()
 
 
 @functools.cache
 def _lost_key() -> int:
-    """Under which a communicator holds why it is of no more use."""
+    """Key of the attribute in which a communicator of MPI holds `MPIEngine.lost`."""
     key: int = sys.modules["mpi4py.MPI"].Comm.Create_keyval()
     return key
 
 
 _abandoned: list[tuple[Any, list[Any] | None, object]] = []
-"""Communicators, requests and buffers of exchanges that never ended: MPI may still write into their memory.
+"""Exchanges that never ended: their communicators, requests and buffers.
 
-Requests are None if not all of them are known.
+They are kept since MPI may still write into the buffers. Requests are None if not all of them are known.
 """
 
 
 @atexit.register
 def _abort_if_lost() -> None:
-    """Abort MPI at the end of a process: it would wait for the ranks that it has lost, for ever."""
+    """Abort MPI at the end of a process that has lost other ranks: finalising it would wait for them for ever."""
     for comm, requests, _ in _abandoned:
         try:
             lost = requests is None or not all(request.Test() for request in requests)
@@ -262,10 +268,10 @@ def _abort_if_lost() -> None:
 
 
 class _Staging:
-    """Pinned memory of the host, which a message passes on its way between the device and MPI.
+    """Pinned memory of the host that messages pass through between a device and MPI.
 
-    Streams copy from it as they get to it, and it knows nothing of streams: the host waits until it is free for another
-    message, or for whoever gets the memory next.
+    A stream copies from it when it comes to the copy, not when the copy is called. So the host waits for the copy: only
+    then may the memory be used for another message, or be freed.
     """
 
     def __init__(self, rows: int, n: int) -> None:
@@ -274,22 +280,22 @@ class _Staging:
         self.received = np.frombuffer(cuda.alloc_pinned_memory(rows * n * 8), np.float64, rows * n).reshape(rows, n)
 
     def download(self, header: Header, row: Array) -> None:
-        """Header and row as one message, when the stream has come so far."""
+        """Copy header and row into one message. Waits until the stream has computed the row."""
         self.sent[: header.size] = header
         row[0].get(out=self.sent[header.size :])
 
     def upload(self, rows: Array) -> None:
-        """Copy to the device what has been received."""
+        """Copy the received message to the device, and wait for the copy."""
         rows.set(self.received)
         import_cupy().cuda.get_current_stream().synchronize()
 
 
 @functools.cache
 def cuda_aware() -> bool:
-    """Whether MPI says that it takes memory of GPUs.
+    """Whether MPI is CUDA-aware: whether it takes arrays in the memory of a GPU.
 
-    ``CUPYBN_CUDA_AWARE_MPI=0`` or ``1`` overrules it. MPI 4.1 says so in an info of every communicator; older ones have
-    the function that Open MPI has invented.
+    ``CUPYBN_CUDA_AWARE_MPI=0`` or ``1`` decides, if it is set. Otherwise MPI is asked: from version 4.1 on it tells in
+    the info of every communicator, before that by a function that Open MPI has introduced.
     """
     told = overruled()
     if told is not None:
@@ -303,7 +309,7 @@ def cuda_aware() -> bool:
 
 
 def overruled() -> bool | None:
-    """CUPYBN_CUDA_AWARE_MPI, if it is set and not empty.
+    """Answer that CUPYBN_CUDA_AWARE_MPI gives to `cuda_aware`; None if it is not set, or empty.
 
     Raises
     ------
@@ -323,9 +329,9 @@ def overruled() -> bool | None:
 
 
 class NCCLEngine:
-    """An NCCL communicator of CuPy, on the current stream: the host waits for nothing and sees nothing.
+    """Engine of an NCCL communicator of CuPy, on the current stream. The host waits for nothing, so it sees no headers.
 
-    What does not end in time is ended by aborting the communicator, and the next call raises.
+    A collective that does not end in time is ended by aborting the communicator, and the next call raises.
 
     Parameters
     ----------
@@ -335,7 +341,7 @@ class NCCLEngine:
 
     def __init__(self, comm: Any, timeout: float | None) -> None:
         self._watch = watch_of(comm)
-        if not comm.comm or self._watch.failed:  # which is soon aborted
+        if not comm.comm or self._watch.failed:  # a communicator that has failed is aborted soon
             raise ValueError("expected comm to be alive (got an NCCL communicator that was aborted or destroyed)")
         self.size: int = comm.size()
         self.timeout = timeout
@@ -344,7 +350,10 @@ class NCCLEngine:
 
     @property
     def lost(self) -> str | None:
-        """See `Engine`: of all engines of this communicator. What its watch has seen fail, the watch says itself."""
+        """Reason why the others are lost, as in `Engine`. All engines of this communicator share it.
+
+        None after a failure that the watch has seen: the next call raises that one.
+        """
         return _cut_off.get(self._watch)
 
     @lost.setter
@@ -353,27 +362,27 @@ class NCCLEngine:
             _cut_off[self._watch] = reason
 
     def check(self, input: Any) -> None:
-        """See `Engine`: CuPy arrays on the device of the communicator."""
+        """Raise TypeError unless this is a CuPy array on the device of the communicator."""
         expected = f"CuPy array on cuda:{self._device}"
         if kind(input) != "cupy" or input.data.device_id != self._device:
             raise TypeError(f"expected input to be a {expected}, as the communicator is (got {describe(input)})")
 
     def gather(self, row: Array, header: Header) -> tuple[Array, Header | None]:  # noqa: ARG002
-        """See `Engine`."""
+        """Rows of all ranks, as in `Engine`, without headers."""
         rows = _nan((self.size, row.size))
         with self._watched() as stream:
             self._comm.allGather(row.data.ptr, rows.data.ptr, row.size, _nccl().NCCL_FLOAT64, stream.ptr)
         return rows, None
 
     def sum(self, row: Array, header: Header) -> tuple[Array, Header | None]:  # noqa: ARG002
-        """See `Engine`."""
+        """Sum of the rows of all ranks, as in `Engine`, without headers."""
         total, nccl = _nan((1, row.size)), _nccl()
         with self._watched() as stream:
             self._comm.allReduce(row.data.ptr, total.data.ptr, row.size, nccl.NCCL_FLOAT64, nccl.NCCL_SUM, stream.ptr)
         return total, None
 
     def texts(self, text: str) -> list[str]:
-        """See `Engine`."""
+        """Texts of all ranks, as in `Engine`. Raises CapturingError if the stream is being captured in a graph."""
         cupy = import_cupy()
         with cupy.cuda.Device(self._device):
             if cupy.cuda.get_current_stream().is_capturing():
@@ -387,34 +396,37 @@ class NCCLEngine:
         return [_decode(row.view(np.uint8)) for row in received]
 
     def _watched(self) -> Any:
+        """Context for starting a collective on the current stream, which is watched from there on."""
         return self._watch.over(import_cupy().cuda.get_current_stream(), self.timeout)
 
 
 _cut_off: dict[Watch, str | None] = {}
-"""Why communicators of NCCL are of no more use, though no message of theirs has failed: `NCCLEngine.lost`.
+"""Values of `NCCLEngine.lost`, by the watch of the communicator: its ranks are lost, but no collective has failed.
 
-They are not aborted, since earlier messages may still be on their way. They are kept, so that layers that come later
-find them here, too.
+Such communicators are not aborted, since earlier collectives may still run. Their watches are kept, so that engines
+that are made later find the reason as well.
 """
 
 
 def _nan(shape: tuple[int, ...]) -> Array:
-    """NaN, which is what stays of a message that is aborted."""
+    """New array of NaN for NCCL to write to: an aborted collective leaves NaN, not whatever was in memory."""
     array = import_cupy().empty(shape)
     array.data.memset_async(0xFF, array.nbytes)
     return array
 
 
 def _nccl() -> Any:
-    """CuPy imports it for those who ask, and whoever made the communicator may have found its class elsewhere."""
+    """The module ``cupy.cuda.nccl``, imported here: a communicator does not prove that a program has imported it."""
     from cupy.cuda import nccl
 
     return nccl
 
 
 def _encode(text: str) -> npt.NDArray[np.uint8]:
+    """Bytes of a text, cut or filled up with zeros to the length that all texts have."""
     return np.frombuffer(text.encode()[:TEXT].ljust(TEXT, b"\0"), np.uint8)
 
 
 def _decode(row: npt.NDArray[np.uint8]) -> str:
+    """Text from its bytes; the last character may have been cut in two, and is left out then."""
     return row.tobytes().rstrip(b"\0").decode(errors="ignore")

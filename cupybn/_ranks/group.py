@@ -1,4 +1,4 @@
-"""The ranks whose batches are one batch: what they tell each other, and what a rank does that cannot go on."""
+"""A group of ranks that share one batch: what they send each other, and what happens when one of them raises."""
 
 from __future__ import annotations
 
@@ -17,29 +17,53 @@ from cupybn._ranks.engines import CapturingError, Engine
 Array = Any  # numpy.ndarray or cupy.ndarray
 
 FAILED = "!"
-"""What the text of a rank begins with that has raised."""
+"""First character of the text sent by a rank that raised."""
 
 
 class _Exchange(enum.Enum):
-    """How far that of a call has come."""
+    """Progress of a call's exchange. It decides what a rank owes the others if it raises."""
 
     AHEAD = enum.auto()
-    """Nothing has been sent."""
+    """This rank has sent nothing; the others will wait for its message."""
     BEGUN = enum.auto()
-    """Something may have been sent."""
+    """This rank may have sent something, and does not know what the others wait for."""
     OVER = enum.auto()
-    """All has been sent and received: the other ranks go on."""
+    """This rank has sent and received everything; the others go on."""
     RAISED = enum.auto()
-    """All ranks raise, and none waits for anything."""
+    """Every rank raises, so none waits for a message."""
 
 
 class Group:
-    """The ranks of one layer.
+    """The ranks of one layer, which exchange one row in each call.
 
-    A message that says that its rank has failed is as long as those that the others expect: no rank waits for one that
-    will not come, and no message is taken for another one. So that lengths are the same, ranks compare their numbers of
-    channels in texts, which all have one length: before the first exchange of a layer, and before every one if only
-    the input has a number of channels.
+    Every call takes these steps, on all ranks at the same time::
+
+        1. compare    texts: "3 channels of float32 in NumPy arrays". Left out where all ranks are known to have the
+                      same number of channels.
+        2. exchange   `gather` in a forward pass, `sum` in a backward pass: a row of statistics, and beside it a
+                      header, which shows whether a rank has failed: (dtype, count), with NaN for the dtype if it has,
+                      or (0 or 1).
+        3. compare    texts, only where a header says that a rank has failed or that dtypes differ: all ranks raise.
+        4. over       each rank goes on by itself.
+
+    MPI and NCCL match messages by their order and expect them to have the same length on all ranks. The rows have if
+    the ranks agree on the number of channels; texts always have. So ranks compare texts before the first exchange of a
+    layer, and before each one if the layer has no arrays and only the input tells the number of channels.
+
+    A rank that raises must not leave the others waiting::
+
+        it raises                 what it sends                          what the other ranks do
+        ------------------------  -------------------------------------  ---------------------------------------
+        before it has sent        its error as the text of step 1 or,    raise that error
+        anything                  where that is left out, a header that
+                                  says "failed", then the error in a text
+        in step 1, 2 or 3, and    nothing more, by any layer on this     wait for it until their timeout
+        the others do not raise   communicator: it might be taken for
+                                  another message
+        in step 4                 its error, in the next call            have gone on; raise in their next call
+
+    With NCCL the host does not see headers. A rank that fails before step 2 then sends a row of NaN, and the other
+    ranks go on with NaN.
 
     Parameters
     ----------
@@ -48,33 +72,35 @@ class Group:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self._agreed: int | None = None  # channels, in the last texts
-        self._compared = False  # whether this call needs no texts
+        self._agreed: int | None = None  # number of channels that all ranks had when they last compared texts
+        self._same_lengths = False  # whether rows are known to have one length in this call: step 1 is left out
         self._exchange = _Exchange.AHEAD
-        self._behind: str | None = None  # why this rank did not finish its last call
+        self._behind: str | None = None  # error of this rank's last call, if the other ranks finished theirs
 
     @contextlib.contextmanager
     def taking_part(self, forward: bool, channels: int | None, device: str) -> Iterator[Group]:
-        """A call that has one exchange: if it raises before, the other ranks are told, and raise as well.
-
-        If it raises afterwards, they have gone on. They are told at the next call, which raises. If it is cut off in
-        between, by Ctrl-C or by an error that the others have not got as well, no layer sends anything more over this
-        communicator: it might be taken for another message.
+        """Context of one call. If it raises, the other ranks learn of it in the way that the class describes.
 
         Parameters
         ----------
         forward : bool
-            Which exchange: `gather` or `sum`.
+            Which exchange the call has: `gather` if True, else `sum`.
         channels : int or None
-            Of the layer. None if only the input has a number of them.
+            Number of channels of the layer; None if only the input has one.
         device : str
-            Of the layer.
+            Device of the layer.
+
+        Raises
+        ------
+        RuntimeError
+            If this rank lost the other ranks or fell behind them in an earlier call.
         """
         lost = self.engine.lost
         if lost is not None:
             raise RuntimeError(f"this rank has lost the other ranks of this communicator: {lost}")
         self._exchange = _Exchange.AHEAD
-        self._compared = channels is not None and (not forward or channels == self._agreed)
+        # A backward pass comes after a forward pass, in which the ranks have agreed.
+        self._same_lengths = channels is not None and (not forward or channels == self._agreed)
         try:
             if self._behind is not None:
                 told, self._behind = self._behind, None
@@ -85,10 +111,10 @@ class Group:
             try:
                 if self._exchange is _Exchange.AHEAD:
                     self._exchange = _Exchange.BEGUN
-                    with contextlib.suppress(Exception):  # what this rank was to say is worth more than how that failed
+                    with contextlib.suppress(Exception):  # the error of the call matters more than one in telling it
                         self._withdraw(FAILED + text, forward, channels, device)
                         self._exchange = _Exchange.RAISED
-            finally:  # also if this is interrupted in its turn
+            finally:  # even if Ctrl-C interrupts the lines above
                 if self._exchange is _Exchange.OVER:
                     self._behind = text
                 elif self._exchange is _Exchange.BEGUN and self.engine.lost is None:
@@ -96,15 +122,16 @@ class Group:
             raise
 
     def gather(self, row: Array, count: int, dtype: np.dtype[Any]) -> Array:
-        """The rows of `merge_moments` of all ranks.
+        """Rows of all ranks, one below the other: the exchange of a forward pass.
 
         Parameters
         ----------
         row : (1, 1 + 2 C) array
+            This rank's row, as `merge_moments` makes it.
         count : int
-            Of values for each channel on this rank.
+            Number of values per channel on this rank.
         dtype : dtype
-            Of the input.
+            Dtype of the input.
 
         Returns
         -------
@@ -113,21 +140,21 @@ class Group:
         Raises
         ------
         RuntimeError
-            If ranks do not agree on the number of channels or the dtype, if one has raised, or does not answer.
+            If ranks disagree on the number of channels or the dtype, or if one has raised or does not answer.
         ValueError
-            If there is but one value for each channel on all ranks.
+            If all ranks together have only one value per channel.
         """
         channels = row.shape[1] // 2
         arrays = {"numpy": "NumPy", "cupy": "CuPy"}[kind(row) or ""]
         text = f"{channels} channels of {dtype.name} in {arrays} arrays"
         header = np.array([FLOATS.index(dtype.name), count], np.float64)
         self._exchange = _Exchange.BEGUN
-        if not self._compared:
+        if not self._same_lengths:
             self._compare(text)
             self._agreed = channels
         rows, headers = self.engine.gather(row, header)
         if headers is not None:
-            if (headers[:, 0] != headers[0, 0]).any():
+            if (headers[:, 0] != headers[0, 0]).any():  # dtypes differ, or a rank has failed: NaN equals nothing
                 self._compare(text)
             if headers[:, 1].sum() == 1:
                 self._exchange = _Exchange.RAISED
@@ -136,7 +163,7 @@ class Group:
         return rows
 
     def sum(self, row: Array) -> Array:
-        """The sum of the rows of `merge_sums` of all ranks.
+        """Sum of the rows of all ranks, which `merge_sums` makes: the exchange of a backward pass.
 
         Raises
         ------
@@ -146,14 +173,14 @@ class Group:
         header = np.zeros(1)
         self._exchange = _Exchange.BEGUN
         total, headers = self.engine.sum(row, header)
-        if headers is not None and headers[0] > 0:
+        if headers is not None and headers[0] > 0:  # number of ranks that have failed
             self._compare("a pass backward")
         self._exchange = _Exchange.OVER
         return total
 
     def _withdraw(self, text: str, forward: bool, channels: int | None, device: str) -> None:
-        """Say that this rank has failed in the exchange that the others are waiting in, then why."""
-        if self._compared:
+        """Take part in the exchange that the others are waiting in: say that this rank has failed, then why."""
+        if self._same_lengths:
             assert channels is not None
             n = 1 + 2 * channels if forward else 2 * channels
             row = full((1, n), np.nan, np.dtype(np.float64), device)
@@ -163,15 +190,15 @@ class Group:
                 else:
                     _, headers = self.engine.sum(row, np.ones(1))
             if headers is None:
-                return  # nobody has seen it: they go on with NaN
+                return  # the hosts of the other ranks see no headers: they go on with NaN, and expect no text
         with contextlib.suppress(CapturingError):
             self.engine.texts(text)
 
     def _compare(self, text: str) -> None:
-        """Raise unless all ranks say the same."""
+        """Raise unless all ranks send the same text, and none of them a failure."""
         try:
             texts = self.engine.texts(text)
-        except CapturingError:
+        except CapturingError:  # on all ranks, since all of them capture this call
             self._exchange = _Exchange.RAISED
             raise
         failures = [f"rank {rank} raised {said[1:]}" for rank, said in enumerate(texts) if said.startswith(FAILED)]

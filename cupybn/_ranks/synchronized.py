@@ -9,7 +9,7 @@ import numpy as np
 
 from cupybn._arrays.devices import empty
 from cupybn._ranks.group import Group
-from cupybn._steps.bundles import Moments, Statistics, Sums
+from cupybn._steps.bundles import Affine, Epilogue, Gradients, Moments, Running, Statistics, Sums
 
 Array = Any  # numpy.ndarray or cupy.ndarray
 
@@ -31,17 +31,10 @@ class Synchronized:
     def bn_forward(
         self,
         x: Array,
-        eps: float,
-        weight: Array | None,
-        bias: Array | None,
-        residual: Array | None,
-        activation: str | None,
-        running_mean: Array | None,
-        running_var: Array | None,
-        momentum: float | None,
-        num_batches_tracked: Array | None,
+        affine: Affine,
+        running: Running,
+        epilogue: Epilogue,
         out: Array,
-        mask: Array | None,
         keep: bool = True,
         scratch: Array | None = None,
     ) -> Statistics | None:
@@ -54,15 +47,14 @@ class Synchronized:
             return None
         parts = ops.bn_stats(x, None, scratch) if x.size > 0 else Moments(*_no_parts(x, (0,), (0, C), (0, C)))
         rows = self._group.gather(ops.merge_moments(parts), x.size // C, x.dtype)
-        batches = num_batches_tracked if momentum is None else None
+        batches = running.batches if running.momentum is None else None
         moments = Moments.of_rows(ops.merge_moments(Moments.of_rows(rows)), batches)
         self._count = moments.count  # stays with the device
         statistics: Statistics | None = None
         if x.size > 0:
-            step = (eps, weight, bias, residual, activation, None, None, None, None, out, mask, keep)
-            statistics = ops.bn_normalize(x, moments, *step)
-        if running_mean is not None:  # by the same step on all ranks: the same bits
-            ops.bn_update_running(moments, running_mean, running_var, momentum, num_batches_tracked)
+            statistics = ops.bn_normalize(x, moments, affine, Running(), epilogue, out, keep)
+        if running.mean is not None:  # by the same step on all ranks: the same bits
+            ops.bn_update_running(moments, running)
         return statistics
 
     def bn_backward(
@@ -70,27 +62,24 @@ class Synchronized:
         dy: Array,
         x: Array,
         statistics: Statistics,
-        eps: float,
-        weight: Array | None,
-        bias: Array | None,
-        activation: str | None,
-        mask: Array | None,
+        affine: Affine,
+        epilogue: Epilogue,
         inv_count: float,  # noqa: ARG002
-        dx: Array,
-        dresidual: Array | None,
-        dweight: Array | None,
-        dbias: Array | None,
+        gradients: Gradients,
         scratch: Array | None = None,
     ) -> None:
         """See `numpy_ops.bn_backward`. dweight and dbias are those of this rank; the count is that of all ranks."""
         ops, C = self._ops, x.shape[1]
         if C == 0:  # on all ranks
             return
-        step = (dy, x, statistics, eps, weight, bias, activation, mask)
-        sums = ops.bn_backward_reduce(*step, scratch) if x.size > 0 else Sums(*_no_parts(x, (0, C), (0, C)))
+        sums = Sums(*_no_parts(x, (0, C), (0, C)))
+        if x.size > 0:
+            sums = ops.bn_backward_reduce(dy, x, statistics, affine, epilogue, scratch)
+        dx, dresidual, dweight, dbias = gradients
         means = Sums.of_rows(self._group.sum(ops.merge_sums(sums, self._count, dweight, dbias)))
         if x.size > 0:
-            ops.bn_backward_input(*step, means, 1.0, dx, dresidual, None, None)
+            written = Gradients(dx, dresidual)
+            ops.bn_backward_input(dy, x, statistics, affine, epilogue, means, 1.0, written)
 
 
 def _no_parts(like: Array, *shapes: tuple[int, ...]) -> list[Array]:

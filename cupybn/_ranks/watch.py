@@ -1,4 +1,4 @@
-"""What ends a message of NCCL that never comes to its end."""
+"""The watch over NCCL: a thread that ends collectives which would never end by themselves."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from typing import Any
 from cupybn._arrays.devices import import_cupy
 
 NAP = 0.02
-"""Seconds between two looks at the device."""
+"""Seconds between two looks of the thread at the device."""
 IDLE = 1.0
-"""Seconds without a message after which the thread ends."""
+"""Seconds after which the thread ends if there is no collective to watch."""
 NOT_READY = 600
-"""What CUDA says of an event that its stream has not come to."""
+"""Status that CUDA returns for an event that its stream has not come to."""
 RELAXED = 2
-"""The capture mode of a thread whose calls spoil no capture of another thread."""
+"""Capture mode of a thread whose calls do not invalidate captures in other threads (CU_STREAM_CAPTURE_MODE_RELAXED)."""
 
 
 @dataclass
 class _Message:
-    """A collective of NCCL, between two events of its stream."""
+    """A collective of NCCL that is watched, between two events on its stream."""
 
     begin: Any
     end: Any
     timeout: float | None
     started: bool = False
-    """Whether the host has started it: it may wait for other ranks, too."""
+    """Whether the host has started the collective. Starting may itself wait for other ranks."""
 
 
 class Watch:
-    """A thread that aborts a communicator when one of its collectives fails, or takes longer than it may.
+    """A thread that aborts a communicator when one of its collectives fails or takes too long.
 
-    A kernel of NCCL whose peer is gone spins for ever, and with it every stream and host that waits for it.
+    A kernel of NCCL whose peer is gone spins for ever, and every stream and host that waits for it hangs as well.
 
     Parameters
     ----------
@@ -59,15 +59,15 @@ class Watch:
         Parameters
         ----------
         timeout : float or None
-            Seconds, from when the stream has come to the collective. None watches for failures alone.
+            Seconds that the collective may take, from when the stream has come to it. None watches for failures alone.
 
         Raises
         ------
         RuntimeError
-            If this one cannot be started, or an earlier one has failed.
+            If this collective cannot be started, or an earlier one has failed.
         """
         self.check()
-        if stream.is_capturing():  # nothing runs yet, and there is no time to look at
+        if stream.is_capturing():  # in a graph nothing runs yet, so that there is nothing to watch
             yield stream
             return
         begin, end = (import_cupy().cuda.Event(disable_timing=True) for _ in range(2))
@@ -78,7 +78,7 @@ class Watch:
             yield stream
         except Exception as error:
             self._failure = self._failure or str(error)
-        finally:  # also where the host is interrupted: the message may be on its way
+        finally:  # also if Ctrl-C interrupts the host: the collective may have been started
             if not self.failed:
                 end.record(stream)
                 message.started = True
@@ -91,10 +91,11 @@ class Watch:
 
     @property
     def failed(self) -> bool:
-        """Whether a message has failed: its communicator is aborted, or about to be."""
+        """Whether a collective has failed: the communicator has been aborted, or is about to be."""
         return self._failure is not None
 
     def _put(self, message: _Message) -> None:
+        """Hand a collective to the thread, which is started if none is running."""
         with self._lock:
             self._messages.put(message)
             if self._thread is None:
@@ -104,9 +105,9 @@ class Watch:
                 self._thread = thread
 
     def _look_after(self, device: int) -> None:
-        """Watch all messages, one after the other, until there are none for a while."""
+        """Watch all collectives, one after the other, until there are none for a while. Runs in the thread."""
         _relax_captures()
-        import_cupy().cuda.Device(device).use()  # to ask for an event starts the current device, which is 0 in a thread
+        import_cupy().cuda.Device(device).use()  # a new thread is on device 0, which querying an event would initialise
         while self._failure is None:
             try:
                 message = self._messages.get(timeout=IDLE)
@@ -120,6 +121,7 @@ class Watch:
         self.comm.abort()
 
     def _look_after_one(self, message: _Message) -> None:
+        """Watch a collective until it ends, or until something has failed."""
         began = None
         while self._failure is None:
             try:
@@ -128,7 +130,7 @@ class Watch:
                 if _is_done(message.begin) and began is None:
                     began = time.monotonic()
                 self.comm.check_async_error()
-            except Exception as error:  # of CUDA or NCCL
+            except Exception as error:  # CUDA and NCCL have errors of their own
                 self._failure = self._failure or str(error)
             seconds = 0.0 if began is None else time.monotonic() - began
             if message.timeout is not None and seconds > message.timeout:
@@ -137,7 +139,7 @@ class Watch:
 
 
 def _is_done(event: Any) -> bool:
-    """Whether the stream has come to an event. Unlike ``event.done``, an error is not the same as "not yet"."""
+    """Whether the stream has come to an event. Raises the errors that ``event.done`` takes for "not yet"."""
     runtime = import_cupy().cuda.runtime
     status: int = runtime.eventQuery(event.ptr)
     if status not in (0, NOT_READY):
@@ -146,19 +148,20 @@ def _is_done(event: Any) -> bool:
 
 
 def _relax_captures() -> None:
-    """Let this thread ask for events while other threads capture graphs, which it would spoil otherwise.
+    """Let this thread query events while other threads capture graphs, which that would invalidate otherwise.
 
-    The mode is the driver's. CuPy has no name for it, and links the runtime so that nobody else finds that.
+    The driver is called directly: CuPy has no function for this, and its own copy of the runtime cannot be reached.
     """
-    with contextlib.suppress(OSError, AttributeError):  # no driver, or one from before CUDA 10.1
+    with contextlib.suppress(OSError, AttributeError):  # there is no driver, or it is older than CUDA 10.1
         ctypes.cdll["libcuda.so.1"].cuThreadExchangeStreamCaptureMode(ctypes.byref(ctypes.c_int(RELAXED)))
 
 
 _watches: weakref.WeakValueDictionary[int, Watch] = weakref.WeakValueDictionary()
+"""Watches by the handles of their communicators. A handle may be used again once its communicator is gone."""
 
 
 def watch_of(comm: Any) -> Watch:
-    """The one `Watch` of a communicator, which many layers may share."""
+    """The one `Watch` of a communicator, which all layers with this communicator share."""
     watch = _watches.get(comm.comm)
     if watch is None or watch.comm is not comm:
         watch = _watches[comm.comm] = Watch(comm)

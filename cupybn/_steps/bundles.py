@@ -1,7 +1,7 @@
 """Bundles: what always travels together between the steps, as one thing with one name.
 
-Each is a struct of the same name and fields in ``kernels/bundles.cuh``, which kernels take by value. Fields are declared
-by the types that follow, whose names stand for types of CUDA; ``None`` is a null pointer there.
+Each is a struct of the same name and fields in ``kernels/bundles.cuh``, which kernels take by value. Types of fields
+are named here as well: each stands for a type of CUDA, and None for a null pointer.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ class Running(NamedTuple):
 
     mean: Vector | None = None  # (C,)
     var: Vector | None = None  # (C,)
-    momentum: float | None = 0.0  # weight of the new batch; None stands for 1 / (batches + 1), the mean over all batches
+    momentum: float | None = (
+        0.0  # weight of the new batch; None stands for 1 / (batches + 1): the mean over all of them
+    )
     batches: Counter | None = None  # (); num_batches_tracked
 
 
@@ -47,7 +49,7 @@ class Epilogue(NamedTuple):
 
     residual: Tensor | None = None  # (N, C, L); for the way forward
     activation: Activation = None
-    mask: Mask | None = None  # as `empty_mask` makes it; the way forward writes where ReLU passes, the way back reads it
+    mask: Mask | None = None  # of `empty_mask`: the way forward notes in it where ReLU passes, for the way back
 
 
 class Moments(NamedTuple):

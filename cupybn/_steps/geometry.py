@@ -1,6 +1,27 @@
-"""How launches are laid over arrays: pure functions of shape, width of a pack and, for elementwise steps, the device.
+"""The launches of kernels, from the shape of an array: how many blocks and threads there are, and what each takes.
 
-Sums that are streamed are split by shape and alignment alone: the order of additions is the same on every device.
+`cupy_ops` has arrays (N, C, L) and calls one of four functions, each of which returns a `Geometry`::
+
+    L > 1: channels first. A channel is N rows of L neighbours in memory.
+        channels_first_resident    on chip:  a team of threads or a cluster of blocks keeps a channel
+        channels_first             streamed: a channel is cut into shares, and a team takes a share
+    L = 1: channels last. A row has one element of each channel; the rows are called M here.
+        channels_last_resident     on chip:  a block keeps a tile, some neighbouring columns in all rows
+        channels_last              streamed: a tile is cut into shares of the rows, and a block takes a share
+
+    channels first                               channels last
+    channel 0 | share 0 | share 1 | share 2 |                  tile 0    tile 1    tile 2
+    channel 1 | share 0 | share 1 | share 2 |    rows 0..9   | share 0 | share 0 | share 0 |
+    channel 2 | share 0 | share 1 | share 2 |    rows 10..19 | share 1 | share 1 | share 1 |
+
+Where a step has a kernel on chip, that is asked for first; None means that the step is streamed (see `resident`).
+
+Everything is counted in packs, the neighbouring elements that a thread loads or stores at once: ``width`` elements, up
+to 16 bytes. A column is the packs at the same place of all rows (channels last).
+
+Streamed kernels are of two kinds. One sums, and leaves a part of the sum for each share; the next launch adds the parts
+up. It is cut by shape and width alone, so that the order of additions, and with it every bit, is the same on all GPUs.
+The other kind is elementwise, and cut by the number of multiprocessors as well.
 """
 
 from __future__ import annotations
@@ -8,92 +29,128 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from cupybn._steps.resident import CUDA, ROUNDS, SOON, Device, choose_cluster
+from cupybn._steps.resident import BLOCKS_PER_MULTIPROCESSOR, CUDA_OWN, SOON, Device, choose_cluster
 
-THREADS = 256
-"""Threads of most blocks."""
-LEAST_SUMMED = 1 << 13
-"""Elements below which a sum is not split any further."""
-LEAST_MAPPED = 1 << 13
-"""Elements that a block of an elementwise step takes at least: before them it merges the parts of its channels."""
-MOST_GRID_Y = 65535
-"""CUDA's own limit, also along z."""
-MOST_GRID_X = 1 << 30
-"""Half of CUDA's own limit."""
+# ---------------------------------------------------------------------------------------------------------------------
+# Limits of either layout
 
 WARP = 32
 """Threads of a warp."""
-TEAMS = (WARP, 64, 128, 256, 512)
-"""Threads of a team, which takes a channel (channels first): the fewest that have no more than their share to do."""
-STREAMED_PACKS = 16
-"""Packs of an array that a thread of a team takes at most, where a larger team would do (channels first)."""
-ON_CHIP_PACKS = 32
-"""Packs of all arrays together that a thread keeps on chip at most, likewise."""
-NARROW = 8
-"""Bytes of a pack below which a thread takes twice as many packs: they take less time."""
-LEAST_THREADS = 128
-"""Threads of a block at least (channels first): of several teams where those are small."""
-CHANNELS_FIRST_SUM = 1 << 10
-"""Blocks that a large sum is split over (channels first), several for each multiprocessor of a large GPU."""
-CHANNELS_FIRST_MAP = 16
-"""Blocks for each multiprocessor of an elementwise step (channels first), two rounds of what one holds."""
-MOST_PARTS = 256
-"""Parts of a sum that the next launch has to add up for each channel, at most (channels first)."""
-CHANNELS_FIRST_OWN = 1 << 10
-"""Bytes of a block's shared memory that are not for the tensor, where that is kept on chip (channels first)."""
+THREADS = 256
+"""Threads per block for channels last. For channels first, the most per block; only blocks on chip that are alone on a
+multiprocessor may have more."""
+LEAST_SUMMED = 1 << 13
+"""Elements for each share of a streamed sum: a channel or tile that has no more is not split."""
+LEAST_MAPPED = 1 << 13
+"""Elements for each share of an elementwise step, about. Each block first merges the parts of its channels, which is
+not to outweigh its work on the elements."""
+MOST_GRID_X = 1 << 30
+"""Most blocks of a grid along x, half of what CUDA allows."""
+MOST_GRID_Y = 65535
+"""Most blocks of a grid along y, or along z, that CUDA allows."""
 
-CHANNELS_LAST_OWN = 16 << 10
-"""Bytes of a block's shared memory that are not for the tensor, where that is kept on chip (channels last)."""
+# ---------------------------------------------------------------------------------------------------------------------
+# Channels first
+
+TEAMS = (WARP, 64, 128, 256, 512)
+"""Threads that a team may have. A team takes a channel, or a share of one; `team_of` chooses."""
+STREAMED_PACKS = 16
+"""Packs per thread up to which a streamed kernel uses the smaller team."""
+ON_CHIP_PACKS = 32
+"""Packs per thread, of all arrays that are kept together, up to which a kernel on chip uses the smaller team."""
+NARROW = 8
+"""Bytes below which a pack is narrow: a thread takes twice as many of them, as each takes less time."""
+LEAST_THREADS = 128
+"""Fewest threads per block; smaller teams share a block."""
+CHANNELS_FIRST_SUM = 1 << 10
+"""Shares of all channels together that a large sum is split into, several for each multiprocessor of a large GPU."""
+MOST_PARTS = 256
+"""Most shares that the sum of one channel is split into: the next launch has to add up as many parts."""
+CHANNELS_FIRST_MAP = 16
+"""Shares of all channels together, per multiprocessor, that a large elementwise step is split into: two rounds of the
+blocks that one has room for at a time."""
+CHANNELS_FIRST_OWN = 1 << 10
+"""Bytes of shared memory that a kernel on chip needs per block for its own variables, beside the arrays."""
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Channels last
+
 MOST_COLUMNS = 32
-"""Columns of a tile at most (channels last): the threads of a warp."""
-SUMMED_TILE = {1: (64, 32), 2: (128, 32)}
-"""Bytes of a row that a block sums (channels last), of long rows and of short ones, by the arrays it reads.
-The launch that follows merges all parts of all channels of a tile: narrow tiles make few parts. 32 bytes are a sector,
-the least that memory hands out."""
-MAPPED_TILE = 128, 64
-"""Bytes of a row that a block of an elementwise step takes (channels last), of long rows and of short ones."""
-ON_CHIP_TILE = 64, 32
-"""Bytes of a row that a block keeps on chip (channels last)."""
+"""Most columns of a tile: the threads of a warp, which stand side by side in one row."""
 SHORT_ROW = 256
-"""Bytes of a row up to which it is short (channels last)."""
+"""Bytes up to which a row is short. Tiles of short rows are narrower."""
+SUMMED_TILE = {1: (64, 32), 2: (128, 32)}
+"""Bytes of a row that a tile of a streamed sum covers, {arrays that the kernel reads: (in long rows, in short rows)}.
+The narrower the tiles, the fewer shares each has, and the fewer parts per tile the next launch has to merge. 32 bytes
+are a sector, the smallest piece that memory hands out."""
+MAPPED_TILE = 128, 64
+"""Bytes of a row that a tile of an elementwise step covers, in long rows and in short rows."""
+ON_CHIP_TILE = 64, 32
+"""Bytes of a row that a tile on chip may cover, the better choice first."""
 CHANNELS_LAST_SUM = 1 << 8
-"""Blocks that a large sum is split over (channels last)."""
+"""Blocks that a large sum is split over."""
 CHANNELS_LAST_MAP = 3
-"""Blocks for each multiprocessor of an elementwise step (channels last), one round."""
+"""Blocks per multiprocessor that a large elementwise step is split over: as many as one has room for at a time."""
 ROWS_PER_PART = 8
-"""Rows that a block of an elementwise step takes at least for each part that it merges (channels last)."""
+"""Rows that a block of an elementwise step takes for each part that it merges first, about, so that merging takes less
+time than the rows."""
+CHANNELS_LAST_OWN = 16 << 10
+"""Bytes of shared memory that a kernel on chip needs per block for its own variables, beside the arrays."""
+
+
+class ChannelsFirst(NamedTuple):
+    """Sizes that the kernels of ``channels_first`` are told: the array is (N, C, L)."""
+
+    N: int
+    C: int
+    L: int
+    packs: int  # packs of a channel that a team takes or, where a cluster takes the channel, a block
+
+
+class ChannelsLast(NamedTuple):
+    """Sizes that the kernels of ``channels_last`` are told: the array is (M, C)."""
+
+    M: int
+    C: int
+    tile: int  # columns that a block takes
+    rows: int  # rows that a block takes of them
 
 
 class Geometry(NamedTuple):
-    """A grid of blocks, and the sizes that the kernel is told."""
+    """Launch of a kernel: its grid, its blocks, and the sizes that are passed to it."""
 
     grid: tuple[int, ...]
-    sizes: dict[str, int]
-    parts: int = 1  # of each channel, where blocks sum
-    threads: int = THREADS  # of a block
-    cluster: int = 1  # blocks
-    shared: int = 0  # bytes of dynamic shared memory
-    team: int = 0  # threads that take a channel together; 0 for kernels that are not told
+    sizes: ChannelsFirst | ChannelsLast | None = None  # None for kernels without a layout
+    parts: int = 1  # shares of a channel, each of which leaves a part where the kernel sums
+    threads: int = THREADS  # threads per block
+    cluster: int = 1  # blocks per cluster
+    shared: int = 0  # bytes of dynamic shared memory per block
+    team: int = 0  # threads per team; 0 for kernels that have no teams
 
 
 def over_channels(C: int, shares: int = 1) -> tuple[int, int, int]:
-    """A grid with blocks for each channel, more of which there may be than one side of a grid has."""
+    """Grid of C by `shares` blocks. The C along x go on along z where there are more than x may have."""
     return min(C, MOST_GRID_X), shares, math.ceil(C / MOST_GRID_X)
 
 
 def team_of(packs: int, pack_bytes: int, each: int, most: int) -> int:
-    """The threads of a team: the fewest that have at most `each` of so many packs, twice as many of narrow ones."""
+    """Threads of the smallest team whose threads have at most `each` of these packs (twice as many narrow ones) to do.
+
+    Where no team is large enough, and where a smaller one than `most` is not, the team has `most` threads.
+    """
     each *= 1 if pack_bytes >= NARROW else 2
     return next((t for t in TEAMS if t == most or packs <= t * each), most)
 
 
 def channels_first(N: int, C: int, L: int, itemsize: int, width: int, multiprocessors: int | None) -> Geometry:
-    """Teams (., s, .) take a share of the packs of each channel; see ``channels_first/packs.cuh``.
+    """Geometry of a streamed kernel: teams of blocks (., s, .) take share s of the packs of a channel.
+
+    ``channels_first/packs.cuh`` has a drawing of which pack each thread of a team takes.
 
     Parameters
     ----------
     multiprocessors : int or None
-        None for a sum, which must not depend on the device.
+        None for a kernel that sums, which must not depend on the device.
     """
     packs = N * L // width
     if multiprocessors is None:
@@ -101,49 +158,60 @@ def channels_first(N: int, C: int, L: int, itemsize: int, width: int, multiproce
     else:
         wanted = multiprocessors * CHANNELS_FIRST_MAP
         shares = min(math.ceil(wanted / C), math.ceil(N * L / LEAST_MAPPED), MOST_GRID_Y)
-    packs_per_share = math.ceil(packs / shares)
-    shares = math.ceil(packs / packs_per_share)
-    team = team_of(packs_per_share, width * itemsize, STREAMED_PACKS, THREADS)
+    own = math.ceil(packs / shares)
+    shares = math.ceil(packs / own)
+    team = team_of(own, width * itemsize, STREAMED_PACKS, THREADS)
     threads = max(team, LEAST_THREADS)
-    sizes = {"N": N, "C": C, "L": L, "packs_per_share": packs_per_share}
     grid = over_channels(math.ceil(C * team / threads), shares)
-    return Geometry(grid, sizes, shares, threads, team=team)
+    return Geometry(grid, ChannelsFirst(N, C, L, own), shares, threads, team=team)
 
 
 def channels_first_resident(
     N: int, C: int, L: int, itemsize: int, width: int, arrays: int, device: Device
 ) -> Geometry | None:
-    """A team or a cluster for each channel; see ``channels_first/packs.cuh``. None where a channel does not fit."""
+    """Geometry of a kernel on chip: a team or a cluster keeps a channel. None where channels are to be streamed.
+
+    Parameters
+    ----------
+    arrays : int
+        Number of arrays that are kept: 1 forward (x), 2 backward (dy and x).
+    """
     cluster = choose_cluster(C, N * L // width, width * itemsize, arrays, device, CHANNELS_FIRST_OWN)
     if cluster is None or C * cluster.blocks > MOST_GRID_X:
         return None
-    most = device.shared_per_multiprocessor // ROUNDS - CUDA - CHANNELS_FIRST_OWN  # for all teams of a block
-    largest = TEAMS[-1] if cluster.shared > most else THREADS  # registers are not to keep a second block away
+    # Bytes that the teams of a block may keep together if another block is to have room beside it. A block that keeps
+    # more is alone on its multiprocessor, and may use the registers of two.
+    most = device.shared_per_multiprocessor // BLOCKS_PER_MULTIPROCESSOR - CUDA_OWN - CHANNELS_FIRST_OWN
+    largest = TEAMS[-1] if cluster.shared > most else THREADS
     team = team_of(cluster.packs, width * itemsize, ON_CHIP_PACKS // arrays, largest)
+    # Small teams share a block. Where their channels would not fit together, fewer and larger teams do.
     while team < LEAST_THREADS and cluster.shared * (LEAST_THREADS // team) > most:
         team *= 2
     threads = max(team, LEAST_THREADS)
     teams = threads // team if cluster.blocks == 1 else 1
-    sizes = {"N": N, "C": C, "L": L, "packs_per_block": cluster.packs}
     grid = (math.ceil(C / teams) * cluster.blocks,)
+    sizes = ChannelsFirst(N, C, L, cluster.packs)
     return Geometry(grid, sizes, 1, threads, cluster.blocks, cluster.shared * teams, threads // teams)
 
 
 def tile_of(row_bytes: int, pack_bytes: int, tile_bytes: int) -> int:
-    """The columns of a tile of so many bytes: a power of two, no more than a row or a warp has."""
+    """Columns of a tile of `tile_bytes`: a power of two, at most a warp's threads and what it takes to cover a row."""
     columns = row_bytes // pack_bytes
     return min(tile_bytes // pack_bytes, 1 << (columns - 1).bit_length(), MOST_COLUMNS)
 
 
 def channels_last(M: int, C: int, itemsize: int, width: int, arrays: int, multiprocessors: int | None) -> Geometry:
-    """Block (t, s) takes a tile of columns of packs and a share of the rows; see ``channels_last/columns.cuh``.
+    """Geometry of a streamed kernel: block (t, s) takes tile t of the columns and share s of the rows.
+
+    ``channels_last/columns.cuh`` has a drawing of which columns and rows each thread takes.
 
     Parameters
     ----------
     arrays : int
-        Those that are summed: 1 forward, 2 backward.
+        Number of arrays that the sum reads: 1 forward (x), 2 backward (dy and x).
     multiprocessors : int or None
-        None for a sum, which must not depend on the device.
+        None for a kernel that sums, which must not depend on the device. For an elementwise step, the shares of the sum
+        before it are worked out as well: each block has to merge as many parts.
     """
     row, pack = C * itemsize, width * itemsize
     short = row <= SHORT_ROW
@@ -155,18 +223,23 @@ def channels_last(M: int, C: int, itemsize: int, width: int, arrays: int, multip
         tile = tile_of(row, pack, MAPPED_TILE[short])
         tiles = math.ceil(row / (tile * pack))
         least = max(math.ceil(LEAST_MAPPED / (tile * width)), parts * ROWS_PER_PART)
-        wanted = max(1, multiprocessors * CHANNELS_LAST_MAP // tiles)  # no more than there is room for at a time
+        wanted = max(1, multiprocessors * CHANNELS_LAST_MAP // tiles)  # rounded down: all blocks run at the same time
         shares = min(wanted, math.ceil(M / least), MOST_GRID_Y)
-    rows_per_share = math.ceil(M / shares)
-    shares = math.ceil(M / rows_per_share)
-    sizes = {"M": M, "C": C, "tile": tile, "rows_per_share": rows_per_share}
-    return Geometry((tiles, shares), sizes, shares)
+    rows = math.ceil(M / shares)
+    shares = math.ceil(M / rows)
+    return Geometry((tiles, shares), ChannelsLast(M, C, tile, rows), shares)
 
 
 def channels_last_resident(M: int, C: int, itemsize: int, width: int, arrays: int, device: Device) -> Geometry | None:
-    """A block for each tile of columns; see ``channels_last/columns.cuh``. None where tiles are not small.
+    """Geometry of a kernel on chip: block t keeps tile t. None where tiles are too large, and are to be streamed.
 
-    Of the tiles that are, the widest one that keeps the whole device busy: narrow ones read memory in small pieces.
+    Of the widths of which a tile fits, this is the widest one that gives every multiprocessor a block, as wide tiles
+    read memory in larger pieces; if none does, the narrowest.
+
+    Parameters
+    ----------
+    arrays : int
+        Number of arrays that are kept: 1 forward (x), 2 backward (dy and x).
     """
     row, pack = C * itemsize, width * itemsize
     best = None
@@ -176,7 +249,7 @@ def channels_last_resident(M: int, C: int, itemsize: int, width: int, arrays: in
         shared = M * tile * pack * arrays
         if shared > min(SOON, device.shared_per_block - CHANNELS_LAST_OWN) or tiles > MOST_GRID_X:
             continue
-        geometry = Geometry((tiles,), {"M": M, "C": C, "tile": tile}, 1, THREADS, shared=shared)
+        geometry = Geometry((tiles,), ChannelsLast(M, C, tile, M), shared=shared)
         if best is None or best.grid[0] < min(device.multiprocessors, tiles):
             best = geometry
     return best

@@ -2,7 +2,7 @@
 
 Arrays have shape (N, C, L), where channels-last data is (M, C, 1), vectors shape (C,). Arithmetic is float32 for data
 of 16 or 32 bits, float64 for float64 and for channels near the limits of float32; sums end in float64. Each step walks
-its arrays tile by tile (`_tiles`).
+its arrays tile by tile (`tiles`). What travels together is a bundle (`bundles`).
 
 The mean is never rounded to one float32: with ``center`` the mean so rounded and ``rest = mean - center``,
 
@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from cupybn._arrays.devices import write_at_once
 from cupybn._arrays.dtypes import accumulation_dtype
-from cupybn._steps.bundles import Moments, Statistics, Sums
+from cupybn._steps.bundles import Activation, Affine, Epilogue, Gradients, Moments, Running, Statistics, Sums
 from cupybn._steps.tiles import gather, tile_map, tile_sums
 
 Array = npt.NDArray[Any]
@@ -39,7 +39,7 @@ SAMPLES = 16
 
 
 @_quiet
-def bn_stats(x: Array, num_batches_tracked: Array | None = None, scratch: Array | None = None) -> Moments:
+def bn_stats(x: Array, batches: Array | None = None, scratch: Array | None = None) -> Moments:
     """Count, mean and sum of squared deviations of each channel, in one part.
 
         mean = center + sum(d) / count,   m2 = sum(d * d) - sum(d)^2 / count,   d = x - center
@@ -51,8 +51,8 @@ def bn_stats(x: Array, num_batches_tracked: Array | None = None, scratch: Array 
     Parameters
     ----------
     x : (N, C, L) array, not empty
-    num_batches_tracked : 0-d int64 array or None
-        Copied into the moments.
+    batches : 0-d int64 array or None
+        The counter of batches: copied into the moments.
     scratch : array of the same shape as x, or None
         Memory to work in; it is used if its dtype is that of the arithmetic.
     """
@@ -66,8 +66,7 @@ def bn_stats(x: Array, num_batches_tracked: Array | None = None, scratch: Array 
     doubtful = np.flatnonzero(~(held & ((mean - center) ** 2 <= m2 / count)))
     if doubtful.size:
         mean[doubtful], m2[doubtful] = _moments_in_float64(x, doubtful)
-    batches = None if num_batches_tracked is None else num_batches_tracked.copy()
-    return Moments(np.array([float(count)]), mean[None], m2[None], batches)
+    return Moments(np.array([float(count)]), mean[None], m2[None], None if batches is None else batches.copy())
 
 
 @_quiet
@@ -150,36 +149,33 @@ def _moments_in_float64(x: Array, channels: Array) -> tuple[Array, Array]:
 
 
 @_quiet
-def bn_update_running(
-    moments: Moments,
-    running_mean: Array,
-    running_var: Array,
-    momentum: float | None,
-    num_batches_tracked: Array | None,
-) -> None:
+def bn_update_running(moments: Moments, running: Running) -> None:
     """running = (1 - momentum) * running + momentum * batch, in place, with the unbiased variance of the batch.
 
-    ``momentum=None`` stands for 1 / (batches + 1), the mean over all batches; num_batches_tracked counts this one. A
-    count below 0, which is none, stands for 0. A batch of less than two values for each channel, whose unbiased
-    variance is not defined, changes nothing.
+    ``momentum=None`` stands for 1 / (batches + 1), the mean over all batches, with the count in the moments; the one of
+    the running statistics counts this batch. A count below 0, which is none, stands for 0. A batch of less than two
+    values for each channel, whose unbiased variance is not defined, changes nothing.
 
     Parameters
     ----------
     moments : Moments
         Of the batch, in one part.
+    running : Running
     """
     count, mean, m2 = moments.count[0], moments.mean[0], moments.m2[0]
     if not count > 1:
         return
+    momentum = running.momentum
     if momentum is None:
         assert moments.batches is not None
         momentum = 1 / (max(float(moments.batches), 0) + 1)
     written = [
-        (running, ((1 - momentum) * running.astype(np.float64) + momentum * batch).astype(running.dtype))
-        for running, batch in ((running_mean, mean), (running_var, m2 / (count - 1)))
+        (vector, ((1 - momentum) * vector.astype(np.float64) + momentum * batch).astype(vector.dtype))
+        for vector, batch in ((running.mean, mean), (running.var, m2 / (count - 1)))
+        if vector is not None
     ]
-    if num_batches_tracked is not None:
-        written.append((num_batches_tracked, num_batches_tracked + 1))
+    if running.batches is not None:
+        written.append((running.batches, running.batches + 1))
     write_at_once(written)
 
 
@@ -187,31 +183,24 @@ def bn_update_running(
 def bn_normalize(
     x: Array,
     moments: Moments | None,
-    eps: float,
-    weight: Array | None,
-    bias: Array | None,
-    residual: Array | None,
-    activation: str | None,
-    running_mean: Array | None,
-    running_var: Array | None,
-    momentum: float | None,
-    num_batches_tracked: Array | None,
+    affine: Affine,
+    running: Running,
+    epilogue: Epilogue,
     out: Array,
-    mask: Array | None,
     keep: bool = True,  # noqa: ARG001
 ) -> Statistics:
     """out = activation(weight * (x - mean) / sqrt(var + eps) + bias + residual), then `bn_update_running`.
 
     Parameters
     ----------
-    x, residual, out : (N, C, L) arrays; out may be x or residual
+    x, out : (N, C, L) arrays; out may be x or the residual
     moments : Moments or None
         Of the batch, in training. None normalises with the running statistics, and leaves them alone.
-    weight, bias : (C,) arrays or None
-    running_mean, running_var : (C,) arrays or None
-        None in training leaves them out of it.
-    mask : array of `empty_mask`, or None
-        Gets where ReLU passes.
+    affine : Affine
+    running : Running
+        Without arrays in training, where they are not to be moved.
+    epilogue : Epilogue
+        Its mask gets where ReLU passes.
     keep : bool
         Whether the result is wanted: a GPU need not write it down.
 
@@ -220,19 +209,20 @@ def bn_normalize(
     The statistics that x was normalised with.
     """
     if moments is None:
-        assert running_mean is not None
-        assert running_var is not None
-        statistics = Statistics(running_mean.astype(np.float64), running_var.astype(np.float64))
+        assert running.mean is not None
+        assert running.var is not None
+        statistics = Statistics(running.mean.astype(np.float64), running.var.astype(np.float64))
     else:
         batch = Moments.of_rows(merge_moments(moments), moments.batches)
         statistics = Statistics(batch.mean[0], batch.m2[0] / batch.count)
-    affine = _affine(x.dtype, statistics, eps, weight, bias)
+    channels = _Channels.of(x.dtype, statistics, affine)
+    residual, activation, mask = epilogue
     in_place = residual is None or not np.may_share_memory(out, residual)
 
-    def core(column: Column, x: Array, residual: Array | None, out: Array, mask: Array | None, *affine: Array) -> None:
-        dtype = affine[0].dtype
+    def core(column: Column, x: Array, residual: Array | None, out: Array, mask: Array | None, *line: Array) -> None:
+        dtype = line[0].dtype
         y = out if in_place and out.dtype == dtype else np.empty(x.shape, dtype)
-        _preactivation(y, x, residual, column, *affine)
+        _preactivation(y, x, residual, column, line)
         if mask is not None:
             np.greater(y, 0, out=mask)
         if activation == "relu":
@@ -241,36 +231,27 @@ def bn_normalize(
         if y is not out:
             np.copyto(out, y, casting="unsafe")
 
-    for channels, dtype in affine.precisions():
-        arrays = [None if a is None else a[:, channels] for a in (x, residual, out, mask)]
-        vectors = [v[channels].astype(dtype) for v in (affine.center, affine.scale, affine.shift)]
+    for some, dtype in channels.precisions():
+        arrays = [None if a is None else a[:, some] for a in (x, residual, out, mask)]
         temporaries = not in_place or out.dtype != dtype or activation is not None
-        tile_map(core, arrays, vectors, temporaries)
-    if moments is not None and running_mean is not None and running_var is not None:
-        bn_update_running(batch, running_mean, running_var, momentum, num_batches_tracked)
+        tile_map(core, arrays, channels.line(some, dtype), temporaries)
+    if moments is not None and running.mean is not None:
+        bn_update_running(batch, running)
     return statistics
 
 
 def bn_forward(
     x: Array,
-    eps: float,
-    weight: Array | None,
-    bias: Array | None,
-    residual: Array | None,
-    activation: str | None,
-    running_mean: Array | None,
-    running_var: Array | None,
-    momentum: float | None,
-    num_batches_tracked: Array | None,
+    affine: Affine,
+    running: Running,
+    epilogue: Epilogue,
     out: Array,
-    mask: Array | None,
     keep: bool = True,
     scratch: Array | None = None,
 ) -> Statistics:
     """`bn_stats`, then `bn_normalize`: batch norm in training."""
-    moments = bn_stats(x, num_batches_tracked if momentum is None else None, scratch)
-    running = running_mean, running_var, momentum, num_batches_tracked
-    return bn_normalize(x, moments, eps, weight, bias, residual, activation, *running, out, mask, keep)
+    moments = bn_stats(x, running.batches if running.momentum is None else None, scratch)
+    return bn_normalize(x, moments, affine, running, epilogue, out, keep)
 
 
 def empty_mask(x: Array, residual: Array, out: Array) -> Array:  # noqa: ARG001
@@ -278,10 +259,9 @@ def empty_mask(x: Array, residual: Array, out: Array) -> Array:  # noqa: ARG001
     return np.empty(x.shape, np.bool_)
 
 
-def _preactivation(
-    y: Array, x: Array, residual: Array | None, column: Column, center: Array, scale: Array, shift: Array
-) -> None:
+def _preactivation(y: Array, x: Array, residual: Array | None, column: Column, line: Sequence[Array]) -> None:
     """y = (x - center) * scale + shift + residual: the value whose sign decides what ReLU passes."""
+    center, scale, shift = line
     np.subtract(x, column(center), out=y, dtype=y.dtype)
     y *= column(scale)
     y += column(shift)
@@ -298,11 +278,8 @@ def bn_backward_reduce(
     dy: Array,
     x: Array,
     statistics: Statistics,
-    eps: float,
-    weight: Array | None,
-    bias: Array | None,
-    activation: str | None,
-    mask: Array | None,
+    affine: Affine,
+    epilogue: Epilogue,
     scratch: Array | None = None,
 ) -> Sums:
     """sum(dy) and sum(dy * xhat), xhat = (x - mean) / sqrt(var + eps), where activation passed dy, in one part.
@@ -310,58 +287,57 @@ def bn_backward_reduce(
     Parameters
     ----------
     dy, x : (N, C, L) arrays
-    weight, bias : (C,) arrays or None
-        They decide what ReLU passed, where there is no mask.
-    mask : array of `empty_mask` that `bn_normalize` has filled, or None
+    statistics : Statistics
+    affine : Affine
+        Decides what ReLU passed, where there is no mask.
+    epilogue : Epilogue
+        Activation, and the mask that `bn_normalize` has filled, or None.
     scratch : array of the same shape, or None
         Memory to work in; it is used if its dtype is that of the arithmetic.
     """
-    affine = _affine(x.dtype, statistics, eps, weight, bias)
-    usable = _usable(scratch, affine.dtype)
-    factors = [v.astype(affine.dtype) for v in (affine.center, affine.scale, affine.shift)]
+    channels, activation = _Channels.of(x.dtype, statistics, affine), epilogue.activation
+    usable = _usable(scratch, channels.dtype)
+    line = channels.line(slice(None), channels.dtype)
     temporaries = usable is None or activation is not None
 
-    def products(column: Column, dy: Array, x: Array, mask: Array | None, usable: Array | None, *f: Array) -> Terms:
-        g = _passed(dy, x, mask, column, f, activation)
-        return [(g,), (g, np.subtract(x, column(f[0]), out=usable, dtype=f[0].dtype))]
+    def products(column: Column, dy: Array, x: Array, mask: Array | None, usable: Array | None, *line: Array) -> Terms:
+        g = _passed(dy, x, mask, column, line, activation)
+        return [(g,), (g, np.subtract(x, column(line[0]), out=usable, dtype=line[0].dtype))]
 
-    def some(column: Column, dy: Array, x: Array, mask: Array | None, usable: Array | None, *f: Array) -> Terms:
-        (g,), (_, d) = products(column, dy, x, mask, usable, *f)
+    def some(column: Column, dy: Array, x: Array, mask: Array | None, usable: Array | None, *line: Array) -> Terms:
+        (g,), (_, d) = products(column, dy, x, mask, usable, *line)
         return [((g != 0) & (d != 0),)]
 
-    arrays = [dy, x, mask, usable]
-    sum_dy, sum_dy_d = tile_sums(products, arrays, factors, temporaries, 2)
-    if affine.dtype != np.float64:
+    arrays = [dy, x, epilogue.mask, usable]
+    sum_dy, sum_dy_d = tile_sums(products, arrays, line, temporaries, 2)
+    if channels.dtype != np.float64:
         # Products too small for float32 are lost in part: that matters in sums that are no larger than this.
-        least = x.shape[0] * x.shape[2] * np.finfo(affine.dtype).tiny / 8
+        least = x.shape[0] * x.shape[2] * np.finfo(channels.dtype).tiny / 8
         held = np.abs(sum_dy_d) > least
         if (sum_dy_d == 0).any():  # as where nothing comes back, which is right
-            held |= (sum_dy_d == 0) & (tile_sums(some, arrays, factors, True, 1)[0] == 0)
+            held |= (sum_dy_d == 0) & (tile_sums(some, arrays, line, True, 1)[0] == 0)
         held &= np.isfinite(sum_dy) & np.isfinite(sum_dy_d)
-        for chosen, dtype in (affine.wide, np.float64), (~affine.wide & ~held, affine.dtype):
-            channels = np.flatnonzero(chosen)
-            if channels.size:
-                sums = _gradient_sums_in_float64(dy, x, mask, affine, activation, channels, dtype)
-                sum_dy[channels], sum_dy_d[channels] = sums
-    sum_dy_xhat = (sum_dy_d - affine.rest * sum_dy) * affine.rstd
+        for chosen, dtype in (channels.wide, np.float64), (~channels.wide & ~held, channels.dtype):
+            numbers = np.flatnonzero(chosen)
+            if numbers.size:
+                sums = _gradient_sums_in_float64(arrays[:3], channels, activation, numbers, dtype)
+                sum_dy[numbers], sum_dy_d[numbers] = sums
+    sum_dy_xhat = (sum_dy_d - channels.rest * sum_dy) * channels.rstd
     return Sums(sum_dy[None], sum_dy_xhat[None])
 
 
 def _gradient_sums_in_float64(
-    dy: Array,
-    x: Array,
-    mask: Array | None,
-    affine: _Affine,
-    activation: str | None,
-    channels: Array,
-    dtype: npt.DTypeLike,
+    arrays: Sequence[Array | None], channels: _Channels, activation: Activation, numbers: Array, dtype: npt.DTypeLike
 ) -> tuple[Array, Array]:
-    """sum(dy) and sum(dy * (x - center)) of these channels; the dtype is that in which ReLU decides."""
-    sum_dy, sum_dy_d = np.zeros((2, len(channels)))
-    factors = [v[channels].astype(dtype) for v in (affine.center, affine.scale, affine.shift)]
-    for some, (g, values, passed) in gather(channels, [dy, x, mask]):
-        g = _passed(g, values, passed, lambda v: v[:, None], [v[some] for v in factors], activation)
-        g, d = g.astype(np.float64), values.astype(np.float64) - affine.center[channels[some], None]
+    """sum(dy) and sum(dy * (x - center)) of the channels of these numbers, from dy, x and mask.
+
+    The dtype is that in which ReLU decides.
+    """
+    sum_dy, sum_dy_d = np.zeros((2, len(numbers)))
+    line = channels.line(numbers, dtype)
+    for some, (g, values, mask) in gather(numbers, arrays):
+        g = _passed(g, values, mask, lambda v: v[:, None], [v[some] for v in line], activation)
+        g, d = g.astype(np.float64), values.astype(np.float64) - channels.center[numbers[some], None]
         sum_dy[some] += g.sum(axis=1)
         sum_dy_d[some] += np.vecdot(g, d)
     return sum_dy, sum_dy_d
@@ -396,17 +372,11 @@ def bn_backward_input(
     dy: Array,
     x: Array,
     statistics: Statistics,
-    eps: float,
-    weight: Array | None,
-    bias: Array | None,
-    activation: str | None,
-    mask: Array | None,
+    affine: Affine,
+    epilogue: Epilogue,
     sums: Sums | None,
     inv_count: float,
-    dx: Array,
-    dresidual: Array | None,
-    dweight: Array | None,
-    dbias: Array | None,
+    gradients: Gradients,
 ) -> None:
     """dx = (dy - sum(dy) / count - xhat * sum(dy * xhat) / count) * rstd * weight, where activation passed dy.
 
@@ -414,35 +384,32 @@ def bn_backward_input(
 
     Parameters
     ----------
-    dy, x, dx, dresidual : (N, C, L) arrays
-    weight, bias, dweight, dbias : (C,) arrays or None
-    mask : array of `empty_mask` that `bn_normalize` has filled, or None
+    dy, x : (N, C, L) arrays
+    statistics : Statistics
+    affine : Affine
+    epilogue : Epilogue
+        Activation, and the mask that `bn_normalize` has filled, or None.
     sums : Sums
         Of the whole batch. None only if nothing needs them: in eval mode without weight and bias.
     inv_count : float
         1 / count in training, 0 in eval mode, whose statistics do not depend on x.
+    gradients : Gradients
+        Get all of these.
     """
-    affine = _affine(x.dtype, statistics, eps, weight, bias)
+    channels, activation = _Channels.of(x.dtype, statistics, affine), epilogue.activation
+    dx, dresidual, dweight, dbias = gradients
     slope = offset = np.zeros(x.shape[1])
     if sums is not None:
         sum_dy, sum_dy_xhat = sums.dy.sum(axis=0), sums.dy_xhat.sum(axis=0)
-        slope = sum_dy_xhat * affine.rstd * inv_count
-        offset = sum_dy * inv_count - slope * affine.rest
+        slope = sum_dy_xhat * channels.rstd * inv_count
+        offset = sum_dy * inv_count - slope * channels.rest
         if dweight is not None:
             dweight[...] = sum_dy_xhat
         if dbias is not None:
             dbias[...] = sum_dy
 
-    def core(
-        column: Column,
-        dy: Array,
-        x: Array,
-        mask: Array | None,
-        dx: Array,
-        dresidual: Array | None,
-        *vectors: Array,
-    ) -> None:
-        center, scale, shift, slope, offset = vectors
+    def core(column: Column, *tile: Any) -> None:
+        dy, x, mask, dx, dresidual, center, scale, shift, slope, offset = tile
         dy = _passed(dy, x, mask, column, (center, scale, shift), activation)
         if dresidual is not None:
             np.copyto(dresidual, dy, casting="unsafe")
@@ -458,9 +425,9 @@ def bn_backward_input(
         if d is not dx:
             np.copyto(dx, d, casting="unsafe")
 
-    for channels, dtype in affine.precisions(slope, offset):
-        arrays = [None if a is None else a[:, channels] for a in (dy, x, mask, dx, dresidual)]
-        vectors = [v[channels].astype(dtype) for v in (affine.center, affine.scale, affine.shift, slope, offset)]
+    for some, dtype in channels.precisions(slope, offset):
+        arrays = [None if a is None else a[:, some] for a in (dy, x, epilogue.mask, dx, dresidual)]
+        vectors = [*channels.line(some, dtype), slope[some].astype(dtype), offset[some].astype(dtype)]
         tile_map(core, arrays, vectors, temporaries=activation is not None or dx.dtype != dtype)
 
 
@@ -468,34 +435,27 @@ def bn_backward(
     dy: Array,
     x: Array,
     statistics: Statistics,
-    eps: float,
-    weight: Array | None,
-    bias: Array | None,
-    activation: str | None,
-    mask: Array | None,
+    affine: Affine,
+    epilogue: Epilogue,
     inv_count: float,
-    dx: Array,
-    dresidual: Array | None,
-    dweight: Array | None,
-    dbias: Array | None,
+    gradients: Gradients,
     scratch: Array | None = None,
 ) -> None:
     """`bn_backward_reduce`, then `bn_backward_input`: all gradients."""
-    step = (dy, x, statistics, eps, weight, bias, activation, mask)
-    sums = bn_backward_reduce(*step, scratch)
-    bn_backward_input(*step, sums, inv_count, dx, dresidual, dweight, dbias)
+    sums = bn_backward_reduce(dy, x, statistics, affine, epilogue, scratch)
+    bn_backward_input(dy, x, statistics, affine, epilogue, sums, inv_count, gradients)
 
 
 def _passed(
-    dy: Array, x: Array, mask: Array | None, column: Column, affine: Sequence[Array], activation: str | None
+    dy: Array, x: Array, mask: Array | None, column: Column, line: Sequence[Array], activation: Activation
 ) -> Array:
     """dy in the dtype of the arithmetic, 0 where ReLU stopped it: never 0 * dy, dy may be inf."""
-    dy = dy.astype(affine[0].dtype, copy=False)
+    dy = dy.astype(line[0].dtype, copy=False)
     if activation != "relu":
         return dy
     y = np.empty(x.shape, dy.dtype)
     if mask is None:
-        _preactivation(y, x, None, column, *affine)
+        _preactivation(y, x, None, column, line)
         mask = y > 0
     word = np.dtype(f"i{dy.itemsize}")
     bits = np.negative(mask.view(np.int8))  # 0 or all bits set
@@ -507,43 +467,49 @@ def _passed(
 # Per channel
 
 
-class _Affine(NamedTuple):
-    """Batch norm of a channel as (x - center) * scale + shift; (C,) arrays, float64."""
+_LARGE = 1e30
+"""Size from which numbers, or their products, may be beyond float32; below its inverse they may be lost."""
+_SMALL_RSTD = 1e-15
+"""Least rstd of a narrow channel: (x - mean)^2 would be too large, and beyond its inverse dy * (x - mean) too small."""
+
+
+class _Channels(NamedTuple):
+    """Batch norm of each channel as (x - center) * scale + shift; (C,) arrays, float64."""
 
     center: Array
     rest: Array  # mean - center
     rstd: Array
     scale: Array
     shift: Array
-    wide: Array  # needs float64
-    dtype: np.dtype[Any]  # else this one
+    wide: Array  # whether the channel needs float64
+    dtype: np.dtype[Any]  # of the arithmetic of the others
+
+    @classmethod
+    def of(cls, x_dtype: np.dtype[Any], statistics: Statistics, affine: Affine) -> _Channels:
+        """What statistics, weight and bias make of the channels of x."""
+        weight, bias, eps = affine
+        dtype = accumulation_dtype(x_dtype)
+        rstd = 1 / np.sqrt(statistics.var + eps)
+        scale = rstd if weight is None else rstd * weight.astype(np.float64)
+        wide = (rstd < _SMALL_RSTD) | (rstd > 1 / _SMALL_RSTD) | _extreme(scale) | (np.abs(statistics.mean) > _LARGE)
+        center = np.where(wide, statistics.mean, statistics.mean.astype(dtype))
+        rest = np.where(np.isfinite(center), statistics.mean - center, 0)
+        shift = np.where(rest == 0, 0, -rest * scale)
+        if bias is not None:
+            shift += bias.astype(np.float64)
+            wide |= np.abs(shift) > _LARGE
+        return cls(center, rest, rstd, scale, shift, wide, dtype)
+
+    def line(self, some: slice | Array, dtype: npt.DTypeLike) -> list[Array]:
+        """Center, scale and shift of some of the channels, in the dtype of their arithmetic."""
+        return [vector[some].astype(dtype) for vector in (self.center, self.scale, self.shift)]
 
     def precisions(self, *more: Array) -> list[tuple[slice, npt.DTypeLike]]:
         """Ranges of channels and the dtype for each: float32 does not reach where values are near its limits."""
         wide = self.wide | np.any([_extreme(v) for v in more], axis=0) if more else self.wide
         if not wide.any():
             return [(slice(None), self.dtype)]
-        return [(channels, self.dtype) for channels in _runs(~wide)] + [(c, np.dtype(np.float64)) for c in _runs(wide)]
-
-
-_LARGE = 1e30
-_SMALL_RSTD = 1e-15  # (x - mean)^2 would be large, and beyond its inverse dy * (x - mean) small
-
-
-def _affine(
-    x_dtype: np.dtype[Any], statistics: Statistics, eps: float, weight: Array | None, bias: Array | None
-) -> _Affine:
-    dtype = accumulation_dtype(x_dtype)
-    rstd = 1 / np.sqrt(statistics.var + eps)
-    scale = rstd if weight is None else rstd * weight.astype(np.float64)
-    wide = (rstd < _SMALL_RSTD) | (rstd > 1 / _SMALL_RSTD) | _extreme(scale) | (np.abs(statistics.mean) > _LARGE)
-    center = np.where(wide, statistics.mean, statistics.mean.astype(dtype))
-    rest = np.where(np.isfinite(center), statistics.mean - center, 0)
-    shift = np.where(rest == 0, 0, -rest * scale)
-    if bias is not None:
-        shift += bias.astype(np.float64)
-        wide |= np.abs(shift) > _LARGE
-    return _Affine(center, rest, rstd, scale, shift, wide, dtype)
+        return [(some, self.dtype) for some in _runs(~wide)] + [(some, np.dtype(np.float64)) for some in _runs(wide)]
 
 
 def _extreme(factor: Array) -> Array:

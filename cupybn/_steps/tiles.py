@@ -1,10 +1,19 @@
-"""The one place that splits work on NumPy arrays: tiles that stay in cache, run on threads.
+"""The split of NumPy arrays into tiles that stay in cache, and the threads that work on them.
 
-A step of batch norm on arrays of shape (N, C, L) is a *core* applied tile by tile. A core gets the tiles of its
-arrays, the parts of its per-channel vectors, and a function ``column`` that turns such a part into a column which
-broadcasting pairs with the tile, each element with its channel. Which tiles there are depends on the shape alone,
-never on the number of threads, and sums are added in the order of the tiles: the same bits with one thread and with
-sixty-four.
+A step of batch norm on arrays of shape (N, C, L) is a *core*, a function that is applied tile by tile. A core gets the
+tiles of its arrays, the values of its per-channel vectors for the channels of the tile, and a function ``column`` that
+turns such values into a column: broadcasting then pairs each element of the tile with its channel.
+
+Tiles depend on the shape alone, never on the number of threads, and sums are added in the order of the tiles. So the
+result has the same bits with one thread and with sixty-four.
+
+Long rows (L large) are worked on as they lie. Short rows are joined first, so that NumPy has long rows to loop over::
+
+    N = 4, C = 3, L = 2         joined: rows of 2 samples
+    | a a b b c c |             | a a b b c c a a b b c c |     a, b, c: the channels; each place of a joined row
+    | a a b b c c |             | a a b b c c a a b b c c |     ("lane") has one channel in all rows
+    | a a b b c c |
+    | a a b b c c |
 """
 
 from __future__ import annotations
@@ -27,35 +36,34 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 
 TINY = 1 << 16
-"""Elements of an array whose temporaries do not matter."""
+"""Elements up to which an array may need temporaries of its own size."""
 SMALL = 1 << 20
-"""Elements of an array that one thread does alone: others would still be waking up when it is done."""
+"""Elements up to which an array is worked on by one thread: others would still be waking up when it is done."""
 TILE = 1 << 18
-"""Elements of a tile of a small array: 1 MiB of float32, to stay in cache between the steps."""
+"""Most elements in a tile of a small array: 1 MiB of float32, which stays in cache between NumPy's calls."""
 LARGE_TILE = 1 << 19
-"""Elements of a tile of other arrays. Smaller ones fit closer caches, but threads then wait for each other: between two
-calls of NumPy only one of them runs."""
+"""Most elements in a tile of a larger array. Smaller ones would fit closer caches, but threads would wait more often
+for each other: between two calls of NumPy only one of them runs."""
 SHORT = 1 << 9
-"""Rows shorter than this are read several at a time; NumPy's iterator copies operands into buffers of this size, and
-leaves out the copy only where rows are longer."""
+"""Elements below which a row is short and is joined with others. NumPy's iterator has buffers of this size, and
+copies operands into them unless their rows are longer."""
 ROW = 1 << 11
-"""Elements of a row that was joined of short ones."""
+"""Elements of a row that short ones are joined to, about."""
 SUMMANDS = 1 << 3
 """Rows that may be added in float32, one after the other, before the sum goes on in float64."""
 MANY = 1 << 6
-"""Positions from which sums go along the row of a channel, not down the lanes."""
+"""Positions (L) from which on sums go along the row of a channel, not down the lanes."""
 LINE = 1 << 9
-"""Neighbours that may be added in float32, where NumPy and BLAS add in several lanes at once."""
-
+"""Neighbours in a row that may be added in float32: NumPy and BLAS keep several sums of them, so that each is short."""
 
 PIECE = 1 << 9
-"""Elements of a channel that are gathered at a time."""
+"""Elements per channel that `gather` copies at a time."""
 GATHERED = 1 << 14
-"""Elements of all channels that are gathered at a time, if there are as many channels."""
+"""Elements of all channels together that `gather` copies at a time, about, if there are enough channels."""
 
 
 class Tile(NamedTuple):
-    """The ranges of a tile along N, C and L."""
+    """A tile of an array: its ranges along N, C and L."""
 
     n: slice
     c: slice
@@ -63,39 +71,39 @@ class Tile(NamedTuple):
 
 
 def split(size: int, step: int) -> list[slice]:
-    """Ranges of length ``step`` that cover ``range(size)``, the last one shorter."""
+    """Ranges of length ``step`` that cover ``range(size)``; the last one may be shorter."""
     return [slice(start, min(start + step, size)) for start in range(0, size, step)]
 
 
 def evenly(size: int, most: int) -> int:
-    """The step, at most ``most``, that splits ``size`` into as few ranges of about equal length."""
+    """Length of ranges that split ``size`` evenly: as few of them as can be if none is longer than ``most``."""
     return math.ceil(size / math.ceil(size / most))
 
 
 def tiles(shape: tuple[int, int, int]) -> list[Tile]:
-    """Cut a non-empty (N, C, L) into tiles."""
+    """Tiles of a non-empty array of this shape, (N, C, L)."""
     N, C, L = shape
     tile = TILE if N * C * L <= SMALL else LARGE_TILE
     l = evenly(L, tile)  # noqa: E741
     c = evenly(C, max(1, tile // (l * (1 if L >= SHORT else min(N, SUMMANDS)))))
-    if L < SHORT and N * C * L > TINY:  # columns of joined rows are as long as the rows: a fraction of the array
+    if L < SHORT and N * C * L > TINY:  # `column` makes temporaries as long as joined rows: a fraction of the array
         c = min(c, max(1, N * C // 8))
     n = evenly(N, max(1, tile // (l * c)))
-    if L < SHORT and c == C:  # whole super-rows in every tile but the last
+    if L < SHORT and c == C:  # rows are joined within a tile: every tile but the last has whole joined rows
         n = n - n % super_row(C * L) or n
     return [Tile(*ranges) for ranges in itertools.product(split(N, n), split(C, c), split(L, l))]
 
 
 def super_row(row: int) -> int:
-    """How many rows of this length make one of about ``ROW`` elements: a power of two."""
+    """Number of rows of this length that are joined to one of about ``ROW`` elements: a power of two."""
     return 1 << max(0, (ROW // row).bit_length() - 1)
 
 
 class Lanes(NamedTuple):
-    """A tile with its short rows joined to long ones, of lanes that keep their channel from row to row.
+    """A tile as its core sees it: with short rows joined to long ones, whose lanes keep their channel from row to row.
 
     The lanes of a joined row are ``repeat`` samples of ``channels`` with ``positions`` each. A tile with long rows, or
-    of an array that is not contiguous, keeps its shape (n, c, l) instead: each of its rows is of one channel.
+    of an array that is not contiguous, keeps its shape (n, c, l) instead: each of its rows belongs to one channel.
     """
 
     shape: tuple[int, int, int]
@@ -105,7 +113,7 @@ class Lanes(NamedTuple):
 
     @classmethod
     def of(cls, tile: Tile, shape: tuple[int, int, int], contiguous: bool) -> Lanes:
-        """The lanes of a tile of an array of this shape."""
+        """Lanes of a tile of an array that has this shape."""
         n, c, l = (axis.stop - axis.start for axis in tile)  # noqa: E741
         if not contiguous or l >= SHORT:
             return cls((n, c, l), 1, c, 1)
@@ -113,7 +121,7 @@ class Lanes(NamedTuple):
         return cls((n // repeat, repeat * c * l, 1), repeat, c, l)
 
     def column(self, vector: Array) -> Array:
-        """A column of one value per lane, from one value per channel."""
+        """Column with a value for each lane, from a vector with a value for each channel."""
         if self.positions > 1:
             vector = np.repeat(vector, self.positions)
         if self.repeat > 1:
@@ -121,7 +129,7 @@ class Lanes(NamedTuple):
         return vector[:, None]
 
     def sum(self, *factors: Array) -> Array:
-        """The sum of an array, or of the product of two, over a tile: one per channel, float64.
+        """Sums per channel, float64, over a tile of an array or of the product of two arrays.
 
         Only ``SUMMANDS`` rows, or ``LINE`` neighbours, are added in the dtype of the factors.
         """
@@ -130,7 +138,7 @@ class Lanes(NamedTuple):
         return self._sum_along(*factors)
 
     def _sum_down(self, *factors: Array) -> Array:
-        """Down each lane, then over the lanes of each channel."""
+        """Sums down each lane, which are then added over the lanes of each channel."""
         n, lanes, _ = self.shape
         total = np.zeros(self.channels)
         for rows, count in steps(n, SUMMANDS):
@@ -140,7 +148,7 @@ class Lanes(NamedTuple):
         return total
 
     def _sum_along(self, *factors: Array) -> Array:
-        """Along the positions of each sample of each channel, then over the samples."""
+        """Sums along the positions of each sample and channel, which are then added over the samples."""
         n, _, l = self.shape  # noqa: E741
         shape = (n * self.repeat, self.channels, max(l, self.positions))
         total = np.zeros(self.channels)
@@ -153,7 +161,10 @@ class Lanes(NamedTuple):
 
 @functools.lru_cache
 def steps(size: int, most: int) -> list[tuple[slice, int]]:
-    """Cut ``range(size)`` into steps of one length, and a shorter rest if need be: their ranges and their lengths."""
+    """Cut ``range(size)`` into steps of at most ``most``: pairs of a range and the length of the steps in it.
+
+    Where some length divides the size there is one such range, else a second one for the shorter rest.
+    """
     for length in range(min(size, most), most // 4, -1):
         if size % length == 0:
             return [(slice(0, size), length)]
@@ -163,7 +174,7 @@ def steps(size: int, most: int) -> list[tuple[slice, int]]:
 
 @functools.lru_cache
 def plan(shape: tuple[int, int, int], contiguous: bool) -> list[tuple[Tile, Lanes]]:
-    """The tiles of an array of this shape and their lanes."""
+    """Tiles of an array of this shape, and the lanes of each."""
     return [(tile, Lanes.of(tile, shape, contiguous)) for tile in tiles(shape)]
 
 
@@ -175,13 +186,14 @@ def tile_map(
     Parameters
     ----------
     core : callable
-        What to do with a tile. It writes into the tiles of output arrays, or returns what is to be summed per channel:
-        a list of tuples of one or two factors.
+        Function of a tile. It writes into the tiles of output arrays, or returns what is to be summed per channel: a
+        list of tuples of one or two factors.
     arrays : sequence of (N, C, L) arrays or None
-        The first is not None and not empty.
+        Arrays that are cut into tiles. The first is not None and not empty.
     vectors : sequence of (C,) arrays
     temporaries : bool
-        Whether the core needs memory of the size of a tile. Then no more than a quarter of the tiles are in work.
+        Whether the core allocates memory of the size of a tile. Then no more than a quarter of the tiles are in work
+        at a time.
 
     Returns
     -------
@@ -197,7 +209,7 @@ def tile_map(
         terms = core(lanes.column, *views, *(v[tile.c] for v in vectors))
         return [lanes.sum(*factors) for factors in terms or ()]
 
-    wanted_threads()  # what is wrong with the setting is said at the first call, also where one thread is enough
+    wanted_threads()  # raises for a wrong setting at the first call, even if the array needs one thread only
     workers = 1 if math.prod(shape) <= SMALL else min(num_threads(), len(work) // 4 if temporaries else len(work))
     return [(tile, sums) for (tile, _), sums in zip(work, run(task, work, workers), strict=True)]
 
@@ -205,7 +217,7 @@ def tile_map(
 def tile_sums(
     core: Callable[..., Any], arrays: Sequence[Array | None], vectors: Sequence[Array], temporaries: bool, count: int
 ) -> list[Array]:
-    """The ``count`` sums that ``core`` asks for, of all tiles together: (C,) arrays, float64."""
+    """Totals over all tiles of the ``count`` sums that ``core`` asks for: (C,) arrays, float64."""
     C = next(a.shape[1] for a in arrays if a is not None)
     totals = [np.zeros(C) for _ in range(count)]
     for tile, sums in tile_map(core, arrays, vectors, temporaries):
@@ -215,9 +227,10 @@ def tile_sums(
 
 
 def gather(channels: Array, arrays: Sequence[Array | None]) -> Iterator[tuple[slice, list[Any]]]:
-    """Copies of some channels of (N, C, L) arrays, piece by piece: which channels of the list, and (channels, values).
+    """Yield copies of some channels of (N, C, L) arrays, piece by piece, each array as (channels, values).
 
-    The pieces of a channel are the same whichever others are asked for, and so are the bits of sums along them.
+    With them comes the range of ``channels`` that the piece is about. A channel is cut into the same pieces whichever
+    others are asked for, and so sums along them have the same bits.
     """
     first = arrays[0]
     assert first is not None
@@ -234,10 +247,11 @@ def gather(channels: Array, arrays: Sequence[Array | None]) -> Iterator[tuple[sl
 
 
 MOST_THREADS = 64
+"""Most threads that are started, whatever the setting."""
 
 
 def num_threads() -> int:
-    """Threads that share the tiles: CUPYBN_NUM_THREADS, else the processors that this process may use."""
+    """Number of threads that share the tiles: CUPYBN_NUM_THREADS, or the processors that this process may use."""
     wanted = wanted_threads()
     if wanted is not None:
         return wanted
@@ -245,12 +259,12 @@ def num_threads() -> int:
 
 
 def wanted_threads() -> int | None:
-    """CUPYBN_NUM_THREADS, if it is set.
+    """Number of threads that CUPYBN_NUM_THREADS asks for; None if it is not set.
 
     Raises
     ------
     ValueError
-        If it is set to something else than a number of threads.
+        If it is set to anything but a number of threads.
     """
     text = os.environ.get("CUPYBN_NUM_THREADS")
     return None if text is None else _as_threads(text)
@@ -258,7 +272,7 @@ def wanted_threads() -> int | None:
 
 @functools.lru_cache
 def _as_threads(text: str) -> int:
-    """A number of threads, from its text."""
+    """Number of threads from its text."""
     if not re.fullmatch(r"\s*0*[1-9][0-9]{0,8}\s*", text):
         raise ValueError(
             f"expected CUPYBN_NUM_THREADS to be a number of threads, 1 or more (got {text!r}): unset it to use all "
@@ -269,7 +283,8 @@ def _as_threads(text: str) -> int:
 
 @functools.cache
 def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(MOST_THREADS, thread_name_prefix="cupybn")  # starts them when they are needed
+    """Pool of threads that all calls of this process share."""
+    return ThreadPoolExecutor(MOST_THREADS, thread_name_prefix="cupybn")  # starts a thread when it is needed
 
 
 if hasattr(os, "register_at_fork"):
@@ -278,16 +293,16 @@ if hasattr(os, "register_at_fork"):
 
 @contextlib.contextmanager
 def numpy_settings() -> Iterator[None]:
-    """NumPy's settings for the arithmetic; each thread has its own."""
-    with np.errstate(all="ignore"):  # inf and NaN are data here; on the way out the buffer size comes back, too
+    """Context with NumPy's settings for the arithmetic. They belong to a thread, so each thread enters it."""
+    with np.errstate(all="ignore"):  # inf and NaN are data here; errstate restores the buffer size as well
         np.setbufsize(SHORT)
         yield
 
 
 def run(task: Callable[[Any], Any], work: Sequence[Any], workers: int) -> list[Any]:
-    """``[task(part) for part in work]``, shared by the calling thread and up to ``workers - 1`` others.
+    """Run ``[task(part) for part in work]``, shared by the calling thread and up to ``workers - 1`` others.
 
-    After an error, which is raised here, no other part is begun.
+    The first error is raised here, once all threads have stopped; after it no other part is begun.
     """
     if workers <= 1:
         with numpy_settings():
@@ -323,7 +338,7 @@ def run(task: Callable[[Any], Any], work: Sequence[Any], workers: int) -> list[A
         drain()
     finally:
         for helper in helpers:
-            helper.cancel()  # if it has not begun by now
+            helper.cancel()  # has an effect only if the helper has not begun
         with changed:
             changed.wait_for(lambda: in_work == 0)
     if errors:
@@ -332,7 +347,7 @@ def run(task: Callable[[Any], Any], work: Sequence[Any], workers: int) -> list[A
 
 
 def _start(task: Callable[[], None], count: int) -> list[Future[None]]:
-    """Helpers for a task: as many as the system allows, and none when the interpreter shuts down."""
+    """Start a task on up to ``count`` threads: fewer if the system has no more, none while Python shuts down."""
     helpers: list[Future[None]] = []
     with contextlib.suppress(RuntimeError):
         for _ in range(min(count, MOST_THREADS)):

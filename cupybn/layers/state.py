@@ -1,4 +1,4 @@
-"""State dicts: which keys, shapes and counts a layer expects, and everything that is wrong with those it gets."""
+"""Checks of the state dicts that layers load: keys, shapes and counts, with hints at what was probably meant."""
 
 from __future__ import annotations
 
@@ -15,25 +15,26 @@ from cupybn._arrays.dtypes import BITS_OF_BFLOAT16, is_float
 from cupybn._arrays.kinds import from_dlpack, kind, plain, show
 
 COUNTER = "num_batches_tracked"
+"""Name of the counter of batches, the only one of a layer's arrays that a state dict may leave out."""
 MOST_BATCHES = 2**63 - 1
-"""What an int64 counter holds."""
+"""Largest number that an int64 counter holds."""
 LOADERS = {
     ".safetensors": "safetensors.numpy.load_file(path)",
     ".pt": "torch.load(path, map_location='cpu')",
     ".pth": "torch.load(path, map_location='cpu')",
 }
-"""What reads a file into a mapping, by its suffix."""
+"""Calls that read a file into a mapping, by the suffix of the file."""
 NESTED = ("state_dict", "model_state_dict", "model")
 """Keys under which checkpoints of whole programs keep the state of the model."""
 
 
 def check_mapping(state: Any) -> None:
-    """A mapping of names to arrays, or what acts like one.
+    """Check for a mapping of names to arrays, or an object that acts like one.
 
     Raises
     ------
     TypeError
-        If this is something else: how to come from there to a mapping.
+        If this is something else. The message says how to make a mapping of it.
     """
     if hasattr(state, "keys") and hasattr(state, "__getitem__"):
         return
@@ -54,17 +55,17 @@ def check_mapping(state: Any) -> None:
 
 
 def under(prefix: str, keys: Iterable[Any]) -> list[Any]:
-    """The keys that are a layer's: those that start with its prefix; without one, what is no string as well."""
+    """Keys that belong to a layer: those that start with its prefix. Without a prefix, keys that are no str as well."""
     return [key for key in keys if (key.startswith(prefix) if isinstance(key, str) else not prefix)]
 
 
 def read(state: Mapping[Any, Any], key: str) -> Any:
-    """The value of a key.
+    """Value of a key.
 
     Raises
     ------
     TypeError
-        If it cannot be read, as an array of objects in a file, or from a file that is closed.
+        If it cannot be read: an array of objects in a file, for example, or any array of a file that is closed.
     """
     try:
         return state[key]
@@ -78,28 +79,28 @@ def read(state: Mapping[Any, Any], key: str) -> Any:
 
 
 def as_array(key: str, value: Any, dtype: np.dtype[Any]) -> Any:
-    """A CuPy array as it is, or what ``numpy.asarray`` makes of anything else, for an array of this dtype.
+    """Array to copy into one of this dtype: a CuPy array as it is, anything else as ``numpy.asarray`` makes it.
 
-    NumPy's files keep the bits of bfloat16 without its name: these are bfloat16 where that is what is expected.
+    NumPy's files keep the bits of bfloat16 without its name: they are taken for bfloat16 where this dtype is bfloat16.
 
     Raises
     ------
     TypeError
-        If this is not an array of real numbers, or some are masked.
+        If this is not an array of real numbers, or some of them are masked.
     """
     if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):
         raise TypeError(f"expected {key} to be an array of real numbers: masks are not supported, use .filled(...)")
     try:
         array = plain(value) if kind(value) == "cupy" else np.asarray(value)
-    except Exception as error:  # whatever the value raises when it is asked for an array
+    except Exception as error:  # objects raise errors of any class when NumPy asks them for an array
         given = f"{type(value).__qualname__}: {error}"
         raise TypeError(f"expected {key} to be an array of real numbers (got {given})") from error
-    beyond = isinstance(value, int)  # an integer that no dtype holds is an object to NumPy
+    beyond = isinstance(value, int)  # NumPy makes an array of objects of an int that is too large for its dtypes
     if array.dtype == BITS_OF_BFLOAT16 and dtype.name == "bfloat16":
         return array.view(dtype)
     if array.dtype.kind not in "fiub" and not is_float(array.dtype) and not beyond:
         given, way_out = f"dtype {array.dtype}", ""
-        if array.dtype == object and array.shape == () and kind(value) is None:  # NumPy knows nothing of it
+        if array.dtype == object and array.shape == () and kind(value) is None:  # NumPy could not read this object
             given = show(value)
             way_out = f": use {from_dlpack(key, value)}" if hasattr(type(value), "__dlpack__") else ""
         elif array.dtype == BITS_OF_BFLOAT16:
@@ -116,24 +117,27 @@ def check(
     strict: bool,
     prefix: str,
 ) -> None:
-    """Compare with the keys and shapes that a layer expects, and the counter with what it may count.
+    """Check the keys, the shapes and the counter of a state dict against those that a layer expects.
 
     Parameters
     ----------
     state : mapping
-        What was given. Read for nothing but a hint at what was meant.
+        State dict as it was given. It is read only for a hint at what was meant.
     own : mapping of names to arrays
-        What it has of the layer.
+        Arrays of the state dict that the layer expects, by their names without prefix.
     unexpected : sequence
-        Keys that are the layer's, and that it does not know.
+        Keys with the layer's prefix that the layer does not know.
     shapes : mapping of names to shapes
+        Shapes of the arrays that the layer expects.
     strict : bool
+        Whether missing and unexpected keys are errors.
     prefix : str
+        Prefix of the layer's keys.
 
     Raises
     ------
     KeyError
-        If keys are missing or unexpected and `strict` is set; names the wrong values, too.
+        If keys are missing or unexpected and `strict` is set. The message names wrong values as well.
     ValueError
         If only values are wrong.
     """
@@ -154,15 +158,15 @@ def check(
 
 
 def _name(key: Any) -> str:
-    """A key, as a message lists it."""
+    """Text for a key in a message."""
     try:
         return str(key)
-    except Exception:  # whatever it raises
+    except Exception:  # objects raise errors of any class
         return type(key).__qualname__
 
 
 def _wrong_count(key: str, counter: Any) -> list[str]:
-    """What is wrong with a counter. One on a device is read: it is the source of a copy, not part of a layer."""
+    """Errors of a counter, as a list of none or one. A counter on a device is read: it is no part of the layer yet."""
     value = (counter.get() if kind(counter) == "cupy" else counter).item()
     if 0 <= value <= MOST_BATCHES and value == int(value):
         return []
@@ -170,15 +174,15 @@ def _wrong_count(key: str, counter: Any) -> list[str]:
 
 
 def _meant(state: Mapping[Any, Any], shapes: Mapping[str, tuple[int, ...]], prefix: str) -> str:
-    """The place where the state has what the layer expects, if not under its prefix: the end of a message."""
-    texts = {key: None for key in state.keys() if isinstance(key, str)}  # noqa: SIM118 - it may act like a mapping
+    """Hint at the prefix or key under which the state has what the layer expects. The end of a message."""
+    texts = {key: None for key in state.keys() if isinstance(key, str)}  # noqa: SIM118 - it may only act like a mapping
     names = [name for name in shapes if name != COUNTER]
     prefixes = [key.removesuffix(names[0]) for key in texts if key.endswith(names[0])]
     complete = [other for other in prefixes if other != prefix and all(other + name in texts for name in names)]
     for other in sorted(complete, key=lambda other: -_alike(other, prefix)):
         if set(under(other, texts)) <= {other + name for name in shapes} and _fits(state, other, names, shapes):
             return f"; did you mean prefix={other!r}?"
-    with contextlib.suppress(Exception):  # what cannot be read was not meant
+    with contextlib.suppress(Exception):  # a value that cannot be read was not meant
         for key in NESTED:
             if key in texts and hasattr(state[key], "keys"):
                 return f"; did you mean state[{key!r}]?"
@@ -188,14 +192,14 @@ def _meant(state: Mapping[Any, Any], shapes: Mapping[str, tuple[int, ...]], pref
 
 
 def _alike(prefix: str, other: str) -> int:
-    """How many of their last components two prefixes share."""
+    """Number of components, from the last one on, that two prefixes share."""
     pairs = zip(reversed(prefix.rstrip(".").split(".")), reversed(other.rstrip(".").split(".")), strict=False)
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _fits(state: Mapping[Any, Any], prefix: str, names: Sequence[str], shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether the vectors under a prefix have the size of the layer, or all the same if it does not know its own."""
-    with contextlib.suppress(Exception):  # what cannot be read does not fit
+    """Whether the vectors under a prefix have the layer's size or, if the layer has none yet, all the same size."""
+    with contextlib.suppress(Exception):  # a value that cannot be read does not fit
         given = {tuple(np.shape(state[prefix + name])) for name in names}
         wanted = shapes[names[0]]
         return len(given) == 1 and (given == {wanted} or (wanted == (0,) and len(given.pop()) == 1))

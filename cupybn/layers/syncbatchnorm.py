@@ -163,7 +163,7 @@ class SyncBatchNorm(_BatchNorm):
         >>> synchronized.weight is layer.weight
         True
         >>> type(synchronized.to_batchnorm())
-        <class 'cupybn.layers.batchnorm.BatchNorm2d'>
+        <class 'cupybn.BatchNorm2d'>
         """
         if not isinstance(layer, _BatchNorm):
             raise TypeError(f"expected layer to be a batch norm layer (got {type(layer).__qualname__})")
@@ -251,10 +251,9 @@ class SyncBatchNorm(_BatchNorm):
 
     def _call(self, input: Array, residual: Array | None) -> Call:
         call = super()._call(input, residual)
-        return call._replace(group=self._group) if self.training else call
-
-    def _check_rank(self, rank: int) -> None:
-        """Any that has a channel axis."""
+        if self.training and call.layer is not None:
+            call = call._replace(layer=call.layer._replace(group=self._group))
+        return call
 
     def _connect(self, comm: Any, timeout: float | None) -> None:
         """Take a communicator, or leave all as it is and raise."""

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from cupy._errors import CUDARuntimeError, DetailError
 
 if TYPE_CHECKING:
+    from cupy import ndarray
     from cupy.cuda import Stream
 
 ALIGNMENT = 512  # as CuPy's memory pool has it
@@ -42,6 +43,8 @@ class Allocation:
         The memory.
     initialised : (nbytes,) uint8 array
         1 for every byte that was written, else 0.
+    arrays : WeakValueDictionary
+        The arrays in this memory that are alive, by their identity.
     """
 
     def __init__(self, nbytes: int, device: int) -> None:
@@ -53,7 +56,8 @@ class Allocation:
         self.host: Bytes = self._buffer[self._start : self._start + nbytes]
         self.initialised: Bytes = np.zeros(nbytes, np.uint8)
         self._complete = nbytes == 0
-        _live[self.ptr] = self
+        self.arrays: WeakValueDictionary[int, ndarray] = WeakValueDictionary()
+        _keep_track(self)
         _count(device, nbytes)
 
     def __del__(self) -> None:
@@ -157,10 +161,22 @@ def span(ptr: int, nbytes: int) -> Span | None:
 
 def find(ptr: int) -> Allocation | None:
     """The live allocation that an address lies in. The end of an allocation is no longer in it."""
-    for allocation in list(_live.values()):
-        if allocation.ptr <= ptr < allocation.ptr + allocation.nbytes:
+    if not _bounds[0] <= ptr < _bounds[1]:  # most numbers in structs are far from any address
+        return None
+    begins = _live.get(ptr)
+    if begins is not None and begins.nbytes:
+        return begins
+    for reference in _live.valuerefs():  # at once: other threads may allocate
+        allocation = reference()
+        if allocation is not None and allocation.ptr <= ptr < allocation.ptr + allocation.nbytes:
             return allocation
     return None
+
+
+def _keep_track(allocation: Allocation) -> None:
+    with _lock:
+        _bounds[:] = min(_bounds[0], allocation.ptr), max(_bounds[1], allocation.ptr + allocation.nbytes)
+    _live[allocation.ptr] = allocation
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -210,5 +226,7 @@ def _settle() -> None:
 
 _lock = threading.Lock()
 _live: WeakValueDictionary[int, Allocation] = WeakValueDictionary()
+_bounds = [2**64, 0]
+"""Addresses between which all allocations lie that there have been."""
 _released: deque[tuple[int, int]] = deque()
 _usage: dict[int, Usage] = {}

@@ -130,6 +130,7 @@ class ndarray:  # noqa: N801 - as CuPy has it
         buffer = memptr.mem.host if memptr.mem.nbytes else np.empty(0, np.uint8)
         self._host = np.ndarray(shape, dtype, buffer, offset, strides, order)
         self._allocation = memptr.mem
+        self._allocation.arrays[id(self)] = self
         self.base: ndarray | None = None
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -141,6 +142,7 @@ class ndarray:  # noqa: N801 - as CuPy has it
         offset = _address(host) - self._allocation.ptr if host.size else 0
         view._host = np.ndarray(host.shape, host.dtype, self._allocation.host, offset, host.strides)
         view._allocation = self._allocation
+        view._allocation.arrays[id(view)] = view
         view.base = self if self.base is None else self.base
         return view
 
@@ -238,12 +240,7 @@ class ndarray:  # noqa: N801 - as CuPy has it
         if order.upper() not in ("C", "F", "A"):
             raise ValueError(f"unsupported order: {order}")
         if out is not None:
-            if not isinstance(out, np.ndarray):
-                raise TypeError("Only numpy.ndarray can be obtained from cupy.ndarray")
-            if self.dtype != out.dtype:
-                raise TypeError(f"{out.dtype} array cannot be obtained from {self.dtype} array")
-            if self.shape != out.shape:
-                raise ValueError(f"Shape mismatch. Expected shape: {self.shape}, actual shape: {out.shape}")
+            self._expect_alike(out, "obtained from", "Expected", "actual")
             if not (out.flags.c_contiguous or out.flags.f_contiguous):
                 raise RuntimeError("`out` cannot be specified when copying to non-contiguous ndarray")
         note_get("get", stream, blocking)
@@ -255,17 +252,21 @@ class ndarray:  # noqa: N801 - as CuPy has it
 
     def set(self, arr: npt.NDArray[Any], stream: Stream | None = None) -> None:
         """Copy a NumPy array of the same shape and dtype into this one."""
-        if not isinstance(arr, np.ndarray):
-            raise TypeError("Only numpy.ndarray can be set to cupy.ndarray")
-        if self.dtype != arr.dtype:
-            raise TypeError(f"{arr.dtype} array cannot be set to {self.dtype} array")
-        if self.shape != arr.shape:
-            raise ValueError(f"Shape mismatch. Old shape: {self.shape}, new shape: {arr.shape}")
+        self._expect_alike(arr, "set to", "Old", "new")
         if not self.flags.forc:
             raise RuntimeError("Cannot set to non-contiguous array")
         note_set(stream)
         self._host[...] = arr
         self._mark()
+
+    def _expect_alike(self, host: npt.NDArray[Any], how: str, ours: str, theirs: str) -> None:
+        """Raise unless the elements of one array can be copied into the other; the words are CuPy's."""
+        if not isinstance(host, np.ndarray):
+            raise TypeError(f"Only numpy.ndarray can be {how} cupy.ndarray")
+        if self.dtype != host.dtype:
+            raise TypeError(f"{host.dtype} array cannot be {how} {self.dtype} array")
+        if self.shape != host.shape:
+            raise ValueError(f"Shape mismatch. {ours} shape: {self.shape}, {theirs} shape: {host.shape}")
 
     def item(self) -> Any:
         """The only element as a Python scalar."""
@@ -489,6 +490,19 @@ def byte_range(array: ndarray) -> tuple[int, int]:
     """The addresses of the first byte of an array and of the first one past it, whatever its strides."""
     first, end = np.lib.array_utils.byte_bounds(array._host) if array.size else (array.data.ptr,) * 2
     return int(first), int(end)
+
+
+def range_at(allocation: _memory.Allocation, ptr: int) -> tuple[int, int]:
+    """The addresses of what somebody who was told an address may touch: of the live arrays that begin there.
+
+    Where none does, of the whole allocation that it lies in.
+    """
+    arrays = [reference() for reference in allocation.arrays.valuerefs()]  # at once: other threads may make views
+    ranges = [byte_range(a) for a in arrays if a is not None and a.size and _address(a._host) == ptr]
+    if not ranges:
+        return allocation.ptr, allocation.ptr + allocation.nbytes
+    firsts, ends = zip(*ranges, strict=True)
+    return min(firsts), max(ends)
 
 
 def _address(host: npt.NDArray[Any]) -> int:

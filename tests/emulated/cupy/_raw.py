@@ -14,7 +14,7 @@ import numpy as np
 from cupy import _memory, emulator
 from cupy._compiler import MOST_SHARED, CompileException, Module, Parameter, runtime
 from cupy._errors import CUDADriverError, DetailError
-from cupy._ndarray import byte_range, ndarray
+from cupy._ndarray import byte_range, ndarray, range_at
 from cupy.cuda import Device, _capture, get_current_stream
 
 
@@ -253,7 +253,7 @@ class _Value:
             self.extents = [(argument._allocation, *byte_range(argument))]
             return "p", np.uint64(argument.data.ptr).tobytes()
         if isinstance(argument, _memory.MemoryPointer):
-            self._point_to(argument.ptr)
+            self._point_to(name, argument.ptr, device)
             return "p", np.uint64(argument.ptr).tobytes()
         if isinstance(argument, bool):
             return "i", np.bool_(argument).tobytes()
@@ -264,16 +264,19 @@ class _Value:
         if isinstance(argument, np.generic) and argument.dtype.kind in "fiub":
             return "f" if argument.dtype.kind == "f" else "i", argument.tobytes()
         if isinstance(argument, np.ndarray) and argument.size == 1:
-            for field in argument.dtype.names or ():
-                if argument.dtype[field] == np.uint64:  # a pointer, as far as one can see
-                    self._point_to(int(argument[field].item()))
-            return "s", argument.tobytes()
+            data = argument.tobytes()
+            for word in np.frombuffer(data, np.uint64, len(data) // 8).tolist():
+                self._point_to(name, word, device)  # if it is an address, as far as one can see
+            return "s", data
         raise TypeError(f"{name}: unsupported type {type(argument)}")
 
-    def _point_to(self, ptr: int) -> None:
+    def _point_to(self, name: str, ptr: int, device: int) -> None:
         allocation = _memory.find(ptr)
-        if allocation is not None:
-            self.extents.append((allocation, allocation.ptr, allocation.ptr + allocation.nbytes))
+        if allocation is None:
+            return
+        if allocation.device != device:
+            raise ValueError(f"{name}: expected a pointer on device {device} (got one on {allocation.device})")
+        self.extents.append((allocation, *range_at(allocation, ptr)))
 
 
 def _describe(kind: str, size: int) -> str:
