@@ -1,13 +1,13 @@
 // Batches: the packs of a thread, several at a time, out of memory or from the block's shared memory.
 //
-// `Packs`, a template parameter, are the packs of a thread: they have a count, and next() gives the place of the next one,
-// that of its first element in the array.
+// `Packs`, a template parameter, are the packs of a thread: they have a count, and next() gives the place of the next
+// one, that of its first element in the array.
 #pragma once
 #include "staging.cuh"
 #include "team.cuh"
 
-// Calls body(full, i, count) for a thread's packs in batches of AT_ONCE: for `count` of them from number i on. The last batch
-// may have fewer: full, which the compiler knows, tells whether it does not.
+// Calls body(full, i, count) for a thread's packs in batches of AT_ONCE: for `count` of them from number i on. The last
+// batch may have fewer: full, which the compiler knows, tells whether it does not.
 template <int AT_ONCE, class Body>
 DEVICE void in_batches(int packs, Body body) {
     int i = 0;
@@ -16,7 +16,8 @@ DEVICE void in_batches(int packs, Body body) {
     if (AT_ONCE > 1 && i < packs) body(No(), i, packs - i);
 }
 
-// Calls body(u) for each pack u of such a batch, in a loop that is unrolled: arrays of AT_ONCE values stay in registers.
+// Calls body(u) for each pack u of such a batch, in a loop that is unrolled: arrays of AT_ONCE values stay in
+// registers.
 template <int AT_ONCE, class Full, class Body>
 DEVICE void each(Full full, int count, Body body) {
 #pragma unroll
@@ -26,16 +27,16 @@ DEVICE void each(Full full, int count, Body body) {
     }
 }
 
-// Sources, which tell where a thread reads its packs: get(at, i) is pack i of the thread, whose first element is array[at].
-// put changes it, where that can be. FAR is whether it takes long to come. This one is memory.
+// Sources, which tell where a thread reads its packs: get(at, i) is pack i of the thread, whose first element is
+// array[at]. put changes it, where that can be. FAR is whether it takes long to come. This one is memory.
 struct InMemory {
     static constexpr bool FAR = true;
     const data_t* array;
     DEVICE raw_t get(index_t at, int) const { return load(array + at); }
     DEVICE void put(const raw_t&, int) const {}  // memory stays as it is
 };
-// Shared memory, where the packs of a thread lie TEAM apart, as each thread of a team has one in turn. They come in GROUPS
-// groups of `group` packs.
+// Shared memory, where the packs of a thread lie TEAM apart, as each thread of a team has one in turn. They come in
+// GROUPS groups of `group` packs.
 struct OnChip {
     static constexpr bool FAR = false;
     raw_t* own;  // the first one of the thread
@@ -65,8 +66,8 @@ DEVICE void as_they_come(const OnChip& source, int count, Body body) {
     body(No(), i, count - i);
 }
 
-// Starts the copies of a thread's packs of K arrays to shared memory, to `kept` and what follows TEAM apart, in GROUPS groups
-// of whole batches of AT_ONCE. Returns how many packs a group has.
+// Starts the copies of a thread's packs of K arrays to shared memory, to `kept` and what follows TEAM apart, in GROUPS
+// groups of whole batches of AT_ONCE. Returns how many packs a group has.
 template <int AT_ONCE, int K, class Packs>
 DEVICE int stage(raw_t* const (&kept)[K], const data_t* const (&arrays)[K], Packs packs) {
     const int group = (packs.count + GROUPS * AT_ONCE - 1) / (GROUPS * AT_ONCE) * AT_ONCE;

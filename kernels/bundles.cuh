@@ -1,8 +1,8 @@
 // Bundles: what always travels together between the steps, as one thing with one name.
 //
-// Each is a NamedTuple of the same name and fields in cupybn/_steps/bundles.py; the launcher reads the fields from here. Kernels
-// take bundles by value: their fields lie in constant memory, where single parameters would lie as well. None is a null
-// pointer. Shapes are those of channels first; channels last, [N, C, L] is [M, C].
+// Each is a NamedTuple of the same name and fields in cupybn/_steps/bundles.py; the launcher reads the fields from
+// here. Kernels take bundles by value: their fields lie in constant memory, where single parameters would lie as well.
+// None is a null pointer. Shapes are those of channels first; channels last, [N, C, L] is [M, C].
 #pragma once
 #include "pack.cuh"
 
@@ -28,7 +28,7 @@ struct Running {
 struct Epilogue {
     const data_t* residual;      // [N, C, L] or null; for the way forward
     Activation activation;
-    mask_t* mask;                // [N, C, L / WIDTH] or null; the way forward notes in it where ReLU passes, for the way back
+    mask_t* mask;                // [N, C, L / WIDTH] or null; gets where ReLU passes, for the way back
 };
 
 // Count, mean and sum of squared deviations of each channel, in P parts that are still to be merged.
@@ -36,7 +36,7 @@ struct Moments {
     double* count;               // [P]
     double* mean;                // [P, C]
     double* m2;                  // [P, C]; sum((x - mean)^2)
-    long long* batches;          // [] or null; number of batches before this one, for whoever moves the counter and needs it
+    long long* batches;          // [] or null; number of batches before this one, for whoever moves the counter
 };
 
 // Mean and biased variance of each channel: copies, so that what used them stays right.

@@ -1,5 +1,5 @@
-// Clusters: CLUSTER_BLOCKS neighbouring blocks along x that run at the same time and reach each other's shared memory; a single
-// block on GPUs that know no clusters.
+// Clusters: CLUSTER_BLOCKS neighbouring blocks along x that run at the same time and reach each other's shared memory;
+// a single block on GPUs that know no clusters.
 //
 // A thread arrives, and later waits until all threads of all blocks have arrived. It then sees what they wrote before.
 #pragma once
@@ -12,7 +12,8 @@
 
 #define CLUSTER __cluster_dims__(CLUSTER_BLOCKS, 1, 1)
 DEVICE void cluster_arrive() { __cluster_barrier_arrive(); }
-// The first arrival, which only says that the block has started: nothing has been written that others would have to see.
+// The first arrival, which only says that the block has started: nothing has been written that others would have to
+// see.
 DEVICE void cluster_start() { __cluster_barrier_arrive_relaxed(); }
 DEVICE void cluster_wait() { __cluster_barrier_wait(); }
 // Where what lies at `shared` in this block lies in another block of the cluster, by the place of that one.
@@ -37,16 +38,16 @@ DEVICE T* of_block(T* shared, int) {
 // The place of this block in its cluster, from 0 on.
 DEVICE int cluster_rank() { return blockIdx.x % CLUSTER_BLOCKS; }
 
-// Writes a value to the same place in the shared memory of all blocks of the cluster. They have started by then, and see it
-// once they have waited again.
+// Writes a value to the same place in the shared memory of all blocks of the cluster. They have started by then, and
+// see it once they have waited again.
 template <class T>
 DEVICE void give_all(T& place, const T& value) {
 #pragma unroll
     for (int rank = 0; rank < CLUSTER_BLOCKS; rank++) *of_block(&place, rank) = value;
 }
 
-// Makes each of K values, which all threads of a block know, its sum over the blocks of the cluster. All threads call it and
-// get the same bits, once in a kernel for each K; all blocks have started by then.
+// Makes each of K values, which all threads of a block know, its sum over the blocks of the cluster. All threads call
+// it and get the same bits, once in a kernel for each K; all blocks have started by then.
 template <int K>
 DEVICE void cluster_sum(double (&values)[K]) {
     if (CLUSTER_BLOCKS == 1) return;

@@ -3,9 +3,9 @@
 // Every operation is rounded by itself, as NumPy does it: the same statistics give the same bits, and the pass that
 // goes back sees the very value whose sign ReLU saw.
 //
-// `Channels`, a template parameter throughout, knows the channels of a pack's elements: usual(e) are the factors of element e
-// in the dtype of the arithmetic. Where float32 does not reach some of them, any_wide, all is done more slowly: is_wide(e)
-// tells which, and wide(e) are their factors in float64.
+// `Channels`, a template parameter throughout, knows the channels of a pack's elements: usual(e) are the factors of
+// element e in the dtype of the arithmetic. Where float32 does not reach some of them, any_wide, all is done more
+// slowly: is_wide(e) tells which, and wide(e) are their factors in float64.
 //
 // What is asked for, flags and gates, is chosen once, outside loops: the compiler knows it where all this is inlined.
 #pragma once
@@ -52,7 +52,8 @@ struct Flags {
 
 // The output of a pack. Bit e of mask becomes whether ReLU passes element e.
 template <bool WIDE, class Channels>
-DEVICE raw_t normalize(const raw_t& x, const raw_t& residual, const Flags& flags, const Channels& channels, unsigned& mask) {
+DEVICE raw_t normalize(const raw_t& x, const raw_t& residual, const Flags& flags, const Channels& channels,
+                       unsigned& mask) {
     acc_t in[WIDTH], added[WIDTH];
     typename Arithmetic<WIDE>::type y[WIDTH];
     unpack(x, in);
@@ -78,11 +79,13 @@ DEVICE raw_t normalize(const raw_t& x, const raw_t& residual, const Flags& flags
 // ---------------------------------------------------------------------------------------------------------------------
 // Backward
 
-// How to know what ReLU passed. OPEN: there was no ReLU; INPUT: by the sign of the output, worked out once more from the
-// input; MASK: by the mask.
+// How to know what ReLU passed. OPEN: there was no ReLU; INPUT: by the sign of the output, worked out once more from
+// the input; MASK: by the mask.
 enum Gate { OPEN, INPUT, MASK };
 
-DEVICE Gate gate_of(const Epilogue& epilogue) { return epilogue.activation == NONE ? OPEN : epilogue.mask ? MASK : INPUT; }
+DEVICE Gate gate_of(const Epilogue& epilogue) {
+    return epilogue.activation == NONE ? OPEN : epilogue.mask ? MASK : INPUT;
+}
 
 // Calls body with the gate of an epilogue, which the compiler knows.
 template <class Body>
@@ -96,8 +99,8 @@ DEVICE void with_gate(const Epilogue& epilogue, Body body) {
         body(Known<Gate, MASK>());
 }
 
-// Sets dy to 0 where ReLU stopped it: what the residual gets. It is never 0 * dy, as dy may be inf. bits are the pack's bits
-// of the mask.
+// Sets dy to 0 where ReLU stopped it: what the residual gets. It is never 0 * dy, as dy may be inf. bits are the pack's
+// bits of the mask.
 template <bool WIDE, class Channels>
 DEVICE void stop(acc_t (&dy)[WIDTH], const acc_t (&x)[WIDTH], Gate gate, unsigned bits, const Channels& channels) {
     if (gate == OPEN) return;
@@ -135,8 +138,8 @@ DEVICE raw_t input_gradient(const raw_t& dy, const raw_t& x, Gate gate, unsigned
     return pack(dx);
 }
 
-// Adds dy to sum(dy) and dy * (x - center) * rstd to sum(dy * (x - center) * rstd) of element e, in the dtype A. rstd is given
-// times PRODUCT_SCALE.
+// Adds dy to sum(dy) and dy * (x - center) * rstd to sum(dy * (x - center) * rstd) of element e, in the dtype A. rstd
+// is given times PRODUCT_SCALE.
 template <class A>
 DEVICE void add_products(acc_t dy, acc_t x, const Factors<A>& f, A rstd, A& sum_dy, A& sum_dy_xhat) {
     sum_dy += (A)dy;

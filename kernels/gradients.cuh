@@ -14,7 +14,8 @@ struct Passed {
     DEVICE unsigned bits(index_t at) const { return gate == MASK ? mask[at / WIDTH] : 0; }
 };
 
-// Turns the second of {sum(dy), PRODUCT_SCALE * sum(dy * (x - center) * rstd)} into sum(dy * xhat), with the mean itself.
+// Turns the second of {sum(dy), PRODUCT_SCALE * sum(dy * (x - center) * rstd)} into sum(dy * xhat), with the mean
+// itself.
 DEVICE void finish_sums(double (&sums)[2], const Channel& channel) {
     sums[1] = unscaled(sums[1]) - channel.rest * channel.rstd * sums[0];
 }
@@ -46,12 +47,13 @@ DEVICE void input_gradients(const Source& dy, const Source& x, Packs packs, cons
 template <class Source, class Packs, class Channels>
 DEVICE void input_gradients_all(const Source& dy, const Source& x, const Packs& packs, const Epilogue& epilogue,
                                 bool constant, const Channels& channels, const Gradients& gradients) {
+    const mask_t* const mask = epilogue.mask;
     if (sizeof(acc_t) < 8 && channels.any_wide)
-        input_gradients<true, 1>(dy, x, packs, {gate_of(epilogue), epilogue.mask}, constant, channels, gradients);
+        input_gradients<true, 1>(dy, x, packs, {gate_of(epilogue), mask}, constant, channels, gradients);
     else
         with_gate(epilogue, [&](auto gate) {
             with_flag(constant, [&](auto unchanging) {
-                input_gradients<false, Packs::PAIRS>(dy, x, packs, {gate, epilogue.mask}, unchanging, channels, gradients);
+                input_gradients<false, Packs::PAIRS>(dy, x, packs, {gate, mask}, unchanging, channels, gradients);
             });
         });
 }

@@ -1,7 +1,7 @@
 // merge_moments: count, mean and m2 of each channel over P parts, as a row: one count, C means, C m2
 //
-// There is a block for each channel. The parts are those of bn_stats, arrays of their own, or those of ranks, which lie in rows
-// like this one.
+// There is a block for each channel. The parts are those of bn_stats, arrays of their own, or those of ranks, which lie
+// in rows like this one.
 // Mirror: numpy_ops.merge_moments
 #include "parts.cuh"
 

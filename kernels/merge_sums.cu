@@ -1,7 +1,8 @@
 // merge_sums: the sums of each channel over P parts, divided by count, as a row: C of dy, C of dy * xhat
 //
-// The parts are those of the batch of one rank, count that of the whole batch: the rows of all ranks add up to means. There is
-// a block for each channel, which also writes the gradients of this rank: dweight = sum(dy * xhat), dbias = sum(dy).
+// The parts are those of the batch of one rank, count that of the whole batch: the rows of all ranks add up to means.
+// There is a block for each channel, which also writes the gradients of this rank: dweight = sum(dy * xhat), dbias =
+// sum(dy).
 // Mirror: numpy_ops.merge_sums
 #include "channel.cuh"
 #include "parts.cuh"

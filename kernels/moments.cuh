@@ -19,8 +19,8 @@ DEVICE ChannelMoments merge(const ChannelMoments& a, const ChannelMoments& b) {
     return count == 0 ? a : merge(a, b, b.count / count);
 }
 
-// Writes what `own` has found of channel c, one of C, as a part of the moments. The thread of channel 0 writes the count, and
-// that of part 0 copies the counter of batches as it is before another launch moves it.
+// Writes what `own` has found of channel c, one of C, as a part of the moments. The thread of channel 0 writes the
+// count, and that of part 0 copies the counter of batches as it is before another launch moves it.
 DEVICE void set_moments(const Moments& moments, long long part, long long C, long long c, const ChannelMoments& own,
                         const long long* batches) {
     moments.mean[part * C + c] = own.mean;
@@ -51,8 +51,9 @@ DEVICE bool held_squares(A m2) {
     return sizeof(A) == 8 || (1e-28f < m2 && m2 < 1e36f);
 }
 
-// A few values, summed in the dtype A: their mean, which is base + offset, and the sum of squares of deviations from it. That
-// the mean is rounded does no harm: about a center that is off by d, the squares of n values are n * d * d too many.
+// A few values, summed in the dtype A: their mean, which is base + offset, and the sum of squares of deviations from
+// it. That the mean is rounded does no harm: about a center that is off by d, the squares of n values are n * d * d too
+// many.
 template <class A>
 struct Chunk {
     A base, offset, m2;
@@ -62,8 +63,8 @@ struct Chunk {
 // Whether elements are added without a base: float32 holds the sum of some dozens of 16-bit elements exactly.
 constexpr bool ADDED_AS_THEY_ARE = sizeof(data_t) == 2;
 
-// The chunk of the first `count` of N values, all N if full, which the compiler knows; get(i) is value i. Several sums go on
-// side by side, so that each has few roundings.
+// The chunk of the first `count` of N values, all N if full, which the compiler knows; get(i) is value i. Several sums
+// go on side by side, so that each has few roundings.
 template <class A, int N, class Full, class Get>
 DEVICE Chunk<A> chunk_of(Full full, int count, Get get) {
     constexpr int SUMS = N < 4 ? N : 4;
@@ -84,8 +85,8 @@ DEVICE Chunk<A> chunk_of(Full full, int count, Get get) {
         else if (full || i < count) sums[i % SUMS] += deviation * deviation;
     }
     chunk.m2 = sum_pairs(sums);
-    // The squares of float16 are never too large nor too small. For others 0 is right where all values are the same, and only
-    // there.
+    // The squares of float16 are never too large nor too small. For others 0 is right where all values are the same,
+    // and only there.
     chunk.held = (sizeof(A) == 4 && IS_FLOAT16) || held_squares<A>(chunk.m2);
     if (!chunk.held && chunk.m2 == 0) {
         chunk.held = true;
@@ -112,8 +113,8 @@ struct Total {
     DEVICE ChannelMoments moments(double) const { return own; }
 };
 
-// For other data sums of deviations from the pivot will do; those of several threads can simply be added. Where the pivot is
-// the outlier that makes up all of the variance, n values lose a factor of n of the accuracy of float64.
+// For other data sums of deviations from the pivot will do; those of several threads can simply be added. Where the
+// pivot is the outlier that makes up all of the variance, n values lose a factor of n of the accuracy of float64.
 template <>
 struct Total<float> {
     double pivot, sum, squares;
@@ -122,7 +123,8 @@ struct Total<float> {
     DEVICE explicit Total(double pivot) : pivot(pivot), sum(0), squares(0) {}
     template <class A>
     DEVICE void add(double count, const Chunk<A>& chunk) {
-        const double away = ADDED_AS_THEY_ARE && sizeof(A) < 8 ? chunk.offset - pivot : (chunk.base - pivot) + chunk.offset;
+        const double away =
+            ADDED_AS_THEY_ARE && sizeof(A) < 8 ? chunk.offset - pivot : (chunk.base - pivot) + chunk.offset;
         const double part = count * away;
         sum += part;
         squares += part * away + chunk.m2;
@@ -134,8 +136,8 @@ struct Total<float> {
     }
 };
 
-// Power of two that sums of dy * xhat are multiplied by in float32: it loses fewer of the small products then, and where it
-// does not hold large ones, float64 takes over.
+// Power of two that sums of dy * xhat are multiplied by in float32: it loses fewer of the small products then, and
+// where it does not hold large ones, float64 takes over.
 constexpr float PRODUCT_SCALE = 0x1p32f;
 DEVICE double unscaled(double sum) { return sum * 0x1p-32; }
 

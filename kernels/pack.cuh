@@ -1,7 +1,7 @@
 // Packs: the WIDTH neighbouring elements that one load or store moves.
 //
-// They are 16 bytes where rows and memory allow it, 8, 4 or a single element where they do not: a pack never has elements of
-// two rows.
+// They are 16 bytes where rows and memory allow it, 8, 4 or a single element where they do not: a pack never has
+// elements of two rows.
 #pragma once
 #include "types.cuh"
 

@@ -1,14 +1,16 @@
-// Merging and adding the parts that the blocks of an earlier launch, or ranks, have left in memory: by a warp for each channel.
+// Merging and adding the parts that the blocks of an earlier launch, or ranks, have left in memory: by a warp for each
+// channel.
 #pragma once
 #include "bundles.cuh"
 #include "team.cuh"
 
-// The channel of a block in kernels that have a block for each; there may be more channels than a side of a grid has blocks.
+// The channel of a block in kernels that have a block for each; there may be more channels than a side of a grid has
+// blocks.
 DEVICE long long channel_of_block() { return blockIdx.x + (long long)blockIdx.z * gridDim.x; }
 
-// The moments of channel c, from all its parts. count_stride and stride are the elements from a part to the next one, in
-// count and in the two others. All lanes of a warp call it and get them: each merges some parts, one after the other; then all
-// are merged about the mean of the first one that is not empty: exact, if all means are the same.
+// The moments of channel c, from all its parts. count_stride and stride are the elements from a part to the next one,
+// in count and in the two others. All lanes of a warp call it and get them: each merges some parts, one after the
+// other; then all are merged about the mean of the first one that is not empty: exact, if all means are the same.
 DEVICE ChannelMoments merge_parts(const Moments& moments, long long count_stride, long long stride, long long parts,
                                   long long c) {
     ChannelMoments own = {0, 0, 0};

@@ -14,11 +14,13 @@ DEVICE void set_statistics(const Statistics& statistics, const ChannelMoments& b
 struct ChannelRunning {
     double mean, var;
 };
-DEVICE ChannelRunning read_running(const Running& running, long long c) { return {running.mean.get(c), running.var.get(c)}; }
+DEVICE ChannelRunning read_running(const Running& running, long long c) {
+    return {running.mean.get(c), running.var.get(c)};
+}
 
-// running = (1 - momentum) * running + momentum * batch for channel c, with the unbiased variance of the batch. `before` is
-// what read_running has read. Where there is no momentum it is 1 / (batches + 1), batches being the number of those before
-// this one; a number below 0, which is no count, stands for 0.
+// running = (1 - momentum) * running + momentum * batch for channel c, with the unbiased variance of the batch.
+// `before` is what read_running has read. Where there is no momentum it is 1 / (batches + 1), batches being the number
+// of those before this one; a number below 0, which is no count, stands for 0.
 DEVICE void move_running(const ChannelMoments& batch, const ChannelRunning& before, const Running& running,
                          const long long* batches, long long c) {
     double momentum = running.momentum;

@@ -1,6 +1,7 @@
 // Copies into shared memory that are on their way while the thread goes on.
 //
-// A thread reads the packs that it has copied itself, and no others: it waits for its own copies, and no barrier is needed.
+// A thread reads the packs that it has copied itself, and no others: it waits for its own copies, and no barrier is
+// needed.
 #pragma once
 #include "pack.cuh"
 
@@ -13,7 +14,8 @@ DEVICE raw_t* staging() {
     return reinterpret_cast<raw_t*>(memory);
 }
 
-// The address of a place in shared memory, in the form that copies want. Call it outside loops: it takes some instructions.
+// The address of a place in shared memory, in the form that copies want. Call it outside loops: it takes some
+// instructions.
 DEVICE unsigned address_of(const raw_t* shared) {
 #ifdef __CUDA_ARCH__
     unsigned address;  // opaque: the compiler would work it out again for each copy
@@ -24,8 +26,8 @@ DEVICE unsigned address_of(const raw_t* shared) {
 #endif
 }
 
-// Whether threads carry packs themselves, by loading and storing them: on GPUs without such copies, and where packs have
-// fewer bytes than a copy moves.
+// Whether threads carry packs themselves, by loading and storing them: on GPUs without such copies, and where packs
+// have fewer bytes than a copy moves.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
 constexpr bool CARRIED = true;
 #else
@@ -35,13 +37,15 @@ constexpr bool CARRIED = PACK_BYTES < 4;
 // Starts the copy of the pack at p to shared[i]; `address` is address_of(shared).
 DEVICE void copy(raw_t* shared, unsigned address, int i, const data_t* p) {
 #ifndef __CUDA_ARCH__
-    __pipeline_memcpy_async(shared + i, p, PACK_BYTES);  // CUDA declares it in a header, which takes a second to compile
+    __pipeline_memcpy_async(shared + i, p, PACK_BYTES);  // CUDA's name for it; its header takes a second to compile
 #elif __CUDA_ARCH__ >= 800
     const unsigned to = address + i * PACK_BYTES;
     if (PACK_BYTES == 16)
         asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(p) : "memory");
     else
-        asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(p), "n"(PACK_BYTES % 16 ? PACK_BYTES : 4)
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2;"
+                     :
+                     : "r"(to), "l"(p), "n"(PACK_BYTES % 16 ? PACK_BYTES : 4)
                      : "memory");
 #endif
 }

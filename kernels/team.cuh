@@ -1,5 +1,5 @@
-// Teams: the threads of a block that take one channel together, TEAM of its THREADS; and sums over them, in an order that
-// never changes.
+// Teams: the threads of a block that take one channel together, TEAM of its THREADS; and sums over them, in an order
+// that never changes.
 #pragma once
 #include "cluster.cuh"
 #include "moments.cuh"
@@ -40,8 +40,8 @@ DEVICE void team_sum(double (&values)[K]) {
     lanes_sum<TEAM_WARPS>(values);
 }
 
-// Makes a thread's total that of its team, in all blocks of the cluster; the pivot is the same for all of them. All threads
-// call it, once all blocks of the cluster have started.
+// Makes a thread's total that of its team, in all blocks of the cluster; the pivot is the same for all of them. All
+// threads call it, once all blocks of the cluster have started.
 DEVICE void gather(Total<float>& total) {
     double sums[2] = {total.sum, total.squares};
     team_sum(sums);

@@ -1,8 +1,9 @@
 // The dtypes by NumPy's names, conversions between them, and vectors of one value per channel.
 //
 // No CUDA header is needed: inline PTX stands behind small functions, each with a plain C++ body for other compilers.
-// The host sets these macros: DATA_T (float16, bfloat16, float32, float64), WIDTH, the elements of a pack, INDEX_BITS (32, 64)
-// and THREADS, the threads of every block; for some kernels also TEAM (team.cuh) and CLUSTER_BLOCKS (cluster.cuh).
+// The host sets these macros: DATA_T (float16, bfloat16, float32, float64), WIDTH, the elements of a pack, INDEX_BITS
+// (32, 64) and THREADS, the threads of every block; for some kernels also TEAM (team.cuh) and CLUSTER_BLOCKS
+// (cluster.cuh).
 #pragma once
 
 #define DEVICE __device__ __forceinline__
@@ -26,8 +27,8 @@ struct Accumulation<double> {
     typedef double type;
 };
 
-// Blocks that are on a multiprocessor (SM) at a time if each thread has so many registers: a multiprocessor has 65536 of them,
-// and places for 16 blocks at least.
+// Blocks that are on a multiprocessor (SM) at a time if each thread has so many registers: a multiprocessor has 65536
+// of them, and places for 16 blocks at least.
 constexpr int blocks_with(int registers) {
     return 65536 / registers / THREADS < 16 ? 65536 / registers / THREADS : 16;
 }
@@ -126,7 +127,8 @@ DEVICE void narrow(double x, float16& result) {
     narrow(cut == x ? cut : __uint_as_float(__float_as_uint(cut) | 1u), result);
 }
 
-// A word of two numbers, each narrowed, the first one in its low half. From float32 it takes one instruction from sm_80 on.
+// A word of two numbers, each narrowed, the first one in its low half. From float32 it takes one instruction from sm_80
+// on.
 template <class T, class A>
 DEVICE unsigned narrow_pair(A low, A high) {
     T a, b;

@@ -325,9 +325,10 @@ def test_bn_backward(on_chip):
 
 def passes(large, share):
     """Where the mask lets the elements of a share pass."""
-    if large.width == 1:
-        return share.of(large.mask)
-    return (large.mask._host[share.places // large.width] >> share.places % large.width & 1).astype(bool)
+    mask, width = large.epilogue.mask, large.width
+    if width == 1:
+        return share.of(mask)
+    return (mask._host[share.places // width] >> share.places % width & 1).astype(bool)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -16,12 +16,13 @@ extern "C" __global__ void REGISTERS(80) bn_backward_reduce(
     ChannelsFirst sizes) {
     const Place place(sizes);
     const long long c = place.c;
+    const Packs packs(place, sizes);
     Channel& channel = channel_of_team();
     if (member() == 0) channel = channel_of(statistics, affine, c);
     __syncthreads();
 
     double own[2];
-    sum_all(InMemory{dy}, InMemory{x}, Packs(place, sizes), epilogue, OneChannel(channel), own);
+    sum_all(InMemory{dy}, InMemory{x}, packs, epilogue, OneChannel(channel), own);
     team_sum(own);
     if (member() > 0 || place.idle) return;
     finish_sums(own, channel);

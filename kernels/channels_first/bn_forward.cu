@@ -1,8 +1,9 @@
 // bn_forward: batch norm in training, out = activation((x - mean) * rstd * weight + bias + residual), and the running
 // statistics follow
 //
-// Each element is read once. A team, or all blocks of a cluster, take a channel, which fits into their shared memory; each
-// thread keeps some of its packs there. It adds them up as they come in; the sums of all threads make the statistics.
+// Each element is read once. A team, or all blocks of a cluster, take a channel, which fits into their shared memory;
+// each thread keeps some of its packs there. It adds them up as they come in; the sums of all threads make the
+// statistics.
 // Mirror: numpy_ops.bn_forward
 #include "../normalizing.cuh"
 #include "statistics.cuh"
@@ -25,7 +26,7 @@ extern "C" __global__ void CLUSTER REGISTERS(96) bn_forward(
     raw_t* const own = kept(sizes);
     const OnChip source = {own, stage<CHUNK<acc_t>>({own}, {x}, packs)};
     struct OfTeam {
-        ChannelAffine given;     // read while copies are on their way, and kept where no registers are wanted
+        ChannelAffine given;     // read while copies are on their way; kept where it takes no registers
         ChannelRunning running;  // likewise
         ChannelMoments batch;
         Channel channel;

@@ -1,8 +1,8 @@
 // bn_normalize: out = activation((x - mean) * rstd * weight + bias + residual)
 //
 // In training mean and var are the merged parts of bn_stats, and the running statistics follow them; else they are the
-// running statistics. Team (c, s) merges the parts of channel c, in the same order in every block, and then takes its share
-// of the channel.
+// running statistics. Team (c, s) merges the parts of channel c, in the same order in every block, and then takes its
+// share of the channel.
 // Mirror: numpy_ops.bn_normalize
 #include "packs.cuh"
 #include "../normalizing.cuh"
@@ -25,7 +25,7 @@ extern "C" __global__ void REGISTERS(INDEX_BITS == 64 || WIDTH < 4 ? 80 : 72) bn
     const long long c = place.c;
     const Packs packs(place, sizes);
     Channel& channel = channel_of_team();
-    __shared__ ChannelMoments merged[TEAMS];  // kept for the end where no registers are wanted
+    __shared__ ChannelMoments merged[TEAMS];  // kept until the end where it takes no registers
     ChannelMoments& batch = merged[team()];
     if (member() < WARP) {
         ChannelAffine given;

@@ -13,7 +13,8 @@ extern "C" __global__ void REGISTERS(128) bn_stats(
     ChannelsFirst sizes) {
     const Place place(sizes);
     const long long c = place.c;
-    Total<acc_t> total = total_of(InMemory{x}, Packs(place, sizes), widen(x[c * sizes.L]));
+    const Packs packs(place, sizes);
+    Total<acc_t> total = total_of(InMemory{x}, packs, widen(x[c * sizes.L]));
     gather(total);
     if (member() > 0 || place.idle) return;
     const double count = (double)((place.end - place.begin) * WIDTH);

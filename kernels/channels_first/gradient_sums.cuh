@@ -6,8 +6,9 @@
 // Packs whose sums are taken in float32 before they go on in float64.
 constexpr int SUMMED = PACK_BYTES < 8 ? 8 : 4;
 
-// Takes the sums over a thread's packs, in the dtype A, of batches of AT_ONCE packs: {sum(dy), PRODUCT_SCALE * sum(dy * (x -
-// center) * rstd)}. Returns whether the dtype A held them. WIDE is whether what ReLU passed is worked out in float64.
+// Takes the sums over a thread's packs, in the dtype A, of batches of AT_ONCE packs: {sum(dy), PRODUCT_SCALE * sum(dy *
+// (x - center) * rstd)}. Returns whether the dtype A held them. WIDE is whether what ReLU passed is worked out in
+// float64.
 template <class A, bool WIDE, int AT_ONCE, class Source>
 DEVICE bool sum_packs(const Source& dy, const Source& x, Packs packs, const Passed& passed, const OneChannel& channel,
                       double (&sums)[2]) {

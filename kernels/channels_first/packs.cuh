@@ -1,7 +1,8 @@
 // Channels first, [N, C, L]: which packs of a channel a thread takes.
 //
-// The packs of a channel are counted through its rows (n, c) of L elements, each of which has L / WIDTH of them. A block, or
-// a team of its threads, takes a range of them, each thread every TEAM-th: neighbours in memory, row after row.
+// The packs of a channel are counted through its rows (n, c) of L elements, each of which has L / WIDTH of them. A
+// block, or a team of its threads, takes a range of them, each thread every TEAM-th: neighbours in memory, row after
+// row.
 //
 //     pack of the channel     | 0 1 2 | 3 4 5 | 6 7 8 | 9 ...          3 packs a row
 //     thread, TEAM = 4          0 1 2   3 0 1   2 3 0   1
@@ -17,8 +18,8 @@ struct ChannelsFirst {
     long long packs;  // of a channel, that a team takes or, in a cluster, a block
 };
 
-// What a team takes: a channel or a share of it. There may be more teams than channels, and more channels than one side of a
-// grid has blocks.
+// What a team takes: a channel or a share of it. There may be more teams than channels, and more channels than one side
+// of a grid has blocks.
 struct Place {
     long long c, share;  // the channel, and the number of the share
     index_t begin, end;  // the packs of the channel that are in the share: from begin to end - 1

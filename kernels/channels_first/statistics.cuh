@@ -1,7 +1,8 @@
 // Channels first: the sums behind mean and variance, over the packs of a thread.
 //
-// They are taken in chunks of CHUNK packs: in float32 about an element of the chunk, a second time about its mean, and then in
-// float64. An outlier that makes up most of a channel's variance does so in one chunk, whose sums have few roundings.
+// They are taken in chunks of CHUNK packs: in float32 about an element of the chunk, a second time about its mean, and
+// then in float64. An outlier that makes up most of a channel's variance does so in one chunk, whose sums have few
+// roundings.
 #pragma once
 #include "packs.cuh"
 

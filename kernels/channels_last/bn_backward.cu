@@ -1,8 +1,8 @@
-// bn_backward: all gradients, dx = (dy - sum(dy) / count - xhat * sum(dy * xhat) / count) * rstd * weight, where activation
-// passed dy; dresidual = dy there; dweight = sum(dy * xhat), dbias = sum(dy)
+// bn_backward: all gradients, dx = (dy - sum(dy) / count - xhat * sum(dy * xhat) / count) * rstd * weight, where
+// activation passed dy; dresidual = dy there; dweight = sum(dy * xhat), dbias = sum(dy)
 //
-// dy and x are read once. A block takes a tile of columns of both, which fit into its shared memory; each thread keeps some of
-// the packs of one column there. Where ReLU stopped dy it becomes 0 on chip, on the way to the sums.
+// dy and x are read once. A block takes a tile of columns of both, which fit into its shared memory; each thread keeps
+// some of the packs of one column there. Where ReLU stopped dy it becomes 0 on chip, on the way to the sums.
 // Mirror: numpy_ops.bn_backward
 #include "gradient_sums.cuh"
 

@@ -1,8 +1,8 @@
 // bn_forward: batch norm in training, out = activation((x - mean) * rstd * weight + bias + residual), and the running
 // statistics follow
 //
-// Each element is read once. A block takes a tile of columns, which fits into its shared memory; each thread keeps some of the
-// packs of one column there. It adds them up as they come in; the sums of all threads make the statistics.
+// Each element is read once. A block takes a tile of columns, which fits into its shared memory; each thread keeps some
+// of the packs of one column there. It adds them up as they come in; the sums of all threads make the statistics.
 // Mirror: numpy_ops.bn_forward
 #include "../normalizing.cuh"
 #include "../running.cuh"
@@ -24,7 +24,7 @@ extern "C" __global__ void REGISTERS(128) bn_forward(
     raw_t* const kept = staging() + threadIdx.x;
     const OnChip source = {kept, stage<CHUNK>({kept}, {x}, packs)};
     ChannelAffine given;
-    __shared__ ChannelRunning before[MOST_LANES];  // read while copies are on their way, and kept where no registers are wanted
+    __shared__ ChannelRunning before[MOST_LANES];  // read while copies are on their way; not in registers
     if (own.looks_after()) {
         given = read_affine(affine, c);
         if (running.mean) before[threadIdx.x] = read_running(running, c);

@@ -1,14 +1,15 @@
 // Channels last, [M, C]: which packs a thread takes, and sums down the columns of a tile.
 //
-// A row is C / WIDTH whole packs, which stand in as many columns. A block takes a tile of neighbouring columns, a power of two
-// of them up to a warp, and a range of rows. The threads of a block stand in rows as long as the tile. Each goes down one
-// column in steps of all rows of threads, and has the same WIDTH channels all the time.
+// A row is C / WIDTH whole packs, which stand in as many columns. A block takes a tile of neighbouring columns, a power
+// of two of them up to a warp, and a range of rows. The threads of a block stand in rows as long as the tile. Each goes
+// down one column in steps of all rows of threads, and has the same WIDTH channels all the time.
 //
 //     8 threads, tile = 4, 6 columns | 0 1 2 3 | 0 1 |     the last tile: threads 2, 3, 6, 7 have nothing to do
 //                                    | 4 5 6 7 | 4 5 |
 //                                    | 0 1 2 3 | 0 1 |
 //
-// Lane q of a tile is its q-th channel; thread q of the block looks after it wherever something is done once for a channel.
+// Lane q of a tile is its q-th channel; thread q of the block looks after it wherever something is done once for a
+// channel.
 #pragma once
 #include "../batches.cuh"
 #include "../elementwise.cuh"
@@ -57,8 +58,8 @@ struct Tile {
     DEVICE int known_lane() const { return min(lane / WIDTH, lanes / WIDTH - 1) * WIDTH; }
 };
 
-// The share of a block: its number among those that take the same tile. backwards() is for launches that read what another one
-// has just read: the last of it is still in the L2 cache.
+// The share of a block: its number among those that take the same tile. backwards() is for launches that read what
+// another one has just read: the last of it is still in the L2 cache.
 DEVICE index_t forwards() { return blockIdx.y; }
 DEVICE index_t backwards() { return gridDim.y - 1 - blockIdx.y; }
 
@@ -90,8 +91,8 @@ class Packs {
 // ---------------------------------------------------------------------------------------------------------------------
 // The channels of a tile
 
-// What the threads of a block have to know of the tile's channels, in shared memory: the channel of each lane, and its factors
-// in the dtype of the arithmetic, each in an array over lanes.
+// What the threads of a block have to know of the tile's channels, in shared memory: the channel of each lane, and its
+// factors in the dtype of the arithmetic, each in an array over lanes.
 struct Lanes {
     Channel channels[MOST_LANES];
     __align__(16) acc_t center[MOST_LANES];
@@ -113,8 +114,8 @@ struct Lanes {
     }
 };
 
-// The channels of the elements of this thread's packs. All threads of a block construct theirs together, when lanes are set: it
-// is a barrier.
+// The channels of the elements of this thread's packs. All threads of a block construct theirs together, when lanes are
+// set: it is a barrier.
 struct OwnChannels {
     Factors<acc_t> own[WIDTH];
     const Channel* channels;  // in shared memory
@@ -141,9 +142,9 @@ struct OwnChannels {
 // ---------------------------------------------------------------------------------------------------------------------
 // Sums over the threads of a block, in an order that never changes
 
-// Adds up N values of each thread of a warp over the threads that have the same column, which stand `columns` apart. In each
-// step two threads share the work: one goes on with the first half of the sums, the other one with the rest. keep(i, sum) is
-// called by one thread for each i.
+// Adds up N values of each thread of a warp over the threads that have the same column, which stand `columns` apart. In
+// each step two threads share the work: one goes on with the first half of the sums, the other one with the rest.
+// keep(i, sum) is called by one thread for each i.
 template <class Keep>
 DEVICE void fold(const double (&values)[1], int first, int distance, int columns, Keep keep) {
     double sum = values[0];
@@ -172,8 +173,8 @@ DEVICE void fold(const double (&values)[N], int first, int distance, int columns
     fold(halves, second ? first + N / 2 : first, distance / 2, columns, keep);
 }
 
-// The sums of K values of each lane over the threads of the block that have it. values[k * WIDTH + e] is value k of a thread's
-// element e; thread q gets the sums of lane q. All threads call it.
+// The sums of K values of each lane over the threads of the block that have it. values[k * WIDTH + e] is value k of a
+// thread's element e; thread q gets the sums of lane q. All threads call it.
 template <int K>
 DEVICE void sum_tile(const Tile& tile, const double (&values)[K * WIDTH], double (&sums)[K]) {
     __shared__ double of_warps[WARPS][K][MOST_LANES];

@@ -8,9 +8,9 @@ constexpr int SUMMED = 16;                        // rows whose sums are taken i
 constexpr int ROWS = PACK_BYTES < 8 ? 8 : 4;      // rows in flight
 typedef double ColumnSums[2 * WIDTH];             // sum(dy) of each channel of a thread, then all of the products
 
-// Takes the sums in the dtype of the arithmetic, with AT_ONCE packs of both arrays in flight: sum(dy), and PRODUCT_SCALE *
-// sum(dy * (x - center) * rstd). WIDE is whether what ReLU passed is worked out in float64. Returns a bit for each element whose
-// sums the dtype did not hold.
+// Takes the sums in the dtype of the arithmetic, with AT_ONCE packs of both arrays in flight: sum(dy), and
+// PRODUCT_SCALE * sum(dy * (x - center) * rstd). WIDE is whether what ReLU passed is worked out in float64. Returns a
+// bit for each element whose sums the dtype did not hold.
 template <bool WIDE, int AT_ONCE, class Source>
 DEVICE unsigned sum_packs(const Source& dy, const Source& x, Packs packs, const Passed& passed,
                           const OwnChannels& channels, ColumnSums& sums) {

@@ -1,9 +1,10 @@
-// Channels last: merging and adding the parts that the blocks of an earlier launch have left in memory, by a block for each tile.
+// Channels last: merging and adding the parts that the blocks of an earlier launch have left in memory, by a block for
+// each tile.
 #pragma once
 #include "columns.cuh"
 
-// Where a thread stands while parts are merged: in rows of threads as long as the tile has lanes, each of which takes some parts
-// of one channel.
+// Where a thread stands while parts are merged: in rows of threads as long as the tile has lanes, each of which takes
+// some parts of one channel.
 struct Standing {
     int q, row;       // the thread's lane, and its row
     int lanes, rows;  // threads of a row, and rows of threads
@@ -35,9 +36,9 @@ DEVICE void sum_rows(const Standing& at, double (&values)[K]) {
         for (int k = 0; k < K; k++) values[k] += of_threads[k][row * at.lanes + at.q];
 }
 
-// The moments of lane q over all its parts, for thread q. They are merged about the mean of the first part that is not empty:
-// exact, if all means are the same. The squares of P parts lose a factor of P of the accuracy of float64 at most: for float64
-// data they are taken once more about the mean.
+// The moments of lane q over all its parts, for thread q. They are merged about the mean of the first part that is not
+// empty: exact, if all means are the same. The squares of P parts lose a factor of P of the accuracy of float64 at
+// most: for float64 data they are taken once more about the mean.
 DEVICE ChannelMoments merge_parts(const Tile& tile, const Moments& moments, int parts) {
     const Standing at(tile);
     int first = 0;

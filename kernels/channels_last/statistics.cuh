@@ -1,8 +1,8 @@
 // Channels last: the sums behind mean and variance, over the packs of a thread.
 //
-// They are taken in chunks of CHUNK rows: in float32 about an element of the chunk, and a second time about its mean. CHUNKS of
-// them merge in float32, and then go on in float64. An outlier that makes up most of a channel's variance does so in one chunk,
-// whose sums have few roundings.
+// They are taken in chunks of CHUNK rows: in float32 about an element of the chunk, and a second time about its mean.
+// CHUNKS of them merge in float32, and then go on in float64. An outlier that makes up most of a channel's variance
+// does so in one chunk, whose sums have few roundings.
 #pragma once
 #include "columns.cuh"
 
@@ -14,8 +14,8 @@ struct Column {
     acc_t base, offset, m2;
 };
 
-// Merges the packs of ROWS rows into columns that have `before` rows so far, a few whole chunks and perhaps some rows. Bit e of
-// missed is set if float32 did not hold the squares of element e.
+// Merges the packs of ROWS rows into columns that have `before` rows so far, a few whole chunks and perhaps some rows.
+// Bit e of missed is set if float32 did not hold the squares of element e.
 template <int ROWS>
 DEVICE void add_rows(const raw_t (&raw)[ROWS], int before, Column (&columns)[WIDTH], unsigned& missed) {
     const acc_t share = ROWS < CHUNK          ? (acc_t)ROWS / (acc_t)(before + ROWS)
@@ -44,8 +44,8 @@ DEVICE void add_rows(const raw_t (&raw)[ROWS], int before, Column (&columns)[WID
     }
 }
 
-// Adds the next ROWS packs, from number i on, if ROWS is one of the powers of two that make up `count`, the packs of a chunk that
-// is not full.
+// Adds the next ROWS packs, from number i on, if ROWS is one of the powers of two that make up `count`, the packs of a
+// chunk that is not full.
 template <int ROWS, class Source>
 DEVICE void add_piece(const Source& x, Packs& packs, int& i, int count, Column (&columns)[WIDTH], unsigned& missed) {
     if (!(count & ROWS)) return;
@@ -56,8 +56,8 @@ DEVICE void add_piece(const Source& x, Packs& packs, int& i, int count, Column (
     i += ROWS;
 }
 
-// Adds all packs of a thread to the totals of its channels, which have these pivots. Returns a bit for each element whose sums
-// float32 did not hold.
+// Adds all packs of a thread to the totals of its channels, which have these pivots. Returns a bit for each element
+// whose sums float32 did not hold.
 template <class Source>
 DEVICE unsigned add_all(const Source& x, Packs packs, const double* pivots, Total<float> (&totals)[WIDTH]) {
     unsigned missed = 0;
@@ -121,9 +121,10 @@ DEVICE void add_exactly(const Source& x, Packs packs, int e, double pivot, Total
 template <class Source>
 DEVICE void add_exactly(const Source&, const Packs&, int, double, Total<double>&) {}
 
-// The moments of lane q over all threads of the block, for thread q, from totals about the pivots of the lanes; `count` is the
-// number of rows. All threads call it.
-DEVICE ChannelMoments gather(const Tile& tile, const Total<float> (&totals)[WIDTH], const double* pivots, double count) {
+// The moments of lane q over all threads of the block, for thread q, from totals about the pivots of the lanes; `count`
+// is the number of rows. All threads call it.
+DEVICE ChannelMoments gather(const Tile& tile, const Total<float> (&totals)[WIDTH], const double* pivots,
+                             double count) {
     double values[2 * WIDTH], sums[2] = {};
 #pragma unroll
     for (int e = 0; e < WIDTH; e++) {
@@ -136,7 +137,8 @@ DEVICE ChannelMoments gather(const Tile& tile, const Total<float> (&totals)[WIDT
     all.squares = sums[1];
     return all.moments(count);
 }
-DEVICE ChannelMoments gather(const Tile& tile, const Total<double> (&totals)[WIDTH], const double* pivots, double count) {
+DEVICE ChannelMoments gather(const Tile& tile, const Total<double> (&totals)[WIDTH], const double* pivots,
+                             double count) {
     __shared__ double means[MOST_LANES];
     double values[WIDTH], sums[1] = {};
 #pragma unroll
@@ -158,8 +160,8 @@ DEVICE ChannelMoments gather(const Tile& tile, const Total<double> (&totals)[WID
     return {count, mean, sums[0]};
 }
 
-// The moments of lane q over the block's rows, for thread q. first_row is that of the array: its elements are the pivots. All
-// threads call it.
+// The moments of lane q over the block's rows, for thread q. first_row is that of the array: its elements are the
+// pivots. All threads call it.
 template <class Source>
 DEVICE ChannelMoments moments_of(const Tile& tile, const Source& x, const Packs& packs, const data_t* first_row) {
     __shared__ double pivots[MOST_LANES];
