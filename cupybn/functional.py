@@ -272,7 +272,7 @@ def forward_vjp(call: Call) -> tuple[Array, VjpFn]:
 
 
 class Saved(NamedTuple):
-    """What the way back needs of the way forward."""
+    """Arrays and settings that the way back needs of the way forward."""
 
     ops: Any  # the steps; None if there is nothing to do
     layout: Layout

@@ -184,7 +184,7 @@ class _BatchNorm(Layer):
         return self._run(functional.forward_vjp, input, residual)
 
     def _run(self, run: Callable[[Call], T], input: Array, residual: Array | None) -> T:
-        """A function of the call that this layer makes.
+        """Run a function on the call that this layer makes.
 
         A layer without features takes their number from the input, and has none again if the call fails.
         """
@@ -199,7 +199,7 @@ class _BatchNorm(Layer):
             raise
 
     def _call(self, input: Array, residual: Array | None) -> Call:
-        """Which statistics, which update: PyTorch's table."""
+        """Make the call with the statistics and the update that PyTorch chooses for these modes and flags."""
         for name in "training", "track_running_stats":
             checks.check_bool(name, getattr(self, name))
         momentum = None if self.momentum is None else checks.as_float("momentum", self.momentum)

@@ -213,12 +213,12 @@ class SyncBatchNorm(_BatchNorm):
             self._group.engine.timeout = timeout
 
     def forward(self, input: Array, residual: Array | None = None) -> Array:
-        """See `BatchNorm2d.forward`; in training all ranks call it."""
+        """Return the output, as `BatchNorm2d.forward`; in training all ranks call it."""
         with self._together(input):
             return super().forward(input, residual)
 
     def vjp(self, input: Array, residual: Array | None = None) -> tuple[Array, VjpFn]:
-        """See `BatchNorm2d.vjp`; after a forward pass in training, all ranks call ``vjp_fn``."""
+        """Return output and ``vjp_fn``, as `BatchNorm2d.vjp`; after training, all ranks call ``vjp_fn``."""
         with self._together(input) as group:
             output, vjp_fn = super().vjp(input, residual)
         channels, device = input.shape[self.channel_axis], self._device
@@ -263,7 +263,7 @@ class SyncBatchNorm(_BatchNorm):
         vars(self).update(_comm=comm, _group=group, _timeout=timeout, _left_out=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but the communicator, which is of this process."""
+        """State for copies and pickles: all but the communicator, which belongs to this process."""
         return vars(self) | {"_comm": None, "_group": None, "_left_out": self._left_out or self._comm is not None}
 
 
