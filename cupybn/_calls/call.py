@@ -160,11 +160,11 @@ class Call(NamedTuple):
         return {name: array for name, array in named.items() if array is not None}
 
     def plain(self) -> Call:
-        """This call with arrays of NumPy's and CuPy's own classes, in the same memory."""
+        """Call with the same arguments, arrays of NumPy's and CuPy's own classes among them."""
         return self._with({name: plain(array) for name, array in self.arrays(True).items()})
 
     def _with(self, arrays: dict[str, Array]) -> Call:
-        """This call with other arrays in the place of some."""
+        """Call with the same arguments but for these arrays."""
         weight, bias, eps = self.affine
         mean, var, momentum, batches = self.running
         residual, activation, mask = self.epilogue
@@ -191,7 +191,7 @@ class Call(NamedTuple):
         return Running(mean, var, momentum, batches if self.training else None)
 
     def apart(self, checked: Checked, for_vjp: bool) -> tuple[Call, Written]:
-        """This call without shared memory, and what is to be written when all else is done.
+        """Call with the same arguments that share no memory, and what is to be written when all else is done.
 
         Arrays may share memory, as a weight that is also the running variance. Where an array that is read shares some
         with one that moves, the call gets a copy of it: the way back reads after buffers have moved, be it in another

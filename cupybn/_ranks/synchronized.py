@@ -68,7 +68,7 @@ class Synchronized:
         gradients: Gradients,
         scratch: Array | None = None,
     ) -> None:
-        """All gradients, as `numpy_ops.bn_backward`; dweight and dbias are those of this rank, the count that of all."""
+        """All gradients, as `numpy_ops.bn_backward`; dweight and dbias of this rank, with the count of all."""
         ops, C = self._ops, x.shape[1]
         if C == 0:  # on all ranks
             return

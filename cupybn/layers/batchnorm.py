@@ -12,6 +12,7 @@ from cupybn import functional
 from cupybn._arrays.dtypes import parameter_dtype
 from cupybn._calls import checks
 from cupybn._calls.call import Call, Caller
+from cupybn._ranks.group import Group
 from cupybn._steps.bundles import Affine, Epilogue, Running
 from cupybn.functional import VjpFn
 from cupybn.layers.layer import AFFINE, INITIAL, Layer
@@ -88,7 +89,9 @@ class _BatchNorm(Layer):
     """
 
     _ranks: tuple[int, ...] = ()
-    """The ranks of input that the layer takes; none are named where it takes any."""
+    """Ranks of inputs that the layer takes; none are named where it takes any."""
+    _group: Group | None = None
+    """Ranks of processes that the batch is spread over in training; None for a single one."""
 
     def __init__(
         self,
@@ -216,7 +219,7 @@ class _BatchNorm(Layer):
             Epilogue(residual, self.activation),
             self.training or self.running_mean is None,
             self.channel_axis,
-            Caller(self._device, self._ranks, idle),
+            Caller(self._device, self._ranks, idle, self._group if self.training else None),
         )
 
     # -----------------------------------------------------------------------------------------------------------------

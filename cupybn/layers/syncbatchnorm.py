@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import numpy.typing as npt
 
 from cupybn._calls import checks
-from cupybn._calls.call import Call
 from cupybn._ranks.engines import engine_for
 from cupybn._ranks.group import Group
 from cupybn.functional import BatchNormGrads, VjpFn
@@ -102,7 +101,6 @@ class SyncBatchNorm(_BatchNorm):
     """
 
     _comm: Any
-    _group: Group | None
     _timeout: float | None
     _left_out: bool
     """Whether this is a copy of a layer with a communicator, which the copy has not got."""
@@ -248,12 +246,6 @@ class SyncBatchNorm(_BatchNorm):
                 yield group
         if self._kind is None:
             self._kind = _KINDS.get(input.ndim)
-
-    def _call(self, input: Array, residual: Array | None) -> Call:
-        call = super()._call(input, residual)
-        if self.training and call.layer is not None:
-            call = call._replace(layer=call.layer._replace(group=self._group))
-        return call
 
     def _connect(self, comm: Any, timeout: float | None) -> None:
         """Take a communicator, or leave all as it is and raise."""
