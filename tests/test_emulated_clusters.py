@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import cupybn.functional as F
-from cupybn._steps import cupy_ops, launcher, resident
+from cupybn._steps import cupy_ops, resident, sources
 from tests.steps import forget_plans
 from tests.test_emulated_kernels import (  # the fixture by its name, too
     INVALID_VALUE,
@@ -983,7 +983,7 @@ FAULTS = {
 @pytest.mark.parametrize(("text", "fault"), FAULTS.values(), ids=FAULTS)
 def test_faults_in_clusters_of_the_library_are_found(seeds, monkeypatch, text, fault):
     """Faults in bn_forward, where eight blocks add their sums."""
-    source = launcher.source("channels_first/bn_forward")
+    source = sources.source("channels_first/bn_forward")
     assert source.count(text) == 1
     x = cupy.asarray(np.random.default_rng(0).standard_normal(SHAPE).astype(np.float32))
     monkeypatch.setattr(resident, "BLOCKS", (8,))

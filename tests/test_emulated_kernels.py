@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cupybn._steps import launcher
+from cupybn._steps import sources
 from cupybn._steps.bundles import Moments
 from cupybn._steps.geometry import ChannelsFirst
+from cupybn._steps.launcher import Kernel
 
 if importlib.util.find_spec("cupy") is None:
     sys.path.insert(0, str(Path(__file__).parent / "emulated"))
@@ -1105,7 +1106,7 @@ PARTS, THREADS, TEAM = 2, 128, 64
 def bn_stats(text, x):
     """Count, mean and m2 of each channel, in its parts."""
     macros = {"DATA_T": x.dtype, "WIDTH": WIDTH, "INDEX_BITS": 32, "THREADS": THREADS, "TEAM": TEAM}
-    kernel = launcher.Kernel("channels_first/bn_stats", macros)
+    kernel = Kernel("channels_first/bn_stats", macros)
     kernel.raw = cupy.RawKernel(text, "bn_stats", kernel.options)
     moments = Moments(*(cupy.empty(shape) for shape in ((PARTS,), (PARTS, C), (PARTS, C))))
     sizes = ChannelsFirst(N, C, L, packs=-(-N * L // WIDTH // PARTS))
@@ -1128,7 +1129,7 @@ def is_right(text):
 
 
 def source():
-    return launcher.source("channels_first/bn_stats")
+    return sources.source("channels_first/bn_stats")
 
 
 def test_the_kernel_of_the_library_is_right(seeds):
@@ -1139,17 +1140,17 @@ def test_the_kernel_of_the_library_is_right(seeds):
 @pytest.mark.parametrize(
     ("text", "fault"),
     [
-        ("(double)((end - begin) * WIDTH)", "(double)((end - begin) * WIDTH + 1)"),
-        ("(double)((end - begin) * WIDTH)", "(double)(end - begin)"),
+        ("(double)((place.end - place.begin) * WIDTH)", "(double)((place.end - place.begin) * WIDTH + 1)"),
+        ("(double)((place.end - place.begin) * WIDTH)", "(double)(place.end - place.begin)"),
         ("j >= row_packs", "j > row_packs"),
         ("wrap = (C - 1) * L", "wrap = C * L"),
         ("row_packs = L / WIDTH", "row_packs = L / WIDTH + 1"),
         ("row_packs = L / WIDTH", "row_packs = L / WIDTH - 1"),
         ("step * WIDTH", "step"),
-        ("(end - first + TEAM - 1) / TEAM", "(end - first) / TEAM"),
-        ("(end - first + TEAM - 1) / TEAM", "(end - first + TEAM) / TEAM"),
-        ("(index_t)(N * L / WIDTH));", "(index_t)(N * L / WIDTH) - 1);"),
-        ("begin + (index_t)packs_per_share", "begin + (index_t)packs_per_share + 1"),
+        ("(place.end - first + TEAM - 1) / TEAM", "(place.end - first) / TEAM"),
+        ("(place.end - first + TEAM - 1) / TEAM", "(place.end - first + TEAM) / TEAM"),
+        ("(index_t)(sizes.N * sizes.L / WIDTH));", "(index_t)(sizes.N * sizes.L / WIDTH) - 1);"),
+        ("begin + (index_t)sizes.packs", "begin + (index_t)sizes.packs + 1"),
         ("(n * C + (index_t)place.c) * L", "(n * C + (index_t)place.c + 1) * L"),
         ("* TEAMS + team()", "* TEAMS"),
         ("threadIdx.x % TEAM", "threadIdx.x"),
@@ -1159,8 +1160,8 @@ def test_the_kernel_of_the_library_is_right(seeds):
         ("if (member() > 0 || place.idle) return;", "if (place.idle) return;"),
         ("if (member() > 0 || place.idle) return;", "if (member() > 0) return;"),
         ("__shfl_xor_sync(ALL_LANES, ", "__shfl_xor_sync(0xffffu, "),
-        ("moments_mean[part] =", "moments_mean[part + 1] ="),
-        ("moments_m2[part] = moments.m2;", ""),
+        ("moments.mean[part * C + c] =", "moments.mean[part * C + c + 1] ="),
+        ("moments.m2[part * C + c] = own.m2;", ""),
         ("else if (full || i < count) sums[i % SUMS] += d[i]", "else sums[i % SUMS] += d[i]"),
         ("sum_pairs(sums) / (A)count", "sum_pairs(sums) / (A)N"),
         ("squares += part * away + chunk.m2", "squares += chunk.m2"),

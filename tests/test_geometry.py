@@ -37,8 +37,8 @@ from cupybn._steps.geometry import (
     over_channels,
     team_of,
 )
-from cupybn._steps.launcher import KERNELS
 from cupybn._steps.resident import Device
+from cupybn._steps.sources import KERNELS
 
 sizes = st.integers(1, 300) | st.integers(1, 10**6)
 packs = st.sampled_from([(2, 1), (2, 2), (2, 4), (2, 8), (4, 1), (4, 2), (4, 4), (8, 1), (8, 2)])

@@ -12,7 +12,7 @@ import pytest
 
 import cupybn
 import cupybn.functional as F
-from cupybn._steps import cupy_ops, geometry, launcher, numpy_ops, resident
+from cupybn._steps import cupy_ops, geometry, launcher, numpy_ops, resident, sources
 from cupybn._steps.bundles import Affine, Epilogue, Gradients, Moments, Running, Sums
 from tests.reference import DTYPES, HALF_ULP, bits, to_numpy
 from tests.steps import EPS, Arrays, forget_plans, to_device, to_host, ways_back
@@ -419,13 +419,13 @@ def test_packs_that_threads_carry_to_shared_memory(shape, monkeypatch):
     """GPUs without copies that go on by themselves let threads carry packs to shared memory, and get the same bits."""
     expected = all_results(np.random.default_rng(0), shape, np.float32)
     condition = "constexpr bool CARRIED = PACK_BYTES < 4;"
-    original, seen = launcher.source, set()
+    original, seen = sources.source, set()
 
     def source(name):
         seen.add(name.rpartition("/")[2] if condition in original(name) else None)
         return original(name).replace(condition, "constexpr bool CARRIED = true;")
 
-    monkeypatch.setattr(launcher, "source", source)
+    monkeypatch.setattr(sources, "source", source)
     launcher.kernel.cache_clear()
     forget_plans()
     assert all_results(np.random.default_rng(0), shape, np.float32) == expected
