@@ -19,7 +19,7 @@ SHAPE = (16, 8, 14, 14)
 
 
 def data() -> dict[str, np.ndarray]:
-    """Float32 batches, each with its difficulty."""
+    """Batches in float32, each under the name of what makes it difficult."""
     normal = np.random.default_rng(0).standard_normal(SHAPE)
     outlier = normal.copy()
     outlier[0, :, 0, 0] = 1e4
@@ -38,7 +38,7 @@ def data() -> dict[str, np.ndarray]:
 
 
 def exact(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Output and unbiased variance in float64."""
+    """The output and the unbiased variance, computed in float64."""
     x = x.astype(np.float64)
     mean, var = x.mean((0, 2, 3), keepdims=True), x.var((0, 2, 3), keepdims=True)
     n = x.size // x.shape[1]

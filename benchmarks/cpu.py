@@ -11,7 +11,6 @@ ratio of a shape is the median over the rounds of (PyTorch's median time / cupyb
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import time
@@ -22,6 +21,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from cpu_files import Measured, save
 from tqdm import tqdm
 
 import cupybn
@@ -34,7 +34,7 @@ from matplotlib.ticker import NullFormatter
 
 torch: Any = optional("torch")
 
-RESNET50 = [  # C and H = W of its twelve shapes
+RESNET50 = [  # the number of channels C, and H = W, of its twelve shapes
     *((64, 112), (64, 56), (256, 56), (128, 56), (128, 28), (512, 28)),
     *((256, 28), (256, 14), (1024, 14), (512, 14), (512, 7), (2048, 7)),
 ]
@@ -80,7 +80,7 @@ def cases(shape: tuple[int, ...], layout: str) -> dict[str, tuple[Callable[[], o
 
 
 def burst(call: Callable[[], object]) -> float:
-    """The median time of a few calls after one that is not counted, in seconds."""
+    """The median seconds of a few calls, after a first one that is not counted."""
     call()
     times = []
     for _ in range(CALLS):
@@ -91,7 +91,7 @@ def burst(call: Callable[[], object]) -> float:
 
 
 def measure(shape: tuple[int, ...], layout: str, rounds: int) -> dict[str, dict[str, float]]:
-    """For each case the median ratio and its spread over the rounds, and the median times."""
+    """The median ratio of each case with its spread over the rounds, and the median times."""
     results = {}
     for case, (theirs, ours) in cases(shape, layout).items():
         grad = torch.enable_grad() if case == "backward" else torch.no_grad()
@@ -109,7 +109,7 @@ def measure(shape: tuple[int, ...], layout: str, rounds: int) -> dict[str, dict[
 
 
 def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
-    """Ratios with their spread, a line for each shape, and the geometric means."""
+    """The table of ratios with their spread, a line for each shape, and the geometric means."""
     lines = [f"{'PyTorch time / cupybn time':26}" + "".join(f"{case:>22}" for case in GOALS)]
     for name, row in results.items():
         cells = (f"{r['ratio']:.2f} ({r['low']:.2f}..{r['high']:.2f})" for r in row.values())
@@ -121,7 +121,7 @@ def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
 
 
 def plot(results: dict[str, dict[str, dict[str, float]]], title: str, path: Path) -> None:
-    """The ratios of all shapes as dots over their spread."""
+    """Draw the ratios of all shapes as dots over their spread."""
     figure, axes = plt.subplots(1, len(GOALS), figsize=(13, 6), sharey=True, layout="constrained")
     names = list(results)
     for axis, (case, goal) in zip(axes, GOALS.items(), strict=True):
@@ -162,13 +162,8 @@ def main() -> None:
     machine = f"{args.threads} threads, {platform.machine()}, Python {platform.python_version()}"
     print(f"{versions}\n{machine}, float32, {rounds} rounds: median (lowest..highest)\n{table(results)}")
 
-    args.output.mkdir(parents=True, exist_ok=True)
     stem = args.output / ("cpu-short" if args.short else "cpu")
-    stem.with_suffix(".json").write_text(
-        json.dumps({"versions": versions, "machine": machine, "rounds": rounds, "results": results}, indent=1) + "\n"
-    )
-    plot(results, f"{versions}; {machine}", stem.with_suffix(".png"))
-    print(f"results: {stem}.json, plot: {stem}.png")
+    save(Measured(versions, machine, rounds, results), stem, plot)
 
 
 if __name__ == "__main__":

@@ -25,11 +25,11 @@ from contact.report import Report
 from contact.runner import run
 
 FOR_THE_REST, AT_THE_END = 12.0, 3.0
-"""Seconds that a stage which runs alone leaves to those after it, and that all leave for the summary."""
+"""Seconds that a stage which runs alone leaves to later stages, and that all stages leave for the summary."""
 PATIENCE = 5.0
-"""A rehearsal gives a stage so many times the time: the machine may be slow and busy."""
+"""Factor by which stages of a rehearsal get more time: the machine may be slow and busy."""
 NEEDED = ("numpy", "cupy", "ml_dtypes", "tqdm")
-"""Modules without which no stage runs."""
+"""Modules that every stage needs."""
 
 
 def main() -> int:
@@ -53,12 +53,12 @@ GROUPS = (plan.ALONE, plan.TOGETHER)
 
 
 def patient(stage: Stage, rehearse: bool) -> Stage:
-    """A stage with the time that it has in a rehearsal."""
+    """The stage, with more time if this is a rehearsal."""
     return stage._replace(seconds=stage.seconds * PATIENCE) if rehearse else stage
 
 
 def arguments() -> argparse.Namespace:
-    """The options; asking for stages that there are not is an error."""
+    """The options of the command line; naming a stage that does not exist is an error."""
     about = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(
         description=about[0],
@@ -86,7 +86,7 @@ def arguments() -> argparse.Namespace:
 
 
 def minutes(text: str) -> float:
-    """A time for everything."""
+    """Parse the minutes for the whole run."""
     with contextlib.suppress(ValueError):
         if 0 < float(text) < math.inf:
             return float(text)
@@ -94,7 +94,7 @@ def minutes(text: str) -> float:
 
 
 def names(text: str) -> list[str]:
-    """Names of stages with commas in between."""
+    """Parse names of stages with commas in between."""
     found = [name.strip() for name in text.split(",") if name.strip()]
     unknown = [name for name in found if name not in plan.NAMES]
     if unknown:

@@ -35,7 +35,7 @@ from cupybn._cli.table import table
 RESULTS = Path(__file__).parent / "results"
 DRY_RUN = "dry run, not a measurement"
 MINUTES = 7.0
-"""When measuring ends; tables and plots take some more seconds."""
+"""Minutes after which no further case is measured; writing tables and plots takes some more seconds."""
 
 
 def main() -> int:
@@ -65,7 +65,7 @@ def main() -> int:
 
 
 def measure(args: argparse.Namespace, effort: Effort) -> dict[str, Any]:
-    """All that goes into the results."""
+    """Measure, and return all that goes into the results file."""
     found, notes = peers()
     bench = Bench(found, effort)
     deadline = float("inf") if args.full or args.dry_run else time.monotonic() + 60 * args.minutes
@@ -95,7 +95,7 @@ def measure(args: argparse.Namespace, effort: Effort) -> dict[str, Any]:
 
 
 def machine() -> dict[str, str]:
-    """Versions, and the GPU."""
+    """Versions of libraries and driver, and the name of the GPU."""
     found = dict(info.lines())
     torch = optional("torch")
     gpu = next((value for name, value in found.items() if name.startswith("GPU")), "none")
@@ -111,7 +111,7 @@ def machine() -> dict[str, str]:
 
 
 def wrong(records: list[Record]) -> list[Record]:
-    """Of cupybn, what is off by more than it may be, or failed."""
+    """The measurements of cupybn that failed, or whose result is off by more than it may be."""
     ours = [record for record in records if record["peer"] in (CUPYBN, "all")]
     return [record for record in ours if "error" in record or not record["error_over_allowed"] <= 1]
 

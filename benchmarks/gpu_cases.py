@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from cupybn._arrays.dtypes import parameter_dtype
 from cupybn._cli.problem import OPERATIONS, Problem
 
-RESNET50 = [  # C and H = W of its twelve shapes
+RESNET50 = [  # the number of channels C, and H = W, of its twelve shapes
     *((64, 112), (64, 56), (256, 56), (128, 56), (128, 28), (512, 28)),
     *((256, 28), (256, 14), (1024, 14), (512, 14), (512, 7), (2048, 7)),
 ]
@@ -21,20 +21,20 @@ DEAD = "half of the channels dead"
 
 @dataclass(frozen=True)
 class Case:
-    """Arrays, and what is measured on them."""
+    """A problem to measure, and the operations to measure on it."""
 
     group: str
     layout: str  # "NCHW", "NHWC", "NC", "NCL" or "NCDHW"
     problem: Problem
     operations: tuple[str, ...]
     all_peers: bool
-    """Also those that nobody would choose for speed."""
+    """Whether also those peers are measured that nobody would choose for speed."""
     dead: bool = False
-    """Every other channel of x is zero, as behind a ReLU that never lets anything through."""
+    """Whether every other channel of x is zero, as behind a ReLU whose outputs are all 0."""
 
 
 def cases(full: bool, dry_run: bool) -> list[Case]:
-    """In the order in which they are measured."""
+    """All cases, in the order in which they are measured."""
     if dry_run:
         return _tiny()
     images = [
@@ -59,7 +59,7 @@ def cases(full: bool, dry_run: bool) -> list[Case]:
 
 
 def odd() -> list[Case]:
-    """What is not as in ResNet-50: channels that are no multiple of 8, rows that are no whole packs, dead channels."""
+    """Cases unlike ResNet-50's: channels that are no multiple of 8, rows that are no whole packs, dead channels."""
     large = _image(32, 256, 56, "NCHW", "float16")
     return [
         Case("35 channels", "NHWC", _image(32, 35, 28, "NHWC", "float16"), BARE, all_peers=False),

@@ -25,23 +25,23 @@ from cupybn._cli.peers import EPS, MOMENTUM
 from cupybn._cli.problem import OPERATIONS, Arrays, Operation, Problem
 
 LIBRARY = "cudnn/lib/libcudnn.so.9"
-"""libcudnn in the folder `nvidia`, where the packages `nvidia-cudnn-cu12` and `nvidia-cudnn-cu13` put it."""
+"""Path of libcudnn below the folder `nvidia`, where the packages `nvidia-cudnn-cu12` and `nvidia-cudnn-cu13` put it."""
 PLANS = 4
-"""Plans that are kept with their workspaces: a backward pass needs two of them."""
+"""Plans that are kept, with their workspaces: a backward pass needs two of them."""
 
 
 class RefusedError(Exception):
-    """cuDNN will not do what was asked for."""
+    """An error that says why cuDNN will not do what was asked for."""
 
 
 def load() -> Any:
-    """The frontend's module, with a cuDNN; an ImportError says what is missing."""
+    """The frontend's module, once cuDNN is found; an ImportError says what is missing."""
     if importlib.util.find_spec("cudnn") is None:
         raise ImportError("it is not installed")
     _load_library()
     import cudnn
 
-    logging.getLogger("cudnn").setLevel(logging.ERROR)  # a refusal is an exception, and a warning besides
+    logging.getLogger("cudnn").setLevel(logging.ERROR)  # silences its warnings: each refusal is an exception as well
     try:
         cudnn.backend_version()
     except RuntimeError as error:
@@ -50,7 +50,7 @@ def load() -> Any:
 
 
 def _load_library() -> None:
-    """Load libcudnn from wherever on the path it is: the frontend looks beside the interpreter's own packages alone."""
+    """Load libcudnn from anywhere on Python's path: the frontend looks only beside the interpreter's own packages."""
     spec = importlib.util.find_spec("nvidia")
     for folder in (spec and spec.submodule_search_locations) or ():
         if Path(folder, LIBRARY).exists():
@@ -69,7 +69,7 @@ def dims_and_strides(problem: Problem) -> tuple[list[int], list[int]]:
 
 
 class Sketch:
-    """A graph that is being drawn.
+    """A graph that is being built, with an input or output for each array.
 
     Parameters
     ----------
@@ -77,7 +77,7 @@ class Sketch:
         The frontend.
     problem : Problem
     options : dict
-        For the graph: its handle.
+        Options of the graph: its handle.
     flat : bool
         Channels-first arrays are described as (N, C, L), the only way in which they are multiplied by a vector.
     """
@@ -103,20 +103,22 @@ class Sketch:
         return tensor
 
     def image(self, name: str, dtype: Any = None) -> Any:
-        """An input of the size of x."""
+        """Add an input that has the size of x."""
         return self._input(name, self.dims, self.strides, dtype or self.dtype)
 
     def vector(self, name: str) -> Any:
-        """An input with one float32 for each channel."""
+        """Add an input with one float32 for each channel."""
         channels, others = self.dims[1], len(self.dims) - 2
         return self._input(name, [1, channels] + [1] * others, [channels, 1] + [channels] * others, self.float)
 
     def scalar(self, name: str) -> Any:
-        """A float32 on the host, which is passed by value."""
+        """Add a float32 that lies on the host, and is passed by value."""
         return self._input(name, [1] * len(self.dims), [1] * len(self.dims), self.float, is_pass_by_value=True)
 
     def image_output(self, name: str, tensor: Any, dtype: Any = None) -> None:
-        """Make a tensor an output of the size of x. The frontend would take channels-last strides for some of them."""
+        """Make a tensor an output that has the size of x. Without given strides the frontend assumes channels last for
+        some.
+        """
         self.outputs[name] = tensor
         tensor.set_output(True).set_data_type(dtype or self.dtype).set_dim(self.dims).set_stride(self.strides)
 
@@ -127,7 +129,7 @@ class Sketch:
 
 
 def draw_training(s: Sketch, operation: Operation) -> None:
-    """A forward pass; with ReLU also the mask for the way back."""
+    """Build the graph of a training pass; with ReLU it also writes the mask for the backward pass."""
     vectors = {name: s.vector(name) for name in ("weight", "bias", "running_mean", "running_var")}
     y, mean, rstd, running_mean, running_var = s.graph.batchnorm(
         input=s.image("x"),
@@ -151,7 +153,7 @@ def draw_training(s: Sketch, operation: Operation) -> None:
 
 
 def draw_inference(s: Sketch, _operation: Operation) -> None:
-    """Inference by the operation that there is for it."""
+    """Build inference by the one operation that cuDNN has for it."""
     vectors = {name: s.vector(name) for name in ("mean", "rstd", "weight", "bias")}
     y = s.graph.batchnorm_inference(
         input=s.image("x"),
@@ -164,7 +166,7 @@ def draw_inference(s: Sketch, _operation: Operation) -> None:
 
 
 def draw_elementwise(s: Sketch, _operation: Operation) -> None:
-    """Inference by elementwise operations."""
+    """Build inference from elementwise operations."""
     y = s.graph.sub(a=s.image("x"), b=s.vector("mean"))
     y = s.graph.mul(a=y, b=s.vector("rstd"))
     y = s.graph.mul(a=y, b=s.vector("weight"))
@@ -172,7 +174,7 @@ def draw_elementwise(s: Sketch, _operation: Operation) -> None:
 
 
 def draw_backward(s: Sketch, operation: Operation) -> None:
-    """The way back; behind a ReLU also the gradient of its argument, which is that of a residual."""
+    """Build the graph of a backward pass; behind a ReLU it also writes the residual's gradient."""
     dy = s.image("dy")
     if operation.activation:
         dy = s.graph.scale(input=dy, scale=s.image("mask", s.bit))
@@ -193,21 +195,21 @@ Draw = Callable[[Sketch, Operation], None]
 
 @dataclass
 class Plan:
-    """A graph that can be executed."""
+    """A graph that is ready to be executed, with its workspace."""
 
     sketch: Sketch
     workspace: Any
 
 
 class Frontend:
-    """cuDNN on the current device.
+    """cuDNN on the current device, through its frontend.
 
     Parameters
     ----------
     cudnn : module
         The frontend, as `load` gives it.
     notes : list of str
-        For what it refuses although there is another way.
+        List to which a note is added when cuDNN refuses an operation that can be built another way.
     """
 
     def __init__(self, cudnn: Any, notes: list[str]) -> None:
@@ -220,11 +222,11 @@ class Frontend:
 
     @property
     def version(self) -> str:
-        """Its version and that of the library."""
+        """The versions of the frontend and of cuDNN."""
         return f"{self._cudnn.__version__}, with cuDNN {self._cudnn.backend_version_string()}"
 
     def call(self, problem: Problem, operation: Operation, a: Arrays) -> Call:
-        """A call as those in `cupybn._cli.peers`; raises `RefusedError` where there is no plan."""
+        """A call like those in `cupybn._cli.peers`; raises `RefusedError` where there is no plan."""
         if operation.backward:
             return self._backward(problem, operation, a)
         return self._training(problem, operation, a) if operation.training else self._inference(problem, operation, a)
@@ -237,7 +239,7 @@ class Frontend:
             outputs = {"y": self._cupy.empty_like(a.x), "next_mean": a.running_mean, "next_var": a.running_var}
             outputs |= self._vectors(problem, "mean", "rstd")
             if operation.activation:
-                outputs["mask"] = self._cupy.empty(a.x.size, np.uint8)  # of bits, or of bytes
+                outputs["mask"] = self._cupy.empty(a.x.size, np.uint8)  # cuDNN decides whether it holds bits or bytes
             self._execute(plan, inputs, outputs)
             return outputs["y"], outputs["mean"], outputs["rstd"], outputs.get("mask")
 
@@ -251,7 +253,7 @@ class Frontend:
             if note not in self._notes:
                 self._notes.append(note)
             plan = self._plan(draw_elementwise, problem, operation)
-        rstd = 1 / self._cupy.sqrt(a.running_var + np.float32(EPS))  # once for many batches
+        rstd = 1 / self._cupy.sqrt(a.running_var + np.float32(EPS))  # computed once, as a program does for many batches
         inputs = a._asdict() | {"mean": a.running_mean, "rstd": rstd}
 
         def call() -> tuple[Any, ...]:
@@ -295,7 +297,7 @@ class Frontend:
 
     def _execute(self, plan: Plan, inputs: dict[str, Any], outputs: dict[str, Any]) -> None:
         self._cudnn.set_stream(handle=self._handle, stream=self._cupy.cuda.get_current_stream().ptr)
-        # NumPy arrays are not taken as they are: they export themselves to no stream, not even to none.
+        # addresses, because the frontend does not take NumPy arrays: they cannot be exported to a stream.
         arrays = inputs | {name: array.ctypes.data for name, array in self._scalars.items()}
         pack = {tensor: arrays[name] for name, tensor in plan.sketch.inputs.items()}
         pack |= {tensor: outputs[name] for name, tensor in plan.sketch.outputs.items()}
@@ -303,6 +305,6 @@ class Frontend:
 
 
 def reason(error: Exception) -> str:
-    """What the frontend says, without the list of engines that follows."""
+    """The message of the frontend, without the list of engines that follows."""
     text = str(error).partition("\n")[0].strip(" _").removesuffix(" for") or type(error).__name__
     return text.rpartition("the backend declined: ")[2][:160]

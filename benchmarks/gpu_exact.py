@@ -13,13 +13,13 @@ from cupybn._cli.problem import Array, Arrays, Operation, Problem
 MOST_ELEMENTS = 1 << 24
 ULP = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "float64": 2.0**-52}
 FORWARD, BACKWARD = 2e-6, 1e-5
-"""Shares of the terms of an output, and of the largest gradient of a channel, that a result may be off by."""
+"""Largest errors that are allowed: a share of the terms of an output, and of the largest gradient of a channel."""
 
 
 def error(xp: Any, problem: Problem, operation: Operation, a: Arrays, found: Array) -> float:
-    """The largest error as a share of what is allowed: a few roundings, and those of the dtype itself.
+    """The largest error of a result, in units of what is allowed: a few roundings, and those of the dtype itself.
 
-    Where ReLU sees a value near 0, roundings decide whether a gradient passes: such elements do not count.
+    Where ReLU's argument is near 0, rounding decides whether a gradient passes: such elements are left out.
     """
     ulp = ULP[problem.dtype.name]
     step = max(1, MOST_ELEMENTS * problem.channels // max(found.size, 1))
@@ -62,7 +62,7 @@ def error(xp: Any, problem: Problem, operation: Operation, a: Arrays, found: Arr
 
 
 def _rows(xp: Any, array: Array, channels: slice, axis: int) -> Array:
-    """Some channels in float64, a row for each."""
+    """Some channels of an array in float64, a row for each."""
     is_bfloat16 = array.dtype.name == "bfloat16"
     values = (array.view(np.uint16) if is_bfloat16 else array)[(slice(None),) * (axis % array.ndim) + (channels,)]
     values = xp.ascontiguousarray(xp.moveaxis(values, axis, 0)).reshape(values.shape[axis], -1)

@@ -1,4 +1,4 @@
-"""Batch norm as somebody writes it who knows CuPy well: sums in two stages, elementwise kernels for all else.
+"""Batch norm as somebody writes it who knows CuPy well: sums in two stages, elementwise kernels for the rest.
 
 Training and backward without ReLU, for float32 and float16. The stand-in for CuPy has neither kind of kernel.
 """
@@ -14,11 +14,11 @@ from cupybn._cli.peers import EPS, MOMENTUM
 from cupybn._cli.problem import Array, Arrays, Operation, Problem
 
 MOST_GROUPS = 1024
-"""Of rows of channels-last data, for the first stage."""
+"""Most groups into which the first stage of a sum cuts channels-last data."""
 
 
 class Kernels(NamedTuple):
-    """What CuPy compiles for a dtype at the first call."""
+    """Kernels that CuPy compiles for a dtype at the first call."""
 
     squares: Any
     products: Any
@@ -28,7 +28,7 @@ class Kernels(NamedTuple):
 
 @functools.cache
 def kernels(cupy: Any) -> Kernels:
-    """All of them."""
+    """The kernels, made once for this process."""
     add = ("a + b", "s = a", "0")
     return Kernels(
         cupy.ReductionKernel(
@@ -63,7 +63,7 @@ def kernels(cupy: Any) -> Kernels:
 
 
 def expert_call(cupy: Any, problem: Problem, operation: Operation, a: Arrays) -> Call:
-    """As a call without arguments, as those in `cupybn._cli.peers`."""
+    """The operation as a function without arguments, like those in `cupybn._cli.peers`."""
     use = kernels(cupy)
     count = a.x.size // problem.channels
     x, dy = _grouped(problem, a.x), _grouped(problem, a.dy)
@@ -101,7 +101,9 @@ def expert_call(cupy: Any, problem: Problem, operation: Operation, a: Arrays) ->
 
 
 def _grouped(problem: Problem, array: Array) -> Array:
-    """(N, C, L), or (groups, rows, C) for channels-last data: the first stage has enough to do in parallel."""
+    """The data as (N, C, L), or channels last as (groups, rows, C), so that the first stage works on many groups at
+    once.
+    """
     if problem.channel_axis % array.ndim == 1 and array.ndim > 2:
         return array.reshape(*array.shape[:2], -1)
     rows = array.size // problem.channels

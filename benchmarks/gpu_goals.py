@@ -19,7 +19,7 @@ ADD_RELU = ("training + add + ReLU", "backward + add + ReLU")
 
 
 class Results:
-    """Records, by what they are of."""
+    """Records of measurements, found by what they measure."""
 
     def __init__(self, records: Sequence[Record]) -> None:
         self._by_key = {self._key(record): record for record in records if "error" not in record}
@@ -31,15 +31,15 @@ class Results:
         return of["group"], tuple(of["shape"]), of["layout"], of["dtype"], of["operation"], of["peer"]
 
     def ours(self) -> list[Record]:
-        """Those of cupybn."""
+        """The records of cupybn."""
         return [record for record in self._by_key.values() if record["peer"] == CUPYBN]
 
     def other(self, record: Record, **changed: Any) -> Record | None:
-        """The record of another peer or operation on the same arrays."""
+        """The record of another peer or operation on the same arrays; None if there is none."""
         return self._by_key.get(self._key(record, **changed))
 
     def refused(self, record: Record, peer: str) -> bool:
-        """Whether another peer refuses to do the same."""
+        """Whether another peer refuses the operation of a record."""
         return self._key(record, peer=peer) in self._refused
 
     def speed_up(self, record: Record, peer: str = TORCH, time: str = "cold_us") -> float | None:
@@ -54,38 +54,38 @@ Value = Callable[[Results, Record], float | None]
 
 
 def share(_results: Results, record: Record) -> float:
-    """Of the bandwidth of a copy."""
+    """The time of a copy of the fewest bytes that the operation must move, over the operation's time."""
     return float(record["share_of_copy"])
 
 
 def speed_up(results: Results, record: Record) -> float | None:
-    """Against PyTorch."""
+    """PyTorch's time on the device over cupybn's."""
     return results.speed_up(record)
 
 
 def host_speed_up(results: Results, record: Record) -> float | None:
-    """The same for the host."""
+    """PyTorch's time on the host over cupybn's."""
     return results.speed_up(record, time="host_us")
 
 
 def device_us(_results: Results, record: Record) -> float:
-    """On the device."""
+    """Microseconds on the device, with cold caches."""
     return float(record["cold_us"]["median"])
 
 
 def launches(_results: Results, record: Record) -> float:
-    """Of cupybn's kernels."""
+    """How many kernels cupybn launched."""
     return float(record["launches"])
 
 
 def against_bare(results: Results, record: Record) -> float | None:
-    """With ReLU against without."""
+    """The time with ReLU over the time without it."""
     bare = results.other(record, operation=record["operation"].partition(" + ")[0])
     return None if bare is None else float(record["cold_us"]["median"] / bare["cold_us"]["median"])
 
 
 class Goal(NamedTuple):
-    """A bound on a value in a regime."""
+    """A bound on a value, for certain operations in a regime: the layouts, dtypes, sizes that `where` lets through."""
 
     regime: str
     what: str
@@ -97,7 +97,7 @@ class Goal(NamedTuple):
 
     @property
     def text(self) -> str:
-        """Such as "speed-up >= 1.7"."""
+        """The goal in words, such as "speed-up >= 1.7"."""
         return f"{self.what} {'<=' if self.at_most else '>='} {self.bound:g}"
 
 
@@ -157,7 +157,9 @@ GOALS = tuple(_goals())
 
 
 def compare(results: Results) -> list[dict[str, Any]]:
-    """For each goal what was measured."""
+    """A row for each goal: how many records are of its regime, their median, the worst of them, and whether it meets
+    the goal.
+    """
     rows = []
     for goal in GOALS:
         of_regime = [r for r in results.ours() if r["operation"] in goal.operations and goal.where(r)]
@@ -172,7 +174,7 @@ def compare(results: Results) -> list[dict[str, Any]]:
 
 
 def cells(rows: Sequence[dict[str, Any]], dry_run: bool) -> list[list[str]]:
-    """The same for a table."""
+    """The rows of `compare` as text for a table."""
     return [
         [
             row["regime"],

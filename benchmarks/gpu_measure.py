@@ -22,14 +22,15 @@ from cupybn._steps import launcher
 Record = dict[str, Any]
 
 SMALL = 8e6
-"""Bytes of x up to which the host may decide the time of a call, and is measured."""
+"""Bytes of x up to which the host may take longer than the device, so that its time is measured as well."""
 WARM = 64e6
-"""Bytes of x up to which the L2 cache may hold some of it from one call to the next."""
+"""Bytes of x up to which some of it may stay in the L2 cache until the next call, so that warm calls are timed as
+well."""
 WARM_CALLS = 20
 
 
 class Bench:
-    """What is the same for all cases."""
+    """The peers, the effort and the GPU's cache: what is the same for all cases."""
 
     def __init__(self, peers: Sequence[Peer], effort: Effort) -> None:
         self.peers, self.effort = peers, effort
@@ -39,21 +40,21 @@ class Bench:
         self.copy = functools.cache(lambda nbytes: copy_time(nbytes, self.l2_bytes, effort))
 
     def warm_up(self) -> None:
-        """Copy until the clocks of the GPU have gone up."""
+        """Copy until the GPU runs at full clocks."""
         end = time.monotonic() + min(1.0, 30 * self.effort.seconds)
         self.copy(1 << 16)
         while time.monotonic() < end:
             copy_time(1 << 28, self.l2_bytes, self.effort)
 
     def records(self, case: Case) -> Iterator[Record]:
-        """One for each operation and peer; with an ``"error"`` where something failed, or was refused."""
+        """A record for each operation and peer; with an ``"error"`` where something failed or was refused."""
         sets = cold_sets(2 * case.problem.nbytes, self.l2_bytes, self.effort)
         try:
             arrays = make_arrays(case.problem, self.cupy, sets)
             if case.dead:
                 for a in arrays:
                     self.cupy.moveaxis(a.x, case.problem.channel_axis, 0)[::2] = 0
-        except Exception as error:  # more than this GPU holds
+        except Exception as error:  # the GPU has too little memory
             yield {**self._head(case, OPERATIONS[case.operations[0]], "all"), "error": repr(error)}
             return
         for operation in map(OPERATIONS.__getitem__, case.operations):
@@ -65,13 +66,13 @@ class Bench:
                         yield from self._measure(case, operation, peer, arrays)
                 except RefusedError as refusal:
                     yield {**self._head(case, operation, peer.name), "error": str(refusal), "refused": True}
-                except Exception as error:  # one that fails is a note, and the others are measured
+                except Exception as error:  # a peer that fails is noted, and the others are measured
                     yield {**self._head(case, operation, peer.name), "error": repr(error)[:500]}
         del arrays
         self.release()
 
     def release(self) -> None:
-        """Give back the memory of a case: the next one needs blocks of other sizes."""
+        """Give back the memory of a case, since the next one needs blocks of other sizes."""
         release()
         self.cupy.get_default_memory_pool().free_all_blocks()
         torch = optional("torch")
@@ -122,7 +123,7 @@ class Bench:
 
 
 def failures(records: Sequence[Record]) -> list[str]:
-    """What failed and what was refused, a line for each reason."""
+    """A line for each reason why measurements failed or were refused."""
     counts = Counter(
         (record["peer"], "refused" if record.get("refused") else "failed", record["error"])
         for record in records

@@ -1,4 +1,4 @@
-"""Who takes part, how its calls become a graph, and how its results become arrays of CuPy."""
+"""The libraries that are compared: how each is called, how its calls become a graph, and its results arrays of CuPy."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ CUDNN, PLAIN, EXPERT = "cuDNN Frontend", "plain CuPy", "expert CuPy"
 
 @dataclass
 class Peer:
-    """A library, or a way to use one."""
+    """A library, or a way to use one, with its calls."""
 
     name: str
     call: Callable[[Problem, Operation, Arrays], Call]
     graph: Callable[[Sequence[Call], bool], Graph]
     output: Callable[[Problem, Any], Array]
-    """The first item of a result, in the memory order of the problem."""
+    """Function that returns the first item of a result as an array of CuPy in the memory order of the problem."""
     takes: Callable[[Problem, Operation], bool]
     surroundings: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
     everywhere: bool = True
-    """Else only where all peers are wanted."""
+    """Whether the peer takes part in every case; else only in those with `Case.all_peers`."""
 
 
 def peers() -> tuple[list[Peer], list[str]]:
-    """Those that can be measured here, and why others cannot."""
+    """The peers that can be measured on this machine, and notes on why others cannot."""
     cupy, torch = import_cupy(), optional("torch")
 
     def with_cupy(
@@ -53,7 +53,7 @@ def peers() -> tuple[list[Peer], list[str]]:
         return True
 
     def planned(problem: Problem, operation: Operation) -> bool:
-        # Not with ReLU alone: to plan a graph takes longer than to measure it.
+        # ReLU without a residual is left out: planning its graph takes longer than measuring it.
         alone = operation.activation is not None and not operation.residual
         return not alone and problem.dtype != np.dtype(np.float64)
 
@@ -81,7 +81,7 @@ def peers() -> tuple[list[Peer], list[str]]:
 
 
 def _torch_peers(torch: Any) -> list[Peer]:
-    stream = torch.cuda.Stream()  # autograd goes back on the stream of the forward pass, which must be the captured one
+    stream = torch.cuda.Stream()  # autograd uses the stream of the forward pass, which must be the captured one
 
     @contextlib.contextmanager
     def surroundings(cudnn: bool) -> Any:

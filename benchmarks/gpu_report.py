@@ -29,7 +29,7 @@ HEAD = [
 
 
 def write(report: dict[str, Any], folder: Path) -> list[Path]:
-    """All files; their names say whether this was a dry run."""
+    """Write all files; their names say whether this was a dry run."""
     folder.mkdir(parents=True, exist_ok=True)
     stem = folder / ("gpu-dry-run" if report["dry_run"] else "gpu")
     results = Results(report["records"])
@@ -47,14 +47,14 @@ def write(report: dict[str, Any], folder: Path) -> list[Path]:
 
 
 def title(report: dict[str, Any]) -> str:
-    """What was measured on what."""
+    """The title of a report: the library, the GPU, and whether this was a dry run."""
     machine = report["machine"]
     what = ", ".join(f"{name} {machine[name]}" for name in ("cupybn", "CuPy", "PyTorch", "CUDA runtime"))
     return f"{report['note'] + ': ' if report['dry_run'] else ''}{machine['GPU']}; {what}"
 
 
 def text(report: dict[str, Any], results: Results) -> str:
-    """The whole page."""
+    """The whole page in Markdown."""
     parts = ["# Batch norm on a GPU", *([f"**{report['note']}**"] if report["dry_run"] else [])]
     parts += ["\n".join(f"* {name}: {value}" for name, value in report["machine"].items())]
     parts += ["## Goals", markdown(gpu_goals.HEAD, gpu_goals.cells(report["goals"], report["dry_run"]))]
@@ -67,7 +67,7 @@ def text(report: dict[str, Any], results: Results) -> str:
 
 
 def cells(results: Results, record: Record) -> list[str]:
-    """A line of the table."""
+    """The cells of a record's row in the table."""
     cold, torch = record["cold_us"], results.other(record, peer=TORCH)
 
     def median(of: Record | None, name: str) -> str:
@@ -91,7 +91,7 @@ def cells(results: Results, record: Record) -> list[str]:
 
 
 def plot(results: Results, value: Callable[[Record], float | None], label: str, heading: str, path: Path) -> None:
-    """A dot for each shape and dtype, a panel for each operation; filled for channels first."""
+    """Draw a dot for each shape and dtype, a panel for each operation; dots are filled for channels first."""
     ours = results.ours()
     names = list(dict.fromkeys(_name(record) for record in ours))
     figure, axes = plt.subplots(

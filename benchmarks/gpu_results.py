@@ -1,4 +1,4 @@
-"""What `first_contact.py` has measured, as it is kept under results/, and two such measurements side by side.
+"""Keeps what `first_contact.py` has measured under results/, and compares two such measurements.
 
     python benchmarks/gpu_results.py keep DIR NAME "what was measured"   # results/h200/NAME.json, .md and .png
     python benchmarks/gpu_results.py compare results/h200/BEFORE.json results/h200/AFTER.json
@@ -32,13 +32,13 @@ import matplotlib.pyplot as plt
 
 RESULTS = Path(__file__).parent / "results"
 VERSIONS = ("cupybn", "CuPy", "CUDA runtime", "NVRTC", "torch", "nvidia-cudnn-frontend", "NumPy", "Python")
-"""Facts of the stage environment that are kept, beside the GPU and its driver."""
+"""Facts of the stage "environment" that are kept, beside the GPU and its driver."""
 STALLS = {"kernel": "kernel", "grid": "blocks", "time": "time", "dram_pct": "memory, %", "issue_pct": "issue slots, %"}
 STALLS |= {"warps_pct": "warps, %", "registers": "registers", "stalls": "cycles stalled for an instruction"}
-"""Columns of Nsight Compute's table, and what they are called."""
+"""Columns of Nsight Compute's table that are kept, and their headings."""
 PATH = re.compile(r"(/[\w.+-]+){2,}")
 DIGITS = 4
-"""Significant digits that are kept of a figure."""
+"""Significant digits of figures that are kept."""
 
 
 def main() -> None:
@@ -82,7 +82,7 @@ def keep(folder: Path, name: str, what: str, output: Path | None = None) -> list
 
 
 def summary(folder: Path, what: str) -> dict[str, Any]:
-    """What is kept of a folder."""
+    """What is kept of the folder of a first contact."""
     stages = json.loads((folder / "results.json").read_text())
     found = {name: stage["findings"] for name, stage in stages.items()}
     bench = found["bench"]
@@ -107,7 +107,7 @@ def summary(folder: Path, what: str) -> dict[str, Any]:
 
 
 def machine(facts: dict[str, Any]) -> dict[str, str]:
-    """The GPU, its driver and clocks, and the versions that count."""
+    """The GPU, its driver and clocks, and the versions that matter to the figures."""
     gpu = next(value for name, value in facts.items() if name.startswith("GPU"))
     query = str(facts.get("nvidia-smi", "")).split(", ")
     clocks = {"driver": query[1], "clocks, at most": f"{query[3]}, memory {query[4]}"} if len(query) > 4 else {}
@@ -115,18 +115,18 @@ def machine(facts: dict[str, Any]) -> dict[str, str]:
 
 
 def folder_name(gpu: str) -> str:
-    """Such as "h200" for "NVIDIA H200, compute capability 9.0, ..."."""
+    """The name of the folder for a GPU, such as "h200" for "NVIDIA H200, compute capability 9.0, ..."."""
     return re.sub(r"\W+", "-", gpu.partition(",")[0].removeprefix("NVIDIA ").lower()).strip("-")
 
 
 def shortened(record: Record) -> Record:
-    """A record without what follows from the others."""
+    """The record without what follows from the rest of it."""
     copy = {"copy_us": {"median": record["copy_us"]["median"]}} if "copy_us" in record else {}
     return {name: value for name, value in record.items() if name != "least_bytes"} | copy
 
 
 def rounded(value: Any) -> Any:
-    """The same with as many digits as mean something."""
+    """The value with its floats rounded to DIGITS significant digits, also those in dicts."""
     if isinstance(value, dict):
         return {name: rounded(item) for name, item in value.items()}
     if isinstance(value, float) and value and math.isfinite(value):
@@ -135,7 +135,7 @@ def rounded(value: Any) -> Any:
 
 
 def as_json(measured: dict[str, Any]) -> str:
-    """JSON with a line for each record."""
+    """The measurement as JSON, with a line for each item of a list, such as a record."""
     lines = []
     for name, value in measured.items():
         if isinstance(value, list) and value:
@@ -147,7 +147,7 @@ def as_json(measured: dict[str, Any]) -> str:
 
 
 def page(measured: dict[str, Any]) -> str:
-    """All of it for people."""
+    """The measurement as a page in Markdown."""
     results = Results(measured["records"])
     head = ["shape, as in memory", "operation", "us, cold (quartiles)", "warm", "share of copy"]
     head += [f"{TORCH} / {CUPYBN}", f"{CUDNN} / {CUPYBN}", "host us", "PyTorch's", "launches", "error / allowed"]
@@ -166,7 +166,7 @@ def page(measured: dict[str, Any]) -> str:
 
 
 def title(measured: dict[str, Any]) -> str:
-    """Such as "NVIDIA H200, driver 580.1, CuPy 14.2"."""
+    """The title of a measurement, such as "NVIDIA H200, driver 580.1, CuPy 14.2"."""
     found = measured["machine"]
     versions = ", ".join(f"{name} {found[name]}" for name in ("driver", "CuPy") if name in found)
     return f"{found['GPU'].partition(',')[0]}, {versions}"
@@ -182,13 +182,13 @@ def line(results: Results, record: Record) -> list[str]:
 
 
 def case_name(record: Record) -> str:
-    """Such as "NCHW 32x64x56x56 float16"."""
+    """The name of a record's case, such as "NCHW 32x64x56x56 float16"."""
     group = "" if record["group"] == "first contact" else f", {record['group']}"
     return f"{record['layout']} {'x'.join(map(str, record['shape']))} {record['dtype']}{group}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Two of them
+# Two measurements
 
 
 def compare(before: Path, after: Path) -> list[Path]:
@@ -202,7 +202,7 @@ def compare(before: Path, after: Path) -> list[Path]:
 
 
 def comparison(both: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
-    """A table with both, and what has become of it."""
+    """A page with a table of both measurements and how many times as fast the second one is."""
     old, new = (Results(measured["records"]) for measured in both)
     head = ["case", "operation", f"us, {names[0]}", names[1], "times as fast", f"share of copy, {names[0]}", names[1]]
     head += [f"{TORCH} / {CUPYBN}, {names[0]}", names[1], f"{CUDNN} / {CUPYBN}, {names[1]}"]
@@ -225,7 +225,7 @@ def comparison(both: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
 
 
 def figure(value: float | None, digits: int = 2) -> str:
-    """A cell of a table."""
+    """The text of a cell with a figure; "-" for None."""
     return "-" if value is None else f"{value:.{digits}f}"
 
 
@@ -234,7 +234,9 @@ def figure(value: float | None, digits: int = 2) -> str:
 
 
 def picture(sets: Sequence[dict[str, Any]], path: Path, names: Sequence[str] = ("",)) -> None:
-    """The share of the bandwidth of a copy: a line for each case, a panel for each operation, a mark for each peer."""
+    """Draw the share of the bandwidth of a copy: a line for each case, a panel for each operation, a mark for each
+    peer.
+    """
     results = [Results(measured["records"]) for measured in sets]
     last = results[-1]
     cases = list(dict.fromkeys(case_name(record) for record in last.ours()))
@@ -273,7 +275,7 @@ OTHERS = {
 
 
 def _row(axis: Any, y: int, record: Record, results: Sequence[Results]) -> None:
-    """The marks of a case and an operation."""
+    """Draw the marks of one case and operation."""
     for peer, style in OTHERS.items():
         theirs = results[-1].other(record, peer=peer)
         if theirs is not None:

@@ -1,4 +1,5 @@
-"""What the compiled kernels take: registers, shared memory and spills, for every generation of GPUs. No GPU is needed.
+"""Lists what the compiled kernels use: registers, shared memory and spills, for every generation of GPUs, without a
+GPU.
 
 python benchmarks/registers.py       # a table in benchmarks/results/registers.md
 """
@@ -13,9 +14,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # the compiler is that of the tests
+sys.path.insert(0, str(Path(__file__).parent.parent))  # `tests.nvrtc`, below, compiles the kernels
 
-from cupybn._steps import launcher
+from cupybn._steps import sources
 from tests import nvrtc
 from tests.nvrtc import ARCHITECTURES, Instance, Usage
 
@@ -31,7 +32,7 @@ COLUMNS = ["kernel", "dtype", *(f"{a // 10}.{a % 10}" for a in ARCHITECTURES), "
 
 
 def row(instance: Instance, usages: list[Usage]) -> list[str]:
-    """The cells of an instance, from its usage on each architecture."""
+    """The cells of an instance's row, from its usage on each architecture."""
     spills = [
         f"{column}: {usage.spill_stores} + {usage.spill_loads}"
         for column, usage in zip(COLUMNS[2:], usages, strict=False)
@@ -55,7 +56,7 @@ def main() -> None:
     by_architecture = [
         [
             i
-            for kernel in launcher.kernel_names()
+            for kernel in sources.kernel_names()
             for i in nvrtc.instances(kernel, a)
             if "/" not in kernel or (i.pack_bytes, i.index_bits) == (16, 32)
         ]

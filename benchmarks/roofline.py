@@ -43,24 +43,26 @@ PACK = 16
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4}
 OPERATION_NAMES = ("training", "inference", "backward")
 ON_CHIP = {"training": ("bn_forward", 1), "backward": ("bn_backward", 2)}
-"""The kernel that keeps channels on chip, and of how many arrays."""
+"""The kernel that keeps channels on chip, and how many arrays it reads."""
 STREAMED = {
     "training": (("bn_stats", 1), ("bn_normalize", 2)),
     "inference": (("bn_normalize", 2),),
     "backward": (("bn_backward_reduce", 2), ("bn_backward_input", 3)),
 }
-"""The kernels of an operation that reads its input again, and the passes over the tensor that each of them moves."""
+"""The kernels of an operation that reads its input again, and how many arrays each of them reads or writes."""
 ALIGNMENT = 512
-"""Of arrays in CuPy's memory pool."""
+"""Bytes of which the addresses of arrays are a multiple in CuPy's memory pool."""
 FIRST_DEVICE = 1 << 20
-"""Index of the first of these GPUs for the library, whose plans for real ones stay as they are."""
+"""Number that the library gets for the first of these GPUs: no real device has it, so plans for real ones stay."""
 LAUNCH = 2.4
-"""Microseconds of a launch beside its bytes: what copies of 16 to 256 MiB on an H200 leave at 4.28 TB/s."""
+"""Microseconds that a launch takes beside moving its bytes: measured on an H200, copies of 16 to 256 MiB at 4.28
+TB/s."""
 SHARES = {"memory": 0.95, "issue": 0.65}
-"""Of what is published, what a kernel can have: dependent instructions, barriers and unequal warps leave no more."""
+"""Shares of the published rates that a kernel reaches: dependent instructions, barriers and unequal warps take the
+rest."""
 SHARE_OF_A_PIPE = 0.80
 REACH = 3
-"""Times its share of the bandwidth that a multiprocessor can move."""
+"""Factor by which a multiprocessor alone can exceed its equal share of the bandwidth."""
 COLOURS = {
     "memory": "C2",
     "issue": "C3",
@@ -76,13 +78,16 @@ MARKERS = {"training": "o", "inference": "s", "backward": "^"}
 
 @dataclass(frozen=True)
 class Gpu:
-    """Published figures, but for clocks under load, and a copy's bandwidth: 90 % of the peak, an H200's measured."""
+    """A GPU's published figures, except for clocks under load and the bandwidth of a copy: 90 % of the peak, or the
+    H200's as measured.
+    """
 
     name: str
     device: Device
-    clock: float  # GHz
-    bandwidth: float  # GB/s
-    rates: dict[str, float]  # thread-instructions for each clock and multiprocessor
+    clock: float  # GHz, under load
+    bandwidth: float  # GB/s of a copy
+    rates: dict[str, float]
+    """Thread-instructions for each clock and multiprocessor, by pipeline; "issue" is all of them together."""
 
 
 def _rates(fma: float, fp64: float) -> dict[str, float]:
@@ -106,21 +111,23 @@ GPUS = (
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What was counted
+# Counted instructions
 
 
 class Count(NamedTuple):
-    """Thread-instructions for each pack, in all and by pipeline, and those of each warp whatever it has to do."""
+    """Thread-instructions for each pack, in all ("issue") and by pipeline, and those that a warp executes once."""
 
     per_pack: dict[str, float]
     once: float
 
 
-Counts = dict[tuple[str, str, str], Count]  # by rows, kernel and dtype
+Counts = dict[tuple[str, str, str], Count]  # keys: kind of rows, kernel, dtype
 
 
 def read_counts(text: str) -> Counts:
-    """The tables of `benchmarks/instructions`: a heading for each kind of rows, a line for each kernel and dtype."""
+    """The counts in the tables of `benchmarks/instructions`: a heading for each kind of rows, a line for each kernel
+    and dtype.
+    """
     counts: Counts = {}
     rows, head = "", []
     for line in text.splitlines():
@@ -138,7 +145,7 @@ def read_counts(text: str) -> Counts:
 
 
 def kind_of_rows(channels_last: bool, channels: int, plane: int) -> str:
-    """The counted rows that are most like these: whole packs or not, long ones or short ones."""
+    """The counted kind of rows that is most like these: whole packs or not, long or short."""
     if channels_last:
         return f"Channels last, C = {256 if channels % 8 == 0 else 35}"
     return f"Channels first, rows of {'56 x 56' if plane % 8 == 0 else '14 x 14' if plane > 100 else '7 x 7'}"
@@ -149,7 +156,7 @@ def kind_of_rows(channels_last: bool, channels: int, plane: int) -> str:
 
 
 class Layer(NamedTuple):
-    """An array as the kernels see it: (N, C, L), or (N * L, C) channels last."""
+    """The input of a batch norm layer as the kernels see it: (N, C, L), or (N * L, C) channels last."""
 
     N: int
     C: int
@@ -164,12 +171,12 @@ class Layer(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Such as "64 @ 56"."""
+        """The layer's name: C and the side of its square planes, such as "64 @ 56"."""
         return f"{self.C} @ {math.isqrt(self.L)}"
 
 
 class Launch(NamedTuple):
-    """A kernel over an array, and how many bytes it moves."""
+    """A kernel with its grid, and how many bytes it moves."""
 
     kernel: str
     nbytes: float
@@ -178,7 +185,7 @@ class Launch(NamedTuple):
 
 
 def launches(layer: Layer, operation: str, gpu: Gpu) -> list[Launch]:
-    """What the library would launch on a GPU, asked by an array without memory."""
+    """What the library would launch on a GPU: it is asked with an array that has no memory."""
     N, C, L, dtype, channels_last = layer
     shape = (N * L, C, 1) if channels_last else (N, C, L)
     memory = SimpleNamespace(ptr=ALIGNMENT, device_id=FIRST_DEVICE + GPUS.index(gpu))
@@ -198,7 +205,7 @@ def _launch(kernel: str, passes: int, layer: Layer, geometry: Any) -> Launch:
 
 
 def needs(launch: Launch, layer: Layer, gpu: Gpu, count: Count) -> dict[str, float]:
-    """The microseconds that a launch needs of each resource."""
+    """The microseconds that a launch needs of each resource: memory, issue slots, pipelines."""
     multiprocessors = gpu.device.multiprocessors
     busy = min(1.0, launch.blocks / multiprocessors)
     packs, warps = layer.nbytes / PACK, launch.blocks * launch.threads / 32
@@ -212,15 +219,15 @@ def needs(launch: Launch, layer: Layer, gpu: Gpu, count: Count) -> dict[str, flo
 
 
 class Prediction(NamedTuple):
-    """What an operation takes."""
+    """The predicted time of an operation."""
 
     us: float
-    share: float  # of the bandwidth of a copy of the fewest bytes
-    binds: str  # what its longest launch waits for
+    share: float  # time of a copy of the fewest bytes / predicted time
+    binds: str  # the resource that its longest launch is bound by
 
 
 def predict(layer: Layer, operation: str, gpu: Gpu, counts: Counts) -> Prediction:
-    """The time of an operation, as long as what each of its launches needs most."""
+    """The time of an operation: the sum over its launches, each as long as the resource that it needs longest."""
     rows = kind_of_rows(layer.channels_last, layer.C, layer.L)
     total, longest, binds = 0.0, 0.0, "launch"
     for launch in launches(layer, operation, gpu):
@@ -234,7 +241,7 @@ def predict(layer: Layer, operation: str, gpu: Gpu, counts: Counts) -> Predictio
 
 
 def resnet50(channels_last: bool, dtype: str) -> list[Layer]:
-    """Its twelve shapes."""
+    """The inputs of ResNet-50's twelve kinds of batch norm layers."""
     return [Layer(BATCH, channels, size * size, dtype, channels_last) for channels, size in RESNET50]
 
 
@@ -243,7 +250,7 @@ def resnet50(channels_last: bool, dtype: str) -> list[Layer]:
 
 
 class Measured(NamedTuple):
-    """A measured operation, and what is predicted for it."""
+    """The time that was measured for an operation, and the one that is predicted."""
 
     case: str
     operation: str
@@ -254,12 +261,12 @@ class Measured(NamedTuple):
 
 
 def beside(records: Iterable[dict[str, Any]], gpu: Gpu, counts: Counts) -> Iterator[Measured]:
-    """The measured operations of cupybn that the model knows."""
+    """The measured operations of cupybn that the model knows, each with its prediction."""
     for record in records:
         if record["peer"] != "cupybn" or record["operation"] not in OPERATION_NAMES or "error" in record:
             continue
         if record["group"] != "first contact":
-            continue  # dead channels
+            continue  # the case with dead channels
         shape = record["shape"]
         last = record["layout"] in ("NHWC", "NC")
         C = shape[-1] if last else shape[1]
@@ -269,7 +276,7 @@ def beside(records: Iterable[dict[str, Any]], gpu: Gpu, counts: Counts) -> Itera
         try:
             predicted = predict(layer, record["operation"], gpu, counts)
         except KeyError:
-            continue  # such rows were not counted
+            continue  # no kind of rows like these was counted
         yield Measured(case, record["operation"], layer, us, record["share_of_copy"], predicted)
 
 
@@ -278,7 +285,7 @@ def beside(records: Iterable[dict[str, Any]], gpu: Gpu, counts: Counts) -> Itera
 
 
 def page(counts: Counts, measured: Sequence[Measured], source: str) -> str:
-    """All predictions, and beside them what was measured."""
+    """The page: all predictions, and beside them what was measured."""
     parts = ["# Predictions", (__doc__ or "").partition("\n\n")[2].partition("\n\n")[2].strip()]
     parts += [
         f"Shares of the bandwidth of a copy. Predicted: the median of ResNet-50's twelve layers at batch {BATCH}, "
@@ -304,7 +311,9 @@ NOT_YET = "not measured yet"
 
 
 def rows_of(gpu: Gpu, counts: Counts, measured: Sequence[Measured]) -> Iterator[list[str]]:
-    """A line for each layout and dtype of a GPU's table: the median share, the range, and what binds most layers."""
+    """The rows of a GPU's table, one for each layout and dtype: the median share, the range, and what binds most
+    layers.
+    """
     for channels_last in False, True:
         for dtype in ITEMSIZE:
             cells = []
@@ -320,7 +329,7 @@ def rows_of(gpu: Gpu, counts: Counts, measured: Sequence[Measured]) -> Iterator[
 
 
 def short(counts: Counts, measured: Sequence[Measured], dtype: str) -> str:
-    """One table for all GPUs and one dtype."""
+    """A table of all GPUs for one dtype."""
     rows = []
     for gpu in GPUS:
         rows += [
@@ -332,7 +341,7 @@ def short(counts: Counts, measured: Sequence[Measured], dtype: str) -> str:
 
 
 def fit(measured: Sequence[Measured]) -> str:
-    """How far predictions are off."""
+    """The lines that say how far predictions are off."""
     words = []
     for name, channels_last in ("first", False), ("last", True):
         ratios = [m.us / m.predicted.us for m in measured if m.layer.channels_last == channels_last]
@@ -343,7 +352,9 @@ def fit(measured: Sequence[Measured]) -> str:
 
 
 def picture(counts: Counts, measured: Sequence[Measured], dtype: str, path: Path) -> None:
-    """A panel for each layout and GPU: a line for each layer, a mark for each operation, a colour for what binds it."""
+    """Draw a panel for each layout and GPU: a line for each layer, a mark for each operation, a colour for what binds
+    it.
+    """
     size = 2 + 2.1 * len(GPUS), 7
     figure, axes = plt.subplots(2, len(GPUS), figsize=size, sharex=True, sharey=True, layout="constrained")
     used = set()

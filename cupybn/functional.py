@@ -261,6 +261,7 @@ def forward(call: Call, out: Array | None = None) -> Array:
 def forward_vjp(call: Call) -> tuple[Array, VjpFn]:
     """The output of a call, and the function that goes back."""
     output, saved = _forward(call, None, for_vjp=True)
+    assert saved is not None
 
     def vjp_fn(grad_output: Array) -> BatchNormGrads:
         checks.check_like("grad_output", grad_output, saved.input)
@@ -271,20 +272,20 @@ def forward_vjp(call: Call) -> tuple[Array, VjpFn]:
 
 
 class Saved(NamedTuple):
-    """What the way back needs of the way forward."""
+    """Arrays and settings that the way back needs of the way forward."""
 
     ops: Any  # the steps; None if there is nothing to do
     layout: Layout
     input: Array  # dense
-    statistics: Statistics | None  # None if there is nothing to do, or nobody goes back
+    statistics: Statistics | None  # None if there is nothing to do
     affine: Affine
     epilogue: Epilogue  # without the residual
     has_residual: bool
     training: bool
 
 
-def _forward(call: Call, out: Array | None, for_vjp: bool) -> tuple[Array, Saved]:
-    """The output and what the way back needs, if there will be one."""
+def _forward(call: Call, out: Array | None, for_vjp: bool) -> tuple[Array, Saved | None]:
+    """The output and, if there will be a way back, what that needs."""
     checked = call.checked(out)
     if checked.derived:
         call, out = call.plain(), plain(out)
@@ -313,6 +314,8 @@ def _forward(call: Call, out: Array | None, for_vjp: bool) -> tuple[Array, Saved
             written.append((out, output))  # the last: it is right, whatever it shares with the buffers
         if ops is not None and written:
             write_at_once(written)
+    if not for_vjp:
+        return output, None
     way_back = Epilogue(None, activation, mask)
     return output, Saved(ops, layout, input, statistics, affine, way_back, residual is not None, call.training)
 

@@ -1,4 +1,4 @@
-"""Where the counter of `benchmarks/instructions` can be used."""
+"""Makes the counter of `benchmarks/instructions` available to tests."""
 
 from __future__ import annotations
 

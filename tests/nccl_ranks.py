@@ -1,6 +1,6 @@
-"""One rank of those that test the collectives of the stand-in: ``python -m tests.nccl_ranks RANK RANKS PORT``.
+"""One rank of the tests of the stand-in's collectives: ``python -m tests.nccl_ranks RANK RANKS PORT``.
 
-It reads names of its functions, one a line, calls them, and answers each with a line: "ok", or what went wrong.
+It reads names of functions of this module, one a line, calls them, and answers each with a line: "ok", or an error.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def reduce(comm, x, y, count, datatype=nccl.NCCL_FLOAT64, op=nccl.NCCL_SUM, stre
 
 
 def parts(dtype):
-    """What each rank sends; the order of the summands can be told from the first sum."""
+    """The array that each rank sends; the first sum shows in which order the ranks are added."""
     return [np.array([(rank - 1) / np.finfo(dtype).eps + 0.3, 0.1, rank], dtype) for rank in range(RANKS)]
 
 
@@ -63,7 +63,7 @@ def raw():
     x, y = cupy.arange(4.0) + 10 * RANK, cupy.empty((RANKS, 4))
     gather(comm, x, y, 3)
     equal(y.reshape(-1)[: 3 * RANKS], [10 * rank + i for rank in range(RANKS) for i in range(3)])
-    raises(emulator.UninitialisedMemoryError, "of", y.get)  # it wrote no more than that
+    raises(emulator.UninitialisedMemoryError, "of", y.get)  # nothing beyond the first 3 * RANKS elements was written
     y = cupy.empty((RANKS, 4))
     y[RANK] = x
     gather(comm, y[RANK], y, 4)
@@ -72,7 +72,7 @@ def raw():
         sent = parts(dtype)
         total = sent[0]
         for part in sent[1:]:
-            total = total + part  # one rank after the other, in this dtype
+            total = total + part  # adds one rank after the other, rounding to this dtype
         x, y = cupy.array(sent[RANK]), cupy.empty(3, dtype)
         reduce(comm, x, y, 3, datatype)
         equal(y, total)
@@ -85,7 +85,7 @@ def raw():
     x, y = cupy.ones(2) * RANK, cupy.empty(2)
     comm.broadcast(x.data.ptr if RANK == 1 else 0, y.data.ptr, 2, nccl.NCCL_FLOAT64, 1, 0)
     equal(y, [1, 1])
-    large = cupy.full(500_000, RANK, np.float32)  # more than connections take at once
+    large = cupy.full(500_000, RANK, np.float32)  # more bytes than a connection takes at once
     reduce(comm, large, large, large.size, nccl.NCCL_FLOAT32)
     assert (large == sum(range(RANKS))).all()
     comm.check_async_error()
@@ -93,7 +93,7 @@ def raw():
 
 
 def refused():
-    """Nothing of it makes others wait, and the communicator lives on."""
+    """Arguments that are refused: no other rank waits for the call, and the communicator lives on."""
     comm = connect()._comm
     x, y = cupy.ones(6), cupy.empty(6)
     stream = cupy.cuda.Stream()
@@ -212,7 +212,7 @@ def wait_for_error(comm):
 
 
 def abort():
-    """Rank 1 waits for the others, and gives up."""
+    """Rank 1 waits for the others and aborts; its call returns, and the others hear of it."""
     comm = connect()._comm
     x, y = cupy.ones(3), cupy.empty(3)
     if RANK != 1:
@@ -223,7 +223,7 @@ def abort():
 
     def give_up():
         time.sleep(0.1)
-        comm.check_async_error()  # the call waits, and nothing is wrong
+        comm.check_async_error()  # reports no error while the call waits
         seen.append(time.monotonic())
         comm.abort()
 
@@ -239,7 +239,7 @@ def abort():
 
 
 def leave():
-    """Rank 0, whose process has the hub, leaves in due form: no error, but no further call succeeds."""
+    """If rank 0, whose process has the hub, leaves in due form, that is no error, but no further call succeeds."""
     comm = connect()._comm
     x = cupy.ones(3)
     reduce(comm, x, x, 3)
@@ -253,7 +253,7 @@ def leave():
 
 
 def kill():
-    """The last rank dies; the others wait for it, or see it without waiting."""
+    """If the last rank dies, the others get an error, whether they wait in a call or ask."""
     comm = connect()._comm
     x, y = cupy.ones(3), cupy.empty(3)
     reduce(comm, x, x, 3)
@@ -271,7 +271,7 @@ def main():
         try:
             globals()[line.strip()]()
             answer = "ok"
-        except (Exception, pytest.fail.Exception):  # that is none
+        except (Exception, pytest.fail.Exception):  # pytest's own failures are no `Exception`
             answer = traceback.format_exc().replace("\n", " | ")
         sys.stdout.write(f"{answer}\n")
         sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""NVIDIA's run-time compiler without CuPy and without a driver, and what the kernels are compiled for."""
+"""Compiles kernels with NVRTC, NVIDIA's run-time compiler, without CuPy and without a driver."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ import ml_dtypes
 import numpy as np
 
 from cupybn._arrays.dtypes import FLOATS
-from cupybn._steps import launcher
+from cupybn._steps import launcher, sources
 from cupybn._steps.cupy_ops import ON_CHIP, _macros
 from cupybn._steps.geometry import LEAST_THREADS, TEAMS, THREADS, WARP, Geometry
 from cupybn._steps.resident import BLOCKS
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 PACK_BYTES = (16, 8, 4, 2)
-"""Bytes of packs, the usual ones first."""
+"""Sizes of packs, the usual ones first."""
 MEMORY = {
     (16, 32): FLOATS,
     (16, 64): ("float16", "float64"),
@@ -33,16 +33,16 @@ MEMORY = {
     (2, 32): ("bfloat16",),
     (2, 64): ("bfloat16",),
 }
-"""Bytes of packs and bits of indices, with the dtypes to compile where a choice will do; all but the first for one
-architecture alone."""
+"""The short list of instances to compile: bytes of a pack and bits of an index, with their dtypes. All but the first
+are compiled for one architecture alone."""
 _LIBRARY = "nvrtc64_*_0.dll" if sys.platform == "win32" else "libnvrtc.so.*"
 _CUPY_OPTIONS = ("--std=c++17", "-ftz=true", "--device-as-default-execution-space")
-"""What CuPy passes for every kernel, beside its architecture. Without the last one, the compiler of CUDA 13.0 takes a
-generic lambda for a function of the host."""
+"""Options that CuPy passes for every kernel, beside its architecture. Without the last one, the compiler of CUDA 13.0
+takes a generic lambda for a function of the host."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is compiled
+# Which instances to compile
 
 
 class Instance(NamedTuple):
@@ -53,17 +53,17 @@ class Instance(NamedTuple):
     width: int
     index_bits: int
     threads: int = THREADS
-    team: int = 0  # threads; 0 for kernels that are not told
-    cluster: int = 0  # blocks; likewise
+    team: int = 0  # threads of a team; 0 for kernels without teams
+    cluster: int = 0  # blocks of a cluster; 0 for kernels without clusters
 
     @property
     def pack_bytes(self) -> int:
-        """Bytes that one load or store moves."""
+        """Bytes of a pack, which one load or store moves."""
         return self.width * itemsize(self.dtype)
 
     @property
     def loader(self) -> launcher.Kernel:
-        """The library's own object for it."""
+        """The library's own `launcher.Kernel` of the instance."""
         dtype = np.dtype(getattr(ml_dtypes, self.dtype, self.dtype))
         geometry = Geometry((), {}, threads=self.threads, team=self.team)
         macros = _macros(dtype, self.width, self.index_bits, geometry)
@@ -71,44 +71,47 @@ class Instance(NamedTuple):
 
     @property
     def options(self) -> tuple[str, ...]:
-        """The macros, as the library hands them to CuPy."""
+        """The options of the compiler that set the macros, as the library passes them to CuPy."""
         return self.loader.options
 
 
 def itemsize(dtype: str) -> int:
-    """Bytes of an element."""
+    """Bytes of an element of a dtype."""
     return np.dtype(getattr(ml_dtypes, dtype, dtype)).itemsize
 
 
 def instances(kernel: str, architecture: int, everything: bool = False) -> list[Instance]:
-    """What the library may ask for, of teams and clusters the largest.
+    """Instances of a kernel to compile, with the largest team that each size of block has.
 
     Parameters
     ----------
     everything : bool
-        All packs, dtypes and indices, for blocks of any number of threads, in the smallest clusters as well. Else a
-        choice, for blocks of the fewest threads, which may have the fewest registers.
+        Whether to list all packs, dtypes and indices, for blocks of any number of threads, in the smallest clusters as
+        well. Else it is a short list for blocks of the fewest threads, in which a thread may use the fewest registers.
     """
     found = [i for i in all_instances(architecture) if i.kernel == kernel]
     if everything:
-        largest = {i.threads: i.team for i in found}  # teams come in their order
+        largest = {i.threads: i.team for i in found}  # later teams of a block are larger, and replace earlier ones
         clusters = 0, BLOCKS[0], _clusters(architecture)[-1]
         return [i for i in found if i.team == largest[i.threads] and i.cluster in clusters]
     if "/" not in kernel:
         return found
     fewest = min(i.threads for i in found)
-    last = {(i.pack_bytes, i.index_bits, i.dtype): i for i in found if i.threads == fewest}  # clusters do, too
+    # Later clusters are larger, and replace earlier ones.
+    last = {(i.pack_bytes, i.index_bits, i.dtype): i for i in found if i.threads == fewest}
     some = MEMORY if architecture == 90 else {(16, 32): FLOATS}
     return [last[pack_bytes, bits, dtype] for (pack_bytes, bits), dtypes in some.items() for dtype in dtypes]
 
 
 def all_instances(architecture: int) -> Iterator[Instance]:
-    """All that the library may ask a GPU for, every size of team, block and cluster; the most used first."""
+    """All instances that the library may ask a GPU for, every size of team, block and cluster; the most used ones
+    first.
+    """
     for index_bits, pack_bytes in itertools.product((32, 64), PACK_BYTES):
-        for kernel in launcher.kernel_names():
+        for kernel in sources.kernel_names():
             layout, _, step = kernel.rpartition("/")
-            if not layout:  # over vectors of one value per channel
-                if (pack_bytes, index_bits) == (16, 32):  # once
+            if not layout:  # the kernel works on vectors of one value per channel, not on packs
+                if (pack_bytes, index_bits) == (16, 32):  # such a kernel is listed once
                     threads = THREADS if step == "bn_update_running" else WARP
                     yield from (Instance(kernel, dtype, 1, 32, threads) for dtype in ("float32", "float64"))
                 continue
@@ -127,7 +130,7 @@ def all_instances(architecture: int) -> Iterator[Instance]:
 
 
 def _teams(layout: str, step: str) -> list[tuple[int, int]]:
-    """Threads of a block and of a team."""
+    """Threads of a block and of a team, for each choice that the kernel has."""
     if layout == "channels_last":
         return [(THREADS, 0)]
     most = TEAMS[-1] if step in ON_CHIP else THREADS
@@ -143,11 +146,11 @@ def _clusters(architecture: int) -> tuple[int, ...]:
 
 
 class CompileError(Exception):
-    """The compiler's log."""
+    """An error with the compiler's log."""
 
 
 class Usage(NamedTuple):
-    """What a thread of a kernel takes, in registers and bytes, and what its block takes of shared memory, in bytes."""
+    """Registers and bytes that a thread of a kernel uses, and bytes of shared memory that its block uses."""
 
     registers: int
     stack: int
@@ -157,12 +160,12 @@ class Usage(NamedTuple):
 
     @property
     def spilled(self) -> bool:
-        """Whether registers went to memory and back."""
+        """Whether registers were saved to memory and loaded again."""
         return self.spill_stores + self.spill_loads > 0
 
 
 def find_library() -> Path | None:
-    """NVRTC of the package nvidia-cuda-nvrtc, which CuPy uses as well, else of an installed CUDA toolkit."""
+    """The path of NVRTC: of the package nvidia-cuda-nvrtc, which CuPy uses as well, else of a CUDA toolkit."""
     packages = importlib.util.find_spec("nvidia")
     for folder in packages.submodule_search_locations or () if packages else ():
         for path in sorted(Path(folder).glob(f"cu*/**/{_LIBRARY}")):
@@ -179,39 +182,40 @@ def _load() -> ctypes.CDLL:
     path = find_library()
     assert path is not None
     if sys.platform == "win32":
-        os.add_dll_directory(str(path.parent))  # of a second library, which the first one loads by name
-    for builtins in path.parent.glob("libnvrtc-builtins.so.*"):  # which that of CUDA 13.0 does not find by itself
+        os.add_dll_directory(str(path.parent))  # finds the second library, which the first one loads by name
+    # NVRTC of CUDA 13.0 does not find its library of built-in functions unless that is loaded already.
+    for builtins in path.parent.glob("libnvrtc-builtins.so.*"):
         ctypes.CDLL(str(builtins))
     return ctypes.CDLL(str(path))
 
 
 def version() -> str:
-    """Of the compiler."""
+    """The version of NVRTC, such as "12.9"."""
     major, minor = ctypes.c_int(), ctypes.c_int()
     _load().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
     return f"{major.value}.{minor.value}"
 
 
 def compile_text(text: str, architecture: int, options: Iterable[str] = ()) -> tuple[bytes, str]:
-    """Machine code and log of a text; can be called from several threads at once.
+    """Machine code and log of a text. May be called from several threads at once.
 
     Parameters
     ----------
     architecture : int
-        90 for ``sm_90``.
+        The GPU's generation, such as 90 for ``sm_90``.
     options : iterable of str
-        Beside those that CuPy passes by itself.
+        Options of the compiler, beside those that CuPy passes by itself.
 
     Raises
     ------
     CompileError
-        With the log.
+        If the text does not compile; it has the log.
     """
     return _compile(text, [*options, f"-arch=sm_{architecture}", "--ptxas-options=-v"], "CUBIN")
 
 
 def ptx(text: str, architecture: int, options: Iterable[str] = ()) -> str:
-    """The same up to PTX, the assembler that does not yet know how many registers there are."""
+    """The PTX of a text: assembler with an unlimited number of registers."""
     return _compile(text, [*options, f"-arch=compute_{architecture}"], "PTX")[0].decode()
 
 
@@ -238,12 +242,12 @@ def _compile(text: str, options: list[str], result: str) -> tuple[bytes, str]:
 
 
 def compile_instance(instance: Instance, architecture: int) -> tuple[bytes, str]:
-    """Machine code and log of a kernel."""
-    return compile_text(launcher.source(instance.kernel), architecture, instance.options)
+    """Machine code and log of an instance of a kernel."""
+    return compile_text(sources.source(instance.kernel), architecture, instance.options)
 
 
 def usage(log: str) -> Usage:
-    """What the log of one kernel says of it; spills and stacks of functions that were not inlined are its own."""
+    """The usage that a kernel's log reports, with spills and stacks of its functions that were not inlined."""
     memory = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
     registers = re.findall(r"Used (\d+) registers", log)
     assert memory, f"no report of memory in {log!r}"

@@ -1,4 +1,6 @@
-"""Batch norm by the textbook, in float64 and independent of the library: what the tests compare with, and how."""
+"""Batch norm by the textbook, in float64 and independent of the library, and the comparisons that the tests make with
+it.
+"""
 
 from __future__ import annotations
 
@@ -13,26 +15,30 @@ from cupybn import functional
 DTYPES = tuple(np.dtype(dtype) for dtype in (np.float16, ml_dtypes.bfloat16, np.float32, np.float64))
 HALF_ULP = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "float64": 2.0**-53}
 ROUNDINGS = {"y": 8, "dx": 25, "dweight": 84, "dbias": 84, "dresidual": 0}
-"""How many units in the last place of the arithmetic the contract allows: 1e-6, 3e-6 and 1e-5 of float32."""
+"""Rounding errors that the contract allows, in units in the last place of the arithmetic: in float32 1e-6, 3e-6 and
+1e-5."""
 
 
 class Reference(NamedTuple):
-    """All that batch norm yields for one batch, in float64 or, for float64 data, wider; vectors have shape (C,)."""
+    """All results of batch norm for one batch, in float64 or, for float64 data, wider; vectors have shape (C,)."""
 
     y: np.ndarray
     mean: np.ndarray
-    var: np.ndarray  # biased
+    var: np.ndarray  # biased variance
     dx: np.ndarray | None = None
     dweight: np.ndarray | None = None
     dbias: np.ndarray | None = None
     dresidual: np.ndarray | None = None
-    terms: dict | None = None  # by result, the sizes of the terms that it is a sum of: rounding is relative to these
+    # For each result the sizes of the terms that it is a sum of: rounding errors are relative to these.
+    terms: dict | None = None
 
 
 def batch_norm(
     x, weight=None, bias=None, *, running=None, eps=1e-5, residual=None, relu=False, channel_axis=1, dy=None
 ) -> Reference:
-    """Forward and, with `dy`, backward. `running` is (mean, var) in eval mode and None in training."""
+    """The results of a forward pass and, given `dy`, of a backward pass. `running` is (mean, var) in eval mode, else
+    None.
+    """
     x = np.asarray(x)
     wide = np.longdouble if x.dtype == np.float64 else np.float64
     x = x.astype(wide)
@@ -76,22 +82,22 @@ def batch_norm(
 
 
 def to_numpy(array) -> np.ndarray:
-    """The array itself, or the copy on the host of one that lives on a GPU."""
+    """The array itself, or a copy on the host if it is a GPU's."""
     return array.get() if hasattr(array, "get") else np.asarray(array)
 
 
 def bits(*arrays) -> list[bytes | None]:
-    """What the arrays hold, to the last bit: compare before and after."""
+    """The bytes of arrays, to compare results or states to the last bit."""
     return [None if array is None else to_numpy(array).tobytes() for array in arrays]
 
 
 def exactly(text: str) -> str:
-    """The pattern that matches this message and no longer one."""
+    """A pattern that matches this message and no longer one."""
     return f"^{re.escape(text)}$"
 
 
 def assert_close(actual, expected, computed_in, scale=1.0, roundings=ROUNDINGS["y"]) -> None:
-    """Within one rounding to the dtype of `actual` and a few to that of the arithmetic, which `computed_in` decides.
+    """Compare within one rounding to the dtype of `actual` and some roundings in the arithmetic of `computed_in`.
 
     `scale` is the size of the terms that `actual` is a sum of. NaN is close to nothing.
     """
@@ -110,7 +116,7 @@ def in_order(array, axes):
 
 
 def arguments(xp, rng, shape, *, channel_axis=1, dtype=np.float32, vectors=np.float32) -> dict:
-    """Every array that `cupybn.functional.batch_norm` takes, at random; `vectors` is one dtype, or four by name."""
+    """Arguments for `cupybn.functional.batch_norm` with random values; `vectors` is one dtype, or four by name."""
 
     def draw(dtype, size, low=None):
         values = rng.normal(size=size) if low is None else rng.uniform(low, 2, size)
@@ -128,7 +134,7 @@ def arguments(xp, rng, shape, *, channel_axis=1, dtype=np.float32, vectors=np.fl
 
 
 def expect(arguments: dict, dy=None) -> Reference:
-    """The reference for the keyword arguments of `cupybn.functional.batch_norm`."""
+    """The reference for keyword arguments of `cupybn.functional.batch_norm`."""
     given = {
         name: value if value is None or np.isscalar(value) else to_numpy(value) for name, value in arguments.items()
     }
@@ -145,7 +151,7 @@ def expect(arguments: dict, dy=None) -> Reference:
 
 
 def moved(running_mean, running_var, x, *, momentum=0.1, channel_axis=1) -> tuple[np.ndarray, np.ndarray]:
-    """Running statistics after a batch, in float64."""
+    """The running statistics after one more batch, in float64."""
     x = to_numpy(x)
     batch = batch_norm(x, channel_axis=channel_axis)
     n = x.size // x.shape[channel_axis]
@@ -156,19 +162,19 @@ def moved(running_mean, running_var, x, *, momentum=0.1, channel_axis=1) -> tupl
 
 
 def assert_output(y, expected: Reference, computed_in) -> None:
-    """The output against the reference's."""
+    """Compare an output with the reference's."""
     assert_close(y, expected.y, computed_in, expected.terms["y"])
 
 
 def assert_gradients(grads, expected: Reference, computed_in) -> None:
-    """The gradients that a `vjp_fn` returned, against the reference's; None is for those that there are not."""
+    """Compare the gradients that a `vjp_fn` returned with the reference's; a gradient that does not exist is None."""
     for name, grad in zip(("dx", "dweight", "dbias", "dresidual"), grads, strict=True):
         if grad is not None:
             assert_close(grad, getattr(expected, name), computed_in, expected.terms[name], ROUNDINGS[name])
 
 
 class OnDevice:
-    """`cupybn.functional` for NumPy arrays, computed on the device of another array module.
+    """The functions of `cupybn.functional` for NumPy arrays, computed on the device of another array module.
 
     Arguments keep their memory order on the way there, results on the way back; running statistics move in place.
     """

@@ -1,4 +1,6 @@
-"""The numbers that the library promises, against float64 on the same data: every bound, every layout, both ways."""
+"""The accuracy that the library promises, against float64: every bound, every layout, on NumPy and on chip and
+streamed.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ import pytest
 from tests import reference
 
 EPS = 1e-5
-LAYOUTS = {  # shape, channel axis, memory order of the axes
+LAYOUTS = {  # name: shape, channel axis, memory order of the axes
     "NCHW": ((8, 6, 23, 31), 1, (0, 1, 2, 3)),
     "NHWC": ((8, 23, 31, 6), 3, (0, 1, 2, 3)),
     "NCHW view of NHWC": ((8, 6, 23, 31), 1, (0, 2, 3, 1)),
@@ -34,7 +36,7 @@ def layout(request):
 
 
 def fill(layout, values, dtype=np.float32):
-    """An array of this shape and memory order, from a function of the shape (count, C)."""
+    """An array of this layout's shape and memory order; `values` gives its elements for a shape (count, C)."""
     shape, axis, order = layout
     C = shape[axis]
     moved = tuple(np.delete(shape, axis))
@@ -54,20 +56,22 @@ def check_output(y, expected, unit=2.0**-22, floor=1e-6):
 
 
 def check_gradients(grads, expected, x, weight, axis, scale=1.0, eps=EPS):
-    """dx within 3e-6 of the larger of dx and |weight| rstd |dy| over its channel; sums within 1e-5 of their terms."""
+    """Check that dx is within 3e-6 of the larger of dx and |weight| rstd |dy| over its channel, sums within 1e-5 of
+    their terms.
+    """
     rstd = 1 / np.sqrt(expected.var + eps)
     g = by_channel(expected.dresidual, axis)
     dx, dx0 = by_channel(grads.input.astype(np.float64), axis), by_channel(expected.dx, axis)
     size = np.maximum(np.abs(dx0).max(0), np.abs(weight) * rstd * np.abs(g).max(0))
     assert np.all(np.abs(dx - dx0) <= 3e-6 * scale * size)
     xhat = (by_channel(x.astype(np.float64), axis) - expected.mean) * rstd
-    lost = np.finfo(grads.weight.dtype).tiny  # a GPU rounds what is smaller to 0
+    lost = np.finfo(grads.weight.dtype).tiny  # a GPU may round to 0 what is smaller
     assert np.all(np.abs(grads.weight - expected.dweight) <= 1e-5 * scale * np.abs(g * xhat).sum(0) + lost)
     assert np.all(np.abs(grads.bias - expected.dbias) <= 1e-5 * scale * np.abs(g).sum(0) + lost)
 
 
 def check_all(F, x, axis, rng, scale=1.0, weight=None):
-    """Training forward, running_var and backward; then eval with the exact statistics."""
+    """Check a training pass, running_var and the way back; then an eval pass with the exact statistics."""
     C, rtol = x.shape[axis], 1e-6 * scale
     ones, zeros = (np.full(C, v, x.dtype) for v in (1, 0))
     weight = ones if weight is None else weight
@@ -80,7 +84,8 @@ def check_all(F, x, axis, rng, scale=1.0, weight=None):
     n = x.size // C
     np.testing.assert_allclose(running_var, expected.var * n / (n - 1), rtol=rtol)
 
-    running = expected.mean.astype(np.float64), expected.var.astype(np.float64)  # a mean that float32 does not hold
+    # In float64, as float32 does not hold every mean.
+    running = expected.mean.astype(np.float64), expected.var.astype(np.float64)
     y, vjp_fn = F.batch_norm_vjp(x, *running, weight, zeros, eps=EPS, channel_axis=axis)
     expected = reference.batch_norm(x, weight, zeros, running=running, eps=EPS, channel_axis=axis, dy=dy)
     check_output(y, expected.y, 2.0**-22 * scale, 1e-6 * scale)
@@ -94,7 +99,7 @@ def test_large_means(F, layout, ratio, rng):
 
 
 def outliers():
-    """Ratio, place and size; the streamed kernels take those that decide, as all share what is done to a channel."""
+    """Cases of (way, ratio, place, size). The streamed kernels get a few, as all ways treat a channel alike."""
     for ratio, place, size in itertools.product(
         [0, 1e4, 1e6], ["first", "middle", "last", "every sample"], [1e1, 1e3, 1e6]
     ):
@@ -126,14 +131,16 @@ def test_padded_with_zeros(F, layout, rng):
 
 @pytest.mark.parametrize("low", [0.1, 1e3 + 0.1])
 def test_two_values(F, layout, low, rng):
-    """Equal summands round alike: errors of long float32 sums do not cancel."""
+    """Rounding errors of equal summands do not cancel, and the bounds hold nevertheless."""
     check_all(F, fill(layout, lambda s: low + 0.3 * rng.integers(0, 2, s)), layout[1], rng)
 
 
 @pytest.mark.parametrize("every", [2, 3, 8, 50])
 @pytest.mark.parametrize("value", [0.7, 1.8598399, 1e4])
 def test_values_among_zeros(F, layout, every, value):
-    """Equal values, equal rounding errors, and a mean that a few values do not tell."""
+    """The bounds hold for equal values among zeros: their rounding errors are equal, and a few values do not tell the
+    mean.
+    """
 
     def values(shape):
         v = np.full(shape, value)
@@ -144,7 +151,7 @@ def test_values_among_zeros(F, layout, every, value):
 
 
 def test_drifting_data(F, layout, rng):
-    """No few values tell the mean of data that drifts."""
+    """The bounds hold for data that drifts, whose mean no few values tell."""
     check_all(F, fill(layout, lambda s: np.linspace(-1e3, 1e4, s[0])[:, None] + rng.standard_normal(s)), layout[1], rng)
 
 
@@ -164,7 +171,7 @@ def test_constant_channel_gives_exactly_bias(F, layout, value, dtype, rng):
 @pytest.mark.parametrize("size", [1e15, 1e19, 1e25, 1e30, 1e37])
 @pytest.mark.parametrize("offset", [0, 10])
 def test_huge_values(F, layout, size, offset, rng):
-    """Nothing overflows on the way to a y that float32 holds; running_var is inf where it does not."""
+    """Nothing overflows on the way to a y that float32 holds; running_var is inf where float32 does not hold it."""
     axis = layout[1]
     x = fill(layout, lambda s: (rng.standard_normal(s) + offset) * size)
     dy = rng.standard_normal(x.shape).astype(np.float32) * np.float32(size**0.5)
@@ -182,7 +189,7 @@ def test_huge_values(F, layout, size, offset, rng):
 
 @pytest.mark.parametrize("activation", [None, "relu"])
 def test_values_near_the_limits_of_float32_among_others(F, layout, activation, rng):
-    """Channels that need float64 beside channels that do not, in the same packs."""
+    """Channels that need float64 give accurate results beside others in the same packs."""
     axis = layout[1]
 
     def values(shape):
@@ -203,7 +210,7 @@ def test_values_near_the_limits_of_float32_among_others(F, layout, activation, r
 
 @pytest.mark.parametrize("std", [1e-3, 1e-10, 1e-17, 1e-19, 3e-20, 1e-22, 1e-30])
 def test_tiny_values(F, layout, std, rng):
-    """Squares that float32 does not hold are not lost."""
+    """Tiny values give accurate results though float32 does not hold their squares."""
     axis = layout[1]
     x = fill(layout, lambda s: rng.standard_normal(s) * std)
     running_mean, running_var = np.zeros((2, x.shape[axis]))
@@ -275,7 +282,7 @@ def test_one_sum_alone_that_float32_does_not_hold(F, layout, xhat, dy_size, rng)
     ],
 )
 def test_gradients_of_tiny_values(F, layout, std, dy_size, eps, rng):
-    """Products of what is tiny are not lost."""
+    """Tiny values give accurate gradients though float32 does not hold their products."""
     axis = layout[1]
     x = fill(layout, lambda s: rng.standard_normal(s) * std)
     dy = rng.standard_normal(x.shape).astype(np.float32) * np.float32(dy_size)
@@ -305,7 +312,7 @@ def run(F, x, weight, dy, axis):
 
 @pytest.mark.parametrize("ratio", [0, 1e3])
 def test_float64(F, layout, ratio, rng):
-    """The same bounds relative to float64's own rounding, where the mean may be rounded to float64."""
+    """Float64 data keeps the same bounds relative to its own rounding, if the mean may be rounded to float64."""
     x = fill(layout, lambda s: rng.standard_normal(s) + ratio, np.float64)
     check_all(F, x, layout[1], rng, scale=2.0**-29 * max(1, 4 * ratio))
 
@@ -321,6 +328,6 @@ def test_16_bit_data_is_rounded_once(F, layout, dtype, rng):
     y = F.batch_norm(x, None, None, weight, bias, True, residual=residual, activation="relu", channel_axis=axis)
     assert y.dtype == x.dtype
     exact = reference.batch_norm(x, weight, bias, residual=residual, relu=True, channel_axis=axis).y
-    # The float32 value before the rounding is within 2e-6 of the exact one, so y lies between the roundings of both.
+    # Before it is rounded, y is within 2e-6 of the exact value: it lies between the roundings of both ends.
     low, high = ((exact + d).astype(dtype) for d in (-2e-6 * (1 + np.abs(exact)), 2e-6 * (1 + np.abs(exact))))
     assert np.all((y >= np.maximum(low, 0).astype(dtype)) & (y <= high))

@@ -40,7 +40,7 @@ def arrays(layer):
 
 
 def fill(layer, xp, rng):
-    """Give every array of the layer values of its own."""
+    """Set every array of the layer to values of its own."""
     for name, array in zip(ARRAYS, arrays(layer), strict=True):
         if array is not None:
             values = 5 if name == "num_batches_tracked" else rng.uniform(0.5, 2, array.shape)
@@ -53,7 +53,7 @@ def batch(xp, rng, shape, dtype=np.float32):
 
 
 def as_call(layer, x, residual=None, training=False):
-    """The keyword arguments of the function that the layer stands for."""
+    """The keyword arguments of the function call that the layer makes."""
     names = ("weight", "bias", "running_mean", "running_var", "eps", "activation", "channel_axis")
     return {name: getattr(layer, name) for name in names} | {"input": x, "residual": residual, "training": training}
 
@@ -105,7 +105,7 @@ def test_16_bit_and_64_bit_inputs(xp, device, rng, dtype):
 # Which statistics, which update
 
 
-TABLE = [  # training, tracks, has buffers; normalises with the batch, moves its buffers
+TABLE = [  # training, tracks, has buffers: whether it normalises with the batch, whether it moves its buffers
     (True, True, True, True, True),
     (True, True, False, True, False),
     (True, False, True, True, False),
@@ -169,7 +169,8 @@ def test_momentum_is_read_at_every_call(xp, device, rng):
 @pytest.mark.parametrize("rest", [(), (4,)], ids=["NC", "NCL"])
 def test_no_momentum_is_the_mean_over_batches(xp, device, rng, rest):
     layer = BatchNorm1d(3, momentum=None, device=device)
-    batches = [batch(xp, rng, (n, 3, *rest)) for n in (2, 9, 4, 3)]  # they count alike, whatever their size
+    # Momentum None gives each batch the same weight, whatever its size.
+    batches = [batch(xp, rng, (n, 3, *rest)) for n in (2, 9, 4, 3)]
     means, variances = [], []
     for x in batches:
         layer(x)
@@ -337,7 +338,7 @@ def test_reset(xp, device, rng, track):
 
 
 def test_reset_leaves_frozen_statistics_alone(xp, device, rng):
-    """As in torch: without the flag there is nothing to reset."""
+    """A layer that does not track its statistics leaves them alone when they are reset, as torch's do."""
     layer = fill(BatchNorm1d(3, device=device), xp, rng)
     layer.track_running_stats = False
     before = bits(*arrays(layer))
@@ -544,7 +545,7 @@ def test_no_stats_update(xp, device, rng, momentum):
         layer.vjp(x)
         with cupybn.no_stats_update():
             layer(x)
-        layer(x)  # leaving the inner one ends nothing
+        layer(x)  # leaving the inner context does not end the outer one
         layer.eval()(x)
         layer.train()
     assert bits(*arrays(layer)) == before
@@ -563,7 +564,9 @@ def test_no_stats_update_ends_with_an_exception(xp, device, rng):
 
 
 def test_no_stats_update_in_contexts_that_end_in_another_order(xp, device):
-    """As those of generators and of tasks that one thread runs in turns."""
+    """Contexts that end in another order than they began, as those of generators and tasks do, each end their own
+    effect.
+    """
     layer, x = cupybn.BatchNorm1d(3, device=device), xp.ones((4, 3), np.float32)
 
     def generator():
@@ -608,7 +611,7 @@ def test_device_and_to(device):
 
 def test_to_another_device_and_back(rng):
     layer = fill(BatchNorm1d(3, device="cpu", dtype=np.float64), np, rng).eval()
-    layer.weight = layer.weight.astype(np.float16)  # the user's own
+    layer.weight = layer.weight.astype(np.float16)  # an array that the user has set
     held, dtypes = bits(*arrays(layer)), [array.dtype for array in arrays(layer)]
     x = batch(np, rng, (4, 3))
     expected = layer(x)
@@ -633,7 +636,7 @@ def test_malformed_device(device, name):
 
 
 def test_cuda_without_cupy():
-    """In a process of its own, where `import cupy` fails even if it is installed."""
+    """Without CuPy, a layer on "cuda" raises an error that tells how to install it; a process of its own hides CuPy."""
     code = """
 import sys
 sys.modules["cupy"] = None

@@ -1,4 +1,4 @@
-"""Calls that are alike are checked once: a good call first, then the nearest other ones, in each part of each field."""
+"""The cache of checked calls: after a good call, calls that differ in one part of one field are still told apart."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BUNDLES = {"affine": Affine, "running": Running, "epilogue": Epilogue, "layer": 
 FIELDS = [(name, inner) for name in Call._fields for inner in (BUNDLES[name]._fields if name in BUNDLES else (None,))]
 """Names of the fields of a call, each with a field of a bundle or None."""
 ARRAYS = {"input", "mean", "var", "weight", "bias", "residual", "batches"}
-"""Fields that are arrays."""
+"""Names of the fields that are arrays."""
 NO_DIFFERENCE = {"momentum", "mask", "device", "idle"}
 """Fields of which no value is wrong here: they are checked before, are not the caller's, or tell how to say what is
 wrong."""
@@ -40,7 +40,7 @@ def xp(request):
 
 
 class Masquerade:
-    """All that a CuPy array tells of itself, of another class."""
+    """An object with the attributes of a CuPy array, but of another class."""
 
     def __init__(self, array):
         self.shape, self.strides, self.dtype, self.data = array.shape, array.strides, array.dtype, array.data
@@ -48,32 +48,32 @@ class Masquerade:
 
 
 def read_only(array):
-    """A view that must not be written to."""
+    """A view of the array that must not be written to."""
     view = array.view()
     view.flags.writeable = False
     return view
 
 
 def other_order(array):
-    """The same shape in another order of memory; every other element of a vector."""
+    """The array in another memory order; for a vector, as every other element of a longer one."""
     if array.ndim < 2:
         return array.repeat(2).reshape(*array.shape, 2)[..., 0]
     return array.T.copy().T
 
 
 def several_devices():
-    """Whether there is another device; the stand-in has two in these tests."""
+    """Whether there is more than one device; the stand-in has two in these tests."""
     return cp.cuda.runtime.getDeviceCount() > 1
 
 
 def elsewhere(array):
-    """The same on another device."""
+    """An array of the same shape and dtype on another device."""
     with cp.cuda.Device(1):
         return cp.zeros(array.shape, array.dtype)
 
 
 def array_alternatives(array):
-    """The nearest other values: each differs from the array in one thing."""
+    """Values that each differ from the array in one thing, with the name of the difference."""
     yield "none", None
     yield "shape", array[..., :-1].copy() if array.ndim else array.reshape(1)
     yield "rank", array[None]
@@ -104,7 +104,7 @@ ALTERNATIVES = {
     "group": [None, object()],
     "idle": [(object(), object())],
 }
-"""Other values of the fields that are no arrays. 1 + 0j and 1.0 are equal to the values that they stand for."""
+"""Other values for the fields that are no arrays. 1 + 0j and 1.0 are equal to the values that they replace."""
 
 
 def replaced(call, **values):
@@ -117,14 +117,14 @@ def replaced(call, **values):
 
 
 class Made(NamedTuple):
-    """A call, and how it is made."""
+    """A call with its `out`, and whether it is made outside of `no_stats_update`."""
 
     call: Call
     out: Any = None
     moves_statistics: bool = True
 
     def outcome(self):
-        """What is found out, or the error."""
+        """The result of checking the call, or the type and text of its error."""
         with contextlib.nullcontext() if self.moves_statistics else cupybn.no_stats_update():
             try:
                 return self.call.checked(self.out)
@@ -133,7 +133,7 @@ class Made(NamedTuple):
 
 
 def bases(xp):
-    """Calls that are right, by name; from none of them a single change leads to another one."""
+    """Correct calls, by name; no single change turns one of them into another."""
     x, vectors = xp.zeros((3, 4, 4), np.float32), [xp.ones(4, np.float32) for _ in range(4)]
     mean, var, weight, bias = vectors
     running = Running(mean, var, 0.1, xp.zeros((), np.int64))
@@ -151,7 +151,7 @@ def bases(xp):
 
 
 def alternatives(made):
-    """What is other, and the call with that."""
+    """Calls that each differ from this one in one field, with the names of field and difference."""
     for bundle, inner in FIELDS:
         name, value = inner or bundle, getattr(made.call, bundle)
         value = value if inner is None else getattr(value, inner)
@@ -167,7 +167,7 @@ def alternatives(made):
 
 
 class Pair(NamedTuple):
-    """A call that is right, another one, and what comes of that if nothing has been called before."""
+    """A correct call, another one, and the outcome of the other one when no call came before."""
 
     field: str
     label: str
@@ -191,7 +191,7 @@ def pairs(xp):
 
 
 def missed(pairs):
-    """Those whose second call gets something else because of the first one."""
+    """The labels of the pairs whose second call gets another outcome because of the first one."""
     found = []
     for pair in pairs:
         _call._checked.clear()
@@ -206,14 +206,14 @@ def test_a_call_like_a_good_one(pairs):
 
 
 def test_every_field_has_a_wrong_value(pairs):
-    """A new field needs an entry above, and a place in the key if what is checked depends on it."""
+    """Every field but those listed above has a wrong value among the alternatives: a new field needs some, too."""
     assert {pair.field for pair in pairs} == {*(inner or name for name, inner in FIELDS), "out", "moves_statistics"}
     wrong = {pair.field for pair in pairs if not isinstance(pair.expected, Checked)}
     assert {pair.field for pair in pairs} - wrong == NO_DIFFERENCE
 
 
 def without(original, index):
-    """The same function, whose result lacks one of its parts."""
+    """The function, but its result lacks the part at an index."""
 
     def shortened(*arguments):
         key = original(*arguments)
@@ -223,7 +223,7 @@ def without(original, index):
 
 
 def test_every_part_of_the_key_counts(xp, pairs, monkeypatch):
-    """If any were left out, one of the pairs would tell."""
+    """Some pair gets a wrong outcome if any one part of the key is left out."""
     call, out, _ = bases(xp)["training"]
     original, key = Call._key, call._key(out)
     for index in range(len(key)):
@@ -260,7 +260,7 @@ def test_so_many_calls_and_no_more(xp, monkeypatch):
         assert call.checked().layout == Layout.of(x, 1)
         sizes.append(len(_call._checked))
     assert max(sizes) == 4
-    assert sizes.count(1) > 5  # it begins anew
+    assert sizes.count(1) > 5  # the cache was emptied and filled again
 
 
 def test_the_second_time_nothing_is_checked(xp, monkeypatch):

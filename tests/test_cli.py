@@ -25,7 +25,7 @@ from cupybn._cli.steps import STEPS
 from cupybn._cli.table import table
 from cupybn._steps import cupy_ops, numpy_ops
 from cupybn._steps.bundles import Epilogue
-from cupybn._steps.launcher import kernel_names
+from cupybn._steps.sources import kernel_names
 from tests.reference import bits
 
 ROOT = Path(__file__).parent.parent

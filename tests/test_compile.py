@@ -1,4 +1,6 @@
-"""Every kernel in every instantiation through the real compiler, for every generation of GPUs, without a GPU."""
+"""Every instance of every kernel compiles with NVRTC for every generation of GPUs, within its registers. No GPU is
+needed.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from cupybn._steps import launcher
+from cupybn._steps import sources
 from cupybn._steps.geometry import CHANNELS_FIRST_OWN, CHANNELS_LAST_OWN
 from tests import nvrtc
 from tests.nvrtc import ARCHITECTURES
@@ -16,14 +18,14 @@ from tests.nvrtc import ARCHITECTURES
 pytestmark = pytest.mark.skipif(nvrtc.find_library() is None, reason="no NVRTC: pip install nvidia-cuda-nvrtc")
 
 EVERYTHING = os.environ.get("CUPYBN_COMPILE_ALL") == "1"
-MOST_REGISTERS = 128  # of a thread
-REGISTERS = 65536  # of a multiprocessor
-BLOCKS = 16  # of a multiprocessor, that every GPU has places for
-TOGETHER = 8  # registers of a thread that a GPU hands out at a time
+MOST_REGISTERS = 128  # a thread's limit
+REGISTERS = 65536  # registers that a multiprocessor has
+BLOCKS = 16  # blocks that fit on a multiprocessor of every GPU
+TOGETHER = 8  # registers of a thread are allotted in multiples of this
 STATIC_SHARED = 48 << 10
 
 
-@pytest.mark.parametrize("kernel", launcher.kernel_names())
+@pytest.mark.parametrize("kernel", sources.kernel_names())
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_kernels_compile_without_warnings_and_local_memory(architecture, kernel):
     instances = nvrtc.instances(kernel, architecture, EVERYTHING)
@@ -41,7 +43,7 @@ def test_kernels_compile_without_warnings_and_local_memory(architecture, kernel)
 
 
 def most_registers(instance):
-    """Of a thread, so that as many blocks are on a multiprocessor as the kernel's source promises, at least one."""
+    """Most registers of a thread with which as many blocks fit on a multiprocessor as the kernel's source promises."""
     promised = promised_registers(instance)
     assert promised <= MOST_REGISTERS
     blocks = min(BLOCKS, max(1, REGISTERS // (promised * instance.threads)))
@@ -49,9 +51,11 @@ def most_registers(instance):
 
 
 def promised_registers(instance):
-    """Of a thread, by the macro in the kernel's source: a number, or a choice between two by other macros."""
+    """Most registers of a thread by the macro in the kernel's source: a number, or a choice between two by other
+    macros.
+    """
     head = r'extern "C" __global__ void (?:CLUSTER )?REGISTERS\(([^)]+)\)'
-    (text,) = re.findall(head, launcher.source(instance.kernel))
+    (text,) = re.findall(head, sources.source(instance.kernel))
     condition, _, numbers = text.rpartition(" ? ")
     if not condition:
         return int(text)
@@ -73,24 +77,24 @@ def test_blocks_have_as_many_registers_as_there_are():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The checks above are worth something
+# Tests of the checks above
 
 
-@pytest.mark.parametrize("kernel", launcher.kernel_names())
+@pytest.mark.parametrize("kernel", sources.kernel_names())
 def test_errors_name_file_and_line(kernel):
     broken = 'extern "C"'
-    lines = (launcher.KERNELS / f"{kernel}.cu").read_text().splitlines()
+    lines = (sources.KERNELS / f"{kernel}.cu").read_text().splitlines()
     line = 1 + next(number for number, text in enumerate(lines) if text.startswith(broken))
-    text = launcher.source(kernel).replace(broken, f"broken {broken}")
+    text = sources.source(kernel).replace(broken, f"broken {broken}")
     with pytest.raises(nvrtc.CompileError, match=rf"(?m)^{re.escape(f'kernels/{kernel}.cu({line}): error')}"):
         nvrtc.compile_text(text, 90, nvrtc.instances(kernel, 90)[0].options)
 
 
 def test_errors_in_headers_name_the_header_and_its_line():
     broken = "constexpr unsigned ALL_LANES"
-    lines = (launcher.KERNELS / "types.cuh").read_text().splitlines()
+    lines = (sources.KERNELS / "types.cuh").read_text().splitlines()
     line = 1 + next(number for number, text in enumerate(lines) if text.startswith(broken))
-    text = launcher.source("channels_first/bn_stats").replace(broken, f"broken {broken}")
+    text = sources.source("channels_first/bn_stats").replace(broken, f"broken {broken}")
     with pytest.raises(nvrtc.CompileError, match=rf"(?m)^kernels/types\.cuh\({line}\): error"):
         nvrtc.compile_text(text, 90, nvrtc.instances("channels_first/bn_stats", 90)[0].options)
 
@@ -121,7 +125,7 @@ def test_warnings_are_seen():
 
 
 def test_functions_belong_to_the_device_as_with_cupy():
-    """Unless they say where they belong; so do lambdas, which cannot say it."""
+    """Functions without `__host__` or `__device__` are functions of the device, as with CuPy; so are lambdas."""
     text = """
     int twice(int x) { return 2 * x; }
     extern "C" __global__ void f(int* x) {

@@ -8,14 +8,15 @@ import re
 import typing
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import cupybn
 from cupybn._arrays.dtypes import FLOATS
 from cupybn._calls import checks
 from cupybn._ranks.synchronized import Synchronized
-from cupybn._steps import bundles, cupy_ops, geometry, launcher, numpy_ops
-from cupybn._steps.launcher import KERNELS, kernel_names, signature
+from cupybn._steps import arguments, bundles, cupy_ops, geometry, numpy_ops, sources
+from cupybn._steps.sources import KERNELS, kernel_names, signature
 
 LAYOUTS = ("channels_first", "channels_last")
 STEPS = ("bn_stats", "bn_normalize", "bn_forward", "bn_backward_reduce", "bn_backward_input", "bn_backward")
@@ -358,12 +359,11 @@ def test_numbers_that_both_sides_know():
     text = (KERNELS / "types.cuh").read_text()
     assert f"enum {{ {', '.join(name.upper() for name in FLOATS)} }};" in text
     (vector,) = fields_in_header(text, ["Vector"]).values()
-    assert [(field.name, field.type) for field in vector] == [
-        ("data", "char*"),
-        ("stride", "long long"),
-        ("dtype", "long long"),
+    words = {"char*": np.uint64, "long long": np.int64}
+    assert [(field.name, words[field.type]) for field in vector] == [
+        (name, dtype) for name, (dtype, _) in arguments.VECTOR.fields.items()
     ]
-    assert launcher.CODES["Vector"] == "Qqq"
+    assert arguments._vector(1, -2, 3) == np.array((1, -2, 3), arguments.VECTOR).tobytes()
 
 
 @pytest.mark.parametrize("name", KERNEL_NAMES)
@@ -378,7 +378,7 @@ def test_source(name):
     parameters = text[text.index("__global__") : text.index(") {", text.index("__global__"))]
     for line in re.findall(r"^    .*(?:\*|Vector) \w+,.*$", parameters, re.MULTILINE):
         assert re.search(r"// \[[\w, +]*( / WIDTH)?\]", line), line
-    whole = launcher.source(name)
+    whole = sources.source(name)
     assert "#include" not in whole
     assert f'#line 1 "kernels/{name}.cu"' in whole
     assert not re.search(r"atomicAdd|__restrict__|__ldg|memset", whole)
@@ -397,14 +397,14 @@ def test_the_parser_sees_a_drift(tmp_path, monkeypatch):
         ("channels_first/packs.cuh", "long long N;\n    long long C;", "long long C;\n    long long N;"),
     ]
     before = signature(name)
-    monkeypatch.setattr(launcher, "source", launcher.source.__wrapped__)
+    monkeypatch.setattr(sources, "source", sources.source.__wrapped__)
     for number, (path, old, new) in enumerate(changes):
         folder = tmp_path / str(number)
         for file in KERNELS.rglob("*.cu*"):
             copy = folder / file.relative_to(KERNELS)
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.write_text(file.read_text())
-        monkeypatch.setattr(launcher, "KERNELS", folder)
+        monkeypatch.setattr(sources, "KERNELS", folder)
         assert signature.__wrapped__(name) == before
         text = (folder / path).read_text()
         assert old in text

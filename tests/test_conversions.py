@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cupybn._steps import geometry
+from cupybn._steps import geometry, sources
 from cupybn._steps.resident import Device
-from cupybn._steps.sources import KERNELS, kernel_names, source
+from cupybn._steps.sources import kernel_names
 from tests.conftest import EMULATED
 
 COMPILER = shutil.which("g++")
@@ -38,8 +38,8 @@ def conversions(text, width):
 def converted(name, width):
     """The expressions that are converted, by their first names."""
     found = set()
-    for file, line, column in conversions(source(name), width):
-        text = (KERNELS / file).read_text().splitlines()[line - 1]
+    for file, line, column in conversions(sources.source(name), width):
+        text = (sources.KERNELS / file).read_text().splitlines()[line - 1]
         found.add(re.match(r"\w*", text[column - 1 :])[0] or text)
     return found
 
@@ -55,7 +55,7 @@ def test_indices_are_not_cut(name):
 
 @needs_compiler
 def test_conversions_are_seen():
-    text = source("channels_first/bn_stats")
+    text = sources.source("channels_first/bn_stats")
     changed = text.replace("    index_t stride, wrap; ", "    int stride, wrap; ", 1)
     assert changed != text
     assert conversions(changed, 1) > conversions(text, 1)

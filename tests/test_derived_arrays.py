@@ -1,4 +1,4 @@
-"""Arrays of classes derived from those of NumPy and CuPy: arrays like any other, whatever rules their classes have."""
+"""Arrays of classes derived from NumPy's and CuPy's are arrays like any other, whatever rules their classes have."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ METHODS += ("reshape", "transpose", "ravel", "astype", "copy", "view", "fill", "
 
 @functools.cache
 def class_of_its_own(xp):
-    """Derived from the array class of a module; computing with its arrays by their own rules is an error."""
+    """A class derived from a module's array class; computing by its own rules is an error."""
 
     def refuse(name):
         def method(*_, **__):
@@ -33,7 +33,7 @@ def class_of_its_own(xp):
 
 
 def derived(xp, array):
-    """The same memory as an array of a derived class."""
+    """An array of a derived class that shares this array's memory."""
     if array is None:
         return None
     cls = class_of_its_own(xp)
@@ -43,7 +43,9 @@ def derived(xp, array):
 
 
 def both(xp, **given):
-    """Arguments twice, with memory of their own: plain arrays, and the memory and the arrays of a derived class."""
+    """The arguments twice, in separate memory: as plain arrays, and as arrays of a derived class with their plain
+    memory.
+    """
     memory = {name: array.copy() if hasattr(array, "copy") else array for name, array in given.items()}
     own = {name: derived(xp, array) if hasattr(array, "shape") else array for name, array in memory.items()}
     return given, memory, own
@@ -130,7 +132,7 @@ def test_they_are_checked_once_like_others(xp, rng):
 
 
 def test_arrays_of_many_devices_are_none():
-    """Those of `cupyx.distributed.array` have no memory of their own."""
+    """Arrays of `cupyx.distributed.array` are refused, as they have no memory of their own."""
     cupy = pytest.importorskip("cupy")
     spread = type("DistributedArray", (cupy.ndarray,), {"__module__": "cupyx.distributed.array._array"})
     array = cupy.ones(SHAPE, np.float32)

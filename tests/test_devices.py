@@ -12,7 +12,7 @@ from cupybn import BatchNorm2d
 from cupybn._arrays import devices, kinds
 
 INSTALL = r"pip install '\.\[cuda12\]'.*pip install '\.\[cuda13\]'"
-"""What works in a clone, in a shell."""
+"""Pattern of the commands by which a clone installs CuPy, as messages show them."""
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +27,7 @@ def _forget():
 
 @pytest.fixture
 def fake_cupy(monkeypatch):
-    """A `cupy` with two devices, the second of them current: enough to choose one."""
+    """A module `cupy` with two devices, the second of them current: enough to choose one."""
 
     def install(available=True):
         runtime = types.SimpleNamespace(getDevice=lambda: 1, getDeviceCount=lambda: 2)
@@ -135,7 +135,7 @@ def test_device_of_torch():
 
 
 def test_to_no_device():
-    """`to` moves what is somewhere, and does not choose where to."""
+    """The method `to` needs a device: it moves a layer, and does not choose where to."""
     with pytest.raises(ValueError, match="unknown device None"):
         BatchNorm2d(3, device="cpu").to(None)
 

@@ -1,4 +1,4 @@
-"""The examples of the docstrings print what they say, each by itself: a reader can paste it."""
+"""The examples in docstrings print what they say, each by itself, so that a reader can paste it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def modules():
 
 
 def found():
-    """All docstrings of the package that have examples, by name; each starts from an empty namespace."""
+    """The docstrings of the package that have examples, by name; each is run in an empty namespace."""
     finder = doctest.DocTestFinder()
     tests = [test for module in modules() for test in finder.find(module, module.__name__, globs={})]
     for name in cupybn.__all__:
@@ -39,7 +39,7 @@ def test_example(name):
     if "mpi4py" in example.docstring:
         try:
             from mpi4py import MPI  # noqa: F401
-        except (ImportError, RuntimeError) as error:  # the latter where there is no MPI
+        except (ImportError, RuntimeError) as error:  # RuntimeError where mpi4py finds no MPI
             pytest.skip(f"pip install '.[mpi]': {error}")
     report = []
     failed, attempted = doctest.DocTestRunner().run(example, out=report.append, clear_globs=False)
@@ -57,7 +57,7 @@ def test_what_users_call_has_examples():
 
 
 def test_no_example_is_left_out():
-    """Whatever docstring has one, by the text of the modules: also where a docstring is made from another one."""
+    """Every example in the text of the modules is run, even in docstrings that are made from others."""
     documented = ast.Module, ast.ClassDef, ast.FunctionDef
     trees = [ast.walk(ast.parse(inspect.getsource(module))) for module in modules()]
     docstrings = [ast.get_docstring(node) or "" for tree in trees for node in tree if isinstance(node, documented)]

@@ -12,10 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cupybn._steps import sources
+from cupybn._steps import launcher, sources
 from cupybn._steps.bundles import Moments
 from cupybn._steps.geometry import ChannelsFirst
-from cupybn._steps.launcher import Kernel
 
 if importlib.util.find_spec("cupy") is None:
     sys.path.insert(0, str(Path(__file__).parent / "emulated"))
@@ -1106,7 +1105,7 @@ PARTS, THREADS, TEAM = 2, 128, 64
 def bn_stats(text, x):
     """Count, mean and m2 of each channel, in its parts."""
     macros = {"DATA_T": x.dtype, "WIDTH": WIDTH, "INDEX_BITS": 32, "THREADS": THREADS, "TEAM": TEAM}
-    kernel = Kernel("channels_first/bn_stats", macros)
+    kernel = launcher.Kernel("channels_first/bn_stats", macros)
     kernel.raw = cupy.RawKernel(text, "bn_stats", kernel.options)
     moments = Moments(*(cupy.empty(shape) for shape in ((PARTS,), (PARTS, C), (PARTS, C))))
     sizes = ChannelsFirst(N, C, L, packs=-(-N * L // WIDTH // PARTS))

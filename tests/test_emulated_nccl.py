@@ -1,4 +1,4 @@
-"""The collectives of the stand-in for CuPy, between processes, and the memory that goes with them."""
+"""The collectives of the stand-in for CuPy, between processes, and its streams and memory that they use."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CUDARuntimeError = cupy.cuda.runtime.CUDARuntimeError
 
 
 class Ranks:
-    """Processes that run the functions of `nccl_ranks`, all of them the same one at a time."""
+    """Processes that each run a function of `nccl_ranks`, the same one at the same time."""
 
     def __init__(self, size):
         with socket.create_server(("127.0.0.1", 0)) as probe:
@@ -51,7 +51,7 @@ class Ranks:
         ]
 
     def __call__(self, name):
-        """The answers by rank."""
+        """The answers of the ranks, in their order, to the name of a function."""
         for process in self.processes:
             process.stdin.write(f"{name}\n")
             process.stdin.flush()
@@ -63,7 +63,7 @@ class Ranks:
         return process.stdout.readline().strip()
 
     def stop(self):
-        """End all processes; what each returned."""
+        """End all processes; returns their exit statuses."""
         for process in self.processes:
             process.stdin.close()
         codes = []
@@ -135,7 +135,7 @@ def test_ids_and_errors():
             nccl.NcclCommunicator(1, unique_id, rank)
     nccl.NcclCommunicator(1, unique_id, 0).destroy()
     with pytest.raises(nccl.NcclError, match="NCCL_ERROR_REMOTE_ERROR"):
-        nccl.NcclCommunicator(1, unique_id, 0)  # an id is for one communicator
+        nccl.NcclCommunicator(1, unique_id, 0)  # a further communicator needs an id of its own
     error = nccl.NcclError(1)
     twin = pickle.loads(pickle.dumps(error))
     assert (twin.status, twin.args) == (1, error.args)
@@ -174,7 +174,7 @@ def test_groups_can_meet_through_mpi(monkeypatch):
     x = cupy.ones(3)
     backend.all_reduce(x, x)
     assert (x == 1).all()
-    monkeypatch.setitem(sys.modules, "mpi4py", None)  # not installed: without it, as CuPy does
+    monkeypatch.setitem(sys.modules, "mpi4py", None)  # as if it were not installed: CuPy then does without it
     cupyx.distributed.init_process_group(1, 0, use_mpi=True, port=0).barrier()
     assert len(calls) == 3
 
@@ -204,7 +204,7 @@ def test_memset():
     np.testing.assert_array_equal(x[0, :2].get(), [0, 0])
     with pytest.raises(Uninitialised, match="4 of 6"):
         x.get()
-    x[1].data.memset(0x13F, 12)  # its last byte
+    x[1].data.memset(0x13F, 12)  # bytes are set to 0x3F, the last byte of the value
     assert x[1].tobytes() == b"\x3f" * 12
     for ptr, size in (x.data, 25), (x[1].data, 13), (cupy.empty(0).data, 1):
         with pytest.raises(CUDARuntimeError, match="cudaErrorInvalidValue"):

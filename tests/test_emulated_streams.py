@@ -33,7 +33,7 @@ UNSUPPORTED, INVALIDATED, ISOLATION, IMPLICIT, CAPTURED_EVENT, WRONG_THREAD = 90
 
 
 def status_of(call, *args):
-    """What CUDA reports: 0 if nothing is raised."""
+    """The status that CUDA reports for a call: 0 if it raises nothing."""
     try:
         call(*args)
     except (CUDARuntimeError, CUDADriverError) as error:
@@ -42,7 +42,7 @@ def status_of(call, *args):
 
 
 def in_thread(call, *args):
-    """What a call returns in another thread."""
+    """The result of a call in another thread."""
     results = []
     thread = threading.Thread(target=lambda: results.append(call(*args)))
     thread.start()
@@ -51,7 +51,7 @@ def in_thread(call, *args):
 
 
 def exchange_mode(mode):
-    """Give this thread a capture mode as programs do that have no other way, and return the one it had."""
+    """Set this thread's capture mode through ctypes, as programs must, and return its former one."""
     value = ctypes.c_int(mode)
     assert ctypes.cdll["libcuda.so.1"].cuThreadExchangeStreamCaptureMode(ctypes.byref(value)) == 0
     return value.value
@@ -172,7 +172,7 @@ def allocate():
     cupy.empty(1)
 
 
-# Each for a stream that does not capture, and an event outside of all graphs.
+# Calls that are unsafe during a capture; each takes a stream that does not capture, and an event outside of graphs.
 UNSAFE = {
     "event.synchronize": lambda _, event: event.synchronize(),
     "stream.synchronize": lambda stream, _: stream.synchronize(),
@@ -194,7 +194,7 @@ SAFE = {
 @pytest.mark.parametrize("elsewhere", [True, False])
 @pytest.mark.parametrize("own", [GLOBAL, THREAD_LOCAL, RELAXED])
 def test_unsafe_calls(unsafe, mode, elsewhere, own):
-    """A thread may make them if it is relaxed, or no capture forbids it; they spoil the captures that do."""
+    """Unsafe calls are allowed in relaxed mode, or where no capture forbids them; else they spoil those captures."""
     stream, event = Stream(non_blocking=True), Event()
 
     def call():
@@ -206,7 +206,7 @@ def test_unsafe_calls(unsafe, mode, elsewhere, own):
 
     forbidden = own != RELAXED and (mode == GLOBAL and own == GLOBAL if elsewhere else mode != RELAXED)
     captures = Stream(non_blocking=True)
-    cupy.ones(3)  # what `get` allocates need not come from CUDA
+    cupy.ones(3)  # fills CuPy's pool, so that `get` need not ask CUDA for memory
     captures.begin_capture(mode)
     with Stream(non_blocking=True):
         assert (in_thread(call) if elsewhere else call()) == (UNSUPPORTED if forbidden else 0)
@@ -241,7 +241,9 @@ def test_other_calls_are_allowed(safe):
 
 
 def test_a_copy_from_the_host_spoils_global_captures_unseen():
-    """CuPy asks the events of earlier copies, and overlooks that it was not allowed to."""
+    """A copy from the host spoils global captures unnoticed: CuPy asks for the events of earlier copies, ignoring the
+    status.
+    """
     captures = Stream(non_blocking=True)
     cupy.ones(3)
     captures.begin_capture(GLOBAL)
@@ -293,7 +295,7 @@ TRANSFERS = {
 
 @pytest.mark.parametrize("transfer", TRANSFERS.values(), ids=TRANSFERS)
 def test_nothing_is_copied_from_or_to_the_host_during_capture(transfer):
-    """CuPy refuses it before CUDA hears of it: the capture goes on."""
+    """A copy from or to the host during a capture is refused by CuPy, and the capture goes on."""
     x = cupy.ones(3)
     with Stream() as stream:
         stream.begin_capture()
@@ -312,7 +314,7 @@ WAITING = {
 
 @pytest.mark.parametrize("wait", WAITING.values(), ids=WAITING)
 def test_the_host_cannot_wait_for_what_captures(wait):
-    """Not even in relaxed mode."""
+    """The host cannot wait for a stream that captures, not even in relaxed mode."""
     x = cupy.ones(3)
     with Stream(non_blocking=True) as stream:
         stream.begin_capture()
@@ -331,7 +333,7 @@ def test_a_device_waits_for_its_own_streams():
         stream.begin_capture()
         cupy.cuda.Device(1).synchronize()
         with cupy.cuda.Device(1):
-            cupy.ones(1)  # on its own default stream
+            cupy.ones(1)  # works on the default stream of that device
         assert in_thread(status_of, cupy.cuda.Device(0).synchronize) == UNSUPPORTED
         assert status_of(stream.end_capture) == INVALIDATED
 
@@ -349,8 +351,9 @@ def test_the_default_stream_waits_for_blocking_streams():
             stream = Stream(non_blocking=non_blocking)
             stream.begin_capture()
             assert null.is_capturing() is False if non_blocking else status_of(null.is_capturing) == IMPLICIT
-            assert status_of(x.data.memset, 0, 8) == (0 if non_blocking else IMPLICIT)  # CuPy asks first
-            assert stream.is_capturing()  # to ask spoils nothing
+            # CuPy asks for the stream's state before CUDA hears of it.
+            assert status_of(x.data.memset, 0, 8) == (0 if non_blocking else IMPLICIT)
+            assert stream.is_capturing()  # asking has spoiled nothing
             assert status_of(use) == (0 if non_blocking else IMPLICIT)
             assert status_of(stream.end_capture) == (0 if non_blocking else INVALIDATED)
 
@@ -408,7 +411,7 @@ def test_a_broken_device():
     event.record(stream)
     with emulator.pretend(emulator.H200, emulator.H200):
         with emulator.broken(0, LAUNCH_FAILURE):
-            assert (event.done, stream.done) == (False, False)  # what is wrong, these do not tell
+            assert (event.done, stream.done) == (False, False)  # these report an error as not done
             assert runtime.eventQuery(event.ptr) == runtime.streamQuery(stream.ptr) == LAUNCH_FAILURE
             calls = [
                 event.synchronize,
@@ -429,7 +432,7 @@ def test_a_broken_device():
 
 
 def test_what_errors_say():
-    """As the errors of CuPy: a name, a text, and nothing else; the stand-in adds its own words as a cause."""
+    """Errors have CuPy's texts: a name and a description; what the stand-in adds is their cause."""
     for error, text in (
         (CUDARuntimeError(400), "cudaErrorInvalidResourceHandle: invalid resource handle"),
         (CUDADriverError(400), "CUDA_ERROR_INVALID_HANDLE: invalid resource handle"),

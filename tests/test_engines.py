@@ -1,4 +1,4 @@
-"""What engines do with streams, pinned memory and threads: on the stand-in, whose streams are made to lag behind."""
+"""Engines with streams, pinned memory and threads, on the stand-in, whose streams are made to lag behind."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from cupy.cuda import nccl, runtime  # noqa: E402
 
 
 class Stream(cupy.cuda.Stream):
-    """What is copied to the device waits here until the host waits for the stream."""
+    """A stream whose copies to the device take place only when the host waits for it."""
 
     def __init__(self):
         super().__init__(non_blocking=True)
@@ -45,7 +45,7 @@ class Stream(cupy.cuda.Stream):
 
 @pytest.fixture
 def lag(monkeypatch):
-    """Copies from the host are late, as they may be from pinned memory."""
+    """Copies from the host happen late, as those from pinned memory may."""
     on_time = cupy.ndarray.set
 
     def late(array, host):
@@ -56,7 +56,7 @@ def lag(monkeypatch):
 
 
 class Request:
-    """That is done, is not, or raises an error."""
+    """A request of MPI that is done, is not, or raises an error."""
 
     def __init__(self, done=True):
         self.done = done
@@ -68,7 +68,7 @@ class Request:
 
 
 class Communicator:
-    """Of mpi4py, with a second rank that sends what this one does."""
+    """A communicator of mpi4py with two ranks, the other of which sends what this one does."""
 
     def __init__(self):
         self.attributes, self.sent = {}, []
@@ -139,7 +139,7 @@ def test_pinned_memory_over_two_streams(engine, monkeypatch):
 
 @pytest.mark.usefixtures("lag")
 def test_pinned_memory_that_is_freed_after_a_pass(engine):
-    """CuPy may give it to somebody else at once, whatever streams have still to do with it."""
+    """A pass may free pinned memory while copies from it have yet to take place: CuPy may reuse it at once."""
     row, stream = row_of(1), Stream()
     with stream:
         total, _ = engine.sum(row, np.zeros(1))
@@ -150,7 +150,7 @@ def test_pinned_memory_that_is_freed_after_a_pass(engine):
 
 
 def test_memory_of_a_gpu_is_sent_when_it_is_written(engine, monkeypatch):
-    """MPI knows nothing of streams."""
+    """Memory of a GPU is sent only once it is written, as MPI knows nothing of streams."""
     monkeypatch.setattr(engines, "cuda_aware", lambda: True)
     row, stream = row_of(0), Stream()
     stream.late.append(lambda: row.fill(7))
@@ -162,7 +162,9 @@ def test_memory_of_a_gpu_is_sent_when_it_is_written(engine, monkeypatch):
 
 
 def test_memory_is_allocated_before_a_message_is_sent(engine, monkeypatch):
-    """A rank that runs out of it afterwards would be behind the others."""
+    """Memory is allocated before a message is sent: a rank that ran out of it later would have fallen behind the
+    others.
+    """
     row, sent = row_of(0), []
     monkeypatch.setattr(engine._comm, "Iallreduce", lambda *_: sent.append(1))
     engine._staging[1, 4] = engines._Staging(1, 4)
@@ -180,7 +182,7 @@ def test_memory_is_allocated_before_a_message_is_sent(engine, monkeypatch):
 
 
 def test_a_lost_communicator_used_again(engine, monkeypatch):
-    """By any layer, and in any way: nothing more is sent, and it says at once why."""
+    """A lost communicator sends nothing more, whichever layer uses it and how, and says at once why."""
     started = []
 
     def start(*_):
@@ -220,7 +222,7 @@ def test_a_lost_communicator_used_again(engine, monkeypatch):
     ],
 )
 def test_an_error_of_the_device_in_the_middle_of_an_exchange(engine, monkeypatch, forward, aware, owner, name, sent):
-    """Before the message or after it: no layer of the communicator sends anything more, and each says why."""
+    """No layer sends anything after an error of the device, before the message or after it, and each says why."""
     monkeypatch.setattr(engines, "cuda_aware", lambda: aware)
     comm, started = engine._comm, []
     three = [engine, *(engines.MPIEngine(comm, 5) for _ in range(2))]
@@ -239,7 +241,7 @@ def test_an_error_of_the_device_in_the_middle_of_an_exchange(engine, monkeypatch
         patch.setattr(owner, name, fail)
         with pytest.raises(runtime.CUDARuntimeError):
             layer(cupy.ones((4, 3))) if forward else vjp_fn(y)
-    if aware and not forward:  # sums go through memory of the host all the same
+    if aware and not forward:  # sums take the way through the host's memory even with an MPI that takes the GPU's
         sent = int(name == "synchronize")
     assert len(started) == sent
     text = "^this rank has lost the other ranks of this communicator: CUDARuntimeError: cudaErrorLaunchFailure"
@@ -300,7 +302,7 @@ def test_memory_that_mpi_may_still_write_to_is_kept(engine, monkeypatch):
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError, None])
 def test_mpi_is_aborted_at_the_end_if_an_exchange_never_ended(engine, monkeypatch, error, late):
-    """Not if it has ended since, but where nobody knows. What has been printed is not lost."""
+    """MPI is aborted when the process ends if an exchange may still run, not if it has ended. Output is kept."""
     comm, aborted, request = engine._comm, [], Request(done=False)
     printed = [io.TextIOWrapper(io.BytesIO()) for _ in range(2)]
     for name, stream in zip(("stdout", "stderr"), printed, strict=True):
@@ -355,7 +357,7 @@ def test_errors_of_mpi_are_told_in_the_librarys_words(engine, monkeypatch):
 )
 @pytest.mark.parametrize(("overruled", "result"), [("0", False), ("1", True), ("", None), (None, None)])
 def test_where_mpi_says_that_it_takes_memory_of_gpus(monkeypatch, kinds, query, expected, overruled, result):
-    """In an info, or by a function. An empty variable overrules nothing."""
+    """MPI tells in an info, or by a function, that it takes GPUs' memory; a variable that is set overrules it."""
     if overruled is None:
         monkeypatch.delenv("CUPYBN_CUDA_AWARE_MPI", raising=False)
     else:
@@ -370,7 +372,7 @@ def test_where_mpi_says_that_it_takes_memory_of_gpus(monkeypatch, kinds, query, 
 
 @pytest.mark.parametrize("text", ["yes", "2", "true", " 1", "01"])
 def test_the_variable_that_overrules_mpi_is_0_or_1(monkeypatch, text):
-    """It is told when the layer gets its communicator, not in the middle of an exchange, which the others wait in."""
+    """A wrong variable is an error when the layer gets its communicator, not in an exchange, when others wait."""
     monkeypatch.setenv("CUPYBN_CUDA_AWARE_MPI", text)
     comm = SimpleNamespace(Is_inter=lambda: False, Get_rank=lambda: 0, Get_size=lambda: 2)
     message = re.escape(f"expected CUPYBN_CUDA_AWARE_MPI to be 0 or 1 (got {text!r}): unset it to ask MPI")
@@ -380,7 +382,7 @@ def test_the_variable_that_overrules_mpi_is_0_or_1(monkeypatch, text):
 
 
 def test_texts_have_one_length(engine):
-    """Longer ones are cut, also in the middle of a letter."""
+    """Texts are cut to one length, even in the middle of a letter."""
     for text, said in (
         ("3 channels", "3 channels"),
         ("", ""),
@@ -391,11 +393,11 @@ def test_texts_have_one_length(engine):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# NCCL, and what threads may do
+# NCCL, and threads
 
 
 class Aborted(nccl.NcclCommunicator):
-    """Of two ranks, and none of its messages ever comes."""
+    """A communicator of NCCL with two ranks, whose messages never arrive."""
 
     comm = 1
 
@@ -422,7 +424,7 @@ class Aborted(nccl.NcclCommunicator):
 
 
 class Echo(Aborted):
-    """Of two ranks, and the second one sends what the first one does."""
+    """A communicator of NCCL with two ranks, the other of which sends what this one does."""
 
     def __init__(self):
         super().__init__()
@@ -436,7 +438,7 @@ class Echo(Aborted):
 
 @pytest.fixture(autouse=True)
 def threads(monkeypatch):
-    """Of watches: they end soon."""
+    """Threads of watches, which end soon here."""
     monkeypatch.setattr(watch, "IDLE", 0.02)
     monkeypatch.setattr(watch, "NAP", 0.001)
 
@@ -449,7 +451,7 @@ def wait_for(watch):
 
 
 def test_what_an_aborted_message_leaves_is_nan(rng):
-    """No rank takes for the statistics of all what memory held before."""
+    """A message that was aborted leaves NaN, lest a rank take what memory held before for statistics."""
     x = cupy.asarray(rng.standard_normal((4, 3, 5)))
     layer = SyncBatchNorm(3, device="cuda:0", comm=Aborted())
     before = bits(*layer.state_dict().values())
@@ -463,8 +465,7 @@ def test_what_an_aborted_message_leaves_is_nan(rng):
 
 
 def test_an_error_in_the_middle_of_an_exchange_of_nccl(monkeypatch):
-    """That is none of NCCL: messages that are on their way may arrive, but no layer sends another one, not even a layer
-    that comes when the first ones are gone."""
+    """No layer, not even a new one, sends anything after an error of the device; messages on their way may arrive."""
     comm, sent, x = Aborted(), [], cupy.ones((4, 3))
     comm.allGather = comm.allReduce = lambda *_: sent.append(1)
     text = "^this rank has lost the other ranks of this communicator: CUDARuntimeError: cudaErrorLaunchFailure"
@@ -489,7 +490,7 @@ def test_an_error_in_the_middle_of_an_exchange_of_nccl(monkeypatch):
     layer = SyncBatchNorm(3, device="cuda:0", comm=comm)
     with pytest.raises(RuntimeError, match=text):
         layer(x)
-    assert sent == [1]  # of the pass of the other layer
+    assert sent == [1]  # by the pass of the other layer
     watch = layer._group.engine._watch
     wait_for(watch)
     assert not watch.failed
@@ -498,7 +499,7 @@ def test_an_error_in_the_middle_of_an_exchange_of_nccl(monkeypatch):
 
 @pytest.mark.parametrize("residual", [None, "no array"])
 def test_a_first_pass_is_not_captured(residual):
-    """It waits for the others. Nothing of it is sent on any rank, and none is lost."""
+    """A first pass, which waits for the other ranks, cannot be captured: nothing is sent, and no rank is lost."""
     comm, sent = Echo(), []
     layer, x = SyncBatchNorm(3, device="cuda:0", comm=comm), cupy.ones((4, 3))
     with cupy.cuda.Stream(non_blocking=True) as stream, pytest.MonkeyPatch.context() as patch:
@@ -528,7 +529,9 @@ def test_what_the_watch_has_seen_fail_is_told_in_its_words():
 
 
 def test_a_communicator_whose_module_nobody_has_imported(monkeypatch):
-    """CuPy does not import `cupy.cuda.nccl` by itself, and its class is that of another module."""
+    """A communicator of NCCL is recognised even if nobody has imported `cupy.cuda.nccl`, which CuPy does not do by
+    itself.
+    """
     monkeypatch.delattr(cupy.cuda, "nccl")
     engine = engines.engine_for(Aborted(), 5)
     assert engine.gather(row_of(1), np.zeros(2))[0].shape == (2, 3)
@@ -536,7 +539,7 @@ def test_a_communicator_whose_module_nobody_has_imported(monkeypatch):
 
 
 def test_what_a_communicator_can_send():
-    """CuPy arrays on its device: the pointers of others mean nothing to it."""
+    """NCCL sends CuPy arrays on its own device alone, as pointers to other memory mean nothing to it."""
     with emulator.pretend(emulator.H200, emulator.H200):
         engine = engines.engine_for(Aborted(), 5)
         with cupy.cuda.Device(1):
@@ -551,7 +554,7 @@ def test_communicators_that_are_no_more():
     comm = Aborted()
     engine = engines.engine_for(comm, 5)
     assert engines.engine_for(comm, 5)._watch is engine._watch
-    engine._watch._failure = "a rank has died"  # and the communicator is about to be aborted
+    engine._watch._failure = "a rank has died"  # the watch has failed, and will soon abort the communicator
     destroyed = Aborted()
     destroyed.comm = 0
     for lost in comm, destroyed:
@@ -560,7 +563,7 @@ def test_communicators_that_are_no_more():
 
 
 def test_a_rank_that_raises_says_so_on_the_device_of_the_layer():
-    """Whatever the current one is."""
+    """A rank that raises tells the others on its layer's device, whichever device is current."""
     devices = []
 
     class Seen(Aborted):
@@ -581,7 +584,7 @@ def test_a_rank_that_raises_says_so_on_the_device_of_the_layer():
 
 
 def test_texts_go_over_the_device_of_the_communicator(monkeypatch):
-    """Whatever the current one is. What an aborted message leaves is no text."""
+    """Texts are sent on the communicator's device, whichever is current; after an abort they raise an error."""
 
     with emulator.pretend(emulator.H200, emulator.H200):
         with cupy.cuda.Device(1):
@@ -602,7 +605,7 @@ def test_texts_go_over_the_device_of_the_communicator(monkeypatch):
 
 
 def test_a_message_is_watched_while_another_thread_captures():
-    """In the mode of PyTorch, where nobody may ask for an event who has not said that it means no harm."""
+    """The watch looks at a message even while another thread captures in PyTorch's mode, which forbids it."""
     captures, stream = cupy.cuda.Stream(non_blocking=True), cupy.cuda.Stream(non_blocking=True)
     comm = Aborted()
     watch = Watch(comm)
@@ -616,7 +619,7 @@ def test_a_message_is_watched_while_another_thread_captures():
 
 
 def test_a_fault_of_the_device_ends_a_message_at_once():
-    """With its own text; there is no time limit here."""
+    """A fault of the device ends a message at once with the fault's text, even without a time limit."""
     comm = Aborted()
     watch = Watch(comm)
     text = r"^NCCL has lost the other ranks of this communicator: cudaErrorLaunchFailure: unspecified launch failure$"
@@ -627,7 +630,7 @@ def test_a_fault_of_the_device_ends_a_message_at_once():
 
 
 def test_the_thread_works_on_the_device_of_the_message():
-    """Else it would start the first one, for nothing."""
+    """The watch's thread works on the message's device; on another one it would waste memory for a context."""
     asked = threading.Event()
 
     class Asked(Aborted):

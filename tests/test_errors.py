@@ -1,4 +1,4 @@
-"""What cannot be computed raises, says what was expected and what was given, and leaves every array as it was."""
+"""Calls that cannot be computed raise, say what was expected and what was given, and leave every array as it was."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ CALLS = ["forward", "vjp"]
 
 
 def call(xp, rng, shape=SHAPE, **changes):
-    """Make the keyword arguments of a call that works but for the changes."""
+    """The keyword arguments of a call that would work without the changes."""
     return arguments(xp, rng, shape) | changes
 
 
 def fails(error, function, *args, match=None, watch=(), **kwargs):
-    """Call and catch; no array among the arguments, nor one to watch, has changed. Returns the message."""
+    """Check that a call raises and changes none of its arrays, nor those in `watch`. Returns the message."""
     arrays = [array for array in (*args, *kwargs.values(), *watch) if hasattr(array, "tobytes")]
     before = bits(*arrays)
     with pytest.raises(error, match=match) as raised:
@@ -36,7 +36,7 @@ def fails(error, function, *args, match=None, watch=(), **kwargs):
 
 
 def fails_in_layer(error, layer, x, *args, match=None):
-    """As `fails`, for both calls of a layer and all that it holds."""
+    """Check, like `fails`, both calls of a layer and all arrays that it holds."""
     state, attributes = list(layer.state_dict().values()), dict(vars(layer))
     for name in CALLS:
         message = fails(error, getattr(layer, name), x, *args, match=match, watch=state)
@@ -45,7 +45,7 @@ def fails_in_layer(error, layer, x, *args, match=None):
 
 
 def other_kind(array):
-    """An array like this one of the library's other kind: for a NumPy array, what passes for one of CuPy."""
+    """An array like this one, of the library's other kind: for a NumPy array, an object that passes for CuPy's."""
     if not isinstance(array, np.ndarray):
         return array.get()
     members = {"__module__": "cupy", "__cuda_array_interface__": {}}
@@ -223,7 +223,7 @@ def test_channels(xp, rng, shape, name, length, training):
 
 
 def test_channels_on_another_axis(xp, rng):
-    """The channel axis decides what is expected, not axis 1."""
+    """The expected number of channels is that of the channel axis, not of axis 1."""
     kwargs = call(xp, rng, (3, 4, 10), channel_axis=2)
     kwargs["weight"] = xp.ones(4, np.float32)
     for name in ("running_mean", "running_var", "bias"):
@@ -286,13 +286,13 @@ def test_one_value_per_channel(xp, device, rng, shape, axis):
     for function in FUNCTIONS:
         fails(ValueError, function, match=match, training=True, **kwargs)
         fails(ValueError, function, match=match, training=True, **without)
-    assert F.batch_norm(**kwargs).shape == shape  # eval does not mind
+    assert F.batch_norm(**kwargs).shape == shape  # eval mode needs no more than one value
 
     options = {"channel_axis": axis, "device": device}
     to_eval = match[:-1] + re.escape("; did you mean layer.eval()?") + "$"
     layer = BatchNorm1d(shape[axis], **options)
     fails_in_layer(ValueError, layer, kwargs["input"], match=to_eval)
-    layer.track_running_stats = False  # frozen, and there to be used
+    layer.track_running_stats = False  # frozen statistics, which are used nevertheless
     fails_in_layer(ValueError, layer, kwargs["input"], match=to_eval)
     without_buffers = BatchNorm1d(shape[axis], track_running_stats=False, **options).eval()
     fails_in_layer(ValueError, without_buffers, kwargs["input"], match=match)
@@ -307,7 +307,8 @@ def test_moments_of_nothing(xp, shape):
 @pytest.mark.parametrize("eps", [0.0, 0, -0.0, -1.0, -1e-5, float("nan"), float("-inf")])
 @pytest.mark.parametrize("shape", [SHAPE, (0, 3, 5)], ids=str)
 def test_eps_in_training(xp, device, rng, eps, shape):
-    match = rf"^batch_norm eps must be positive during training, but got {eps}(\.0)?$"  # an int may be shown as a float
+    # The message may show an int as a float.
+    match = rf"^batch_norm eps must be positive during training, but got {eps}(\.0)?$"
     kwargs = call(xp, rng, shape, training=True, eps=eps)
     for function in FUNCTIONS:
         fails(ValueError, function, match=match, **kwargs)
@@ -319,7 +320,7 @@ def test_eps_in_training(xp, device, rng, eps, shape):
 
 @pytest.mark.parametrize("eps", [-1.0, -1, -1e-5, float("nan"), float("-inf")])
 def test_eps_in_eval(xp, device, rng, eps):
-    match = rf"^batch_norm eps must be non-negative, but got {eps}(\.0)?$"  # an int may be shown as a float
+    match = rf"^batch_norm eps must be non-negative, but got {eps}(\.0)?$"  # the message may show an int as a float
     kwargs = call(xp, rng, eps=eps)
     for function in FUNCTIONS:
         fails(ValueError, function, match=match, **kwargs)
@@ -418,7 +419,9 @@ def test_grad_output_of_another_kind(xp, rng, given, make):
 
 @BOTH_MODES
 def test_arrays_that_are_read_only(rng, training):
-    """Only NumPy has them. They may be read; to write to them is an error before anything is written."""
+    """Read-only arrays, which only NumPy has, may be read; having to write to one is an error before anything is
+    written.
+    """
     kwargs = call(np, rng, training=training)
     out = np.zeros(SHAPE, np.float32)
     out.flags.writeable = False
@@ -440,7 +443,7 @@ def test_arrays_that_are_read_only(rng, training):
 
 @pytest.mark.parametrize("name", ["running_mean", "running_var", "num_batches_tracked"])
 def test_layer_with_an_array_that_is_read_only(rng, name):
-    """None of the three moves without the others."""
+    """If one of a layer's three buffers is read-only, none of them moves."""
     layer = BatchNorm1d(3, device="cpu")
     getattr(layer, name).flags.writeable = False
     fails_in_layer(ValueError, layer, arguments(np, rng, SHAPE)["input"], match="read-only")
@@ -479,7 +482,7 @@ def test_mode_of_train(device, mode):
 
 @BOTH_MODES
 def test_layer_with_one_buffer_without_the_other(xp, device, rng, training):
-    """Also where the call would not use it."""
+    """A layer with one buffer without the other is an error, even where the call would use neither."""
     layer = BatchNorm1d(3, device=device, track_running_stats=True).train(training)
     layer.running_var, layer.track_running_stats = None, False
     fails_in_layer(ValueError, layer, call(xp, rng)["input"], match="must either both be None or neither be None")
@@ -494,7 +497,9 @@ def test_layer_with_a_weight_of_another_rank(xp, device, rng):
 
 
 def test_layer_with_a_counter_that_cannot_count_in_place(xp, device, rng):
-    """`layer.num_batches_tracked + 1` is a NumPy scalar, not an array."""
+    """A NumPy scalar as counter is an error: it cannot be counted up in place. `layer.num_batches_tracked + 1` makes
+    one.
+    """
     layer = BatchNorm1d(3, device=device)
     layer.num_batches_tracked = np.int64(4)
     fails_in_layer(TypeError, layer, call(xp, rng)["input"], match="num_batches_tracked")

@@ -1,4 +1,4 @@
-"""The layers of the examples have the right gradients, and every example says what it takes."""
+"""The layers of the examples have the right gradients, and every example tells what it takes."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ layers = pytest.importorskip("layers")
 
 @pytest.fixture
 def example(request):
-    """An example as a module, if what it imports is there."""
+    """An example as a module; skipped if something that it imports is missing."""
     try:
         return importlib.import_module(request.param)
-    except (ImportError, RuntimeError) as error:  # the latter where there is no MPI
+    except (ImportError, RuntimeError) as error:  # RuntimeError where mpi4py finds no MPI
         return pytest.skip(f"pip install '.[examples]': {error}")
 
 
 def status(example, arguments, monkeypatch):
-    """The status with which it ends, before it does anything."""
+    """The exit status of an example whose arguments end it before it does anything."""
     monkeypatch.setattr(sys, "argv", [f"{example.__name__}.py", *arguments])
     with pytest.raises(SystemExit) as caught:
         example.main()
@@ -40,7 +40,7 @@ def status(example, arguments, monkeypatch):
 
 @pytest.mark.parametrize("example", EXAMPLES, indirect=True)
 def test_help(example, monkeypatch, capsys):
-    """The text of the file: what it does, and how it is run."""
+    """The option --help prints the text at the top of the example's file."""
     assert status(example, ["--help"], monkeypatch) == 0
     out = capsys.readouterr().out
     assert example.__doc__ in out
@@ -50,7 +50,7 @@ def test_help(example, monkeypatch, capsys):
 
 @pytest.mark.parametrize("example", EXAMPLES, indirect=True)
 def test_wrong_options(example, monkeypatch, capsys, tmp_path):
-    """A line of usage, and a line that says what is wrong."""
+    """Wrong options print a line of usage, and a line that says what is wrong."""
     (tmp_path / "file").write_text("")
     wrong = [["--no-such-option"], ["positional"]]
     assert status(example, ["--help"], monkeypatch) == 0
@@ -68,7 +68,7 @@ def test_wrong_options(example, monkeypatch, capsys, tmp_path):
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_without_the_extra(name, monkeypatch, capsys):
-    """There is help, and otherwise a line that says what is missing."""
+    """Help works without the packages of the extra; anything else ends with a line that says what is missing."""
     needed = [*layers.NEEDED, *(["mpi4py"] if name == "distributed_digits" else [])]
     for missing in needed:
         monkeypatch.setitem(sys.modules, missing, None)
@@ -82,7 +82,7 @@ def test_without_the_extra(name, monkeypatch, capsys):
 
 
 def test_a_closed_pipe_is_quiet():
-    """As of `head`, which reads no more than it wants."""
+    """A reader that closes the pipe early, such as `head`, causes no error."""
     read, write = os.pipe()
     os.close(read)
     command = [sys.executable, "-c", "import layers; layers.run(lambda: print('a line'))"]
@@ -120,7 +120,7 @@ def network(rng, device):
 
 
 def test_gradients_are_the_slopes_of_the_loss(xp, device, rng, monkeypatch):
-    """Along a random direction of x and all parameters, in float64."""
+    """Gradients agree with the slope of the loss along a random direction of x and all parameters, in float64."""
     monkeypatch.setattr(layers, "xp", xp)
     net = network(rng, device)
     for layer in net.layers:
@@ -150,7 +150,7 @@ def test_gradients_are_the_slopes_of_the_loss(xp, device, rng, monkeypatch):
 
 @pytest.mark.parametrize("example", ["distributed_digits"], indirect=True)
 def test_losses_that_are_the_same_are_drawn(example, monkeypatch, tmp_path):
-    """At the bottom of a logarithmic axis, which has no place for a difference of 0."""
+    """Equal losses are drawn at the bottom of the logarithmic axis, which has no place for a difference of 0."""
     pytest.importorskip("matplotlib")
     figures = []
     monkeypatch.setattr(layers, "save_picture", lambda figure, *_, **__: figures.append(figure))

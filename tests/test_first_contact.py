@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from cupybn import functional
-from cupybn._steps import launcher
+from cupybn._steps import sources
 from tests.benchmark_scripts import BENCHMARKS, ROOT, require
 
 pytest.importorskip("ml_dtypes")
@@ -558,8 +558,8 @@ def test_precompile_sees_what_does_not_compile(tmp_path, monkeypatch):
     share = precompile.compile_share(0, 2, time.time() + 100, rehearse=True)
     assert (share.compiled, share.left, share.failed) == (precompile.TINY // 2, 0, [])
     assert precompile.compile_share(0, 2, time.time(), rehearse=True).left == precompile.TINY // 2
-    right = launcher.source
-    monkeypatch.setattr(launcher, "source", lambda name: f"{right(name)}\nan error")
+    right = sources.source
+    monkeypatch.setattr(sources, "source", lambda name: f"{right(name)}\nan error")
     failed = precompile.compile_share(0, 2, time.time() + 100, rehearse=True).failed
     assert len(failed) == precompile.TINY // 2
     assert all("-DDATA_T=" in text for text in failed)
@@ -665,7 +665,7 @@ def test_nccl_sees_a_communicator_that_is_not_refused():
 def test_all_that_the_library_asks_for_is_compiled(monkeypatch):
     """Every step over shapes, dtypes and alignments of all kinds, on the device that is there."""
     compiled = {(instance.kernel, instance.options) for instance in insides.instances_here()}
-    assert {kernel for kernel, _ in compiled} == set(launcher.kernel_names())
+    assert {kernel for kernel, _ in compiled} == set(sources.kernel_names())
     shapes = [(N, C, L) for L in (1, 2, 49, 3136, 1 << 20) for N in (2, 64, 5000) for C in (2, 3, 64, 1000)]
     asked = set()
     for (N, C, L), dtype, most in product(shapes, insides.dtypes(), (16, 8, 4, 2)):

@@ -1,4 +1,4 @@
-"""The functional form against the textbook: values, gradients, memory orders, dtypes, edge cases, properties."""
+"""The functional form against the textbook: values, gradients, memory orders, dtypes, special cases, properties."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ SHAPES = {
     "rank-6-with-axes-of-one": (2, 3, 1, 2, 1, 3),
 }
 LARGE = {"many-blocks-of-n": (300_001, 1), "many-blocks-of-l": (2, 3, 151, 331), "many-channels": (3, 70_001)}
-"""Above the sizes that are done in one piece: 2^18 elements, 65535 blocks."""
+"""Shapes beyond those that a step does in one piece: more than 2^18 elements, or 65535 blocks."""
 
 AXES = [(rank, axis) for rank in range(2, 7) for axis in range(-rank, rank)]
 VECTORS = ("running_mean", "running_var", "weight", "bias")
 
 
 def forward_and_back(kwargs, dy):
-    """Run the call forth and back, and hold all its results against the reference."""
+    """Compare a call forth and back, and all its results, with the reference."""
     x, expected = kwargs["input"], expect(kwargs, dy)
     y, vjp_fn = F.batch_norm_vjp(**kwargs)
     grads = vjp_fn(dy)
@@ -149,7 +149,7 @@ def test_the_same_call_gives_the_same_bits(xp, rng, dtype):
 @pytest.mark.parametrize("with_residual", [False, True])
 @pytest.mark.parametrize("training", [True, False])
 def test_finite_differences(xp, rng, training, with_residual, activation):
-    """Each element of each gradient is the slope of sum(dy * y)."""
+    """Each element of each gradient is the slope of sum(dy * y), as finite differences show it."""
     step, shape = 1e-5, (4, 3, 2)
     kwargs = arguments(xp, rng, shape, dtype=np.float64, vectors=np.float64)
     kwargs |= {"training": training, "activation": activation, "momentum": 0.0, "eps": 0.1}
@@ -157,7 +157,7 @@ def test_finite_differences(xp, rng, training, with_residual, activation):
         kwargs["residual"] = None
     dy = xp.asarray(rng.normal(size=shape))
     before_relu = F.batch_norm(**kwargs | {"activation": None})
-    assert np.min(np.abs(to_numpy(before_relu))) > 10 * step  # no kink within a step
+    assert np.min(np.abs(to_numpy(before_relu))) > 10 * step  # no value changes its sign within a step
 
     grads = F.batch_norm_vjp(**kwargs)[1](dy)
     for name in ("input", "weight", "bias", "residual"):
@@ -171,7 +171,7 @@ def test_finite_differences(xp, rng, training, with_residual, activation):
                 shifted[index] += sign * step
                 sums.append(float((dy * F.batch_norm(**kwargs | {name: shifted})).sum()))
             slopes[index] = (sums[1] - sums[0]) / (2 * step)
-        # error: step^2 times a third derivative of size 1..10, plus rounding, 2^-52 * 10 / step
+        # The error is step^2 times a third derivative of size 1 to 10, plus rounding: 2^-52 * 10 / step.
         np.testing.assert_allclose(to_numpy(getattr(grads, name)), slopes, rtol=0, atol=2e-8, err_msg=name)
 
 
@@ -196,7 +196,9 @@ def test_relu_has_no_slope_at_zero(xp):
 
 
 def test_relu_looks_at_the_value_before_rounding(xp):
-    """2^-24 is the least float16: a quarter of it rounds to 0, and yet it is positive."""
+    """ReLU looks at its argument before that is rounded: a quarter of 2^-24, the least float16, rounds to 0 but is
+    positive.
+    """
     x = xp.asarray(np.array([[2.0**-24], [-(2.0**-24)]], np.float16))
     quarter = xp.asarray(np.array([0.25], np.float32))
     y, vjp_fn = F.batch_norm_vjp(
@@ -356,7 +358,7 @@ def test_views_that_are_not_dense(xp, rng, make_view, training):
 
 
 def test_broadcast_views(xp, rng):
-    """Input and the gradient of a mean: all elements of a channel or of the array are one in memory."""
+    """An input or gradient may be a broadcast view, all elements of a channel or of the array being one in memory."""
     a = arguments(xp, rng, (4, 3, 5)) | {"training": True}
     a["input"] = xp.broadcast_to(a["input"][:, :, :1], (4, 3, 5))
     a["residual"] = xp.broadcast_to(a["residual"][:1, :1, :1], (4, 3, 5))
@@ -377,7 +379,7 @@ def test_vectors_may_be_views(xp, rng):
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 3, 1)], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("training", [True, False])
 def test_dense_input_is_not_copied(rng, order, training):
-    """NumPy reports its allocations: all of them together stay below one more array of the input's size."""
+    """A dense input is not copied: all allocations together, which NumPy reports, are less than one more input."""
     a = arguments(np, rng, (64, 16, 64, 64))
     a |= {name: in_order(a[name], order) for name in ("input", "residual")} | {"training": training}
     out = np.empty_like(a["input"])
@@ -416,7 +418,7 @@ def test_each_vector_may_have_its_own_dtype(xp, rng, turn, training):
 
 
 def test_16_bit_data_is_summed_in_more_bits(xp):
-    """4098 ones and one 2: in float16 the sum would stop at 2048, in bfloat16 at 256."""
+    """16-bit data is summed in more bits: 4098 ones and one 2 would sum to 2048 in float16, and to 256 in bfloat16."""
     for dtype in DTYPES[:2]:
         x = np.ones((4099, 1), dtype)
         x[0] = 2
@@ -444,7 +446,8 @@ def test_vjp_fn_is_pure(xp, rng, training, activation, vectors):
     assert bits(*vjp_fn(dy)) == first
     assert bits(*arrays, dy, other, y) == before
 
-    F.batch_norm(**kwargs | {"training": True, "input": 5 * kwargs["input"]})  # moves the running statistics
+    # Moves the running statistics between forward and back.
+    F.batch_norm(**kwargs | {"training": True, "input": 5 * kwargs["input"]})
     y[...] = 0
     grads = vjp_fn(dy)
     assert bits(*grads) == first
@@ -548,12 +551,14 @@ def test_moments_of_one_value_per_channel(xp):
 
 
 class View(NamedTuple):
-    """A view that NumPy and CuPy make alike: `whole` with its memory in this order, and of that every so manyth."""
+    """A view that NumPy and CuPy make alike: of `whole`, with its axes in memory in `order`, the elements that `steps`
+    selects.
+    """
 
     whole: np.ndarray
     order: tuple[int, ...]
     steps: tuple[slice, ...]
-    axis: int  # of the channels
+    axis: int  # channel axis
 
     def on(self, xp):
         return in_order(xp.asarray(self.whole), self.order)[self.steps]
@@ -604,7 +609,7 @@ def test_adding_a_constant_changes_nothing(xp, view, constant):
 @properties
 @given(view=views())
 def test_gradient_of_the_input_sums_to_zero(xp, view):
-    """In training, a constant that is added to a channel does not move the output."""
+    """The gradient dx of training sums to 0 over a channel, since adding a constant to it does not move the output."""
     x, axis = view.on(xp), view.axis
     dy = x.copy(order="C") ** 2
     others = tuple(i for i in range(x.ndim) if i != axis % x.ndim)
@@ -627,7 +632,9 @@ def test_a_fresh_layer_in_eval_is_nearly_the_identity(xp, device, view):
     ("shape", "dtype"), [((20001, 10), np.float16), ((30001, 9), np.float64), ((8, 5, 3), np.float16)], ids=str
 )
 def test_the_way_back_changes_no_bits_of_the_output(xp, rng, shape, dtype):
-    """Rows that do not end with a pack, of many parts: a mask is written element by element."""
+    """A call with a way back gives the same output bits, also in long rows without whole packs, whose mask is set by
+    element.
+    """
     x, residual = (xp.asarray(rng.normal(size=shape).astype(dtype)) for _ in range(2))
     outputs = []
     for function in F.batch_norm, lambda *args, **kwargs: F.batch_norm_vjp(*args, **kwargs)[0]:
@@ -639,7 +646,7 @@ def test_the_way_back_changes_no_bits_of_the_output(xp, rng, shape, dtype):
 
 @pytest.mark.parametrize("value", [1e200, -1.7e308])
 def test_a_constant_channel_of_any_float64(xp, value):
-    """Also of one whose sum float64 does not hold."""
+    """A constant channel gives exactly its bias for any float64, even one whose sum float64 does not hold."""
     for shape in (40, 4), (40, 3), (4, 3, 50), (9001, 6):
         x = xp.asarray(np.full(shape, value))
         y = F.batch_norm(x, None, None, None, xp.asarray(np.full(shape[1], 0.5)), training=True)

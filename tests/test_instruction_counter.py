@@ -1,6 +1,6 @@
-"""The counter of `benchmarks/instructions`, on kernels whose results and counts are known."""
+"""The counter of `benchmarks/instructions` on small kernels whose results and counts are known."""
 
-# The functions of a table have the same parameters.
+# Functions of a table all have the same parameters, whether they need them or not.
 # ruff: noqa: ARG005
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ C_NAMES = {"float32": "float", "float64": "double", "int32": "int", "int64": "lo
 
 
 class Run:
-    """A launch of a kernel ``f(data, n0, n1, ...)`` with this body, where data is memory and the others are integers.
+    """A launch of a kernel ``f(data, n0, n1, ...)`` with this body, where `data` is an array and the others are
+    integers.
 
     Attributes
     ----------
     data
-        What is in memory afterwards.
+        The array as the kernel leaves it.
     """
 
     def __init__(self, body, data, *numbers, architecture=90, threads=32, blocks=1, cluster=1, head=""):
@@ -50,7 +51,7 @@ class Run:
         self.data = memory.view(data.dtype)
 
     def count(self, *beginnings):
-        """How often instructions were issued whose opcode begins like this."""
+        """How often instructions were issued whose opcode begins with one of these texts."""
         pairs = zip(self.program.instructions, self.issued, strict=True)
         return sum(int(n) for instruction, n in pairs if instruction.opcode.startswith(beginnings))
 
@@ -71,7 +72,8 @@ def test_a_loop_issues_its_body_once_a_trip(architecture):
     for _ in range(3):
         x = x * x + np.float32(0.25)
     np.testing.assert_allclose(few.data, x, rtol=1e-6)
-    assert (few.count("FFMA"), many.count("FFMA")) == (2 * 3, 2 * 10)  # two warps
+    # Two warps: each issues an FFMA for each trip of the loop.
+    assert (few.count("FFMA"), many.count("FFMA")) == (2 * 3, 2 * 10)
     each, rest = divmod(int(many.issued.sum() - few.issued.sum()), 2 * 7)
     assert rest == 0
     assert 4 <= each <= 6  # FFMA, the counter, the comparison, the branch
@@ -94,7 +96,7 @@ def test_both_sides_of_a_branch_count_where_a_warp_diverges(architecture, lanes)
         x = 1 / np.sqrt(x + np.where(np.arange(64) % 32 < lanes, 1, 2))
     np.testing.assert_allclose(run.data, x, rtol=1e-5)
     assert run.count("MUFU.RSQ") == 2 * 5 * (2 if 0 < lanes < 32 else 1)
-    assert run.count("STG") == 2  # the warps are whole again
+    assert run.count("STG") == 2  # one for each warp, whose halves have joined again
 
 
 def test_two_halves_of_a_warp_in_the_same_function_count_twice():
@@ -109,7 +111,7 @@ def test_two_halves_of_a_warp_in_the_same_function_count_twice():
 @every_architecture
 def test_lanes_wait_for_one_that_goes_a_long_way_round(architecture):
     data = np.full(64, 3.0)
-    data[5] = 3e-310  # its reciprocal is found elsewhere
+    data[5] = 3e-310  # takes the branch for reciprocals of subnormal numbers
     run = Run("data[threadIdx.x] = 1 / data[threadIdx.x];", data, architecture=architecture, threads=64)
     with np.errstate(over="ignore"):
         np.testing.assert_allclose(run.data, 1 / data, rtol=1e-15)
@@ -182,7 +184,7 @@ def test_shared_memory_and_barriers(architecture):
     np.testing.assert_allclose(run.data[:3], 1 / data.reshape(3, 128).sum(1), rtol=1e-15)
     assert run.count("STS") == 3 * 4
     assert run.count("BAR") == 3 * 4
-    assert run.count("SHFL") == 3 * 4 * 5 * 2  # two halves
+    assert run.count("SHFL") == 3 * 4 * 5 * 2  # two for each shuffle, as a double is moved in two halves
     assert run.count("DADD") == 3 * (4 * 5 + 3)
 
 
@@ -214,7 +216,7 @@ def test_parts_of_a_warp_that_shuffle_by_themselves(architecture):
     run = Run(body, np.arange(32, dtype=np.int32), architecture=architecture)
     lane = np.arange(32)
     inner = np.where(lane < 8, 28, 9 + 100 * (lane - 1))
-    valid = lane != 8  # its neighbour is not there
+    valid = lane != 8  # the lane that it takes the value from is elsewhere
     assert run.data[valid].tolist() == (inner + 1000 * np.where(lane % 16 < 13, lane + 3, lane))[valid].tolist()
 
 
@@ -291,7 +293,7 @@ def test_votes(architecture):
     assert run.data.tolist() == [99] * 32 + [9 + 300 + 10000 * 13] * 32
 
 
-INTEGERS = {  # of Python's own integers
+INTEGERS = {  # computed with Python's integers
     "a / b": lambda a, b: abs(a) // abs(b) * (1 if a * b > 0 else -1),
     "(unsigned)a % 1000": lambda a, b: a % 2**32 % 1000,
     "(int)((long long)a * b >> 20)": lambda a, b: a * b >> 20,
@@ -390,7 +392,8 @@ def test_blocks_of_a_cluster_write_into_each_others_shared_memory(architecture):
     __cluster_barrier_wait();
     if (threadIdx.x < 2) data[4 + 2 * blockIdx.x + threadIdx.x] = given[threadIdx.x];
     """
-    data = np.array([2, 1e-308, 4, 8, *[0] * 8])  # the reciprocal of the second one is found elsewhere: it comes late
+    # The reciprocal of 1e-308 takes a branch of its own, so that its lane comes late.
+    data = np.array([2, 1e-308, 4, 8, *[0] * 8])
     run = Run(body, data, architecture=architecture, threads=64, blocks=4, cluster=2)
     np.testing.assert_allclose(run.data[4:], [0.5, 1e308] * 2 + [0.25, 0.125] * 2, rtol=1e-15)
 
@@ -459,7 +462,7 @@ def test_a_line_through_two_counts():
     cost = measure(report.case("bn_normalize", "float16", 3136))
     smaller, larger = cost.smaller, cost.larger
     each, once = sum(cost.each().values()), cost.once()
-    assert each > 8  # a conversion for each element at least
+    assert each > 8  # at least one conversion for each element
     assert once > 0
     assert larger.packs > smaller.packs
     for found in (smaller, larger):
@@ -495,4 +498,4 @@ def test_the_prediction_for_hardware_is_of_all_blocks():
     assert [launch.kernel for launch in launches] == ["channels_first/bn_forward", "channels_first/bn_backward"]
     for launch in launches:
         assert launch.blocks == np.prod(launch.grid)
-        assert launch.issued[0] == launch.warps  # the first instruction, once for each warp
+        assert launch.issued[0] == launch.warps  # each warp issues the first instruction once

@@ -1,4 +1,4 @@
-"""How many instructions the kernels may issue, counted in their machine code, without a GPU."""
+"""Budgets of instructions that the kernels may issue, counted in their machine code, without a GPU."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from instructions.report import case  # noqa: E402
 
 
 class Budget(NamedTuple):
-    """Most thread-instructions for each 16 bytes of one array, on sm_90: what was counted, and 5 % more.
+    """Most thread-instructions for each 16 bytes of one array, on sm_90: 5 % more than were counted.
 
-    All that the launch issues is in it, also what each warp issues once, 250 to 1000 instructions, spread over as many
-    packs as its threads have in the cases of `count`: 4 to 128 of 16 bytes, so that a kernel on chip, which has few of
-    them, may take more for each. A kernel that gets other numbers of packs needs other budgets.
+    A budget includes what each warp issues once, 250 to 1000 instructions, spread over the packs that its threads have
+    in the cases of `count`: 4 to 128 packs of 16 bytes. So a kernel on chip, which has few packs, may issue more for
+    each, and a kernel whose threads get other numbers of packs needs other budgets.
     """
 
-    float32: tuple[int, int]  # packs of 16 bytes, packs of one element
-    float16: int  # packs of 16 bytes; of one element it costs what bfloat16 does
-    relu: int | None  # float16 with ReLU
-    bfloat16: int  # packs of one element; of 16 bytes it costs what float16 does
-    fp64: tuple[float, float]  # float64 and conversions from and to 64 bits; float32, float16; packs of 16 bytes
+    float32: tuple[int, int]  # with packs of 16 bytes, with packs of one element
+    float16: int  # with packs of 16 bytes; with those of one element it issues what bfloat16 does
+    relu: int | None  # float16 with ReLU; None for kernels without activation
+    bfloat16: int  # with packs of one element; with those of 16 bytes it issues what float16 does
+    fp64: tuple[float, float]  # instructions on 64 bits, in float32 and in float16, with packs of 16 bytes
 
 
 BUDGETS = {
@@ -45,11 +45,11 @@ BUDGETS = {
     "channels_last/bn_backward": Budget((184, 249), 301, 341, 389, (13.6, 23.8)),
 }
 REGISTERS = 128
-"""Most of a thread; `test_compile.py` holds each kernel to fewer."""
+"""Most registers of a thread; `test_compile.py` holds each kernel to fewer."""
 
 
 def cases(kernel: str, dtype: str) -> dict[Case, int]:
-    """What is counted of a kernel, and its budgets."""
+    """The cases of a kernel in a dtype, with their budgets."""
     layout, _, step = kernel.partition("/")
     whole, single = ((56 * 56, None), (7 * 7, None)) if layout == "channels_first" else ((1, 256), (1, 35))
     budget = BUDGETS[kernel]
@@ -62,7 +62,7 @@ def cases(kernel: str, dtype: str) -> dict[Case, int]:
 
 
 def over(found: float, allowed: float, what: str) -> list[str]:
-    """A line about a count that is more than allowed; none about others."""
+    """A line about a count that is more than allowed; no line otherwise."""
     return [f"{what}: {found:.1f} of {allowed:.1f}"] if found > allowed else []
 
 

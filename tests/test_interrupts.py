@@ -1,4 +1,4 @@
-"""Ctrl-C at any line of the library, memory that runs out at any allocation: all or nothing is written."""
+"""Ctrl-C at any line of the library, or no memory left at any allocation: everything or nothing is written."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NAMES = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
 def interrupted(call, at):
-    """Whether the call came to an end before it reached so many lines of the library; Ctrl-C comes there."""
+    """Whether Ctrl-C, which comes at a given line that the library executes, came before the call was done."""
     lines = 0
 
     def trace(frame, event, _):
@@ -42,15 +42,15 @@ def interrupted(call, at):
 
 
 def state(layer):
-    """All that a layer holds."""
+    """All that a layer holds, to compare."""
     arrays = {name: getattr(layer, name) for name in NAMES}
     return bits(*arrays.values()), layer.num_features, layer.device, layer.training
 
 
 def check(make, act, last_lines=0):
-    """`act` on what `make` returns leaves it as it was, wherever the interrupt comes.
+    """Check that `act` leaves what `make` returns unchanged, at whichever line the interrupt comes.
 
-    In the last lines of the call, so many, all may be done.
+    Within `last_lines` lines at the end of the call, everything may be done instead.
     """
     done = make()
     act(done)
@@ -74,7 +74,7 @@ def x(xp, rng):
 
 @pytest.fixture
 def make(device):
-    """Layers that have seen something."""
+    """A function that makes a layer whose running statistics have moved."""
 
     def make(**options):
         layer = cupybn.BatchNorm1d(3, device=device, **options)
@@ -86,7 +86,7 @@ def make(device):
 
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_a_pass_in_training(make, x, momentum):
-    """When the running statistics have moved, a few lines are left that return what was asked for."""
+    """An interrupted training pass moves all buffers or none; after they have moved, few lines are left."""
     check(lambda: make(momentum=momentum), lambda layer: layer(x), last_lines=20)
     check(lambda: make(momentum=momentum), lambda layer: layer.vjp(x, x), last_lines=20)
 
@@ -123,14 +123,14 @@ def test_to(make, device):
 
 
 def test_no_stats_update(make, x):
-    """An interrupt on the way into the context leaves layers that track."""
+    """An interrupt on the way into `no_stats_update` leaves layers that track."""
     layer, at, inside = make(), 0, False
 
     def enter():
         nonlocal inside
         with cupybn.no_stats_update():
             inside = True
-            sys.settrace(None)  # the way out goes on
+            sys.settrace(None)  # ends tracing, so that the way out is not interrupted
 
     while not inside:
         at += 1
@@ -143,7 +143,7 @@ def test_no_stats_update(make, x):
 
 @pytest.mark.parametrize("into", ["an array of another order", "the input"])
 def test_functions(xp, x, into):
-    """The running statistics move as one, also where an output is copied at the end."""
+    """An interrupted function moves both running statistics or none, even if an output is copied at the end."""
     at, more = 0, True
     while more:
         at += 1
@@ -157,7 +157,7 @@ def test_functions(xp, x, into):
 
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_memory_that_runs_out(xp, make, x, momentum, monkeypatch):
-    """At each allocation in turn; the step that moves the buffers is after all of them."""
+    """Running out of memory at any allocation moves no buffer, as they move after the last allocation."""
     empty, left = xp.empty, 0
 
     def failing(*arguments, **options):

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from cupybn._steps import bundles as real_bundles
-from cupybn._steps import geometry, launcher
-from cupybn._steps.launcher import Kernel, kernel, kernel_names, signature, source
+from cupybn._steps import geometry, sources
+from cupybn._steps.launcher import Kernel, kernel
+from cupybn._steps.sources import kernel_names, signature, source
 
 cp = pytest.importorskip("cupy")
 
@@ -100,9 +101,9 @@ def example(tmp_path, monkeypatch):
     texts = {"example.cu": EXAMPLE, "bundled.cu": BUNDLED, "helper.cuh": HELPER, "deeper/more.cuh": MORE}
     for name, text in texts.items():
         (tmp_path / name).write_text(text)
-    monkeypatch.setattr(launcher, "KERNELS", tmp_path)
-    monkeypatch.setattr(launcher, "signature", signature.__wrapped__)
-    monkeypatch.setattr(launcher, "source", source.__wrapped__)
+    monkeypatch.setattr(sources, "KERNELS", tmp_path)
+    monkeypatch.setattr(sources, "signature", signature.__wrapped__)
+    monkeypatch.setattr(sources, "source", source.__wrapped__)
     return Kernel("example", {"DATA_T": np.dtype(np.float32), "THREADS": 64})
 
 
@@ -386,7 +387,7 @@ def test_fields_on_another_device(bundled, bundles):
 
 @pytest.mark.usefixtures("example")
 def test_signature_of_structs():
-    parameters = {p.name: p for p in launcher.signature("bundled")}
+    parameters = {p.name: p for p in sources.signature("bundled")}
     assert [(p.name, p.type, p.section, p.nullable) for p in parameters.values()] == [
         ("x", "data_t*", "inputs", False),
         ("affine", "Affine", "inputs", False),
@@ -418,7 +419,7 @@ def test_signature_of_structs():
 
 @pytest.mark.usefixtures("example")
 def test_source_has_each_header_once_and_says_where_lines_come_from():
-    text = launcher.source("example")
+    text = sources.source("example")
     assert "#include" not in text
     assert "#pragma once" not in text
     assert text.count("struct Vector") == text.count("twice(double x)") == 1
@@ -437,12 +438,12 @@ def test_source_has_each_header_once_and_says_where_lines_come_from():
 
 @pytest.mark.usefixtures("example")
 def test_signature():
-    assert [p.name for p in launcher.signature("example")] == ["x", "a", "v", "b", "y", "size"]
-    assert [p.type for p in launcher.signature("example")] == [
+    assert [p.name for p in sources.signature("example")] == ["x", "a", "v", "b", "y", "size"]
+    assert [p.type for p in sources.signature("example")] == [
         "data_t*", "double*", "Vector", "double", "data_t*", "long long",
     ]  # fmt: skip
-    assert [p.section for p in launcher.signature("example")] == ["inputs"] * 4 + ["outputs", "sizes"]
-    assert [p.nullable for p in launcher.signature("example")] == [False, True, True, False, False, False]
+    assert [p.section for p in sources.signature("example")] == ["inputs"] * 4 + ["outputs", "sizes"]
+    assert [p.nullable for p in sources.signature("example")] == [False, True, True, False, False, False]
 
 
 @pytest.mark.parametrize("name", kernel_names())

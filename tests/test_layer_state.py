@@ -1,4 +1,4 @@
-"""What layers hold in odd calls: frozen statistics, prefixes that repeat, interrupts, counters that have an axis."""
+"""Unusual states of layers: frozen statistics, prefixes that repeat, interrupts, counters that have an axis."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def moved(device, xp, rng, **options):
-    """A layer all of whose arrays have left where they started."""
+    """A layer all of whose arrays differ from those of a new one."""
     layer = BatchNorm1d(3, device=device, **options)
     layer(xp.asarray(rng.standard_normal((5, 3, 4)) * 3 + 2))
     layer.weight[...], layer.bias[...] = 5, 7
@@ -25,7 +25,7 @@ def held(layer, *names):
 
 
 def test_frozen_statistics_are_not_reset(device, xp, rng):
-    """As in PyTorch: the flag is asked at each call."""
+    """Statistics that are frozen are not reset: the flag counts as it is at the call, as in PyTorch."""
     layer, fresh = moved(device, xp, rng), BatchNorm1d(3, device=device)
     before = held(layer, *STATISTICS)
     assert before != held(fresh, *STATISTICS)
@@ -50,7 +50,7 @@ def test_statistics_that_were_never_tracked_are_not_made(device, xp, rng):
 
 @pytest.mark.parametrize("prefix", ["bn.", "weight", "b", "."])
 def test_a_prefix_twice_in_a_key(device, xp, rng, prefix):
-    """It is taken off once: the key belongs to something else."""
+    """A prefix that a key has twice is taken off once, and such a key belongs to something else."""
     layer = moved(device, xp, rng)
     own = {prefix + name: np.full(array.shape, 9) for name, array in layer.state_dict().items()}
     twice = {prefix + key: np.full(array.shape, 4) for key, array in own.items()}
@@ -70,7 +70,7 @@ def test_a_prefix_twice_in_a_key(device, xp, rng, prefix):
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, MemoryError])
 @pytest.mark.parametrize("way", ["forward", "vjp"])
 def test_a_lazy_layer_whose_first_call_is_interrupted(device, xp, rng, way, error, monkeypatch):
-    """It is lazy still, and takes another number of features."""
+    """A lazy layer whose first call is interrupted is still lazy, and takes another number of features."""
     layer = BatchNorm1d(None, device=device)
     ops = numpy_ops if device == "cpu" else cupy_ops
 
@@ -115,7 +115,7 @@ def test_a_counter_of_shape_1_is_not_loaded(device, xp, rng, strict):
 
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_a_counter_of_shape_1_is_not_counted_with(device, xp, rng, momentum):
-    """Though that would be one number, too: a state dict with it could not be loaded."""
+    """A counter of shape (1,) is refused, though it is one number: a state dict with it could not be loaded."""
     layer = moved(device, xp, rng, momentum=momentum)
     layer.num_batches_tracked = xp.zeros((1,), np.int64)
     before = bits(*layer.state_dict().values())

@@ -1,4 +1,4 @@
-"""Any dense array is (N, C, L) without a copy."""
+"""Any dense array becomes (N, C, L) without a copy."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cupybn._calls.layout import Layout
 
 
 def dense(shape, order):
-    """An array of this shape whose axes lie in memory in this order, slowest first."""
+    """An array of this shape whose axes lie in memory in the given order, slowest first."""
     return np.arange(np.prod(shape)).reshape([shape[i] for i in order]).transpose(np.argsort(order))
 
 
@@ -80,7 +80,7 @@ def test_conform_copies_only_another_order():
 
 @pytest.mark.parametrize("shape", [(2, 3, 1, 1), (1, 3, 4, 1), (2, 3, 1, 5), (1, 3, 1, 1), (2, 3, 1)], ids=str)
 def test_axes_of_length_1(shape):
-    """The output has the strides of a contiguous input there, too; any others change nothing."""
+    """Axes of length 1 have the strides of a contiguous array in the output, whatever they have in the input."""
     x = dense(shape, range(len(shape)))
     layout = Layout.of(x, 1)
     assert layout.shape == (shape[0], 3, np.prod(shape[2:]))
@@ -96,7 +96,7 @@ def test_axes_of_length_1(shape):
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (0, 2, 1), (2, 0, 1)], ids=str)
 def test_flipped_axes_keep_their_order(order):
-    """The copy of what runs backwards has its axes where the array has them."""
+    """The copy of an array that runs backwards has its axes in the array's order."""
     x = dense((4, 3, 5), order)
     for flipped in x[::-1], x[:, ::-1], x[..., ::-1], x[::-1, ::-1, ::-1]:
         assert Layout.of(flipped, 1) == Layout.of(x, 1)

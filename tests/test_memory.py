@@ -1,4 +1,4 @@
-"""What a call allocates beside its result: a fraction of the input."""
+"""Memory that a call allocates beside its result: a fraction of the input."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ SHAPES += [((2, 3, 300, 301), 1), ((16, 128, 2000), 1), ((100_003, 5), 1)]
 
 
 def allocated(call):
-    """The most memory that a call holds at once, in bytes."""
-    call()  # what is made once and kept: threads, caches
+    """Most bytes that a call holds at once."""
+    call()  # what is made once and kept, threads and caches, does not count
     tracemalloc.start()
     try:
         call()
@@ -46,7 +46,7 @@ def test_an_output_of_ones_own(rng):
 
 
 def test_vjp_fn_keeps_what_it_needs(rng):
-    """One copy of an input that is not dense, and no residual that only has to be added."""
+    """A `vjp_fn` keeps one copy of an input that is not dense, and no residual that only has to be added."""
     x = rng.standard_normal((8, 256, 30, 28)).astype(np.float32)[:, :, ::2]
     residual = x.copy()
     refs = [weakref.ref(a) for a in (x, residual)]

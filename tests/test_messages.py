@@ -1,4 +1,4 @@
-"""What a message says: which argument, what was expected, what was given, and the way out where there is one."""
+"""Messages of errors: which argument, what was expected, what was given, and the way out where there is one."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def message_of(error, function, *args, **kwargs):
 
 
 def cast(kwargs, dtype):
-    """The same arguments with arrays of this dtype."""
+    """The arguments with arrays of another dtype."""
     return {name: a.astype(dtype) if isinstance(a, np.ndarray) else a for name, a in kwargs.items()}
 
 
 def a_tensor(on=1, **members):
-    """What DLPack knows: 1 is the host and 2 a GPU of CUDA."""
+    """An object with DLPack's protocol; device 1 is the host, 2 a GPU."""
     members |= {"__dlpack__": lambda _, **__: None, "__dlpack_device__": lambda _: (on, 0)}
     return type("Tensor", (), members)()
 
@@ -76,7 +76,8 @@ WAYS_TO_ARRAYS = {
 def test_no_array(xp, rng, name, make, end):
     kwargs = arguments(xp, rng, SHAPE) | {name: make()}
     message = message_of(TypeError, F.batch_norm, **kwargs)
-    if name == "out" and "from_dlpack" not in end and "cupy.asarray" not in end:  # it would be a copy that is filled
+    # A conversion would make a copy, and the call would fill that instead of the user's array.
+    if name == "out" and "from_dlpack" not in end and "cupy.asarray" not in end:
         end = f"{end.partition(')')[0]}): use {xp.__name__}.empty_like(input)"
     assert message == f"expected {name} to be a NumPy or CuPy array {end.format(name)}"
 
@@ -106,7 +107,7 @@ def test_lists_of_arrays_on_a_gpu(rng):
 
 
 def test_bits_of_bfloat16(rng):
-    """What NumPy makes of bfloat16 in a file: the way out of the message works."""
+    """Arrays that NumPy loads as raw bits of bfloat16 work once they are viewed as the message says."""
     kwargs = cast(arguments(np, rng, SHAPE), ml_dtypes.bfloat16)
     for name in "input", "weight", "running_var", "residual":
         given = kwargs | {name: kwargs[name].view("V2")}
@@ -181,7 +182,7 @@ def test_what_is_not_like_input(xp, rng):
 
 @pytest.mark.parametrize(("of_input", "other"), [("<f4", ">f4"), (">f4", "<f4"), (">f4", "<f8"), (">f2", ">f4")])
 def test_another_order_of_bytes(rng, of_input, other):
-    """The way out leads to the input's dtype, order included."""
+    """An array in another byte order than the input's is refused, and the conversion in the message is accepted."""
     kwargs = cast(arguments(np, rng, SHAPE), of_input)
     _, vjp_fn = F.batch_norm_vjp(**kwargs)
     wrong = kwargs["input"].astype(other)
@@ -195,7 +196,7 @@ def test_another_order_of_bytes(rng, of_input, other):
 @pytest.mark.parametrize("dtype", ["f2", "f4", "f8"])
 @pytest.mark.parametrize(("shape", "axis"), [((4, 3, 5), 1), ((4, 5, 3), -1)], ids=str)
 def test_the_order_of_bytes_changes_nothing(rng, dtype, shape, axis):
-    """CuPy has native arrays alone; NumPy has both kinds, and results have the input's."""
+    """The order of bytes changes no result: outputs have the input's order. CuPy has native arrays alone."""
     kwargs = arguments(np, rng, (4, 3, 5))
     kwargs |= {name: np.moveaxis(kwargs[name], 1, axis) for name in ("input", "residual")}
     results = []
@@ -210,7 +211,7 @@ def test_the_order_of_bytes_changes_nothing(rng, dtype, shape, axis):
 
 
 def test_functions_keep_the_text_of_pytorch(xp, rng):
-    """Also where the channels are on another axis, which layers say."""
+    """Functions keep PyTorch's text for a wrong number of channels on any axis; layers add the axis."""
     kwargs = arguments(xp, rng, (2, 3, 4, 5))
     for function in FUNCTIONS:
         message = message_of(ValueError, function, **kwargs | {"residual": None, "channel_axis": 3})
@@ -274,7 +275,7 @@ def test_layers_say_where_they_are_of_several_gpus():
 
 
 def test_layer_with_an_array_of_another_device(xp, device, rng):
-    """Then it is not the input that is in the wrong place."""
+    """If an array of the layer is on another device, the message does not blame the input."""
     cupy = pytest.importorskip("cupy")
     layer = BatchNorm1d(3, device=device)
     layer.weight = (cupy if xp is np else np).ones(3, np.float32)
@@ -355,7 +356,7 @@ def test_more_features_than_an_array_has(device, value):
 
 @pytest.mark.parametrize(("cls", "axis", "rank"), [(BatchNorm1d, 3, 3), (BatchNorm1d, -4, 3), (BatchNorm2d, 9, 4)])
 def test_an_axis_that_no_input_has(device, cls, axis, rank):
-    """It is told at once; (N, C) and (N, C, L) have not all of each other's."""
+    """An axis that no accepted input has is an error at once; (N, C) and (N, C, L) have different axes."""
     message = message_of(ValueError, cls, 3, channel_axis=axis, device=device)
     assert message == f"expected channel_axis in [{-rank}, {rank}) for {rank}D input (got {axis})"
     assert BatchNorm1d(3, channel_axis=2, device=device).channel_axis == 2
@@ -363,7 +364,7 @@ def test_an_axis_that_no_input_has(device, cls, axis, rank):
 
 
 class Unprintable:
-    """Has no text, as a number of too many digits has none."""
+    """An object whose conversion to text raises, as that of an int with too many digits does."""
 
     def __repr__(self):
         raise RuntimeError("no text")
@@ -372,7 +373,7 @@ class Unprintable:
 
 
 def test_values_without_a_text(xp, rng, device):
-    """They are told by their class."""
+    """Values that have no text are shown by their class."""
     kwargs, value = arguments(xp, rng, SHAPE), Unprintable()
     for name in "input", "weight", "residual", "out", "training", "momentum", "eps", "channel_axis":
         assert "(got Unprintable)" in message_of(TypeError, F.batch_norm, **kwargs | {name: value})
@@ -467,7 +468,7 @@ def test_flags(xp, device, rng, value):
     kwargs = arguments(xp, rng, SHAPE)
     end = f"to be a bool (got {show(value)})"
     for function in FUNCTIONS:
-        for mode in (True, False):  # calls like these that are checked before
+        for mode in (True, False):  # the second time, calls like these have been checked before
             function(**kwargs, training=mode)
         assert message_of(TypeError, function, **kwargs, training=value) == f"expected training {end}"
     for name in ("affine", "bias", "track_running_stats"):
@@ -556,7 +557,7 @@ def test_dtype_of_torch(device):
 @pytest.mark.parametrize("text", ["garbage", "", " ", "1e3", "0", "-1", "2.0", "+2", "1_0", "0x2", "٣", "9" * 10])
 @pytest.mark.parametrize("shape", [(2, 3), (64, 3, 80, 80)], ids=str)
 def test_number_of_threads(monkeypatch, text, shape):
-    """A text that is none is an error at the first call, whatever its size, and moves nothing."""
+    """A number of threads that cannot be read is an error at the first call of any size, and moves nothing."""
     x = np.ones(shape, np.float32)
     layer = BatchNorm1d(3, device="cpu") if len(shape) == 2 else BatchNorm2d(3, device="cpu")
     _, vjp_fn = layer.eval().vjp(x)

@@ -165,7 +165,7 @@ def test_methods_that_return_the_layer_keep_its_type(tmp_path):
 
 
 def test_kernel_folder_is_found():
-    from cupybn._steps.launcher import KERNELS
+    from cupybn._steps.sources import KERNELS
 
     assert KERNELS.is_dir()
     assert (KERNELS / "README.md").exists()

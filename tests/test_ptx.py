@@ -1,4 +1,4 @@
-"""What the stand-in never compiles, or compiles as something else: read in the assembler that NVRTC makes of it."""
+"""Properties of kernels that the stand-in cannot show, read in the PTX that NVRTC compiles them to."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import pytest
 
-from cupybn._steps import launcher
-from cupybn._steps.launcher import kernel_names
+from cupybn._steps import sources
+from cupybn._steps.sources import kernel_names
 from tests import nvrtc
 
 pytestmark = pytest.mark.skipif(nvrtc.find_library() is None, reason="no NVRTC: pip install nvidia-cuda-nvrtc")
@@ -33,7 +33,7 @@ TO_PAIR = {"float16": r"cvt\.rn\.f16x2\.f32", "bfloat16": r"cvt\.rn\.bf16x2\.f32
 
 
 class Line(NamedTuple):
-    """An instruction, and the line of the kernels' source that it comes from."""
+    """An instruction, and the place in the kernels' source that it comes from."""
 
     text: str
     file: str
@@ -42,17 +42,17 @@ class Line(NamedTuple):
 
 @functools.cache
 def compiled(name, architecture=90, dtype="float16", pack_bytes=16, usual=False):
-    """The lines of a kernel.
+    """The lines of a kernel's PTX.
 
     Parameters
     ----------
     usual : bool
-        Without what is there for channels near the limits of float32.
+        Whether to leave out the code for channels near the limits of float32.
     """
     every = nvrtc.instances(name, architecture, everything=True)
     same = [i for i in every if (i.dtype, i.index_bits) == (dtype, 32)] or every
     instance = [i for i in same if i.pack_bytes == pack_bytes or "/" not in name][-1]
-    text = launcher.source(name)
+    text = sources.source(name)
     if usual:
         text, count = re.subn(r"sizeof\(acc_t\) < 8 && (?:channels\.any_wide|!all_held)(?=\))", "false", text)
         text, more = re.subn(r"(?<=if \()!missed && !channels\.any_wide(?=\) return)", "true", text)
@@ -70,32 +70,34 @@ def compiled(name, architecture=90, dtype="float16", pack_bytes=16, usual=False)
 
 
 def places(pattern, lines):
-    """The numbers of the lines that have it."""
+    """The indices of the lines in which the pattern is found."""
     return [number for number, line in enumerate(lines) if re.search(pattern, line.text)]
 
 
 def found(pattern, lines):
-    """The lines that have it."""
+    """The lines in which the pattern is found."""
     return [lines[number].text for number in places(pattern, lines)]
 
 
 def from_source(lines, file, first, last=None):
-    """The lines that come from a file, from where its text has `first` on, and before it has `last`."""
-    texts = (launcher.KERNELS / file).read_text().splitlines()
+    """The lines that come from a part of a source file: from the line with `first`, up to the line with `last`."""
+    texts = (sources.KERNELS / file).read_text().splitlines()
     (begin,) = [number for number, text in enumerate(texts, 1) if first in text]
     end = next((number for number, text in enumerate(texts, 1) if number > begin and last and last in text), 1 << 30)
     return [line for line in lines if line.file == file and begin <= line.number < end]
 
 
 def of_elements(lines):
-    """What is done to each element for outputs and gradients, but for their sums."""
+    """The lines that compute outputs and gradients for each element, without those for sums."""
     return from_source(lines, "elementwise.cuh", "struct Factors", "sum(dy * (x - center) * rstd) of element e")
 
 
 @pytest.mark.parametrize("name", ON_CHIP)
 @pytest.mark.parametrize(("architecture", "pack_bytes"), [(75, 16), (80, 16), (90, 16), (90, 8), (90, 4)])
 def test_packs_are_copied_while_the_thread_goes_on(name, architecture, pack_bytes):
-    """And read once it has waited for some, after the last of the copies has begun. GPUs before sm_80 cannot."""
+    """Packs are copied by cp.async and read after a wait that follows the last copy; GPUs before sm_80 have no such
+    copies.
+    """
     lines = compiled(name, architecture, pack_bytes=pack_bytes)
     reads = [line for line in from_source(lines, "batches.cuh", "return own[i * TEAM]", "put(") if "ld." in line.text]
     assert reads
@@ -121,10 +123,10 @@ def test_two_bytes_are_carried_by_the_thread(name):
 
 
 def carries(lines):
-    """The stores of packs that the thread has loaded itself."""
+    """The stores into shared memory of packs that the thread has loaded itself."""
     (number,) = [
         number
-        for number, text in enumerate((launcher.KERNELS / "batches.cuh").read_text().splitlines(), 1)
+        for number, text in enumerate((sources.KERNELS / "batches.cuh").read_text().splitlines(), 1)
         if "= raw[k][u];" in text
     ]
     return [line for line in lines if (line.file, line.number) == ("batches.cuh", number) and "st." in line.text]
@@ -133,7 +135,9 @@ def carries(lines):
 @pytest.mark.parametrize("name", [name for name in ON_CHIP if name.startswith("channels_first")])
 @pytest.mark.parametrize("dtype", ["float16", "float64"])
 def test_clusters(name, dtype):
-    """By default waiting shows all that others wrote before they arrived; when they arrive first, it is nothing."""
+    """Arriving at a cluster's barrier publishes what a block wrote; the first arrival, before any write, publishes
+    nothing.
+    """
     assert not found(CLUSTER, compiled(name, 80, dtype))
     lines = compiled(name, 90, dtype)
     assert found(r"\.reqnctapercluster", lines) == [".reqnctapercluster 8, 1, 1"]
@@ -148,7 +152,7 @@ def test_clusters(name, dtype):
 @pytest.mark.parametrize("name", OVER_ELEMENTS)
 @pytest.mark.parametrize("pack_bytes", [16, 2])
 def test_float16_is_converted_by_the_hardware(name, pack_bytes):
-    """To the nearest; without a library's function, and without a shift or two for each element."""
+    """Float16 is converted by instructions, rounded to nearest: no library function, no shifts."""
     lines, width = compiled(name, pack_bytes=pack_bytes), pack_bytes // 2
     assert len(found(r"cvt\.f32\.f16 ", lines)) >= width
     to_float16 = {line.split()[0] for line in found(TO_FLOAT16, lines)}
@@ -160,10 +164,12 @@ def test_float16_is_converted_by_the_hardware(name, pack_bytes):
 @pytest.mark.parametrize("name", ELEMENTWISE + ON_CHIP)
 @pytest.mark.parametrize(("dtype", "architecture"), [("float16", 90), ("bfloat16", 80)])
 def test_elements_are_converted_in_pairs(name, dtype, architecture):
-    """By one instruction from sm_80 on. One by one there are vectors of channels alone, but for wide channels."""
+    """Elements are converted in pairs from sm_80 on; single conversions remain for vectors of channels, and wide
+    channels.
+    """
     lines = compiled(name, architecture, dtype, usual=True)
     assert len(found(TO_PAIR[dtype], from_source(lines, "types.cuh", f"narrow_pair<{dtype}, float>"))) >= 4
-    assert len(found(r"cvt\.rn\.f16\.f32", lines)) <= 2  # of vectors
+    assert len(found(r"cvt\.rn\.f16\.f32", lines)) <= 2  # those of vectors
     lines = compiled(name, 75)
     assert not found(TO_PAIR[dtype], lines)
     assert len(found(r"cvt\.rn\.f16\.f32", lines)) >= 8
@@ -171,7 +177,7 @@ def test_elements_are_converted_in_pairs(name, dtype, architecture):
 
 @pytest.mark.parametrize("name", kernel_names())
 def test_what_no_kernel_has(name):
-    """Atomics on memory, loads that need not see what the kernel stores (an output may be an input), local memory."""
+    """No kernel has atomics on memory, local memory, or loads that may miss its stores (an output may be an input)."""
     lines = compiled(name)
     assert found(r"ld\.(?:shared|global)", lines)
     assert not found(ATOMIC, lines)
@@ -184,7 +190,7 @@ def test_what_no_kernel_has(name):
 @pytest.mark.parametrize("name", ELEMENTWISE + ON_CHIP)
 @pytest.mark.parametrize("dtype", ["float16", "float64"])
 def test_elements_are_rounded_as_by_numpy(name, dtype):
-    """After each operation: a product and a sum are not one."""
+    """Elements are rounded after each operation, as by NumPy: no product and sum become one instruction."""
     lines = of_elements(compiled(name, dtype=dtype))
     width = 16 // nvrtc.itemsize(dtype)
     assert len(found(r"mul\.rn\.(?:ftz\.f32|f64)", lines)) >= width
@@ -193,7 +199,7 @@ def test_elements_are_rounded_as_by_numpy(name, dtype):
 
 @pytest.mark.parametrize("name", ELEMENTWISE + ON_CHIP)
 def test_float64_for_channels_that_need_it_alone(name):
-    """It is slow. What is there besides are factors that are converted, and a comparison."""
+    """Arithmetic in float64, which is slow, is done for channels that need it alone."""
     assert found(FLOAT64_ARITHMETIC, of_elements(compiled(name)))
     lines = of_elements(compiled(name, usual=True))
     assert found(r"mul\.rn\.(?:ftz\.)?f32", lines)
@@ -213,8 +219,8 @@ extern "C" __global__ void test(double mean, double var, Affine affine, double s
 
 
 def test_channels_are_rounded_as_by_numpy():
-    """And divisions and roots to the nearest, in float64."""
-    text = launcher._with_headers(launcher.KERNELS / "running.cuh", set()) + CHANNEL
+    """Values of channels are rounded to nearest after each operation, as by NumPy, divisions and roots included."""
+    text = sources._with_headers(sources.KERNELS / "running.cuh", set()) + CHANNEL
     macros = "-DDATA_T=float32", "-DWIDTH=4", "-DINDEX_BITS=32", "-DTHREADS=256"
     lines = [Line(line, "", 0) for line in nvrtc.ptx(text, 90, macros).splitlines()]
     assert not found(FUSED, lines)
@@ -223,7 +229,7 @@ def test_channels_are_rounded_as_by_numpy():
 
 
 def test_these_would_be_found():
-    """In code like that of which there must be none."""
+    """The patterns of this file find what they look for, in code that has it."""
     text = """
     extern "C" __global__ void test(const float* __restrict__ x, float* y, float a, double* z) {
         y[threadIdx.x] = x[threadIdx.x] * a + a;

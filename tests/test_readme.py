@@ -1,4 +1,4 @@
-"""The README's examples print what it says, its links lead somewhere, and what it says of numbers is so."""
+"""The README's examples print what it says, its links lead somewhere, and its numbers are right."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def blocks(language):
 
 
 def anchors(text):
-    """The headings of a Markdown file, as links name them."""
+    """The headings of a Markdown file, in the form in which links name them."""
     headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL), re.MULTILINE)
     return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
 
@@ -40,7 +40,7 @@ def test_blocks_without_output_are_python():
 
 
 def test_blocks_without_output_import_what_they_use():
-    """But for the arrays that a reader has."""
+    """Blocks without output import what they use, except for the arrays that a reader has."""
     for block in blocks("python"):
         if ">>>" in block:
             continue
@@ -54,7 +54,7 @@ def test_blocks_without_output_import_what_they_use():
 
 
 def test_every_command_is_in_a_block_that_is_run():
-    """`.ci/run` runs the blocks of sh alone."""
+    """Every command stands in a block of sh, the only blocks that `.ci/run` runs."""
     assert set(re.findall(r"^```(.+)$", TEXT, re.MULTILINE)) == {"sh", "python"}
     assert len(blocks("sh")) == 6
 
@@ -77,14 +77,14 @@ def test_the_table_is_on_the_first_screen():
 
 
 def test_sections():
-    """What is under a heading belongs there: all are of one level."""
+    """Every section has a heading of the same level."""
     headings = re.findall(r"^(##+) (.*)$", TEXT, re.MULTILINE)
     assert {level for level, _ in headings} == {"##"}
     assert [title for _, title in headings][:3] == ["Try it", "Ten lines", "A training loop"]
 
 
 def test_eval_mode_at_a_mean_of_a_million(rng):
-    """Off by half a unit in the last place of the running mean, which is 1/16 in float32: "up to 3e-2"."""
+    """Eval mode at a mean of a million is off by half of 1/16, the last place of the mean in float32: "up to 3e-2"."""
     x = rng.normal(1e6, 1, (64, 64, 4, 4)).astype(np.float32)
     exact = x.astype(np.float64)
     mean, var = exact.mean((0, 2, 3), keepdims=True), exact.var((0, 2, 3), keepdims=True, ddof=1)

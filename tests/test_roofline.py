@@ -1,4 +1,4 @@
-"""`benchmarks/roofline.py`: what it reads, and that a prediction is what binds."""
+"""Tests of `benchmarks/roofline.py`: what it reads, and that a prediction is the resource needed longest."""
 
 from __future__ import annotations
 
@@ -78,7 +78,9 @@ def test_launches_are_those_of_the_library():
 
 
 def test_a_kernel_takes_what_it_needs_most():
-    """By hand, for 2^20 packs in 1320 blocks of 256 threads: ten blocks for each multiprocessor of an H200."""
+    """A kernel takes as long as the resource that it needs longest, computed by hand for ten blocks on each
+    multiprocessor.
+    """
     gpu, layer = BY_NAME["H200"], Layer(32, 256, 1024, "float16", False)
     packs = layer.nbytes / 16
     assert packs == 1 << 20
@@ -89,7 +91,7 @@ def test_a_kernel_takes_what_it_needs_most():
     assert times["fp64"] == pytest.approx(packs * 10 / (132 * 64) / 1750 / 0.8)
     assert times["memory"] == pytest.approx(2 * layer.nbytes / 4280e3 / 0.95)
     few = roofline.needs(launch._replace(blocks=33), layer, gpu, Count({"fp64": 10}, 0))
-    assert few["fp64"] == pytest.approx(4 * times["fp64"])  # a quarter of the multiprocessors work
+    assert few["fp64"] == pytest.approx(4 * times["fp64"])  # only a quarter of the multiprocessors have a block
     assert few["memory"] == pytest.approx(times["memory"] / 0.75)
 
 

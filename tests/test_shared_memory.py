@@ -1,4 +1,4 @@
-"""Arrays of a call that share memory: results are those of the values that they all had when the call began."""
+"""Arrays of a call that share memory give the results of the values that they all had when the call began."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ C = 5
 SHAPES = {"channels first": (4, C, 6), "channels last": (24, C)}
 VECTORS = ("weight", "bias", "running_mean", "running_var")
 TENSORS = ("input", "residual", "out")
-OVERLAPS = {  # two vectors in memory of 2 C elements
+OVERLAPS = {  # pairs of vectors, made in memory of 2 C elements
     "the same array": lambda memory: (first := memory[:C], first),
     "another view": lambda memory: (memory[:C], memory[:C]),
     "shifted": lambda memory: (memory[:C], memory[2 : 2 + C]),
@@ -36,7 +36,7 @@ def device(way):
 
 
 def arguments(xp, rng, shape):
-    """All arrays of a call, none of which shares memory."""
+    """Arrays for all arguments of a call, none of which shares memory."""
 
     def draw(size):
         return xp.asarray(rng.uniform(0.5, 2, size).astype(np.float32))
@@ -45,12 +45,12 @@ def arguments(xp, rng, shape):
 
 
 def separate(given):
-    """The same values in memory of their own."""
+    """Copies of the arrays, which share no memory."""
     return {name: array.copy() for name, array in given.items()}
 
 
 def call(given, dy, training, with_out):
-    """The bits of all results, and then those of the arrays that the call writes to."""
+    """The bits of all results of a call."""
     options = {"residual": given["residual"], "activation": "relu"}
     vectors = (given["running_mean"], given["running_var"], given["weight"], given["bias"], training, 0.5)
     if with_out:
@@ -61,7 +61,7 @@ def call(given, dy, training, with_out):
 
 
 def check(given, dy, training, with_out, tangled):
-    """As with separate arrays; buffers that share memory with what is only read move as they do there."""
+    """Compare with a call of separate arrays; buffers that share memory with arrays only read move alike."""
     alone = separate(given)
     expected = call(alone, dy, training, with_out)
     assert call(given, dy, training, with_out) == expected
@@ -87,7 +87,7 @@ def test_two_vectors(xp, rng, pair, shared, shape):
 @pytest.mark.parametrize("vector", VECTORS)
 @pytest.mark.parametrize("tensor", TENSORS)
 def test_a_vector_in_a_tensor(xp, rng, tensor, vector, shape):
-    """Along the channels of one sample, and along neighbours in memory."""
+    """A vector may lie in a tensor, along the channels of one sample or along neighbours in memory."""
     dy = xp.asarray(rng.standard_normal(shape).astype(np.float32))
     for training in True, False:
         for find in (lambda a: a.reshape(-1)[3 : 3 + C], lambda a: a[(1, slice(None), *[2] * (a.ndim - 2))]):
@@ -140,7 +140,7 @@ def test_what_other_calls_move_does_not_change_the_way_back(xp, rng, name, train
 
 @pytest.mark.parametrize("role", ["weight", "bias"])
 def test_buffers_that_a_layer_does_not_use_at_first(xp, device, rng, role):
-    """Frozen statistics move later on: the way back of an earlier call does not change."""
+    """Buffers that are frozen at first may move later: the way back of an earlier call does not change."""
     x = xp.asarray(rng.standard_normal((30, C)).astype(np.float32))
     layer = cupybn.BatchNorm1d(C, device=device, activation="relu")
     setattr(layer, role, layer.running_var)
@@ -153,7 +153,7 @@ def test_buffers_that_a_layer_does_not_use_at_first(xp, device, rng, role):
 
 
 def test_columns_of_one_array_are_no_overlap(xp, rng):
-    """No element in common: nothing is copied, and ``vjp_fn`` still holds the weight by reference."""
+    """Columns of one array have no element in common: nothing is copied, and `vjp_fn` holds the weight by reference."""
     x = xp.asarray(rng.standard_normal((30, C)).astype(np.float32))
     table = xp.asarray(rng.uniform(0.5, 2, (C, 4)).astype(np.float32))
     alone = table.copy()
@@ -168,11 +168,11 @@ def test_columns_of_one_array_are_no_overlap(xp, rng):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What counts as an overlap
+# What counts as overlapping
 
 
 def may_overlap(arrays):
-    """The quick answer, from arrays alone."""
+    """The quick answer to whether the arrays share memory."""
     named = dict(enumerate(arrays))
     return overlap.may_overlap(named, {name: overlap.Extent.of(array) for name, array in named.items()})
 
@@ -197,7 +197,9 @@ def test_overlapping(xp):
 
 
 def test_the_quick_answer_counts_the_last_element(xp):
-    """Neighbours have none in common; on NumPy, where addresses are slow to get, views count as overlapping."""
+    """The quick answer counts the last element: neighbours do not overlap. NumPy's views, of unknown address, always
+    do.
+    """
     memory = xp.zeros(5)
     for other, expected in (memory[2:], True), (memory[:1:-1], True), (memory[3:], xp is np):
         pair = [memory[:3], other]
@@ -213,7 +215,7 @@ def test_overlapping_names_what_overlaps_with_other_names(xp):
 
 
 def test_arrays_too_intricate_to_decide_count_as_overlapping(xp):
-    """Strides like these make the search for a common element a hard problem."""
+    """Arrays with strides that make the search for a common element too hard count as overlapping."""
     strides = [8 * s for s in (3, 5, 7, 11, 13, 17, 19, 23)]
     shape = (7,) * len(strides)
     memory = xp.zeros(sum(s * 6 for s in (3, 5, 7, 11, 13, 17, 19, 23)) + 2)

@@ -1,4 +1,4 @@
-"""State dicts: torch's keys, what may be loaded, and that a failed load changes nothing."""
+"""State dicts: torch's keys, what may be loaded, and that a load which fails changes nothing."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ ARRAYS = ["weight", "bias", "running_mean", "running_var", "num_batches_tracked"
 
 
 def a_state(rng, features=3, prefix="", **changes):
-    """A state dict of NumPy arrays, with some entries replaced or, with None, left out."""
+    """A state dict of NumPy arrays, with some entries replaced or, by None, left out."""
     state = {name: rng.uniform(0.5, 2, features).astype(np.float32) for name in ARRAYS[:4]}
     state |= {"num_batches_tracked": np.array(7, np.int64)} | changes
     return {prefix + name: value for name, value in state.items() if value is not None}
 
 
 def assert_holds(layer, state, prefix=""):
-    """The layer's arrays are those of the state, after one rounding to the layer's dtype."""
+    """Check that the layer's arrays are those of the state, rounded once to the layer's dtype."""
     for name, array in layer.state_dict().items():
         np.testing.assert_array_equal(to_numpy(array), np.asarray(state[prefix + name]).astype(array.dtype))
 
 
 def fails(layer, state, error, **kwargs):
-    """Load a state that does not fit; nothing changes. Returns the message."""
+    """Check that loading a state raises and changes nothing. Returns the message."""
     own = layer.state_dict()
     before = bits(*own.values())
     with pytest.raises(error) as raised:
@@ -125,7 +125,7 @@ def test_strict_is_the_second_argument(device, rng):
 
 @pytest.mark.parametrize("strict", [True, False])
 def test_prefix(device, rng, strict):
-    """Keys that do not start with the prefix belong to others."""
+    """Keys without the prefix belong to others, and are ignored."""
     layer, state = BatchNorm1d(3, device=device), a_state(rng, prefix="bn1.")
     others = {
         "fc.weight": np.ones((2, 2)),
@@ -160,7 +160,7 @@ def test_not_strict_takes_what_fits(device, rng):
 
 
 def test_unexpected_entries_may_be_anything_when_not_strict(device, rng):
-    """They are ignored: nobody asks whether they are arrays."""
+    """Unexpected entries may be anything when not strict: they are not even asked whether they are arrays."""
     layer, state = BatchNorm1d(3, device=device), a_state(rng)
     others = {"version": "2.0", "shapes": [[1], [2, 3]], "optimizer": {"lr": 0.1}, "scheduler": None}
     layer.load_state_dict(others | state, strict=False)
@@ -204,7 +204,7 @@ def test_npz(device, rng, tmp_path):
 
 @pytest.mark.parametrize("options", [{}, {"bias": False}, {"track_running_stats": False}], ids=str)
 def test_there_and_back_with_torch(xp, device, rng, options):
-    first = "2.12" if "bias" in options else None  # the version that has the argument
+    first = "2.12" if "bias" in options else None  # the version of torch that added the argument
     torch = pytest.importorskip("torch", minversion=first)
     theirs, ours = torch.nn.BatchNorm2d(3, **options), BatchNorm2d(3, device=device, **options)
     x = rng.normal(3, 2, (4, 3, 5, 5)).astype(np.float32)
@@ -215,7 +215,7 @@ def test_there_and_back_with_torch(xp, device, rng, options):
 
     ours(xp.asarray(x))
     state = {name: torch.from_numpy(to_numpy(array).copy()) for name, array in ours.state_dict().items()}
-    theirs.load_state_dict(state)  # strict
+    theirs.load_state_dict(state)  # strict, as by default
     assert_holds(ours, theirs.state_dict())
 
 
@@ -287,7 +287,7 @@ def test_a_counter_that_is_not_0_d_has_a_wrong_shape(device, rng, counter, stric
     ids=["text", "None", "ragged", "complex", "object"],
 )
 def test_what_is_not_an_array_of_numbers(device, rng, value):
-    """The last entry of the state, so that all others could have been loaded before it."""
+    """A value that is no array of numbers is an error that changes nothing, even as the last entry of the state."""
     state = a_state(rng, running_var=None)
     state["running_var"] = value
     layer = BatchNorm1d(3, device=device)
@@ -299,7 +299,7 @@ def test_what_is_not_an_array_of_numbers(device, rng, value):
 
 @pytest.mark.parametrize("name", ARRAYS)
 def test_an_array_of_the_layer_that_is_read_only(rng, name):
-    """As those of a layer that came through a memory map: then none of the arrays is loaded."""
+    """If an array of the layer is read-only, as from a memory map, none of the arrays is loaded."""
     layer = BatchNorm1d(3, device="cpu")
     getattr(layer, name).flags.writeable = False
     assert "read-only" in fails(layer, a_state(rng), ValueError)
@@ -317,7 +317,7 @@ def test_a_failed_load_leaves_a_layer_lazy(xp, device, rng, strict):
 
 
 def test_a_lazy_layer_takes_a_state_of_the_counter_alone(xp, device):
-    """It cannot know its features from that, and nothing is wrong with it when not strict."""
+    """A lazy layer takes a state of the counter alone when not strict, though that does not tell its features."""
     layer = BatchNorm1d(None, device=device)
     layer.load_state_dict({"num_batches_tracked": np.array(3)}, strict=False)
     layer(xp.ones((2, 5), np.float32))
@@ -329,7 +329,7 @@ def test_a_lazy_layer_takes_a_state_of_the_counter_alone(xp, device):
 
 
 class Selective(Mapping):
-    """A state dict whose entries can be read once, and only those that somebody is to read."""
+    """A state dict that allows each entry to be read once, and only those that a load needs."""
 
     def __init__(self, state, readable):
         self.state, self.readable = state, set(readable)
@@ -379,7 +379,7 @@ def no_memory(*_):
 
 
 def test_files_whose_values_cannot_be_read(device, rng, tmp_path, monkeypatch):
-    """The error names the key that was wanted."""
+    """If a file's values cannot be read, the error names the key."""
     layer = BatchNorm1d(3, device=device)
     np.savez(tmp_path / "objects.npz", **a_state(rng, prefix="bn.") | {"bn.bias": np.array([1, None, 3], dtype=object)})
     with np.load(tmp_path / "objects.npz") as file:
@@ -389,7 +389,7 @@ def test_files_whose_values_cannot_be_read(device, rng, tmp_path, monkeypatch):
     np.savez(tmp_path / "state.npz", **a_state(rng))
     with np.load(tmp_path / "state.npz") as file, monkeypatch.context() as patch:
         patch.setattr(np.lib.npyio.NpzFile, "__getitem__", no_memory)
-        assert fails(layer, file, MemoryError) == "no more"  # which is no fault of the file
+        assert fails(layer, file, MemoryError) == "no more"  # the machine's fault, not the file's
     message = fails(layer, file, TypeError)
     assert (
         message == "expected weight to be an array of real numbers (got a closed file): load it while the file is open"
@@ -398,7 +398,7 @@ def test_files_whose_values_cannot_be_read(device, rng, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("features", [3, None])
 def test_files_of_bfloat16(xp, device, rng, tmp_path, features):
-    """NumPy keeps the bits alone: a layer of bfloat16 knows what they are, another one does not guess."""
+    """Files hold bfloat16 as bits without a name, which only layers of bfloat16 load; others do not guess."""
     layer = BatchNorm1d(3, device=device, dtype="bfloat16")
     layer(xp.asarray(rng.standard_normal((4, 3)).astype(np.float32)))
     path = tmp_path / "layer.npz"
@@ -436,7 +436,7 @@ def test_keys_that_are_no_strings(device, rng, key):
 
 
 class Duck:
-    """Acts like a mapping without being one, as groups of HDF5 files do."""
+    """An object that acts like a mapping without being one, as groups of HDF5 files do."""
 
     def __init__(self, state):
         self.keys, self.get_entry = state.keys, state.__getitem__
@@ -453,7 +453,7 @@ def test_what_acts_like_a_mapping(device, rng):
 
 
 def named(name):
-    """An open file."""
+    """A file in memory that has a name, as open files do."""
     file = io.BytesIO()
     file.name = name
     return file
@@ -649,7 +649,7 @@ def test_no_other_prefix_fits(device, state):
 
 
 def test_no_other_prefix_where_nothing_is_missing(device, rng):
-    """What is too much is not somewhere else."""
+    """An error suggests another prefix only if keys are missing, not for superfluous ones."""
     message = fails(BatchNorm1d(3, device=device), states(rng, "", "bn."), KeyError)
     assert "did you mean" not in message
 

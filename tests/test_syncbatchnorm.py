@@ -1,4 +1,4 @@
-"""Synchronized batch norm: real ranks under mpiexec, and what a single process can tell."""
+"""Synchronized batch norm: real ranks under mpiexec, and what a single process can show."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from tests.reference import bits, to_numpy
 
 ROOT = Path(__file__).parent.parent
 LIMIT = 30.0
-"""Seconds in which a lost rank must have ended all others."""
+"""Seconds within which a lost rank must have ended all others."""
 
 
 def mpiexec():
-    """The launcher of ranks, where there is one."""
+    """The launcher of ranks; tests that need it are skipped where there is none."""
     pytest.importorskip("mpi4py")
     return find_mpiexec() or pytest.skip("no mpiexec: pip install '.[mpi]'")
 
 
 def start(ranks, *arguments):
-    """Python on so many ranks, with the stand-in where these tests use it."""
+    """Start Python on so many ranks, with the stand-in for CuPy if these tests use it."""
     import cupy
 
     path = [*([EMULATED] if hasattr(cupy, "emulator") else []), ROOT, os.environ.get("PYTHONPATH", "")]
@@ -46,11 +46,11 @@ def start(ranks, *arguments):
 
 
 def finish(process, timeout):
-    """Its output. If it takes too long it is ended, and the test fails."""
+    """The output of a process. If it takes longer than `timeout` it is ended, and the test fails."""
     try:
         return process.communicate(timeout=timeout)[0]
     except subprocess.TimeoutExpired:
-        process.terminate()  # so that mpiexec takes the ranks with it
+        process.terminate()  # lets mpiexec end the ranks
         pytest.fail(f"{process.communicate()[0]}\nmore than {timeout} s")
 
 
@@ -60,7 +60,7 @@ def finish(process, timeout):
 
 @pytest.mark.parametrize(("ranks", "engines"), [(2, []), (3, []), (8, ["mpi"])], ids=["2", "3", "8"])
 def test_ranks(ranks, engines):
-    """All that `tests/ranks` holds, on NumPy arrays and on those of a GPU or the stand-in."""
+    """All cases of `tests/ranks` hold, on NumPy arrays and on those of a GPU or the stand-in."""
     process = start(ranks, "-m", "mpi4py", "-m", "tests.ranks", *engines)
     output = finish(process, timeout=400)
     assert process.returncode == 0, output
@@ -68,7 +68,7 @@ def test_ranks(ranks, engines):
 
 
 def wait_for_the_end(folder, ranks, began):
-    """Of all processes, as long as they may take."""
+    """Wait until all ranks' processes have ended, within LIMIT."""
     processes = [int((folder / f"process{rank}").read_text()) for rank in range(ranks)]
     while alive := [process for process in processes if is_alive(process)]:
         assert time.monotonic() - began < LIMIT, f"still there: {alive}"
@@ -83,7 +83,7 @@ def is_alive(process):
 
 
 def test_a_rank_that_is_killed_ends_the_others(tmp_path):
-    """With the time limit that layers have by themselves."""
+    """A rank that is killed ends the others, with the time limit that layers have by default."""
     began = time.monotonic()
     process = start(3, "-m", "tests.ranks.lost", "SIGKILL", str(_timeout()), str(tmp_path))
     output = finish(process, LIMIT)
@@ -94,7 +94,7 @@ def test_a_rank_that_is_killed_ends_the_others(tmp_path):
 
 
 def test_a_rank_that_nobody_sees_die(tmp_path):
-    """It stops: launcher and network go on. Each of the others says so, and its process ends."""
+    """A rank that stops, which launcher and network do not notice, ends the others: each says so."""
     began = time.monotonic()
     process = start(3, "-m", "tests.ranks.lost", "SIGSTOP", "2", str(tmp_path))
     try:
@@ -105,7 +105,7 @@ def test_a_rank_that_nobody_sees_die(tmp_path):
     assert process.returncode != 0, output
     wait_for_the_end(tmp_path, 3, began)
     told = [path.read_text().splitlines() for path in sorted(tmp_path.glob("told*"))]
-    assert told, output  # the first one that gives up takes the job with it
+    assert told, output  # the first rank that gives up ends the others, which may not get to say it
     for seconds, text, buffers in told:
         assert 2 <= float(seconds) < 10
         assert "expected all 3 ranks to exchange statistics within timeout=2 s" in text
@@ -127,7 +127,7 @@ def test_the_time_limit_leaves_time_to_end():
 
 @pytest.mark.parametrize("shape", [(4, 3), (4, 3, 5), (2, 3, 4, 5), (2, 3, 2, 2, 2)])
 def test_without_a_communicator_it_is_batch_norm(xp, device, rng, shape):
-    """To the bit; with one sample for each channel it raises."""
+    """A layer without a communicator is batch norm to the bit; one value for each channel raises."""
     cls = {2: BatchNorm1d, 3: BatchNorm1d, 4: BatchNorm2d, 5: BatchNorm3d}[len(shape)]
     layers = [kind(3, activation="relu", device=device) for kind in (SyncBatchNorm, cls)]
     x, residual, dy = (xp.asarray(rng.standard_normal(shape).astype(np.float32)) for _ in range(3))
@@ -207,7 +207,7 @@ def test_back_from_a_layer_that_was_never_there():
         layer(np.ones((2, 4)))
     with pytest.raises(ValueError, match=r"^expected a layer that was made by from_batchnorm"):
         layer.to_batchnorm()
-    for shape in (2, 3, 4, 5), (2, 3):  # the first one tells
+    for shape in (2, 3, 4, 5), (2, 3):  # the message is about the first of the shapes
         layer(np.ones(shape))
         assert type(layer.to_batchnorm()) is BatchNorm2d
     with pytest.raises(TypeError, match=r"^expected layer to be a batch norm layer \(got int\)$"):
@@ -229,7 +229,7 @@ def test_what_is_no_communicator(comm):
 
 @pytest.mark.parametrize("name", ["size", "check", "gather", "sum", "texts"])
 def test_what_is_no_engine(name):
-    """It lacks something of the protocol, which would be missed in the middle of a pass."""
+    """An object that lacks a part of the protocol of engines is refused before a pass needs it."""
     engine = SimpleNamespace(**{other: None for other in ("size", "check", "gather", "sum", "texts") if other != name})
     with pytest.raises(TypeError, match=r"^expected comm to be .*an engine or None \(got SimpleNamespace\)$"):
         SyncBatchNorm(3, device="cpu", comm=engine)
@@ -262,11 +262,11 @@ def test_importing_and_building_layers_starts_no_mpi():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Engines of one's own, and what NCCL does not tell
+# Engines by users, and properties of NCCL
 
 
 def test_nccl_of_one_rank(rng):
-    """What a single GPU can tell: the messages themselves, and that a layer does without them."""
+    """A communicator of NCCL with one rank works: its messages are right, and a layer sends none."""
     cp = pytest.importorskip("cupy")
     from cupy.cuda import nccl
 
@@ -287,7 +287,7 @@ def test_nccl_of_one_rank(rng):
 
 
 def test_where_mpi_says_that_it_takes_memory_of_gpus(monkeypatch):
-    """An MPI that does not know may be overruled."""
+    """The variable CUPYBN_CUDA_AWARE_MPI overrules a real MPI, whose own answer stays the same."""
     code = "from mpi4py import MPI; from cupybn._ranks.engines import cuda_aware; print(cuda_aware(), cuda_aware())"
     said = {}
     for value in "", "0", "1":
@@ -299,7 +299,7 @@ def test_where_mpi_says_that_it_takes_memory_of_gpus(monkeypatch):
 
 
 class Alone:
-    """The protocol of an engine: a second rank that always has what this one has."""
+    """An engine with a second rank, which always has what this one has."""
 
     size = 2
 
@@ -328,7 +328,7 @@ class Alone:
 
 
 def test_an_engine_of_ones_own(xp, device, rng):
-    """And what is sent: one message of 1 + 2 C numbers forward, one of 2 C back, and once a text."""
+    """An engine by a user works: a message of 1 + 2 C numbers forward, one of 2 C back, and once a text."""
     x = rng.standard_normal((4, 3, 5)).astype(np.float32)
     engine = Alone()
     layer, plain = SyncBatchNorm(3, device=device, comm=engine), BatchNorm1d(3, device=device)
@@ -367,7 +367,7 @@ def test_no_channels_send_nothing_on_the_way_back(xp, device, activation):
     engine = Alone()
     layer = SyncBatchNorm(0, device=device, comm=engine, activation=activation)
     x = xp.ones((4, 0))
-    y, vjp_fn = layer.vjp(x, residual=x)  # with ReLU there is a mask
+    y, vjp_fn = layer.vjp(x, residual=x)  # with ReLU, the way back needs a mask
     sent = len(engine.messages)
     assert vjp_fn(y).input.shape == (4, 0)
     with pytest.raises(TypeError, match="grad_output"):
@@ -394,7 +394,7 @@ def test_layers_with_a_communicator_are_copied_without_it():
 
 
 def test_launches_and_waits(rng):
-    """A pass on a GPU: merge, exchange, merge, and the usual steps; nothing waits but for the message."""
+    """A training pass on a GPU is merge, exchange, merge, and the usual steps; the host waits for messages alone."""
     cp = pytest.importorskip("cupy")
     if not hasattr(cp, "emulator"):
         pytest.skip("a GPU does not tell")

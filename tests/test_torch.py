@@ -1,4 +1,4 @@
-"""PyTorch on the CPU as a second referee: the same arguments, the same numbers, the same state after every step."""
+"""PyTorch on the CPU as a second referee: equal arguments give equal numbers, and equal states after every step."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import cupybn
 import cupybn.functional as F
 from tests.reference import arguments, exactly, in_order, to_numpy
 
-torch = pytest.importorskip("torch", minversion="2.12")  # whose layers have the argument bias, and show it
+torch = pytest.importorskip("torch", minversion="2.12")  # the version whose layers have the argument bias, and show it
 
 ULPS = 64
-"""Of torch, which rounds the statistics to the dtype of the data and computes x * a + b."""
+"""Units in the last place that torch may be off by, as it rounds statistics to the data's dtype and computes x * a +
+b."""
 
 NAMES = ("running_mean", "running_var", "weight", "bias")
 SHAPES = {"nc": (6, 3), "ncl": (4, 3, 5), "nchw": (2, 3, 5, 4), "ncdhw": (2, 3, 2, 3, 4), "rank 6": (2, 3, 2, 1, 2, 3)}
@@ -23,7 +24,7 @@ DTYPES = pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=lambda d
 
 
 def to_torch(array, *, grad=False):
-    """Make a tensor of its own, with the array's strides."""
+    """A tensor of its own memory with the array's strides."""
     if array is None:
         return None
     array = to_numpy(array)
@@ -37,7 +38,7 @@ def torch_dtype(dtype):
 
 
 def assert_agree(ours, theirs):
-    """To rounding, relative to the largest element."""
+    """Compare up to rounding errors, relative to the largest element."""
     ours, theirs = to_numpy(ours), theirs.detach().numpy()
     assert ours.dtype == theirs.dtype
     bound = ULPS * np.finfo(ours.dtype).eps * max(1, np.max(np.abs(theirs), initial=0))
@@ -55,7 +56,7 @@ def assert_same_state(ours, theirs):
 
 
 def pair(kind, device, dtype=np.float32, features=3, **options):
-    """Make the same layer twice, ours and theirs, with weights that are not all alike."""
+    """The same layer twice, ours and torch's, with weights that differ by channel."""
     ours = getattr(cupybn, LAYERS[kind])(features, device=device, dtype=dtype, **options)
     theirs = getattr(torch.nn, LAYERS[kind])(features, dtype=torch_dtype(dtype), **options)
     with torch.no_grad():
@@ -73,7 +74,7 @@ def pair(kind, device, dtype=np.float32, features=3, **options):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_functional(xp, rng, shape, training, dtype):
-    """Forward, backward and the running update, with every combination of vectors."""
+    """Functions agree: forward, backward and running statistics, with every combination of vectors."""
     for weight, bias, buffers in itertools.product([True, False], repeat=3):
         if not (training or buffers):
             continue
@@ -143,7 +144,7 @@ def test_memory_format(xp, rng, order, training):
 @pytest.mark.parametrize("momentum", [0.1, 0.5, None])
 @pytest.mark.parametrize("kind", LAYERS)
 def test_training(xp, device, rng, kind, momentum, dtype):
-    """Some steps of gradient descent, on batches of several sizes, with an evaluation between them."""
+    """Layers agree in steps of gradient descent, on batches of several sizes, with an evaluation between them."""
     ours, theirs = pair(kind, device, dtype, momentum=momentum)
     for step, n in enumerate((2, 5, 3, 4, 2, 6)):
         given = arguments(xp, rng, (n, *SHAPES[kind][1:]), dtype=dtype)
@@ -174,7 +175,7 @@ FLAGS = list(itertools.product([True, False], repeat=3))
 
 @pytest.mark.parametrize(("affine", "bias", "track_running_stats"), FLAGS)
 def test_decision_table(xp, device, rng, affine, bias, track_running_stats):
-    """Every setting of the mode and the flag, in turn, on layers with and without buffers."""
+    """Layers agree for every setting of mode and flag, in turn, with and without buffers."""
     ours, theirs = pair("ncl", device, affine=affine, bias=bias, track_running_stats=track_running_stats)
     assert repr(ours) == repr(theirs)
     for tracks, training in [(True, True), (False, True), (False, False), (True, False), (True, True), (True, False)]:
@@ -233,7 +234,7 @@ def test_lazy(xp, device, rng):
     ids=str,
 )
 def test_messages(xp, rng, shape, vectors, options):
-    """Torch's texts, where its own stand in the contract."""
+    """Messages are torch's, where the contract gives those."""
     given = arguments(xp, rng, shape)
     given |= {name: length if length is None else xp.ones(length, np.float32) for name, length in vectors.items()}
     given = {name: given[name] for name in ("input", *NAMES)}
@@ -258,7 +259,7 @@ def test_messages_of_wrong_ranks(xp, device, kind):
 
 @pytest.mark.parametrize("kind", LAYERS)
 def test_synchronized_layers_of_one_process(xp, device, rng, kind):
-    """What PyTorch's SyncBatchNorm does without a group of processes: text, keys, numbers, and what it refuses."""
+    """Layers agree with torch's SyncBatchNorm without a process group: text, keys, numbers, errors."""
     options = {"eps": 1e-3, "momentum": 0.3}
     ours, theirs = cupybn.SyncBatchNorm(3, device=device, **options), torch.nn.SyncBatchNorm(3, **options)
     assert repr(ours) == repr(theirs)
@@ -275,7 +276,7 @@ def test_synchronized_layers_of_one_process(xp, device, rng, kind):
 
 
 def test_converted_layers_share_their_arrays(device):
-    """And keep their mode, as PyTorch's do."""
+    """Layers that are converted share their arrays and keep their mode, as torch's do."""
     plain, theirs = cupybn.BatchNorm2d(3, device=device).eval(), torch.nn.BatchNorm2d(3).eval()
     ours, converted = cupybn.SyncBatchNorm.from_batchnorm(plain), torch.nn.SyncBatchNorm.convert_sync_batchnorm(theirs)
     assert ours.training == converted.training

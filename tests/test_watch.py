@@ -1,4 +1,4 @@
-"""Messages of NCCL that fail or never end, with a communicator and streams that do as they are told."""
+"""Messages of NCCL that fail or never end, with a communicator and streams that behave as a test tells them to."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LOST = "^NCCL has lost the other ranks of this communicator: "
 
 
 class Event:
-    """Done as soon as it is recorded, if its stream runs."""
+    """An event that is done as soon as it is recorded, if its stream runs."""
 
     def __init__(self, disable_timing):
         assert disable_timing
@@ -32,7 +32,7 @@ class Event:
     @property
     def status(self):
         if self.stream is None:
-            return 0  # as CUDA has it where nothing was recorded
+            return 0  # as CUDA says of an event that was never recorded
         return self.stream.fault or (0 if self.stream.has_come_to(self.place) else 600)
 
 
@@ -81,7 +81,7 @@ def start(watch, stream, timeout=None):
 
 
 class Stuck(Stream):
-    """All that comes after its first event never runs."""
+    """A stream that runs up to its first event, and never any further."""
 
     def has_come_to(self, place):
         return self.runs and place == 0
@@ -91,7 +91,7 @@ def test_messages_that_end_are_forgotten():
     comm = Communicator()
     watch = Watch(comm)
     for _ in range(3):
-        stream = Stream(runs=False)  # while the host is in the call
+        stream = Stream(runs=False)  # does not run while the host is in the call
         start(watch, stream, timeout=0.05)
         stream.runs = True
     time.sleep(0.2)
@@ -123,7 +123,7 @@ def test_without_a_limit_it_waits_for_failures():
 
 @pytest.mark.parametrize("make", [lambda: Stream(runs=False), Stuck], ids=["before", "within"])
 def test_a_device_that_fails(make):
-    """It is seen at once, and not taken for work that goes on."""
+    """A device that fails is noticed at once, and not taken for one that still works."""
     comm, stream = Communicator(), make()
     watch = Watch(comm)
     start(watch, stream, timeout=None)
@@ -135,7 +135,7 @@ def test_a_device_that_fails(make):
 
 
 def test_nothing_is_sent_after_a_failure():
-    """Not even before the communicator is aborted."""
+    """Nothing is sent after a failure, even before the communicator is aborted."""
     watch, sent = Watch(Communicator()), []
     watch._failure = "remote process exited"
 
@@ -149,7 +149,7 @@ def test_nothing_is_sent_after_a_failure():
 
 
 def test_what_failed_first_is_told():
-    """An abort may take long, and other things fail meanwhile."""
+    """The first failure is told, though an abort may take long and other things fail meanwhile."""
 
     class Late(Communicator):
         def check_async_error(self):
@@ -169,7 +169,7 @@ def test_what_failed_first_is_told():
 
 
 def test_a_host_that_is_interrupted():
-    """The message may be on its way: it is watched until it ends, and if it has ended nothing is wrong."""
+    """If the host is interrupted, the message may be on its way: it is watched to its end, which is no failure."""
     comm = Communicator()
     watch = Watch(comm)
     for stream in Stream(), Stuck():
@@ -197,7 +197,7 @@ def test_a_message_that_cannot_be_started():
 
 
 def test_a_host_that_waits_in_the_call():
-    """As it does where ranks first connect: the abort lets it go, and it says why."""
+    """A host that waits within the call, as when ranks first connect, is freed by the abort, and says why."""
     comm = Communicator()
     watch = Watch(comm)
     with pytest.raises(RuntimeError, match=f"{LOST}a message has taken more than"), watch.over(Stream(), 0.01):
@@ -214,10 +214,10 @@ def test_threads_and_communicators_are_let_go(monkeypatch):
     monkeypatch.setattr("cupybn._ranks.watch.IDLE", 0.01)
     comm = Communicator()
     watch = Watch(comm)
-    for _ in range(2):  # a thread anew, when there is something to watch
+    for _ in range(2):  # a thread is started again whenever there is something to watch
         start(watch, Stream())
         thread = watch._thread
-        assert thread.daemon  # a process may end meanwhile
+        assert thread.daemon  # so that it does not keep the process alive
         thread.join(10)
         assert not thread.is_alive()
         assert watch._thread is None
@@ -230,4 +230,4 @@ def test_layers_share_the_watch_of_a_communicator():
     first, second = Communicator(), Communicator()
     watch = watch_of(first)
     assert watch_of(first) is watch
-    assert watch_of(second) is not watch  # at the address of one that is gone
+    assert watch_of(second) is not watch  # the address may be that of a communicator that is gone

@@ -1,4 +1,4 @@
-"""One stage, in a process of its own, as `runner.py` starts it: ``python -m contact NAME --out DIR --seconds 30``.
+"""Runs one stage in this process, as `runner.py` starts it: ``python -m contact NAME --out DIR --seconds 30``.
 
 ``FIRST_CONTACT_FAULT=smoke:crash,graph:hang`` in the environment makes these stages crash and hang, to rehearse what
 becomes of the others.
@@ -19,7 +19,7 @@ from contact.log import Log
 from contact.task import Task
 
 GRACE = 1.0
-"""Seconds after its time that a stage which hangs is let to live: then it says where, and ends."""
+"""Seconds that a stage which hangs may live beyond its time: then it prints where it hangs, and ends."""
 
 
 def main() -> None:
@@ -38,7 +38,7 @@ def main() -> None:
 
 
 def fail_on_purpose(name: str) -> None:
-    """Crash or hang, if the environment asks for it."""
+    """Crash or hang, if the environment variable FIRST_CONTACT_FAULT asks this stage to."""
     faults = os.environ.get("FIRST_CONTACT_FAULT", "")
     fault = dict(item.split(":") for item in faults.split(",") if item).get(name)
     if fault == "crash":

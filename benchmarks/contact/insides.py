@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
@@ -13,7 +12,7 @@ from cupybn._arrays.dtypes import FLOATS, parameter_dtype
 from cupybn._ranks.engines import engine_for
 from cupybn._ranks.watch import watch_of
 from cupybn._steps import cupy_ops
-from cupybn._steps.launcher import _packer
+from cupybn._steps.arguments import _by_value as by_value
 from tests.nvrtc import Instance, all_instances
 from tests.ranks.launch import RANK_ENVIRONMENT, find_mpiexec
 from tests.reference import ROUNDINGS, assert_close, batch_norm
@@ -42,16 +41,6 @@ ON_CHIP = tuple(cupy_ops.ON_CHIP)
 """The steps that keep channels on chip where they fit."""
 STREAMED = (*cupy_ops.SUMS, "bn_normalize", "bn_backward_input")
 """The steps over all elements that read them from memory."""
-
-
-def by_value(code: str, *words: Any) -> Any:
-    """A struct of words as the launcher passes it; the code is that of `struct`."""
-    return _packer_of(code)(words, 0)
-
-
-@functools.cache
-def _packer_of(code: str) -> Any:
-    return _packer(code, lambda words, _: words)
 
 
 def dtypes() -> list[np.dtype[Any]]:

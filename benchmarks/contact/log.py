@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 MOST_DETAIL, MOST_PRINTED = 600, 400
-"""Characters of a detail that are kept, and of a line that are printed."""
+"""Most characters of a detail that are kept, and of a line that are printed."""
 
 
 class Check(NamedTuple):
-    """Something that must hold."""
+    """A named condition that must hold, and whether it did."""
 
     name: str
     passed: bool
@@ -24,20 +24,20 @@ class Check(NamedTuple):
 
 @dataclass
 class Findings:
-    """All that a stage has to say."""
+    """Everything that a stage reports: checks, facts, tables, notes."""
 
     checks: list[Check] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
     table: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
-    """Reasons why something could not be done here, or was left out."""
+    """Reasons why something could not be done on this machine, or was left out."""
     highlights: list[str] = field(default_factory=list)
-    """Lines for the summary."""
+    """Lines for the summary of the whole run."""
 
     @classmethod
     def read(cls, path: Path) -> Findings:
-        """Those that a `Log` has left in a file; none where there is no file."""
+        """The findings that a `Log` has left in a file; empty where there is no file."""
         if not path.exists():
             return cls()
         found = cls(**json.loads(path.read_text()))
@@ -59,7 +59,7 @@ class Log:
         self.findings = Findings()
 
     def check(self, name: str, passed: bool, detail: Any = "") -> bool:
-        """Enter whether something holds that must hold; returns it."""
+        """Enter whether something that must hold does hold; returns that."""
         check = Check(name, bool(passed), str(detail)[:MOST_DETAIL])
         self.findings.checks.append(check)
         self._write(f"{'ok  ' if passed else 'FAIL'} {name} {check.detail}")
@@ -67,7 +67,7 @@ class Log:
 
     @contextlib.contextmanager
     def checking(self, name: str) -> Iterator[list[Any]]:
-        """Enter a check that passes if nothing is raised; yields a list for its details."""
+        """Enter a check that passes if the block raises nothing; yields a list for its details."""
         details: list[Any] = []
         try:
             yield details
@@ -78,7 +78,7 @@ class Log:
             self.check(name, True, " ".join(map(str, details)))
 
     def fact(self, name: str, value: Any) -> None:
-        """Enter something that is neither right nor wrong."""
+        """Enter a fact, which is neither right nor wrong."""
         self.findings.facts[name] = value
         self._write(f"     {name}: {value}")
 
@@ -88,7 +88,7 @@ class Log:
         self._write("     " + "  ".join(f"{name}={value}" for name, value in cells.items()))
 
     def note(self, text: str) -> None:
-        """Enter a sentence."""
+        """Enter a note: a sentence."""
         self.findings.notes.append(text[:2000])
         self._write(f"     {text}")
 
@@ -109,7 +109,7 @@ class Log:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file that others find with its old text or with the new one, whatever happens in between."""
+    """Replace a file at once: whoever reads it finds its old text or the new one, whatever happens in between."""
     temporary = path.with_name(f"{path.name}.part")
     temporary.write_text(text)
     temporary.replace(path)

@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 
 class Stage(NamedTuple):
-    """A module of ``stages``."""
+    """A step of the first contact: the name of its module in ``stages``, its time limit and its purpose."""
 
     name: str
     seconds: float
-    """The most that it may take."""
+    """Seconds that the stage may take at most."""
     purpose: str
 
 
@@ -22,7 +22,7 @@ ALONE = (
     Stage("bench", 95, "copies, then 16 shapes against PyTorch and cuDNN, caches cold, through the scripts gpu_*.py"),
     Stage("ncu", 45, "Nsight Compute over four calls: time, memory, issue slots, reasons to stall"),
 )
-"""Stages that need the GPU for themselves, or prepare it: one after the other."""
+"""Stages that need the GPU for themselves, or prepare it: they run one after the other."""
 TOGETHER = (
     Stage("check", 70, "python -m cupybn check: every kernel against its mirror"),
     Stage("suite", 190, "the tests, but for those that need no GPU"),
@@ -32,7 +32,7 @@ TOGETHER = (
     Stage("nccl", 40, "one rank over NCCL: collectives, in a graph, watched, aborted, by cupyx.distributed"),
     Stage("mpi", 70, "two ranks on one GPU over MPI"),
 )
-"""Stages whose time does not matter: all at once."""
+"""Stages whose speed tells nothing: they run all at once."""
 NAMES = tuple(stage.name for stage in (*ALONE, *TOGETHER))
 
 
@@ -42,7 +42,7 @@ def chosen(stages: tuple[Stage, ...], only: Collection[str], skip: Collection[st
 
 
 def described() -> str:
-    """A line for each stage, for ``--help``."""
+    """The list of all stages for ``--help``, a line for each."""
     lines = [f"  {stage.name:12}{stage.seconds:4.0f} s  {stage.purpose}" for stage in (*ALONE, *TOGETHER)]
     lines.insert(len(ALONE), "and then at the same time:")
     return "\n".join(["stages, with the most that each may take:", *lines])

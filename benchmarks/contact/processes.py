@@ -14,19 +14,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
-"""The checkout."""
+"""The root folder of the checkout."""
 LAST_WORDS = 4.0
-"""Seconds between asking a process to stop and ending it."""
+"""Seconds between asking a process to stop and killing it."""
 
 
 class Ended(NamedTuple):
-    """How a process came to its end."""
+    """How a process ended: its exit status, whether its time was over, how long it took, and its output."""
 
     returncode: int
     timed_out: bool
     seconds: float
     output: str
-    """Everything that it printed, errors included."""
+    """Everything that the process printed, errors included."""
 
     @property
     def lines(self) -> list[str]:
@@ -35,17 +35,17 @@ class Ended(NamedTuple):
 
 
 class LimitedProcess:
-    """A process that is ended when its time is over, and all that it has started with it.
+    """A process that is ended when its time is over, together with all processes that it has started.
 
     Parameters
     ----------
     command : sequence of str
     seconds : float
-        After which it is ended.
+        Seconds after which the process is ended.
     environment : mapping or None
-        Variables beside those of `variables`.
+        Environment variables beside those of `variables`.
     ask_first : bool
-        Send SIGINT when the time is over, so that it can say what it has.
+        Send SIGINT first when the time is over, so that the process can print what it has so far.
     """
 
     def __init__(
@@ -70,11 +70,11 @@ class LimitedProcess:
         )
 
     def is_over(self) -> bool:
-        """Whether it has ended, or its time is over."""
+        """Whether the process has ended, or its time is over."""
         return self._process.poll() is not None or time.monotonic() >= self._end
 
     def wait(self) -> Ended:
-        """Wait until it ends, at most until its time is over, and end what is left of it."""
+        """Wait until the process ends or its time is over, and end what is left of it."""
         timed_out = False
         try:
             self._process.wait(max(0.0, self._end - time.monotonic()))
@@ -93,7 +93,7 @@ class LimitedProcess:
         return Ended(self._process.returncode, timed_out, time.monotonic() - self._began, text)
 
     def kill(self) -> None:
-        """End it and all that it has started, at once."""
+        """Kill the process and all that it has started, at once."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
@@ -102,17 +102,17 @@ class LimitedProcess:
 def run_limited(
     command: Sequence[str], seconds: float, environment: Mapping[str, str] | None = None, ask_first: bool = False
 ) -> Ended:
-    """Run a process to its end, or until its time is over."""
+    """Run a process until it ends or its time is over."""
     return LimitedProcess(command, seconds, environment, ask_first).wait()
 
 
 def variables() -> dict[str, str]:
-    """The environment of all processes: modules of the checkout, crashes that say where, and no buffers."""
+    """Environment variables of every process: where modules are found, tracebacks of crashes, unbuffered output."""
     given = [str(Path(folder).absolute()) for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder]
     path = os.pathsep.join([str(ROOT), *given, str(ROOT / "benchmarks")])
     return {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
 
 
 def python(*arguments: str) -> list[str]:
-    """The command of this Python with some arguments."""
+    """The command that runs this Python with some arguments."""
     return [sys.executable, *arguments]

@@ -11,26 +11,26 @@ from pathlib import Path
 from contact.log import Findings, write_whole
 
 MOST_LINES, MOST_COLUMNS = 60, 190
-"""Lines of the summary, and characters of a line: what runs this elsewhere may return no more than 12,000 of them."""
+"""Most lines of the summary, and characters of a line: whoever runs this elsewhere may see 12,000 characters alone."""
 MOST_FAILURES, MOST_OF_A_STAGE = 24, 6
-"""Lines of failures in the summary, and failed checks of one stage among them."""
+"""Most lines of failures in the summary, and failed checks of one stage among them."""
 GOOD = ("passed", "skipped")
 
 
 @dataclass
 class Outcome:
-    """What a stage has found, and how its process came to its end."""
+    """What a stage has found, and how its process ended."""
 
     findings: Findings
     returncode: int
     timed_out: bool
     seconds: float
     tail: str
-    """The end of its output."""
+    """The end of the stage's output."""
 
     @property
     def crashed(self) -> bool:
-        """Whether the process did not end as it should."""
+        """Whether the process crashed, or did not end by itself."""
         return self.returncode != 0
 
     @property
@@ -45,7 +45,7 @@ class Outcome:
 
     @property
     def last_line(self) -> str:
-        """The last line that was printed."""
+        """The last line that the stage printed."""
         return next((line for line in reversed(self.tail.splitlines()) if line.strip()), "")
 
 
@@ -57,7 +57,7 @@ class Report:
     out : Path
         Folder for ``report.md`` and ``results.json``.
     rehearse : bool
-        Say that this says nothing of a GPU.
+        Whether this is a rehearsal, which tells nothing of a GPU: the report says so.
     """
 
     def __init__(self, out: Path, rehearse: bool) -> None:
@@ -100,7 +100,7 @@ class Report:
                 yield f"\n```\n{outcome.tail[-2500:].strip()}\n```"
 
     def summary(self) -> str:
-        """The most important lines: the last thing that is printed."""
+        """The most important lines of the report, which are printed at the very end."""
         title = f"===== FIRST CONTACT{' (REHEARSAL)' if self.rehearse else ''}"
         lines = [f"{title}: {time.monotonic() - self._began:.0f} s =====", *self._machine(), *self._verdicts()]
         if self._never_run:
@@ -110,13 +110,13 @@ class Report:
         lines += failures[:MOST_FAILURES]
         skipped = [f"{name}: {text}" for name, o in self.outcomes.items() for text in o.findings.skipped]
         last = [f"skipped: {'; '.join(skipped)}"] if skipped else []
-        # The longest list is the one that is cut.
+        # The longest list comes last, where the summary may be cut.
         for outcome in sorted(self.outcomes.values(), key=lambda outcome: len(outcome.findings.highlights)):
             lines += outcome.findings.highlights[: max(0, MOST_LINES - len(last) - len(lines))]
         return "\n".join(line.replace("\n", " ")[:MOST_COLUMNS] for line in lines + last)
 
     def _machine(self) -> Iterator[str]:
-        """The GPU, CuPy and PyTorch, as the stage environment found them."""
+        """The GPU, CuPy and PyTorch, as the stage "environment" found them."""
         if "environment" in self.outcomes:
             facts = self.outcomes["environment"].findings.facts
             gpu = next((value for name, value in facts.items() if name.startswith("GPU")), "no GPU")

@@ -14,11 +14,11 @@ from contact.report import Outcome, Report
 from contact.task import stage_command
 
 LEAST = 5.0
-"""Seconds that are worth to begin a stage for."""
+"""Seconds that must be left for a stage to be worth starting."""
 MARGIN = 3.0
-"""Seconds after a stage's time until its process is ended: it should have ended itself by then."""
+"""Seconds beyond a stage's time until its process is killed: it should have ended itself by then."""
 KEPT = 6000
-"""Characters of the end of a stage's output."""
+"""Characters that are kept of the end of a stage's output."""
 
 
 def run(stages: Sequence[Stage], report: Report, left: float) -> None:

@@ -1,4 +1,4 @@
-"""The task that a stage is given, and the command that starts a stage."""
+"""What a stage is asked to do, and the command that starts it."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from contact.processes import python
 
 
 class Task:
-    """The work of a stage.
+    """What a stage is asked to do.
 
     Parameters
     ----------
     log : Log
-        For what it finds.
+        Log for what the stage finds.
     out : Path
         Folder for files that are too long for a report.
     seconds : float
-        How long it may take.
+        Seconds that the stage may take.
     rehearse : bool
-        Whether sizes are tiny, to see whether the stage runs on whatever there is.
+        Whether sizes are tiny: whether the stage runs at all, on whatever machine.
     """
 
     def __init__(self, log: Log, out: Path, seconds: float, rehearse: bool) -> None:
@@ -29,11 +29,11 @@ class Task:
         self._end = time.monotonic() + seconds
 
     def left(self) -> float:
-        """The seconds that are left."""
+        """Seconds that are left of the stage's time."""
         return self._end - time.monotonic()
 
     def command(self, name: str, seconds: float) -> list[str]:
-        """The command of work that a tool is to watch, by the name of its module."""
+        """The command that starts a program for a tool to watch, given the name of its module."""
         return stage_command(name, self.out, seconds, self.rehearse)
 
 

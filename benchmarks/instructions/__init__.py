@@ -1,1 +1,1 @@
-"""What a kernel executes, counted without a GPU: its machine code, executed on NumPy. See ``README.md``."""
+"""Counts what a kernel executes, without a GPU, by executing its machine code on NumPy. See ``README.md``."""

@@ -1,4 +1,4 @@
-"""What the kernels issue for each 16 bytes, counted without a GPU: a table of all steps, dtypes and shapes.
+"""Counts the instructions that kernels issue for each 16 bytes, without a GPU: a table of all steps, dtypes and shapes.
 
     python benchmarks/instructions                            # writes benchmarks/results/instructions.md
     python benchmarks/instructions bn_stats --dtype float16   # prints some of it

@@ -1,4 +1,4 @@
-"""What instructions compute: all but memory, control flow and what threads of a warp tell each other.
+"""The instructions that compute: all but memory, control flow, and what the threads of a warp tell each other.
 
 Each name has a function of modifiers and operands that returns a form: the letters of `lanes` for what is written and
 read, such as ``"u=uuu"``, and a function of the values read, which returns what is written. Uniform instructions, whose
@@ -7,7 +7,7 @@ names begin with a U, are those without.
 Rounding is to nearest, subnormal numbers are kept, and approximations are exact: branches are the same.
 """
 
-# All makers have the same parameters, whichever of them they need.
+# Functions behind `@form` all have the same parameters, whether they need them or not.
 # ruff: noqa: ARG001, ARG005
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ U32, U64, I64, F32, F64 = np.uint32, np.uint64, np.int64, np.float32, np.float64
 
 
 def form_of(opcode: str, operands: Sequence[str]) -> Form | None:
-    """The form of an instruction; None if there is none of its name."""
+    """The form of an instruction; None if its name is unknown."""
     name, *modifiers = opcode.split(".")
     make = FORMS.get(name) or FORMS.get(name.removeprefix("U"))
     return None if make is None else make(modifiers, operands)
 
 
 def form(*names: str) -> Callable[[Make], Make]:
-    """A decorator: the forms of these instructions."""
+    """A decorator for the function that gives the form of these instructions."""
 
     def note(make: Make) -> Make:
         FORMS.update(dict.fromkeys(names, make))
@@ -46,17 +46,17 @@ def form(*names: str) -> Callable[[Make], Make]:
 
 
 def always(name: str, letters: str, function: Callable[..., Any]) -> None:
-    """An instruction of one form."""
+    """Enter an instruction that has one form whatever its modifiers."""
     FORMS[name] = lambda modifiers, operands: (letters, function)
 
 
 def is_predicate(operand: str) -> bool:
-    """Whether this is the name of a predicate, perhaps negated."""
+    """Whether an operand is a predicate, perhaps negated."""
     return re.fullmatch(r"!?U?P[T\d]", operand) is not None
 
 
 def low(value: Array) -> Array:
-    """The lower 32 bits."""
+    """The lower 32 bits of each value."""
     return (value & ALL).astype(U32)
 
 
@@ -71,7 +71,7 @@ always("CS2R", "w=_", lambda: np.zeros(1, U64))
 
 @form("MOV", "LDC", "LDCU")
 def move(modifiers: list[str], operands: Sequence[str]) -> Form:
-    """A register or constant, or several."""
+    """The form of a move of 32, 64 or 128 bits."""
     if not {"32", "64", "128", "U32", "SPILL"}.issuperset(modifiers):
         raise UnknownInstruction("of this size")
     return "q=q" if "128" in modifiers else "w=w" if "64" in modifiers else "u=u", lambda x: x
@@ -79,13 +79,13 @@ def move(modifiers: list[str], operands: Sequence[str]) -> Form:
 
 @form("SEL")
 def select(modifiers: list[str], operands: Sequence[str]) -> Form:
-    """One of two."""
+    """The form of an instruction that chooses between two values."""
     return ("w=wwp" if "64" in modifiers else "u=uup"), lambda a, b, p: np.where(p, a, b)
 
 
 @form("IMAD")
 def multiply_add(modifiers: list[str], operands: Sequence[str]) -> Form:
-    """Product plus a third; WIDE: of 64 bits; HI: the upper half of that."""
+    """The form of a * b + c; WIDE: the product has 64 bits; HI: the upper half of that."""
     unsigned = "U32" in modifiers
     if not {"WIDE", "HI"} & set(modifiers):
         if "X" in modifiers:
@@ -112,7 +112,7 @@ def multiply_add(modifiers: list[str], operands: Sequence[str]) -> Form:
 
 @form("IADD3", "IADD")
 def add(modifiers: list[str], operands: Sequence[str]) -> Form:
-    """Sum of two or three with up to two carries in and out."""
+    """The form of a sum of two or three numbers, with up to two carries in and out."""
     carries = sum(map(is_predicate, operands[1:3]))
     terms = [operand for operand in operands[1 + carries :] if not is_predicate(operand)]
     carried = len(operands) - 1 - carries - len(terms)
@@ -131,7 +131,7 @@ def add(modifiers: list[str], operands: Sequence[str]) -> Form:
 
 @form("LEA")
 def shift_add(modifiers: list[str], operands: Sequence[str]) -> Form:
-    """(a << shift) + b, or the upper half of that for a of 64 bits."""
+    """The form of (a << shift) + b; HI: the upper half of that for a of 64 bits."""
     carries = int(is_predicate(operands[1]))
 
     def result(shifted: Array, b: Array, carry: Any = None) -> Any:
@@ -152,9 +152,9 @@ def shift_add(modifiers: list[str], operands: Sequence[str]) -> Form:
 
 
 def _lookup(table: int, *inputs: Array) -> Array:
-    """A boolean function of three, bit by bit, from its eight values."""
+    """A boolean function of three inputs, bit by bit, from its table of eight values."""
     a, b, c = inputs
-    few = bin(table).count("1") <= 4  # else its negation has fewer terms
+    few = bin(table).count("1") <= 4  # a sum of few terms; else of its negation, which has fewer
     terms = [
         (a if n & 4 else ~a) & (b if n & 2 else ~b) & (c if n & 1 else ~c) for n in range(8) if (table >> n & 1) == few
     ]
@@ -167,7 +167,7 @@ _SHORT = {0xC0: lambda a, b, c: a & b, 0xFC: lambda a, b, c: a | b, 0x3C: lambda
 
 @form("LOP3")
 def logic(modifiers: list[str], operands: Sequence[str]) -> Form:
-    """Any function of the bits of three; a predicate in front: whether a bit is set."""
+    """The form of any function of the bits of three numbers; with a predicate in front: whether any bit is set."""
     flagged = is_predicate(operands[0])
     table = int(operands[4 + flagged], 0)
     function = _SHORT.get(table, functools.partial(_lookup, table))
@@ -183,13 +183,15 @@ def logic(modifiers: list[str], operands: Sequence[str]) -> Form:
 
 @form("PLOP3")
 def predicate_logic(modifiers: list[str], operands: Sequence[str]) -> Form:
-    """Two functions of three predicates."""
+    """The form of two boolean functions of three predicates."""
     return "pp=pppnn", lambda a, b, c, one, other: (_lookup(one, a, b, c), _lookup(other, a, b, c))
 
 
 @form("SHF")
 def funnel_shift(modifiers: list[str], operands: Sequence[str]) -> Form:
-    """Shifts of two registers as one of 64 bits; HI: the upper half, of the second alone if they are 32 bits."""
+    """The form of a shift of two registers as one number of 64 bits; HI: its upper half, or of the second register
+    alone if the number has 32 bits.
+    """
     left, high, signed = "L" in modifiers, "HI" in modifiers, bool({"S32", "S64"} & set(modifiers))
     bits = 64 if {"S64", "U64"} & set(modifiers) else 32
 
@@ -212,7 +214,7 @@ def funnel_shift(modifiers: list[str], operands: Sequence[str]) -> Form:
 
 @form("PRMT")
 def permute(modifiers: list[str], operands: Sequence[str]) -> Form:
-    """Bytes out of eight; with the highest bit of a selector set, copies of a byte's sign."""
+    """The form of a choice of bytes out of eight; where a selector's highest bit is set, copies of the byte's sign."""
     if modifiers:
         raise UnknownInstruction("modes")
 
@@ -234,7 +236,7 @@ def _least_or_most(a: Array, b: Array, least: Array) -> Array:
 
 @form("IMNMX", "VIMNMX")
 def least_or_most(modifiers: list[str], operands: Sequence[str]) -> Form:
-    """The lesser one if the predicate is set, else the greater one."""
+    """The form of a minimum or maximum: the lesser number if the predicate is set, else the greater one."""
     if "S64" in modifiers or len(operands) != 4:
         raise UnknownInstruction("of 64 bits")
     return ("u=uup" if "U32" in modifiers else "i=iip"), _least_or_most
@@ -242,14 +244,14 @@ def least_or_most(modifiers: list[str], operands: Sequence[str]) -> Form:
 
 @form("VIADDMNMX")
 def add_least_or_most(modifiers: list[str], operands: Sequence[str]) -> Form:
-    """The same with a sum as the first."""
+    """The form of a minimum or maximum of a + b and c."""
     letters = "u=uuup" if "U32" in modifiers else "i=iiip"
     return letters, lambda a, b, c, least: _least_or_most(a + b, c, least)
 
 
 @form("FLO")
 def first_bit(modifiers: list[str], operands: Sequence[str]) -> Form:
-    """The highest bit that is set; SH: how far it is from the top."""
+    """The form of a search for the highest bit that is set; SH: how far it is from the top."""
 
     def found(x: Array) -> Array:
         place = np.floor(np.log2(np.maximum(x, 1).astype(F64))).astype(np.int32)
@@ -260,7 +262,7 @@ def first_bit(modifiers: list[str], operands: Sequence[str]) -> Form:
 
 @form("BREV")
 def reverse_bits(modifiers: list[str], operands: Sequence[str]) -> Form:
-    """The first bit last."""
+    """The form of a reversal of all bits."""
 
     def reversed_bits(x: Array) -> Array:
         bits = np.unpackbits(np.ascontiguousarray(x).view(np.uint8), bitorder="little")
@@ -284,7 +286,7 @@ _COMBINE = {"AND": np.logical_and, "OR": np.logical_or, "XOR": np.logical_xor}
 
 
 def _compare(name: str, a: Array, b: Array) -> Array:
-    """Floats and integers; with a U at the end, true if one is NaN."""
+    """Compare integers or floats; floats by a name that ends in U compare as true if one is NaN."""
     if name == "NE":
         return (a < b) | (a > b)
     if name in ("NAN", "NUM"):
@@ -295,7 +297,9 @@ def _compare(name: str, a: Array, b: Array) -> Array:
 
 
 def _comparison(letter: str) -> Make:
-    """A comparison and its negation, combined with a predicate; EX: of upper words, with what the lower ones gave."""
+    """The form of a comparison and its negation, combined with a predicate; EX: of upper halves, given the result of
+    the lower ones.
+    """
 
     def make(modifiers: list[str], operands: Sequence[str]) -> Form:
         kind = letter
@@ -338,14 +342,14 @@ always("DFMA", "d=ddd", lambda a, b, c: (a.astype(np.longdouble) * b + c).astype
 
 @form("FMNMX", "DMNMX")
 def least_or_most_float(modifiers: list[str], operands: Sequence[str]) -> Form:
-    """As `least_or_most`; a NaN counts if NAN says so."""
+    """The form of a minimum or maximum of floats; with NAN, NaN wins."""
     less, more = (np.minimum, np.maximum) if "NAN" in modifiers else (np.fmin, np.fmax)
     return "f=ffp", lambda a, b, least: np.where(least, less(a, b), more(a, b))
 
 
 @form("HADD2")
 def add_halves(modifiers: list[str], operands: Sequence[str]) -> Form:
-    """As kernels have it: a float16 made a float32."""
+    """The form of the one sum of float16 that kernels use: it turns a float16 into a float32."""
     if modifiers != ["F32"]:
         raise UnknownInstruction("arithmetic of two halves")
     return "f=ff", operator.add
@@ -353,7 +357,7 @@ def add_halves(modifiers: list[str], operands: Sequence[str]) -> Form:
 
 @form("HFMA2")
 def multiply_add_halves(modifiers: list[str], operands: Sequence[str]) -> Form:
-    """As kernels have it: two constants."""
+    """The form of the one product of float16 that kernels use: it sets a register to two constants."""
     if tuple(operands[1:3]) != ("-RZ", "RZ"):
         raise UnknownInstruction("arithmetic of two halves")
     if "BF16_V2" in modifiers and set(operands[3:]) != {"0"}:
@@ -363,7 +367,7 @@ def multiply_add_halves(modifiers: list[str], operands: Sequence[str]) -> Form:
 
 
 def _narrowed(x: Array, to: str) -> Array:
-    """The 16 bits of a float32 in another dtype."""
+    """The 16 bits of a float32 that is rounded to another dtype."""
     if to == "F16":
         return x.astype(np.float16).view(np.uint16).astype(U32)
     bits = x.view(U32)
@@ -373,7 +377,7 @@ def _narrowed(x: Array, to: str) -> Array:
 
 @form("F2FP")
 def pack(modifiers: list[str], operands: Sequence[str]) -> Form:
-    """Two float32 as two halves of a register, the first one above."""
+    """The form of a packing of two float32 as the halves of a register, the first one above."""
     to = "BF16" if "BF16" in modifiers else "F16"
 
     def packed(upper: Array, lower: Array) -> Array:
@@ -385,7 +389,7 @@ def pack(modifiers: list[str], operands: Sequence[str]) -> Form:
 
 
 def _toward(x: Array, rounded: Array, mode: Sequence[str]) -> Array:
-    """x rounded to nearest, rounded as a mode says instead."""
+    """The value x in its rounding mode, given x rounded to nearest."""
     exact, found = x.astype(F64), rounded.astype(F64)
     if "RZ" in mode:
         return np.where(np.abs(found) > np.abs(exact), np.nextafter(rounded, F32(0)), rounded)
@@ -396,7 +400,7 @@ def _toward(x: Array, rounded: Array, mode: Sequence[str]) -> Array:
 
 @form("F2F")
 def convert_float(modifiers: list[str], operands: Sequence[str]) -> Form:
-    """To and from a dtype."""
+    """The form of a conversion between dtypes of floats."""
     to, of = [m for m in modifiers if m in ("F16", "BF16", "F32", "F64")][:2]
     if (to, of) == ("F64", "F32"):
         return "d=f", lambda x: x.astype(F64)
@@ -409,7 +413,7 @@ def convert_float(modifiers: list[str], operands: Sequence[str]) -> Form:
 
 @form("I2F", "I2FP")
 def convert_integer(modifiers: list[str], operands: Sequence[str]) -> Form:
-    """To a float."""
+    """The form of a conversion of integers to floats."""
     kind = next((k for m, k in (("U64", "w"), ("S64", "l"), ("U32", "u")) if m in modifiers), "i")
     if "F64" in modifiers:
         return f"d={kind}", lambda x: x.astype(F64)
@@ -418,7 +422,7 @@ def convert_integer(modifiers: list[str], operands: Sequence[str]) -> Form:
 
 @form("F2I")
 def convert_to_integer(modifiers: list[str], operands: Sequence[str]) -> Form:
-    """The integer towards zero."""
+    """The form of a conversion of floats to integers, rounded towards zero."""
     if "TRUNC" not in modifiers:
         raise UnknownInstruction("rounding")
     least, most = (0, 2**32 - 1) if "U32" in modifiers else (-(2**31), 2**31 - 1)
@@ -439,7 +443,7 @@ _SPECIAL: dict[str, Callable[[Array], Array]] = {
 
 @form("MUFU")
 def special_function(modifiers: list[str], operands: Sequence[str]) -> Form:
-    """Reciprocals and the like; of a float64 the upper half alone."""
+    """The form of reciprocals and the like; those of float64 take and give the upper half alone."""
     name = modifiers[0]
     if name in ("RCP64H", "RSQ64H"):
 

@@ -1,4 +1,4 @@
-"""What a kernel costs for each 16 bytes of its arrays, and what each warp costs once."""
+"""What a kernel costs: instructions for each 16 bytes of its arrays (a pack), and those that each warp issues once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from instructions.launches import Blocks, Launch, counted
 from instructions.program import Program
 
 PACK = 16
-"""Bytes of one array."""
+"""Bytes of one array that costs are given for."""
 PIPES = {
     "fp64": "DADD DMUL DFMA DSETP DMNMX",
     "fma": "FADD FMUL FFMA HADD2 HMUL2 HFMA2 IMAD",
@@ -21,25 +21,26 @@ PIPES = {
     "control": "BRA BRX JMP CALL RET EXIT BSSY BSYNC BREAK BMOV WARPSYNC BAR B2R S2R CS2R NOP MEMBAR ERRBAR CGAERRBAR "
     "CCTL LDGDEPBAR DEPBAR UCGABAR_ARV UCGABAR_WAIT YIELD",
 }
-"""Pipelines, by the names of instructions; conversions from and to 64 bits count as fp64, IMAD also where it moves."""
+"""Pipelines with the names of their instructions. Conversions from and to 64 bits count as fp64, IMAD as fma even where
+it moves."""
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 SHOWN = ("fma", "alu", "fp64", "xu", "lsu")
 _PIPE = {name: pipe for pipe, names in PIPES.items() for name in names.split()}
 
 
 class Count(NamedTuple):
-    """A launch of a case, checked, and how many packs its executed blocks have worked on."""
+    """A launch whose result was checked, and how many packs its executed blocks have worked on."""
 
     launch: Launch
     packs: float
 
     @property
     def packs_per_thread(self) -> float:
-        """Also where a block has more threads than packs."""
+        """Packs that a thread works on, on average; less than 1 where a block has more threads than packs."""
         return self.packs / (self.launch.warps * WARP)
 
     def by_pipe(self) -> collections.Counter[str]:
-        """Warp instructions."""
+        """Issued warp instructions by pipeline."""
         assert self.launch.program is not None
         result: collections.Counter[str] = collections.Counter()
         for instruction, issued in zip(self.launch.program.instructions, self.launch.issued, strict=True):
@@ -47,33 +48,35 @@ class Count(NamedTuple):
         return result
 
     def per_pack(self) -> dict[str, float]:
-        """Thread-instructions for each pack, by pipeline: warp instructions times 32, with what blocks do once."""
+        """Thread-instructions for each pack, by pipeline: warp instructions times 32, including what each block does
+        once.
+        """
         return {p: issued * WARP / self.packs for p, issued in self.by_pipe().items()}
 
 
 class Cost(NamedTuple):
-    """A count, and another one with fewer packs, and the line through both."""
+    """Counts of two launches with different numbers of packs, and the line through both."""
 
     case: Case
     larger: Count
     smaller: Count
 
     def each(self) -> dict[str, float]:
-        """Thread-instructions that each pack more costs, by pipeline."""
+        """Thread-instructions that each further pack costs, by pipeline."""
         (more, many), (less, few) = self.larger, self.smaller
-        # Two equations: instructions = a * packs + b * warps.
+        # Solves two equations: instructions = a * packs + b * warps.
         determinant = many * less.warps - few * more.warps
         issued, fewer = self.larger.by_pipe(), self.smaller.by_pipe()
         return {p: (issued[p] * less.warps - fewer[p] * more.warps) * WARP / determinant for p in issued}
 
     def once(self) -> float:
-        """Instructions of each warp, whatever it has to do."""
+        """Instructions that a warp issues once, however many packs it has."""
         warps, packs_per_warp = self.larger.launch.warps, self.larger.packs / self.larger.launch.warps
         return int(self.larger.launch.issued.sum()) / warps - sum(self.each().values()) / WARP * packs_per_warp
 
 
 def pipe(opcode: str) -> str:
-    """The pipeline that an instruction goes to."""
+    """The pipeline that executes an instruction."""
     name, *modifiers = opcode.split(".")
     if name in ("F2F", "I2F", "F2I") and any("64" in modifier for modifier in modifiers):
         return "fp64"
@@ -83,14 +86,14 @@ def pipe(opcode: str) -> str:
 
 
 def count(case: Case, architecture: int = 90) -> Count:
-    """Count a case with as many rows as are worth the time."""
+    """Count a case, with the largest number of rows that is worth the time and takes the case's kernel."""
     found = next(filter(None, (_count(case, rows, architecture) for rows in _numbers_of_rows(case))), None)
     assert found is not None, f"{case} does not take the kernel {case.kernel}"
     return found
 
 
 def measure(case: Case, architecture: int = 90) -> Cost:
-    """Count a case with two numbers of rows that the same code takes: the difference is what packs cost."""
+    """Count a case with two numbers of rows that are launched alike, so that the difference is what packs cost."""
     for rows in _numbers_of_rows(case):
         larger = _count(case, rows, architecture)
         for fewer in _fewer(rows) if larger else ():
@@ -101,7 +104,9 @@ def measure(case: Case, architecture: int = 90) -> Cost:
 
 
 def _numbers_of_rows(case: Case) -> list[int]:
-    """From the most that are worth the time down: of planes that are small as many as there are in use."""
+    """Numbers of rows to try, from the most that are worth the time down; small planes on chip get as many as real
+    batches have.
+    """
     if case.row == 1:
         whole = case.channels % (PACK // ITEMSIZE[case.dtype]) == 0
         most = (1 << 15 if case.step in SUMS else 1 << 11) * (1 if whole else 4)
@@ -114,17 +119,19 @@ def _numbers_of_rows(case: Case) -> list[int]:
 
 
 def _fewer(rows: int) -> list[int]:
-    """Half of the rows, or somewhat more: with half of them the library may choose smaller blocks."""
+    """Numbers of rows to compare with: half as many, or somewhat more, as the library may choose smaller blocks for
+    half.
+    """
     return sorted({rows // 2, rows // 2 + 1, rows * 5 // 8, rows * 3 // 4} - {0, rows})
 
 
 def _count(case: Case, rows: int, architecture: int, like: Launch | None = None) -> Count | None:
-    """A count with so many rows; None if the library takes another kernel, or does not launch it like the one given."""
+    """A count with so many rows; None if the library takes another kernel, or launches it otherwise than `like`."""
 
     def choose(launch: Launch, compiled: Callable[[], Program]) -> Blocks:
-        """Of sums all parts of the first channels, else a share of them from the middle.
+        """The blocks to execute: for sums all parts of the first channels, else one share, from the middle.
 
-        Channels last, blocks take packs: where channels are no whole packs, one may be spread over many blocks.
+        Channels last, a block takes packs: where channels are no whole packs, one may be spread over many blocks.
         """
         alike = like is None or (like.options, like.threads, like.grid) == (launch.options, launch.threads, launch.grid)
         if launch.kernel != case.kernel or not alike:
@@ -142,6 +149,6 @@ def _count(case: Case, rows: int, architecture: int, like: Launch | None = None)
 
 
 def _memory(case: Case, rows: int) -> int:
-    """Enough for the arrays of a case."""
+    """Bytes of memory that hold the arrays of a case."""
     arrays = 1 if case.step == "bn_stats" else 5
     return rows * case.row * case.channels * ITEMSIZE[case.dtype] * arrays + (16 << 20)

@@ -1,6 +1,6 @@
-"""What threads are, and what those of a warp tell each other: shuffles, votes, values for all lanes."""
+"""The instructions by which a thread learns its place, and the threads of a warp tell each other values."""
 
-# All makers have the same parameters, whichever of them they need.
+# Methods that make instructions all have the same parameters, whether they need them or not.
 # ruff: noqa: ARG002
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ Act = Callable[[Array], None]
 
 
 class Exchange:
-    """The instructions that depend on who executes them.
+    """The instructions whose result depends on which thread executes them, and with which others.
 
     Parameters
     ----------
     special : dict
-        Special registers, by their names.
+        Values of the special registers, by name.
     """
 
     def __init__(self, lanes: Lanes, flow: Flow, special: dict[str, Array]) -> None:
@@ -30,7 +30,7 @@ class Exchange:
         self._lane = self._threads % WARP
 
     def compile(self, opcode: str, operands: Sequence[str]) -> Act | None:
-        """What an instruction does in the threads of a mask; None if it is none of these."""
+        """A function that does the instruction for the threads of a mask; None if it is none of these."""
         name, *modifiers = opcode.split(".")
         make = _EXCHANGE.get(name)
         return None if make is None else make(self, modifiers, operands)
@@ -42,7 +42,9 @@ class Exchange:
         return lambda mask: write(value, mask)
 
     def _shuffle(self, modifiers: Sequence[str], operands: Sequence[str]) -> Act:
-        """Of what is out of range, or in a lane that is not here, the own value, as hardware has it for the former."""
+        """SHFL: a value of another lane; a lane that would read out of range, or from a lane that is elsewhere, keeps
+        its own.
+        """
         inside, write = self._lanes.writer(operands[0], "p"), self._lanes.writer(operands[1], "u")
         value, by, limits = (self._lanes.reader(operand, "u") for operand in operands[2:5])
         kind = modifiers[0]
@@ -80,7 +82,7 @@ class Exchange:
         return act
 
     def _first_active(self, modifiers: Sequence[str], operands: Sequence[str]) -> Act:
-        """R2UR: the value of the group's first lane."""
+        """R2UR: the value of the first lane of the group, for all of it."""
         write, read = self._lanes.writer(operands[0], "u"), self._lanes.reader(operands[-1], "u")
 
         def act(mask: Array) -> None:
@@ -91,7 +93,7 @@ class Exchange:
         return act
 
     def _match(self, modifiers: Sequence[str], operands: Sequence[str]) -> Act:
-        """The lanes of the group that have the same value."""
+        """MATCH: the lanes of the group that have the same value, as bits."""
         write, read = self._lanes.writer(operands[-2], "u"), self._lanes.reader(operands[-1], "u")
         if modifiers != ["ANY"]:
             raise UnknownInstruction("of all lanes")
@@ -106,7 +108,7 @@ class Exchange:
         return act
 
     def _reduce(self, modifiers: Sequence[str], operands: Sequence[str]) -> Act:
-        """What the lanes of the group give together."""
+        """REDUX: the sum, minimum or the like over the lanes of the group."""
         write, read = self._lanes.writer(operands[0], "u"), self._lanes.reader(operands[1], "u")
         signed = "S32" in modifiers
         function = next((_REDUCTIONS[m] for m in modifiers if m in _REDUCTIONS), np.add)
@@ -122,7 +124,7 @@ class Exchange:
         return act
 
     def _from_predicates(self, modifiers: Sequence[str], operands: Sequence[str]) -> Act:
-        """P2R: some predicates among the bits of a register, in the byte that the first operand names."""
+        """P2R: a register with some predicates among its bits, in the byte that the first operand names."""
         name, _, byte = operands[0].partition(".B")
         write, shift = self._lanes.writer(name, "u"), np.uint32(8 * int(byte or 0))
         old, chosen = self._lanes.reader(operands[2].partition(".")[0], "u"), self._lanes.reader(operands[3], "u")
@@ -135,7 +137,7 @@ class Exchange:
         return act
 
     def _to_predicates(self, modifiers: Sequence[str], operands: Sequence[str]) -> Act:
-        """R2P: the other way round."""
+        """R2P: predicates set from the bits of a register, the reverse of P2R."""
         name, _, byte = operands[1].partition(".B")
         source, chosen = self._lanes.reader(name, "u"), self._lanes.reader(operands[2], "n")
         shift = np.uint32(8 * int(byte or 0))
@@ -149,7 +151,7 @@ class Exchange:
         return act
 
     def _barrier_result(self, modifiers: Sequence[str], operands: Sequence[str]) -> Act:
-        """B2R: what the last barrier has counted."""
+        """B2R: the result of the last barrier that reduces."""
         number = self._lanes.writer(operands[0], "u")
         flag = self._lanes.writer(operands[1] if len(operands) > 1 else "PT", "p")
 
@@ -160,7 +162,7 @@ class Exchange:
         return act
 
     def _from_members(self, modifiers: Sequence[str], operands: Sequence[str]) -> Act:
-        """BMOV: the lanes that a barrier of warps is to join, to and from a register."""
+        """BMOV: the lanes that a barrier of a warp is to join, moved to or from a register."""
         if operands[0].startswith("B"):
             members, read = self._flow.members(operands[0]), self._lanes.reader(operands[1], "k")
             return lambda mask: np.copyto(members, read(), where=mask)

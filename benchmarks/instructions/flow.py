@@ -1,11 +1,11 @@
-"""Where threads are in a program: branches, warps that diverge and join again, barriers.
+"""Control flow: where threads are in a program, how warps diverge and join again, barriers.
 
 A warp that diverges is two groups of lanes from then on, and each of them issues its instructions by itself, also where
 both happen to be at the same place: they are one again where a barrier (BSSY and BSYNC, or WARPSYNC) joins them, as on
 hardware.
 """
 
-# All makers have the same parameters, whichever of them they need.
+# Methods that make instructions all have the same parameters, whether they need them or not.
 # ruff: noqa: ARG002
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from instructions.lanes import ALL, WARP, Array, Lanes, Read, UnknownInstruction
 
 Act = Callable[[Array], None]
 Guarded = Callable[[Array], Array]
-"""Of the threads of a mask, those that the predicates let pass."""
+"""Function that takes a mask of threads, and leaves those whose predicates let them pass."""
 END = 1 << 30
-"""After all instructions."""
+"""Number behind those of all instructions."""
 WORD = 16
 """Bytes of an instruction."""
 _BITS = np.uint64(1) << np.arange(WARP, dtype=np.uint64)
 
 
 class Flow:
-    """The places of all threads.
+    """The place of every thread in a program.
 
     Parameters
     ----------
     labels : dict
-        Addresses.
+        Addresses of the program's labels.
     threads, cluster : int
         Threads of a block, and blocks of a cluster.
 
@@ -45,7 +45,7 @@ class Flow:
     group : int array
         The group that each thread is in, by the number of its first thread when it came about.
     result : uint32 array
-        What the last barrier that counts has found, for each thread.
+        What the last barrier that reduces has found, for each thread.
     """
 
     def __init__(self, lanes: Lanes, labels: dict[str, int], threads: int, cluster: int) -> None:
@@ -57,18 +57,21 @@ class Flow:
         self.alive = np.ones(total, bool)
         self._waiting = np.zeros(total, bool)
         self.group = self._warp * WARP
-        self._members: dict[str, Array] = {}  # lanes of the warp that a barrier is to join, in each thread
+        self._members: dict[str, Array] = {}  # by barrier of a warp: the lanes that it is to join, for each thread
         self._joining = np.zeros(total, bool)
-        self._needed: dict[int, Read] = {}  # lanes that are to come, by the instruction where others wait for them
-        self._barrier = np.full(total, -1)  # of the block, where threads wait at one
-        self._flag = np.zeros(total, bool)  # that they bring there
+        self._needed: dict[int, Read] = {}  # by instruction where lanes wait for others: the lanes that must come
+        self._barrier = np.full(total, -1)  # number of the block's barrier where a thread waits
+        self._flag = np.zeros(total, bool)  # value that a thread contributes to its barrier
         self.result = np.zeros(total, np.uint32)
-        self._kinds: dict[int, tuple[int | None, str]] = {}  # the count and the reduction of each of these barriers
-        self._arrivals = np.zeros(total, np.int64)  # at the barrier of the cluster
-        self._in_cluster = np.zeros(total, bool)  # where threads wait at that
+        # By barrier of a block: how many threads it waits for (None: all), and its reduction.
+        self._kinds: dict[int, tuple[int | None, str]] = {}
+        self._arrivals = np.zeros(total, np.int64)  # how often a thread has arrived at the cluster's barrier
+        self._in_cluster = np.zeros(total, bool)  # whether a thread waits at the cluster's barrier
 
     def next(self) -> tuple[int, Array, int]:
-        """The lowest instruction that threads are at, which ones, and the lowest one that others are at."""
+        """The lowest instruction at which threads can go on, the mask of these threads, and the lowest one at which
+        others can.
+        """
         able = self.alive & ~self._waiting
         if not able.any():
             raise RuntimeError("all threads wait")
@@ -78,22 +81,24 @@ class Flow:
         return first, mask, int(at[~mask].min(initial=END))
 
     def groups(self, mask: Array) -> int:
-        """How many groups these threads are."""
+        """How many groups the threads of a mask belong to."""
         return int(np.count_nonzero(self._groups_of(mask)))
 
     def lanes_of_group(self, mask: Array, flags: Array) -> Array:
-        """For each thread of a mask, the lanes of its group in this mask whose flag is set, as bits."""
-        bits = np.where(flags & mask, _BITS[self._lane], 0).astype(np.float64)  # holds sums of 32 bits
+        """The lanes of a thread's group that are in the mask and have their flag set, as bits, for each thread of the
+        mask.
+        """
+        bits = np.where(flags & mask, _BITS[self._lane], 0).astype(np.float64)  # float64 holds sums of 32 bits exactly
         return np.bincount(self.group[mask], bits[mask], mask.size).astype(np.uint64)[self.group]
 
     def _groups_of(self, mask: Array) -> Array:
-        """Whether there are threads of each group, by its number."""
+        """Whether a group has threads in the mask, for each number of a group."""
         found = np.zeros(mask.size, bool)
         found[self.group[mask]] = True
         return found
 
     def compile(self, i: int, name: str, guard: str | None, opcode: str, operands: Sequence[str]) -> Act | None:
-        """What an instruction that moves threads does in those of a mask; None if this is none."""
+        """A function that does the instruction for the threads of a mask; None if it does not move threads."""
         make = _CONTROL.get(name)
         if make is None:
             return None
@@ -113,13 +118,13 @@ class Flow:
 
     def _branch(self, i: int, guarded: Guarded, opcode: str, operands: Sequence[str]) -> Act:
         target = self._place(operands[-1])
-        if ".DIV" in opcode:  # if other lanes than these are here
+        if ".DIV" in opcode:  # branches if other lanes of the warp are elsewhere
             lanes = self._lanes.reader(operands[0] if len(operands) > 1 else "~URZ", "k")
             return lambda mask: self._go(mask, guarded(mask) & (self.lanes_of_group(mask, mask) != lanes()), target, i)
         return lambda mask: self._go(mask, guarded(mask), target, i)
 
     def _return(self, i: int, guarded: Guarded, opcode: str, operands: Sequence[str]) -> Act:
-        """To an address in a register; BRX adds a distance from the next instruction."""
+        """RET and BRX: to the address in a register; for BRX it counts from the next instruction, plus a distance."""
         name, distance, *_ = (*operands[0].split(), "0")
         read = self._lanes.reader(name, "i")
         shift = (i + 1) * WORD + int(distance, 0) if opcode.startswith("BRX") else 0
@@ -150,7 +155,7 @@ class Flow:
         self.at[taken] = target
 
     def _split(self, mask: Array, taken: Array) -> None:
-        """Make two groups of each one of which some threads go elsewhere."""
+        """Make two groups of each one of which some threads go elsewhere and others stay."""
         rest = mask & ~taken
         if taken.any() and rest.any():
             both = (self._groups_of(taken) & self._groups_of(rest))[self.group]
@@ -159,9 +164,9 @@ class Flow:
             self._regroup(rest & both, before)
 
     def _regroup(self, mask: Array, key: Array) -> None:
-        """Make one group of all threads that have the same key, a number below that of threads."""
+        """Make a group of the threads that have the same key; keys are smaller than the number of threads."""
         threads, first = np.flatnonzero(mask), np.zeros(mask.size, np.int64)
-        first[key[threads][::-1]] = threads[::-1]  # what is written last stays
+        first[key[threads][::-1]] = threads[::-1]  # of several with one key the first is written last, and stays
         self.group[threads] = first[key[threads]]
 
     def _place(self, operand: str) -> int:
@@ -212,7 +217,7 @@ class Flow:
         return act
 
     def _join(self, i: int) -> None:
-        """Let those go on whose lanes are all at this instruction, as one group."""
+        """Let the threads go on whose needed lanes are all at this instruction, each warp's as one group."""
         here = self._joining & (self.at == i)
         needed = np.broadcast_to(self._needed[i](), here.shape)
         missing = needed & self._bits_of_warp(self.alive) & ~self._bits_of_warp(here)
@@ -221,20 +226,20 @@ class Flow:
         self._waiting[here] = ~done[here]
         self.at[done] = i + 1
         if self.groups(done) > np.count_nonzero(done.reshape(-1, WARP).any(1)):
-            first = np.log2((needed & -needed).astype(np.float64)).astype(np.int64)  # lane of those needed
+            first = np.log2((needed & -needed).astype(np.float64)).astype(np.int64)  # lowest lane needed
             self._regroup(done, self._warp * WARP + first)
 
     def _join_again(self) -> None:
-        """Look again everywhere: fewer lanes are needed."""
+        """Try again to join wherever threads wait, because fewer lanes are needed now."""
         for place in np.unique(self.at[self._joining]):
             self._join(int(place))
 
     def members(self, name: str) -> Array:
-        """The lanes that a barrier is to join, in each thread."""
+        """The lanes that a barrier of a warp is to join, for each thread."""
         return self._members.setdefault(name, np.zeros(self.at.size, np.uint64))
 
     def _bits_of_warp(self, flags: Array) -> Array:
-        """For each thread the flags of its warp, as bits."""
+        """The flags of a thread's warp as bits, for each thread."""
         packed = np.packbits(flags.reshape(-1, WARP), axis=1, bitorder="little").view(np.uint32)
         return np.repeat(packed[:, 0], WARP).astype(np.uint64)
 
@@ -261,7 +266,7 @@ class Flow:
         return act
 
     def _meet(self, number: int) -> None:
-        """Let the threads of those blocks go on that are all at a barrier, or as many as it counts."""
+        """Let the threads of a block go on if all of them wait at the barrier, or as many as it counts."""
         here, shape = self._barrier == number, (-1, self._block)
         count, reduction = self._kinds[number]
         arrived = here.reshape(shape).sum(1)
@@ -292,7 +297,7 @@ class Flow:
         return act
 
     def _meet_cluster(self) -> None:
-        """Let those go on for whom all threads of the cluster have arrived as often as they have."""
+        """Let threads go on that wait at the cluster's barrier, if all its threads have arrived as often."""
         arrivals = np.where(self.alive, self._arrivals, END).reshape(-1, self._cluster)
         going = self._in_cluster & (np.repeat(arrivals.min(1), self._cluster) >= self._arrivals)
         self._in_cluster[going] = False
@@ -315,4 +320,4 @@ _CONTROL = {
     "UCGABAR_WAIT": Flow._wait_for_cluster,
 }
 CONTROL = frozenset(_CONTROL)
-"""The instructions that move threads elsewhere, or make them wait."""
+"""Names of the instructions that move threads elsewhere, or make them wait."""

@@ -1,4 +1,4 @@
-"""What a GPU must find: the launches that Nsight Compute looks at in first contact, every block executed here."""
+"""What Nsight Compute must count on a GPU, predicted by executing every block of the launches that it looks at."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from instructions.launches import Blocks, Launch, counted
 
 
 def predict(architecture: int, shapes: Iterable[tuple[tuple[int, ...], int]] = ncu_work.SHAPES) -> list[Launch]:
-    """The launches of ``contact/stages/ncu_work.py`` in their order: forward passes, then backward over the first."""
+    """The launches of ``contact/stages/ncu_work.py`` in order: forward passes, then a backward pass."""
     forward: list[Launch] = []
     backward: list[Launch] = []
     for shape, axis in tqdm(list(shapes), unit="shape"):
@@ -31,13 +31,13 @@ def predict(architecture: int, shapes: Iterable[tuple[tuple[int, ...], int]] = n
 
 
 def whole_grid(launch: Launch, compiled: object) -> Blocks:  # noqa: ARG001
-    """All blocks; clusters lie along x."""
+    """All blocks of a launch, in order of their clusters, which lie along x."""
     x, y, z = map(range, launch.grid)
     return [(i, j, k) for k in z for j in y for i in x]
 
 
 def table(architecture: int, measured: Path | None = None) -> str:
-    """The prediction, beside what Nsight Compute has written into ``ncu.csv``."""
+    """The table of predicted counts, beside those that Nsight Compute has written into ``ncu.csv``."""
     found = ncu.launches(measured.read_text()) if measured else []
     rows = [("kernel", "grid", "threads", "predicted", "measured", "ratio")]
     for n, launch in enumerate(predict(architecture)):

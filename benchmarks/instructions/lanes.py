@@ -27,14 +27,14 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 Read = Callable[[], Any]
-Write = Callable[[Array, Array], None]  # of values, where a mask is set
+Write = Callable[[Array, Array], None]  # writes values to the threads of a mask
 
 WARP = 32
 UNIFORM = 256
-"""The row of the first uniform register."""
+"""Row of the first uniform register among the registers."""
 ROWS = 512
 ZERO = {"RZ": 255, "URZ": 511}
-"""Rows that stay 0, whatever is written there."""
+"""Rows of registers that stay 0, whatever is written there."""
 ALL = np.uint64(0xFFFFFFFF)
 TYPES = {"u": np.uint32, "i": np.int32, "f": np.float32, "w": np.uint64, "l": np.int64, "d": np.float64}
 _NAMED = re.compile(r"([-~!]?)(\|?)(U?R(?:Z|\d+)|U?P(?:T|\d)|c\[(0x\w+)\]\[([^\]]+)\])((?:\.\w+)*)\|?((?:\.\w+)*)")
@@ -46,17 +46,17 @@ class UnknownInstruction(Exception):  # noqa: N818 - it names one
 
 
 class Lanes:
-    """The state of all threads: a column for each, of as many warps as there are."""
+    """Registers and predicates of whole warps: a row for each register, a column for each thread."""
 
     def __init__(self, threads: int, banks: dict[int, Array]) -> None:
         self.threads = threads
-        self.banks = banks  # constants, as uint32
+        self.banks = banks  # constant memory by number of its bank, as uint32
         self.registers = np.zeros((ROWS, threads), np.uint32)
-        self.predicates = np.zeros((16, threads), bool)  # the uniform ones from 8 on
+        self.predicates = np.zeros((16, threads), bool)  # rows from 8 on are the uniform predicates
         self.predicates[[7, 15]] = True
 
     def reader(self, text: str, kind: str) -> Read:
-        """What gives the value of an operand, in every thread or as one element for all."""
+        """A function that returns an operand's value: for every thread, or one element for all."""
         text = text.replace(".reuse", "").strip()
         if kind == "n":
             number = int(text, 0)
@@ -85,7 +85,7 @@ class Lanes:
         return _integer(bits, TYPES[kind], sign, bars)
 
     def writer(self, text: str, kind: str) -> Write:
-        """What sets the value of an operand."""
+        """A function that sets an operand to a value in the threads of a mask."""
         text = text.replace(".reuse", "").strip()
         if kind == "p":
             number = _predicate(text)
@@ -128,7 +128,7 @@ class Lanes:
         return read
 
     def _constants(self, bank: int, place: str, wide: bool) -> Read:
-        """The constant at a place, or at those that a register holds."""
+        """A function that returns a constant: at a fixed place, or at the places that a register holds."""
         *names, offset = re.split(r"\+", place) if "0x" in place else (place, "0x0")
         first = int(offset, 16) // 4
         words = self.banks[bank]
@@ -142,11 +142,11 @@ class Lanes:
 
 
 def _no_write(value: Array, mask: Array) -> None:
-    """What writes to registers and predicates that are constants."""
+    """Ignore a value that is written to a register or predicate whose value is fixed."""
 
 
 def _register(name: str) -> int:
-    """The row of a register."""
+    """The row of a register, by its name."""
     if name in ZERO:
         return ZERO[name]
     found = re.fullmatch(r"(U?)R(\d+)", name)
@@ -156,7 +156,7 @@ def _register(name: str) -> int:
 
 
 def _predicate(name: str) -> int:
-    """The row of a predicate."""
+    """The row of a predicate, by its name."""
     number = name.lstrip("!UP")
     return 8 * ("U" in name) + (7 if number == "T" else int(number))
 
@@ -166,7 +166,7 @@ def _always(value: Array) -> Read:
 
 
 def _constant(text: str, kind: str) -> Read:
-    """A number in the text, as one element."""
+    """A number that stands in the instruction's text, as an array of one element."""
     try:
         if kind in "fd":
             sign = -1 if text.startswith("-") else 1
@@ -188,7 +188,7 @@ def _half(bits: Read, high: bool) -> Read:
 
 
 def _signed(value: Read, sign: str, bars: str) -> Read:
-    """A float, or its magnitude, or minus these."""
+    """A function that returns a float with its sign or bars applied: itself, its magnitude, or minus either."""
     if bars and sign:
         return lambda: -np.abs(value())
     if bars:
@@ -197,7 +197,7 @@ def _signed(value: Read, sign: str, bars: str) -> Read:
 
 
 def _with_carry(bits: Read, sign: str) -> Read:
-    """Minus x is ~x + 1, and that may carry."""
+    """A function that returns bits or minus these, as ~x + 1, whose carry counts."""
     if sign == "-":
         return lambda: (~bits()).astype(np.uint64) + np.uint64(1)
     if sign == "~":

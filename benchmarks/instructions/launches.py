@@ -1,4 +1,4 @@
-"""The library's own launches, executed here instead: it runs on the stand-in for CuPy, and its kernels are counted.
+"""Executes the library's own launches: it runs on the stand-in for CuPy, whose kernels are replaced by counting ones.
 
 So the kernels, their macros, the grid and all arguments are those that the library chooses.
 """
@@ -25,9 +25,9 @@ from tests.steps import forget_plans
 
 Blocks = list[tuple[int, int, int]]
 ALIGNMENT = 512
-"""Of arrays, as CuPy's memory pool has it."""
+"""Bytes of which arrays' addresses are a multiple, as in CuPy's memory pool."""
 TOGETHER = 8192
-"""Threads that are executed side by side."""
+"""Most threads that are executed side by side."""
 DEVICES = {
     75: emulator.T4,
     80: emulator.A100,
@@ -36,19 +36,19 @@ DEVICES = {
     90: emulator.H200,
     120: replace(emulator.RTX_4090, compute_capability="120"),
 }
-"""The GPU that the library is told of, by architecture."""
+"""The GPU that the stand-in pretends, by architecture."""
 
 
 class Launch(NamedTuple):
-    """A launch, and what its chosen blocks have issued."""
+    """A launch of a kernel, and how often its executed blocks have issued each instruction."""
 
-    kernel: str  # "channels_first/bn_stats"
-    options: tuple[str, ...]  # its macros
+    kernel: str  # such as "channels_first/bn_stats"
+    options: tuple[str, ...]  # options of the compiler, which set the kernel's macros
     grid: tuple[int, int, int]
     threads: int
     program: Program | None = None
-    blocks: int = 0  # that were executed
-    issued: Array = np.zeros(0, np.int64)  # of each instruction of the program
+    blocks: int = 0  # number of blocks that were executed
+    issued: Array = np.zeros(0, np.int64)  # how often each instruction of the program was issued
 
     @property
     def warps(self) -> int:
@@ -57,11 +57,12 @@ class Launch(NamedTuple):
 
 
 Choose = Callable[[Launch, Callable[[], Program]], Blocks]
-"""Which blocks of a launch to execute: whole clusters, one after the other. It may ask for the compiled program."""
+"""Function that chooses the blocks of a launch to execute: whole clusters in a row. It may ask for the compiled
+program."""
 
 
 class Counter:
-    """The launches so far, and the memory of the device: one piece, out of which all arrays are cut."""
+    """The launches so far, and the device's memory: one piece, out of which all arrays are cut."""
 
     def __init__(self, size: int) -> None:
         self.launches: list[Launch] = []
@@ -69,7 +70,7 @@ class Counter:
         self.space = Space(self._piece.host, self._piece.ptr, self._piece.initialised)
 
     def alloc(self, size: int) -> Any:
-        """As CuPy's allocators do."""
+        """Allocate memory, as an allocator of CuPy does."""
         start, self._used = self._used, self._used + -(-size // ALIGNMENT) * ALIGNMENT
         if self._used > self._piece.nbytes:
             raise MemoryError(f"the arrays of a count take more than {self._piece.nbytes} bytes")
@@ -85,22 +86,22 @@ class Counter:
 
 @contextlib.contextmanager
 def counted(architecture: int, choose: Choose, memory: int, multiprocessors: int | None = None) -> Iterator[Counter]:
-    """Inside the context, launches are counted.
+    """A context inside of which kernels are executed here, and their launches counted.
 
     Parameters
     ----------
     architecture : int
-        90 for ``sm_90``.
+        The GPU's generation, such as 90 for ``sm_90``.
     memory : int
         Bytes that arrays take together; nothing is given back.
     multiprocessors : int, optional
-        Of the GPU that the library is told of; as many as a real one has by default.
+        Multiprocessors of the pretended GPU; by default as many as a real one has.
     """
     counter, device = Counter(memory), DEVICES[architecture]
     allocator, raw_kernel = cupy.cuda.get_allocator(), cupy.RawKernel
 
     class CountedKernel:
-        """A `cupy.RawKernel` as far as the library uses it."""
+        """A kernel with the part of `cupy.RawKernel` that the library uses."""
 
         max_dynamic_shared_size_bytes = 0
 
@@ -113,7 +114,7 @@ def counted(architecture: int, choose: Choose, memory: int, multiprocessors: int
             x, y, z = (*grid, 1, 1)[:3]
             launch = Launch(self._name, self._options, (x, y, z), block[0])
             blocks = choose(launch, self._compile)
-            if blocks:  # else nothing is compiled
+            if blocks:  # a launch of which nothing is executed is not compiled either
                 program = self._compile()
                 issued = execute(program, launch.grid, block[0], blocks, pack(args), counter.space, shared_mem)
                 launch = launch._replace(program=program, blocks=len(blocks), issued=issued)
@@ -148,7 +149,9 @@ def execute(
     space: Space,
     shared: int = 0,
 ) -> Array:
-    """How often these blocks of a launch, each with so many bytes of dynamic shared memory, issue each instruction."""
+    """How often the given blocks of a launch issue each instruction; `shared` is bytes of dynamic shared memory of a
+    block.
+    """
     issued = np.zeros(len(program.instructions), np.int64)
     batch = max(1, TOGETHER // (threads * program.cluster)) * program.cluster
     for start in range(0, len(blocks), batch):
@@ -160,7 +163,7 @@ def execute(
 
 
 def pack(args: Sequence[Any]) -> bytes:
-    """Arguments as CuPy hands them on, each at a multiple of its size, or of that of its first field."""
+    """The arguments as CuPy passes them: each at a multiple of its size, or of the size of its first field."""
     data = b""
     for value in args:
         if value is None or isinstance(value, cupy.ndarray):

@@ -1,4 +1,4 @@
-"""Blocks of threads that execute a program side by side, and how often each of its instructions is issued.
+"""Executes a program in blocks of threads side by side, and counts how often each instruction is issued.
 
 All threads are columns of NumPy arrays. Of those that can go on, the ones at the lowest address go on together, up to
 the next place where others are. Each group of lanes (see `flow`) that gets to an instruction is an issue of it, however
@@ -23,22 +23,22 @@ NOTHING = (
     *("NOP", "YIELD", "NANOSLEEP", "ENDCOLLECTIVE"),
     *("MEMBAR", "ERRBAR", "CGAERRBAR", "CCTL", "FENCE", "LDGDEPBAR", "DEPBAR"),
 )
-"""Instructions that change nothing here: copies are done at once, and all see the same memory."""
+"""Instructions that do nothing here: copies are done at once, and all threads see the same memory."""
 
 
 class Machine:
-    """Blocks of a launch.
+    """Some blocks of a launch, with their threads, memory and counts.
 
     Parameters
     ----------
     grid, threads
         The launch: blocks, and threads of each.
     blocks : sequence of (x, y, z)
-        Those to execute: whole clusters, one after the other.
+        The blocks to execute: whole clusters in a row.
     cluster : int
         Blocks of a cluster.
     parameters : bytes
-        What the kernel is given.
+        Arguments of the kernel, as they lie in constant memory.
     space : Space
         Global memory.
     shared : int
@@ -77,13 +77,13 @@ class Machine:
         self._acts: list[Act | None] = [None] * len(program.instructions)
 
     def run(self) -> None:
-        """Execute until all threads are done."""
+        """Execute the program until all threads are done."""
         with np.errstate(all="ignore"):
             while self._flow.alive.any():
                 self._run_straight(*self._flow.next())
 
     def _run_straight(self, i: int, mask: Array, others: int) -> None:
-        """Up to where threads may part or wait, or where others are."""
+        """Execute up to where threads may part or wait, or where other threads are."""
         groups = self._flow.groups(mask)
         while True:
             instruction = self._program.instructions[i]
@@ -106,7 +106,7 @@ class Machine:
                 return
 
     def _compile(self, i: int) -> Act:
-        """What an instruction does in the threads of a mask."""
+        """A function that does the instruction for the threads of a mask."""
         _, guard, opcode, operands = self._program.instructions[i]
         name = opcode.partition(".")[0]
         moves = self._flow.compile(i, name, guard, opcode, operands)
@@ -146,11 +146,11 @@ class Machine:
 
 
 def _do_nothing(mask: Array) -> None:
-    """Of instructions that change nothing."""
+    """Do an instruction that changes nothing."""
 
 
 def _banks(program: Program, grid: tuple[int, int, int], threads: int, parameters: bytes) -> dict[int, Array]:
-    """The constants, with what the driver puts into bank 0: parameters, sizes, and where the stack ends."""
+    """The banks of constant memory; bank 0 has what the driver puts there: arguments, sizes, the stack's end."""
     banks = {number: _words(data) for number, data in program.constants.items()}
     sizes, stack = ((0x360, 0x370), 0x37C) if program.architecture >= 100 else ((0, 0xC), 0x28)
     first = banks[0]

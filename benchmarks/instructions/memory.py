@@ -1,4 +1,4 @@
-"""Global, shared and local memory: what loads and stores do, and which of them are wrong."""
+"""Loads and stores of global, shared and local memory, and which of them are wrong."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ import numpy as np
 from instructions.lanes import Array, Lanes, Read, UnknownInstruction
 
 WINDOW = 0x7F00
-"""The upper half of generic addresses that stand for shared memory."""
+"""Upper half of the generic addresses that stand for shared memory."""
 LOCAL = 4 << 10
 """Bytes of a thread's local memory: its stack."""
 RESERVED = 1 << 10
 """Bytes of shared memory that CUDA keeps, from sm_90 on the first ones."""
 _BYTES = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
 _WRITTEN = {1: 1, 2: 0x0101, 4: 0x01010101}
-"""Of bytes that were all written, one mark each."""
+"""Marks of 1, 2 and 4 bytes that were all written, as one integer."""
 _TERM = re.compile(r"([+-]?)(0x[0-9a-f]+|U?R(?:\d+|Z))((?:\.\w+)*)")
 
 
 class WrongAccess(Exception):  # noqa: N818
-    """An access beyond all memory, at a crooked address, or to what nobody has written."""
+    """An access out of bounds, at an address that is no multiple of its size, or to what nobody has written."""
 
 
 class Space:
-    """Bytes that loads and stores reach.
+    """Memory that loads and stores reach.
 
     Parameters
     ----------
@@ -35,7 +35,7 @@ class Space:
     base : int
         The address of the first byte.
     initialised : uint8 array, optional
-        1 for each byte that was written. Loads of others are wrong then.
+        1 for each byte that was written; a load of any other byte is wrong. None: all may be loaded.
     """
 
     def __init__(self, data: Array, base: int = 0, initialised: Array | None = None) -> None:
@@ -44,7 +44,7 @@ class Space:
         self._written = None if initialised is None else {n: initialised.view(f"u{n}") for n in self._data}
 
     def load(self, addresses: Array, size: int, signed: bool) -> list[Array]:
-        """The registers that a load fills, for each address."""
+        """The values of the registers that a load fills, for each address."""
         unit, places = self._places(addresses, size)
         if self._written and not all((self._written[unit][at] == _WRITTEN[unit]).all() for at in places):
             raise WrongAccess("a load of what nobody has written")
@@ -54,7 +54,7 @@ class Space:
         return [value.astype(np.uint32) for value in values]
 
     def store(self, addresses: Array, size: int, registers: Sequence[Array]) -> None:
-        """Write registers, one after the other, to each address."""
+        """Write the values of registers to each address, one register behind the other."""
         unit, places = self._places(addresses, size)
         for at, register in zip(places, registers, strict=True):
             self._data[unit][at] = register
@@ -62,7 +62,7 @@ class Space:
                 self._written[unit][at] = _WRITTEN[unit]
 
     def _places(self, addresses: Array, size: int) -> tuple[int, list[Array]]:
-        """How many bytes go at a time, at most four, and their places among units of so many."""
+        """The size of a unit, at most four bytes, and the indices of the units at each address."""
         at = (addresses - self._base).view(np.int64)
         if (at < 0).any() or (at + size > self._size).any():
             raise WrongAccess("an access beyond all memory")
@@ -73,14 +73,14 @@ class Space:
 
 
 class Memory:
-    """What the threads of some blocks reach.
+    """Global, shared and local memory of the threads of some blocks.
 
     Parameters
     ----------
     space : Space
         Global memory.
     slots, ranks : int arrays
-        Of each thread: the number of its block, and the place of that in its cluster.
+        For each thread the number of its block, and the place of the block in its cluster.
     shared : int
         Bytes of a block's shared memory.
     """
@@ -94,7 +94,7 @@ class Memory:
         self._bases = np.arange(lanes.threads, dtype=np.uint64) * np.uint64(LOCAL)
 
     def compile(self, opcode: str, operands: Sequence[str]) -> Callable[[Array], None] | None:
-        """What a load or store does in the threads of a mask; None if this is none."""
+        """A function that does a load or store for the threads of a mask; None if the instruction is neither."""
         name, *modifiers = opcode.split(".")
         size = next((_BYTES[m] for m in modifiers if m in _BYTES), 4)
         signed = bool({"S16", "S8"} & set(modifiers))
@@ -134,7 +134,7 @@ class Memory:
         return store
 
     def _copy(self, target: Read, source: Read, size: int) -> Callable[[Array], None]:
-        """cp.async, done at once."""
+        """LDGSTS (cp.async): the copy is done at once."""
 
         def copy(mask: Array) -> None:
             if mask.any():
@@ -149,14 +149,14 @@ class Memory:
         return self.space, address
 
     def _in_shared(self, address: Array, mask: Array) -> tuple[Space, Array]:
-        """Of the own block, whatever block the upper bits name."""
+        """Places in the shared memory of a thread's own block, whichever block the address names."""
         return self.shared, self._within(address, self.slots[mask])
 
     def _in_local(self, address: Array, mask: Array) -> tuple[Space, Array]:
         return self.local, address + self._bases[mask]
 
     def _generic(self, address: Array, mask: Array) -> tuple[Space, Array]:
-        """Global memory, or that of a block of the cluster."""
+        """Places of generic addresses: in global memory, or in the shared memory of a block of the cluster."""
         there = address >> np.uint64(32) == WINDOW
         if not there.any():
             return self.space, address
@@ -172,13 +172,15 @@ class Memory:
         return place + slots * np.uint64(self.pitch)
 
     def _address(self, text: str, wide: bool) -> Read:
-        """The sum in brackets; 64 bits of a register, or of the first one in a wide sum that says nothing."""
+        """A function that returns the sum in brackets. Registers have 64 bits if they say so; where a wide sum names no
+        size, all have.
+        """
         inside = text[text.rindex("[") + 1 : -1].replace("+-", "-")
         terms: list[Read] = []
         matched = list(_TERM.finditer(inside))
         if "".join(m[0] for m in matched) != inside:
             raise UnknownInstruction(f"address {text}")
-        pairs = wide and not any(m[3] for m in matched)  # as sm_75 has it
+        pairs = wide and not any(m[3] for m in matched)  # sm_75 writes no .64
         for m in matched:
             sign, name, suffix = m[1], m[2], m[3]
             if name.startswith("0x"):
@@ -198,11 +200,11 @@ class Memory:
 
 
 def registers(first: str, size: int) -> list[str]:
-    """The names of the registers that so many bytes take."""
+    """The names of the registers that so many bytes fill."""
     first = first.replace(".reuse", "")
     found = re.fullmatch(r"(U?R)(\d+)", first)
     count = max(1, size // 4)
-    if found is None:  # RZ
+    if found is None:  # RZ, which stands for all of them
         return [first] * count
     return [f"{found[1]}{int(found[2]) + n}" for n in range(count)]
 

@@ -1,4 +1,4 @@
-"""The machine code of a kernel as a list of instructions: NVRTC compiles it, nvdisasm disassembles it."""
+"""The machine code of a kernel as a list of instructions: NVRTC compiles, nvdisasm disassembles."""
 
 from __future__ import annotations
 
@@ -18,34 +18,34 @@ from tests import nvrtc
 _LABEL = re.compile(r"([.$\w]+):$")
 _INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
 _REMARK = re.compile(r"\s*\(\*.*?\*\)")
-_COMMA = re.compile(r",\s*(?![^\[]*\])")  # not one inside of an address
-_PARAMETERS, _CLUSTER = 0x0A, 0x3D  # attributes of a kernel: where its parameters are, and blocks of a cluster
+_COMMA = re.compile(r",\s*(?![^\[]*\])")  # a comma between operands, not one inside of an address
+_PARAMETERS, _CLUSTER = 0x0A, 0x3D  # attributes: where parameters begin, and blocks of a cluster
 
 
 class Instruction(NamedTuple):
     """A line of disassembly."""
 
     address: int
-    guard: str | None  # the predicate, such as "P0" or "!UP1"
-    opcode: str  # with its modifiers, such as "IADD3.X"
+    guard: str | None  # the predicate that the instruction depends on, such as "P0" or "!UP1"
+    opcode: str  # the instruction's name with its modifiers, such as "IADD3.X"
     operands: tuple[str, ...]
 
 
 class Program(NamedTuple):
-    """A kernel."""
+    """The compiled code of a kernel, and what it says of itself."""
 
     architecture: int
     instructions: tuple[Instruction, ...]
-    labels: dict[str, int]  # addresses
-    parameters: int  # the first byte of the parameters in constant bank 0
-    constants: dict[int, bytes]  # by bank
-    registers: int  # of a thread
-    shared: int  # bytes of a block, beside those that a launch asks for
-    cluster: int  # blocks
+    labels: dict[str, int]  # addresses of labels, by name
+    parameters: int  # where the parameters begin in constant bank 0
+    constants: dict[int, bytes]  # contents of the banks of constants, by number
+    registers: int  # registers of a thread
+    shared: int  # bytes of a block's static shared memory
+    cluster: int  # blocks of a cluster
 
 
 def find_nvdisasm() -> str | None:
-    """The disassembler of the package nvidia-cuda-nvdisasm, else one on the path or of a CUDA toolkit."""
+    """The path of nvdisasm: of the package nvidia-cuda-nvdisasm, else on the path or in a CUDA toolkit."""
     packages = importlib.util.find_spec("nvidia")
     for folder in packages.submodule_search_locations or () if packages else ():
         for path in sorted(Path(folder).glob("**/bin/nvdisasm*")):
@@ -56,7 +56,7 @@ def find_nvdisasm() -> str | None:
 
 @functools.cache
 def compile_program(text: str, architecture: int, options: tuple[str, ...] = ()) -> Program:
-    """Compile a text with one kernel, by `nvrtc.compile_text`."""
+    """Compile a text with one kernel; `architecture` and `options` are those of `nvrtc.compile_text`."""
     cubin, log = nvrtc.compile_text(text, architecture, options)
     tool = find_nvdisasm()
     assert tool is not None, "no nvdisasm: pip install nvidia-cuda-nvdisasm"
@@ -79,10 +79,10 @@ def compile_program(text: str, architecture: int, options: tuple[str, ...] = ())
 
 
 def parse(listing: str) -> tuple[tuple[Instruction, ...], dict[str, int]]:
-    """The instructions of a listing, and the addresses of its labels."""
+    """The instructions of a listing of nvdisasm, and the addresses of its labels."""
     instructions: list[Instruction] = []
     labels: dict[str, int] = {}
-    waiting: list[str] = []  # labels of the next instruction
+    waiting: list[str] = []  # labels in front of the next instruction
     for line in listing.splitlines():
         line = _REMARK.sub("", line)
         label, found = _LABEL.match(line), _INSTRUCTION.match(line)
@@ -98,7 +98,7 @@ def parse(listing: str) -> tuple[tuple[Instruction, ...], dict[str, int]]:
 
 
 def _sections(elf: bytes) -> list[tuple[str, bytes]]:
-    """The sections of an ELF file of 64 bits."""
+    """The sections of a 64-bit ELF file, by name."""
     (table,) = struct.unpack_from("<Q", elf, 40)
     size, count, names = struct.unpack_from("<HHH", elf, 58)
     headers = [struct.unpack_from("<IIQQQQ", elf, table + i * size) for i in range(count)]
@@ -111,7 +111,9 @@ def _sections(elf: bytes) -> list[tuple[str, bytes]]:
 
 
 def _attributes(data: bytes) -> dict[int, bytes]:
-    """The attributes of a kernel, each of four bytes; those of form 4 have as many more as the last two say."""
+    """The attributes of a kernel, by number. Each has four bytes; those of form 4 have as many more as the last two
+    say.
+    """
     at, result = 0, {}
     while at < len(data):
         form, attribute, size = struct.unpack_from("<BBH", data, at)

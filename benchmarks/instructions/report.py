@@ -29,7 +29,7 @@ COLUMNS = (
 
 
 def cases() -> list[Case]:
-    """All that the table has, a shape after the other."""
+    """All cases of the table, one shape after the other."""
     shapes = [(row, None) for row in ROWS.values()] + [(1, channels) for channels in CHANNELS_LAST]
     return [
         case(step, dtype, row, channels, variant)
@@ -42,14 +42,16 @@ def cases() -> list[Case]:
 
 
 def case(step: str, dtype: str, row: int, channels: int | None = None, variant: str = "plain") -> Case:
-    """A case; channels first, of so many channels that sums are split as those of large arrays are."""
+    """The case of a step, dtype and row. Channels first it has so many channels that sums are split as those of large
+    arrays.
+    """
     if channels is None:
         channels = 256 if step in ("bn_stats", "bn_backward_reduce") else 16
     return Case(step, dtype, row, channels, variant)
 
 
 def tables(costs: Iterable[Cost]) -> str:
-    """A table for each shape."""
+    """The tables, one for each shape."""
     by_shape: dict[str, list[Cost]] = {}
     for cost in costs:
         planes = {row: f"Channels first, rows of {name}" for name, row in ROWS.items()}

@@ -34,7 +34,7 @@ class Caller(NamedTuple):
 
 
 class Call(NamedTuple):
-    """What `batch_norm` and the layers were called with."""
+    """Arguments that `batch_norm` or a layer was called with."""
 
     input: Array
     affine: Affine
@@ -45,7 +45,7 @@ class Call(NamedTuple):
     layer: Caller | None = None  # None for the functions
 
     def checked(self, out: Array | None = None) -> Checked:
-        """What is to be known of the arguments, if all is well.
+        """Facts about the arguments, if all is well.
 
         What is checked does not depend on addresses and elements of arrays: calls that are alike but for these are
         checked once.
@@ -70,7 +70,7 @@ class Call(NamedTuple):
         return checked
 
     def _key(self, out: Array | None) -> Hashable:
-        """All that `check` looks at; None for what cannot be an argument."""
+        """Key of this call among those that were checked: all that `check` looks at. None if there can be no key."""
         weight, bias, eps = self.affine
         mean, var, _, batches = self.running
         layer = self.layer
@@ -136,7 +136,7 @@ class Call(NamedTuple):
         return axis
 
     def _way_to_eval(self) -> str:
-        """How a layer uses its running statistics instead of the batch's, if it has any: the end of a message."""
+        """End of a message: how a layer uses its running statistics instead of the batch's, if it has any."""
         has_buffers = self.running.mean is not None or self.running.batches is not None
         return "; did you mean layer.eval()?" if self.layer is not None and has_buffers else ""
 
@@ -160,11 +160,11 @@ class Call(NamedTuple):
         return {name: array for name, array in named.items() if array is not None}
 
     def plain(self) -> Call:
-        """The same call with arrays of NumPy's and CuPy's own classes, in the same memory."""
+        """Call with the same arguments, arrays of NumPy's and CuPy's own classes among them."""
         return self._with({name: plain(array) for name, array in self.arrays(True).items()})
 
     def _with(self, arrays: dict[str, Array]) -> Call:
-        """The same call with other arrays in the place of some."""
+        """Call with the same arguments but for these arrays."""
         weight, bias, eps = self.affine
         mean, var, momentum, batches = self.running
         residual, activation, mask = self.epilogue
@@ -181,7 +181,7 @@ class Call(NamedTuple):
         )
 
     def running_of_steps(self, moves: bool) -> Running:
-        """What steps get of the running statistics: no arrays in training that does not move them.
+        """Running statistics for the steps: without arrays in training that does not move them.
 
         The momentum stays: what depends on it, the choice of launches, is the same with and without an update.
         """
@@ -191,11 +191,11 @@ class Call(NamedTuple):
         return Running(mean, var, momentum, batches if self.training else None)
 
     def apart(self, checked: Checked, for_vjp: bool) -> tuple[Call, Written]:
-        """The same call where nothing that it moves is read later, and what is to be written when all else is done.
+        """Call with the same arguments that share no memory, and what is to be written when all else is done.
 
-        Arrays may share memory, as a weight that is also the running variance: what is read is a copy where it does.
-        The way back reads after buffers have moved, be it in another call. Buffers that share memory with each other
-        are moved as copies.
+        Arrays may share memory, as a weight that is also the running variance. Where an array that is read shares some
+        with one that moves, the call gets a copy of it: the way back reads after buffers have moved, be it in another
+        call. Buffers that share memory with each other are moved as copies, which are written back at the end.
         """
         if not (checked.moves or for_vjp):
             return self, []
@@ -223,7 +223,7 @@ class Call(NamedTuple):
 
 
 class Checked(NamedTuple):
-    """What is known of calls whose arguments fit together, and which are alike but for addresses and elements."""
+    """Facts about calls whose arguments fit together, and which are alike but for addresses and elements."""
 
     layout: Layout
     moves: bool  # whether the call moves running statistics
@@ -232,7 +232,7 @@ class Checked(NamedTuple):
 
 
 def _form(array: Array | None) -> Hashable:
-    """All that there is to know about an array but its address and its elements."""
+    """Everything that is to be known about an array but its address and its elements."""
     if array is None:
         return None
     if isinstance(array, np.ndarray):

@@ -38,7 +38,7 @@ class Synchronized:
         keep: bool = True,
         scratch: Array | None = None,
     ) -> Statistics | None:
-        """See `numpy_ops.bn_forward`. x may be empty, and one value for each channel is enough."""
+        """Batch norm in training, as `numpy_ops.bn_forward`. x may be empty, or have one value for each channel."""
         ops, C = self._ops, x.shape[1]
         if C == 0:
             row = empty((1, 1), x, np.float64)
@@ -68,7 +68,7 @@ class Synchronized:
         gradients: Gradients,
         scratch: Array | None = None,
     ) -> None:
-        """See `numpy_ops.bn_backward`. dweight and dbias are those of this rank; the count is that of all ranks."""
+        """All gradients, as `numpy_ops.bn_backward`; dweight and dbias of this rank, with the count of all."""
         ops, C = self._ops, x.shape[1]
         if C == 0:  # on all ranks
             return
@@ -83,5 +83,5 @@ class Synchronized:
 
 
 def _no_parts(like: Array, *shapes: tuple[int, ...]) -> list[Array]:
-    """What the steps that sum return of a batch without samples."""
+    """Arrays without parts: what the steps that sum return for a batch without samples."""
     return [empty(shape, like, np.float64) for shape in shapes]

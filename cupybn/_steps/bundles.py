@@ -26,7 +26,7 @@ ACTIVATIONS = (None, "relu")
 
 
 class Affine(NamedTuple):
-    """What makes normalised values of x, and the output of these: weight * (x - mean) / sqrt(var + eps) + bias."""
+    """Weight, bias and eps, by which x becomes weight * (x - mean) / sqrt(var + eps) + bias."""
 
     weight: Vector | None  # (C,); None stands for 1
     bias: Vector | None  # (C,); None stands for 0
@@ -34,7 +34,7 @@ class Affine(NamedTuple):
 
 
 class Running(NamedTuple):
-    """The running statistics and what moves them; without arrays, where nothing is to be moved."""
+    """Running statistics and what moves them; without arrays where nothing is to be moved."""
 
     mean: Vector | None = None  # (C,)
     var: Vector | None = None  # (C,)
@@ -45,7 +45,7 @@ class Running(NamedTuple):
 
 
 class Epilogue(NamedTuple):
-    """What is done to a normalised value last: activation(value + residual)."""
+    """Last part of the output: a value becomes activation(value + residual)."""
 
     residual: Tensor | None = None  # (N, C, L); for the way forward
     activation: Activation = None
@@ -78,7 +78,7 @@ class Statistics(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """What the gradients need of the whole batch, in P parts that are still to be added."""
+    """Sums over the whole batch for the gradients, in P parts that are still to be added."""
 
     dy: Doubles  # (P, C); sum(dy), the gradient of bias
     dy_xhat: Doubles  # (P, C); sum(dy * xhat), the gradient of weight
@@ -91,7 +91,7 @@ class Sums(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """The arrays that a step writes gradients to."""
+    """Arrays that a step writes gradients to."""
 
     dx: Tensor  # (N, C, L)
     dresidual: Tensor | None = None  # (N, C, L)

@@ -321,7 +321,7 @@ def _macros(dtype: np.dtype[Any], width: int, index_bits: int, geometry: Geometr
 
 @functools.cache
 def _device(index: int) -> Device:
-    """What the choice of launches has to know of a device."""
+    """Properties of a device that the choice of launches depends on."""
     cuda = import_cupy().cuda
 
     def attribute(name: str) -> int:
@@ -342,7 +342,7 @@ def _empty_statistics(x: Array) -> Statistics:
 
 
 def _span(array: Array) -> Array:
-    """All memory from the first element of an array to the last one, for kernels that know its strides."""
+    """Memory from the first element of an array to the last one, for kernels that know its strides."""
     if array.flags.c_contiguous:
         return array
     last = sum((n - 1) * stride for n, stride in zip(array.shape, array.strides, strict=True))

@@ -486,7 +486,7 @@ class _Channels(NamedTuple):
 
     @classmethod
     def of(cls, x_dtype: np.dtype[Any], statistics: Statistics, affine: Affine) -> _Channels:
-        """What statistics, weight and bias make of the channels of x."""
+        """Make them from statistics, weight, bias and eps, for data of a dtype."""
         weight, bias, eps = affine
         dtype = accumulation_dtype(x_dtype)
         rstd = 1 / np.sqrt(statistics.var + eps)

@@ -12,6 +12,7 @@ from cupybn import functional
 from cupybn._arrays.dtypes import parameter_dtype
 from cupybn._calls import checks
 from cupybn._calls.call import Call, Caller
+from cupybn._ranks.group import Group
 from cupybn._steps.bundles import Affine, Epilogue, Running
 from cupybn.functional import VjpFn
 from cupybn.layers.layer import AFFINE, INITIAL, Layer
@@ -88,7 +89,9 @@ class _BatchNorm(Layer):
     """
 
     _ranks: tuple[int, ...] = ()
-    """The ranks of input that the layer takes; none are named where it takes any."""
+    """Ranks of inputs that the layer takes; none are named where it takes any."""
+    _group: Group | None = None
+    """Ranks of processes that the batch is spread over in training; None for a single one."""
 
     def __init__(
         self,
@@ -184,7 +187,7 @@ class _BatchNorm(Layer):
         return self._run(functional.forward_vjp, input, residual)
 
     def _run(self, run: Callable[[Call], T], input: Array, residual: Array | None) -> T:
-        """A function of the call that this layer makes.
+        """Run a function on the call that this layer makes.
 
         A layer without features takes their number from the input, and has none again if the call fails.
         """
@@ -199,7 +202,7 @@ class _BatchNorm(Layer):
             raise
 
     def _call(self, input: Array, residual: Array | None) -> Call:
-        """Which statistics, which update: PyTorch's table."""
+        """Make the call with the statistics and the update that PyTorch chooses for these modes and flags."""
         for name in "training", "track_running_stats":
             checks.check_bool(name, getattr(self, name))
         momentum = None if self.momentum is None else checks.as_float("momentum", self.momentum)
@@ -216,7 +219,7 @@ class _BatchNorm(Layer):
             Epilogue(residual, self.activation),
             self.training or self.running_mean is None,
             self.channel_axis,
-            Caller(self._device, self._ranks, idle),
+            Caller(self._device, self._ranks, idle, self._group if self.training else None),
         )
 
     # -----------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What all layers have: arrays by PyTorch's names on one device, and modes."""
+"""The base of all layers: arrays by PyTorch's names on one device, and modes."""
 
 from __future__ import annotations
 

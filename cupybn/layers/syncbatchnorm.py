@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import numpy.typing as npt
 
 from cupybn._calls import checks
-from cupybn._calls.call import Call
 from cupybn._ranks.engines import engine_for
 from cupybn._ranks.group import Group
 from cupybn.functional import BatchNormGrads, VjpFn
@@ -102,7 +101,6 @@ class SyncBatchNorm(_BatchNorm):
     """
 
     _comm: Any
-    _group: Group | None
     _timeout: float | None
     _left_out: bool
     """Whether this is a copy of a layer with a communicator, which the copy has not got."""
@@ -213,12 +211,12 @@ class SyncBatchNorm(_BatchNorm):
             self._group.engine.timeout = timeout
 
     def forward(self, input: Array, residual: Array | None = None) -> Array:
-        """See `BatchNorm2d.forward`; in training all ranks call it."""
+        """Return the output, as `BatchNorm2d.forward`; in training all ranks call it."""
         with self._together(input):
             return super().forward(input, residual)
 
     def vjp(self, input: Array, residual: Array | None = None) -> tuple[Array, VjpFn]:
-        """See `BatchNorm2d.vjp`; after a forward pass in training, all ranks call ``vjp_fn``."""
+        """Return output and ``vjp_fn``, as `BatchNorm2d.vjp`; after training, all ranks call ``vjp_fn``."""
         with self._together(input) as group:
             output, vjp_fn = super().vjp(input, residual)
         channels, device = input.shape[self.channel_axis], self._device
@@ -249,12 +247,6 @@ class SyncBatchNorm(_BatchNorm):
         if self._kind is None:
             self._kind = _KINDS.get(input.ndim)
 
-    def _call(self, input: Array, residual: Array | None) -> Call:
-        call = super()._call(input, residual)
-        if self.training and call.layer is not None:
-            call = call._replace(layer=call.layer._replace(group=self._group))
-        return call
-
     def _connect(self, comm: Any, timeout: float | None) -> None:
         """Take a communicator, or leave all as it is and raise."""
         timeout = _checked_timeout(timeout)
@@ -263,7 +255,7 @@ class SyncBatchNorm(_BatchNorm):
         vars(self).update(_comm=comm, _group=group, _timeout=timeout, _left_out=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but the communicator, which is of this process."""
+        """State for copies and pickles: all but the communicator, which belongs to this process."""
         return vars(self) | {"_comm": None, "_group": None, "_left_out": self._left_out or self._comm is not None}
 
 

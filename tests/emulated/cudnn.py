@@ -1,8 +1,9 @@
-"""A stand-in for NVIDIA's cudnn-frontend on the stand-in for CuPy: what `benchmarks/gpu_cudnn.py` asks of it, by NumPy.
+"""A stand-in for NVIDIA's cudnn-frontend on the stand-in for CuPy: the part that `benchmarks/gpu_cudnn.py` uses, by
+NumPy.
 
 Tensors are read and written by the strides that the graph gives them. It refuses what cuDNN 9.19 refuses for an H200:
 inference as an operation of its own, 35 channels, and channels-first images times a vector. Where one forgets the
-strides of a gradient it takes those of channels-last memory, as the frontend does.
+strides of a gradient are left out it takes those of channels-last memory, as the frontend does.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ Arrays = dict["Tensor", Any]
 
 
 class cudnnGraphNotSupportedError(RuntimeError):  # noqa: N801
-    """There is no engine."""
+    """An error: cuDNN has no engine for the graph."""
 
 
 class Handle:
-    """Where a graph runs: `stream` is the one that was set last."""
+    """A handle of cuDNN; graphs run on its `stream`, the one that was set last."""
 
     stream = 0
 
@@ -49,7 +50,7 @@ def set_stream(handle: Handle, stream: int) -> None:
 
 
 class Tensor:
-    """A tensor of a graph, and how its values follow from those of the inputs."""
+    """A tensor of a graph, and the function that computes it from the inputs."""
 
     def __init__(self, graph: pygraph, value: Callable[[Arrays], Any] | None) -> None:
         self._graph, self.value = graph, value

@@ -1,4 +1,4 @@
-"""Run all cases on all ranks; stop at the first one that fails on any rank, and say why."""
+"""Runs all cases on all ranks; stops at the first one that fails on any rank, and says why."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.ranks.world import worlds
 
 
 def main() -> None:
-    """All cases, in all worlds."""
+    """Run all cases in all worlds."""
     warnings.simplefilter("error")
     comm = MPI.COMM_WORLD
     cases = [case for module in (batches, faults) for name, case in vars(module).items() if name.startswith("test_")]

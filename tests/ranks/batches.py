@@ -21,12 +21,13 @@ from tests.reference import (
     to_numpy,
 )
 
-SHAPES = [(3,), (3, 5), (3, 4, 5), (3, 2, 3, 2), (2, 3, 1, 2, 2), (4, 5, 3)]  # behind the samples
+# Shapes without the axis of the samples, which is the first.
+SHAPES = [(3,), (3, 5), (3, 4, 5), (3, 2, 3, 2), (2, 3, 1, 2, 2), (4, 5, 3)]
 AXES = [1, 1, 1, 1, 2, -1]
 
 
 def whole(world, shape, sizes, dtype=np.float32, axis=1):
-    """x, residual and dy of all ranks together."""
+    """x, residual and dy of the whole batch."""
     rng = world.random
     shape = (sum(sizes), *shape)
     x, residual, dy = (to_numpy(arguments(np, rng, shape, dtype=dtype, channel_axis=axis)["input"]) for _ in range(3))
@@ -34,7 +35,7 @@ def whole(world, shape, sizes, dtype=np.float32, axis=1):
 
 
 def close_share(world, sizes, ours, expected, name):
-    """A share of an output or gradient against the reference of the whole."""
+    """Compare a rank's share of an output or gradient with that share of the reference."""
     begin = sum(sizes[: world.rank])
     part = slice(begin, begin + sizes[world.rank])
     terms = np.broadcast_to(expected.terms[name], getattr(expected, name).shape)[part]
@@ -42,7 +43,7 @@ def close_share(world, sizes, ours, expected, name):
 
 
 def check_step(world, layer, x, residual, dy, sizes):
-    """Output and gradients of one step in training; returns the reference."""
+    """Compare output and gradients of a training step with the whole batch; returns the reference."""
     expected = batch_norm(
         x,
         to_numpy(layer.weight),
@@ -67,7 +68,7 @@ def check_step(world, layer, x, residual, dy, sizes):
     else:
         close_share(world, sizes, grads.residual, expected, "dresidual")
     for name, grad in ("dweight", grads.weight), ("dbias", grads.bias):
-        parts = np.array(world.mpi.allgather(to_numpy(grad).astype(np.float64)))  # each of them rounded
+        parts = np.array(world.mpi.allgather(to_numpy(grad).astype(np.float64)))  # each rank rounds its part
         bound = HALF_ULP[grad.dtype.name] * np.abs(parts).sum(0) + 1e-5 * expected.terms[name]
         assert np.all(np.abs(parts.sum(0) - getattr(expected, name)) <= bound)
     world.everywhere(layer.running_mean, layer.running_var, layer.num_batches_tracked)
@@ -75,11 +76,13 @@ def check_step(world, layer, x, residual, dy, sizes):
     for now, then in zip((layer.running_mean, layer.running_var), wanted, strict=True):
         assert_close(now, then, np.float32)
     assert layer.num_batches_tracked == tracked + 1
-    assert bits(*vjp_fn(share[2])) == bits(*grads)  # pure, though it exchanges each time
+    assert bits(*vjp_fn(share[2])) == bits(*grads)  # a `vjp_fn` changes nothing, though it exchanges sums at each call
 
 
 def test_all_ranks_of_inputs(world):
-    """Also with samples after the channels, and with the channel last."""
+    """Inputs of every rank and shape, with samples at the front or behind the channels, give what the whole batch
+    gives.
+    """
     for shape, axis in zip(SHAPES, AXES, strict=True):
         sizes = world.uneven()
         x, residual, dy = whole(world, shape, sizes, axis=axis)
@@ -97,7 +100,8 @@ def test_dtypes(world):
         x, residual, dy = whole(world, (3, 4), sizes, dtype)
         layer = fill(world.layer(3, activation="relu"), world.random)
         check_step(world, layer, x, residual, dy, sizes)
-        other = ml_dtypes.bfloat16 if dtype == np.float64 else np.float64  # parameters may be anything
+        # Parameters may have any dtype, whatever the input's.
+        other = ml_dtypes.bfloat16 if dtype == np.float64 else np.float64
         check_step(world, fill(world.layer(3, dtype=other), world.random), x, None, dy, sizes)
 
 
@@ -114,7 +118,9 @@ def test_float64_is_exchanged_as_float64(world):
 
 
 def test_the_accuracy_of_one_process(world):
-    """A mean of a million standard deviations, outliers, constants: the bounds of a single process."""
+    """A spread batch is as accurate as a whole one: at a mean of a million standard deviations, with outliers, of
+    constants.
+    """
     sizes = [16] * world.size
     for spoil in (False, True):
         x = world.random.normal(1e6, 1, (sum(sizes), 4, 33)).astype(np.float32)
@@ -149,7 +155,7 @@ def test_one_value_for_each_channel_of_each_rank(world):
 
 
 def test_one_value_on_all_ranks_together(world):
-    """The host says so where it sees it; running statistics are left alone anyway."""
+    """One value for each channel on all ranks together is an error where the host sees it; running statistics stay."""
     layer = fill(world.layer(3), world.random)
     sizes = [1] + [0] * (world.size - 1)
     x = world.share(np.full((1, 3), 2, np.float32), sizes)
@@ -176,7 +182,7 @@ def test_nothing_on_any_rank_changes_nothing(world):
 
 
 def test_every_rank_may_lie_in_memory_as_it_likes(world):
-    """Running statistics are the same bits nevertheless."""
+    """Running statistics have the same bits on all ranks, though each rank's input has a memory order of its own."""
     sizes = [3] * world.size
     x, _, dy = whole(world, (4, 6, 5), sizes)
     layer = fill(world.layer(4), world.random)
@@ -203,7 +209,7 @@ def test_cumulative_momentum(world):
 
 
 def test_which_statistics_move(world):
-    """As in a single process: without tracking, in `no_stats_update`, without buffers."""
+    """Running statistics move as in a single process: not in `no_stats_update`, nor without tracking or buffers."""
     sizes = [2] * world.size
     x = world.random.standard_normal((sum(sizes), 3, 4)).astype(np.float32)
     share, expected = world.share(x, sizes), batch_norm(x)
@@ -219,7 +225,8 @@ def test_which_statistics_move(world):
     with cupybn.no_stats_update():
         close_share(world, sizes, layer(share), expected, "y")
     assert bits(*arrays_of(layer)) == before
-    close_share(world, sizes, bare(share[..., :2]), batch_norm(x[..., :2]), "y")  # any shape, the next time
+    # The number of positions may change from pass to pass.
+    close_share(world, sizes, bare(share[..., :2]), batch_norm(x[..., :2]), "y")
 
 
 def test_a_layer_without_arrays_takes_any_number_of_channels(world):
@@ -230,7 +237,7 @@ def test_a_layer_without_arrays_takes_any_number_of_channels(world):
 
 
 def test_lazy_layers(world):
-    """An empty share settles a layer, too."""
+    """A lazy layer takes its number of features from its input, even if its share is empty."""
     sizes = world.uneven()
     x, residual, dy = whole(world, (3, 4), sizes)
     layer = world.layer(None, activation="relu")
@@ -240,7 +247,7 @@ def test_lazy_layers(world):
 
 
 def test_eval_mode_exchanges_nothing(world):
-    """The other ranks do nothing meanwhile; not those either that have no buffers, and use their own batch."""
+    """A layer in eval mode sends no message, not even one without buffers, which uses its own batch."""
     layers = world.layer(3).eval(), world.layer(3, track_running_stats=False).eval()
     if world.rank == 0:
         x = world.random.standard_normal((4, 3, 2)).astype(np.float32)
@@ -254,7 +261,7 @@ def test_eval_mode_exchanges_nothing(world):
 
 
 def test_a_vjp_fn_outlives_the_next_passes(world):
-    """It goes back through the pass that it came from, and through the mode of that pass."""
+    """A `vjp_fn` goes back through the pass that made it, in the mode of that pass, whatever passes come later."""
     sizes = world.uneven()
     x, _, dy = whole(world, (3, 4), sizes)
     layer = world.layer(3)
@@ -266,7 +273,9 @@ def test_a_vjp_fn_outlives_the_next_passes(world):
 
 
 def test_a_graph_of_a_training_step(world):
-    """Of NCCL, whose messages wait for nothing on the host: it is replayed with other data, and counts on."""
+    """A training step over NCCL can be captured, as no message waits for the host; replays use new data and keep
+    counting.
+    """
     if world.engine != "nccl":
         return
     sizes = [2] * world.size
@@ -276,7 +285,7 @@ def test_a_graph_of_a_training_step(world):
     stream = world.xp.cuda.Stream(non_blocking=True)
     with stream:
         with cupybn.no_stats_update():
-            layer.vjp(x)[1](dy)  # compiles, and compares channels
+            layer.vjp(x)[1](dy)  # compiles the kernels, and lets the ranks compare their channels
         stream.begin_capture()
         y, vjp_fn = layer.vjp(x)
         grads = vjp_fn(dy)
@@ -293,7 +302,7 @@ def test_a_graph_of_a_training_step(world):
 
 
 def test_parts_of_the_world(world):
-    """Each group of ranks has statistics of its own. A group of one rank is a single process, to the bit."""
+    """Ranks of a group share statistics among themselves alone; one rank alone gives the bits of a single process."""
     if world.engine != "mpi":
         return
     comm = world.mpi.Split(world.rank % 2)

@@ -1,4 +1,4 @@
-"""What goes wrong on one rank is said on all of them, changes nothing, and the next pass works again."""
+"""Faults of one rank are raised on all ranks and change nothing, and the next pass works again."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def share_of(world, C=3, dtype=np.float32):
 
 
 def works(world, layer):
-    """A step in training, and one back."""
+    """Check that a training step works, forward and back."""
     y, vjp_fn = layer.vjp(share_of(world))
     np.testing.assert_allclose(world.gather(y).mean((0, 2)), to_numpy(layer.bias), rtol=0, atol=1e-5)
     assert np.isfinite(to_numpy(vjp_fn(y).input)).all()
@@ -33,7 +33,7 @@ def test_another_number_of_channels(world):
         RuntimeError, r"rank 0 has 3 channels of float32 in \w+ arrays; rank 1 has 4", *arrays_of(layer)
     ):
         layer(share_of(world, layer.num_features))
-    with world.all_raise(RuntimeError, "rank 1 has 4 channels", *arrays_of(layer)):  # and so the next time
+    with world.all_raise(RuntimeError, "rank 1 has 4 channels", *arrays_of(layer)):  # the same error each time
         layer(share_of(world, layer.num_features))
     works(world, world.layer(3))
 
@@ -44,14 +44,14 @@ def test_another_dtype(world):
     with world.all_raise(RuntimeError, f"rank {world.size - 1} has 3 channels of float64", *arrays_of(layer)):
         layer(share_of(world, dtype=odd))
     works(world, layer)
-    if world.host_sees:  # at any time
+    if world.host_sees:  # the host also notices it later than in the first pass
         with world.all_raise(RuntimeError, f"rank {world.size - 1} has 3 channels of float64", *arrays_of(layer)):
             layer(share_of(world, dtype=odd))
         works(world, layer)
 
 
 def test_a_rank_that_raises(world):
-    """Before the first exchange, when nobody knows how long a message is to be, and later on."""
+    """An error of one rank is raised on all, before the first exchange, whose length is not yet known, and later on."""
     for lazy in False, True:
         layer = world.layer(None if lazy else 3)
         for again in False, True:
@@ -84,7 +84,7 @@ def test_several_ranks_that_raise(world):
 
 
 def test_ranks_that_raise_on_the_way_back(world):
-    """One of them, or all but one."""
+    """An error on the way back is raised on all ranks, whether one rank has it or all but one."""
     layer = world.layer(3)
     y, vjp_fn = layer.vjp(share_of(world))
     for first in 0, 1:
@@ -102,7 +102,7 @@ def test_ranks_that_raise_on_the_way_back(world):
 
 
 def test_errors_of_a_single_process_are_raised_on_all(world):
-    """Each rank finds them by itself, and says so to the others: they are not in the way."""
+    """Errors that each rank finds by itself are raised as in a single process, though the ranks tell each other."""
     layer = world.layer(3)
     with world.all_raise(ValueError, r"^expected 3 channels \(num_features\) on axis 1, got 5", *arrays_of(layer)):
         layer(share_of(world, 5))
@@ -122,7 +122,7 @@ def test_arrays_that_the_engine_does_not_know(world):
 
 
 def test_layers_without_arrays_compare_their_channels_each_time(world):
-    """No message is as long as one of another pass."""
+    """Layers without arrays compare their channels in each pass, as each pass may have another number of them."""
     layer = world.layer(None, affine=False, track_running_stats=False)
     for C in 3, 5:
         layer(share_of(world, C))
@@ -156,7 +156,9 @@ def test_no_channels_on_one_rank(world):
 
 
 def test_a_rank_that_raises_after_the_exchange(world):
-    """The others have gone on. They hear of it at the next call, and raise; the one after that works."""
+    """If one rank raises after the exchange, the others, which have gone on, raise at their next call; later calls
+    work.
+    """
     layer = world.layer(3)
     layer(share_of(world))
     ops = numpy_ops if world.xp is np else cupy_ops
@@ -179,7 +181,8 @@ def test_a_rank_that_raises_after_the_exchange(world):
         world.mpi.Barrier()
     assert bits(*arrays_of(layer)) == before
     for array, whole in zip(arrays_of(layer), world.mpi.bcast([to_numpy(a) for a in arrays_of(layer)]), strict=True):
-        array[...] = world.xp.asarray(whole)  # as whoever restores a checkpoint
+        # Sets the same values on all ranks, as a program that restores a checkpoint does.
+        array[...] = world.xp.asarray(whole)
     works(world, layer)
 
 
@@ -211,7 +214,7 @@ def test_copies_ask_for_a_communicator(world):
 
 
 def test_a_rank_that_does_not_come(world):
-    """The others give up, and go on to do so: with this communicator they have lost each other."""
+    """Ranks give up waiting for one that does not come; with that communicator they give up at once from then on."""
     layer = world.layer(3, comm=duplicate_of(world))
     layer(share_of(world))
     world.mpi.Barrier()
@@ -227,7 +230,7 @@ def test_a_rank_that_does_not_come(world):
         with pytest.raises(RuntimeError, match=again):
             layer(share_of(world))
         assert bits(*arrays_of(layer)) == before
-        if world.host_sees:  # of no more use for any layer
+        if world.host_sees:  # the communicator is lost to every layer, also to a new one
             with pytest.raises(RuntimeError, match="has lost the other ranks"):
                 world.layer(5, comm=layer.comm)(share_of(world, 5))
         else:
@@ -235,14 +238,14 @@ def test_a_rank_that_does_not_come(world):
                 layer.comm = layer.comm
     world.mpi.Barrier()
     if world.rank == 0 and world.host_sees:
-        layer(share_of(world))  # is late: the others have been here
+        layer(share_of(world))  # comes late, when the others have given up
     if world.host_sees:
         check_that_nothing_more_comes(world, layer.comm)
     works(world, world.layer(3))
 
 
 def test_a_rank_whose_device_fails_in_the_middle_of_an_exchange(world):
-    """The others wait in vain. It sends nothing more, from whatever layer: they would take it for another message."""
+    """A rank whose device fails sends nothing more: the others would take it for the awaited message."""
     if world.xp is np or world.engine == "cupyx":
         return
     from cupy.cuda import runtime
@@ -272,7 +275,8 @@ def test_a_rank_whose_device_fails_in_the_middle_of_an_exchange(world):
             keep_calling(layers[0], share_of(world))
     assert bits(*arrays) == before
     world.mpi.Barrier()
-    if world.rank == 1 and world.host_sees:  # what was to come: else MPI waits for it at the end, for ever
+    # Sends the message that is missing, else MPI waits for it for ever when the process ends.
+    if world.rank == 1 and world.host_sees:
         comm.Delete_attr(engines._lost_key())
         layers[0]._group.engine.gather(*expected_message(world))
     elif world.rank == 1:
@@ -281,12 +285,12 @@ def test_a_rank_whose_device_fails_in_the_middle_of_an_exchange(world):
 
 
 def expected_message(world):
-    """Row and header of a rank without samples."""
+    """The row and header that a rank without samples sends."""
     return world.xp.zeros((1, 7)), np.array([0.0, 0.0])
 
 
 def check_that_nothing_more_comes(world, comm):
-    """A lost rank sends nothing on: its messages would be taken for others."""
+    """Check that a lost rank sends nothing more, as its messages would be taken for others."""
     sent, received = np.zeros(1), np.zeros(world.size)
     if world.rank == 0:
         request = comm.Iallgather(sent, received)
@@ -300,7 +304,7 @@ def check_that_nothing_more_comes(world, comm):
 
 
 def keep_calling(layer, x):
-    """Of NCCL the host hears later."""
+    """Call the layer until it raises; with NCCL the host notices late."""
     for _ in range(100):
         layer(x)
         time.sleep(0.1)
@@ -310,7 +314,7 @@ GIVES_UP = r"^rank \d expected all \d ranks to exchange statistics within timeou
 
 
 def duplicate_of(world):
-    """A communicator that may be lost."""
+    """A communicator that the test may lose."""
     if world.host_sees:
         return world.mpi.Dup()
     from cupy.cuda import nccl

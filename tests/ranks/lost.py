@@ -1,8 +1,8 @@
-"""Rank 1 is lost in the middle of a forward pass: by a signal that kills it, or stops it, which no launcher notices.
+"""Loses rank 1 in the middle of a forward pass: a signal kills it, or stops it, which no launcher notices.
 
     mpiexec -n 3 python -m tests.ranks.lost SIGSTOP 2 FOLDER
 
-Each rank leaves its process in the folder, and if it lives to tell, what it was told and when.
+Each rank writes the number of its process into the folder and, if it survives, the error that it got, and when.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tests.reference import bits
 
 
 def main() -> None:
-    """Two passes, one too many."""
+    """Run two passes; rank 1 is lost in the second one."""
     how, timeout, folder = getattr(signal, sys.argv[1]), float(sys.argv[2]), Path(sys.argv[3])
     comm = MPI.COMM_WORLD
     (folder / f"process{comm.rank}").write_text(str(os.getpid()))
@@ -34,7 +34,8 @@ def main() -> None:
     arrays = [layer.running_mean, layer.running_var, layer.num_batches_tracked]
     before, began = bits(*arrays), time.monotonic()
     if comm.rank == 1:
-        numpy_ops.merge_moments = lambda _: os.kill(os.getpid(), how)  # after bn_stats, before the exchange
+        # The signal comes after bn_stats and before the exchange.
+        numpy_ops.merge_moments = lambda _: os.kill(os.getpid(), how)
     try:
         layer(x)
     except RuntimeError as error:

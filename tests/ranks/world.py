@@ -12,20 +12,20 @@ from cupybn import SyncBatchNorm
 from tests.reference import bits, to_numpy
 
 TIMEOUT = 30.0
-"""Seconds for a rank that compiles kernels while the others wait."""
+"""Seconds to wait for other ranks, which may have to compile kernels first."""
 
 
 class World(NamedTuple):
-    """Where a case runs."""
+    """An engine and a kind of arrays that cases run with, as one rank sees them."""
 
     engine: str
-    """"mpi", "cuda-aware", "cupyx" or "nccl"."""
+    """Name of the engine: "mpi", "cuda-aware", "cupyx" or "nccl"."""
     xp: Any
     device: str
     comm: Any
-    """For layers."""
+    """Communicator that layers get."""
     mpi: Any
-    """For the cases themselves."""
+    """Communicator of mpi4py through which the cases themselves talk."""
 
     @property
     def rank(self) -> int:
@@ -37,41 +37,41 @@ class World(NamedTuple):
 
     @property
     def host_sees(self) -> bool:
-        """Whether the host knows what ranks have sent each other."""
+        """Whether the host looks at what ranks send each other, so that faults are raised at once."""
         return self.engine in ("mpi", "cuda-aware")
 
     @property
     def random(self) -> np.random.Generator:
-        """The same numbers on every rank."""
+        """A generator that gives the same numbers on every rank."""
         return np.random.default_rng(self.size)
 
     def layer(self, *args, **kwargs) -> SyncBatchNorm:
         return SyncBatchNorm(*args, **{"comm": self.comm, "device": self.device, "timeout": TIMEOUT, **kwargs})
 
     def share(self, array, sizes):
-        """The samples of this rank, if ranks have so many."""
+        """This rank's samples of a whole array; `sizes` has the number of samples of each rank."""
         begin = sum(sizes[: self.rank])
         return self.xp.asarray(array[begin : begin + sizes[self.rank]])
 
     def uneven(self, least=0):
-        """Numbers of samples of the ranks: the second has the least, the last one sample, the others more and more."""
+        """The number of samples of each rank: the second has `least`, the last has one, the others more and more."""
         sizes = [2 + rank for rank in range(self.size)]
         sizes[-1], sizes[1] = 1, least
         return sizes
 
     def gather(self, array):
-        """The whole of which each rank has a share, on the host of each."""
+        """The whole array on every rank's host, from the share of each rank."""
         return np.concatenate(self.mpi.allgather(to_numpy(array)))
 
     def everywhere(self, *arrays):
-        """The bits of these arrays, which must be the same on every rank."""
+        """The bits of arrays, after a check that every rank has the same."""
         mine = bits(*arrays)
         assert all(theirs == mine for theirs in self.mpi.allgather(mine))
         return mine
 
     @contextlib.contextmanager
     def all_raise(self, expected, match, *arrays):
-        """Every rank raises, and all arrays are as before."""
+        """Check that the block raises on every rank, and changes no array."""
         before = bits(*arrays)
         with pytest.raises(expected, match=match):
             yield
@@ -84,7 +84,7 @@ def arrays_of(layer):
 
 
 def fill(layer, rng):
-    """Give every array of the layer values of its own; the same on all ranks, if rng is."""
+    """Set every array of the layer to values of its own, the same on all ranks if `rng` is."""
     for name, array in layer.state_dict().items():
         values = 5 if name == "num_batches_tracked" else rng.uniform(0.5, 2, array.shape)
         array[...] = layer_xp(layer).asarray(values).astype(array.dtype)
@@ -100,7 +100,7 @@ def layer_xp(layer):
 
 
 def worlds(mpi, engines):
-    """All that can be had here, or those with these engines, one after the other."""
+    """All worlds that this machine has for the given engines (by default all), one after the other."""
     engines = engines or ["mpi", "cuda-aware", "cupyx", "nccl"]
     if "mpi" in engines:
         yield World("mpi", np, "cpu", mpi, mpi)
@@ -112,11 +112,13 @@ def worlds(mpi, engines):
     with cupy.cuda.Device(mpi.rank % count):
         if "mpi" in engines:
             yield World("mpi", cupy, device, mpi, mpi)
-        if "cuda-aware" in engines and emulated:  # whose memory is that of the host
+        # The stand-in's device memory is memory of the host, which any MPI can send.
+        if "cuda-aware" in engines and emulated:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr("cupybn._ranks.engines.cuda_aware", lambda: True)
                 yield World("cuda-aware", cupy, device, mpi, mpi)
-        if {"cupyx", "nccl"} & set(engines) and (emulated or count >= mpi.size):  # NCCL wants a GPU for each rank
+        # NCCL needs a GPU of its own for each rank.
+        if {"cupyx", "nccl"} & set(engines) and (emulated or count >= mpi.size):
             from cupyx.distributed import init_process_group
 
             backend = init_process_group(mpi.size, mpi.rank, use_mpi=True)

@@ -1,1 +1,1 @@
-"""The stages, a module each, with a function ``run`` that takes a `Task`; so is the work that a tool watches."""
+"""The stages, each a module with a function ``run`` that takes a `Task`; and the programs that NVIDIA's tools watch."""

@@ -1,4 +1,4 @@
-"""The bandwidth of copies, and the most telling shapes against PyTorch and cuDNN, by the means of ``gpu.py``."""
+"""Measures the bandwidth of copies, and the most telling shapes against PyTorch and cuDNN, as ``gpu.py`` does."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ FUSED = ("training + add + ReLU", "backward + add + ReLU")
 SECONDS = 0.02
 """Seconds of measuring for each figure."""
 LEAST_LEFT = 6.0
-"""Seconds that a case may take."""
+"""Seconds that must be left for another case to begin."""
 
 
 class Row(NamedTuple):
-    """A case in short."""
+    """A case of the benchmark, in the few words that tell it from the others."""
 
     layout: str
     shape: tuple[int, ...]
@@ -34,12 +34,12 @@ class Row(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The row, for tables."""
+        """The row's name in tables."""
         return f"{self.layout} {'x'.join(map(str, self.shape))} {self.dtype}{', half dead' if self.dead else ''}"
 
     @property
     def case(self) -> Case:
-        """The same as `gpu_measure` takes it."""
+        """The row as the `Case` that `gpu_measure` takes."""
         problem = Problem(self.shape, parameter_dtype(self.dtype), self.layout.index("C"))
         group = DEAD if self.dead else "first contact"
         return Case(group, self.layout, problem, self.operations, all_peers=False, dead=self.dead)
@@ -68,11 +68,11 @@ ROWS = (
     Row("NCHW", (32, 192, 35, 35), "float16"),
     Row("NCHW", (32, 256, 56, 56), "float16", ("training", "backward"), dead=True),
 )
-"""The most telling ones first; the last three are what is not as in ResNet-50, as in `gpu_cases.odd`."""
+"""The cases, the most telling ones first; the last three are the exceptions of `gpu_cases.odd`."""
 
 
 def run(task: Task) -> None:
-    """Measure, as far as there is time."""
+    """Measure one case after the other, as far as there is time."""
     found, notes = peers()
     wanted = [peer for peer in found if peer.name in (CUPYBN, TORCH, CUDNN)]
     for note in notes:
@@ -98,7 +98,7 @@ def run(task: Task) -> None:
 
 
 def copies(task: Task, bench: Bench) -> None:
-    """The bandwidth that everything is compared with."""
+    """Measure the bandwidth of copies, with which everything else is compared."""
     words = []
     for mib in (1,) if task.rehearse else (16, 64, 256, 2048):
         spread = copy_time(mib << 20, bench.l2_bytes, bench.effort)
@@ -108,7 +108,7 @@ def copies(task: Task, bench: Bench) -> None:
 
 
 def report(task: Task, row: Row, records: Iterable[Record]) -> None:
-    """A line for each operation, and a failed check where something is wrong."""
+    """Enter a line for each operation of a row, and a failed check where a result is wrong."""
     by_peer: dict[tuple[str, str], Record] = {(r["operation"], r["peer"]): r for r in records}
     for operation in row.operations:
         name = f"{row.name} {operation}"
@@ -145,12 +145,12 @@ def report(task: Task, row: Row, records: Iterable[Record]) -> None:
 
 
 def times(ours: Record, theirs: Record) -> float | str | None:
-    """How many times as long a peer takes, where there is such a figure."""
+    """How many times as long a peer takes, as text; empty where it was not measured."""
     if "error" in theirs:
         return "refused" if theirs.get("refused") else "failed"
     return round(theirs["cold_us"]["median"] / ours["cold_us"]["median"], 2) if theirs else None
 
 
 def median(record: dict[str, Any], name: str) -> float | None:
-    """A figure in microseconds, where there is one."""
+    """The median of a time in microseconds, if it was measured."""
     return round(record[name]["median"], 1) if name in record else None

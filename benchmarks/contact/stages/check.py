@@ -1,4 +1,4 @@
-"""``python -m cupybn check``: every kernel against its mirror."""
+"""Runs ``python -m cupybn check``, which compares every kernel with its mirror."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ MOST_MISSES = 8
 
 
 def run(task: Task) -> None:
-    """The command as users run it; only the quick part of it in a rehearsal."""
+    """Run the command as users do; in a rehearsal with ``--quick``."""
     missing = insides.cuda_missing()
-    if missing:  # the command would compare the mirrors with a formula, and be content
+    if missing:  # without CuPy the command compares the mirrors with a formula, which tells nothing here
         task.log.check("python -m cupybn check", False, missing)
         return
     options = ["--quick", "--dtype", "float32"] if task.rehearse else []

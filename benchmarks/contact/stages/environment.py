@@ -1,4 +1,4 @@
-"""The machine: what is found there, and whether the mechanisms work that all kernels rest on."""
+"""Describes the machine, and tries the mechanisms that all kernels rest on."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ATTRIBUTES = (
 
 
 def run(task: Task) -> None:
-    """Enter everything, what needs least first."""
+    """Enter everything; what needs CuPy, a GPU or working kernels comes later."""
     machine(task.log)
     with task.log.checking("cupybn finds a GPU"):
         library(task.log)

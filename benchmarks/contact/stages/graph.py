@@ -1,4 +1,4 @@
-"""Training steps in CUDA graphs, and threads of the host with a stream each."""
+"""Tries training steps in CUDA graphs, and threads of the host that use a stream each."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ THREADS, CALLS = 4, 20
 
 
 def run(task: Task) -> None:
-    """Try both."""
+    """Try the graphs, then the threads."""
     for shape in TINY if task.rehearse else SHAPES:
         for momentum in (0.1, None):
             with task.log.checking(f"graph of a training step, {shape}, momentum {momentum}"):
@@ -26,7 +26,7 @@ def run(task: Task) -> None:
 
 
 def replays_are_steps(shape: tuple[int, ...], momentum: float | None) -> None:
-    """Each replay of a graph gives the bits of a step without one, and leaves the same buffers."""
+    """Check that each replay of a graph gives the bits of a step without one, and leaves the same buffers."""
     import cupy
 
     import cupybn
@@ -41,7 +41,7 @@ def replays_are_steps(shape: tuple[int, ...], momentum: float | None) -> None:
     cupy.cuda.Device().synchronize()
     with stream:
         with cupybn.no_stats_update():
-            step(captured, x, dy)  # compiles the kernels, which a capture must not
+            step(captured, x, dy)  # compiles the kernels: nothing may be compiled during a capture
         stream.begin_capture()
         results = step(captured, x, dy)
         graph = stream.end_capture()
@@ -56,18 +56,18 @@ def replays_are_steps(shape: tuple[int, ...], momentum: float | None) -> None:
 
 
 def step(layer: Any, x: Any, dy: Any) -> list[Any]:
-    """Output and gradients."""
+    """Output and gradients of one training step."""
     y, vjp_fn = layer.vjp(x)
     return [y, *vjp_fn(dy)[:3]]
 
 
 def bits(arrays: Any) -> list[bytes]:
-    """The bits of arrays."""
+    """The bytes of arrays, to compare results to the bit."""
     return [array.get().tobytes() for array in arrays]
 
 
 def threads_on_streams(calls: int) -> None:
-    """Threads that compile, load and launch the same kernel at once each get the same bits in every call."""
+    """Check that threads which compile, load and launch the same kernel at once get the same bits in every call."""
     import cupy
 
     import cupybn.functional as F

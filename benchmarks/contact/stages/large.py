@@ -1,4 +1,4 @@
-"""More than 2^31 elements, where indices need 64 bits."""
+"""Tries arrays of more than 2^31 elements, whose indices need 64 bits."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from cupybn._cli.problem import Array, Arrays, Problem, make_arrays
 
 SHAPES = {1: (33, 2, 32_600_007), -1: (33_600_001, 64)}
 TINY = {1: (3, 2, 1001), -1: (501, 4)}
-"""Shapes by their channel axis."""
+"""Shapes of a rehearsal, by their channel axis."""
 ARRAYS = 3
-"""Arrays of this size that are there at the same time."""
+"""Arrays of the large size that are in memory at the same time."""
 PIECE = 100
-"""Elements at the beginning and at the end of a sample that are compared; of samples without positions, so many."""
+"""Elements that are compared at the beginning and at the end of a sample; for (N, C) arrays, so many samples."""
 CHUNK = 1 << 24
-"""Elements that are summed at once."""
+"""Elements that are summed in one piece."""
 EPS = 1e-5
 
 
 class Results(NamedTuple):
-    """The results of the library."""
+    """What the library computed for a problem."""
 
     y: Array
     dx: Array
@@ -34,7 +34,7 @@ class Results(NamedTuple):
 
 
 def run(task: Task) -> None:
-    """Try both layouts, where the memory is enough."""
+    """Try both layouts, if the memory is large enough."""
     import cupy
 
     for axis, shape in (TINY if task.rehearse else SHAPES).items():
@@ -50,13 +50,13 @@ def run(task: Task) -> None:
 
 
 def try_problem(problem: Problem) -> list[str]:
-    """Training, forward and backward, against plain CuPy in float64: some channels, and the ends of some samples."""
+    """Compare a training step with plain CuPy in float64: in some channels, at both ends of some samples."""
     import cupy
 
     import cupybn.functional as F
 
     (arrays,) = make_arrays(problem, cupy)
-    arrays = arrays._replace(dy=None, residual=None)  # their memory is wanted
+    arrays = arrays._replace(dy=None, residual=None)  # frees their memory for what follows
     options: dict[str, Any] = {"channel_axis": problem.channel_axis}
     began = time.monotonic()
     mean, var = F.moments(arrays.x, **options)
@@ -71,7 +71,7 @@ def try_problem(problem: Problem) -> list[str]:
 
 
 def try_channel(problem: Problem, arrays: Arrays, found: Results, channel: int) -> None:
-    """Statistics of all elements; output and gradient of the first and of the very last ones."""
+    """Compare one channel: statistics of all its elements, output and gradient of the first and the very last ones."""
     x, y, dx = (of_three_axes(problem, array) for array in (arrays.x, found.y, found.dx))
     mean, var = moments(x[:, channel])
     assert abs(float(found.mean[channel]) - mean) < 1e-5, (
@@ -87,18 +87,18 @@ def try_channel(problem: Problem, arrays: Arrays, found: Results, channel: int) 
     for place in product(samples, (channel,), (slice(0, PIECE), slice(-PIECE, None))):
         error = abs((x[place].astype(np.float64) - mean) * scale + bias - y[place].astype(np.float64)).max()
         assert float(error) < 2e-2, f"output at {place} is off by {float(error)}"
-        # dy is y, a linear function of x: nothing is left of it once its mean and its slope are taken off
+        # dy is y, a linear function of x: without its mean and its slope nothing but rounding is left.
         largest = abs(dx[place].astype(np.float64)).max()
         assert float(largest) < 2e-2, f"gradient at {place} is {float(largest)}, not 0"
 
 
 def of_three_axes(problem: Problem, array: Array) -> Array:
-    """The array as (N, C, L), in its own memory."""
+    """The array as (N, C, L), a view of the same memory."""
     return array.reshape(problem.shape[0], problem.channels, -1)
 
 
 def moments(x: Any) -> tuple[float, float]:
-    """Mean and variance of (N, L) in float64, some samples at a time."""
+    """Mean and variance of an (N, L) array in float64, some samples at a time."""
     total = square = 0.0
     rows = max(1, CHUNK // x.shape[1])
     for begin in range(0, len(x), rows):

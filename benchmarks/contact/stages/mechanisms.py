@@ -41,12 +41,12 @@ extern "C" __global__ void __cluster_dims__(BLOCKS, 1, 1) ranks(unsigned* out, i
     if (threadIdx.x == 0) out[blockIdx.x] = memory[0] * (memory[words - 1] == 7u);
 }
 """
-"""Each block writes into the memory of the next one, and into the last word that it has itself."""
+"""Source of a kernel whose blocks write into the next block's shared memory, and into the end of their own."""
 CALLS = 100
 
 
 def run(task: Task) -> None:
-    """Try all of them."""
+    """Try all mechanisms."""
     log = task.log
     with log.checking("arguments by value: a struct of 56 bytes, double, long long, None"):
         arguments_by_value()
@@ -63,7 +63,7 @@ def run(task: Task) -> None:
 
 
 def arguments_by_value() -> None:
-    """Compare what a kernel gets with what it is given, for all that the launcher gives."""
+    """Check that a kernel gets the arguments it is given, of every kind that the launcher passes."""
     import cupy
 
     from contact.insides import by_value
@@ -71,14 +71,14 @@ def arguments_by_value() -> None:
     kernel = cupy.RawKernel(TAKE, "take")
     x, out = cupy.asarray(np.array([2.5, 3.5], np.float32)), cupy.zeros(12)
     ptr = x.data.ptr
-    bundle = by_value("QqqQqdQ", ptr, 4, 2, ptr, 1, np.inf, 0)
+    bundle = by_value("=QqqQqdQ", ptr, 4, 2, ptr, 1, np.inf, 0)
     kernel((1,), (1,), [x, bundle, 0.25, 2**40 + 1, None, out], shared_mem=0)
     found = out.get().tolist()
     assert found == [2.5, float(ptr), 4, 2, 0.25, 2**40 + 1, 0, 3.5, 3.5, 1, np.inf, 0], found
 
 
 def host_times(rounds: int) -> dict[str, float]:
-    """Microseconds of a launch for each way to give structs; nothing on the stand-in."""
+    """Microseconds of a launch for each way to pass structs; empty on the stand-in."""
     import cupy
 
     from contact.insides import by_value, is_stand_in
@@ -88,11 +88,11 @@ def host_times(rounds: int) -> dict[str, float]:
     from cupy.cuda.function import CNumpyArray
 
     kernel, words = cupy.RawKernel(STRUCTS, "structs"), range(7)
-    once = by_value("7q", *words)
+    once = by_value("=7q", *words)
     ready, named = CNumpyArray(once), once.view([(f"word{i}", np.int64) for i in words])
     ways: dict[str, Callable[[], list[Any]]] = {
-        "4 structs, packed each time": lambda: [by_value("7q", *words) for _ in range(4)],
-        "4 structs, packed once": lambda: [once] * 4,
+        "4 structs, packed each time": lambda: [by_value.__wrapped__("=7q", *words) for _ in range(4)],
+        "4 structs, looked up": lambda: [by_value("=7q", *words) for _ in range(4)],
         "4 structs as CNumpyArray, made once": lambda: [ready] * 4,
         "4 structs with names of fields": lambda: [named] * 4,
     }
@@ -108,7 +108,7 @@ def host_times(rounds: int) -> dict[str, float]:
 
 
 def cluster(blocks: int, nbytes: int, clusters: int) -> str:
-    """Blocks reach each other's dynamic shared memory, and the end of their own; 0 bytes mean as many as there are."""
+    """Check that blocks reach each other's dynamic shared memory and the end of their own; 0 bytes: all there is."""
     import cupy
 
     from contact.insides import has_clusters
@@ -122,13 +122,13 @@ def cluster(blocks: int, nbytes: int, clusters: int) -> str:
     out = cupy.zeros(blocks * clusters, np.uint32)
     kernel((out.size,), (128,), (out, np.int32(nbytes // 4)), shared_mem=nbytes)
     i = np.arange(out.size)
-    expected = i - i % blocks + (i - 1) % blocks + 1  # the block before it wrote its own number
+    expected = i - i % blocks + (i - 1) % blocks + 1  # number of the block that wrote here: the one before, in a ring
     assert (out.get() == expected).all(), out.get()[:16]
     return f"{nbytes >> 10} KiB"
 
 
 def bfloat16() -> str:
-    """CuPy carries arrays of a dtype that is not its own; returns how it calls it."""
+    """Check that CuPy carries bfloat16, which is no dtype of its own; returns the name that CuPy gives it."""
     import cupy
     import ml_dtypes
 
@@ -145,7 +145,7 @@ def bfloat16() -> str:
 
 
 def views() -> None:
-    """Arrays share memory where the library counts on it."""
+    """Check that arrays share memory where the library counts on it."""
     import cupy
 
     a = cupy.zeros((2, 3, 4, 5), np.float32)

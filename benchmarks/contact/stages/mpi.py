@@ -1,4 +1,4 @@
-"""Two ranks on one GPU over MPI: all that ``tests/ranks`` holds for them."""
+"""Runs the cases of ``tests/ranks`` on two ranks that share one GPU, over MPI."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from contact.processes import python, run_limited
 from contact.task import Task
 
 NOTHING = "none"
-"""An engine that there is not, so that a rehearsal starts the ranks and has no cases for them."""
+"""Name of an engine that does not exist: a rehearsal starts the ranks, which then have no cases to run."""
 
 
 def run(task: Task) -> None:
-    """Run them, where there is an MPI that works."""
+    """Run the ranks, where there is an MPI that works."""
     mpiexec = insides.find_mpiexec()
     if mpiexec is None:
         task.log.skip("no mpiexec here")

@@ -1,4 +1,4 @@
-"""One rank over NCCL: what real communicators do that the stand-in can only imitate."""
+"""Tries one rank over real NCCL, and what the stand-in can only imitate of it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NO_HEADER = np.empty(0)
 
 
 def run(task: Task) -> None:
-    """Try all of it with one communicator, and with one of `cupyx.distributed`."""
+    """Try everything with a communicator of CuPy's, then with one of `cupyx.distributed`."""
     import cupy
     from cupy.cuda import nccl
 
@@ -49,11 +49,11 @@ def run(task: Task) -> None:
     with log.checking("a communicator of cupyx.distributed"):
         of_cupyx(task, row)
     sys.stdout.flush()
-    os._exit(0)  # the store of a rank that has failed would be waited for
+    os._exit(0)  # an ordinary exit would wait for the store, the server of a rank that has failed
 
 
 def collectives(comm: Any, row: Any) -> None:
-    """What a single rank sends is what it gets."""
+    """Check that a single rank receives what it sends."""
     engine = insides.engine_for(comm, TIMEOUT)
     for collective in engine.gather, engine.sum:
         result, header = collective(row, NO_HEADER)
@@ -63,7 +63,7 @@ def collectives(comm: Any, row: Any) -> None:
 
 
 def in_a_graph(comm: Any, row: Any) -> None:
-    """A replay sends what is there by then."""
+    """Check that a replayed graph sends what the array holds at that time, not what it held at the capture."""
     import cupy
 
     engine, row = insides.engine_for(comm, TIMEOUT), row.copy()
@@ -82,7 +82,7 @@ def in_a_graph(comm: Any, row: Any) -> None:
 
 
 def captured_beside_the_watch(comm: Any) -> None:
-    """The watch of a message asks for events, which the strictest mode of a capture forbids to every thread."""
+    """Check that the watch of a message does not disturb a capture, even one that forbids asking for events."""
     import cupy
 
     spin = cupy.RawKernel(SPIN, "spin")
@@ -93,14 +93,14 @@ def captured_beside_the_watch(comm: Any) -> None:
         spin((1,), (1,), (np.int64(400_000_000),))
     with capturing:
         capturing.begin_capture(mode=cupy.cuda.runtime.streamCaptureModeGlobal)
-        time.sleep(0.2)  # the watch looks at the message several times
+        time.sleep(0.2)  # long enough for the watch to look at the message several times
         spin((1,), (1,), (np.int64(1),))
         capturing.end_capture().launch()
     cupy.cuda.Device().synchronize()
 
 
 def refused_once_aborted(comm: Any) -> None:
-    """A layer does not begin with it."""
+    """Check that a layer refuses an aborted communicator before it begins."""
     comm.abort()
     try:
         insides.engine_for(comm, TIMEOUT)
@@ -110,12 +110,12 @@ def refused_once_aborted(comm: Any) -> None:
 
 
 def of_cupyx(task: Task, row: Any) -> None:
-    """The communicator that most programs have."""
+    """Check the communicators of `cupyx.distributed`, which most programs use."""
     try:
         import mpi4py.MPI  # noqa: F401
     except ImportError:
         pass
-    except Exception as error:  # mpi4py without an MPI, where `cupyx.distributed` expects ImportError
+    except Exception as error:  # without an MPI, mpi4py raises RuntimeError where `cupyx` expects ImportError
         reason = str(error).partition("\n")[0]
         task.log.note(f"mpi4py cannot be used ({reason}), and is hidden from cupyx.distributed")
         sys.modules["mpi4py.MPI"] = None  # type: ignore[assignment]

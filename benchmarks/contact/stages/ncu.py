@@ -1,4 +1,4 @@
-"""NVIDIA Nsight Compute over four calls: what their kernels wait for."""
+"""Runs NVIDIA Nsight Compute over four calls: it tells what their kernels wait for."""
 
 from __future__ import annotations
 
@@ -32,36 +32,36 @@ METRICS = (
     *(STALL.format(reason) for reason in REASONS),
 )
 WAYS = (("--metrics", ",".join(METRICS)), ("--set", "basic"))
-"""Options that ask for these metrics, and others for a version that does not know one of them."""
+"""Options of ncu that ask for the metrics; the later ones are for versions that do not know one of the metrics."""
 LEAST_LEFT = 12.0
-"""Seconds that are worth to try the second way for."""
+"""Seconds that must be left to try the next options."""
 
 
 class Launch(NamedTuple):
-    """A kernel, and the values of its metrics as text, with their units."""
+    """A launch of a kernel, with the values of its metrics as text and their units."""
 
     values: dict[str, str]
     units: dict[str, str]
 
     def number(self, metric: str) -> float:
-        """The value of a metric; NaN where there is none."""
+        """The value of a metric; NaN if it is missing."""
         try:
             return float(self.values.get(metric, "").replace(",", ""))
         except ValueError:
             return math.nan
 
     def with_unit(self, metric: str) -> str:
-        """The value of a metric for people."""
+        """The value of a metric with its unit, as text."""
         return f"{self.number(metric):.4g} {self.units.get(metric, '')}".strip()
 
     def stalls(self) -> str:
-        """The three reasons that warps wait for most."""
+        """The three reasons that warps wait for most, as text."""
         ratios = [(self.number(STALL.format(reason)), reason) for reason in REASONS]
         worst = sorted((pair for pair in ratios if not math.isnan(pair[0])), reverse=True)[:3]
         return ", ".join(f"{reason} {ratio:.1f}" for ratio, reason in worst)
 
     def row(self) -> dict[str, Any]:
-        """The row of the report's table."""
+        """The launch as a row of the report's table."""
         return {
             "kernel": self.values.get("Kernel Name", "?").partition("(")[0],
             "grid": self.values.get(GRID) or self.values.get("Grid Size"),
@@ -77,7 +77,7 @@ class Launch(NamedTuple):
 
 
 def run(task: Task) -> None:
-    """Profile, at the clocks that there are."""
+    """Profile the calls, at whatever clocks the GPU has."""
     tool = shutil.which("ncu")
     if tool is None:
         task.log.skip("no ncu here")
@@ -117,7 +117,7 @@ def run(task: Task) -> None:
 
 
 def launches(output: str) -> list[Launch]:
-    """The launches in the output of ncu: a table whose second line has the units, among what others print."""
+    """The launches in the output of ncu: a table, whose second line has the units, among other lines."""
     start = output.find('"ID"')
     if start < 0:
         return []

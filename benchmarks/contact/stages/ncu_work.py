@@ -1,4 +1,4 @@
-"""What Nsight Compute looks at: four calls between the start and the stop of the profiler, each with a cold cache."""
+"""The program that Nsight Compute watches: four calls while its profiler is on, each with a cold cache."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from contact.task import Task
 
 SHAPES = (((32, 256, 56, 56), 1), ((32, 56, 56, 256), 3), ((32, 64, 112, 112), 1))
 TINY = (((2, 4, 5, 5), 1), ((2, 4, 4, 8), 3))
-"""Shapes and their channel axes."""
+"""Shapes of a rehearsal, and their channel axes."""
 SCRUB, TINY_SCRUB = 1 << 27, 1 << 10
 """Bytes that are written before each call, so that nothing of its arrays is left in a cache."""
 
@@ -25,7 +25,7 @@ def run(task: Task) -> None:
     xs = [values(shape) for shape, _ in shapes]
     forward = [partial(forward_pass, x, axis) for x, (_, axis) in zip(xs, shapes, strict=True)]
     vjp_fn, *_ = [call() for call in forward]
-    vjp_fn(xs[0])  # by now all is compiled
+    vjp_fn(xs[0])  # the kernels are compiled from here on
     scrub = cupy.zeros(TINY_SCRUB if task.rehearse else SCRUB, np.uint8)
     for call in (*forward, partial(vjp_fn, xs[0])):
         scrub.fill(1)
@@ -36,7 +36,7 @@ def run(task: Task) -> None:
 
 
 def values(shape: tuple[int, ...]) -> Any:
-    """An array that is no constant."""
+    """An array whose elements differ, so that its variance is not 0."""
     import cupy
 
     array = cupy.empty(shape, np.float16)
@@ -46,7 +46,7 @@ def values(shape: tuple[int, ...]) -> Any:
 
 
 def forward_pass(x: Any, channel_axis: int) -> Any:
-    """Training with all vectors; returns the way back."""
+    """Run a training pass with all optional vectors; returns its `vjp_fn`."""
     import cupy
 
     import cupybn.functional as F
@@ -59,7 +59,7 @@ def forward_pass(x: Any, channel_axis: int) -> Any:
 
 @contextlib.contextmanager
 def profiled() -> Any:
-    """A context that the profiler looks at, where there is one: the stand-in has none."""
+    """A context inside of which the profiler records; on the stand-in, which has none, it does nothing."""
     import cupy
 
     start, stop = (getattr(cupy.cuda.runtime, f"profiler{what}", lambda: None) for what in ("Start", "Stop"))

@@ -1,4 +1,4 @@
-"""Compiles the kernels into CuPy's cache on disk, on all processors: first what later stages measure."""
+"""Compiles the kernels into CuPy's cache on disk, on all processors: first those that later stages measure."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ if TYPE_CHECKING:
     from contact.insides import Instance
 
 TINY = 4
-"""Instances of a rehearsal."""
+"""Instances that a rehearsal compiles."""
 MOST_SHARES = 14
 
 
 class Share(NamedTuple):
-    """The result of one process."""
+    """What one of the processes has compiled."""
 
     compiled: int
     left: int
     failed: list[str]
     with_local_memory: list[str]
-    """Kernels that spill, or keep an array of a thread in memory."""
+    """Kernels that use local memory: their registers spill, or they index an array that each thread has."""
 
 
 def run(task: Task) -> None:
-    """Compile, and say what failed."""
+    """Compile all instances, and report the failures."""
     log, shares = task.log, 2 if task.rehearse else max(2, min(MOST_SHARES, (os.cpu_count() or 2) - 2))
     began = time.time()
     end = began + max(5.0, task.left() - 6)
@@ -51,7 +51,7 @@ def run(task: Task) -> None:
 
 
 def compile_share(index: int, shares: int, end: float, rehearse: bool) -> Share:
-    """Compile the part of one process of all instances, until the clock, which all processes share, is at the end."""
+    """Compile one process's share of the instances, until `end` on the clock that all processes read."""
     instances = in_order()
     if rehearse:
         instances = instances[:: len(instances) // TINY][:TINY]
@@ -75,7 +75,7 @@ def compile_share(index: int, shares: int, end: float, rehearse: bool) -> Share:
 
 
 def in_order() -> list[Instance]:
-    """All instances for this device: those that other stages ask for by their shapes come first."""
+    """All instances for this device: first those that the shapes of other stages need."""
     from contact import insides
     from contact.stages import bench, large, ncu_work, smoke
 

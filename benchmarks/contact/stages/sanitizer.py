@@ -1,4 +1,4 @@
-"""NVIDIA's Compute Sanitizer over all kernels: its four tools, at once."""
+"""Runs the four tools of NVIDIA's Compute Sanitizer over all kernels, at once."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ TOOLS = {
     "synccheck": (),
     "initcheck": (),
 }
-"""The tools, with the options of each."""
+"""The tools' names, each with its options."""
 FOUND = 9
-"""The exit status of a tool that has found something."""
+"""Exit status by which a tool says that it has found a fault."""
 FAULT = re.compile(r"Invalid|Error|[Hh]azard|Race reported|Barrier error|Uninitialized")
 PLACE = re.compile(r"Warning| at .*(?:\+0x|\()")
 MOST_OF_A_LOG, MOST_FINDINGS = 60_000, 4
 
 
 class Judgement(NamedTuple):
-    """The meaning of a tool's output."""
+    """What a tool's output means: whether it passed, why, and the lines to report."""
 
     passed: bool
     detail: str
@@ -58,7 +58,7 @@ def run(task: Task) -> None:
 
 
 def judge(done: Ended) -> Judgement:
-    """A tool that found nothing until the time was over has found nothing; one that did not run has failed."""
+    """Judge a tool's output: it passes if it ran, even until its time was over, and found nothing."""
     of_tool = [line.lstrip("=").strip() for line in done.lines if line.startswith("=====")]
     summaries = [line for line in of_tool if " SUMMARY: " in line]
     lines = [line for line in of_tool if line not in summaries]

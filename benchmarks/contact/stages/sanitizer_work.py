@@ -1,4 +1,4 @@
-"""What the tools of Compute Sanitizer watch: all kernels on small arrays, each in memory of its own."""
+"""The program that Compute Sanitizer's tools watch: all kernels on small arrays, each in memory of its own."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ SHAPES = (
 )
 """Shapes and their channel axes."""
 FEW_ELEMENTS = 200
-"""Elements that a shape of a rehearsal has less than."""
+"""Elements that a shape must have fewer than to be part of a rehearsal."""
 DONE = "the work is done"
 
 
 def run(task: Task) -> None:
-    """Every function of the library on every shape, as far as there is time: the tools take their own."""
+    """Call every function on every shape, as far as there is time: under a tool all of it is slow."""
     import cupy
 
     if not insides.is_stand_in():
-        cupy.cuda.set_allocator(None)  # a pool would hide what lies beyond an array
+        cupy.cuda.set_allocator(None)  # CuPy's pool would lay arrays side by side, and hide an access beyond one
     cases = list(product(SHAPES, insides.dtypes()[:3]))
     if task.rehearse:
         cases = [((shape, axis), dtype) for (shape, axis), dtype in cases if math.prod(shape) < FEW_ELEMENTS][:1]
@@ -41,7 +41,7 @@ def run(task: Task) -> None:
 
 
 def all_functions(shape: tuple[int, ...], axis: int, dtype: np.dtype[Any]) -> None:
-    """Every function: both modes, forward and backward, bare and fused, in place, and the moments."""
+    """Call every function: both modes, forward and backward, bare and fused, in place, and the moments."""
     import cupy
 
     import cupybn.functional as F

@@ -1,4 +1,4 @@
-"""A forward and a backward pass over shapes that use every size of cluster, team and pack, in both layouts."""
+"""Tries shapes that use every size of cluster, team and pack, in both layouts, forward and backward."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from contact import insides
 from contact.task import Task
 
 MOST_ELEMENTS, FEW_ELEMENTS = 1 << 22, 1 << 12
-"""Elements of the largest shape, and of the largest one in a rehearsal."""
+"""Most elements of a shape, and of one in a rehearsal."""
 CHANNELS = (2, 8, 16, 35, 48, 64, 130, 256, 300)
 SAMPLES_AND_POSITIONS = (
     *((2, 33), (8, 49), (16, 196), (32, 196), (32, 784), (32, 1003), (64, 784), (32, 3136), (64, 3136)),
@@ -20,14 +20,14 @@ SAMPLES_AND_POSITIONS = (
     *((64, 1), (1568, 1), (6272, 1), (25088, 1), (50000, 1)),
 )
 NEAR = 0.01
-"""Values before ReLU that are nearer to 0 may be rounded to the other side: no gradient comes back to them."""
+"""Arguments of ReLU that are nearer to 0 may be rounded to the other side: no gradient is sent back to them."""
 MOMENTUM = 0.1
 LEAST_LEFT = 7.0
-"""Seconds that a case may take."""
+"""Seconds that must be left for another case to begin."""
 
 
 class Case(NamedTuple):
-    """Arguments of batch norm."""
+    """One set of arguments of batch norm."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
@@ -37,12 +37,12 @@ class Case(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The case, for the report."""
+        """The case's name in the report."""
         return f"{self.label}: {self.shape}, axis {self.channel_axis}, {self.dtype.name}, {self.activation or 'bare'}"
 
 
 def run(task: Task) -> None:
-    """Try the cases, as far as there is time."""
+    """Try the cases one by one, as far as there is time."""
     cases = all_cases(task.rehearse)
     for number, case in enumerate(cases):
         if task.left() < LEAST_LEFT:
@@ -53,12 +53,12 @@ def run(task: Task) -> None:
 
 
 def all_cases(rehearse: bool) -> list[Case]:
-    """The small ones first."""
+    """All cases: the odd ones, which are small, then those of all plans by their size."""
     return [*odd_cases(rehearse), *cases_of_all_plans(FEW_ELEMENTS if rehearse else MOST_ELEMENTS)]
 
 
 def cases_of_all_plans(most_elements: int) -> list[Case]:
-    """The smallest shape for each way that this device has to take a step; every second case with ReLU."""
+    """The smallest shape for each plan that the library can choose on this device; every second case with ReLU."""
     shapes = [(N, C, L) for (N, L), C in product(SAMPLES_AND_POSITIONS, CHANNELS)]
     shapes = sorted((shape for shape in shapes if math.prod(shape) <= most_elements), key=math.prod)
     seen: set[tuple[Any, ...]] = set()
@@ -75,14 +75,14 @@ def cases_of_all_plans(most_elements: int) -> list[Case]:
 
 
 def odd_cases(rehearse: bool) -> list[Case]:
-    """Rows of an odd number of bytes, channels last in short rows, and few long rows."""
+    """Cases that no plan singles out: rows of an odd number of bytes, short rows channels last, few long rows."""
     shapes = (((2, 3, 5 if rehearse else 20, 7), 1), ((2, 5, 7, 8), 3), ((3, 2, 41 if rehearse else 4099), 1))
     dtypes = (np.dtype(np.float16), np.dtype(np.float32))
     return [Case(shape, dtype, axis) for shape, axis in shapes for dtype in dtypes]
 
 
 def try_case(case: Case) -> None:
-    """Training against float64, within the bounds of the tests; and once more, to the same bits."""
+    """Compare a training step with float64, within the bounds of the tests, and a repetition of it to the bit."""
     import cupy
 
     import cupybn.functional as F
@@ -122,7 +122,7 @@ def close(
     scale: Any = 1.0,
     roundings: float = insides.ROUNDINGS["y"],
 ) -> None:
-    """The comparison of the tests, which says what it is about."""
+    """Compare as the tests do; an error names what was compared."""
     try:
         insides.assert_close(found, wanted, computed_in, scale, roundings)
     except AssertionError as error:

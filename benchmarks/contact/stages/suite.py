@@ -1,4 +1,4 @@
-"""The tests on the GPU, but for those that need none."""
+"""Runs the tests on the GPU, except for those that need none."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from contact.task import Task
 
 TESTS = ROOT / "tests"
 FIRST = ("test_kernels.py", "test_launching.py", "test_accuracy.py", "test_functional.py", "test_batchnorm.py")
-"""The files that are worth most, should the time not be enough."""
+"""Test files to run first, should the time not be enough for all."""
 LEFT_OUT = (
     *("test_compile.py", "test_torch.py", "test_tiles.py", "test_numpy_ops.py", "test_readme.py", "test_package.py"),
     *("test_first_contact.py", "test_geometry.py"),
 )
-"""The files that need no GPU, beside those of the stand-in."""
+"""Test files that need no GPU, beside those of the stand-in."""
 TINY = ("test_layout.py",)
 WORKERS, MOST_FAILURES, SECONDS_OF_A_TEST = 8, 50, 120
 MARKS = re.compile(r"([.sFExX]+) *(\[ *\d+%\])?")
-"""A line of progress."""
+"""Pattern of a line in which pytest shows its progress."""
 MOST_OF_THE_LOG = 400_000
 PLUGINS = {"xdist": "xdist.plugin", "pytest_timeout": "pytest_timeout", "hypothesis": "_hypothesis_pytestplugin"}
-"""The plugins of pytest that the tests use, by what is installed. No others are loaded: warnings are errors here, and a
-machine may have many that warn."""
+"""Modules of the pytest plugins that the tests use, by the package. No others are loaded: warnings are errors here, and
+a machine may have many plugins that warn."""
 
 
 class Score(NamedTuple):
-    """The counts of pytest; where it does not come to its end, those until then."""
+    """How many tests passed, failed and were skipped, even if pytest was stopped before its end."""
 
     passed: int
     failed: int
@@ -45,7 +45,7 @@ class Score(NamedTuple):
 
 
 def run(task: Task) -> None:
-    """Run the tests; those that there was no time for are no failure."""
+    """Run the tests; those that there was no time for do not count as failed."""
     if importlib.util.find_spec("pytest") is None:
         task.log.skip("no pytest here")
         return
@@ -64,7 +64,7 @@ def run(task: Task) -> None:
 
 
 def judge(task: Task, done: Ended) -> None:
-    """Enter what came out."""
+    """Enter the result of pytest."""
     found = score(done.output)
     for failure in found.failures[:25]:
         task.log.note(failure[:300])
@@ -76,7 +76,7 @@ def judge(task: Task, done: Ended) -> None:
 
 
 def files(rehearse: bool) -> list[Path]:
-    """The files of tests, in their order."""
+    """The test files, in the order in which they run."""
     if rehearse:
         return [TESTS / name for name in TINY]
     every = [path for path in sorted(TESTS.glob("test_*.py")) if "emulated" not in path.name]
@@ -85,7 +85,7 @@ def files(rehearse: bool) -> list[Path]:
 
 
 def command(paths: Sequence[Path], plugins: Collection[str], workers: int) -> list[str]:
-    """The command of pytest, with options of those plugins alone that are there."""
+    """The command that runs pytest, with options of installed plugins alone."""
     return python(
         *("-m", "pytest", "-q", f"--maxfail={MOST_FAILURES}", "-p", "no:cacheprovider", "--tb=short", "-rsfE"),
         *(option for name in plugins for option in ("-p", PLUGINS[name])),
@@ -97,14 +97,14 @@ def command(paths: Sequence[Path], plugins: Collection[str], workers: int) -> li
 
 
 def environment(required: bool) -> dict[str, str]:
-    """The variables of pytest: none of another pytest that runs this; CI, for which hypothesis knows no deadlines."""
+    """Environment variables of pytest: none of an outer pytest; CI=1, with which hypothesis sets no deadlines."""
     inherited = {name: "" for name in os.environ if name.startswith("PYTEST_")}
     own = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "CI": "true"}
     return {**inherited, **own, **({"CUPYBN_REQUIRE_GPU": "1"} if required else {})}
 
 
 def score(output: str) -> Score:
-    """Count by the last line of pytest or, where there is none, by the marks of its progress."""
+    """Count the results in the last line of pytest or, where there is none, in the marks of its progress."""
     failures = list(dict.fromkeys(re.findall(r"^(?:FAILED|ERROR) (.+)$", output, re.MULTILINE)))
     totals = [line for line in output.splitlines() if re.search(r"\b\d+ (passed|failed|errors?|skipped)\b.* in ", line)]
     if totals:

@@ -32,7 +32,7 @@ from cupy.cuda import MemoryPool, memory
 
 __version__ = "14.2.0"
 
-from cupy import lib  # after `ndarray`
+from cupy import lib  # imports names that `ndarray` defines
 
 __all__ = [
     "RawKernel",

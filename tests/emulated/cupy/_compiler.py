@@ -1,4 +1,6 @@
-"""Kernels through g++: the text that NVRTC would get, compiled with the instrumentation that the runtime listens to."""
+"""Compiles kernels with g++: the text that NVRTC would get, instrumented so that the runtime sees every access to
+memory.
+"""
 
 from __future__ import annotations
 
@@ -37,30 +39,30 @@ FLAGS = (
     "-std=c++17",
     "-Og",
     "-g1",
-    "-gdwarf-4",  # of version 5, some addr2line take the first file for the second
-    "-fno-var-tracking",  # nobody asks where variables are
+    "-gdwarf-4",  # with version 5, some versions of addr2line name the wrong file
+    "-fno-var-tracking",  # debug information has lines alone, no variables
     "-fno-exceptions",
-    "-fno-asynchronous-unwind-tables",  # nor who called whom
+    "-fno-asynchronous-unwind-tables",  # nobody unwinds a stack, so tables for that are not needed
     "-w",
     "-fPIC",
-    "-fno-gnu-unique",  # each module has shared memory of its own
+    "-fno-gnu-unique",  # each module has its own copy of the variables that are shared memory
     "-fvisibility=hidden",
-    "-fno-tree-vectorize",  # accesses are as wide as the kernel wrote them
+    "-fno-tree-vectorize",  # each access is as wide as the kernel wrote it
     "-ffp-contract=off",
     "-fsanitize=thread," + ",".join(CHECKS),
-    "-fno-sanitize-recover=" + ",".join(CHECKS),  # the runtime's functions for them do not return
+    "-fno-sanitize-recover=" + ",".join(CHECKS),  # the runtime's handlers of faults do not return
 )
-# Without the libraries of the sanitizers. Without the files that C++ starts with: what kernels share is then all that
-# there is of zeroed memory.
+# Leaves out the sanitizers' libraries, whose functions the runtime defines, and the start-up files of C++: then all
+# zeroed memory of the module is the kernels' shared memory.
 LINK_FLAGS = ("-shared", "-nostdlib", "-Wl,-Bsymbolic", "-lm", "-lc", "-lgcc")
 
 
 class CompileException(Exception):  # noqa: N818 - its name in CuPy
-    """The compiler's messages."""
+    """An error with the compiler's messages."""
 
 
 def cache_folder() -> Path:
-    """Where compiled kernels are kept from run to run."""
+    """The folder where compiled kernels are kept from run to run."""
     folder = Path(os.environ.get("CUPY_EMULATOR_CACHE", Path.home() / ".cupy" / "emulator_cache"))
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -76,13 +78,13 @@ def compiler() -> tuple[str, str]:
 
 
 def _garbage() -> tuple[str, ...]:
-    """Fill local variables with garbage, where g++ can: what another thread left in a stack looks all too fine."""
+    """Options that fill local variables with garbage, if g++ can: unwritten ones may look right by chance."""
     major = re.search(r"\b(\d+)\.\d+\.\d+", compiler()[1])
     return ("-ftrivial-auto-var-init=pattern",) if major and int(major[1]) >= 12 else ()
 
 
 def _run(command: Sequence[str | Path]) -> str:
-    # In the root folder, from which the files that #line names are said to be.
+    # Runs in the root folder: #line names files relative to the folder where g++ runs.
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd="/")
     if done.returncode != 0:
         raise CompileException(done.stderr)
@@ -90,14 +92,14 @@ def _run(command: Sequence[str | Path]) -> str:
 
 
 def _cached(ending: str, text: str, options: Sequence[str], more: Sequence[str | Path] = ()) -> Path:
-    """What g++ makes of this text, out of the cache if it is there.
+    """The file that g++ makes of a text, from the cache if it is there.
 
     Parameters
     ----------
     ending : str
-        Of the file, which is alone in its folder if it is a header: there g++ finds what it has compiled of it.
+        The end of the file's name. A compiled header is alone in its folder, where g++ finds it.
     more
-        Options that say only where something is: what is there is part of the key, so that checkouts share the cache.
+        Options that are paths of headers. The key has the headers' text instead, so that checkouts share the cache.
     """
     path, version = compiler()
     key = hashlib.sha256("\0".join((text, version, _surroundings(), *options)).encode()).hexdigest()[:32]
@@ -109,26 +111,26 @@ def _cached(ending: str, text: str, options: Sequence[str], more: Sequence[str |
             source.write_text(text)
             language = ("-x", "c++-header") if ending.endswith(".gch") else ()
             _run([path, *language, source, *options, *more, "-o", made])
-            made.replace(result)  # at once, whoever else makes it
+            made.replace(result)  # atomic: other processes may make the same file
     return result
 
 
 @functools.cache
 def _surroundings() -> str:
-    """The texts that others include."""
+    """The text of the runtime, which kernels include."""
     return "".join(path.read_text() for path in sorted(RUNTIME.iterdir()) if path.is_file())
 
 
 @functools.cache
 def _headers() -> tuple[str, ...]:
-    """Options for where ``device.h`` is: first where g++ finds it compiled, for most kernels are shorter than it."""
+    """Options with the folders of ``device.h``, that of its compiled form first: it is longer than most kernels."""
     precompiled = _cached("/device.h.gch", DEVICE, (*FLAGS, *_garbage()), (f"-I{RUNTIME}",))
     return f"-I{precompiled.parent}", f"-I{RUNTIME}"
 
 
 @functools.cache
 def runtime() -> ctypes.CDLL:
-    """The library that runs kernels; their modules find its functions."""
+    """The library that runs kernels; it is loaded so that compiled kernels find its functions."""
     text = (RUNTIME / "runtime.cpp").read_text()
     options = ("-std=c++17", "-O2", "-fPIC", "-U_FORTIFY_SOURCE", "-shared", "-ldl")
     return ctypes.CDLL(str(_cached(".so", text, options, (f"-I{RUNTIME}",))), mode=ctypes.RTLD_GLOBAL)
@@ -146,7 +148,7 @@ class Parameter(ctypes.Structure):
 
 
 class Module:
-    """The kernels of a text."""
+    """The kernels of a text, compiled and loaded."""
 
     def __init__(self, code: str, options: Sequence[str]) -> None:
         bounds = {name: f"{before} {after}" for before, after, name in GLOBAL.findall(code)}
@@ -155,7 +157,7 @@ class Module:
         if len(dynamic) > 1:
             raise CompileException("the stand-in for CuPy knows one extern __shared__ array")
         self.dynamic = dynamic[0] if dynamic else None
-        definitions = [  # in assembler, which does not mind as what kernels declare it
+        definitions = [  # in assembler, because the C++ text declares the arrays in its own ways
             rf'asm(".pushsection .bss\n.balign 32\n.globl {name}\n.type {name}, %object\n'
             rf'.size {name}, {MOST_SHARED}\n{name}: .zero {MOST_SHARED}\n.popsection");'
             for name in dynamic
@@ -180,8 +182,9 @@ class Module:
         self.binary = ctypes.CDLL(str(self.path))
         begin, end = ctypes.c_void_p(), ctypes.c_void_p()
         self.binary.emulated_shared(ctypes.byref(begin), ctypes.byref(end))
-        self.shared = min(begin.value or 0, end.value or 0), end.value or 0  # the begin of nothing can be anywhere
-        self.devices: set[int] = set()  # where it has been loaded
+        # Without shared memory the linker may place the end before the beginning.
+        self.shared = min(begin.value or 0, end.value or 0), end.value or 0
+        self.devices: set[int] = set()  # numbers of the devices on which it has been loaded
         self.clusters = {name: self._cluster(name) for name in self.names}
 
     def _cluster(self, name: str) -> int:
@@ -198,12 +201,12 @@ class Module:
         return int(x)
 
     def entry(self, name: str) -> ctypes._CFuncPtr:
-        """The function that takes an array of the addresses of the arguments."""
+        """The function that calls a kernel; it takes an array of the addresses of the arguments."""
         function: ctypes._CFuncPtr = getattr(self.binary, f"emulated_entry_{name}")
         return function
 
     def parameters(self, name: str) -> list[Parameter]:
-        """What the kernel takes."""
+        """The parameters of a kernel."""
         describe = getattr(self.binary, f"emulated_parameters_{name}")
         describe.restype = ctypes.POINTER(Parameter)
         count = ctypes.c_int()
@@ -217,12 +220,14 @@ class Module:
         return ctypes.addressof(ctypes.c_char.in_dll(self.binary, self.dynamic))
 
     def static_shared(self) -> int:
-        """Bytes of static shared memory, of all kernels of the module together; alignment blurs the last 32."""
+        """Bytes of static shared memory, of all kernels of the module together; rounded down, as alignment takes up to
+        32.
+        """
         begin, end = self.shared
         return (end - begin - (0 if self.dynamic is None else MOST_SHARED)) // 32 * 32
 
     def place(self, pc: int) -> str:
-        """File and line of an address, the innermost function first."""
+        """File and line of a code address, the innermost function first."""
         find = runtime().emulated_offset
         find.restype, find.argtypes = ctypes.c_uint64, [ctypes.c_void_p]
         offset = find(pc)
@@ -234,7 +239,7 @@ class Module:
 
 
 def _translate(options: Sequence[str]) -> list[str]:
-    """Of NVRTC's options, those that mean something to g++."""
+    """The options for g++ that mean the same as some of NVRTC's."""
     known = []
     for option in options:
         if option.startswith(("-D", "-U")):

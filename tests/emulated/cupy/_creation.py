@@ -1,6 +1,6 @@
-"""New device arrays."""
+"""Functions that create device arrays."""
 
-# The parameters are CuPy's.
+# The parameters are CuPy's, whether they are used here or not.
 # ruff: noqa: ARG001
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from cupy._run import _leaves, run
 from cupy.cuda.stream import note_set
 
 Shape = int | tuple[int, ...]
+DType = npt.DTypeLike | None
 
 
 def empty(shape: Shape, dtype: npt.DTypeLike = float, order: str = "C") -> Any:
-    """A new array that nobody has written yet."""
+    """A new array whose elements are not initialised."""
     return cupy.ndarray(shape, dtype, order=order)
 
 
-def full(shape: Shape, fill_value: Any, dtype: npt.DTypeLike | None = None, order: str = "C") -> Any:
+def full(shape: Shape, fill_value: Any, dtype: DType = None, order: str = "C") -> Any:
     """A new array of one value."""
     if dtype is None:
         dtype = fill_value.dtype if isinstance(fill_value, cupy.ndarray) else np.asarray(fill_value).dtype
@@ -43,13 +44,9 @@ def ones(shape: Shape, dtype: npt.DTypeLike = float, order: str = "C") -> Any:
 
 
 def empty_like(
-    prototype: Any,
-    dtype: npt.DTypeLike | None = None,
-    order: str = "K",
-    subok: bool | None = None,
-    shape: Shape | None = None,
+    prototype: Any, dtype: DType = None, order: str = "K", subok: bool | None = None, shape: Shape | None = None
 ) -> Any:
-    """A new array with the shape, dtype and order of another one that nobody has written yet."""
+    """A new array with the shape, dtype and order of another one, not initialised."""
     if not isinstance(prototype, cupy.ndarray):
         raise TypeError(f"Unsupported type {type(prototype)}")
     dtype = prototype.dtype if dtype is None else _dtypes.supported(dtype)
@@ -60,7 +57,7 @@ def empty_like(
 def full_like(
     a: Any,
     fill_value: Any,
-    dtype: npt.DTypeLike | None = None,
+    dtype: DType = None,
     order: str = "K",
     subok: bool | None = None,
     shape: Shape | None = None,
@@ -72,22 +69,14 @@ def full_like(
 
 
 def zeros_like(
-    a: Any,
-    dtype: npt.DTypeLike | None = None,
-    order: str = "K",
-    subok: bool | None = None,
-    shape: Shape | None = None,
+    a: Any, dtype: DType = None, order: str = "K", subok: bool | None = None, shape: Shape | None = None
 ) -> Any:
     """Zeros with the shape, dtype and order of another array."""
     return full_like(a, 0, dtype, order, subok, shape)
 
 
 def ones_like(
-    a: Any,
-    dtype: npt.DTypeLike | None = None,
-    order: str = "K",
-    subok: bool | None = None,
-    shape: Shape | None = None,
+    a: Any, dtype: DType = None, order: str = "K", subok: bool | None = None, shape: Shape | None = None
 ) -> Any:
     """Ones with the shape, dtype and order of another array."""
     return full_like(a, 1, dtype, order, subok, shape)
@@ -95,7 +84,7 @@ def ones_like(
 
 def array(
     obj: Any,
-    dtype: npt.DTypeLike | None = None,
+    dtype: DType = None,
     copy: bool | None = True,
     order: str = "K",
     subok: bool = False,
@@ -119,23 +108,23 @@ def array(
 
 def asarray(
     a: Any,
-    dtype: npt.DTypeLike | None = None,
+    dtype: DType = None,
     order: str | None = None,
     *,
     copy: bool | None = None,
     blocking: bool = False,
 ) -> Any:
-    """The array itself, if it is one of this dtype and order on a device, else one on the current device."""
+    """The array itself if it is on a device and has this dtype and order, else a copy on the current device."""
     return array(a, dtype, copy, order or "K")
 
 
-def ascontiguousarray(a: Any, dtype: npt.DTypeLike | None = None) -> Any:
-    """The array itself, if it is contiguous in C's order, else a copy that is."""
+def ascontiguousarray(a: Any, dtype: DType = None) -> Any:
+    """The array itself if it is contiguous in C's order, else a copy that is."""
     return asarray(a, dtype, "C")
 
 
-def asfortranarray(a: Any, dtype: npt.DTypeLike | None = None) -> Any:
-    """The array itself, if it is contiguous in Fortran's order, else a copy that is."""
+def asfortranarray(a: Any, dtype: DType = None) -> Any:
+    """The array itself if it is contiguous in Fortran's order, else a copy that is."""
     return asarray(a, dtype, "F")
 
 
@@ -154,7 +143,7 @@ def get_array_module(*args: Any) -> Any:
     return cupy if any(isinstance(arg, cupy.ndarray) for arg in args) else np
 
 
-def _from_device(obj: Any, dtype: npt.DTypeLike | None, copy: bool | None, order: str) -> Any:
+def _from_device(obj: Any, dtype: DType, copy: bool | None, order: str) -> Any:
     dtype = obj.dtype if dtype is None else _dtypes.supported(dtype)
     if not copy:
         return obj.astype(dtype, order, copy=False)

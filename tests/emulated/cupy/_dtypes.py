@@ -1,4 +1,4 @@
-"""Which dtypes device arrays may have."""
+"""The dtypes that device arrays may have."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-_EXTENDED = {"g", "G"}  # long double: CUDA has none
+_EXTENDED = {"g", "G"}  # characters of NumPy's long doubles, which CUDA does not have
 
 
 def supported(dtype: npt.DTypeLike) -> np.dtype[Any]:
-    """The dtype, if a device knows it: booleans, integers, floats, complex numbers, bfloat16."""
+    """The dtype if a device knows it: booleans, integers, floats, complex numbers, bfloat16; else an error."""
     result: np.dtype[Any] = np.dtype(dtype)
     if not result.isnative:
         raise ValueError(f"Unsupported dtype {result} with big-endian byte-order")

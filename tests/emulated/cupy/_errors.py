@@ -53,7 +53,7 @@ _KNOWN = {
 
 
 class _CUDAError(RuntimeError):
-    """An error that CUDA reports by its number. What only the stand-in knows of it is its `__cause__`."""
+    """An error that CUDA reports by its number. `__cause__` adds what only the stand-in knows of it."""
 
     _prefix: ClassVar[str]
     _name: ClassVar[int]
@@ -68,16 +68,16 @@ class _CUDAError(RuntimeError):
 
 
 class CUDARuntimeError(_CUDAError):
-    """An error of the CUDA runtime: of memory, streams, events, graphs and devices."""
+    """An error of the CUDA runtime: memory, streams, events, graphs, devices."""
 
     _prefix, _name = "cudaError", 0
 
 
 class CUDADriverError(_CUDAError):
-    """An error of the CUDA driver: of modules, kernels and their launches."""
+    """An error of the CUDA driver: modules, kernels, launches."""
 
     _prefix, _name = "CUDA_ERROR_", 1
 
 
 class DetailError(Exception):
-    """Why the stand-in reports an error, in words that CUDA does not have."""
+    """The cause of an error, in the stand-in's own words, as CUDA has none."""

@@ -26,7 +26,7 @@ HOST = _names(
     index_exp printoptions set_printoptions get_printoptions
     """
 )
-"""What CuPy has from NumPy as it is."""
+"""Names that CuPy takes from NumPy unchanged."""
 
 VIEWS = _names(
     """
@@ -36,7 +36,7 @@ VIEWS = _names(
     isfortran
     """
 )
-"""Functions that look at no element where they can give a view."""
+"""Functions that return a view where they can, and then read no element."""
 
 CREATION = _names("arange linspace logspace eye identity tri indices bartlett blackman hamming hanning kaiser")
 
@@ -46,7 +46,7 @@ WAITING = _names(
     intersect1d setdiff1d setxor1d union1d trim_zeros bincount
     """
 )
-"""Functions whose results have a shape that depends on the elements: the host waits for it."""
+"""Functions whose result has a shape that depends on the elements, so that the host waits for it."""
 
 ABSENT = _names("isnat matvec spacing vecdot vecmat")
 """Universal functions of NumPy that CuPy does not have."""
@@ -55,7 +55,7 @@ SCATTERS = _names("add subtract maximum minimum bitwise_and bitwise_or bitwise_x
 """Universal functions whose `at` CuPy has."""
 
 SCALARS = _names("allclose array_equal array_equiv count_nonzero")
-"""Functions that give a Python scalar in NumPy and an array of no dimension in CuPy."""
+"""Functions that return a Python scalar in NumPy and an array without dimensions in CuPy."""
 
 OTHERS = _names(
     """
@@ -73,7 +73,7 @@ OTHERS = _names(
 
 @functools.cache
 def lookup(name: str) -> Any:
-    """What ``cupy.name`` is; AttributeError for what NumPy or this stand-in has not."""
+    """The object that ``cupy.name`` is; AttributeError for what NumPy or this stand-in does not have."""
     if name in HOST:
         return getattr(np, name)
     theirs = getattr(np, name, None)
@@ -85,7 +85,7 @@ def lookup(name: str) -> Any:
 
 
 def lift(theirs: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of NumPy on device arrays."""
+    """A function of NumPy made into one of device arrays."""
     name = theirs.__name__
 
     @functools.wraps(theirs)
@@ -103,7 +103,7 @@ def lift(theirs: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _is_host_data(value: Any) -> bool:
-    """Whether this is an array or a list of numbers in host memory."""
+    """Whether a value is an array or a list of numbers in host memory."""
     if isinstance(value, (list, tuple)):
         return bool(value) and not any(isinstance(item, (cupy.ndarray, list, tuple)) for item in value)
     return isinstance(value, np.ndarray)
@@ -138,28 +138,28 @@ class ufunc:  # noqa: N801 - as CuPy has it
         return f"<ufunc 'cupy_{self.__name__}'>"
 
     def reduce(self, array: Any, axis: Any = 0, dtype: Any = None, out: Any = None, keepdims: bool = False) -> Any:
-        """As :meth:`numpy.ufunc.reduce`, of sums and products."""
+        """Reduce like :meth:`numpy.ufunc.reduce`; CuPy does for sums and products alone."""
         self._expect("reduce", {"add", "multiply"})
         self._reject_host_data((array,))
         return run(self._theirs.reduce, (array, axis, dtype), {"out": out, "keepdims": keepdims})
 
     def accumulate(self, array: Any, axis: int = 0, dtype: Any = None, out: Any = None) -> Any:
-        """As :meth:`numpy.ufunc.accumulate`, of sums and products."""
+        """Accumulate like :meth:`numpy.ufunc.accumulate`; CuPy does for sums and products alone."""
         self._expect("accumulate", {"add", "multiply"})
         self._reject_host_data((array,))
         return run(self._theirs.accumulate, (array, axis, dtype), {"out": out})
 
     def outer(self, A: Any, B: Any, **kwargs: Any) -> Any:
-        """As :meth:`numpy.ufunc.outer`."""
+        """Combine all pairs like :meth:`numpy.ufunc.outer`."""
         self._reject_host_data((A, B))
         return run(self._theirs.outer, (A, B), kwargs)
 
     def at(self, a: Any, indices: Any, b: Any = None) -> None:
-        """As :meth:`numpy.ufunc.at`, of few functions."""
+        """Change elements in place like :meth:`numpy.ufunc.at`; CuPy does for few functions."""
         self._expect("at", SCATTERS)
 
         def work(host: Any, indices: Any, b: Any, out: Any) -> None:  # noqa: ARG001
-            self._theirs.at(host, indices, b)  # both are the array: it is read, and written
+            self._theirs.at(host, indices, b)  # `host` and `out` are the same array, which is both read and written
 
         run(work, (a, indices, b), {"out": a})
 
@@ -175,7 +175,7 @@ class ufunc:  # noqa: N801 - as CuPy has it
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Functions of dtypes, and in place
+# Functions of dtypes, and functions that work in place
 
 
 def _dtype_of(value: Any) -> Any:
@@ -183,17 +183,17 @@ def _dtype_of(value: Any) -> Any:
 
 
 def result_type(*values: Any) -> np.dtype[Any]:
-    """As :func:`numpy.result_type`."""
+    """The dtype of a result, like :func:`numpy.result_type`."""
     return np.result_type(*map(_dtype_of, values))
 
 
 def can_cast(from_: Any, to: Any, casting: Any = "safe") -> bool:
-    """As :func:`numpy.can_cast`."""
+    """Whether a dtype can be cast, like :func:`numpy.can_cast`."""
     return np.can_cast(_dtype_of(from_), to, casting)
 
 
 def copyto(dst: Any, src: Any, casting: Any = "same_kind", where: Any = None) -> None:
-    """As :func:`numpy.copyto`."""
+    """Copy elements, like :func:`numpy.copyto`."""
     if isinstance(src, (cupy.ndarray, np.generic)) and not np.can_cast(_dtype_of(src), dst.dtype, casting):
         raise TypeError(f"Cannot cast {src.dtype!r} to {dst.dtype!r} in {casting!r} casting mode")
     if where is None:
@@ -207,10 +207,10 @@ def _copy_where(src: Any, out: Any, where: Any) -> None:
 
 
 def copy(a: Any, order: str = "K") -> Any:
-    """A copy on the current device."""
+    """A copy of an array on the current device."""
     return a.copy(order=order)
 
 
 def astype(x: Any, dtype: Any, *, copy: bool = True) -> Any:
-    """As :func:`numpy.astype`."""
+    """The array with another dtype, like :func:`numpy.astype`."""
     return x.astype(dtype, copy=copy)

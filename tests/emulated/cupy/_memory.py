@@ -1,4 +1,4 @@
-"""Pretended device memory: tracked blocks of host memory that know which of their bytes were written."""
+"""Pretended device memory: blocks of host memory that record which of their bytes were written."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ if TYPE_CHECKING:
     from cupy import ndarray
     from cupy.cuda import Stream
 
-ALIGNMENT = 512  # as CuPy's memory pool has it
+ALIGNMENT = 512  # bytes of which all addresses are a multiple, as in CuPy's memory pool
 GUARD = 512
-POISON = 0xFF  # bytes of it are NaN in every float dtype
+POISON = 0xFF  # value of unwritten bytes: such elements are NaN in every float dtype
 
 Bytes = npt.NDArray[np.uint8]
 
 
 class UninitialisedMemoryError(RuntimeError):
-    """Somebody read elements that nobody had written."""
+    """An error: a program read elements that nobody had written."""
 
 
 class Allocation:
-    """One block of the memory of a device, between two guards.
+    """A block of a device's memory, between two guards.
 
     Attributes
     ----------
     device : int
     nbytes : int
-        As it was asked for.
+        Size of the block, as it was asked for.
     ptr : int
         The address of the first byte, a multiple of 512.
     host : (nbytes,) uint8 array
-        The memory.
+        Bytes of the block.
     initialised : (nbytes,) uint8 array
         1 for every byte that was written, else 0.
     arrays : WeakValueDictionary
@@ -61,17 +61,18 @@ class Allocation:
         _count(device, nbytes)
 
     def __del__(self) -> None:
-        if hasattr(self, "initialised"):  # the memory was there
-            _released.append((self.device, self.nbytes))  # no lock: the garbage collector may run anywhere
+        if hasattr(self, "initialised"):  # false if the allocation itself failed
+            # No lock is taken: the garbage collector may run this at any time.
+            _released.append((self.device, self.nbytes))
 
     @property
     def complete(self) -> bool:
-        """Whether every byte was written; once it is so, it stays so, and is quick to tell."""
+        """Whether every byte was written; the answer yes is kept, so that it is quick."""
         self._complete = self._complete or bool(self.initialised.all())
         return self._complete
 
     def visible(self, begin: int, end: int) -> list[tuple[int, int]]:
-        """Of the memory between two addresses, what a kernel may touch, by address."""
+        """The parts of the memory between two addresses that a kernel may touch, by address."""
         return [(begin, end)]
 
     def guards_intact(self) -> bool:
@@ -87,7 +88,7 @@ class MemoryPointer:
 
     def __init__(self, mem: Allocation, offset: int) -> None:
         self.mem = mem
-        self.ptr = mem.ptr + offset if mem.nbytes else 0  # CuPy allocates nothing for nothing
+        self.ptr = mem.ptr + offset if mem.nbytes else 0  # CuPy allocates nothing for an empty array
 
     @property
     def device_id(self) -> int:
@@ -102,7 +103,7 @@ class MemoryPointer:
         return Device(self.mem.device)
 
     def memset(self, value: int, size: int) -> None:
-        """Set so many bytes from here on."""
+        """Set `size` bytes from here on."""
         from cupy.cuda import Stream, get_current_stream
 
         if get_current_stream().is_capturing():
@@ -110,7 +111,7 @@ class MemoryPointer:
         Stream.null._enqueue(self._memset(value, size), "memset")
 
     def memset_async(self, value: int, size: int, stream: Stream | None = None) -> None:
-        """Set so many bytes from here on, or note it where the stream is being captured."""
+        """Set `size` bytes from here on, or note it where the stream is being captured."""
         from cupy.cuda import get_current_stream
 
         stream = get_current_stream() if stream is None else stream
@@ -126,14 +127,14 @@ class MemoryPointer:
 
 
 class Span(NamedTuple):
-    """Some bytes of an allocation, which they keep alive."""
+    """Some bytes of an allocation, which is kept alive as long as this is."""
 
     allocation: Allocation
     start: int
     nbytes: int
 
     def read(self) -> bytes:
-        """The bytes, all of which must have been written."""
+        """The bytes; an error unless all of them were written."""
         where = slice(self.start, self.start + self.nbytes)
         if not self.allocation._complete:
             missing = self.nbytes - np.count_nonzero(self.allocation.initialised[where])
@@ -152,7 +153,7 @@ class Span(NamedTuple):
 
 
 def span(ptr: int, nbytes: int) -> Span | None:
-    """So many bytes from an address on, if a live allocation has all of them."""
+    """The bytes from an address on, if one live allocation contains all of them."""
     allocation = find(ptr)
     if allocation is None or not 0 <= nbytes <= allocation.ptr + allocation.nbytes - ptr:
         return None
@@ -160,7 +161,7 @@ def span(ptr: int, nbytes: int) -> Span | None:
 
 
 def find(ptr: int) -> Allocation | None:
-    """The live allocation that an address lies in. The end of an allocation is no longer in it."""
+    """The live allocation that contains an address; the address right behind its last byte is outside."""
     if not _bounds[0] <= ptr < _bounds[1]:  # most numbers in structs are far from any address
         return None
     begins = _live.get(ptr)
@@ -185,7 +186,7 @@ def _keep_track(allocation: Allocation) -> None:
 
 @dataclass
 class Usage:
-    """Memory of one device, in bytes as they were asked for; `peak_bytes` and `total_bytes` since the last reset."""
+    """Bytes of one device's memory as they were asked for; `peak_bytes` and `total_bytes` count from the last reset."""
 
     live_bytes: int = 0
     peak_bytes: int = 0
@@ -194,14 +195,14 @@ class Usage:
 
 
 def usage(device: int = 0) -> Usage:
-    """What the arrays of a device take now, and took at most, as a snapshot."""
+    """A snapshot of what a device's arrays take now, and of the most that they took."""
     with _lock:
         _settle()
         return Usage(**vars(_usage.setdefault(device, Usage())))
 
 
 def reset_usage(device: int = 0) -> None:
-    """Start to count anew: the peak is what is live now."""
+    """Reset the counters of a device: the peak becomes what is in use now."""
     with _lock:
         _settle()
         live = _usage.setdefault(device, Usage()).live_bytes

@@ -22,19 +22,19 @@ _IMPLICIT = (
 
 
 class Flags:
-    """How the elements lie in memory. CuPy has no ``writeable``."""
+    """How an array's elements lie in memory. CuPy has no ``writeable``."""
 
     def __init__(self, c_contiguous: bool, f_contiguous: bool, owndata: bool) -> None:
         self.c_contiguous, self.f_contiguous, self.owndata = c_contiguous, f_contiguous, owndata
 
     @property
     def forc(self) -> bool:
-        """Contiguous in either order."""
+        """Whether the array is contiguous in either order."""
         return self.c_contiguous or self.f_contiguous
 
     @property
     def fnc(self) -> bool:
-        """Contiguous in Fortran's order only."""
+        """Whether the array is contiguous in Fortran's order but not in C's."""
         return self.f_contiguous and not self.c_contiguous
 
     def __getitem__(self, name: str) -> bool:
@@ -47,7 +47,7 @@ class Flags:
 
 
 def _operators(function: str) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
-    """``x + y``, ``y + x`` and ``x += y``."""
+    """The methods for ``x + y``, ``y + x`` and ``x += y``, made of a function of NumPy."""
 
     def forward(self: ndarray, other: Any) -> Any:
         return NotImplemented if _defers(other) else getattr(cupy, function)(self, other)
@@ -62,7 +62,7 @@ def _operators(function: str) -> tuple[Callable[..., Any], Callable[..., Any], C
 
 
 def _comparison(function: str, of_anything: bool | None = None) -> Callable[..., Any]:
-    """``x < y`` and its like; None and objects without an order of their own are never equal to an element."""
+    """The method for ``x < y`` or its like. None and objects without an order of their own are equal to no element."""
 
     def compare(self: ndarray, other: Any) -> Any:
         if isinstance(other, np.ndarray) and other.ndim == 0:
@@ -82,7 +82,7 @@ def _unary(function: str) -> Callable[[ndarray], Any]:
 
 
 def _method(name: str, view: bool = False) -> Callable[..., Any]:
-    """The method of the same name of NumPy's arrays."""
+    """A method made of the one of the same name of NumPy's arrays."""
 
     def method(self: ndarray, *args: Any, **kwargs: Any) -> Any:
         return run(getattr(np.ndarray, name), (self, *args), kwargs, view=view)
@@ -92,7 +92,7 @@ def _method(name: str, view: bool = False) -> Callable[..., Any]:
 
 
 def _defers(other: Any) -> bool:
-    """Whether the other operand wants to do it."""
+    """Whether an operator leaves the work to the other operand."""
     if isinstance(other, (ndarray, np.ndarray, np.generic)):
         return False
     return getattr(other, "__array_ufunc__", ndarray) is None
@@ -104,9 +104,9 @@ class ndarray:  # noqa: N801 - as CuPy has it
     Attributes
     ----------
     _host : numpy.ndarray
-        The elements, where they are.
+        NumPy view of the elements in the pretended memory.
     _allocation : Allocation
-        The block of memory that they are in.
+        Block of memory that contains the elements.
     """
 
     __module__ = "cupy"
@@ -137,7 +137,7 @@ class ndarray:  # noqa: N801 - as CuPy has it
     # Memory
 
     def _view(self, host: npt.NDArray[Any]) -> ndarray:
-        """A view with the shape, strides, dtype and address of a NumPy view of the same memory."""
+        """An array with the shape, strides, dtype and address of a NumPy view of this one's memory."""
         view = object.__new__(ndarray)
         offset = _address(host) - self._allocation.ptr if host.size else 0
         view._host = np.ndarray(host.shape, host.dtype, self._allocation.host, offset, host.strides)
@@ -147,14 +147,15 @@ class ndarray:  # noqa: N801 - as CuPy has it
         return view
 
     def _written(self) -> npt.NDArray[Any]:
-        """Of the same shape: for each element its bytes in `Allocation.initialised`."""
+        """An array of the same shape: each item is the element's bytes in `Allocation.initialised`."""
         host = self._host
         offset = _address(host) - self._allocation.ptr if host.size else 0
-        kind = f"V{host.itemsize}"  # an item of so many bytes, so that any index of the array is one of these, too
+        # Items as large as an element, so that any index of the array works here, too.
+        kind = f"V{host.itemsize}"
         return np.ndarray(host.shape, kind, self._allocation.initialised, offset, host.strides)
 
     def _check(self, key: Any = None) -> None:
-        """Raise UninitialisedMemoryError unless all elements, or those of a key, were written."""
+        """Raise UninitialisedMemoryError unless all elements, or those that a key selects, were written."""
         allocation, host = self._allocation, self._host
         if allocation._complete or not host.size:
             return
@@ -174,7 +175,7 @@ class ndarray:  # noqa: N801 - as CuPy has it
             )
 
     def _mark(self, where: Any = True, key: Any = None) -> None:
-        """Note that all elements, those of a mask, or those of a key, were written."""
+        """Note that all elements, those of a mask, or those that a key selects, were written."""
         allocation, host = self._allocation, self._host
         if allocation._complete or not host.size:
             return
@@ -191,13 +192,13 @@ class ndarray:  # noqa: N801 - as CuPy has it
 
     @property
     def data(self) -> _memory.MemoryPointer:
-        """The address of the first element."""
+        """The pointer to the first element."""
         offset = _address(self._host) - self._allocation.ptr if self.size else 0
         return _memory.MemoryPointer(self._allocation, offset)
 
     @property
     def device(self) -> Device:
-        """Where the array lives."""
+        """The device whose memory the array is in."""
         return Device(self._allocation.device)
 
     @property
@@ -207,7 +208,7 @@ class ndarray:  # noqa: N801 - as CuPy has it
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
-        self._mark()  # whoever asks may write there, unseen
+        self._mark()  # a program that asks for this may write through it, unseen
         return {
             "shape": self.shape,
             "typestr": self.dtype.str,
@@ -236,7 +237,7 @@ class ndarray:  # noqa: N801 - as CuPy has it
         out: npt.NDArray[Any] | None = None,
         blocking: bool = True,
     ) -> npt.NDArray[Any]:
-        """A copy in host memory. The host waits for it."""
+        """A copy in host memory; the host waits for it."""
         if order.upper() not in ("C", "F", "A"):
             raise ValueError(f"unsupported order: {order}")
         if out is not None:
@@ -277,7 +278,7 @@ class ndarray:  # noqa: N801 - as CuPy has it
         return self.get().tolist()
 
     def tobytes(self, order: Any = "C") -> bytes:
-        """The bytes of the elements."""
+        """The bytes of the elements in a given order."""
         return self.get().tobytes(order)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
@@ -340,7 +341,7 @@ class ndarray:  # noqa: N801 - as CuPy has it
             return self._view(self._host[items if any(item is ... for item in items) else (*items, ...)])
         items = _indices(items)
         if any(isinstance(item, ndarray) and item.dtype == bool for item in items):
-            note_get("boolean index")  # how many elements there are, only the device knows
+            note_get("boolean index")  # the host waits: only the device knows how many elements are selected
 
         def take(host: npt.NDArray[Any], *key: Any) -> Any:
             return host[key]
@@ -375,7 +376,7 @@ class ndarray:  # noqa: N801 - as CuPy has it
     # Copies and views
 
     def copy(self, order: str = "C") -> ndarray:
-        """A copy on the current device."""
+        """A copy of the array on the current device."""
         if not self.size or self._allocation.device == runtime.getDevice():
             return self.astype(self.dtype, order=order)
         with self.device:
@@ -398,7 +399,7 @@ class ndarray:  # noqa: N801 - as CuPy has it
         subok: bool | None = None,  # noqa: ARG002
         copy: bool = True,
     ) -> ndarray:
-        """A copy with a dtype; ``copy=False`` gives the array itself where it can."""
+        """A copy with another dtype; with ``copy=False`` the array itself where that is possible."""
         dtype = _dtypes.supported(dtype)
         if casting is not None and not np.can_cast(self.dtype, dtype, casting):
             raise TypeError(
@@ -412,7 +413,7 @@ class ndarray:  # noqa: N801 - as CuPy has it
         return result
 
     def view(self, dtype: npt.DTypeLike | None = None) -> ndarray:
-        """The same memory, with another dtype."""
+        """An array of the same memory, with another dtype."""
         return self._view(self._host.view(self.dtype if dtype is None else _dtypes.supported(dtype)))
 
     transpose, reshape, ravel = (_method(name, view=True) for name in ("transpose", "reshape", "ravel"))
@@ -487,7 +488,7 @@ class ndarray:  # noqa: N801 - as CuPy has it
 
 
 def byte_range(array: ndarray) -> tuple[int, int]:
-    """The addresses of the first byte of an array and of the first one past it, whatever its strides."""
+    """The addresses of an array's first byte and of the first byte past it, whatever its strides."""
     first, end = np.lib.array_utils.byte_bounds(array._host) if array.size else (array.data.ptr,) * 2
     return int(first), int(end)
 
@@ -510,7 +511,7 @@ def _address(host: npt.NDArray[Any]) -> int:
 
 
 def _scalar(value: Any, dtype: np.dtype[Any]) -> Any:
-    """A scalar with a dtype. Assignment takes nothing else from the host."""
+    """A host scalar as an array of a dtype; an error for any other host value, which assignment does not take."""
     with np.errstate(all="ignore"):
         host = np.asarray(value).astype(dtype)
     if host.shape != ():
@@ -523,7 +524,7 @@ def _is_basic(items: tuple[Any, ...]) -> bool:
 
 
 def _indices(items: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Lists and NumPy arrays among indices become device arrays."""
+    """The indices with lists and NumPy arrays as device arrays."""
     return tuple(
         cupy.array(np.asarray(item, np.intp if isinstance(item, list) and not item else None))
         if isinstance(item, (list, np.ndarray))
@@ -540,6 +541,6 @@ def _index_hosts(items: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _empty_of_order(like: ndarray, dtype: np.dtype[Any], order: str) -> ndarray:
-    """A new array of the same shape in the order C, F, A or K."""
+    """A new array of the same shape in memory order C, F, A or K."""
     strides = np.empty_like(like._host, dtype, order.upper()).strides  # type: ignore[call-overload]
     return ndarray(like.shape, dtype, strides=strides)

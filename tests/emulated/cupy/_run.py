@@ -1,4 +1,4 @@
-"""NumPy functions on the host memory behind device arrays: now, or when a graph that is being captured is launched."""
+"""Applies NumPy functions to the host memory behind device arrays: now, or when a captured graph is launched."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def run(
     Parameters
     ----------
     view
-        The function gives views where it can. It reads the elements only if it gives none.
+        Whether the function returns views where it can; it reads the elements only if it returns none.
     reads
-        Called instead of checking that all elements of all arguments were written.
+        Function called instead of checking that all elements of all arguments were written.
     writes
-        Called instead of noting that all elements of ``out=`` were written.
+        Function called instead of noting that all elements of ``out=`` were written.
     """
     kwargs = dict(kwargs or {})
     out = kwargs.pop("out", None)
@@ -52,9 +52,10 @@ def run(
 
     def compute(lower: Callable[[Any], Any]) -> Any:
         lowered = _map((args, kwargs), lower)
-        with ExitStack() as quiet:  # a device reports neither infinities nor means of nothing
+        with ExitStack() as quiet:  # a device warns of neither infinities nor means of nothing
             quiet.enter_context(np.errstate(all="ignore"))
-            if not all(array.size for array in arrays):  # only then: this is slow, and not meant for threads
+            # Only where it is needed: this is slow, and not safe in threads.
+            if not all(array.size for array in arrays):
                 quiet.enter_context(warnings.catch_warnings())
                 warnings.simplefilter("ignore", RuntimeWarning)
             return function(*lowered[0], **lowered[1], **({} if out is None else {"out": _map(out, lower)}))
@@ -87,7 +88,7 @@ def run(
     if out is not None:
         stream._capture.work.append(work)
         return out
-    promised = _map(compute(_blank), _promise)  # on zeros: shapes and dtypes alone count
+    promised = _map(compute(_blank), _promise)  # of zeros: only shapes and dtypes matter before the launch
     targets = [leaf for leaf in _leaves(promised) if isinstance(leaf, cupy.ndarray)]
 
     def deliver() -> None:
@@ -162,7 +163,7 @@ def _promise(leaf: Any) -> Any:
 
 
 def _source(host: Any, arrays: list[Any]) -> Any:
-    """The array whose memory this is; for no elements at all, any array."""
+    """The array whose memory a result is a view of; any array if the result has no elements."""
     for array in arrays:
         if not host.size or np.may_share_memory(host, array._allocation.host):
             return array

@@ -41,7 +41,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Properties:
-    """What a device says about itself; the defaults are those of an H200. Sizes are in bytes, rates in kHz."""
+    """The properties of a device; the defaults are an H200's. Sizes are in bytes, rates in kHz."""
 
     name: str = "Emulated H200"
     compute_capability: str = "90"
@@ -108,7 +108,7 @@ RTX_4090 = replace(
 
 
 class Launch(NamedTuple):
-    """One kernel launch and the traffic between the kernel and global memory."""
+    """A kernel launch, and its traffic between the kernel and global memory."""
 
     name: str
     grid: tuple[int, int, int]
@@ -118,38 +118,39 @@ class Launch(NamedTuple):
     stream: int
     bytes_read: int
     bytes_written: int
-    cluster: int = 1  # blocks
+    cluster: int = 1  # blocks of a cluster
 
 
 devices: list[Properties] = [H200] * int(os.environ.get("CUPY_EMULATOR_DEVICES", "1"))
 """The devices that the stand-in pretends, by number."""
 
 seed: int = int(os.environ.get("CUPY_EMULATOR_SEED", "0"))
-"""The order in which the threads of a kernel run depends on it."""
+"""Number that decides the order in which the threads of a kernel run."""
 
 launches: list[Launch] = []
 """All launches so far, or those since `record` was entered."""
 
 chosen_blocks: tuple[tuple[int, int, int], ...] | None = None
-"""The blocks that launches run, by their indices; None is all of a grid."""
+"""Indices of the blocks that launches run; None: all blocks of the grid."""
 
 syncs: list[str] = []
-"""What made the host wait for a device: "get", "synchronize", ..., or what did since `record_syncs` was entered."""
+"""Reasons why the host waited for a device ("get", "synchronize", ...), since the start or since `record_syncs` was
+entered."""
 
 faults: dict[int, int] = {}
-"""The error that all calls of a device report since a kernel on it has failed, by the device's number."""
+"""Errors that all calls of a device report since a kernel on it has failed, by the device's number."""
 
 _lock = threading.Lock()
 
 
 def set_devices(*properties: Properties) -> None:
-    """Pretend these devices from now on. Arrays on a device that is no more must not be used."""
+    """Pretend these devices from now on. Arrays on a former device must not be used any more."""
     devices[:] = properties
 
 
 @contextmanager
 def pretend(*properties: Properties) -> Iterator[None]:
-    """Pretend these devices inside the block."""
+    """A context inside of which these devices are pretended."""
     before = devices[:]
     set_devices(*properties)
     try:
@@ -160,7 +161,7 @@ def pretend(*properties: Properties) -> Iterator[None]:
 
 @contextmanager
 def record() -> Iterator[list[Launch]]:
-    """A fresh list of the launches inside the block, of all threads."""
+    """A context with a fresh list of the launches inside it, of all threads."""
     global launches
     outer, launches = launches, []
     try:
@@ -172,7 +173,7 @@ def record() -> Iterator[list[Launch]]:
 
 @contextmanager
 def run_only(*blocks: tuple[int, int, int]) -> Iterator[None]:
-    """Run these blocks alone, and the rest of their clusters, of each grid that is launched inside the context."""
+    """A context inside of which each launch runs these blocks alone, with the rest of their clusters."""
     global chosen_blocks
     outer, chosen_blocks = chosen_blocks, blocks
     try:
@@ -183,7 +184,7 @@ def run_only(*blocks: tuple[int, int, int]) -> Iterator[None]:
 
 @contextmanager
 def record_syncs() -> Iterator[list[str]]:
-    """A fresh list of what made the host wait inside the block, in all threads."""
+    """A context with a fresh list of the reasons why the host waited inside it, in all threads."""
     global syncs
     outer, syncs = syncs, []
     try:
@@ -195,7 +196,7 @@ def record_syncs() -> Iterator[list[str]]:
 
 @contextmanager
 def broken(device: int = 0, status: int = 719) -> Iterator[None]:
-    """Inside the block, all calls of a device report this error, as after a kernel that has failed."""
+    """A context inside of which all calls of a device report this error, as after a kernel that has failed."""
     faults[device] = status
     try:
         yield
@@ -204,12 +205,12 @@ def broken(device: int = 0, status: int = 719) -> Iterator[None]:
 
 
 def count_sync(reason: str) -> None:
-    """Note that the host waited for a device."""
+    """Note that the host waited for a device, and why."""
     with _lock:
         syncs.append(reason)
 
 
 def __getattr__(name: str) -> int:
-    if name == "host_syncs":  # how often the host waited
+    if name == "host_syncs":  # the number of waits
         return len(syncs)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""What the streams of all threads capture, and what CUDA forbids meanwhile, also in threads that capture nothing."""
+"""What the streams of all threads capture, and what CUDA forbids meanwhile, even in threads that capture nothing."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ _under_way: WeakSet[Capture] = WeakSet()
 
 
 class Capture:
-    """The work of a stream between `begin_capture` and `end_capture`.
+    """The record of a stream's work between `begin_capture` and `end_capture`.
 
     Attributes
     ----------
     mode
-        Whom potentially unsafe calls are forbidden: all threads, this one, or none.
+        Threads that may make no potentially unsafe calls: all, this one, or none.
     blocking
         Whether the stream and the default (legacy) stream wait for each other.
     valid
-        Whether no call has spoiled it.
+        Whether no call has spoiled the capture.
     """
 
     def __init__(self, device: int, mode: int, blocking: bool) -> None:
@@ -38,12 +38,12 @@ class Capture:
         _under_way.add(self)
 
     def end(self) -> None:
-        """Forbid nothing any more."""
+        """End the capture, after which it forbids nothing."""
         _under_way.discard(self)
 
 
 def exchange_mode(mode: int) -> int:
-    """Give this thread a mode, and return the one it had."""
+    """Give this thread a mode, and return its former one."""
     if mode not in (GLOBAL, THREAD_LOCAL, RELAXED):
         raise ValueError(mode)
     before: int = getattr(_local, "mode", GLOBAL)
@@ -52,7 +52,7 @@ def exchange_mode(mode: int) -> int:
 
 
 def status_of_unsafe_call(device: int) -> int:
-    """What a call reports that waits for a device, asks it, or changes its memory without a stream.
+    """The status of a call that waits for a device, asks it, or changes its memory without a stream.
 
     It spoils the captures that forbid it: those of this thread that are not relaxed, and the global ones of other
     threads. A thread in relaxed mode may call as it likes; for one in thread-local mode, its own captures count alone.
@@ -69,14 +69,14 @@ def status_of_unsafe_call(device: int) -> int:
 
 
 def status_of_whole_device(device: int) -> int:
-    """What a call reports that waits for all streams of a device, whatever the modes."""
+    """The status of a call that waits for all streams of a device, whatever the modes."""
     return _spoil([capture for capture in list(_under_way) if capture.device == device]) or status_of_unsafe_call(
         device
     )
 
 
 def status_of_legacy_stream(device: int) -> int:
-    """What use of the default stream reports, which waits for all streams but non-blocking ones."""
+    """The status of using the default stream, which waits for all streams but non-blocking ones."""
     return (906 if _spoil(before_legacy_stream(device)) else 0) or emulator.faults.get(device, 0)
 
 
@@ -86,7 +86,7 @@ def before_legacy_stream(device: int) -> list[Capture]:
 
 
 def check(status: int, what: str, kind: type[_CUDAError] = CUDARuntimeError) -> None:
-    """Raise the error of a status, if it is one."""
+    """Raise the error that a status stands for, if any."""
     if status:
         raise kind(status) from DetailError(what)
 

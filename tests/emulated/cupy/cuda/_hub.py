@@ -1,4 +1,4 @@
-"""How the ranks of a communicator reach each other: each is connected with a hub in the process of the unique id."""
+"""Connects the ranks of a communicator: each has a connection to a hub in the process that made the unique id."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from weakref import WeakValueDictionary
 
 HOST = "127.0.0.1"
 TOKEN_BYTES = 16
-ANSWER, PARTED = b"+", b"-"  # how a message of the hub begins
+ANSWER, PARTED = b"+", b"-"  # the first byte of a message of the hub: an answer, or that a rank has left
 
-_HELLO = struct.Struct(f"!{TOKEN_BYTES}siiq")  # token, number of ranks, rank, process
-_LENGTHS = struct.Struct("!HQ")  # of header and payload; a rank that leaves sends an empty header
+_HELLO = struct.Struct(f"!{TOKEN_BYTES}siiq")  # a rank's first message: token, number of ranks, rank, process
+_LENGTHS = struct.Struct("!HQ")  # lengths of header and payload; the header of a rank that leaves is empty
 
 Combine = Callable[[bytes, list[bytes]], bytes]
 
 
 class Hub(threading.Thread):
-    """It answers each round of requests, one of every rank, when all are there.
+    """A server that answers a round of requests, one of every rank, once all of them are there.
 
     When a rank leaves, or is lost, or requests of a round differ, it closes all connections: no round can succeed.
 
     Parameters
     ----------
     combine
-        The answer, from the header that all requests share and their payloads by rank.
+        Function that makes the answer, from the header that all requests share and their payloads by rank.
     """
 
     def __init__(self, combine: Combine) -> None:
@@ -41,12 +41,12 @@ class Hub(threading.Thread):
         self.port: int = self._listener.getsockname()[1]
         self.token = secrets.token_bytes(TOKEN_BYTES)
         self._members: dict[int, socket.socket] = {}
-        self._here: set[int] = set()  # ranks of this process
+        self._here: set[int] = set()  # ranks that are threads of this process
         _hubs[self.token] = self
         self.start()
 
     def run(self) -> None:
-        """Serve until it is over."""
+        """Serve rounds until the ranks have left."""
         with ExitStack() as sockets, suppress(OSError):
             with self._listener:
                 self._gather(sockets)
@@ -59,7 +59,7 @@ class Hub(threading.Thread):
         while len(self._members) != size:
             ready = select.select([self._listener, *self._members.values()], [], [])[0]
             if ready != [self._listener]:
-                raise ConnectionResetError  # who waits for the others says nothing: it is lost
+                raise ConnectionResetError  # a rank that closes or speaks while the others are awaited is lost
             connection = sockets.enter_context(self._listener.accept()[0])
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             try:
@@ -83,7 +83,7 @@ class Hub(threading.Thread):
             ready = select.select(list(self._members.values()), [], [])[0]
             for rank in [rank for rank, connection in self._members.items() if connection in ready]:
                 if rank in requests:
-                    raise ConnectionResetError  # as above
+                    raise ConnectionResetError  # lost, as in `run`
                 header, payload = _receive_request(self._members[rank])
                 if not header:
                     del self._members[rank]
@@ -97,7 +97,7 @@ class Hub(threading.Thread):
         return True
 
     def _send_all(self, message: bytes) -> None:
-        """Ranks of this process come last: what they do next may be to end it, and the hub with it."""
+        """Send a message to all ranks; those of this process last: they may end it, and so the hub."""
         for rank in sorted(self._members, key=lambda rank: rank in self._here):
             self._members[rank].sendall(message)
 
@@ -117,18 +117,18 @@ class Member:
             raise
 
     def exchange(self, header: bytes, payload: bytes, nbytes: int) -> bytes:
-        """Wait for the answer to a request, of so many bytes; an OSError if there will be none."""
+        """Wait for the answer to a request; `nbytes` is the answer's size. An OSError if there will be no answer."""
         try:
             self._socket.sendall(_LENGTHS.pack(len(header), len(payload)) + header + payload)
             if receive(self._socket, len(ANSWER)) != ANSWER:
                 raise ConnectionAbortedError
             return receive(self._socket, nbytes)
         except BaseException:
-            self.interrupt()  # half a message would be taken for the begin of the next one
+            self.interrupt()  # else the rest of a message would be taken for the beginning of the next one
             raise
 
     def lost(self) -> bool:
-        """Whether the hub has closed the connection, and not because a rank left in due form."""
+        """Whether the hub has closed the connection for any other reason than that a rank left in due form."""
         try:
             return not self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
         except BlockingIOError:
@@ -137,18 +137,18 @@ class Member:
             return True
 
     def interrupt(self) -> None:
-        """Lose the connection: `exchange`, in whatever thread, fails."""
+        """Break the connection, so that `exchange` fails in whatever thread it is."""
         with suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
 
     def leave(self) -> None:
-        """Tell the hub, and close the connection."""
+        """Tell the hub that this rank leaves, and close the connection."""
         with suppress(OSError):
             self._socket.sendall(_LENGTHS.pack(0, 0))
         self.close()
         hub = _hubs.get(self._token)
         if hub is not None and hub is not threading.current_thread() and not sys.is_finalizing():
-            hub.join()  # the process may end now, and the other ranks are to know that nobody is lost
+            hub.join()  # the process may end after this, and the other ranks must hear before that nobody is lost
 
     def close(self) -> None:
         """Close the connection."""
@@ -156,7 +156,7 @@ class Member:
 
 
 def receive(connection: socket.socket, nbytes: int) -> bytes:
-    """So many bytes; an OSError if there are fewer."""
+    """Receive exactly `nbytes` bytes; an OSError if the connection ends before."""
     data = bytearray(nbytes)
     rest = memoryview(data)
     while rest:

@@ -1,4 +1,4 @@
-"""Devices."""
+"""Devices, by their numbers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _local = threading.local()
 
 
 class Device:
-    """A device by its number, by default the current one; a block of a `with` statement makes it current."""
+    """A device by its number, by default the current one. A `with` statement makes it current for its block."""
 
     def __init__(self, device: int | Device | None = None) -> None:
         self.id: int = runtime.getDevice() if device is None else int(device)
@@ -51,13 +51,13 @@ class Device:
 
     @property
     def compute_capability(self) -> str:
-        """Such as "90"."""
+        """The compute capability as text, such as "90"."""
         of = runtime.getDeviceProperties(self.id)
         return f"{of['major']}{of['minor']}"
 
     @property
     def attributes(self) -> dict[str, Any]:
-        """All attributes by name."""
+        """All attributes of the device by name."""
         return {
             name.removeprefix("cudaDevAttr"): runtime.deviceGetAttribute(number, self.id)
             for name, number in vars(runtime).items()
@@ -66,7 +66,7 @@ class Device:
 
     @property
     def mem_info(self) -> tuple[int, int]:
-        """Bytes of memory that are free, and all of them."""
+        """Bytes of memory that are free, and bytes in all."""
         with self:
             return runtime.memGetInfo()
 

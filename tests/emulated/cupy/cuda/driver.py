@@ -1,4 +1,4 @@
-"""The CUDA driver: its errors, and the one function that programs reach through ctypes, since CuPy has it not."""
+"""The CUDA driver: its errors, and the one function that programs call through ctypes, because CuPy lacks it."""
 
 # The names are CUDA's.
 # ruff: noqa: N802
@@ -15,11 +15,11 @@ __all__ = ["CUDADriverError"]
 
 
 class _Library:
-    """What ``ctypes.cdll["libcuda.so.1"]`` has here."""
+    """The object that ``ctypes.cdll["libcuda.so.1"]`` is on the stand-in."""
 
     @staticmethod
     def cuThreadExchangeStreamCaptureMode(mode: Any) -> int:
-        """Swap the capture mode of this thread with the one at a pointer of ctypes."""
+        """Swap the capture mode of this thread with the one that a ctypes pointer points to."""
         value = mode.contents if hasattr(mode, "contents") else mode._obj
         try:
             value.value = _capture.exchange_mode(value.value)
@@ -28,4 +28,4 @@ class _Library:
         return 0
 
 
-setattr(ctypes.cdll, "libcuda.so.1", _Library())  # as if somebody had loaded it before
+setattr(ctypes.cdll, "libcuda.so.1", _Library())  # ctypes takes this attribute for a library that is already loaded

@@ -1,6 +1,6 @@
 """Graphs of captured work."""
 
-# The parameters are CuPy's.
+# The parameters are CuPy's, whether they are used here or not.
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cupy.cuda._capture import Work
 
 
 class Graph:
-    """Captured work. It keeps the arrays alive that it works on, which CUDA's graphs do not."""
+    """A graph of captured work. Unlike CUDA's graphs, it keeps the arrays alive that it works on."""
 
     _work: list[Work]
     _device: int
@@ -27,13 +27,13 @@ class Graph:
         return graph
 
     def launch(self, stream: Any = None) -> None:
-        """Do the work in the order in which it was captured."""
+        """Do the captured work, in the order in which it was captured."""
         from cupy.cuda.stream import get_current_stream
 
         (get_current_stream() if stream is None else stream)._enqueue(self._run, "launch of a graph")
 
     def upload(self, stream: Any = None) -> None:
-        """Nothing to do here."""
+        """Do nothing: there is no device to upload to."""
 
     def _run(self) -> None:
         from cupy.cuda.device import Device

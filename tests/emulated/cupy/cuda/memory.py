@@ -1,4 +1,4 @@
-"""Where arrays get their memory from."""
+"""Allocators of the memory of arrays."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class MemoryPool:
     """
 
     def __init__(self) -> None:
-        self._most: dict[int, int] = {}  # bytes that each device has given
+        self._most: dict[int, int] = {}  # most bytes that each device has given
 
     def malloc(self, size: int) -> MemoryPointer:
-        """Memory of the current device."""
+        """Allocate memory of the current device."""
         size, device = int(size), runtime.getDevice()
         used = usage(device).live_bytes + size
         if used > self._most.get(device, 0):
@@ -33,17 +33,17 @@ class MemoryPool:
         return MemoryPointer(Allocation(size, device), 0)
 
     def used_bytes(self) -> int:
-        """What the current device's arrays take, as whole blocks of 512 bytes."""
+        """Bytes of the current device that its arrays take, as whole blocks of 512 bytes."""
         return -(-usage(runtime.getDevice()).live_bytes // ALIGNMENT) * ALIGNMENT
 
     total_bytes = used_bytes
 
     def free_bytes(self) -> int:
-        """Bytes that are kept though no array needs them: none."""
+        """Bytes that the pool keeps though no array needs them: none."""
         return 0
 
     def free_all_blocks(self, stream: object = None) -> None:  # noqa: ARG002
-        """Forget what the devices have given."""
+        """Forget what the devices have given, as if it were given back."""
         self._most.clear()
 
 
@@ -52,16 +52,16 @@ _allocator: Allocator = _pool.malloc
 
 
 def get_allocator() -> Allocator:
-    """What arrays get their memory from."""
+    """The function that allocates the memory of arrays."""
     return _allocator
 
 
 def set_allocator(allocator: Allocator | None = None) -> None:
-    """Get memory of new arrays by calling this with a number of bytes; None is the default pool."""
+    """Set the function that allocates memory, which takes a number of bytes; None is the default pool."""
     global _allocator
     _allocator = _pool.malloc if allocator is None else allocator
 
 
 def alloc(size: int) -> MemoryPointer:
-    """Memory of the current device."""
+    """Allocate memory of the current device from the current allocator."""
     return _allocator(size)

@@ -1,4 +1,4 @@
-"""Collectives of several processes. They run at once, so that a call returns when all ranks have made theirs."""
+"""NCCL: collectives of several processes. They run at once, so that a call returns when all ranks have made theirs."""
 
 # The names are CuPy's.
 # ruff: noqa: N802
@@ -45,7 +45,7 @@ NCCL_FLOAT64 = 8
 NCCL_DOUBLE = 8
 NCCL_BFLOAT16 = 9
 
-_DTYPES = ("i1", "u1", "i4", "u4", "i8", "u8", "f2", "f4", "f8")  # by their numbers, but for bfloat16
+_DTYPES = ("i1", "u1", "i4", "u4", "i8", "u8", "f2", "f4", "f8")  # by number of NCCL; bfloat16 is the next one
 _REDUCTIONS: tuple[Callable[..., Any], ...] = (np.add, np.multiply, np.fmax, np.fmin)
 _UNHANDLED_CUDA_ERROR, _INVALID_ARGUMENT, _REMOTE_ERROR = 1, 4, 6
 _ERRORS = (
@@ -57,7 +57,7 @@ _ERRORS = (
     ("NCCL_ERROR_INVALID_USAGE", "invalid usage (run with NCCL_DEBUG=WARN for details)"),
     ("NCCL_ERROR_REMOTE_ERROR", "remote process exited or there was a network error"),
 )
-_ID = struct.Struct(f"!8sH{TOKEN_BYTES}s102x")  # NCCL_UNIQUE_ID_BYTES in all
+_ID = struct.Struct(f"!8sH{TOKEN_BYTES}s102x")  # as many bytes as NCCL_UNIQUE_ID_BYTES
 _MAGIC = b"emulated"
 _ALL_GATHER, _ALL_REDUCE, _BROADCAST, _BARRIER = range(4)
 
@@ -82,13 +82,13 @@ get_build_version = get_version
 
 
 def get_unique_id() -> bytes:
-    """A new id. The process that calls this has to live while there are communicators of the id."""
+    """A new unique id. The process that calls this must live as long as the communicators of the id."""
     hub = Hub(_combine)
     return _ID.pack(_MAGIC, hub.port, hub.token)
 
 
 class _Call(NamedTuple):
-    """What all ranks have to agree on."""
+    """The part of a call that must be the same on all ranks."""
 
     kind: int
     elements: int = 0
@@ -97,13 +97,13 @@ class _Call(NamedTuple):
     root: int = 0
 
 
-_HEADER = struct.Struct("!QiQiii")  # how many calls there were before, and a call
+_HEADER = struct.Struct("!QiQiii")  # how many calls there were before, then the fields of a call
 
 
 class NcclCommunicator:
-    """One rank of those that share an id; made when all ranks are there.
+    """One rank of those that share an id; it is made when all ranks are there.
 
-    Unlike NCCL's, several ranks may use the same device, as each process has its own pretended ones.
+    Unlike with NCCL, several ranks may use the same device, as each process has its own pretended ones.
     """
 
     _comm = 0
@@ -118,12 +118,13 @@ class NcclCommunicator:
             raise NcclError(_INVALID_ARGUMENT)
         self._size, self._rank, self._device = ndev, rank, runtime.getDevice()
         self._calls = 0
-        self._lock = threading.RLock()  # taken again where a signal handler or the garbage collector calls a method
+        # Reentrant, because a signal handler or the garbage collector may call a method within another one.
+        self._lock = threading.RLock()
         try:
             self._member: Member | None = Member(port, token, ndev, rank)
         except OSError:
             raise NcclError(_REMOTE_ERROR) from None
-        if ndev == 1:  # nobody to talk to
+        if ndev == 1:  # a single rank needs no hub
             self._member.leave()
             self._member = None
         self._comm = next(_handles)
@@ -135,7 +136,7 @@ class NcclCommunicator:
 
     @property
     def comm(self) -> int:
-        """The handle; 0 if the communicator is destroyed or aborted."""
+        """The handle of the communicator; 0 if it is destroyed or aborted."""
         return self._comm
 
     def rank_id(self) -> int:
@@ -154,15 +155,15 @@ class NcclCommunicator:
         return self._device
 
     def allGather(self, sendbuf: int, recvbuf: int, count: int, datatype: int, stream: int) -> None:
-        """So many elements of each rank, one rank after the other."""
+        """Collect `count` elements of each rank, one rank after the other."""
         self._enqueue(_Call(_ALL_GATHER, count, datatype), sendbuf, recvbuf, stream)
 
     def allReduce(self, sendbuf: int, recvbuf: int, count: int, datatype: int, op: int, stream: int) -> None:
-        """Element by element, the reduction over all ranks."""
+        """Reduce the arrays of all ranks, element by element."""
         self._enqueue(_Call(_ALL_REDUCE, count, datatype, op), sendbuf, recvbuf, stream)
 
     def broadcast(self, sendbuff: int, recvbuff: int, count: int, datatype: int, root: int, stream: int) -> None:
-        """The elements of one rank."""
+        """Copy the elements of one rank to all ranks."""
         self._enqueue(_Call(_BROADCAST, count, datatype, root=root), sendbuff, recvbuff, stream)
 
     def check_async_error(self) -> None:
@@ -172,7 +173,7 @@ class NcclCommunicator:
             raise NcclError(_REMOTE_ERROR)
 
     def abort(self) -> None:
-        """Leave at once. A call that waits in another thread returns and has received nothing."""
+        """Leave at once. A call that waits in another thread returns without having received anything."""
         if not self._comm:
             return
         self._comm = 0
@@ -182,7 +183,7 @@ class NcclCommunicator:
                 self._member.close()
 
     def destroy(self) -> None:
-        """Leave when the call that runs is done. No rank can complete another one."""
+        """Leave when the call that runs is done. No further call of any rank succeeds."""
         with self._lock:
             if not self._comm:
                 return
@@ -195,7 +196,7 @@ class NcclCommunicator:
             raise NcclError(_INVALID_ARGUMENT)
 
     def _enqueue(self, call: _Call, sendbuf: int, recvbuf: int, stream: int) -> None:
-        """Check the arguments, and do it now or note it where the stream is being captured."""
+        """Check the arguments of a call, and make it now, or note it where the stream is being captured."""
         self._check()
         known = 0 <= call.datatype <= NCCL_BFLOAT16 and 0 <= call.op < len(_REDUCTIONS)
         if not known or call.elements < 0 or not 0 <= call.root < self._size:
@@ -234,7 +235,7 @@ class NcclCommunicator:
         return span
 
     def _exchange(self, call: _Call, payload: bytes, nbytes: int) -> bytes | None:
-        """What the call gives this rank; None if the communicator is aborted meanwhile."""
+        """The bytes that the call gives this rank; None if the communicator is aborted meanwhile."""
         with self._lock:
             self._check()
             header = _HEADER.pack(self._calls, *call)
@@ -249,19 +250,19 @@ class NcclCommunicator:
                 raise NcclError(_REMOTE_ERROR) from None
 
     def _barrier(self) -> None:
-        """Wait for all ranks: what `cupyx.distributed` has besides NCCL."""
+        """Wait for all ranks; for `cupyx.distributed`, which has more than NCCL does."""
         self._exchange(_Call(_BARRIER), b"", 0)
 
 
 def _dtype(datatype: int) -> np.dtype[Any]:
     if datatype == NCCL_BFLOAT16:
-        import ml_dtypes  # noqa: F401 - NumPy knows the name from now on
+        import ml_dtypes  # noqa: F401 - makes NumPy know the name bfloat16
 
     return np.dtype("bfloat16" if datatype == NCCL_BFLOAT16 else _DTYPES[datatype])
 
 
 def _combine(header: bytes, payloads: list[bytes]) -> bytes:
-    """What every rank receives, from what each of them has sent."""
+    """The bytes that every rank receives, from those that each of them has sent."""
     call = _Call(*_HEADER.unpack(header)[1:])
     if call.kind != _ALL_REDUCE:  # in a broadcast, only the root has sent anything
         return b"".join(payloads)
@@ -275,9 +276,9 @@ def _combine(header: bytes, payloads: list[bytes]) -> bytes:
 
 @atexit.register
 def _leave() -> None:
-    """A process that ends in due form is not lost."""
+    """Leave all communicators in due form when the process ends, so that the rank does not count as lost."""
     for communicator in list(_alive):
-        if communicator._lock.acquire(blocking=False):  # else a thread still waits in it: no due form
+        if communicator._lock.acquire(blocking=False):  # if a thread still waits in a call, the rank does count as lost
             communicator.destroy()
 
 

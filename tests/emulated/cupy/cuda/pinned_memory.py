@@ -1,4 +1,4 @@
-"""Host memory that a device can copy to and from without a detour: here, host memory like any other."""
+"""Pinned memory: host memory that a device copies to and from directly. Here it is host memory like any other."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["PinnedMemoryPointer", "alloc_pinned_memory"]
 
 
 class PinnedMemoryPointer(bytearray):
-    """A buffer that NumPy's arrays can be made of."""
+    """A buffer of host memory, from which NumPy arrays can be made."""
 
     @property
     def ptr(self) -> int:
@@ -25,6 +25,6 @@ class PinnedMemoryPointer(bytearray):
 
 
 def alloc_pinned_memory(size: int) -> PinnedMemoryPointer:
-    """So many bytes, poisoned as those of devices are."""
+    """Allocate host memory, filled with the same poison as a device's."""
     check(status_of_unsafe_call(runtime.getDevice()), "cudaHostAlloc")
     return PinnedMemoryPointer(bytes([POISON]) * size)

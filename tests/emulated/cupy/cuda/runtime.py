@@ -47,7 +47,7 @@ _local = threading.local()
 
 
 def getDeviceCount() -> int:
-    """How many devices there are; an error if there is none, as in CUDA."""
+    """The number of devices; an error if there is none, as in CUDA."""
     if not emulator.devices:
         raise CUDARuntimeError(100)
     return len(emulator.devices)
@@ -67,7 +67,7 @@ def setDevice(device: int) -> None:
 
 
 def getDeviceProperties(device: int) -> dict[str, Any]:
-    """What `cudaGetDeviceProperties` tells; the name is bytes."""
+    """The properties of a device that `cudaGetDeviceProperties` tells; the name is bytes."""
     of = _properties(device)
     return {
         "name": of.name.encode(),
@@ -115,7 +115,7 @@ def deviceSynchronize() -> None:
 
 
 def streamIsCapturing(stream: int) -> bool:
-    """Whether the work of a stream, by its handle, waits for the launch of a graph."""
+    """Whether a stream, given by its handle, is being captured."""
     from cupy.cuda import _capture
     from cupy.cuda.stream import find_stream
 
@@ -132,7 +132,7 @@ def streamIsCapturing(stream: int) -> bool:
 
 
 def streamQuery(stream: int) -> int:
-    """What CUDA reports where a program asks whether a stream is done: 0 if it is. No status is an exception here."""
+    """The status of a stream: 0 if all its work is done. No status is raised as an error here."""
     from cupy.cuda.stream import find_stream
 
     found = find_stream(stream)
@@ -140,7 +140,7 @@ def streamQuery(stream: int) -> int:
 
 
 def eventQuery(event: int) -> int:
-    """What CUDA reports where a program asks whether an event is done: 0 if it is. No status is an exception here."""
+    """The status of an event: 0 if it has happened. No status is raised as an error here."""
     from cupy.cuda.stream import find_event
 
     found = find_event(event)
@@ -148,7 +148,7 @@ def eventQuery(event: int) -> int:
 
 
 def memGetInfo() -> tuple[int, int]:
-    """Bytes of the current device's memory that are free, and all of them."""
+    """Bytes of the current device's memory that are free, and bytes in all."""
     from cupy import _memory
 
     total = _properties(getDevice()).global_memory

@@ -1,6 +1,6 @@
-"""Streams, events, graphs. Work runs at once, but while a stream captures it waits for the launch of the graph."""
+"""Streams, events, graphs. Work runs at once, except while a stream captures: then it waits for the graph's launch."""
 
-# The parameters are CuPy's.
+# The parameters are CuPy's, whether they are used here or not.
 # ruff: noqa: ARG002
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _handles = itertools.count(0x1000, 0x10)
 
 
 class Stream:
-    """A queue of work of the device that was current when the stream was made."""
+    """A queue of work for the device that was current when the stream was made."""
 
     null: ClassVar[Stream]
     ptds: ClassVar[Stream]
@@ -50,7 +50,7 @@ class Stream:
         return f"<Stream {self.ptr} (device {self.device_id})>"
 
     def use(self) -> Stream:
-        """Make this stream the current one of this thread and device."""
+        """Make this stream the current one of this thread on its device."""
         device = runtime.getDevice()
         if self.device_id not in (-1, device):
             raise RuntimeError(
@@ -75,17 +75,17 @@ class Stream:
 
     @property
     def done(self) -> bool:
-        """Whether CUDA says so, which it does not where it reports an error. Work runs at once."""
+        """Whether CUDA reports the work as done; not where it reports an error. Here work is done at once."""
         return runtime.streamQuery(self.ptr) == 0
 
     def record(self, event: Event | None = None) -> Event:
-        """Note the time in an event."""
+        """Record the place in the stream in an event."""
         event = Event() if event is None else event
         event.record(self)
         return event
 
     def wait_event(self, event: Event) -> None:
-        """Nothing to wait for: what the event stands for has happened, or belongs to the same graph."""
+        """Wait for an event: nothing to do, as it has happened already or is part of the same graph."""
         if event._capture is self._capture:
             check(self._status_of_use(), "wait for an event")
         elif self._capture is not None:
@@ -95,7 +95,7 @@ class Stream:
             raise NotImplementedError("the stand-in for CuPy captures one stream, and no other ones by its events")
 
     def begin_capture(self, mode: int | None = None) -> None:
-        """From now on, work of this stream waits for the launch of a graph."""
+        """Begin a capture: from now on, the stream's work waits for the launch of a graph."""
         if self.ptr in (0, runtime.streamLegacy):
             raise RuntimeError("cannot capture on the default (legacy) stream")
         mode = runtime.streamCaptureModeRelaxed if mode is None else mode
@@ -106,7 +106,7 @@ class Stream:
         self._capture = Capture(self._device(), mode, not self.is_non_blocking)
 
     def end_capture(self) -> Graph:
-        """The graph of the work since `begin_capture`."""
+        """End the capture; returns the graph of the work since `begin_capture`."""
         capture = self._capture
         if capture is None:
             raise CUDARuntimeError(401)
@@ -119,14 +119,14 @@ class Stream:
         return Graph._from_stream(capture.work, capture.device)
 
     def is_capturing(self) -> bool:
-        """Whether work waits for the launch of a graph; an error if there will be none."""
+        """Whether the stream captures; an error if the capture is spoiled."""
         return runtime.streamIsCapturing(self.ptr)
 
     # -----------------------------------------------------------------------------------------------------------------
     # What the stand-in does with streams
 
     def _enqueue(self, work: Work, what: str, kind: type[_CUDAError] = CUDARuntimeError) -> None:
-        """Do the work now, or keep it for the launch of the graph."""
+        """Do some work now, or note it for the launch of the graph."""
         check(self._status_of_use(), what, kind)
         if self._capture is None:
             work()
@@ -134,12 +134,12 @@ class Stream:
             self._capture.work.append(work)
 
     def _wait(self, what: str) -> None:
-        """Note that the host waits for this stream."""
+        """Count that the host waits for this stream."""
         check(self._status_of_query(), what)
         emulator.count_sync(what)
 
     def _status_of_use(self) -> int:
-        """What a call reports that gives the stream something to do."""
+        """The status of a call that gives the stream work."""
         if self._capture is not None:
             return 0 if self._capture.valid else 901
         if self.ptr in (0, runtime.streamLegacy):
@@ -147,14 +147,14 @@ class Stream:
         return emulator.faults.get(self._device(), 0)
 
     def _status_of_query(self) -> int:
-        """What a call reports that asks the stream how far it is, or waits for it."""
+        """The status of a call that asks how far the stream is, or waits for it."""
         if self._capture is not None:
             self._capture.valid = False
             return 900
         return self._status_of_use() or _capture.status_of_unsafe_call(self._device())
 
     def _forbid_transfer(self, direction: str) -> None:
-        """Raise what CuPy raises where this stream is to copy from or to the host while it captures."""
+        """Raise CuPy's error if the stream is to copy from or to the host while it captures."""
         if self.is_capturing():
             raise RuntimeError(f"the current stream is capturing, so {direction} transfers are disallowed")
 
@@ -172,27 +172,27 @@ class Event:
         self._device = runtime.getDevice()
         self._timing = not disable_timing
         self._time: float | None = None
-        self._capture: Capture | None = None  # that of the stream where it was recorded last
+        self._capture: Capture | None = None  # capture of the stream that recorded this event last
         _events[self.ptr] = self
 
     def record(self, stream: Stream | None = None) -> None:
-        """Note the time, unless the stream captures: then the event stands for a place in the graph."""
+        """Record the moment; if the stream captures, the event stands for a place in the graph."""
         stream = get_current_stream() if stream is None else stream
         check(stream._status_of_use(), "record")
         self._capture, self._time = stream._capture, time.perf_counter()
 
     def synchronize(self) -> None:
-        """Wait for what came before the event."""
+        """Wait for the work before the event."""
         check(self._status(), "synchronize")
         emulator.count_sync("synchronize")
 
     @property
     def done(self) -> bool:
-        """Whether CUDA says so, which it does not where it reports an error. Work runs at once."""
+        """Whether CUDA reports that the event has happened; not where it reports an error. Work runs at once."""
         return runtime.eventQuery(self.ptr) == 0
 
     def _status(self) -> int:
-        """What a call reports that asks how far the event is, or waits for it."""
+        """The status of a call that asks whether the event has happened, or waits for it."""
         if self._capture is not None:
             self._capture.valid = False
             return 907
@@ -210,24 +210,24 @@ def get_elapsed_time(start_event: Event, end_event: Event) -> float:
 
 
 def get_current_stream(device_id: int = -1) -> Stream:
-    """The stream that this thread works on, on the current device or on another one."""
+    """The stream that this thread uses on the current device, or on another one."""
     return _currents().get(runtime.getDevice() if device_id < 0 else device_id, Stream.null)
 
 
 def find_stream(ptr: int) -> Stream | None:
-    """The live stream of a handle."""
+    """The live stream with this handle."""
     if ptr in (Stream.null.ptr, runtime.streamLegacy):
         return Stream.null
     return Stream.ptds if ptr == Stream.ptds.ptr else _live.get(ptr)
 
 
 def find_event(ptr: int) -> Event | None:
-    """The live event of a handle."""
+    """The live event with this handle."""
     return _events.get(ptr)
 
 
 def note_get(what: str, stream: Stream | None = None, blocking: bool = True) -> None:
-    """Note that a stream (by default the current one) copies to the host, which waits for it if it blocks."""
+    """Count a copy to the host by a stream (by default the current one); the host waits for it if it blocks."""
     stream = get_current_stream() if stream is None else stream
     stream._forbid_transfer("D2H")
     check(stream._status_of_use(), what)
@@ -236,18 +236,18 @@ def note_get(what: str, stream: Stream | None = None, blocking: bool = True) -> 
 
 
 def note_set(stream: Stream | None = None) -> None:
-    """Note that a stream copies from the host.
+    """Check that a stream may copy from the host.
 
     CuPy asks whether earlier copies are done, so that their buffers can be used again: an unsafe call.
     """
     stream = get_current_stream() if stream is None else stream
     stream._forbid_transfer("H2D")
     check(stream._status_of_use(), "a copy from the host")
-    _capture.status_of_unsafe_call(stream._device())  # CuPy does not look at what it reports
+    _capture.status_of_unsafe_call(stream._device())  # ignores the status, as CuPy does
 
 
 def _entered() -> list[tuple[int, Stream]]:
-    """What was current before this thread's `with` statements."""
+    """The stack of this thread's `with` statements: what was current before each of them."""
     if not hasattr(_local, "entered"):
         _local.entered = []
     entered: list[tuple[int, Stream]] = _local.entered

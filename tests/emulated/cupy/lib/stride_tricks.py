@@ -1,4 +1,4 @@
-"""Views by strides."""
+"""Views by explicit strides."""
 
 from __future__ import annotations
 
@@ -13,5 +13,5 @@ sliding_window_view = lift(np.lib.stride_tricks.sliding_window_view)
 
 
 def as_strided(x: Any, shape: Any = None, strides: Any = None) -> Any:
-    """A view with this shape and these strides."""
+    """A view of an array with the given shape and strides."""
     return run(np.lib.stride_tricks.as_strided, (x, shape, strides), view=True)

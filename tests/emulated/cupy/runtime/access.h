@@ -1,4 +1,4 @@
-// What happens at every access to memory: bounds, memory that nobody wrote, races, traffic.
+// The checks of every access to memory: bounds, memory that nobody wrote, races; and the count of its bytes.
 #pragma once
 #include "launch.h"
 
@@ -7,19 +7,19 @@ namespace {
 // ---------------------------------------------------------------------------------------------------------------------
 // Races
 
-// What the thread did in epochs below lies before the last barrier of the cluster that is known to be over, where so many
-// are known: that is all of them, or all but the last one.
+// The epoch below which all that the thread did lies before the cluster's barrier number `known`, which the current
+// thread knows to be over: that is the last barrier, or the last but one.
 inline uint32_t released(const Thread& thread, uint32_t known) {
     return known == launch.phase ? thread.released : thread.released_before;
 }
 
-// Whether a barrier of the cluster lies between what one of its threads did before and what the current one does now.
+// Whether a barrier of the cluster lies between an earlier access by one of its threads and the current thread's.
 inline bool cluster_orders(const Access& before) {
     return before.epoch < released(*pool[before.thread - launch.first_thread], current->known);
 }
 
-// How far apart what was done before and what the current thread does now are: 0 if the order is known, else 1 in one
-// warp, 2 in one block, 3 in different blocks. Shared memory of other clusters is not the same memory.
+// The distance between the thread of an earlier access and the current one: 0 if the order of their accesses is known,
+// else 1 in one warp, 2 in one block, 3 in different blocks. Shared memory of other clusters is not the same memory.
 __attribute__((noinline)) int distance_to(const Access& before, bool global) {
     const uint32_t number = before.thread - block->first_thread;
     if (number >= launch.threads) {
@@ -32,8 +32,8 @@ __attribute__((noinline)) int distance_to(const Access& before, bool global) {
     return before.epoch >= current->seen[number % 32];
 }
 
-// The same, with what most accesses find out in front: nobody has been here, or this thread, or the block before its last
-// barrier. Inlined, as is what calls it: half of the time of a launch goes by here.
+// The same as distance_to, with the usual cases in front: nobody was here before, or this thread, or the block before
+// its last barrier. It is inlined, as is its caller: half of the time of a launch is spent here.
 __attribute__((always_inline)) inline int unordered(const Access& before, bool global) {
     const uint32_t number = before.thread - block->first_thread;
     if (before.thread == 0 || number == current->number) return 0;
@@ -59,8 +59,8 @@ __attribute__((always_inline)) inline void check_race(History& history, bool wri
         return;
     }
     if (history.read.thread != now.thread) {
-        // A read that lies before this one needs no memory: what comes after this one comes after that one. Of others,
-        // keep the one from farther away.
+        // An earlier read that lies before this one need not be kept: whatever comes after this one comes after it,
+        // too. Of reads whose order is not known, the one by the more distant thread is kept.
         const int distance = unordered(history.read, global);
         if (distance > 0 && distance >= unordered(history.other_read, global)) history.other_read = history.read;
     }
@@ -70,13 +70,13 @@ __attribute__((always_inline)) inline void check_race(History& history, bool wri
 // ---------------------------------------------------------------------------------------------------------------------
 // Shared memory
 
-// While a block of a cluster has its turn, its shared memory is what the module has of zeroed statics, and that of the
-// other blocks is in these images. They lie far enough apart that what is just out of bounds is in no image.
+// The shared memory of the block whose turn it is lies in the module's zeroed statics; that of the cluster's other
+// blocks is kept in these images. They lie so far apart that an address just out of bounds is in no image.
 constexpr unsigned MOST_BLOCKS = 8;
 constexpr size_t IMAGE = 1 << 20, MARGIN = 256 << 10;
 alignas(4096) char images[MOST_BLOCKS * IMAGE];
 
-// Where an address of shared memory lies in a block's image, aligned as it is.
+// The address in a block's image that stands for an address of shared memory; its alignment is the same.
 char* in_image(const Block& owner, uintptr_t address) {
     return images + (&owner - launch.blocks.data()) * IMAGE + MARGIN + launch.shared_begin % 4096 +
            (address - launch.shared_begin);
@@ -94,7 +94,7 @@ void access_shared(Shadow& shadow, const char* name, uintptr_t address, size_t s
     History* history = shadow.at(address, size);
     for (size_t i = 0; i < size; i += shadow.granule, history++) {
         const Access& last = history->write;
-        // What other clusters wrote was not this memory.
+        // Other clusters had the same addresses for other memory, so their writes do not count.
         if ((!write || atomic) && !of_cluster(last.thread))
             fail(pc, "uninitialised: %zu bytes of %s read that nobody has written", size, name);
         if (last.pending && of_cluster(last.thread))
@@ -124,8 +124,8 @@ void access_peer(uintptr_t address, size_t size, bool write, bool atomic, const 
                   pc);
 }
 
-// A block that leaves takes its shared memory along: all visits must lie before a barrier of the cluster that it has
-// waited for.
+// Checks that nobody can touch the shared memory of a block after it has left: all visits of peers must lie before a
+// barrier of the cluster that the block has waited for.
 void check_visits(const Block& leaving) {
     uint32_t known = 0;
     for (unsigned i = 0; i < launch.threads; i++) known = std::max(known, leaving.threads[i]->known);
@@ -195,7 +195,7 @@ inline void count_access(const void* pc) {
 
 inline void access(const void* p, size_t size, bool write, const void* pc, bool atomic = false) {
     const uintptr_t address = (uintptr_t)p;
-    if (address - stack_begin < STACK) return;  // the thread's own variables
+    if (address - stack_begin < STACK) return;  // local variables of the thread
     count_access(pc);
     if (in_shared(address))
         access_shared(block->shared, OWN, address, size, write, atomic, pc);
@@ -206,7 +206,7 @@ inline void access(const void* p, size_t size, bool write, const void* pc, bool 
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Copies that go on while the thread does
+// Copies that go on while the thread works
 
 void set_pending(const Copy& copy, bool pending) {
     History* history = block->shared.at((uintptr_t)copy.to, copy.size);
@@ -232,7 +232,7 @@ void start_copy(const Copy& order) {
     current->copies.push_back(copy);
 }
 
-// The thread has waited for it: now it is written, at last.
+// Ends a copy that the thread has waited for: only now are the bytes written.
 void finish_copy(const Copy& copy) {
     if (memcmp(copy.value, copy.from, copy.taken) != 0)
         fail(copy.pc, "race: what a copy reads was written while the copy was on its way");
@@ -241,7 +241,7 @@ void finish_copy(const Copy& copy) {
     memcpy(copy.to, copy.value, copy.size);
 }
 
-// Of the groups that are committed, all but the latest ones.
+// Ends the copies of all groups that are committed, but for the latest ones.
 void finish_copies(uint32_t latest) {
     std::vector<Copy>& copies = current->copies;
     size_t finished = 0;

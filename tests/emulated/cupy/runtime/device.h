@@ -1,4 +1,4 @@
-// What CUDA gives a kernel, for g++: included in front of the very text that NVRTC compiles.
+// CUDA's names for g++: this file is included in front of the very text of a kernel that NVRTC compiles.
 //
 // Memory is not wrapped: the compiler's own instrumentation (-fsanitize=thread, alignment, bounds, ...) calls the
 // runtime for every access that a kernel makes; see runtime.cpp.
@@ -26,11 +26,11 @@ using std::sqrt;
 #define __cluster_dims__(...)
 #define __align__(n) __attribute__((aligned(n)))
 #define __constant__ static const
-// Blocks run one after the other. "used": what is never written must not become a constant. extern __shared__ becomes
-// extern __dynamic_shared__.
+// Shared memory is static, since blocks run one after the other. The attribute keeps the compiler from making a
+// constant of memory that is never written. extern __shared__ arrives here as extern __dynamic_shared__.
 #define __shared__ static __attribute__((used))
 #define __dynamic_shared__
-// Where zeroed statics begin: assembler comes before all that the compiler puts there.
+// A mark where zeroed statics begin: assembler comes before all that the compiler puts there.
 asm(".pushsection .bss\n.balign 32\n.globl emulated_shared_begin\n.hidden emulated_shared_begin\n"
     "emulated_shared_begin:\n.popsection");
 #define EMULATED_UNCHECKED __attribute__((no_sanitize("thread"), no_sanitize("undefined")))
@@ -70,12 +70,12 @@ uint3 emulated_thread_idx();
 uint3 emulated_block_idx();
 uint3 emulated_block_dim();
 uint3 emulated_grid_dim();
-// What of the block's votes: 0 nothing, 1 the count, 2 all, 3 any.
+// Waits for the block. The result is decided by vote: 0 for nothing, 1 for how many predicates hold, 2 all, 3 any.
 int emulated_block_barrier(const char* what, int predicate, int vote, const char* file, int line);
-// Hand in a value, wait for the lanes of mask, and get that of lane source (none if source < 0).
+// Hands in a value, waits for the lanes of mask, and gets the value of lane source (none if source < 0).
 void emulated_exchange(const char* what, unsigned mask, const void* value, void* result, unsigned size, int source,
                        const char* file, int line);
-// A bit for each lane of the mask whose value is not 0.
+// Returns a bit for each lane of the mask, set if its predicate is not 0.
 unsigned emulated_ballot(const char* what, unsigned mask, int predicate, const char* file, int line);
 unsigned emulated_lane();
 void emulated_access(const void* p, size_t size, size_t alignment, bool write, const void* pc);
@@ -133,7 +133,7 @@ EMULATED_UNCHECKED T emulated_shuffle(const char* what, unsigned mask, T value, 
     emulated_exchange(what, mask, &value, &result, sizeof(T), source, file, line);
     return result;
 }
-// In each group of `width` lanes; a source outside the group is the lane itself.
+// Shuffles within groups of `width` lanes; a lane whose source is outside its group gets its own value.
 template <class T>
 T __shfl_sync(unsigned mask, T value, int source, int width = 32, EMULATED_HERE) {
     const int lane = emulated_lane(), group = lane & ~(width - 1);
@@ -169,7 +169,7 @@ inline int __all_sync(unsigned mask, int p, EMULATED_HERE) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Intrinsics
 
-// Accesses that nobody splits or narrows: of a plain one of a vector, the compiler drops what is not used.
+// Accesses of whole vectors: the compiler would split a plain one, and drop the parts that are not used.
 #define EMULATED_LOAD(name)                                                                             \
     template <class T>                                                                                  \
     EMULATED_UNCHECKED __noinline__ T name(const T* p) {                                                \
@@ -243,16 +243,18 @@ inline std::common_type_t<A, B> max(A a, B b) {
     return a < b ? (std::common_type_t<A, B>)b : (std::common_type_t<A, B>)a;
 }
 
-// Of integers alone: the order of atomics on floats is not repeatable.
+// Defined for integers alone, since sums of floats depend on an order that cannot be repeated.
 template <class T>
 EMULATED_UNCHECKED __noinline__ T atomicAdd(T* p, std::enable_if_t<std::is_integral<T>::value, T> value) {
-    emulated_atomic(p, sizeof(T), __builtin_return_address(0));  // threads are switched at barriers only: the rest needs no lock
+    emulated_atomic(p, sizeof(T), __builtin_return_address(0));
+    // No lock is needed, because threads are switched at barriers only.
     const T old = *p;
     *p = old + value;
     return old;
 }
 
-// Copies from global to shared memory that take place when the thread waits for them, as in cuda_pipeline_primitives.h.
+// Copies from global to shared memory, as in cuda_pipeline_primitives.h; they take place when the thread waits for
+// them.
 EMULATED_UNCHECKED __noinline__ inline void __pipeline_memcpy_async(void* to, const void* from, size_t size,
                                                                     size_t zeros = 0) {
     emulated_copy(to, from, size, zeros, __builtin_return_address(0));
@@ -261,12 +263,13 @@ inline void __pipeline_commit() { emulated_commit_copies(); }
 inline void __pipeline_wait_prior(unsigned latest) { emulated_wait_for_copies(latest); }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Entry: arguments as cuLaunchKernel takes them, an array of addresses, and a description of each parameter
+// Entries of a module: functions that call a kernel with an array of addresses of its arguments, as cuLaunchKernel
+// does, and that describe its parameters
 
 struct EmulatedParameter {
     int size;
-    char kind;     // p pointer, f float, i integer, s struct
-    char pointee;  // f, i, s or v (void)
+    char kind;     // 'p' for a pointer, 'f' a float, 'i' an integer, 's' a struct
+    char pointee;  // kind of what a pointer points to, also 'v' for void
     int pointee_size;
 };
 
@@ -312,7 +315,8 @@ EMULATED_UNCHECKED const EmulatedParameter* emulated_parameters(void (*)(A...), 
     extern "C" EMULATED_EXPORTED const void* emulated_parameters_##name(int* count) {                  \
         return emulated_parameters(name, count);                                                       \
     }
-// The declaration once more, of which only __cluster_dims__ is left: what it says, or zeros if it is not there.
+// The blocks of a cluster by the kernel's __cluster_dims__, or zeros if it has none. EMULATED_CLUSTER gets the
+// attributes of the kernel's declaration, of which all other macros are empty.
 struct EmulatedCluster {
     int x = 0, y = 1, z = 1;
 };
@@ -322,7 +326,7 @@ struct EmulatedCluster {
         constexpr EmulatedCluster cluster = (EmulatedCluster{0, 0, 0} __VA_ARGS__);                     \
         dims[0] = cluster.x, dims[1] = cluster.y, dims[2] = cluster.z;                                  \
     }
-// Shared memory is what the module has of zeroed statics.
+// The function that tells where shared memory lies: it is all of the module's zeroed statics.
 #define EMULATED_MODULE                                                                                 \
     extern "C" char emulated_shared_begin[] __attribute__((visibility("hidden")));                      \
     extern "C" char _end[] __attribute__((visibility("hidden")));                                       \

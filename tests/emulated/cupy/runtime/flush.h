@@ -1,8 +1,9 @@
 // Subnormal float32 operands and results are zeros, as with -ftz=true; those of float64 are what they are.
 //
-// A CPU flushes either both or none (bits FTZ and DAZ of the register MXCSR). So kernels run with neither, and with
-// the exceptions of subnormal operands and results unmasked: the instruction of one of them stops before it has done
-// anything. It is then done once more, alone, in the mode that its type asks for. What has no subnormals costs nothing.
+// A CPU flushes both types or neither (bits FTZ and DAZ of its register MXCSR). So kernels run without flushing, and
+// subnormal operands and results raise exceptions: an instruction that meets one is stopped before it has done
+// anything. It is then repeated, alone, in the mode that its type asks for. Instructions without subnormals lose no
+// time.
 #pragma once
 #if defined(__x86_64__) && defined(__linux__)
 #include <signal.h>
@@ -11,11 +12,11 @@
 
 namespace {
 
-constexpr unsigned FLUSH = 0x8040, EXCEPTIONS = 0x1f80, SUBNORMALS = 0x0900, FLAGS = 0x003f;  // of MXCSR
-constexpr greg_t SINGLE_STEP = 0x100;                                                          // of the flags
+constexpr unsigned FLUSH = 0x8040, EXCEPTIONS = 0x1f80, SUBNORMALS = 0x0900, FLAGS = 0x003f;  // bits of MXCSR
+constexpr greg_t SINGLE_STEP = 0x100;                                                          // a bit of EFLAGS
 
-// Whether an instruction of SSE or AVX computes with float32: its prefix says so, and no other one than conversions
-// between float32 and float64 has both.
+// Whether an instruction of SSE or AVX computes with float32, as its prefix tells. Only conversions between float32 and
+// float64 have both types, and count as float32.
 bool is_float32(const unsigned char* at) {
     enum { NONE, P66, PF3, PF2 } prefix = NONE;
     for (;; at++) {
@@ -47,7 +48,7 @@ struct sigaction before_fault, before_step;
 void do_it_alone(int, siginfo_t* info, void* context) {
     mcontext_t& of = ((ucontext_t*)context)->uc_mcontext;
     if (info->si_code != FPE_FLTUND && info->si_code != FPE_FLTRES && info->si_code != FPE_FLTINV) {
-        sigaction(SIGFPE, &before_fault, nullptr);  // not of ours: it happens again
+        sigaction(SIGFPE, &before_fault, nullptr);  // another fault, which the former handler gets
         return;
     }
     const bool flush = is_float32((const unsigned char*)of.gregs[REG_RIP]);
@@ -62,7 +63,7 @@ void go_on(int, siginfo_t*, void* context) {
     of.gregs[REG_EFL] &= ~SINGLE_STEP;
 }
 
-// While it lives, this thread computes as a GPU does.
+// A guard: while it exists, this thread flushes subnormal numbers as a GPU does.
 class Flush {
    public:
     Flush() : mode(_mm_getcsr()) {
@@ -89,7 +90,7 @@ class Flush {
 
 namespace {
 
-// Elsewhere, subnormal float64 numbers are zeros, too.
+// On other systems float64 is flushed as well.
 class Flush {
    public:
     Flush() : mode(_mm_getcsr()) { _mm_setcsr(mode | 0x8040); }
@@ -102,6 +103,6 @@ class Flush {
 }  // namespace
 #else
 namespace {
-struct Flush {};  // elsewhere, no subnormal number is
+struct Flush {};  // on other processors nothing is flushed
 }  // namespace
 #endif

@@ -1,4 +1,4 @@
-// What is known while a kernel runs: its threads, its blocks, who has touched what, and how it ends with an error.
+// The state of a launch: its threads, its blocks, who has touched which memory, and how it ends with an error.
 #pragma once
 #include <algorithm>
 #include <csetjmp>
@@ -24,9 +24,10 @@ struct Index {
 
 enum State { READY, AT_BLOCK_BARRIER, AT_WARP_BARRIER, AT_CLUSTER_BARRIER, DONE };
 
-// Mostly they are one and the same.
+// Whether two texts are equal; mostly they are the same pointer, which is quicker to compare.
 bool same_text(const char* a, const char* b) { return a == b || strcmp(a, b) == 0; }
 
+// A place in the source, and the function that was called there.
 struct Site {
     const char* what;
     const char* file;
@@ -38,11 +39,11 @@ struct Site {
     }
 };
 
-// From global to shared memory, on its way.
+// A copy from global to shared memory that is on its way.
 struct Copy {
     void* to;
     const void* from;
-    size_t size, taken;    // what is not taken from there are zeros
+    size_t size, taken;    // only `taken` bytes come from there, the rest are zeros
     uint32_t group;
     const void* pc;
     unsigned char value[16];
@@ -53,53 +54,54 @@ struct Thread {
     char* stack = nullptr;
     bool started = false;
     Index index;
-    unsigned number;       // in the block
+    unsigned number;       // index in the block
     State state;
     Site site;             // where it waits
-    unsigned mask;         // whom it waits for
-    int predicate;         // its vote
-    unsigned votes;        // of the lanes
+    unsigned mask;         // lanes that it waits for
+    int predicate;         // what it votes
+    unsigned votes;        // predicates of the lanes of its mask, as bits
     int source;            // the lane whose value it gets, or -1
     uint64_t given[2], received[2];
-    uint32_t epoch;        // goes up wherever the thread has waited or arrived
-    uint32_t seen[32];     // of each lane of its warp: what the lane did in epochs below is known to lie before
-    // The barrier of the cluster
-    bool arrived;          // and has not waited since
-    uint32_t arrival;      // how many were over when it arrived
-    uint32_t known;        // how many are known to be over
-    uint32_t releasing;    // what it did in epochs below lies before an arrival at the barrier that is not over
-    uint32_t released;     // the same of the last one that is over
-    uint32_t released_before;  // and of the one before that
+    uint32_t epoch;        // a clock that goes on whenever the thread waits or arrives
+    uint32_t seen[32];     // for each lane of its warp: what the lane did in epochs below lies before this thread
+    // State at the barrier of the cluster
+    bool arrived;          // whether it has arrived and not waited since
+    uint32_t arrival;      // how many of these barriers were over when it arrived
+    uint32_t known;        // how many of them it knows to be over
+    uint32_t releasing;    // what it did in epochs below lies before an arrival at the current barrier
+    uint32_t released;     // the same for the last barrier that is over
+    uint32_t released_before;  // the same for the barrier before that
     std::vector<Copy> copies;
-    uint32_t groups;       // of copies, committed
+    uint32_t groups;       // how many groups of copies are committed
 };
 
 constexpr size_t STACK = 256 << 10;
 
 std::vector<std::unique_ptr<Thread>> pool;  // threads of a cluster, block by block, kept from launch to launch
 Thread* current = nullptr;
-uintptr_t stack_begin;      // of the current thread
+uintptr_t stack_begin;      // lowest address of the current thread's stack
 jmp_buf scheduler;
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Who has touched what
 
 struct Access {
-    uint32_t thread;        // in the grid, from 1; 0 for nobody
+    uint32_t thread;        // number in the grid, from 1; 0 for nobody
     uint32_t epoch : 30;
     uint32_t atomic : 1;
     uint32_t pending : 1;   // a copy that is still on its way
 };
 
-struct History {            // of bytes that have always been accessed together
-    Access write, read, other_read;  // the last ones; other_read is by another thread than read
+// The last accesses to bytes that have always been accessed together; other_read is by another thread than read.
+struct History {
+    Access write, read, other_read;
 };
 
 struct Free {
     void operator()(void* p) const { free(p); }
 };
 
-// The histories of a piece of memory, each of as many bytes as the accesses so far allow.
+// The histories of a piece of memory, each for as many bytes (granule) as the accesses so far allow.
 struct Shadow {
     static constexpr size_t COARSEST = 16;
     uintptr_t begin, end;   // begin is a multiple of COARSEST
@@ -109,7 +111,7 @@ struct Shadow {
     Shadow(uintptr_t begin, uintptr_t end) : begin(begin & ~(COARSEST - 1)), end(end) {}
 
     size_t count() const { return (end - begin + granule - 1) / granule; }
-    // Zeros, of which the system makes pages as they are touched.
+    // Allocates histories without accesses: zeros, for which the system has pages only once they are touched.
     static History* allocate(size_t count) {
         void* cells = calloc(count, sizeof(History));
         if (!cells) abort();
@@ -125,7 +127,7 @@ struct Shadow {
                 for (size_t k = 0; k < pieces; k++) finer[i * pieces + k] = cells[i];
         cells.reset(finer);
     }
-    // The first one of size / granule histories.
+    // The first of the size / granule histories of some bytes.
     History* at(uintptr_t address, size_t size) {
         const uintptr_t low = ((address - begin) | size) & (granule - 1);
         if (low) refine(low & -low);
@@ -137,9 +139,10 @@ struct Shadow {
 // ---------------------------------------------------------------------------------------------------------------------
 // The launch
 
-struct Argument {           // memory that the kernel may touch
+// Memory that an argument allows the kernel to touch.
+struct Argument {
     uintptr_t begin, end;
-    unsigned char* initialised;  // a flag for each byte
+    unsigned char* initialised;  // a flag for each byte that was written
     const char* name;
 };
 
@@ -150,50 +153,51 @@ struct Range : Argument {
 
 struct Result {
     uint64_t bytes_read, bytes_written;
-    const void* pc;         // of the error, where its place is not in the message
+    const void* pc;         // code address of an error, if the message does not have its place
     char message[2000];
 };
 
-struct Visit {              // to the shared memory of another block
+// The last access of a thread to the shared memory of another block.
+struct Visit {
     uint32_t epoch;
-    const void* pc;         // null if there was none
+    const void* pc;         // code address of the access; null if there was none
 };
 
 struct Block {
     Index index;
-    uint32_t first_thread;  // in the grid, from 1
+    uint32_t first_thread;  // number of its first thread in the grid, from 1
     std::unique_ptr<Thread>* threads;
     std::vector<Thread*> ready;
     unsigned at_barrier, done;
-    uint32_t barrier;       // what the block did in epochs below lies before its last barrier
-    uint32_t releasing;     // the same of the last of its barriers that lies before an arrival at the cluster's
+    uint32_t barrier;       // what its threads did in epochs below lies before its last barrier
+    uint32_t releasing;     // the same for its last barrier before an arrival at the cluster's
     int votes;
     Shadow shared = {0, 0};
-    std::vector<Visit> visits;  // the last one of each thread of the cluster
+    std::vector<Visit> visits;  // one for each thread of the cluster
 };
 
 struct Launch {
     void (*entry)(void**);
     void** arguments;
     Index grid, block;
-    unsigned threads;       // of a block
+    unsigned threads;       // threads of a block
     std::vector<Range> ranges;
     size_t last_range;
     uintptr_t shared_begin, shared_end, dynamic_begin, dynamic_end, dynamic_limit;
-    bool has_clusters;      // the device
-    std::vector<Block> blocks;  // of a cluster; most clusters have one
-    uint32_t first_thread;  // of the cluster in the grid, from 1
+    bool has_clusters;      // whether the device has clusters
+    std::vector<Block> blocks;  // blocks of the cluster that runs; most clusters have one
+    uint32_t first_thread;  // number of the cluster's first thread in the grid, from 1
     unsigned cluster_threads;
-    unsigned arrived;       // at the barrier of the cluster
+    unsigned arrived;       // threads that have arrived at the barrier of the cluster
     uint32_t phase;         // how many barriers of the cluster are over
     std::vector<Thread*> round;
     std::vector<Block*> turns;
-    uint64_t accesses;      // since the current thread last waited
+    uint64_t accesses;      // accesses by the current thread since it last waited
     uint64_t random;
     Result* result;
 };
 Launch launch;
-Block* block = nullptr;     // whose turn it is
+Block* block = nullptr;     // the block whose turn it is
 
 constexpr uint64_t MOST_ACCESSES = 1ull << 26;
 
@@ -219,7 +223,7 @@ Text describe(const Block& of) {
 
 bool failed() { return launch.result->message[0]; }
 
-// Ends the launch, once the scheduler sees it.
+// Sets the message of an error, at which the scheduler ends the launch.
 void report(const char* format, ...) {
     va_list arguments;
     va_start(arguments, format);
@@ -227,7 +231,7 @@ void report(const char* format, ...) {
     va_end(arguments);
 }
 
-// Ends the launch; called by the current thread.
+// Ends the launch with an error of the current thread, which calls this.
 [[noreturn]] void fail(const void* pc, const char* format, ...) {
     char text[1000];
     va_list arguments;

@@ -1,15 +1,15 @@
-// Runs the blocks of a grid one after the other (those of a cluster by turns), every thread a fibre, and watches every
-// access to memory.
+// Runs kernels: the blocks of a grid one after the other (those of a cluster by turns), every thread as a fibre. It
+// checks every access to memory.
 //
 // Kernels are compiled with -fsanitize=thread and parts of -fsanitize=undefined. The compiler then calls __tsan_read4
-// and its like before each access, and __ubsan_handle_... where an access is misaligned, an index beyond an array and so
-// on. Nothing of the sanitizers' own libraries is linked: these functions are defined here.
+// and its like before each access, and __ubsan_handle_... where an access is misaligned, an index beyond an array and
+// so on. Nothing of the sanitizers' own libraries is linked: these functions are defined here.
 //
-// An error ends the launch: the message is kept, and all fibres are abandoned. That jumps over frames of fibres, so what
-// runs in a fibre owns nothing: no std::string, no std::vector.
+// An error ends the launch: the message is kept, and all fibres are abandoned. That jumps over frames of fibres, so
+// what runs in a fibre owns nothing: no std::string, no std::vector.
 //
-// launch.h has what is known while a kernel runs, access.h what happens at an access, schedule.h who runs when, flush.h
-// what becomes of subnormal numbers.
+// launch.h has the state of a launch, access.h the checks of an access, schedule.h the order of threads, flush.h the
+// treatment of subnormal numbers.
 #include <dlfcn.h>
 
 #include "flush.h"
@@ -17,9 +17,10 @@
 
 extern "C" {
 
-// The message of the result is empty if all went well. The blocks of a cluster, at most 8, are neighbours in x; a cluster
-// of 0 blocks is one of 1 on a device that knows no clusters. All of the grid is run if chosen is null, and it has fewer
-// than 2^30 threads then; else the clusters whose first blocks are named, and it has fewer than 2^32.
+// Launches a kernel; the message of the result is empty if all went well. The blocks of a cluster, at most 8, are
+// neighbours in x; cluster is 0 on a device without clusters, where each block is alone. If chosen is null the whole
+// grid is run, which must have fewer than 2^30 threads; else only the clusters whose first blocks are named,
+// of a grid with fewer than 2^32.
 void emulated_launch(void (*entry)(void**), void** arguments, const unsigned* grid, const unsigned* block_dim,
                      unsigned cluster, char* shared_begin, char* shared_end, char* dynamic_begin, size_t dynamic_size,
                      size_t dynamic_limit, const Argument* ranges, int range_count, const uint32_t* chosen,
@@ -53,7 +54,7 @@ void emulated_launch(void (*entry)(void**), void** arguments, const unsigned* gr
         launch.blocks[rank].shared = Shadow(launch.shared_begin, launch.shared_end);
     }
     block = &launch.blocks[0];
-    std::vector<uint32_t> firsts;  // the first block of each cluster
+    std::vector<uint32_t> firsts;  // number of the first block of each cluster
     if (chosen)
         firsts.assign(chosen, chosen + chosen_count);
     else
@@ -64,7 +65,7 @@ void emulated_launch(void (*entry)(void**), void** arguments, const unsigned* gr
         for (uint32_t first : firsts) {
             run_cluster(first);
             if (failed()) {
-                for (auto& thread : pool) thread->started = false;  // where they are, they stay
+                for (auto& thread : pool) thread->started = false;  // their fibres are abandoned
                 break;
             }
         }
@@ -73,14 +74,14 @@ void emulated_launch(void (*entry)(void**), void** arguments, const unsigned* gr
     launch.blocks.clear();
 }
 
-// Where in its module an address lies.
+// The distance of a code address from the beginning of its module.
 uint64_t emulated_offset(const void* pc) {
     Dl_info info;
     return dladdr(pc, &info) ? (uintptr_t)pc - (uintptr_t)info.dli_fbase : 0;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// What device.h declares
+// The functions that device.h declares
 
 Index emulated_thread_idx() { return current->index; }
 Index emulated_block_idx() { return block->index; }
@@ -116,7 +117,7 @@ void emulated_access(const void* p, size_t size, size_t alignment, bool write, c
 
 void emulated_atomic(const void* p, size_t size, const void* pc) { access(p, size, true, pc, true); }
 
-// Compilers know the functions of clusters for some devices alone.
+// Fails as a compiler does for devices without clusters, for which it does not know the functions of clusters.
 static void need_clusters(const char* what, const char* file, int line) {
     if (!launch.has_clusters)
         fail(nullptr, "identifier %s is undefined before compute capability 9.0, at %s:%d", what, file, line);
@@ -163,7 +164,7 @@ void emulated_commit_copies() { current->groups++; }
 void emulated_wait_for_copies(unsigned latest) { finish_copies(latest); }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// What -fsanitize=thread calls
+// The functions that code compiled with -fsanitize=thread calls
 
 #define ACCESS(name, size, write) \
     void name(void* p) { access(p, size, write, __builtin_return_address(0)); }
@@ -184,8 +185,8 @@ void __tsan_func_exit() {}
 void __tsan_init() {}
 
 // ---------------------------------------------------------------------------------------------------------------------
-// What -fsanitize=undefined calls, each with data that begin with the place in the source; "abort" means that the kernel
-// does not go on
+// The functions that code compiled with -fsanitize=undefined calls. Their data begin with the place in the source;
+// "abort" in a name means that the kernel does not go on
 
 struct Place {
     const char* file;

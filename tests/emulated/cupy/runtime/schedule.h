@@ -1,4 +1,4 @@
-// Who runs when: threads as fibres, barriers, the blocks of a cluster by turns.
+// The order in which threads run: threads are fibres, barriers stop them, and the blocks of a cluster take turns.
 #pragma once
 #include <map>
 #include <sys/mman.h>
@@ -27,14 +27,15 @@ void resume(Thread& thread) {
     ucontext_t start;
     getcontext(&start);
     start.uc_stack.ss_sp = thread.stack;
-    start.uc_stack.ss_size = STACK - thread.number % 128 * 576;  // or all frames would lie in the same lines of the cache
+    // Stacks of different lengths, or the frames of all threads would lie in the same lines of the cache.
+    start.uc_stack.ss_size = STACK - thread.number % 128 * 576;
     start.uc_link = nullptr;
     makecontext(&start, run_thread, 0);
     setcontext(&start);
     abort();
 }
 
-// A function of its own, without variables that a jump could lose.
+// Runs a thread until it waits. This is a function of its own, without variables, as a jump could lose their values.
 __attribute__((noinline)) void run_until_it_waits(Thread& thread) {
     current = &thread;
     stack_begin = (uintptr_t)thread.stack;
@@ -53,7 +54,7 @@ void wait(State state, const char* what, const char* file, int line) {
 
 unsigned warp_size(unsigned warp) { return std::min(32u, launch.threads - warp * 32); }
 
-// Lets the current thread wait for the lanes of mask, and get the value of lane source.
+// Makes the current thread wait for the lanes of mask, and then get the value of lane source.
 void exchange(const char* what, unsigned mask, int source, int predicate, const char* file, int line) {
     const unsigned lane = current->number % 32;
     if (!(mask >> lane & 1)) fail(nullptr, "%s with mask %08x, which lacks lane %u, at %s:%d", what, mask, lane, file, line);
@@ -65,14 +66,14 @@ void exchange(const char* what, unsigned mask, int source, int predicate, const 
     wait(AT_WARP_BARRIER, what, file, line);
 }
 
-// Lets the lanes go on that the current thread waits for, if all have arrived.
+// Lets the lanes that the current thread waits for go on, if all of them have arrived.
 void release_warp() {
     const unsigned warp = current->number / 32, size = warp_size(warp);
     const unsigned mask = current->mask & (size == 32 ? ~0u : (1u << size) - 1);
     Thread* lanes[32];
     for (unsigned lane = 0; lane < size; lane++) {
         lanes[lane] = block->threads[warp * 32 + lane].get();
-        // A lane that waits for others may come later, when they have met.
+        // A lane that waits with another mask may come here later, when that one's lanes have met.
         if (mask >> lane & 1 && (lanes[lane]->state != AT_WARP_BARRIER || lanes[lane]->mask != current->mask)) return;
     }
     const Site& here = current->site;
@@ -83,7 +84,7 @@ void release_warp() {
         if (!(mask >> lane & 1)) continue;
         const Thread& thread = *lanes[lane];
         const Site& there = thread.site;
-        // Any __syncwarp goes with any other; of what moves values, all lanes must execute the same.
+        // Lanes may meet in different __syncwarp; functions that move values must be the same call for all lanes.
         if (!same_text(there.what, here.what) ||
             (!there.same_place(here) && strcmp(here.what, "__syncwarp") != 0))
             return report("lanes disagree: of mask %08x, one is in %s at %s:%d, another in %s at %s:%d", mask, here.what,
@@ -103,7 +104,7 @@ void release_warp() {
         lanes[lane]->known = known;
         lanes[lane]->state = READY;
         lanes[lane]->votes = votes;
-        const int source = lanes[lane]->source;  // values are moved now: other lanes may soon hand in their next ones
+        const int source = lanes[lane]->source;  // moved now, as other lanes may soon hand in their next values
         if (source >= 0) memcpy(lanes[lane]->received, lanes[source]->given, sizeof lanes[lane]->received);
         block->ready.push_back(lanes[lane]);
     }
@@ -112,7 +113,7 @@ void release_warp() {
 // ---------------------------------------------------------------------------------------------------------------------
 // Barriers of a block and of a cluster
 
-// Lets all threads of the block go on.
+// Lets all threads of the block go on, which are at its barrier.
 void release_block() {
     const Site& first = block->threads[0]->site;
     uint32_t known = 0;
@@ -135,9 +136,9 @@ void release_block() {
     }
 }
 
-// What lies before the arrival is what this thread did so far, and all that a barrier has put before that. What it does
-// from here on until it waits does not. A relaxed arrival, which releases nothing, says that the thread has come, and puts
-// nothing before it.
+// Arrives at the cluster's barrier. All that this thread did so far, and all that earlier barriers have put before
+// that, lies before the arrival; what the thread does from here until it waits does not. A relaxed arrival releases
+// nothing: it says that the thread has come, and puts nothing before it.
 void arrive(const char* what, bool releases, const char* file, int line) {
     if (current->arrived) fail(nullptr, "%s twice with no __cluster_barrier_wait between, at %s:%d", what, file, line);
     ++current->epoch;
@@ -163,7 +164,7 @@ void wait_for_cluster(const char* file, int line) {
     current->known = launch.phase;
 }
 
-// Lets all threads go on that wait for the cluster, and those that will.
+// Ends the cluster's barrier: lets the threads that wait go on, and those that have arrived but do not wait yet.
 void release_cluster() {
     launch.arrived = 0;
     launch.phase++;
@@ -221,7 +222,7 @@ void start_block(Block& starting, uint32_t number) {
     }
 }
 
-// The parts of shared memory that the launch has.
+// Calls f for each part of shared memory that the launch uses.
 template <class F>
 void for_each_part(F f) {
     if (launch.dynamic_begin == 0) return f(launch.shared_begin, launch.shared_end);
@@ -230,7 +231,7 @@ void for_each_part(F f) {
     f(launch.dynamic_limit, launch.shared_end);
 }
 
-// Gives the turn to a block, and its shared memory its place.
+// Gives the turn to a block: moves its shared memory from its image to the place where kernels have it.
 void turn_to(Block& next) {
     if (block == &next) return;
     for_each_part([&](uintptr_t begin, uintptr_t end) {
@@ -240,7 +241,7 @@ void turn_to(Block& next) {
     block = &next;
 }
 
-// Lets the threads of the block run until none of them can go on.
+// Runs the threads of the block until none of them can go on.
 void run_turn() {
     while (!block->ready.empty()) {
         launch.round.swap(block->ready);
@@ -263,7 +264,7 @@ void run_turn() {
     }
 }
 
-// The blocks from this one on.
+// Runs the blocks of a cluster, which begins with the given one.
 void run_cluster(uint32_t first) {
     launch.first_thread = first * launch.threads + 1;
     launch.arrived = 0;
@@ -285,7 +286,7 @@ void run_cluster(uint32_t first) {
         if (of_cluster.done < launch.threads) return report_deadlock();
 }
 
-// A stack, below it a page that must not be touched.
+// Allocates a stack, with a page below it that must not be touched.
 char* new_stack() {
     const size_t guard = sysconf(_SC_PAGESIZE);
     void* memory = mmap(nullptr, guard + STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);

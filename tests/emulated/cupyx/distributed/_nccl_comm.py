@@ -1,4 +1,4 @@
-"""Collectives of arrays through `nccl`."""
+"""A group of ranks whose collectives take arrays; it sends them through `nccl`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cupy.cuda import Stream, get_current_stream, nccl
 from cupy.cuda._hub import receive
 
 DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 13333
-PATIENCE = 30  # seconds until rank 0 has to listen
+PATIENCE = 30  # seconds within which rank 0 must listen
 
 _DTYPES = {
     "b": nccl.NCCL_INT8,
@@ -25,14 +25,14 @@ _DTYPES = {
     "e": nccl.NCCL_FLOAT16,
     "f": nccl.NCCL_FLOAT32,
     "d": nccl.NCCL_FLOAT64,
-    "F": nccl.NCCL_FLOAT32,  # twice as many
+    "F": nccl.NCCL_FLOAT32,  # a complex number is two floats
     "D": nccl.NCCL_FLOAT64,
 }
 _OPS = {"sum": nccl.NCCL_SUM, "prod": nccl.NCCL_PROD, "max": nccl.NCCL_MAX, "min": nccl.NCCL_MIN}
 
 
 class NCCLBackend:
-    """One rank of a group; made when all ranks are there."""
+    """One rank of a group; it is made when all ranks are there."""
 
     def __init__(
         self, n_devices: int, rank: int, host: str = DEFAULT_HOST, port: int = DEFAULT_PORT, use_mpi: bool = False
@@ -40,7 +40,7 @@ class NCCLBackend:
         self._n_devices, self.rank = n_devices, rank
         self._mpi_comm = _mpi_world() if use_mpi else None
         if self._mpi_comm is not None:
-            self._mpi_rank = self._mpi_comm.Get_rank()  # may be another one
+            self._mpi_rank = self._mpi_comm.Get_rank()  # may differ from the rank in the group
             self._mpi_comm.Barrier()
             unique_id = nccl.get_unique_id() if self._mpi_rank == 0 else None
             unique_id = self._mpi_comm.bcast(unique_id, root=0)
@@ -52,7 +52,7 @@ class NCCLBackend:
         self._comm = nccl.NcclCommunicator(n_devices, unique_id, rank)
 
     def all_reduce(self, in_array: ndarray, out_array: ndarray, op: str = "sum", stream: Stream | None = None) -> None:
-        """Element by element, the reduction over all ranks."""
+        """Reduce the arrays of all ranks, element by element."""
         _check_contiguous(in_array, out_array)
         dtype, count = _dtype_and_count(in_array)
         if op not in _OPS:
@@ -62,20 +62,20 @@ class NCCLBackend:
         self._comm.allReduce(in_array.data.ptr, out_array.data.ptr, count, dtype, _OPS[op], _handle(stream))
 
     def all_gather(self, in_array: ndarray, out_array: ndarray, count: int, stream: Stream | None = None) -> None:
-        """So many elements of each rank, one rank after the other."""
+        """Collect `count` elements of each rank, one rank after the other."""
         _check_contiguous(in_array, out_array)
         dtype, count = _dtype_and_count(in_array, count)
         self._comm.allGather(in_array.data.ptr, out_array.data.ptr, count, dtype, _handle(stream))
 
     def broadcast(self, in_out_array: ndarray, root: int = 0, stream: Stream | None = None) -> None:
-        """The elements of one rank."""
+        """Copy the elements of one rank to all ranks."""
         _check_contiguous(in_out_array)
         dtype, count = _dtype_and_count(in_out_array)
         ptr = in_out_array.data.ptr
         self._comm.broadcast(ptr, ptr, count, dtype, root, _handle(stream))
 
     def barrier(self) -> None:
-        """Wait for all ranks. Unlike CuPy's, it needs the communicator, unless there is MPI."""
+        """Wait for all ranks. Unlike CuPy's, this needs the communicator, unless there is MPI."""
         if self._mpi_comm is not None:
             self._mpi_comm.Barrier()
         else:
@@ -100,7 +100,7 @@ def _handle(stream: Stream | None) -> int:
 
 
 def _mpi_world() -> Any:
-    """All processes, if there is MPI: CuPy does without it, too."""
+    """The communicator of all processes if there is MPI; else None, as CuPy does without it, too."""
     try:
         from mpi4py import MPI
     except ImportError:
@@ -121,7 +121,7 @@ def _ask(host: str, port: int) -> bytes:
     while time.monotonic() < deadline:
         try:
             with socket.create_connection((host, port)) as connection:
-                if connection.getsockname() != connection.getpeername():  # a free port can connect to itself
+                if connection.getsockname() != connection.getpeername():  # not to itself, as a free port can
                     return receive(connection, 128)
         except ConnectionRefusedError:
             pass
