@@ -6,8 +6,8 @@
 #include "staging.cuh"
 #include "team.cuh"
 
-// Calls body(full, i, count) for a thread's packs in batches of AT_ONCE: for `count` of them from number i on. The last
-// batch may have fewer: full, which the compiler knows, tells whether it does not.
+// Calls body(full, i, count) for a thread's packs in batches: for `count` of them from number i on. All batches have
+// AT_ONCE packs but perhaps the last one; `full`, which the compiler knows, is whether this one has.
 template <int AT_ONCE, class Body>
 DEVICE void in_batches(int packs, Body body) {
     int i = 0;
@@ -27,16 +27,19 @@ DEVICE void each(Full full, int count, Body body) {
     }
 }
 
-// Sources, which tell where a thread reads its packs: get(at, i) is pack i of the thread, whose first element is
-// array[at]. put changes it, where that can be. FAR is whether it takes long to come. This one is memory.
+// Sources tell where a thread reads its packs. get(at, i) is pack i of the thread, whose first element is array[at];
+// put(raw, i) changes it, where that can be; FAR is whether packs take long to come.
+
+// The source of streamed kernels: memory.
 struct InMemory {
     static constexpr bool FAR = true;
     const data_t* array;
     DEVICE raw_t get(index_t at, int) const { return load(array + at); }
     DEVICE void put(const raw_t&, int) const {}  // memory stays as it is
 };
-// Shared memory, where the packs of a thread lie TEAM apart, as each thread of a team has one in turn. They come in
-// GROUPS groups of `group` packs.
+
+// The source of kernels on chip: shared memory, where the packs of a thread lie TEAM apart, as each thread of a team
+// has one in turn. They come in GROUPS groups of `group` packs.
 struct OnChip {
     static constexpr bool FAR = false;
     raw_t* own;  // the first one of the thread
@@ -45,7 +48,7 @@ struct OnChip {
     DEVICE void put(const raw_t& raw, int i) const { own[i * TEAM] = raw; }
 };
 
-// Calls body as in_batches does, in the order in which packs come in: for each group once it is there.
+// Calls body as in_batches does, for each batch once its packs have come in.
 template <int AT_ONCE, class Body>
 DEVICE void as_they_come(const InMemory&, int count, Body body) {
     in_batches<AT_ONCE>(count, body);

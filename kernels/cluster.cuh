@@ -16,7 +16,7 @@ DEVICE void cluster_arrive() { __cluster_barrier_arrive(); }
 // see.
 DEVICE void cluster_start() { __cluster_barrier_arrive_relaxed(); }
 DEVICE void cluster_wait() { __cluster_barrier_wait(); }
-// Where what lies at `shared` in this block lies in another block of the cluster, by the place of that one.
+// The address of the same shared memory in another block of the cluster, whose place there is `rank`.
 template <class T>
 DEVICE T* of_block(T* shared, int rank) {
     return static_cast<T*>(__cluster_map_shared_rank(shared, (unsigned)rank));

@@ -45,7 +45,7 @@ DEVICE A affine(A x, const Factors<A>& f) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Forward
 
-// What there is of an epilogue, known to the compiler.
+// Whether there are a residual and ReLU, known to the compiler.
 struct Flags {
     bool residual, relu;
 };
@@ -79,8 +79,8 @@ DEVICE raw_t normalize(const raw_t& x, const raw_t& residual, const Flags& flags
 // ---------------------------------------------------------------------------------------------------------------------
 // Backward
 
-// How to know what ReLU passed. OPEN: there was no ReLU; INPUT: by the sign of the output, worked out once more from
-// the input; MASK: by the mask.
+// How the way back knows what ReLU passed. OPEN: there was no ReLU; INPUT: by the sign of the output, worked out once
+// more from the input; MASK: by the mask.
 enum Gate { OPEN, INPUT, MASK };
 
 DEVICE Gate gate_of(const Epilogue& epilogue) {

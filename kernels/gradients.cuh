@@ -14,7 +14,7 @@ struct Passed {
     DEVICE unsigned bits(index_t at) const { return gate == MASK ? mask[at / WIDTH] : 0; }
 };
 
-// Turns the second of {sum(dy), PRODUCT_SCALE * sum(dy * (x - center) * rstd)} into sum(dy * xhat), with the mean
+// Makes of the sums that sum_all has taken sum(dy) and sum(dy * xhat): without PRODUCT_SCALE, and about the mean
 // itself.
 DEVICE void finish_sums(double (&sums)[2], const Channel& channel) {
     sums[1] = unscaled(sums[1]) - channel.rest * channel.rstd * sums[0];
@@ -43,7 +43,7 @@ DEVICE void input_gradients(const Source& dy, const Source& x, Packs packs, cons
     });
 }
 
-// The same for all that may be asked for: every choice is made here, once.
+// Writes the gradients of a thread's packs, whatever is asked for: every choice is made here, once.
 template <class Source, class Packs, class Channels>
 DEVICE void input_gradients_all(const Source& dy, const Source& x, const Packs& packs, const Epilogue& epilogue,
                                 bool constant, const Channels& channels, const Gradients& gradients) {

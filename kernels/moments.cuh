@@ -97,8 +97,9 @@ DEVICE Chunk<A> chunk_of(Full full, int count, Get get) {
     return chunk;
 }
 
-// Many values, to which chunks are added in float64, about an element of the channel, the pivot. T is the dtype of the
-// arithmetic: float64 data are merged by Chan's formula, which takes a division for each chunk.
+// The moments of many values, to which chunks are added one by one in float64; the pivot is an element of the channel.
+// T is the dtype of the arithmetic. Chunks of float64 data are merged by Chan's formula, which takes a division for
+// each.
 template <class T>
 struct Total {
     double pivot;
@@ -113,8 +114,8 @@ struct Total {
     DEVICE ChannelMoments moments(double) const { return own; }
 };
 
-// For other data sums of deviations from the pivot will do; those of several threads can simply be added. Where the
-// pivot is the outlier that makes up all of the variance, n values lose a factor of n of the accuracy of float64.
+// The same for other data: sums of deviations from the pivot will do, and those of several threads can simply be added.
+// Where the pivot is the outlier that makes up all of the variance, n values lose a factor of n of float64's accuracy.
 template <>
 struct Total<float> {
     double pivot, sum, squares;
@@ -141,6 +142,6 @@ struct Total<float> {
 constexpr float PRODUCT_SCALE = 0x1p32f;
 DEVICE double unscaled(double sum) { return sum * 0x1p-32; }
 
-// Whether the dtype held a sum.
+// Whether its dtype has held a sum, which is too large for it else.
 DEVICE bool held(float sum) { return -1e36f < sum && sum < 1e36f; }
 DEVICE bool held(double) { return true; }

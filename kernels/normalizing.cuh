@@ -28,7 +28,7 @@ DEVICE void normalize_packs(const Source& x, Packs packs, const Epilogue& epilog
     });
 }
 
-// The same for all that may be asked for: every choice is made here, once.
+// Writes the output of a thread's packs, whatever is asked for: every choice is made here, once.
 template <class Source, class Packs, class Channels>
 DEVICE void normalize_all(const Source& x, const Packs& packs, const Epilogue& epilogue, const Channels& channels,
                           data_t* out) {
@@ -37,7 +37,7 @@ DEVICE void normalize_all(const Source& x, const Packs& packs, const Epilogue& e
         normalize_packs<true, 1>(x, packs, epilogue, {residual, relu}, channels, out);
     else
         with_flag(residual, [&](auto given) {
-            constexpr int AT_ONCE = decltype(given)::value ? (LOADS + 1) / 2 : LOADS;  // as many bytes
+            constexpr int AT_ONCE = decltype(given)::value ? (LOADS + 1) / 2 : LOADS;  // as many bytes in flight
             with_flag(relu, [&](auto rectified) {
                 normalize_packs<false, AT_ONCE>(x, packs, epilogue, {given, rectified}, channels, out);
             });

@@ -30,7 +30,8 @@ DEVICE void move_running(const ChannelMoments& batch, const ChannelRunning& befo
     running.var.set(c, __dmul_rn(1 - momentum, before.var) + __dmul_rn(momentum, var));
 }
 
-// The same, and the thread of channel 0 counts the batch. `batches` is no counter that another thread moves meanwhile.
+// Moves the running statistics of channel c as move_running does; the thread of channel 0 counts the batch as well, so
+// that `batches` must not be the counter itself.
 DEVICE void update_running(const ChannelMoments& batch, const ChannelRunning& before, const Running& running,
                            const long long* batches, long long c) {
     move_running(batch, before, running, batches, c);

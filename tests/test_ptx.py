@@ -207,13 +207,13 @@ def test_float64_for_channels_that_need_it_alone(name):
 
 
 CHANNEL = """
-extern "C" __global__ void test(double mean, double var, double eps, Vector weight, Vector bias, double sum_dy,
-                                double sum_dy_xhat, double inv_count, Channel* channel, double count, double m2,
-                                Vector running_mean, Vector running_var, double momentum, const long long* batches) {
-    *channel = make_channel(mean, var, eps, read_affine(weight, bias, 0));
-    set_gradient(*channel, sum_dy, sum_dy_xhat, inv_count);
-    const Running before = read_running(running_mean, running_var, 0);
-    update_running({count, mean, m2}, before, running_mean, running_var, momentum, batches, 0);
+extern "C" __global__ void test(double mean, double var, Affine affine, double sum_dy, double sum_dy_xhat,
+                                double inv_count, Channel* channel, double count, double m2, Running running,
+                                const long long* batches) {
+    *channel = make_channel(mean, var, affine, read_affine(affine, 0));
+    set_gradient(*channel, {sum_dy, sum_dy_xhat}, inv_count);
+    const ChannelRunning before = read_running(running, 0);
+    update_running({count, mean, m2}, before, running, batches, 0);
 }
 """
 

@@ -6,6 +6,7 @@ import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -200,7 +201,7 @@ class Raw:
 def asking(devices):  # noqa: ARG001
     """A kernel without arguments to speak of, and a function that launches it with so much shared memory."""
     made = Kernel("bn_update_running", cupy_ops._macros(np.dtype(np.float64), 1, 32, Geometry((1,))))
-    made.raw, made._readers = Raw(), {}
+    made.raw, made._arguments = Raw(), SimpleNamespace(read=lambda *_: [])
 
     def launch(size, device=0):
         with cp.cuda.Device(device):

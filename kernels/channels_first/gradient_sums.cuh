@@ -6,9 +6,9 @@
 // Packs whose sums are taken in float32 before they go on in float64.
 constexpr int SUMMED = PACK_BYTES < 8 ? 8 : 4;
 
-// Takes the sums over a thread's packs, in the dtype A, of batches of AT_ONCE packs: {sum(dy), PRODUCT_SCALE * sum(dy *
-// (x - center) * rstd)}. Returns whether the dtype A held them. WIDE is whether what ReLU passed is worked out in
-// float64.
+// Takes two sums over a thread's packs, in the dtype A for each batch of AT_ONCE packs: sums[0] = sum(dy) and
+// sums[1] = PRODUCT_SCALE * sum(dy * (x - center) * rstd). WIDE is whether what ReLU passed is worked out in float64.
+// Returns whether the dtype A held the sums.
 template <class A, bool WIDE, int AT_ONCE, class Source>
 DEVICE bool sum_packs(const Source& dy, const Source& x, Packs packs, const Passed& passed, const OneChannel& channel,
                       double (&sums)[2]) {
@@ -53,7 +53,7 @@ DEVICE bool sum_packs(const Source& dy, const Source& x, Packs packs, const Pass
     return all_held;
 }
 
-// The same for all that may be asked for: every choice is made here, once.
+// Takes the sums over a thread's packs, whatever is asked for: every choice is made here, once.
 template <class Source>
 DEVICE void sum_all(const Source& dy, const Source& x, const Packs& packs, const Epilogue& epilogue,
                     const OneChannel& channel, double (&sums)[2]) {

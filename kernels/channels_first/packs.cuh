@@ -15,7 +15,7 @@ struct ChannelsFirst {
     long long N;
     long long C;
     long long L;
-    long long packs;  // of a channel, that a team takes or, in a cluster, a block
+    long long packs;  // packs of a channel that a team takes or, in a cluster, a block
 };
 
 // What a team takes: a channel or a share of it. There may be more teams than channels, and more channels than one side
@@ -77,12 +77,13 @@ class Packs {
     }
 };
 
-// Where a thread's packs of the array of this number lie in shared memory: the first one, the next ones TEAM apart.
+// Where a thread's packs of an array lie in shared memory: the first one, which the others follow TEAM apart. Kernels
+// number the arrays that they keep there.
 DEVICE raw_t* kept(const ChannelsFirst& sizes, int array = 0) {
     return staging() + (array * TEAMS + team()) * sizes.packs + member();
 }
 
-// The one channel that all elements of a team belong to.
+// The channel of all elements of a team, as `Channels` of elementwise.cuh.
 struct OneChannel {
     Factors<acc_t> own;
     const Channel* channel;

@@ -24,7 +24,7 @@ struct ChannelsLast {
     long long M;
     long long C;
     long long tile;  // columns of a tile
-    long long rows;  // of the array, that a block takes
+    long long rows;  // rows of the array that a block takes
 };
 
 // What a block takes: a tile of columns, and the rows of its share.
@@ -76,7 +76,7 @@ class Packs {
     int count;  // how many the thread has
 
     DEVICE explicit Packs(const Tile& tile) {
-        const index_t rows = tile.end - tile.begin - tile.row + tile.step - 1;  // rounded up to a multiple of step
+        const index_t rows = tile.end - tile.begin - tile.row + tile.step - 1;  // steps that are begun count as well
         count = tile.lane < tile.lanes && rows > 0 ? (int)(rows >> tile.log_step) : 0;
         at = (tile.begin + tile.row) * tile.C + tile.first + tile.lane;
         stride = tile.step * tile.C;
@@ -114,8 +114,8 @@ struct Lanes {
     }
 };
 
-// The channels of the elements of this thread's packs. All threads of a block construct theirs together, when lanes are
-// set: it is a barrier.
+// The channels of the elements of this thread's packs, as `Channels` of elementwise.cuh. All threads of a block
+// construct theirs together, when lanes are set: it is a barrier.
 struct OwnChannels {
     Factors<acc_t> own[WIDTH];
     const Channel* channels;  // in shared memory

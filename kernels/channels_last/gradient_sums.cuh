@@ -6,11 +6,11 @@
 
 constexpr int SUMMED = 16;                        // rows whose sums are taken in float32 before they go on in float64
 constexpr int ROWS = PACK_BYTES < 8 ? 8 : 4;      // rows in flight
-typedef double ColumnSums[2 * WIDTH];             // sum(dy) of each channel of a thread, then all of the products
+typedef double ColumnSums[2 * WIDTH];             // sum(dy) of each channel of a thread, then sum(dy * xhat) of each
 
-// Takes the sums in the dtype of the arithmetic, with AT_ONCE packs of both arrays in flight: sum(dy), and
-// PRODUCT_SCALE * sum(dy * (x - center) * rstd). WIDE is whether what ReLU passed is worked out in float64. Returns a
-// bit for each element whose sums the dtype did not hold.
+// Takes the sums over a thread's packs, with AT_ONCE packs of both arrays in flight. In place of sum(dy * xhat) they
+// have PRODUCT_SCALE * sum(dy * (x - center) * rstd). WIDE is whether what ReLU passed is worked out in float64.
+// Returns a bit for each element whose sums the dtype of the arithmetic did not hold.
 template <bool WIDE, int AT_ONCE, class Source>
 DEVICE unsigned sum_packs(const Source& dy, const Source& x, Packs packs, const Passed& passed,
                           const OwnChannels& channels, ColumnSums& sums) {
@@ -79,7 +79,7 @@ DEVICE void sum_exactly(const Source& dy, const Source& x, Packs packs, const Pa
     }
 }
 
-// The sums for all that may be asked for: every choice is made here, once.
+// Takes the sums over a thread's packs, whatever is asked for: every choice is made here, once.
 template <class Source>
 DEVICE void sum_all(const Source& dy, const Source& x, const Packs& packs, const Epilogue& epilogue,
                     const OwnChannels& channels, ColumnSums& sums) {
@@ -89,7 +89,8 @@ DEVICE void sum_all(const Source& dy, const Source& x, const Packs& packs, const
         missed = sum_packs<true, 1>(dy, x, packs, passed, channels, sums);
     else
         with_gate(epilogue, [&](auto gate) {
-            // Many packs are in flight from memory, which is far; fewer with gates, which want registers as well.
+            // Packs in flight, where they have many elements: more from memory, which is far; fewer with gates, which
+            // want registers as well.
             constexpr bool OPENED = decltype(gate)::value == OPEN;
             constexpr int FEW = (Source::FAR ? 4 : 2) / (OPENED ? 1 : 2);
             missed = sum_packs<false, WIDTH == 8 ? FEW : ROWS>(dy, x, packs, {gate, epilogue.mask}, channels, sums);

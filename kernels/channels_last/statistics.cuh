@@ -9,7 +9,7 @@
 constexpr int CHUNK = 8;   // rows of a chunk
 constexpr int CHUNKS = 4;  // chunks that merge in float32
 
-// What some rows of a channel come to: their mean is base + offset.
+// Some rows of a channel: their mean, which is base + offset, and the sum of squares of deviations from it.
 struct Column {
     acc_t base, offset, m2;
 };
