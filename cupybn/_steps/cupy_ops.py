@@ -1,7 +1,7 @@
 """The steps of batch norm on CuPy arrays: the functions of `numpy_ops`, each a launch of the kernel of its name.
 
-Here is no arithmetic: outputs are allocated, a launch is chosen (`plans`), arguments are named. Arrays are (N, C, L), contiguous;
-those with L = 1 go to the kernels of ``channels_last``, the others to those of ``channels_first``.
+Here is no arithmetic: outputs are allocated, a launch is chosen (`plans`), arguments are named. Arrays are (N, C, L),
+contiguous; those with L = 1 go to the kernels of ``channels_last``, the others to those of ``channels_first``.
 """
 
 from __future__ import annotations
@@ -206,9 +206,8 @@ def bn_backward(
 def _over_channels(step: str, dtype: np.dtype[Any], C: int, **arguments: Any) -> None:
     """Launch a step that takes a warp for each channel."""
     geometry = Geometry(over_channels(C), threads=WARP)
-    kernel(step, **plans.macros_of(dtype, 1, 32, geometry)).launch(
-        geometry.grid, geometry.threads, {**arguments, "C": C}
-    )
+    loaded = kernel(step, **plans.macros_of(dtype, 1, 32, geometry))
+    loaded.launch(geometry.grid, geometry.threads, {**arguments, "C": C})
 
 
 def _beside(mask: Array | None, x: Array, dy: Array) -> Array:
