@@ -257,7 +257,7 @@ def test_errors_in_the_middle_of_an_exchange(fails, forward, passes, message, se
 
 @pytest.mark.parametrize(("forward", "message"), [(True, "gather"), (True, "texts"), (False, "sum"), (False, "texts")])
 def test_errors_while_the_others_are_told(fails, forward, message):
-    """The others wait for a message that this rank could not send. Its own error is that of the call, which came first."""
+    """The others wait for a message that this rank could not send; its own error is that of the call, the first one."""
     calls = calls_of(forward, 1)
     fails(calls[0].engine, message, CUDARuntimeError("launch failure"), False)
     calls[0].x = "no array"
