@@ -164,6 +164,7 @@ DEVICE ChannelMoments gather(const Tile& tile, const Total<double> (&totals)[WID
 // pivots. All threads call it.
 template <class Source>
 DEVICE ChannelMoments moments_of(const Tile& tile, const Source& x, const Packs& packs, const data_t* first_row) {
+    const double count = (double)(tile.end - tile.begin);
     __shared__ double pivots[MOST_LANES];
     if (tile.looks_after()) pivots[threadIdx.x] = widen(first_row[tile.channel()]);
     __syncthreads();
@@ -175,5 +176,5 @@ DEVICE ChannelMoments moments_of(const Tile& tile, const Source& x, const Packs&
 #pragma unroll
         for (int e = 0; e < WIDTH; e++)  // each channel by itself: no other one is touched
             if (missed >> e & 1) add_exactly(x, packs, e, pivots[tile.known_lane() + e], totals[e]);
-    return gather(tile, totals, pivots, (double)(tile.end - tile.begin));
+    return gather(tile, totals, pivots, count);
 }
