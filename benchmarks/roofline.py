@@ -30,7 +30,7 @@ from gpu_cases import RESNET50
 from cupybn._arrays.dtypes import parameter_dtype
 from cupybn._cli.problem import OPERATIONS
 from cupybn._cli.table import markdown
-from cupybn._steps import cupy_ops
+from cupybn._steps import cupy_ops, plans
 from cupybn._steps.resident import Device
 
 matplotlib.use("Agg")
@@ -193,11 +193,11 @@ def launches(layer: Layer, operation: str, gpu: Gpu) -> list[Launch]:
     with patch.object(cupy_ops, "_device", lambda index: GPUS[index - FIRST_DEVICE].device):
         if operation in ON_CHIP:
             kernel, arrays = ON_CHIP[operation]
-            plan = cupy_ops._choose_resident(kernel, x)
+            plan = plans.choose_resident(kernel, x)
             if plan is not None:
                 return [_launch(kernel, arrays + 1, layer, plan.geometry)]
         streamed = STREAMED[operation]
-        return [_launch(kernel, passes, layer, cupy_ops._choose(kernel, x).geometry) for kernel, passes in streamed]
+        return [_launch(kernel, passes, layer, plans.choose(kernel, x).geometry) for kernel, passes in streamed]
 
 
 def _launch(kernel: str, passes: int, layer: Layer, geometry: Any) -> Launch:

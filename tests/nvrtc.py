@@ -18,8 +18,8 @@ import numpy as np
 
 from cupybn._arrays.dtypes import FLOATS
 from cupybn._steps import launcher, sources
-from cupybn._steps.cupy_ops import ON_CHIP, _macros
 from cupybn._steps.geometry import LEAST_THREADS, TEAMS, THREADS, WARP, Geometry
+from cupybn._steps.plans import ON_CHIP, macros_of
 from cupybn._steps.resident import BLOCKS
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
@@ -66,7 +66,7 @@ class Instance(NamedTuple):
         """The library's own `launcher.Kernel` of the instance."""
         dtype = np.dtype(getattr(ml_dtypes, self.dtype, self.dtype))
         geometry = Geometry((), {}, threads=self.threads, team=self.team)
-        macros = _macros(dtype, self.width, self.index_bits, geometry)
+        macros = macros_of(dtype, self.width, self.index_bits, geometry)
         return launcher.Kernel(self.kernel, macros | ({"CLUSTER_BLOCKS": self.cluster} if self.cluster else {}))
 
     @property

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import cupy as cp
 import numpy as np
 
-from cupybn._steps import cupy_ops, numpy_ops
+from cupybn._steps import cupy_ops, numpy_ops, plans
 from cupybn._steps.bundles import Affine, Epilogue, Gradients, Running, Statistics
 from tests.reference import HALF_ULP, to_numpy
 
@@ -109,5 +109,5 @@ def _way_back(ops, dy, x, affine, running, epilogue, out):
 
 def forget_plans():
     """Drop the plans of launches: those made for devices and settings that are no more."""
-    for cached in (cupy_ops._plan, cupy_ops._resident_plan, cupy_ops._device):
+    for cached in (plans.streamed_plan, plans.resident_plan, plans.properties_of):
         cached.cache_clear()

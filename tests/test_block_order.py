@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cupybn._steps import cupy_ops
+from cupybn._steps import cupy_ops, plans
 from cupybn._steps.bundles import Affine, Epilogue, Gradients, Running, Statistics
 
 cp = pytest.importorskip("cupy")
@@ -22,7 +22,7 @@ each_layout = pytest.mark.parametrize("shape", LAYOUTS.values(), ids=LAYOUTS)
 
 def over_blocks(step, x, run):
     """What `run` returns for each block by itself, as the grid has them: (shares, channels or tiles)."""
-    columns, shares, *_ = cupy_ops._choose(step, x).geometry.grid
+    columns, shares, *_ = plans.choose(step, x).geometry.grid
     assert columns > 1
     assert shares > 1
     results = []

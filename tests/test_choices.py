@@ -7,7 +7,7 @@ import pytest
 
 import cupybn
 import cupybn.functional as F
-from cupybn._steps import cupy_ops
+from cupybn._steps import cupy_ops, plans
 from tests.reference import bits
 
 cp = pytest.importorskip("cupy")
@@ -70,7 +70,7 @@ def test_the_same_launches_and_bits_without_an_update(momentum):
 def test_packs_as_wide_as_rows_and_memory_allow(shape, offset, width, nbytes):
     """The mask has a byte for each pack, and is bool where packs are single elements."""
     x = cp.empty(np.prod(shape) + offset, np.float32)[offset:].reshape(shape)
-    plan = cupy_ops._choose_resident("bn_forward", x)
+    plan = plans.choose_resident("bn_forward", x)
     assert f"-DWIDTH={width}" in plan.kernel.options
     mask = cupy_ops.empty_mask(x, x, x)
     assert mask.dtype == (np.uint8 if width > 1 else np.bool_)
@@ -82,8 +82,8 @@ def test_a_mask_decides_on_packs():
     """Packs of the way back are those that the mask was made of; only dy may have to be copied for it."""
     x, dy, whole = (cp.zeros(61, np.float32)[offset:][:60].reshape(2, 3, 10) for offset in (0, 1, 0))
     mask = cupy_ops.empty_mask(x, x, x)
-    assert cupy_ops._width(x) == cupy_ops._width(x, dy, mask=mask) == 2
-    assert cupy_ops._width(x, dy) == 1
+    assert plans.width_of(x) == plans.width_of(x, dy, mask=mask) == 2
+    assert plans.width_of(x, dy) == 1
     assert cupy_ops._beside(mask, x, whole) is whole
     assert cupy_ops._beside(None, x, dy) is dy
     copied = cupy_ops._beside(mask, x, dy)
@@ -91,7 +91,7 @@ def test_a_mask_decides_on_packs():
     assert copied.data.ptr % 8 == 0
     narrow = cupy_ops.empty_mask(dy, x, x)
     assert narrow.dtype == np.bool_
-    assert cupy_ops._width(x, dy, mask=narrow) == 1
+    assert plans.width_of(x, dy, mask=narrow) == 1
     assert cupy_ops._beside(narrow, x, dy) is dy
 
 

@@ -473,6 +473,21 @@ def test_check_tells_errors_from_misses(monkeypatch, capsys):
     assert re.search(r"^\d+ of \d+ calls are off by more than is allowed:\n  mean_and_var, ", out, re.MULTILINE)
 
 
+@pytest.mark.parametrize("side", [sides.KERNELS, sides.MIRRORS, sides.FORMULA], ids=lambda side: side.name)
+def test_bundles_come_to_a_side_and_back(side):
+    """All arrays of an unaligned case are unaligned; what is no array stays as it is."""
+    given = Epilogue(np.arange(6, dtype=np.float32).reshape(1, 2, 3), "relu")
+    there = side.put_all(given, offset=1)
+    assert (type(there), there.activation, there.mask) == (Epilogue, "relu", None)
+    if side is sides.KERNELS:
+        assert there.residual.data.ptr % 16 == 4
+    back = side.host_all(there)
+    assert (type(back), back.activation, back.mask) == (Epilogue, "relu", None)
+    np.testing.assert_array_equal(back.residual, given.residual)
+    back.residual[...] = 7
+    assert given.residual.max() == 5
+
+
 def test_check_takes_nan_for_wrong():
     case = cases.Case((2, 3, 4), np.dtype(np.float32), 0, cases.Variant())
     right = sides.Result(np.ones(3), 8, 1)

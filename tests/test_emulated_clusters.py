@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import cupybn.functional as F
-from cupybn._steps import cupy_ops, resident, sources
+from cupybn._steps import plans, resident, sources
 from tests.steps import forget_plans
 from tests.test_emulated_kernels import (  # the fixture by its name, too
     INVALID_VALUE,
@@ -990,7 +990,7 @@ def test_faults_in_clusters_of_the_library_are_found(seeds, monkeypatch, text, f
     try:
         for code, right in (source, True), (source.replace(text, fault), False):
             forget_plans()
-            plan = cupy_ops._choose_resident("bn_forward", x)
+            plan = plans.choose_resident("bn_forward", x)
             assert plan.geometry.cluster == 8
             monkeypatch.setattr(plan.kernel, "raw", cupy.RawKernel(code, "bn_forward", plan.kernel.options))
             for _ in seeds():

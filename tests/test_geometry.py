@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cupybn._steps import cupy_ops
-from cupybn._steps.cupy_ops import PACK
+from cupybn._steps import plans
 from cupybn._steps.geometry import (
     CHANNELS_FIRST_SUM,
     CHANNELS_LAST_SUM,
@@ -37,6 +36,7 @@ from cupybn._steps.geometry import (
     over_channels,
     team_of,
 )
+from cupybn._steps.plans import PACK
 from cupybn._steps.resident import Device
 from cupybn._steps.sources import KERNELS
 
@@ -181,7 +181,7 @@ def test_a_pack_is_of_one_row_and_aligned(N, C, L, dtype, offsets):
     """Packs of both layouts fit rows and addresses of all arrays; packs of twice the width would not."""
     dtype = np.dtype(dtype)
     arrays = [At((N, C, L), dtype, offset * dtype.itemsize) for offset in (0, *offsets)]
-    nbytes = cupy_ops._width(*arrays) * dtype.itemsize
+    nbytes = plans.width_of(*arrays) * dtype.itemsize
     row = (L if L > 1 else C) * dtype.itemsize
 
     def fits(nbytes):
@@ -189,7 +189,7 @@ def test_a_pack_is_of_one_row_and_aligned(N, C, L, dtype, offsets):
 
     assert fits(nbytes)
     assert not fits(2 * nbytes)
-    assert cupy_ops._width(*arrays, None) == cupy_ops._width(*arrays)
+    assert plans.width_of(*arrays, None) == plans.width_of(*arrays)
 
 
 @pytest.mark.parametrize(
@@ -200,13 +200,13 @@ def test_odd_alignments_take_narrower_packs(offset, nbytes, which):
     """Any of the arrays may be the one that is not aligned."""
     for shape in (3, 5, 16), (9, 16, 1):
         arrays = [At(shape, np.float16, offset if i == which else 0) for i in range(3)]
-        assert cupy_ops._width(*arrays) * 2 == nbytes
+        assert plans.width_of(*arrays) * 2 == nbytes
 
 
 @pytest.mark.parametrize(("row", "width"), [(64, 8), (12, 4), (50, 2), (49, 1), (8, 8), (4, 4), (2, 2)])
 def test_odd_rows_take_narrower_packs(row, width):
     for shape in (3, 5, row), (9, row, 1):
-        assert cupy_ops._width(At(shape, np.float16, 0)) == width
+        assert plans.width_of(At(shape, np.float16, 0)) == width
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -242,7 +242,7 @@ def test_every_grid_can_be_launched(N, C, L, pack, multiprocessors):
 def test_more_columns_of_packs_than_a_grid_is_wide():
     """A tile has several columns, also where packs are single elements."""
     for C, width in (2**32 - 1, 1), (2**33 + 1, 1), (2**34 + 4, 4), (2**35 + 8, 8):
-        plan = cupy_ops._plan("bn_normalize", (1, C, 1), np.dtype(np.float16), width, 132)
+        plan = plans.streamed_plan("bn_normalize", (1, C, 1), np.dtype(np.float16), width, 132)
         sizes = plan.geometry.sizes
         assert f"-DWIDTH={width}" in plan.kernel.options
         assert plan.geometry.grid[0] <= MOST_GRID_X

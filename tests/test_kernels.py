@@ -12,7 +12,7 @@ import pytest
 
 import cupybn
 import cupybn.functional as F
-from cupybn._steps import cupy_ops, geometry, launcher, numpy_ops, resident, sources
+from cupybn._steps import cupy_ops, geometry, launcher, numpy_ops, plans, resident, sources
 from cupybn._steps.bundles import Affine, Epilogue, Gradients, Moments, Running, Sums
 from tests.reference import DTYPES, HALF_ULP, bits, to_numpy
 from tests.steps import EPS, Arrays, forget_plans, to_device, to_host, ways_back
@@ -201,18 +201,18 @@ def on_chip(monkeypatch, request):
     monkeypatch.setattr(geometry, "SOON", 10**9)
     monkeypatch.setattr(resident, "BLOCKS", (request.getfixturevalue("blocks"),))
     monkeypatch.setattr(resident, "LEAST", 10**9)
-    original = cupy_ops._choose_resident
+    original = plans.choose_resident
 
     def choose(*arguments, **options):
-        if cupy_ops._device(0).clusters or request.getfixturevalue("blocks") == 1:
+        if plans.properties_of(0).clusters or request.getfixturevalue("blocks") == 1:
             chosen.append(original(*arguments, **options))
             return chosen[-1]
         pytest.skip("a GPU without clusters")
 
-    monkeypatch.setattr(cupy_ops, "_choose_resident", choose)
-    cupy_ops._resident_plan.cache_clear()
+    monkeypatch.setattr(plans, "choose_resident", choose)
+    plans.resident_plan.cache_clear()
     yield chosen
-    cupy_ops._resident_plan.cache_clear()
+    plans.resident_plan.cache_clear()
 
 
 def check_clusters(chosen, blocks, x):
@@ -338,7 +338,7 @@ def test_teams_of_a_block_know_nothing_of_each_other(rng, dtype, L):
         of_channels += [to_numpy(a) for a in (dweight, dbias, mean, var)]
         return [bits(*(a[c] for a in of_channels)) for c in range(len(channels))]
 
-    laid = cupy_ops._choose("bn_stats", cp.asarray(x)).geometry
+    laid = plans.choose("bn_stats", cp.asarray(x)).geometry
     assert laid.threads == 4 * laid.team
     alone = [results([c, 8 - c])[0] for c in range(9)]  # of one channel rows would be one
     for C in 3, 4, 5, 9:
@@ -369,7 +369,7 @@ VARIED = pytest.mark.parametrize(
 @pytest.mark.parametrize(("dtype", "offset"), [("float32", 0), ("float32", 1), ("float16", 0)])
 def test_64_bit_indices(shape, dtype, offset, monkeypatch):
     expected = all_results(np.random.default_rng(0), shape, dtype, offset)
-    monkeypatch.setattr(cupy_ops, "MOST_INT", 0)
+    monkeypatch.setattr(plans, "MOST_INT", 0)
     forget_plans()
     assert all_results(np.random.default_rng(0), shape, dtype, offset) == expected
 
@@ -389,16 +389,16 @@ def test_64_bit_indices(shape, dtype, offset, monkeypatch):
 def test_strides_over_the_end_count_for_indices(shape, bits):
     """A stride of up to 128 rows, of arrays of fewer than 2^31 elements."""
     if shape[2] == 1:
-        plan = cupy_ops._plan("bn_stats", shape, np.dtype(np.float16), 8, None)
+        plan = plans.streamed_plan("bn_stats", shape, np.dtype(np.float16), 8, None)
     else:
-        plan = cupy_ops._resident_plan("bn_forward", shape, np.dtype(np.float16), 8, 0)
+        plan = plans.resident_plan("bn_forward", shape, np.dtype(np.float16), 8, 0)
     assert f"-DINDEX_BITS={bits}" in plan.kernel.options
 
 
 @pytest.mark.parametrize(("channels", "bits"), [(2**26 + 1, 32), (2**28 + 1, 64)])
 def test_rows_of_threads_count_for_indices(channels, bits):
     """Threads of a block lie in eight rows, also where the array has one row."""
-    plan = cupy_ops._plan("bn_normalize", (1, channels, 1), np.dtype(np.float16), 1, 132)
+    plan = plans.streamed_plan("bn_normalize", (1, channels, 1), np.dtype(np.float16), 1, 132)
     assert f"-DINDEX_BITS={bits}" in plan.kernel.options
 
 
@@ -549,7 +549,7 @@ def test_launches_and_traffic_on_chip(rng, C, side, dtype, axis, monkeypatch):
     shape = (32, C, side, side) if axis == 1 else (32, side, side, C)
     N, L = (32, side * side) if axis == 1 else (32 * side * side, 1)
     width = math.gcd(C if axis == -1 else L, 16 // dtype.itemsize)
-    whole = {step: cupy_ops._resident_plan(step, (N, C, L), dtype, width, 0) for step in ON_CHIP}
+    whole = {step: plans.resident_plan(step, (N, C, L), dtype, width, 0) for step in ON_CHIP}
     if whole["bn_forward"] is None:
         pytest.skip("does not fit")
     few = 2 if axis == 1 else 128 // dtype.itemsize  # of the channels
@@ -562,7 +562,7 @@ def test_launches_and_traffic_on_chip(rng, C, side, dtype, axis, monkeypatch):
     weight, bias = (cp.ones(few, np.float32) for _ in range(2))
     vectors = 8 * few * (2 * 8 + 2 * 4)  # that each block of a cluster reads
     rel = 0.02 + vectors / x.nbytes
-    assert width == cupy_ops._width(x.reshape(N, few, L))
+    assert width == plans.width_of(x.reshape(N, few, L))
     for has_residual, activation, forward, backward in TRAFFIC:
         options = {"residual": residual if has_residual else None, "activation": activation, "channel_axis": axis}
         mask = has_residual / (width * dtype.itemsize)
@@ -572,7 +572,7 @@ def test_launches_and_traffic_on_chip(rng, C, side, dtype, axis, monkeypatch):
         )  # fmt: skip
         if whole["bn_backward"]:
             check_traffic(ON_CHIP[1:], backward + mask, rel, x.nbytes, lambda f=vjp_fn: f(x))
-    clusters = {step: cupy_ops._resident_plan(step, (N, few, L), dtype, width, 0) for step in ON_CHIP}
+    clusters = {step: plans.resident_plan(step, (N, few, L), dtype, width, 0) for step in ON_CHIP}
     for step in ON_CHIP:
         if whole[step]:
             assert clusters[step].geometry.cluster == whole[step].geometry.cluster

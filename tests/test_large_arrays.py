@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from cupybn._steps import cupy_ops, numpy_ops
+from cupybn._steps import cupy_ops, numpy_ops, plans
 from cupybn._steps.bundles import Affine, Epilogue, Gradients, Moments, Running, Statistics, Sums
 from cupybn._steps.geometry import MOST_GRID_Y, ChannelsLast
 from tests.reference import HALF_ULP, to_numpy
@@ -139,7 +139,7 @@ class Large:
         )
         self.out, dx, dresidual = (self.empty() for _ in range(3))
         self.width = width_of(shape, dtype, offset)
-        assert self.width == cupy_ops._width(self.x, residual, self.out, self.dy, dx, dresidual)
+        assert self.width == plans.width_of(self.x, residual, self.out, self.dy, dx, dresidual)
         self.epilogue = Epilogue(residual, "relu", self.empty_mask())
         C = shape[1]
         self.gradients = Gradients(dx, dresidual, cp.zeros(C), cp.zeros(C))
@@ -203,21 +203,21 @@ def check_vectors(ours, before, share, expected, **tolerance):
 @pytest.fixture
 def many_shares(monkeypatch):
     """About as many blocks as a grid has room for, where there are few channels."""
-    original = cupy_ops._plan
+    original = plans.streamed_plan
 
     def plan(step, shape, dtype, width, multiprocessors):
         kernel, geometry = original(step, shape, dtype, width, multiprocessors)
         assert f"-DINDEX_BITS={index_bits(shape)}" in kernel.options
         if shape[1] > 100:
-            return cupy_ops._Plan(kernel, geometry)
+            return plans.Plan(kernel, geometry)
         sizes, (x, _, *z) = geometry.sizes, geometry.grid
         name, count = ("rows", sizes.M) if shape[2] == 1 else ("packs", sizes.N * (sizes.L // width))
         of_share = -(-count // (MOST_GRID_Y - 1))
         shares = -(-count // of_share)
         sizes = sizes._replace(**{name: of_share})
-        return cupy_ops._Plan(kernel, geometry._replace(grid=(x, shares, *z), sizes=sizes, parts=shares))
+        return plans.Plan(kernel, geometry._replace(grid=(x, shares, *z), sizes=sizes, parts=shares))
 
-    monkeypatch.setattr(cupy_ops, "_plan", plan)
+    monkeypatch.setattr(plans, "streamed_plan", plan)
 
 
 def shares_of(shape, dtype, offset, share, tile):
@@ -225,7 +225,7 @@ def shares_of(shape, dtype, offset, share, tile):
     width = width_of(shape, dtype, offset)
     on_h200 = emulator.H200.multiprocessors
     for step, multiprocessors in ("bn_stats", None), ("bn_backward_reduce", None), ("bn_normalize", on_h200):
-        geometry = cupy_ops._plan(step, shape, np.dtype(dtype), width, multiprocessors).geometry
+        geometry = plans.streamed_plan(step, shape, np.dtype(dtype), width, multiprocessors).geometry
         of_step = geometry, width, share % geometry.grid[1]
         if shape[2] > 1:
             yield share_of_rows(*of_step, step == "bn_normalize")
@@ -284,7 +284,7 @@ def on_chip(request, rng):
     width = width_of(shape, dtype, offset)
 
     def prepare(step):
-        plan = cupy_ops._resident_plan(step, shape, np.dtype(dtype), width, 0)
+        plan = plans.resident_plan(step, shape, np.dtype(dtype), width, 0)
         assert "-DINDEX_BITS=64" in plan.kernel.options
         share = cluster(plan.geometry, width)
         large = Large(rng, *request.param, share)
@@ -385,7 +385,7 @@ def test_many_parts_before_elementwise_steps(rng, parts, L):
     shape = 2, C, L
     x = rng.standard_normal((2, C, L)).astype(np.float32)
     on_gpu, out = cp.asarray(x), cp.empty(shape, np.float32)
-    geometry = cupy_ops._choose("bn_normalize", on_gpu).geometry
+    geometry = plans.choose("bn_normalize", on_gpu).geometry
     block = geometry.grid[0] - 1 if L == 1 else 0
     c = slice(-(geometry.sizes.tile * 4 if L == 1 else geometry.threads // geometry.team), None)
     host, host_sums = of_channels(c, host), of_channels(c, host_sums)
@@ -456,11 +456,11 @@ def test_what_nobody_wrote_is_not_read():
 
 def test_strides_over_the_end_are_seen(monkeypatch):
     """32 bits hold all places of an array here, but not those to which its last threads would go on."""
-    monkeypatch.setattr(cupy_ops, "MOST_INT", 2**40)
-    cupy_ops._plan.cache_clear()
+    monkeypatch.setattr(plans, "MOST_INT", 2**40)
+    plans.streamed_plan.cache_clear()
     for M, seen in (2080, False), (2140, True):
         shape = M, 10**6, 1
-        plan = cupy_ops._plan("bn_stats", shape, np.dtype(np.float16), 8, None)
+        plan = plans.streamed_plan("bn_stats", shape, np.dtype(np.float16), 8, None)
         assert "-DINDEX_BITS=32" in plan.kernel.options
         share = share_of_columns(plan.geometry, 8, 0, LAST, False)
         x = fill(sparse(shape, np.float16, share.ranges), np.ones)
@@ -470,4 +470,4 @@ def test_strides_over_the_end_are_seen(monkeypatch):
                 continue
             with pytest.raises(RuntimeError, match="overflow"):
                 cupy_ops.bn_stats(x)
-    cupy_ops._plan.cache_clear()
+    plans.streamed_plan.cache_clear()

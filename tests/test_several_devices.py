@@ -13,7 +13,7 @@ import pytest
 
 import cupybn
 import cupybn.functional as F
-from cupybn._steps import cupy_ops
+from cupybn._steps import plans
 from cupybn._steps.bundles import Moments, Running
 from cupybn._steps.geometry import Geometry
 from cupybn._steps.launcher import SHARED, Kernel, kernel
@@ -91,11 +91,11 @@ def test_large_grids_on_large_devices_alone(devices):
     for device, properties in enumerate(devices):
         with cp.cuda.Device(device):
             x = cp.empty((4, 1, 1_000_000), np.float32)
-        for step in "bn_normalize", "bn_backward_input", *cupy_ops.SUMS:
-            grids[step, properties is SMALL] = np.prod(cupy_ops._choose(step, x).geometry.grid)
+        for step in "bn_normalize", "bn_backward_input", *plans.SUMS:
+            grids[step, properties is SMALL] = np.prod(plans.choose(step, x).geometry.grid)
     for step in "bn_normalize", "bn_backward_input":
         assert grids[step, False] > 2 * grids[step, True]
-    for step in cupy_ops.SUMS:
+    for step in plans.SUMS:
         assert grids[step, False] == grids[step, True]
 
 
@@ -107,8 +107,8 @@ def test_what_is_known_of_a_device():
         shared_memory_per_multiprocessor=9 << 10,
     )
     with emulator.pretend(emulator.H200, properties):
-        assert cupy_ops._device(0) == Device(132, 227 << 10, 228 << 10, clusters=True)
-        assert cupy_ops._device(1) == Device(3, 8 << 10, 9 << 10, clusters=False)
+        assert plans.properties_of(0) == Device(132, 227 << 10, 228 << 10, clusters=True)
+        assert plans.properties_of(1) == Device(3, 8 << 10, 9 << 10, clusters=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -154,7 +154,7 @@ def test_one_array_elsewhere_after_a_good_call(name):
 @pytest.mark.parametrize(("bundle", "field"), [("moments", "mean"), ("running", "mean"), ("running", "batches")])
 def test_kernels_look_at_each_launch(bundle, field):
     """Arrays and vectors alike are looked at, whatever a kernel has been launched with before."""
-    update = kernel("bn_update_running", **cupy_ops._macros(np.dtype(np.float64), 1, 32, Geometry((1,))))
+    update = kernel("bn_update_running", **plans.macros_of(np.dtype(np.float64), 1, 32, Geometry((1,))))
     count, means, m2, mean, var = on_device(0, (1,), (1, 3), (1, 3), 3, 3, dtype=np.float64)
     (counter,) = on_device(0, (), dtype=np.int64)
     arguments = {"moments": Moments(count, means, m2), "running": Running(mean, var, 0.1, counter), "C": 3}
@@ -200,7 +200,7 @@ class Raw:
 @pytest.fixture
 def asking(devices):  # noqa: ARG001
     """A kernel without arguments to speak of, and a function that launches it with so much shared memory."""
-    made = Kernel("bn_update_running", cupy_ops._macros(np.dtype(np.float64), 1, 32, Geometry((1,))))
+    made = Kernel("bn_update_running", plans.macros_of(np.dtype(np.float64), 1, 32, Geometry((1,))))
     made.raw, made._arguments = Raw(), SimpleNamespace(read=lambda *_: [])
 
     def launch(size, device=0):

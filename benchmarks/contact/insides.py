@@ -11,7 +11,7 @@ from cupybn._arrays.devices import cuda_missing
 from cupybn._arrays.dtypes import FLOATS, parameter_dtype
 from cupybn._ranks.engines import engine_for
 from cupybn._ranks.watch import watch_of
-from cupybn._steps import cupy_ops
+from cupybn._steps import plans
 from cupybn._steps.arguments import _by_value as by_value
 from tests.nvrtc import Instance, all_instances
 from tests.ranks.launch import RANK_ENVIRONMENT, find_mpiexec
@@ -37,9 +37,9 @@ __all__ = [
     "watch_of",
 ]
 
-ON_CHIP = tuple(cupy_ops.ON_CHIP)
+ON_CHIP = tuple(plans.ON_CHIP)
 """The steps that keep channels on chip where they fit."""
-STREAMED = (*cupy_ops.SUMS, "bn_normalize", "bn_backward_input")
+STREAMED = (*plans.SUMS, "bn_normalize", "bn_backward_input")
 """The steps over all elements that read them from memory."""
 
 
@@ -51,7 +51,7 @@ def dtypes() -> list[np.dtype[Any]]:
 def how_on_chip(step: str, shape: tuple[int, int, int], dtype: np.dtype[Any]) -> str:
     """How this device takes a step over (N, C, L): as a cluster of so many blocks, or streamed; and its packs."""
     width = _width(shape, dtype)
-    plan = cupy_ops._resident_plan(step, shape, dtype, width, 0)
+    plan = plans.resident_plan(step, shape, dtype, width, 0)
     how = "streamed" if plan is None else f"{plan.geometry.cluster} x {plan.geometry.team or plan.geometry.threads}"
     return f"{how} by {width * dtype.itemsize} bytes"
 
@@ -61,22 +61,22 @@ def kernels_for(shape: tuple[int, ...], channel_axis: int, dtype: np.dtype[Any])
     axis = channel_axis % len(shape)
     layout = math.prod(shape[:axis]), shape[axis], math.prod(shape[axis + 1 :])
     width = _width(layout, dtype)
-    plans: list[Any] = [cupy_ops._resident_plan(step, layout, dtype, width, 0) for step in ON_CHIP]
+    chosen: list[Any] = [plans.resident_plan(step, layout, dtype, width, 0) for step in ON_CHIP]
     for step in STREAMED:
-        multiprocessors = None if step in cupy_ops.SUMS else cupy_ops._device(0).multiprocessors
-        plans.append(cupy_ops._plan(step, layout, dtype, width, multiprocessors))
-    return {(plan.kernel.name, plan.kernel.options) for plan in plans if plan is not None}
+        multiprocessors = None if step in plans.SUMS else plans.properties_of(0).multiprocessors
+        chosen.append(plans.streamed_plan(step, layout, dtype, width, multiprocessors))
+    return {(plan.kernel.name, plan.kernel.options) for plan in chosen if plan is not None}
 
 
 def _width(shape: tuple[int, int, int], dtype: np.dtype[Any]) -> int:
     """Elements of the packs of arrays that are aligned as CuPy allocates them."""
     _, C, L = shape
-    return math.gcd(cupy_ops.PACK, (L if L > 1 else C) * dtype.itemsize) // dtype.itemsize
+    return math.gcd(plans.PACK, (L if L > 1 else C) * dtype.itemsize) // dtype.itemsize
 
 
 def has_clusters() -> bool:
     """Whether this device runs blocks in clusters."""
-    return cupy_ops._device(0).clusters
+    return plans.properties_of(0).clusters
 
 
 def instances_here() -> list[Instance]:

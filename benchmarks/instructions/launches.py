@@ -163,12 +163,12 @@ def execute(
 
 
 def pack(args: Sequence[Any]) -> bytes:
-    """The arguments as CuPy passes them: each at a multiple of its size, or of the size of its first field."""
+    """The arguments as CuPy passes them: each at a multiple of its size, or of 8 bytes if it is a struct of words."""
     data = b""
     for value in args:
         if value is None or isinstance(value, cupy.ndarray):
             value = np.uint64(0 if value is None else value.data.ptr)
         array = np.asarray(value)
-        size = array.dtype[0].itemsize if array.dtype.names else array.itemsize
+        size = 8 if array.dtype.kind == "V" else array.itemsize
         data += b"\0" * (-len(data) % size) + array.tobytes()
     return data

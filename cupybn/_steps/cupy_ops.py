@@ -1,42 +1,27 @@
 """The steps of batch norm on CuPy arrays: the functions of `numpy_ops`, each a launch of the kernel of its name.
 
-Here is no arithmetic: outputs are allocated, a launch is chosen, arguments are named. Arrays are (N, C, L), contiguous;
+Here is no arithmetic: outputs are allocated, a launch is chosen (`plans`), arguments are named. Arrays are (N, C, L), contiguous;
 those with L = 1 go to the kernels of ``channels_last``, the others to those of ``channels_first``.
 """
 
 from __future__ import annotations
 
-import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from cupybn._arrays.devices import empty, import_cupy
+from cupybn._steps import plans
 from cupybn._steps.bundles import Affine, Epilogue, Gradients, Moments, Running, Statistics, Sums
-from cupybn._steps.geometry import (
-    WARP,
-    ChannelsLast,
-    Geometry,
-    channels_first,
-    channels_first_resident,
-    channels_last,
-    channels_last_resident,
-    over_channels,
-)
-from cupybn._steps.launcher import Kernel, kernel
-from cupybn._steps.resident import Device
+from cupybn._steps.geometry import WARP, Geometry, over_channels
+from cupybn._steps.launcher import kernel
 
 Array = Any  # cupy.ndarray
-
-PACK = 16
-"""Bytes of the widest pack: what one load or store moves at most."""
-MOST_INT = 2**31 - 2**20
-"""Elements up to which kernels count with 32 bits: somewhat less than these hold, as strides go over the end."""
 
 
 def bn_stats(x: Array, batches: Array | None = None, scratch: Array | None = None) -> Moments:  # noqa: ARG001
     """See `numpy_ops.bn_stats`; the moments are in parts, and no scratch is needed."""
-    plan = _choose("bn_stats", x)
+    plan = plans.choose("bn_stats", x)
     parts, C = plan.geometry.parts, x.shape[1]
     moments = Moments(
         empty((parts,), x, np.float64),
@@ -78,7 +63,7 @@ def bn_update_running(moments: Moments, running: Running) -> None:
     """See `numpy_ops.bn_update_running`."""
     geometry = Geometry((1,))
     arguments = {"moments": moments, "running": running, "C": moments.mean.shape[1]}
-    loaded = kernel("bn_update_running", **_macros(moments.mean.dtype, 1, 32, geometry))
+    loaded = kernel("bn_update_running", **plans.macros_of(moments.mean.dtype, 1, 32, geometry))
     loaded.launch(geometry.grid, geometry.threads, arguments)
 
 
@@ -92,7 +77,7 @@ def bn_normalize(
     keep: bool = True,
 ) -> Statistics | None:
     """See `numpy_ops.bn_normalize`."""
-    plan = _choose("bn_normalize", x, out, epilogue.residual, mask=epilogue.mask)
+    plan = plans.choose("bn_normalize", x, out, epilogue.residual, mask=epilogue.mask)
     statistics = _empty_statistics(x) if keep else None
     plan.launch(
         x=x,
@@ -118,7 +103,7 @@ def bn_forward(
 ) -> Statistics | None:
     """See `numpy_ops.bn_forward`: one launch where a channel stays on chip, else two."""
     cumulative = running.momentum is None  # all blocks would have to read the counter before one of them moves it
-    plan = None if cumulative else _choose_resident("bn_forward", x, out, epilogue.residual, mask=epilogue.mask)
+    plan = None if cumulative else plans.choose_resident("bn_forward", x, out, epilogue.residual, mask=epilogue.mask)
     if plan is None:
         moments = bn_stats(x, running.batches if cumulative else None, scratch)
         return bn_normalize(x, moments, affine, running, epilogue, out, keep)
@@ -129,7 +114,7 @@ def bn_forward(
 
 def empty_mask(x: Array, residual: Array, out: Array) -> Array:
     """A mask of where ReLU passes: a byte for each pack, bool where packs are single elements."""
-    width = _width(x, residual, out)
+    width = plans.width_of(x, residual, out)
     return empty(x.shape, x, np.bool_) if width == 1 else empty((x.size // width,), x, np.uint8)
 
 
@@ -143,7 +128,7 @@ def bn_backward_reduce(
 ) -> Sums:
     """See `numpy_ops.bn_backward_reduce`; the sums are in parts, and no scratch is needed."""
     dy = _beside(epilogue.mask, x, dy)
-    plan = _choose("bn_backward_reduce", x, dy, mask=epilogue.mask)
+    plan = plans.choose("bn_backward_reduce", x, dy, mask=epilogue.mask)
     shape = plan.geometry.parts, x.shape[1]
     sums = Sums(empty(shape, x, np.float64), empty(shape, x, np.float64))
     plan.launch(dy=dy, x=x, statistics=statistics, affine=affine, epilogue=epilogue, sums=sums)
@@ -172,7 +157,7 @@ def bn_backward_input(
 ) -> None:
     """See `numpy_ops.bn_backward_input`."""
     dy = _beside(epilogue.mask, x, dy)
-    plan = _choose("bn_backward_input", x, dy, gradients.dx, gradients.dresidual, mask=epilogue.mask)
+    plan = plans.choose("bn_backward_input", x, dy, gradients.dx, gradients.dresidual, mask=epilogue.mask)
     plan.launch(
         dy=dy,
         x=x,
@@ -198,7 +183,7 @@ def bn_backward(
 ) -> None:
     """See `numpy_ops.bn_backward`: one launch where a channel of dy and x stays on chip, else two."""
     dy = _beside(epilogue.mask, x, dy)
-    plan = _choose_resident("bn_backward", x, dy, gradients.dx, gradients.dresidual, mask=epilogue.mask)
+    plan = plans.choose_resident("bn_backward", x, dy, gradients.dx, gradients.dresidual, mask=epilogue.mask)
     if plan is None:
         sums = bn_backward_reduce(dy, x, statistics, affine, epilogue, scratch)
         bn_backward_input(dy, x, statistics, affine, epilogue, sums, inv_count, gradients)
@@ -215,124 +200,22 @@ def bn_backward(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Launches
-
-ON_CHIP = {"bn_forward": 1, "bn_backward": 2}
-"""Steps that keep channels on chip, and how many arrays of them."""
-SUMS = ("bn_stats", "bn_backward_reduce")
-"""Steps whose result must not depend on the device."""
-
-
-class _Plan(NamedTuple):
-    """The kernel of a step, and how it is laid over the arrays."""
-
-    kernel: Kernel
-    geometry: Geometry
-
-    def launch(self, **arguments: Any) -> None:
-        """Launch the kernel with these arguments, and the sizes that the geometry knows."""
-        geometry = self.geometry
-        self.kernel.launch(geometry.grid, geometry.threads, {**arguments, "sizes": geometry.sizes}, geometry.shared)
+# Arrays and launches of these steps
 
 
 def _over_channels(step: str, dtype: np.dtype[Any], C: int, **arguments: Any) -> None:
     """Launch a step that takes a warp for each channel."""
     geometry = Geometry(over_channels(C), threads=WARP)
-    kernel(step, **_macros(dtype, 1, 32, geometry)).launch(geometry.grid, geometry.threads, {**arguments, "C": C})
-
-
-def _choose(step: str, x: Array, *others: Array | None, mask: Array | None = None) -> _Plan:
-    """The launch of a step for these arrays."""
-    multiprocessors = None if step in SUMS else _device(x.data.device_id).multiprocessors
-    return _plan(step, x.shape, x.dtype, _width(x, *others, mask=mask), multiprocessors)
-
-
-def _choose_resident(step: str, x: Array, *others: Array | None, mask: Array | None = None) -> _Plan | None:
-    """The launch of a step that keeps channels on chip; None where these do not fit, or had better be read twice."""
-    return _resident_plan(step, x.shape, x.dtype, _width(x, *others, mask=mask), x.data.device_id)
-
-
-def _width(x: Array, *others: Array | None, mask: Array | None = None) -> int:
-    """Elements of a pack: the widest that divides a row and fits all addresses; a mask has a byte for each pack."""
-    if mask is not None:
-        return int(x.size) // int(mask.size)
-    _, C, L = x.shape
-    itemsize, row = x.dtype.itemsize, L if L > 1 else C
-    together: int = PACK | row * itemsize | x.data.ptr  # without channels all but PACK is 0
-    for array in others:
-        together |= 0 if array is None else array.data.ptr
-    return (together & -together) // int(itemsize)
+    kernel(step, **plans.macros_of(dtype, 1, 32, geometry)).launch(
+        geometry.grid, geometry.threads, {**arguments, "C": C}
+    )
 
 
 def _beside(mask: Array | None, x: Array, dy: Array) -> Array:
     """The gradient dy; an aligned copy of it if the packs of the mask want one."""
-    if mask is None or dy.data.ptr % (_width(x, mask=mask) * dy.dtype.itemsize) == 0:
+    if mask is None or dy.data.ptr % (plans.width_of(x, mask=mask) * dy.dtype.itemsize) == 0:
         return dy
     return dy.copy()
-
-
-@functools.lru_cache(maxsize=4096)
-def _plan(
-    step: str, shape: tuple[int, int, int], dtype: np.dtype[Any], width: int, multiprocessors: int | None
-) -> _Plan:
-    """The plan of a step that is streamed. It is kept: programs ask for the same few again and again."""
-    N, C, L = shape
-    if L == 1:
-        layout, arrays = "channels_last", 2 if "backward" in step else 1
-        geometry = channels_last(N, C, dtype.itemsize, width, arrays, multiprocessors)
-    else:
-        layout = "channels_first"
-        geometry = channels_first(N, C, L, dtype.itemsize, width, multiprocessors)
-    return _Plan(kernel(f"{layout}/{step}", **_macros(dtype, width, _index_bits(shape, geometry), geometry)), geometry)
-
-
-@functools.lru_cache(maxsize=4096)
-def _resident_plan(
-    step: str, shape: tuple[int, int, int], dtype: np.dtype[Any], width: int, device_index: int
-) -> _Plan | None:
-    """The plan of a step that keeps channels on chip, or None. It is kept."""
-    N, C, L = shape
-    arguments = dtype.itemsize, width, ON_CHIP[step], _device(device_index)
-    if L == 1:
-        layout, geometry = "channels_last", channels_last_resident(N, C, *arguments)
-    else:
-        layout, geometry = "channels_first", channels_first_resident(N, C, L, *arguments)
-    if geometry is None:
-        return None
-    macros = _macros(dtype, width, _index_bits(shape, geometry), geometry)
-    if L > 1:
-        macros["CLUSTER_BLOCKS"] = geometry.cluster
-    return _Plan(kernel(f"{layout}/{step}", **macros), geometry)
-
-
-def _index_bits(shape: tuple[int, int, int], geometry: Geometry) -> int:
-    """Bits of the kernels' indices. These go beyond the end of the array by one stride of a block's threads."""
-    N, C, L = shape
-    sizes = geometry.sizes
-    beyond = geometry.threads // sizes.tile if isinstance(sizes, ChannelsLast) else geometry.threads * PACK // L + 2
-    return 32 if (N + beyond) * C * L < MOST_INT else 64
-
-
-def _macros(dtype: np.dtype[Any], width: int, index_bits: int, geometry: Geometry) -> dict[str, Any]:
-    """Macros that every kernel is compiled with."""
-    macros = {"DATA_T": dtype, "WIDTH": width, "INDEX_BITS": index_bits, "THREADS": geometry.threads}
-    return macros | ({"TEAM": geometry.team} if geometry.team else {})
-
-
-@functools.cache
-def _device(index: int) -> Device:
-    """Properties of a device that the choice of launches depends on."""
-    cuda = import_cupy().cuda
-
-    def attribute(name: str) -> int:
-        return int(cuda.runtime.deviceGetAttribute(getattr(cuda.runtime, f"cudaDevAttr{name}"), index))
-
-    return Device(
-        attribute("MultiProcessorCount"),
-        attribute("MaxSharedMemoryPerBlockOptin"),
-        attribute("MaxSharedMemoryPerMultiprocessor"),
-        clusters=int(cuda.Device(index).compute_capability) >= 90,
-    )
 
 
 def _empty_statistics(x: Array) -> Statistics:

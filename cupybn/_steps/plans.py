@@ -1,0 +1,131 @@
+"""The choice of launches: which kernel a step takes for arrays, compiled with which macros, laid over them how."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cupybn._arrays.devices import import_cupy
+from cupybn._steps.geometry import (
+    ChannelsLast,
+    Geometry,
+    channels_first,
+    channels_first_resident,
+    channels_last,
+    channels_last_resident,
+)
+from cupybn._steps.launcher import Kernel, kernel
+from cupybn._steps.resident import Device
+
+Array = Any  # cupy.ndarray
+
+PACK = 16
+"""Bytes of the widest pack: what one load or store moves at most."""
+MOST_INT = 2**31 - 2**20
+"""Elements up to which kernels count with 32 bits: somewhat less than these hold, as strides go over the end."""
+ON_CHIP = {"bn_forward": 1, "bn_backward": 2}
+"""Steps that keep channels on chip, and how many arrays of them."""
+SUMS = ("bn_stats", "bn_backward_reduce")
+"""Steps whose result must not depend on the device."""
+
+
+class Plan(NamedTuple):
+    """The kernel of a step, and how it is laid over the arrays."""
+
+    kernel: Kernel
+    geometry: Geometry
+
+    def launch(self, **arguments: Any) -> None:
+        """Launch the kernel with these arguments, and the sizes that the geometry knows."""
+        geometry = self.geometry
+        arguments["sizes"] = geometry.sizes
+        self.kernel.launch(geometry.grid, geometry.threads, arguments, geometry.shared)
+
+
+def choose(step: str, x: Array, *others: Array | None, mask: Array | None = None) -> Plan:
+    """The launch of a step for these arrays."""
+    multiprocessors = None if step in SUMS else properties_of(x.data.device_id).multiprocessors
+    return streamed_plan(step, x.shape, x.dtype, width_of(x, *others, mask=mask), multiprocessors)
+
+
+def choose_resident(step: str, x: Array, *others: Array | None, mask: Array | None = None) -> Plan | None:
+    """The launch of a step that keeps channels on chip; None where these do not fit, or had better be read twice."""
+    return resident_plan(step, x.shape, x.dtype, width_of(x, *others, mask=mask), x.data.device_id)
+
+
+def width_of(x: Array, *others: Array | None, mask: Array | None = None) -> int:
+    """Elements of a pack: the widest that divides a row and fits all addresses; a mask has a byte for each pack."""
+    if mask is not None:
+        return int(x.size) // int(mask.size)
+    _, C, L = x.shape
+    itemsize, row = x.dtype.itemsize, L if L > 1 else C
+    together: int = PACK | row * itemsize | x.data.ptr  # without channels all but PACK is 0
+    for array in others:
+        together |= 0 if array is None else array.data.ptr
+    return (together & -together) // int(itemsize)
+
+
+@functools.lru_cache(maxsize=4096)
+def streamed_plan(
+    step: str, shape: tuple[int, int, int], dtype: np.dtype[Any], width: int, multiprocessors: int | None
+) -> Plan:
+    """The plan of a step that is streamed. It is kept: programs ask for the same few again and again."""
+    N, C, L = shape
+    if L == 1:
+        layout, arrays = "channels_last", 2 if "backward" in step else 1
+        geometry = channels_last(N, C, dtype.itemsize, width, arrays, multiprocessors)
+    else:
+        layout = "channels_first"
+        geometry = channels_first(N, C, L, dtype.itemsize, width, multiprocessors)
+    return Plan(kernel(f"{layout}/{step}", **macros_of(dtype, width, index_bits(shape, geometry), geometry)), geometry)
+
+
+@functools.lru_cache(maxsize=4096)
+def resident_plan(
+    step: str, shape: tuple[int, int, int], dtype: np.dtype[Any], width: int, device_index: int
+) -> Plan | None:
+    """The plan of a step that keeps channels on chip, or None. It is kept."""
+    N, C, L = shape
+    arguments = dtype.itemsize, width, ON_CHIP[step], properties_of(device_index)
+    if L == 1:
+        layout, geometry = "channels_last", channels_last_resident(N, C, *arguments)
+    else:
+        layout, geometry = "channels_first", channels_first_resident(N, C, L, *arguments)
+    if geometry is None:
+        return None
+    macros = macros_of(dtype, width, index_bits(shape, geometry), geometry)
+    if L > 1:
+        macros["CLUSTER_BLOCKS"] = geometry.cluster
+    return Plan(kernel(f"{layout}/{step}", **macros), geometry)
+
+
+def index_bits(shape: tuple[int, int, int], geometry: Geometry) -> int:
+    """Bits of the kernels' indices. These go beyond the end of the array by one stride of a block's threads."""
+    N, C, L = shape
+    sizes = geometry.sizes
+    beyond = geometry.threads // sizes.tile if isinstance(sizes, ChannelsLast) else geometry.threads * PACK // L + 2
+    return 32 if (N + beyond) * C * L < MOST_INT else 64
+
+
+def macros_of(dtype: np.dtype[Any], width: int, index_bits: int, geometry: Geometry) -> dict[str, Any]:
+    """Macros that every kernel is compiled with."""
+    macros = {"DATA_T": dtype, "WIDTH": width, "INDEX_BITS": index_bits, "THREADS": geometry.threads}
+    return macros | ({"TEAM": geometry.team} if geometry.team else {})
+
+
+@functools.cache
+def properties_of(index: int) -> Device:
+    """Properties of a device that the choice of launches depends on."""
+    cuda = import_cupy().cuda
+
+    def attribute(name: str) -> int:
+        return int(cuda.runtime.deviceGetAttribute(getattr(cuda.runtime, f"cudaDevAttr{name}"), index))
+
+    return Device(
+        attribute("MultiProcessorCount"),
+        attribute("MaxSharedMemoryPerBlockOptin"),
+        attribute("MaxSharedMemoryPerMultiprocessor"),
+        clusters=int(cuda.Device(index).compute_capability) >= 90,
+    )
