@@ -9,22 +9,22 @@
 // The activations, in the order of bundles.ACTIVATIONS.
 enum Activation : long long { NONE, RELU };
 
-// What makes normalised values of x, and the output of these: weight * (x - mean) / sqrt(var + eps) + bias.
+// Weight, bias and eps, by which x becomes weight * (x - mean) / sqrt(var + eps) + bias.
 struct Affine {
     Vector weight;               // [C] or null, which stands for 1
     Vector bias;                 // [C] or null, which stands for 0
     double eps;
 };
 
-// The running statistics and what moves them; without arrays, where nothing is to be moved.
+// Running statistics and what moves them; without arrays where nothing is to be moved.
 struct Running {
     Vector mean;                 // [C] or null
     Vector var;                  // [C] or null
-    double momentum;             // or null, which is NaN: weight of the new batch; null stands for 1 / (batches + 1)
+    double momentum;             // weight of the new batch, or null, which is NaN and stands for 1 / (batches + 1)
     long long* batches;          // [] or null; num_batches_tracked
 };
 
-// What is done to a normalised value last: activation(value + residual).
+// Last part of the output: a value becomes activation(value + residual).
 struct Epilogue {
     const data_t* residual;      // [N, C, L] or null; for the way forward
     Activation activation;
@@ -45,13 +45,13 @@ struct Statistics {
     double* var;                 // [C]
 };
 
-// What the gradients need of the whole batch, in P parts that are still to be added.
+// Sums over the whole batch for the gradients, in P parts that are still to be added.
 struct Sums {
     double* dy;                  // [P, C]; sum(dy), the gradient of bias
     double* dy_xhat;             // [P, C]; sum(dy * xhat), the gradient of weight
 };
 
-// The arrays that a step writes gradients to.
+// Arrays that a step writes gradients to.
 struct Gradients {
     data_t* dx;                  // [N, C, L]
     data_t* dresidual;           // [N, C, L] or null
