@@ -49,7 +49,7 @@ def dtypes() -> list[np.dtype[Any]]:
 
 
 def how_on_chip(step: str, shape: tuple[int, int, int], dtype: np.dtype[Any]) -> str:
-    """Text that says how this device takes a step: blocks x threads on chip, or streamed; and the bytes of its packs."""
+    """Text that says how this device takes a step: blocks x threads on chip, or streamed; and the bytes of a pack."""
     width = _width(shape, dtype)
     plan = plans.resident_plan(step, shape, dtype, width, 0)
     how = "streamed" if plan is None else f"{plan.geometry.cluster} x {plan.geometry.team or plan.geometry.threads}"
