@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import cupybn
+from cupybn._steps.sources import KERNELS
 
 
 def modules():
@@ -154,3 +155,51 @@ class Plan(NamedTuple):
 )
 def test_whole_beginnings_are_no_fragments(words):
     assert fragments(f'"""{words}"""') == []
+
+
+DECLARATION = re.compile(r"\s*(class|const|constexpr|DEVICE|#define|enum|static|struct|template)\b")
+"""The beginning of a line of CUDA that declares a type, a constant or a function."""
+
+
+def fragments_in_cuda(text):
+    """The comments before declarations that begin with a fragment, as the number of their first line and this line."""
+    found, first = [], None
+    for number, line in enumerate(text.splitlines(), 1):
+        words = re.fullmatch(r"\s*//\s*(.*)", line)
+        if words:
+            first = (number, words[1]) if first is None else first
+            continue
+        if first and DECLARATION.match(line) and FRAGMENT.match(first[1]):
+            found.append(first)
+        first = None
+    return found
+
+
+def test_comments_of_kernels_begin_with_what_they_are_about():
+    paths = sorted(KERNELS.rglob("*.cu*"))
+    assert paths
+    found = [f"{path}:{line}: {words}" for path in paths for line, words in fragments_in_cuda(path.read_text())]
+    assert not found, "\n".join(found)
+
+
+def test_fragments_in_cuda_are_seen():
+    text = """// As in the mirror.
+
+// Threads per block,
+// as in the mirror.
+constexpr int THREADS = 256;
+// Of the block.
+constexpr int ROWS = 8;  // of the tile
+// For each channel, the sums
+// of all parts.
+struct Sums {
+    // The same for one.
+    DEVICE void add(double x) {
+        // With rounding.
+        sum += x;
+    }
+};
+// Where it stands.
+template <class T>
+"""
+    assert [line for line, _ in fragments_in_cuda(text)] == [6, 8, 11, 17]
