@@ -279,7 +279,7 @@ class Saved(NamedTuple):
     input: Array  # dense
     statistics: Statistics | None  # None if there is nothing to do
     affine: Affine
-    epilogue: Epilogue  # without the residual
+    epilogue: Epilogue  # the activation and the mask alone
     has_residual: bool
     training: bool
 

@@ -108,7 +108,7 @@ ALTERNATIVES = {
 
 
 def replaced(call, **values):
-    """The same call with other values in fields of its own or of its bundles."""
+    """A call with other values in fields of its own or of its bundles."""
     for name, inner in FIELDS:
         if (inner or name) in values:
             value = values[inner or name]

@@ -28,7 +28,7 @@ class Caller(NamedTuple):
     """The layer that makes a call."""
 
     device: str
-    ranks: tuple[int, ...] = ()  # of inputs that it takes; none are named where it takes any
+    ranks: tuple[int, ...] = ()  # numbers of axes of the inputs that it takes; empty if it takes any
     idle: tuple[Array, ...] = ()  # running statistics that it holds and this call does not use
     group: Group | None = None  # ranks that the batch is spread over, in training
 
@@ -228,7 +228,7 @@ class Checked(NamedTuple):
     layout: Layout
     moves: bool  # whether the call moves running statistics
     derived: bool  # whether an array is of a class derived from NumPy's or CuPy's
-    extents: dict[str, Extent]  # of the arrays that the call reads, moves or writes, by name
+    extents: dict[str, Extent]  # extents of the arrays that the call reads, moves or writes, by name
 
 
 def _form(array: Array | None) -> Hashable:

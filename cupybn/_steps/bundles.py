@@ -47,9 +47,9 @@ class Running(NamedTuple):
 class Epilogue(NamedTuple):
     """Last part of the output: a value becomes activation(value + residual)."""
 
-    residual: Tensor | None = None  # (N, C, L); for the way forward
+    residual: Tensor | None = None  # (N, C, L); added in the way forward
     activation: Activation = None
-    mask: Mask | None = None  # of `empty_mask`: the way forward notes in it where ReLU passes, for the way back
+    mask: Mask | None = None  # memory of `empty_mask`: the way forward notes in it where ReLU passes, for the way back
 
 
 class Moments(NamedTuple):

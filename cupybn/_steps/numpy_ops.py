@@ -482,7 +482,7 @@ class _Channels(NamedTuple):
     scale: Array
     shift: Array
     wide: Array  # whether the channel needs float64
-    dtype: np.dtype[Any]  # of the arithmetic of the others
+    dtype: np.dtype[Any]  # dtype of the arithmetic of all other channels
 
     @classmethod
     def of(cls, x_dtype: np.dtype[Any], statistics: Statistics, affine: Affine) -> _Channels:
