@@ -9,7 +9,7 @@
 
 struct Channel {
     double center, rest, rstd, scale, shift;  // rstd = 1 / sqrt(var + eps), scale = rstd * weight
-    double slope, offset;  // of the input's gradient: see set_gradient
+    double slope, offset;  // factors of the input's gradient: see set_gradient
     bool wide;             // whether float32 does not reach: the channel's numbers are near its limits
 };
 

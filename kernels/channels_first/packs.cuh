@@ -77,7 +77,7 @@ class Packs {
     }
 };
 
-// Where a thread's packs of an array lie in shared memory: the first one, which the others follow TEAM apart. Kernels
+// Place of a thread's packs of an array in shared memory: the first one, which the others follow TEAM apart. Kernels
 // number the arrays that they keep there.
 DEVICE raw_t* kept(const ChannelsFirst& sizes, int array = 0) {
     return staging() + (array * TEAMS + team()) * sizes.packs + member();
