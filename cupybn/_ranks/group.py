@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from cupybn._arrays.devices import current, full
+from cupybn._arrays.devices import full, on_device_of
 from cupybn._arrays.dtypes import FLOATS
 from cupybn._arrays.kinds import kind
 from cupybn._ranks.engines import CapturingError, Engine
@@ -184,7 +184,7 @@ class Group:
             assert channels is not None
             n = 1 + 2 * channels if forward else 2 * channels
             row = full((1, n), np.nan, np.dtype(np.float64), device)
-            with current(row):
+            with on_device_of(row):
                 if forward:
                     _, headers = self.engine.gather(row, np.array([np.nan, 0]))
                 else:
