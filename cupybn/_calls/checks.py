@@ -147,7 +147,7 @@ def check_counter(counter: Any, like: Any) -> None:
 
 
 def check_input(input: Any, channel_axis: int, ndims: Sequence[int] = ()) -> int:
-    """Channel axis counted from the front; raises unless this is an array whose ndim is one of these, if there are any."""
+    """Channel axis counted from the front; raises unless this is an array, with one of these ndims if any are given."""
     check_array("input", input)
     if ndims and input.ndim not in ndims:
         expected = " or ".join(f"{ndim}D" for ndim in ndims)

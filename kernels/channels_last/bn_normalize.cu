@@ -28,7 +28,7 @@ extern "C" __global__ void REGISTERS(INDEX_BITS == 32 ? 80 : 128) bn_normalize(
     ChannelMoments batch = {0, 0, 0};
     if (moments.count) batch = merge_parts(own, moments, parts);
     if (own.looks_after()) {
-        if (!moments.count) batch = {1, running.mean.get(c), running.var.get(c)};
+        if (!moments.count) batch = {1, running.mean.get(c), running.var.get(c)};  // var() is m2 / 1
         lanes.set(threadIdx.x, make_channel(batch.mean, batch.var(), affine, given));
     }
     const OwnChannels channels(own, lanes);
