@@ -1,7 +1,7 @@
 // bn_normalize: out = activation((x - mean) * rstd * weight + bias + residual)
 //
 // In training mean and var are the merged parts of bn_stats, and the running statistics follow them; else they are the
-// running statistics. A team merges the parts of its channel, in the same order in every block, and then takes its
+// running statistics. Each team merges the parts of its channel, in the same order in every block, and then takes its
 // share of the channel's packs.
 // Mirror: numpy_ops.bn_normalize
 #include "packs.cuh"
@@ -21,12 +21,11 @@ extern "C" __global__ void REGISTERS(INDEX_BITS == 64 || WIDTH < 4 ? 80 : 72) bn
     // sizes
     long long parts,
     ChannelsFirst sizes) {
-    const bool backwards = true;              // after bn_stats: begins with what that has read last
-    const Place place(sizes, backwards);
+    const Place place(sizes, BACKWARDS);
     const long long c = place.c;
     const Packs packs(place, sizes);
     Channel& channel = channel_of_team();
-    __shared__ ChannelMoments merged[TEAMS];  // kept until the end where it takes no registers
+    __shared__ ChannelMoments merged[TEAMS];  // needed again at the end; here it takes no registers until then
     ChannelMoments& batch = merged[team()];
     if (member() < WARP) {
         ChannelAffine given;

@@ -1,7 +1,7 @@
 // bn_normalize: out = activation((x - mean) * rstd * weight + bias + residual)
 //
 // In training mean and var are the merged parts of bn_stats, and the running statistics follow them; else they are the
-// running statistics. Block (t, s) merges the parts of the channels of tile t, in the same order in every block, and
+// running statistics. Each block merges the parts of the channels of its tile, in the same order in every block, and
 // then takes its share of the rows.
 // Mirror: numpy_ops.bn_normalize
 #include "../normalizing.cuh"
