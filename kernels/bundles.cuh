@@ -1,4 +1,4 @@
-// Bundles: what always travels together between the steps, as one thing with one name.
+// Bundles: arguments of the steps that always travel together, as one thing with one name.
 //
 // Each is a NamedTuple of the same name and fields in cupybn/_steps/bundles.py; the launcher reads the fields from
 // here. Kernels take bundles by value: their fields lie in constant memory, where single parameters would lie as well.
@@ -16,7 +16,7 @@ struct Affine {
     double eps;
 };
 
-// Running statistics and what moves them; without arrays where nothing is to be moved.
+// The running statistics: read in eval mode, moved in training. Without arrays in training that moves none.
 struct Running {
     Vector mean;                 // [C] or null
     Vector var;                  // [C] or null
@@ -36,7 +36,7 @@ struct Moments {
     double* count;               // [P]
     double* mean;                // [P, C]
     double* m2;                  // [P, C]; sum((x - mean)^2)
-    long long* batches;          // [] or null; number of batches before this one, for whoever moves the counter
+    long long* batches;          // [] or null; copy of num_batches_tracked before this batch, if there is no momentum
 };
 
 // Mean and biased variance of each channel: copies, so that what used them stays right.
