@@ -277,7 +277,7 @@ def forward_vjp(call: Call) -> tuple[Array, VjpFn]:
 class Saved(NamedTuple):
     """Arrays and settings that the way back needs of the way forward."""
 
-    ops: Any  # as `ops_for_call` returns them
+    ops: Any  # steps as `ops_for_call` returns them
     layout: Layout
     input: Array  # dense
     statistics: Statistics | None  # None where no step has made any: there are no elements
