@@ -66,6 +66,7 @@ class BatchNormGrads(NamedTuple):
 
 
 VjpFn = Callable[[Array], BatchNormGrads]
+"""Function from the gradient of the output to those of the arguments."""
 
 
 def batch_norm(

@@ -71,8 +71,8 @@ class Arguments:
         self._values: list[tuple[str, Parameter]] = []  # all values in order, each with its name in messages
         # Of each parameter: its name, the names of its fields, and what stands for their values if None is given.
         self._given: list[tuple[str, tuple[str, ...], list[Any]]] = []
-        # Of each parameter: its values, from one number to before another, and the code that packs them. Without a code
-        # it is a single value, which CuPy takes as it is.
+        # Of each parameter: the code that packs its values, the number of the first one, and that behind the last. The
+        # code is "" for a single value that CuPy takes as it is.
         self._taken: list[tuple[str, int, int]] = []
         for parameter in parameters:
             self._add(parameter)

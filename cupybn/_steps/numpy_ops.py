@@ -27,7 +27,9 @@ from cupybn._steps.tiles import gather, tile_map, tile_sums
 
 Array = npt.NDArray[Any]
 Terms = list[tuple[Array, ...]]
+"""What a core asks to be summed for each channel: tuples of an array or of two, whose product is meant."""
 Column = Callable[[Array], Array]
+"""Function of a tile that turns one value per channel into a column, to be broadcast against its elements."""
 
 _quiet = np.errstate(all="ignore")  # inf and NaN are data here
 

@@ -267,5 +267,6 @@ class BatchNorm3d(_BatchNorm):
     _ndims = (5,)
 
 
+# The text of each layer is its own first line, and the rest of what the class above says of all of them.
 for _layer in (BatchNorm1d, BatchNorm2d, BatchNorm3d):
     _layer.__doc__ = f"{_layer.__doc__}\n{(_BatchNorm.__doc__ or '').partition(chr(10))[2]}"
