@@ -1,4 +1,4 @@
-"""What the host does for a call on CuPy arrays: checks, plans and checked launches, without CuPy and without a GPU.
+"""Host time of a call on CuPy arrays: its checks, plans and checked launches, without CuPy and without a GPU.
 
     python benchmarks/launch.py
 
@@ -26,7 +26,7 @@ _addresses = itertools.count(1 << 40, 1 << 32)
 
 
 class ndarray:  # noqa: N801 - as CuPy calls it
-    """As much of a CuPy array as a launch looks at."""
+    """An array in the place of CuPy's, with the attributes that a call looks at."""
 
     __module__ = "cupy"
     __cuda_array_interface__ = None
@@ -41,11 +41,11 @@ class ndarray:  # noqa: N801 - as CuPy calls it
         self.device = types.SimpleNamespace(id=0)
 
     def transpose(self, *_: Any) -> ndarray:
-        """Itself: the examples below are contiguous."""
+        """The array itself: those below are contiguous, and stay so."""
         return self
 
     def reshape(self, shape: tuple[int, ...]) -> ndarray:
-        """Itself in another shape."""
+        """The array itself if it has this shape, else the one that `cupy.empty` returns for it."""
         return self if shape == self.shape else sys.modules["cupy"].empty(shape, self.dtype)
 
 
@@ -56,13 +56,13 @@ class RawKernel:
         self.max_dynamic_shared_size_bytes = 0
 
     def __call__(self, grid: Any, block: Any, args: Any, *, shared_mem: int = 0) -> None:
-        """No launch."""
+        """Do nothing in the place of a launch."""
 
 
 def pretend_cupy() -> None:
     """Put a module into the place of CuPy."""
     cupy: Any = types.ModuleType("cupy")
-    cupy.empty = functools.cache(ndarray)  # one for all of a shape: what CuPy takes to make one is not to be counted
+    cupy.empty = functools.cache(ndarray)  # one array for each shape: the time to make one is CuPy's own
     runtime = types.SimpleNamespace(getDevice=lambda: 0, deviceGetAttribute=lambda attribute, _: attribute)
     runtime.cudaDevAttrMultiProcessorCount = 132  # attributes are their own numbers here
     runtime.cudaDevAttrMaxSharedMemoryPerBlockOptin = 227 << 10

@@ -30,7 +30,7 @@ from gpu_cases import RESNET50
 from cupybn._arrays.dtypes import parameter_dtype
 from cupybn._cli.problem import OPERATIONS
 from cupybn._cli.table import markdown
-from cupybn._steps import cupy_ops, plans
+from cupybn._steps import plans
 from cupybn._steps.resident import Device
 
 matplotlib.use("Agg")
@@ -190,7 +190,7 @@ def launches(layer: Layer, operation: str, gpu: Gpu) -> list[Launch]:
     shape = (N * L, C, 1) if channels_last else (N, C, L)
     memory = SimpleNamespace(ptr=ALIGNMENT, device_id=FIRST_DEVICE + GPUS.index(gpu))
     x = SimpleNamespace(shape=shape, dtype=parameter_dtype(dtype), size=math.prod(shape), data=memory)
-    with patch.object(cupy_ops, "_device", lambda index: GPUS[index - FIRST_DEVICE].device):
+    with patch.object(plans, "properties_of", lambda index: GPUS[index - FIRST_DEVICE].device):
         if operation in ON_CHIP:
             kernel, arrays = ON_CHIP[operation]
             plan = plans.choose_resident(kernel, x)

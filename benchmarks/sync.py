@@ -1,4 +1,4 @@
-"""What synchronized batch norm costs: the exchange between ranks, beside the layer.
+"""Times of synchronized batch norm: the exchange between ranks, and a step with it beside one without.
 
     python benchmarks/sync.py            # 1, 2, 4 and 8 ranks under mpiexec; a table, results and a plot
     python benchmarks/sync.py --short    # 2 ranks, a few calls: does it run?
@@ -25,6 +25,7 @@ from pathlib import Path
 from statistics import quantiles
 
 import numpy as np
+from cpu_files import Measured, save
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # ranks are started as in the tests
@@ -37,16 +38,18 @@ from tests.ranks.launch import RANK_ENVIRONMENT, find_mpiexec
 RANKS, CHANNELS, ROUNDS = (1, 2, 4, 8), (16, 64, 256, 1024, 2048), 60
 SAMPLES, SIDE = 8, 14
 
-Times = dict[str, list[float]]  # of exchange, synchronized and plain step: lower quartile, median, upper one, in us
-Results = dict[str, dict[str, Times]]  # by ranks and channels
+Times = dict[str, list[float]]
+"""Lower quartile, median and upper quartile in us, of the exchange, the synchronized and the plain step."""
+Results = dict[str, dict[str, Times]]
+"""Times by number of ranks and number of channels."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# On every rank
+# The measurement, which runs on every rank
 
 
 def measure(folder: Path, channels: list[int], rounds: int) -> None:
-    """All figures for the ranks that there are; rank 0 leaves them in the folder."""
+    """Measure all calls on the ranks that there are; rank 0 writes the times to a file in the folder."""
     from mpi4py import MPI
 
     comm = MPI.COMM_WORLD
@@ -79,7 +82,7 @@ def step(layer: BatchNorm2d | SyncBatchNorm, x: np.ndarray) -> Callable[[], None
 
 
 def exchange(comm: object, C: int) -> Callable[[], None]:
-    """The two messages of a step."""
+    """A call that exchanges the two messages of a step with the other ranks."""
     engine = engine_for(comm, None)
     moments, sums = np.zeros((1, 1 + 2 * C)), np.zeros((1, 2 * C))
 
@@ -91,11 +94,11 @@ def exchange(comm: object, C: int) -> Callable[[], None]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Who starts them
+# The process that starts the ranks
 
 
 def run(ranks: int, channels: list[int], rounds: int) -> dict[str, Times]:
-    """The figures of so many ranks."""
+    """The times of so many ranks, by channels."""
     mpiexec = find_mpiexec()
     if mpiexec is None:
         sys.exit("no mpiexec: pip install '.[mpi]'")
@@ -108,7 +111,7 @@ def run(ranks: int, channels: list[int], rounds: int) -> dict[str, Times]:
 
 
 def table(results: Results) -> str:
-    """A line for each number of ranks and channels."""
+    """The table, with a line for each number of ranks and of channels."""
     lines = [f"{'ranks':>5}{'C':>6}{'exchange, us':>22}{'step, us':>24}{'without ranks, us':>24}{'ratio':>7}"]
     for ranks, rows in results.items():
         for C, times in rows.items():
@@ -120,7 +123,7 @@ def table(results: Results) -> str:
 
 
 def plot(results: Results, title: str, path: Path) -> None:
-    """The exchange by channels, and what a step takes beside one without ranks."""
+    """Draw the time of the exchange over the channels, and that of a step relative to one without ranks."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
@@ -145,16 +148,22 @@ def plot(results: Results, title: str, path: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# On paper
+# The model
 
 LINKS = {"NVLink": (450e9, 2e-6), "network": (50e9, 5e-6)}
-"""Assumed: bytes/s that a rank receives (H200: 900 GB/s both ways; 400 Gb/s for each GPU), seconds for each message."""
+"""Links that the model assumes: bytes/s that a rank receives, and seconds for each message.
+
+NVLink is that of an H200, 900 GB/s in both directions together; the network has 400 Gb/s for each GPU.
+"""
 RESNET50 = {64: 7, 128: 8, 256: 16, 512: 11, 1024: 7, 2048: 4}
-"""Its layers by channels: 53 layers, 26,560 channels."""
+"""Number of ResNet-50's batch norm layers by their channels: 53 layers with 26,560 channels."""
 
 
 def on_paper() -> str:
-    """For a layer and for ResNet-50, each step: what a rank receives, in how many messages one after the other."""
+    """The table of the model, for a step of single layers and of ResNet-50.
+
+    Its columns are the bytes that a rank receives, the messages that follow one after the other, and the times.
+    """
     lines = [f"{'':16}{'ranks':>6}{'gathered':>12}{'added up':>12}{'rounds':>8}{'NVLink':>12}{'network':>12}"]
     layers = {f"C = {C}": {C: 1} for C in (64, 512, 2048)} | {"ResNet-50": RESNET50}
     for name, counts in layers.items():
@@ -179,7 +188,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--channels", type=int, nargs="*", default=CHANNELS)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder for the results")
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)  # on a rank
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)  # given to ranks alone
     args = parser.parse_args()
     if args.folder:
         measure(args.folder, args.channels, args.rounds)
@@ -192,17 +201,12 @@ def main() -> None:
     versions = f"cupybn {cupybn.__version__}, NumPy {np.__version__}, {mpi_version()}"
     machine = f"{os.cpu_count()} CPUs, {platform.machine()}, Python {platform.python_version()}"
     print(f"{versions}\n{machine}, float32, {rounds} rounds: median (quartiles)\n{table(results)}")
-    args.output.mkdir(parents=True, exist_ok=True)
     stem = args.output / ("sync-short" if args.short else "sync")
-    stem.with_suffix(".json").write_text(
-        json.dumps({"versions": versions, "machine": machine, "rounds": rounds, "results": results}, indent=1) + "\n"
-    )
-    plot(results, f"{versions}; {machine}", stem.with_suffix(".png"))
-    print(f"results: {stem}.json, plot: {stem}.png")
+    save(Measured(versions, machine, rounds, results), stem, plot)
 
 
 def mpi_version() -> str:
-    """Of the MPI that mpi4py finds, without starting it here."""
+    """The version of the MPI that mpi4py finds, asked in another process so that MPI is not started here."""
     code = "from mpi4py import MPI; print(' '.join(MPI.Get_library_version().split()[:3]))"
     return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
 

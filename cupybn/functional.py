@@ -1,6 +1,6 @@
 """Batch normalization as functions of arrays.
 
-Training, of data with the channels on axis 1; the running statistics follow the batch:
+Training. Channels are on axis 1, unless `channel_axis` says otherwise; the running statistics follow the batch:
 
 >>> import numpy as np
 >>> import cupybn.functional as F
@@ -21,14 +21,18 @@ The way back, from the gradient of the output to those of the arguments:
 >>> vjp_fn(np.ones_like(y)).weight.round(2)  # of a loss that is the sum of the output
 array([0., 0.], dtype=float32)
 
-How a call goes, from top to bottom:
+How a call goes, from top to bottom. `_forward` and `backward`, at the end of this file, are its two halves:
 
-    input -> (N, C, L) -> bn_forward  = bn_stats, bn_normalize                  -> output, running statistics
-    grad_output        -> bn_backward = bn_backward_reduce, bn_backward_input   -> gradients
+    arguments   -> Call.checked              -> the layout, by which the input is seen as (N, C, L)
+    input       -> bn_forward in training    -> output, running statistics
+                   bn_normalize in eval mode -> output
+    grad_output -> bn_backward               -> gradients
 
-The two steps each way are one where nothing happens in between: where the batch is not spread over ranks
-(`cupybn._ranks.synchronized`), and a channel stays on chip. What steps take together is a bundle
-(`cupybn._steps.bundles`).
+Such functions are steps. Each is there twice: `numpy_ops` computes, `cupy_ops` launches a kernel. What they take
+together is a bundle (`cupybn._steps.bundles`). bn_forward stands for bn_stats and then bn_normalize, bn_backward for
+bn_backward_reduce and then bn_backward_input. On a GPU these two are one launch where a channel fits on chip
+(`cupybn._steps.resident`); where the batch is spread over ranks, they exchange statistics or sums in between
+(`cupybn._ranks.synchronized`).
 """
 
 from __future__ import annotations
@@ -37,7 +41,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from cupybn._arrays.devices import current, empty_like, write_at_once, zeros_like
+from cupybn._arrays.devices import empty_like, on_device_of, write_at_once, zeros_like
 from cupybn._arrays.dtypes import accumulation_dtype
 from cupybn._arrays.kinds import kind, plain
 from cupybn._calls import checks
@@ -240,9 +244,8 @@ def moments(input: Array, *, channel_axis: int = 1) -> tuple[Array, Array]:
     if input.size == 0:
         raise ValueError(f"expected an input that is not empty (got shape {input.shape})")
     input = plain(input)
-    ops = steps_for(input)
-    layout = Layout.of(input, axis)
-    with current(input):
+    layout, ops = Layout.of(input, axis), ops_for(input)
+    with on_device_of(input):
         parts = ops.bn_stats(layout.view(layout.conform(input)))
         mean, var = ops.mean_and_var(parts, accumulation_dtype(input.dtype))
     return mean, var
@@ -255,7 +258,7 @@ def moments(input: Array, *, channel_axis: int = 1) -> tuple[Array, Array]:
 def forward(call: Call, out: Array | None = None) -> Array:
     """The output of a call, which is `out` where that is given."""
     output, _ = _forward(call, out, for_vjp=False)
-    return output if out is None else out
+    return output if out is None else out  # the very array that was given, of whatever class it is
 
 
 def forward_vjp(call: Call) -> tuple[Array, VjpFn]:
@@ -265,7 +268,7 @@ def forward_vjp(call: Call) -> tuple[Array, VjpFn]:
 
     def vjp_fn(grad_output: Array) -> BatchNormGrads:
         checks.check_like("grad_output", grad_output, saved.input)
-        with current(grad_output):
+        with on_device_of(grad_output):
             return backward(saved, plain(grad_output))
 
     return output, vjp_fn
@@ -274,12 +277,12 @@ def forward_vjp(call: Call) -> tuple[Array, VjpFn]:
 class Saved(NamedTuple):
     """Arrays and settings that the way back needs of the way forward."""
 
-    ops: Any  # the steps; None if there is nothing to do
+    ops: Any  # steps as `ops_for_call` returns them
     layout: Layout
     input: Array  # dense
-    statistics: Statistics | None  # None if there is nothing to do
+    statistics: Statistics | None  # None where no step has made any: there are no elements
     affine: Affine
-    epilogue: Epilogue  # without the residual
+    epilogue: Epilogue  # activation and mask: the mask has all that the way back needs of the residual
     has_residual: bool
     training: bool
 
@@ -289,31 +292,34 @@ def _forward(call: Call, out: Array | None, for_vjp: bool) -> tuple[Array, Saved
     checked = call.checked(out)
     if checked.derived:
         call, out = call.plain(), plain(out)
-    layout, ops = checked.layout, ops_for(call)
-    with current(call.input):
-        in_place = out is not None and layout.matches(out) and not call.shares_with_vectors(out, checked)
-        call, written = call.apart(checked, for_vjp)
+    layout, ops = checked.layout, ops_for_call(call)
+    with on_device_of(call.input):
+        # Steps write to `out` itself where that is safe. Else they write to a new array, which is copied in the end.
+        direct = out is not None and layout.matches(out) and not call.vectors_overlap(out, checked)
+        call, write_back = call.without_overlap(checked, for_vjp)
         input: Array = layout.conform(call.input)
-        output: Array = out if in_place else layout.empty_like(input)
+        output: Array = out if direct else layout.empty_like(input)
 
         x, residual, y = layout.view(input), layout.view(layout.conform(call.epilogue.residual)), layout.view(output)
         weight, bias, eps = call.affine
-        affine, running = Affine(weight, bias, float(eps)), call.running_of_steps(checked.moves)
-        activation, statistics, mask = call.epilogue.activation, None, None
+        affine = Affine(weight, bias, float(eps))  # users may give an eps of any class of numbers
+        running = call.running_for_steps(checked.moves)
+        activation = call.epilogue.activation
+        statistics = mask = None
         if ops is not None:
             if for_vjp and residual is not None and activation is not None:
                 mask = ops.empty_mask(x, residual, y)
             epilogue = Epilogue(residual, activation, mask)
             if call.training:
-                scratch = y if out is None else None
+                scratch = y if out is None else None  # `out` may be the input or the residual, which are still read
                 statistics = ops.bn_forward(x, affine, running, epilogue, y, for_vjp, scratch)
             else:
                 statistics = ops.bn_normalize(x, None, affine, running, epilogue, y, for_vjp)
 
-        if out is not None and not in_place:
-            written.append((out, output))  # the last: it is right, whatever it shares with the buffers
-        if ops is not None and written:
-            write_at_once(written)
+        if out is not None and not direct:
+            write_back.append((out, output))  # the last: it is right, whatever it shares with the buffers
+        if ops is not None and write_back:
+            write_at_once(write_back)
     if not for_vjp:
         return output, None
     way_back = Epilogue(None, activation, mask)
@@ -325,15 +331,17 @@ def backward(saved: Saved, grad_output: Array) -> BatchNormGrads:
     ops, layout, input, statistics, affine, epilogue, has_residual, training = saved
     grad_output = layout.conform(grad_output)
     dinput = layout.empty_like(input)
-    new = zeros_like if ops is None else empty_like
+    # Through a sum a gradient goes as it is: that of the residual is a new array only where ReLU has masked it.
+    masked = epilogue.mask is not None
+    dresidual = layout.empty_like(input) if masked else grad_output
+    new = zeros_like if ops is None else empty_like  # without elements no step is there to fill them, and sums are 0
     dweight, dbias = (None if vector is None else new(vector) for vector in (affine.weight, affine.bias))
-    # What nothing masked is the gradient of the output.
-    dresidual = layout.empty_like(input) if has_residual and epilogue.activation is not None else grad_output
 
     if ops is not None:
         dy, x, dx = layout.view(grad_output), layout.view(input), layout.view(dinput)
-        gradients = Gradients(dx, layout.view(dresidual) if epilogue.mask is not None else None, dweight, dbias)
+        gradients = Gradients(dx, layout.view(dresidual) if masked else None, dweight, dbias)
         if training or dweight is not None or dbias is not None:
+            # 1 / the number of values per channel; 0 stands for statistics that do not depend on x.
             inv_count = layout.shape[1] / input.size if training and input.size > 0 else 0.0
             ops.bn_backward(dy, x, statistics, affine, epilogue, inv_count, gradients, scratch=dx)
         else:
@@ -342,14 +350,17 @@ def backward(saved: Saved, grad_output: Array) -> BatchNormGrads:
     return BatchNormGrads(dinput, dweight, dbias, dresidual if has_residual else None)
 
 
-def ops_for(call: Call) -> Any:
-    """The steps for the arrays of a call, on one rank or on several; None if there is nothing to do."""
-    ops = steps_for(call.input)
+def ops_for_call(call: Call) -> Any:
+    """The steps for a call: those of `ops_for`, or their `Synchronized` form where the batch is spread over ranks.
+
+    None where the call has no elements, and there is nothing to do.
+    """
+    ops = ops_for(call.input)
     if call.layer is not None and call.layer.group is not None:
         return Synchronized(ops, call.layer.group)
     return ops if call.input.size > 0 else None
 
 
-def steps_for(array: Array) -> ModuleType:
-    """The steps for this kind of array."""
+def ops_for(array: Array) -> ModuleType:
+    """The module with the steps for arrays of this kind."""
     return numpy_ops if kind(array) == "numpy" else cupy_ops

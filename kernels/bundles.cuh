@@ -1,4 +1,4 @@
-// Bundles: what always travels together between the steps, as one thing with one name.
+// Bundles: arguments of the steps that always travel together, as one thing with one name.
 //
 // Each is a NamedTuple of the same name and fields in cupybn/_steps/bundles.py; the launcher reads the fields from
 // here. Kernels take bundles by value: their fields lie in constant memory, where single parameters would lie as well.
@@ -9,22 +9,22 @@
 // The activations, in the order of bundles.ACTIVATIONS.
 enum Activation : long long { NONE, RELU };
 
-// What makes normalised values of x, and the output of these: weight * (x - mean) / sqrt(var + eps) + bias.
+// Weight, bias and eps, by which x becomes weight * (x - mean) / sqrt(var + eps) + bias.
 struct Affine {
     Vector weight;               // [C] or null, which stands for 1
     Vector bias;                 // [C] or null, which stands for 0
     double eps;
 };
 
-// The running statistics and what moves them; without arrays, where nothing is to be moved.
+// The running statistics: read in eval mode, moved in training. Without arrays in training that moves none.
 struct Running {
     Vector mean;                 // [C] or null
     Vector var;                  // [C] or null
-    double momentum;             // or null, which is NaN: weight of the new batch; null stands for 1 / (batches + 1)
+    double momentum;             // weight of the new batch, or null, which is NaN and stands for 1 / (batches + 1)
     long long* batches;          // [] or null; num_batches_tracked
 };
 
-// What is done to a normalised value last: activation(value + residual).
+// Last part of the output: a value becomes activation(value + residual).
 struct Epilogue {
     const data_t* residual;      // [N, C, L] or null; for the way forward
     Activation activation;
@@ -36,7 +36,7 @@ struct Moments {
     double* count;               // [P]
     double* mean;                // [P, C]
     double* m2;                  // [P, C]; sum((x - mean)^2)
-    long long* batches;          // [] or null; number of batches before this one, for whoever moves the counter
+    long long* batches;          // [] or null; copy of num_batches_tracked before this batch, if there is no momentum
 };
 
 // Mean and biased variance of each channel: copies, so that what used them stays right.
@@ -45,13 +45,13 @@ struct Statistics {
     double* var;                 // [C]
 };
 
-// What the gradients need of the whole batch, in P parts that are still to be added.
+// Sums over the whole batch for the gradients, in P parts that are still to be added.
 struct Sums {
     double* dy;                  // [P, C]; sum(dy), the gradient of bias
     double* dy_xhat;             // [P, C]; sum(dy * xhat), the gradient of weight
 };
 
-// The arrays that a step writes gradients to.
+// Arrays that a step writes gradients to.
 struct Gradients {
     data_t* dx;                  // [N, C, L]
     data_t* dresidual;           // [N, C, L] or null

@@ -9,8 +9,8 @@
 
 struct Channel {
     double center, rest, rstd, scale, shift;  // rstd = 1 / sqrt(var + eps), scale = rstd * weight
-    double slope, offset;  // of the input's gradient: see set_gradient
-    bool wide;             // whether float32 does not reach: the channel's numbers are near its limits
+    double slope, offset;  // factors of the input's gradient: see set_gradient
+    bool wide;             // whether float32 is too narrow: the channel's numbers are near its limits
 };
 
 // Whether float32 does not hold a factor, or not its products.
@@ -35,8 +35,8 @@ DEVICE Channel make_channel(double mean, double var, const Affine& affine, const
     channel.wide = channel.rstd < 1e-15 || channel.rstd > 1e15 || extreme(channel.scale) || fabs(mean) > 1e30;
     channel.center = channel.wide ? mean : (double)(acc_t)mean;
     const bool finite = channel.center - channel.center == 0;
-    channel.rest = finite ? mean - channel.center : 0;
-    channel.shift = channel.rest == 0 ? 0 : __dmul_rn(-channel.rest, channel.scale);
+    channel.rest = finite ? mean - channel.center : 0;  // inf - inf is NaN
+    channel.shift = channel.rest == 0 ? 0 : __dmul_rn(-channel.rest, channel.scale);  // 0 * inf is NaN
     if (affine.bias) {
         channel.shift += given.bias;
         channel.wide = channel.wide || fabs(channel.shift) > 1e30;

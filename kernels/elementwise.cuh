@@ -4,8 +4,8 @@
 // goes back sees the very value whose sign ReLU saw.
 //
 // `Channels`, a template parameter throughout, knows the channels of a pack's elements: usual(e) are the factors of
-// element e in the dtype of the arithmetic. Where float32 does not reach some of them, any_wide, all is done more
-// slowly: is_wide(e) tells which, and wide(e) are their factors in float64.
+// element e in the dtype of the arithmetic. any_wide tells whether float32 is too narrow for one of the channels; all
+// is done more slowly then: is_wide(e) tells for which elements, and wide(e) are their factors in float64.
 //
 // What is asked for, flags and gates, is chosen once, outside loops: the compiler knows it where all this is inlined.
 #pragma once

@@ -1,6 +1,7 @@
 // The way back through the packs of a thread, in either layout: the input's gradient, and what the sums have in common.
 //
-// `Channels`, those of a pack's elements, also tell whether float32 does not reach any of them: any_wide.
+// `Source` is where they are read (batches.cuh), `Packs` which ones they are (packs.cuh, columns.cuh), `Channels` what
+// is known of the channels of their elements (elementwise.cuh).
 #pragma once
 #include "batches.cuh"
 #include "elementwise.cuh"
@@ -14,8 +15,8 @@ struct Passed {
     DEVICE unsigned bits(index_t at) const { return gate == MASK ? mask[at / WIDTH] : 0; }
 };
 
-// Makes of the sums that sum_all has taken sum(dy) and sum(dy * xhat): without PRODUCT_SCALE, and about the mean
-// itself.
+// Turns the sums that sum_all has taken into sum(dy) and sum(dy * xhat): without PRODUCT_SCALE, and about the mean
+// itself, not about the center.
 DEVICE void finish_sums(double (&sums)[2], const Channel& channel) {
     sums[1] = unscaled(sums[1]) - channel.rest * channel.rstd * sums[0];
 }

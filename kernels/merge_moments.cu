@@ -13,7 +13,7 @@ extern "C" __global__ void REGISTERS(80) merge_moments(
     long long parts,
     long long C,
     long long count_stride,                  // elements from the count of a part to that of the next one
-    long long stride) {                      // the same of mean and of m2
+    long long stride) {                      // elements from a part's mean or m2 to the next one's
     const long long c = channel_of_block();
     if (c >= C) return;
     const ChannelMoments all = merge_parts(moments, count_stride, stride, parts, c);

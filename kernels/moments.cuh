@@ -114,7 +114,7 @@ struct Total {
     DEVICE ChannelMoments moments(double) const { return own; }
 };
 
-// The same for other data: sums of deviations from the pivot will do, and those of several threads can simply be added.
+// Total of other data: sums of deviations from the pivot will do, and those of several threads can simply be added.
 // Where the pivot is the outlier that makes up all of the variance, n values lose a factor of n of float64's accuracy.
 template <>
 struct Total<float> {

@@ -1,14 +1,15 @@
 // The way forward through the packs of a thread, in either layout: their output.
 //
-// `Channels`, those of a pack's elements, also tell whether float32 does not reach any of them: any_wide.
+// `Source` is where they are read (batches.cuh), `Packs` which ones they are (packs.cuh, columns.cuh), `Channels` what
+// is known of the channels of their elements (elementwise.cuh).
 #pragma once
 #include "batches.cuh"
 #include "elementwise.cuh"
 
-// Packs of an array in flight. Each has an index of its own, which takes two registers if it has 64 bits.
+// Packs of an array in flight: fewer with 64 bits, as each has an index of its own, which takes two registers then.
 constexpr int LOADS = sizeof(index_t) == 4 ? (PACK_BYTES < 8 ? 8 : 4) : (PACK_BYTES < 8 ? 4 : 2);
 
-// Writes the output of a thread's packs, of which AT_ONCE are in flight.
+// Writes the output of a thread's packs, of which AT_ONCE are in flight: they are loaded before any is worked on.
 template <bool WIDE, int AT_ONCE, class Source, class Packs, class Channels>
 DEVICE void normalize_packs(const Source& x, Packs packs, const Epilogue& epilogue, const Flags& flags,
                             const Channels& channels, data_t* out) {

@@ -161,7 +161,7 @@ enum { FLOAT16, BFLOAT16, FLOAT32, FLOAT64 };
 struct Vector {
     char* data;          // null if there is no vector
     long long stride;    // bytes from a value to the next one
-    long long dtype;     // its number in the enum above
+    long long dtype;     // number of the dtype in the enum above
 
     DEVICE explicit operator bool() const { return data != nullptr; }
 

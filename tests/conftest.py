@@ -63,7 +63,7 @@ def rng():
 
 @pytest.fixture
 def fresh_plans():
-    """Launches are planned anew: nothing is kept that was planned for another device or setting."""
+    """No plans of launches are kept from earlier tests, which may have made them for other devices or settings."""
     from tests.steps import forget_plans
 
     forget_plans()

@@ -1,4 +1,4 @@
-"""Arrays of the stand-in that are larger than memory: address space of which the parts in use alone are backed."""
+"""Arrays of the stand-in that are larger than memory: they have addresses for all elements, and memory for some."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ import numpy.typing as npt
 from cupy import _memory
 
 PACK = 16
-"""Bytes that a kernel moves at once: those around a part are read with it."""
+"""Bytes that a kernel moves at once: with an element it reads its neighbours in the same pack."""
 _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 
 Ranges = list[tuple[int, int]]
-"""Pairs of places, from the first to the one after the last, in order; no two of them touch."""
+"""Places in memory, as pairs of a first place and the one after a last place, in order; no two pairs touch."""
 
 
 def merged(ranges: Iterable[tuple[int, int]]) -> Ranges:
-    """The same places in as few ranges as can be."""
+    """The places in some ranges, which may touch and overlap, in as few ranges as can be."""
     result: Ranges = []
     for begin, end in sorted(ranges):
         first, before = result.pop() if result and begin <= result[-1][1] else (begin, end)
@@ -42,7 +42,7 @@ class Sparse(_memory.Allocation):
     def __init__(self, nbytes: int, device: int = 0) -> None:
         self.nbytes, self.device = nbytes, device
         self.host, self.initialised = _reserve(nbytes), _reserve(nbytes)
-        self.ptr = self.host.__array_interface__["data"][0]  # the begin of a page
+        self.ptr = self.host.__array_interface__["data"][0]  # where a page begins
         self.parts: Ranges = []
         self._complete = False
         self.arrays = WeakValueDictionary()
@@ -52,12 +52,12 @@ class Sparse(_memory.Allocation):
         """Nothing is given back: this memory was not counted."""
 
     def visible(self, begin: int, end: int) -> Ranges:
-        """The parts between two addresses."""
+        """The parts between two addresses, as far as they lie there."""
         return [(max(begin, a), min(end, b)) for a, b in self.parts if a < end and begin < b]
 
 
 def _reserve(nbytes: int) -> npt.NDArray[np.uint8]:
-    """Zeros, of which the system makes small pages as they are touched."""
+    """Zeros, for which the system provides memory when they are touched, in small pages."""
     memory = mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE)
     if hasattr(mmap, "MADV_NOHUGEPAGE"):
         memory.madvise(mmap.MADV_NOHUGEPAGE)
@@ -65,9 +65,9 @@ def _reserve(nbytes: int) -> npt.NDArray[np.uint8]:
 
 
 def sparse(shape: tuple[int, ...], dtype: npt.DTypeLike, parts: Iterable[tuple[int, int]], offset: int = 0) -> Any:
-    """An array of which some elements are there: from one to another one, by their place in memory.
+    """An array of which some elements have memory: those of the given ranges of places, and their neighbours in packs.
 
-    With them come their neighbours in the same packs. All are poisoned, and nobody has written them.
+    What they hold is poison, and reading it before it is written is an error.
 
     Parameters
     ----------
@@ -88,7 +88,7 @@ def sparse(shape: tuple[int, ...], dtype: npt.DTypeLike, parts: Iterable[tuple[i
 
 
 def fill(array: Any, draw: Callable[[int], npt.NDArray[Any]]) -> Any:
-    """Set the elements that are there, neighbours as well."""
+    """Set all elements that have memory, neighbours as well, to what `draw` returns for a number of elements."""
     memory, flat = array._allocation, array._host.reshape(-1)
     for begin, end in memory.parts:
         memory.initialised[begin - memory.ptr : end - memory.ptr] = 1
@@ -99,7 +99,7 @@ def fill(array: Any, draw: Callable[[int], npt.NDArray[Any]]) -> Any:
 
 
 def written(array: Any) -> Ranges:
-    """The elements that were written, by their place in memory."""
+    """The places in memory of the elements that were written."""
     memory = array._allocation
     ranges = []
     for begin, end in memory.parts:

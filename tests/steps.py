@@ -15,7 +15,7 @@ EPS = 1e-3
 
 
 def each_array(function, value):
-    """What a function makes of an array, or a bundle of what it makes of each array; all else stays as it is."""
+    """The result of a function for an array, or a bundle with its results for each array; all else stays as it is."""
     if isinstance(value, tuple):
         return type(value)(*(each_array(function, field) for field in value))
     return function(value) if isinstance(value, (np.ndarray, cp.ndarray)) else value
@@ -49,7 +49,7 @@ class Arrays:
         self.epilogue = Epilogue(rng.standard_normal(shape).astype(dtype) if has_residual else None, activation)
         weight, bias, mean = rng.standard_normal((3, C)).astype(np.float32)
         self.affine, self.running = Affine(weight, bias, EPS), Running(mean, rng.uniform(0.5, 2, C), 0.1)
-        self.unit = 2 * HALF_ULP["float64" if dtype == np.float64 else "float32"]  # of the arithmetic
+        self.unit = 2 * HALF_ULP["float64" if dtype == np.float64 else "float32"]  # a unit in the last place
 
     @property
     def statistics(self):
@@ -71,7 +71,7 @@ class Arrays:
         return host, to_device(each_array(np.negative, host), self.offset)
 
     def close(self, ours, mirrored, size, roundings):
-        """Check equality up to some roundings of terms of this size, and one of the dtype itself."""
+        """Check that arrays are equal up to some roundings of terms of a given size, and one to the dtype itself."""
         ours, mirrored = (np.asarray(to_numpy(a), np.float64) for a in (ours, mirrored))
         bound = roundings * self.unit * (np.abs(mirrored) + size) + 2 * HALF_ULP[self.x.dtype.name] * np.abs(mirrored)
         error = np.abs(ours - mirrored)
@@ -85,7 +85,7 @@ class Back(NamedTuple):
     x: Any
     statistics: Statistics
     affine: Affine
-    epilogue: Epilogue  # activation and mask
+    epilogue: Epilogue  # the activation and the mask alone
 
 
 def ways_back(arrays, out=None, y=None):
@@ -100,7 +100,7 @@ def ways_back(arrays, out=None, y=None):
 
 
 def _way_back(ops, dy, x, affine, running, epilogue, out):
-    """The way back after a way forward that has left a mask if there was a residual."""
+    """The arguments of the way back, after a way forward that has written the mask if there is one."""
     residual, activation, _ = epilogue
     mask = None if residual is None or activation is None else ops.empty_mask(x, residual, out)
     statistics = ops.bn_normalize(x, None, affine, running, epilogue._replace(mask=mask), out)
@@ -108,6 +108,6 @@ def _way_back(ops, dy, x, affine, running, epilogue, out):
 
 
 def forget_plans():
-    """Drop the plans of launches: those made for devices and settings that are no more."""
+    """Forget all plans of launches, since they hold for the devices and settings that they were made for."""
     for cached in (plans.streamed_plan, plans.resident_plan, plans.properties_of):
         cached.cache_clear()

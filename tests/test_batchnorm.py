@@ -636,7 +636,7 @@ def test_malformed_device(device, name):
 
 
 def test_cuda_without_cupy():
-    """Without CuPy, a layer on "cuda" raises an error that tells how to install it; a process of its own hides CuPy."""
+    """A layer on "cuda" raises an error that tells how to install CuPy, which a process of its own hides."""
     code = """
 import sys
 sys.modules["cupy"] = None

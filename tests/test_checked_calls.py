@@ -31,7 +31,7 @@ wrong."""
 
 @pytest.fixture(autouse=True)
 def empty_cache(monkeypatch):
-    monkeypatch.setattr(_call, "_checked", {})
+    monkeypatch.setattr(_call, "_cache", {})
 
 
 @pytest.fixture(params=["numpy", "cupy"])
@@ -100,7 +100,7 @@ ALTERNATIVES = {
     "channel_axis": [2, -3, 4, 1.0, None],
     "mask": [object()],
     "device": ["cpu"],
-    "ranks": [(3, 4), (2,)],
+    "ndims": [(3, 4), (2,)],
     "group": [None, object()],
     "idle": [(object(), object())],
 }
@@ -108,7 +108,7 @@ ALTERNATIVES = {
 
 
 def replaced(call, **values):
-    """The same call with other values in fields of its own or of its bundles."""
+    """A call with other values in fields of its own or of its bundles."""
     for name, inner in FIELDS:
         if (inner or name) in values:
             value = values[inner or name]
@@ -185,7 +185,7 @@ def pairs(xp):
             for field, what, other in alternatives(good)
         ]
         for index, pair in enumerate(made):
-            _call._checked.clear()
+            _call._cache.clear()
             made[index] = pair._replace(expected=pair.other.outcome())
         yield made
 
@@ -194,7 +194,7 @@ def missed(pairs):
     """The labels of the pairs whose second call gets another outcome because of the first one."""
     found = []
     for pair in pairs:
-        _call._checked.clear()
+        _call._cache.clear()
         assert isinstance(pair.good.outcome(), Checked), pair.label
         if pair.other.outcome() != pair.expected:
             found.append(pair.label)
@@ -245,20 +245,20 @@ def test_every_part_of_a_form_counts(xp, pairs, monkeypatch):
 
 def test_errors_are_not_kept(pairs):
     for pair in pairs:
-        _call._checked.clear()
+        _call._cache.clear()
         assert pair.other.outcome() == pair.other.outcome() == pair.expected
-        assert isinstance(pair.expected, Checked) or not _call._checked
+        assert isinstance(pair.expected, Checked) or not _call._cache
 
 
 def test_so_many_calls_and_no_more(xp, monkeypatch):
-    monkeypatch.setattr(_call, "MOST_CHECKED", 4)
+    monkeypatch.setattr(_call, "MOST_CACHED", 4)
     sizes = []
     for shape in list(itertools.product((2, 3, 4), (1, 2, 5), (2, 3))) * 2:
         x = xp.zeros(shape, np.float32)
         call = Call(x, Affine(None, None, 1.0), Running(), Epilogue(), True, 1)
         assert call.checked() is call.checked()
         assert call.checked().layout == Layout.of(x, 1)
-        sizes.append(len(_call._checked))
+        sizes.append(len(_call._cache))
     assert max(sizes) == 4
     assert sizes.count(1) > 5  # the cache was emptied and filled again
 

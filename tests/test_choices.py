@@ -1,4 +1,4 @@
-"""Which launches a call takes, where an argument decides."""
+"""Launches that a call takes, where an argument decides."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def without_gpu(*arguments):
 
 
 def refused(arguments, capsys):
-    """What a command says of bad options: a line of usage and a line that says what is wrong, and status 2."""
+    """The words of a command about bad options, after a check that they are told in two lines, with status 2."""
     with pytest.raises(SystemExit, match=r"^2$"):
         main(arguments)
     out, err = capsys.readouterr()
@@ -50,7 +50,7 @@ def refused(arguments, capsys):
 
 
 def missing(monkeypatch, *names):
-    """As on a machine without these modules."""
+    """Let the commands find none of these modules."""
     here = extras.optional
     for module in extras, cli_options, info, bench:
         monkeypatch.setattr(module, "optional", lambda name: None if name in names else here(name))
@@ -125,12 +125,12 @@ def test_bad_options_are_told_in_two_lines(arguments, message, gpu, monkeypatch,
 
 
 class OutOfMemoryError(RuntimeError):
-    """PyTorch's, by its name."""
+    """An error that is known by its name, which is that of PyTorch's."""
 
 
 @pytest.mark.parametrize("error", [MemoryError, OutOfMemoryError])
 def test_memory_that_runs_out_is_no_traceback(error, monkeypatch, capsys):
-    """Where nothing tells how much there is, and on a GPU."""
+    """Memory may run out while arrays are made, or while a call is measured: both are told in a line."""
 
     def full(*_):
         raise error("no more\nand a lot of advice")
@@ -155,7 +155,7 @@ def test_other_errors_keep_their_traceback(monkeypatch):
 
 
 def test_what_fits_in_memory(monkeypatch):
-    """Backward passes take more, and so do narrow dtypes for their size."""
+    """Backward passes take more memory than forward passes, and narrow dtypes take more for their size."""
     problem = Problem((1 << 10, 1 << 10), np.dtype(np.float16))
     for name, arrays in ("training", 3 + 2 * 3), ("backward", 3 + 2 * 7):
         monkeypatch.setattr(memory, "free_bytes", lambda arrays=arrays: 2 * arrays * problem.nbytes)
@@ -219,7 +219,7 @@ def test_a_full_disk_is_told_in_a_line(unbuffered):
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("arguments", [["info"], ["--help"]], ids=str)
 def test_a_closed_pipe_is_quiet(arguments, unbuffered):
-    """As of `head`, which reads no more than it wants."""
+    """A reader such as `head`, which reads no more than it wants, has closed the pipe."""
     read, write = os.pipe()
     os.close(read)
     env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": unbuffered}
@@ -262,7 +262,7 @@ KEYS = (
     "cupybn python machine numpy ml_dtypes mpi4py threads kernels kernel_folder cupy_missing cupy stand_in cuda_driver "
     "cuda_runtime nvrtc nccl kernel_cache not_found gpus"
 )
-"""Programs may count on them."""
+"""Keys of ``info --json``, on which programs may count."""
 
 
 @pytest.mark.parametrize("gpu", [True, False], ids=["gpu", "cpu"])
@@ -321,7 +321,7 @@ def test_check_of_the_kernels(capsys):
 
 @pytest.mark.parametrize("name", kernel_names())
 def test_check_launches_what_it_says(name, monkeypatch):
-    """The kernel of a row, not other ones that come to the same."""
+    """The kernel that a row names is launched, and not other ones that give the same results."""
     cp = pytest.importorskip("cupy")
     if not hasattr(cp, "emulator"):
         pytest.skip("a GPU does not tell")
@@ -368,7 +368,7 @@ def test_a_dtype_twice_is_checked_once():
 
 
 def test_a_check_of_nothing_fails(monkeypatch, capsys):
-    """As of an installation without its kernels."""
+    """An installation has no kernels: nothing is checked, and that is told as a failure."""
     monkeypatch.setattr(check, "cuda_missing", lambda: "")
     monkeypatch.setattr(check, "kernel_names", list)
     assert main(["check", "--quick"]) == 1
@@ -378,13 +378,13 @@ def test_a_check_of_nothing_fails(monkeypatch, capsys):
 
 
 def failing_check(capsys):
-    """What a check prints that finds something wrong."""
+    """The output of a check that finds something wrong."""
     assert main(["check", "--quick", "--dtype", "float32"]) == 1
     return capsys.readouterr().out
 
 
 def spoiled(function):
-    """The same step, with one of its results off by a thousandth."""
+    """A step in the place of another one, with one result of that one off by a thousandth."""
 
     def step(*args, **kwargs):
         result = function(*args, **kwargs)
@@ -408,7 +408,7 @@ def spoiled(function):
 @pytest.mark.usefixtures("one_shape")
 @pytest.mark.parametrize("step", STEPS)
 def test_check_sees_a_wrong_mirror(step, monkeypatch, capsys):
-    """And names it; without a GPU."""
+    """A check without a GPU names the step whose mirror is wrong."""
     monkeypatch.setattr(check, "cuda_missing", lambda: "told so")
     monkeypatch.setattr(numpy_ops, step, spoiled(getattr(numpy_ops, step)))
     assert f"  {step}, (N, C, L) = (6, 5, 49), float32, " in failing_check(capsys)
@@ -440,7 +440,7 @@ def test_check_sees_a_wrong_mask(step, monkeypatch, capsys):
 
 
 def broken(*_):
-    """In place of a step that does not compile, or not run."""
+    """A step that raises, as one does that cannot be compiled or launched."""
     raise RuntimeError("told so\nand a lot of advice")
 
 
@@ -475,7 +475,7 @@ def test_check_tells_errors_from_misses(monkeypatch, capsys):
 
 @pytest.mark.parametrize("side", [sides.KERNELS, sides.MIRRORS, sides.FORMULA], ids=lambda side: side.name)
 def test_bundles_come_to_a_side_and_back(side):
-    """All arrays of an unaligned case are unaligned; what is no array stays as it is."""
+    """All arrays of an unaligned case are unaligned; values that are no arrays stay as they are."""
     given = Epilogue(np.arange(6, dtype=np.float32).reshape(1, 2, 3), "relu")
     there = side.put_all(given, offset=1)
     assert (type(there), there.activation, there.mask) == (Epilogue, "relu", None)
@@ -545,7 +545,7 @@ def test_names_of_problems_have_their_channel_axis(axis, end):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 def test_pytorch_takes_what_it_is_given(dtype):
-    """Also float64, with which it takes no float32 vectors."""
+    """PyTorch takes the arguments in all dtypes: with float64 it takes no float32 vectors."""
     torch = pytest.importorskip("torch")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -586,7 +586,7 @@ def test_the_bar_is_for_terminals(capsys):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What they share
+# Parts that the commands share
 
 
 def test_passes():

@@ -33,16 +33,16 @@ OVER_CHANNELS = {
 }
 """The steps that know no layout, and what they return."""
 ALLOCATORS = {"empty_mask"}
-"""Functions that launch nothing."""
+"""Functions beside the steps, which allocate and launch nothing."""
 MOST_OF_KERNELS, MOST_OF_FUNCTIONS = 12, 8
-"""Parameters, at most."""
+"""Largest numbers of parameters that a kernel and a function may have."""
 AS_IN_TORCH = {
     "functional.batch_norm",
     "functional.batch_norm_vjp",
     "layers.batchnorm._BatchNorm.__init__",
     "layers.syncbatchnorm.SyncBatchNorm.__init__",
 }
-"""Functions for users that take what PyTorch's take."""
+"""Functions for users that may have more parameters, since PyTorch's have them."""
 
 KERNEL_NAMES = kernel_names()
 
@@ -68,29 +68,29 @@ TYPES = {
     "float": "double",
     "int": "long long",
 }
-"""Types of CUDA, by those that the fields of NamedTuples have."""
+"""Types of the fields of structs in CUDA, by the types of the same fields in Python."""
 WITHOUT_SHAPE = {"Activation", "double", "long long"}
 SHAPE_OF_MASKS = ("N", "C", "L / WIDTH")
-"""Only the header says it: masks of `numpy_ops.empty_mask` have another one."""
+"""Shape of masks in the header. Python's text does not say it: masks of `numpy_ops.empty_mask` have another one."""
 SIZES = {"ChannelsFirst": "channels_first/packs.cuh", "ChannelsLast": "channels_last/columns.cuh"}
 
 
 class Field(typing.NamedTuple):
     name: str
-    type: str  # of CUDA, without const
+    type: str  # the type in CUDA, without const
     nullable: bool
     shape: tuple[str, ...] | None
 
 
 def shape_in(comment, brackets):
-    """The first thing in brackets of a comment."""
+    """The sizes in the first brackets of a comment; None if it has none."""
     opening, closing = map(re.escape, brackets)
     found = re.search(rf"^[^;]*?{opening}([^{closing}]*){closing}", comment)
     return None if found is None else tuple(size.strip() for size in found[1].split(",") if size.strip())
 
 
 def fields_in_python(text, names=None):
-    """The fields of NamedTuples of a module, by their classes: of all, or of these."""
+    """The fields of all NamedTuples in the text of a module, or of those with these names, by name of the class."""
     lines, found = text.splitlines(), {}
     for node in ast.parse(text).body:
         if isinstance(node, ast.ClassDef) and (names is None or node.name in names):
@@ -108,7 +108,7 @@ def field_in_python(field, lines):
 
 
 def fields_in_header(text, names=None):
-    """The fields of structs of a header, by their names: of all, or of these; what follows a blank line is no field."""
+    """The fields of all structs in the text of a header, or of those with these names; none follow a blank line."""
     bodies = re.findall(r"^struct (\w+) \{\n(.*?)^(?:\};|\s*$)", text, re.DOTALL | re.MULTILINE)
     wanted = [(name, body) for name, body in bodies if names is None or name in names]
     return {name: [field_in_header(line) for line in body.splitlines()] for name, body in wanted}
@@ -122,7 +122,7 @@ def field_in_header(line):
 
 
 def differences(ours, theirs):
-    """Where bundles of Python and structs of CUDA differ; both as fields by names."""
+    """Words for the differences between bundles in Python and structs in CUDA, each given as fields by its name."""
     found = [f"{name} is on one side alone" for name in ours.keys() ^ theirs.keys()]
     for bundle in ours.keys() & theirs.keys():
         names = [[field.name for field in side[bundle]] for side in (ours, theirs)]
@@ -143,14 +143,14 @@ def text_of(module):
 
 
 def bundles_differ(python=None, header=None):
-    """How the bundles differ; a side may be given as another text."""
+    """Words for the differences between the bundles in Python and in CUDA; either side may be given as another text."""
     python = text_of(bundles) if python is None else python
     header = (KERNELS / "bundles.cuh").read_text() if header is None else header
     return differences(fields_in_python(python), fields_in_header(header))
 
 
 def sizes_differ(python=None, headers=None):
-    """The same of the sizes of each layout; headers are given by the name of their struct."""
+    """Words for the differences between sizes of layouts in Python and in CUDA; headers are given by their struct."""
     python = text_of(geometry) if python is None else python
     theirs = {}
     for name in SIZES:
@@ -226,11 +226,11 @@ CHANGES = {
         "after one more": (r"^    (.*?)\w+;(.*)$", r"    \1more;\2\n\g<0>"),
     },
 }
-"""What may become of the line of a field."""
+"""Changes to the line of a field, in Python and in CUDA: words for each, a pattern, and what to put in its place."""
 
 
 def places(text, python):
-    """The lines of each field, from one to another one, by bundles."""
+    """The lines of each field by bundle, as pairs: the number of the first one, and that after the last one."""
     if python:
         classes = [node for node in ast.parse(text).body if isinstance(node, ast.ClassDef)]
         return {
@@ -248,7 +248,7 @@ def places(text, python):
 
 
 def changed(text, python, names):
-    """What has changed in one bundle of a text, and the text so changed; each change of each field by itself."""
+    """Pairs of words for a change in a bundle and the text with this change: all changes of all fields, one by one."""
     lines = text.splitlines()
     for bundle, fields in places(text, python).items():
         for number, (begin, end) in enumerate(fields if bundle in names else ()):
@@ -313,7 +313,7 @@ def test_mirrors_and_launchers_are_the_same_functions():
 
 @pytest.mark.parametrize("step", ["bn_forward", "bn_backward"])
 def test_steps_of_several_ranks_take_the_same(step):
-    """The flow of a call does not know them apart."""
+    """The flow of a call passes the same arguments, whether there is one rank or several."""
     ours, theirs = (
         list(inspect.signature(getattr(ops, step)).parameters.values()) for ops in (Synchronized, numpy_ops)
     )
@@ -334,7 +334,7 @@ def test_kernel_takes_what_its_mirror_takes_and_writes_what_it_returns(name):
 
 @pytest.mark.parametrize("name", KERNEL_NAMES)
 def test_a_bundle_is_the_same_one_in_a_kernel_its_mirror_and_its_launcher(name):
-    """And None alike, where it is taken."""
+    """A bundle has the same name in all three, and where one takes None in its place, all do."""
     structs = {p.name: (p.type, p.nullable) for p in signature(name) if p.fields and p.section != "sizes"}
     kinds = fields_in_python(text_of(bundles)).keys()
     for function in mirror(name), getattr(cupy_ops, stem(name)):

@@ -1,4 +1,4 @@
-"""Which 64-bit integers the kernels cut to 32 bits without saying so: sizes that are small however large arrays are."""
+"""Integers of 64 bits that the kernels cut to 32 without saying so: sizes that are small however large arrays are."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WARNING = re.compile(r"(?m)^kernels/(.+):(\d+):(\d+): warning: ")
 
 
 def conversions(text, width):
-    """Where integers are converted to what may not hold them: file, line, column."""
+    """Places where integers are converted to what may not hold them: file, line, column."""
     macros = [f"-D{name}={value}" for name, value in {**MACROS, "WIDTH": width}.items()]
     text = '#include "device.h"\n' + text.replace("extern __shared__", "extern")
     done = subprocess.run(

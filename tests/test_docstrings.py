@@ -1,4 +1,4 @@
-"""The examples in docstrings print what they say, each by itself, so that a reader can paste it."""
+"""Docstrings: their examples print what they say, each by itself, and their first words need nothing before them."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ import doctest
 import importlib
 import inspect
 import pkgutil
+import re
+from pathlib import Path
 
 import pytest
 
 import cupybn
+from cupybn._steps.sources import KERNELS
 
 
 def modules():
@@ -64,3 +67,139 @@ def test_no_example_is_left_out():
     marks = sum(">>> " in text for text in docstrings)
     assert marks > 5
     assert len(EXAMPLES) == marks + 3  # that of the layers stands in three more classes
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# First words
+
+TESTS, PACKAGE = Path(__file__).parent, Path(cupybn.__file__).parent
+FOLDERS = [PACKAGE, *(TESTS.parent / name for name in ("tests", "benchmarks", "examples"))]
+FRAGMENT = re.compile(
+    r"(about|after|also|and|as|at|before|behind|but|by|even|for|from|in|into|its?|like|likewise|nor|of|on|or|over|since"
+    r"|so|than|that|the same|their|them|there|these|they|those|though|through|to|under|until|up|where|which|who|whose"
+    r"|with|within|without)\b",
+    re.IGNORECASE,
+)
+"""First words that make a reader ask "of what?": what they go with would have to stand before them."""
+SHAPE = re.compile(r"\([\w, +*]*\);? ?")
+"""The shape of an array, with which a comment behind a field may begin."""
+
+
+def first_words(text):
+    """The line and text of each docstring, those below constants included, and of each comment behind a field."""
+    lines = text.splitlines()
+    for node in ast.walk(ast.parse(text)):
+        body = getattr(node, "body", None)
+        for statement in body if isinstance(body, list) else ():
+            if isinstance(statement, ast.Expr) and isinstance(getattr(statement.value, "value", None), str):
+                yield statement.lineno, statement.value.value.lstrip()
+            if isinstance(node, ast.ClassDef) and isinstance(statement, ast.AnnAssign):
+                for number in range(statement.lineno, statement.end_lineno + 1):
+                    yield number, SHAPE.sub("", lines[number - 1].partition("  # ")[2], count=1)
+
+
+def fragments(text):
+    """The lines of docstrings and comments that begin with a fragment, and their first words."""
+    return [(line, words.partition("\n")[0]) for line, words in first_words(text) if FRAGMENT.match(words)]
+
+
+@pytest.mark.parametrize("folder", [folder for folder in FOLDERS if folder.is_dir()], ids=lambda folder: folder.name)
+def test_docstrings_begin_with_what_they_are_about(folder):
+    paths = sorted(folder.rglob("*.py"))
+    assert paths
+    found = [f"{path}:{line}: {words}" for path in paths for line, words in fragments(path.read_text())]
+    assert not found, "\n".join(found)
+
+
+def test_fragments_are_seen_wherever_they_stand():
+    text = '''"""Of the module."""
+THREADS = 256
+"""For each block."""
+PACKS = 4
+"""Packs of a thread."""
+
+class Plan(NamedTuple):
+    """
+    As it is.
+    """
+
+    packs: int  # of the block
+    x: Array  # (N, C, L); for the way back
+    mean: Array  # (C,)
+    rows: int = (
+        4  # from each tile
+    )
+    """The same for rows."""
+
+    def count(self):
+        """That many."""
+        columns: int = 3  # of the tile
+        if self.packs:
+            """Likewise."""
+
+    async def wait(self):
+        """Ofttimes nothing."""
+'''
+    assert [line for line, _ in fragments(text)] == [1, 3, 8, 12, 13, 16, 18, 21, 24]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "Threads per block.",
+        "Whether it is of the package.",
+        "If a rank is lost, the others raise.",
+        "What is found.",
+        "(C,) arrays.",
+    ],
+)
+def test_whole_beginnings_are_no_fragments(words):
+    assert fragments(f'"""{words}"""') == []
+
+
+DECLARATION = re.compile(r"\s*(class|const|constexpr|DEVICE|#define|enum|static|struct|template)\b")
+"""The beginning of a line of CUDA that declares a type, a constant or a function."""
+
+
+def fragments_in_cuda(text):
+    """The comments before declarations that begin with a fragment, as the number of their first line and this line."""
+    found, first = [], None
+    for number, line in enumerate(text.splitlines(), 1):
+        words = re.fullmatch(r"\s*//\s*(.*)", line)
+        if words:
+            first = (number, words[1]) if first is None else first
+            continue
+        if first and DECLARATION.match(line) and FRAGMENT.match(first[1]):
+            found.append(first)
+        first = None
+    return found
+
+
+def test_comments_of_kernels_begin_with_what_they_are_about():
+    paths = sorted(KERNELS.rglob("*.cu*"))
+    assert paths
+    found = [f"{path}:{line}: {words}" for path in paths for line, words in fragments_in_cuda(path.read_text())]
+    assert not found, "\n".join(found)
+
+
+def test_fragments_in_cuda_are_seen():
+    text = """// As in the mirror.
+
+// Threads per block,
+// as in the mirror.
+constexpr int THREADS = 256;
+// Of the block.
+constexpr int ROWS = 8;  // of the tile
+// For each channel, the sums
+// of all parts.
+struct Sums {
+    // The same for one.
+    DEVICE void add(double x) {
+        // With rounding.
+        sum += x;
+    }
+};
+// Where it stands.
+template <class T>
+"""
+    assert [line for line, _ in fragments_in_cuda(text)] == [6, 8, 11, 17]

@@ -425,7 +425,7 @@ def check_release(seeds, body, writer, reader, right):
 @pytest.mark.parametrize(("writes", "right"), [("before", True), ("between", False)])
 @pytest.mark.parametrize(("writer", "reader"), [(0, 1), (1, 0), (1, 1)])
 def test_what_lies_between_arrival_and_wait_is_not_released(seeds, writes, right, writer, reader):
-    """It is not released to threads of the same block either: thread 0 writes, thread 40 reads."""
+    """Threads of the same block do not see it either: thread 0 writes, thread 40 reads."""
     body = """
     __shared__ int x;
     if (threadIdx.x == 0) x = 0;
@@ -555,7 +555,7 @@ def test_a_relaxed_arrival_releases_nothing(seeds, before, after, right, writer,
 
 
 def test_after_a_relaxed_arrival_a_block_may_have_left(seeds):
-    """Its memory is read before that arrival, which does not say that the read is over."""
+    """The memory of the block is read before that arrival, which does not say that the read is over."""
     body = """
     __shared__ int x;
     if (threadIdx.x == 0) x = rank();

@@ -53,7 +53,7 @@ def launch(kernel, *args, grid=1, block=32, shared_mem=0):
 
 
 def lines_here(kernel):
-    """Those that say "here"."""
+    """The numbers of the lines that say "here"."""
     lines = kernel.code[kernel.code.rindex("#line") :].splitlines()
     return [number for number, line in enumerate(lines) if "// here" in line]
 
@@ -690,7 +690,7 @@ def test_subnormals_are_zeros_in_float32_alone(name, cases):
 
 
 def test_many_subnormals():
-    """Among numbers that are none, with registers and memory of all kinds in use."""
+    """Subnormal numbers stand among others, with registers and memory of all kinds in use."""
     body = """
     const int i = blockIdx.x * blockDim.x + threadIdx.x;
     float f = x[i];
@@ -939,7 +939,7 @@ def test_limits_of_grids_and_blocks(grid, block):
 
 
 def test_sizes_as_cupy_passes_them_on():
-    """It takes 0 and less for 1, forgets a fourth size, and accepts tuples alone."""
+    """CuPy takes 0 and less for 1, forgets a fourth size, and accepts tuples alone."""
     kernel = make("", "")
     with emulator.record() as launches:
         launch(kernel, grid=(0, -3), block=(2, 0, 1, 7))

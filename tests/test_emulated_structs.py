@@ -34,7 +34,7 @@ extern "C" __global__ void example(Bundle bundle, double* plain) {
 
 
 def by_value(code, *fields):
-    """A struct as the launcher hands it over."""
+    """A struct of some fields, as the launcher hands it to a kernel; `code` is theirs in the module `struct`."""
     data = struct.pack(f"={code}", *fields)
     return np.frombuffer(data, np.dtype((np.void, len(data))))
 
@@ -64,7 +64,7 @@ VIEWS = {
 @pytest.mark.parametrize("plain", [True, False], ids=["argument", "field"])
 @pytest.mark.parametrize(("key", "inside", "outside"), VIEWS.values(), ids=VIEWS)
 def test_a_view_ends_where_it_ends(memory, key, inside, outside, plain):
-    """Though there is memory of the same array before it and after it."""
+    """Accesses beyond a view are out of bounds, though the same array has memory before it and after it."""
     view = memory[key]
     for index in inside:
         write(view, index, plain=plain)

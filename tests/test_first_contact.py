@@ -51,7 +51,7 @@ EMULATED = hasattr(cp, "emulator")
 
 
 def first_contact(out, *options, **env):
-    """What it printed, the outcomes by stage, and the exit status."""
+    """The output of a rehearsed first contact, the outcomes by stage, and the exit status."""
     command = [sys.executable, str(BENCHMARKS / "first_contact.py"), "--rehearse", "--out", str(out), *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=400, env={**os.environ, **env}, check=False)
     results = out / "results.json"
@@ -144,7 +144,7 @@ def tools(tmp_path, monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# All of it
+# The whole of a first contact
 
 
 @pytest.mark.usefixtures("tools")
@@ -234,7 +234,7 @@ def test_a_folder_that_cannot_be_made(tmp_path):
 
 @pytest.mark.parametrize("names", [["cupy"], ["ml_dtypes"], ["cupy", "ml_dtypes"]], ids=str)
 def test_what_is_missing_is_told_first(tmp_path, monkeypatch, capsys, names):
-    """In a line, before a folder is made or a stage runs."""
+    """Missing modules are told in a line, before a folder is made or a stage runs."""
     script = importlib.import_module("first_contact")
     for name in names:
         monkeypatch.setitem(sys.modules, name, None)
@@ -292,14 +292,14 @@ def test_a_process_that_is_asked_first_has_its_last_words():
 
 
 def test_modules_come_from_the_checkout_first(monkeypatch):
-    """Processes start in its root, wherever this one was started."""
+    """Paths of the checkout come first for a process, which starts in its root, wherever this one was started."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["somewhere", ""]))
     path = variables()["PYTHONPATH"].split(os.pathsep)
     assert path == [str(ROOT), str(Path("somewhere").absolute()), str(BENCHMARKS)]
 
 
 def is_running(process):
-    """A process that has ended may be left as a zombie, where nobody takes notice of it."""
+    """Whether a process is running; one that has ended may be left as a zombie, where nobody takes notice of it."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except (FileNotFoundError, ProcessLookupError):
@@ -307,7 +307,7 @@ def is_running(process):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What tools say
+# The output of NVIDIA's tools
 
 
 def test_tools_that_find_something(tmp_path, tools):
@@ -346,7 +346,7 @@ def test_what_a_sanitizer_means(timed_out, status, output, passed):
 
 
 def test_launches_of_ncu_without_the_metrics():
-    """As `--set basic` prints them, with what the program says before and after."""
+    """The table of ``ncu --set basic`` has no such columns; the program's own output stands before and after it."""
     table = '"ID","Kernel Name","Grid Size"\n"","",""\n"0","bn_stats(const half *, int)","(512, 1, 1)"'
     (launch,) = ncu.launches(f"==PROF== x\nsaid\n{table}\nsaid\n")
     row = launch.row()
@@ -356,7 +356,7 @@ def test_launches_of_ncu_without_the_metrics():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The tests on a GPU
+# The stage that runs the tests on a GPU
 
 
 @pytest.mark.parametrize(
@@ -749,7 +749,7 @@ def test_findings_outlive_the_process(tmp_path):
 
 
 def test_files_are_whole(tmp_path, monkeypatch):
-    """Whoever is interrupted leaves the old text."""
+    """An interrupted write leaves the old text."""
     path = tmp_path / "report.md"
     write_whole(path, "old")
 

@@ -87,7 +87,7 @@ def test_the_short_selection_has_every_layer_in_every_dtype_and_order():
 @pytest.mark.parametrize("shape", [(6, 5, 7), (4, 3, 6)], ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_exact_tells_right_from_wrong(shape, name, dtype, monkeypatch):
-    """Also with the channels last, and some channels at a time."""
+    """The error is computed right with the channels last, and some channels at a time."""
     monkeypatch.setattr(gpu_exact, "MOST_ELEMENTS", 50)
     ml_dtypes = pytest.importorskip("ml_dtypes")
     dtype = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)

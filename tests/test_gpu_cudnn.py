@@ -49,7 +49,7 @@ MISSING = [
 
 @pytest.mark.parametrize(("shape", "axis", "dims", "strides"), MISSING, ids=str)
 def test_missing_axes_follow_the_memory_order(shape, axis, dims, strides):
-    """It decides which engines cuDNN has."""
+    """The strides of missing axes decide which engines cuDNN has."""
     assert gpu_cudnn.dims_and_strides(Problem(shape, np.dtype(np.float16), axis)) == (dims, strides)
 
 

@@ -180,7 +180,7 @@ def test_interrupts_at_every_line(forward, passes, bare):
 
 @pytest.mark.parametrize("message", ["gather", "texts"])
 def test_interrupts_while_the_others_are_told(monkeypatch, message):
-    """They may have heard, or not: nothing more is sent that they could take for something else."""
+    """The others may have heard, or not: nothing more is sent that they could take for something else."""
     calls = calls_of(True, 1)
 
     def interrupted_message(*_):
@@ -257,7 +257,7 @@ def test_errors_in_the_middle_of_an_exchange(fails, forward, passes, message, se
 
 @pytest.mark.parametrize(("forward", "message"), [(True, "gather"), (True, "texts"), (False, "sum"), (False, "texts")])
 def test_errors_while_the_others_are_told(fails, forward, message):
-    """They wait for a message that this rank could not send. It raises the error of the call, which came first."""
+    """The others wait for a message that this rank could not send; its own error is that of the call, the first one."""
     calls = calls_of(forward, 1)
     fails(calls[0].engine, message, CUDARuntimeError("launch failure"), False)
     calls[0].x = "no array"

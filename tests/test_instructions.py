@@ -23,10 +23,10 @@ class Budget(NamedTuple):
     each, and a kernel whose threads get other numbers of packs needs other budgets.
     """
 
-    float32: tuple[int, int]  # with packs of 16 bytes, with packs of one element
-    float16: int  # with packs of 16 bytes; with those of one element it issues what bfloat16 does
+    float32: tuple[int, int]  # float32 with packs of 16 bytes, then with packs of one element
+    float16: int  # float16 with packs of 16 bytes; with packs of one element it issues what bfloat16 does
     relu: int | None  # float16 with ReLU; None for kernels without activation
-    bfloat16: int  # with packs of one element; with those of 16 bytes it issues what float16 does
+    bfloat16: int  # bfloat16 with packs of one element; with packs of 16 bytes it issues what float16 does
     fp64: tuple[float, float]  # instructions on 64 bits, in float32 and in float16, with packs of 16 bytes
 
 

@@ -387,7 +387,7 @@ def test_64_bit_indices(shape, dtype, offset, monkeypatch):
     ids=str,
 )
 def test_strides_over_the_end_count_for_indices(shape, bits):
-    """A stride of up to 128 rows, of arrays of fewer than 2^31 elements."""
+    """Threads stride over up to 128 rows: beyond 2^31 elements, from arrays that have fewer."""
     if shape[2] == 1:
         plan = plans.streamed_plan("bn_stats", shape, np.dtype(np.float16), 8, None)
     else:

@@ -25,17 +25,17 @@ if emulator is None:
 from tests.partial import fill, merged, sparse, written  # noqa: E402
 from tests.steps import EPS, Back, each_array, to_device, to_host  # noqa: E402
 
-UNIT = 2 * HALF_ULP["float32"]  # of the arithmetic
+UNIT = 2 * HALF_ULP["float32"]  # a unit in the last place of the arithmetic
 
 
 class Share(NamedTuple):
-    """What one block, or cluster, of a grid takes."""
+    """The elements and channels that one block, or cluster, of a grid takes."""
 
     block: tuple[int, int, int]
-    places: npt.NDArray[np.int64]  # of its elements in memory, as (N, C, L)
+    places: npt.NDArray[np.int64]  # places of its elements in memory, as (N, C, L)
     channels: npt.NDArray[np.int64]
     first_sum: int  # the place of its first channel among the sums of all parts and channels
-    owns: bool  # what belongs to its channels is written by this block
+    owns: bool  # whether this block writes what there is once for its channels
 
     @property
     def ranges(self):
@@ -167,7 +167,7 @@ class Large:
         return Back(self.dy, self.x, statistics, affine, self.epilogue._replace(residual=None))
 
     def on_host(self, share):
-        """The same arguments, for a share alone."""
+        """The arguments of a share, on the host."""
         host = SimpleNamespace(x=share.of(self.x), dy=share.of(self.dy))
         for name in "affine", "running", "moments", "statistics", "sums":
             setattr(host, name, of_channels(share.channels, getattr(self, name)))
@@ -202,7 +202,7 @@ def check_vectors(ours, before, share, expected, **tolerance):
 
 @pytest.fixture
 def many_shares(monkeypatch):
-    """About as many blocks as a grid has room for, where there are few channels."""
+    """Grids have about as many blocks as there is room for, where there are few channels."""
     original = plans.streamed_plan
 
     def plan(step, shape, dtype, width, multiprocessors):
@@ -324,7 +324,7 @@ def test_bn_backward(on_chip):
 
 
 def passes(large, share):
-    """Where the mask lets the elements of a share pass."""
+    """Truth values that say where the mask lets the elements of a share pass."""
     mask, width = large.epilogue.mask, large.width
     if width == 1:
         return share.of(mask)

@@ -96,7 +96,7 @@ extern "C" __global__ void bundled(
 
 @pytest.fixture
 def example(tmp_path, monkeypatch):
-    """A kernel of its own folder, for float32 data."""
+    """A kernel in a folder made for the test, for float32 data."""
     (tmp_path / "deeper").mkdir()
     texts = {"example.cu": EXAMPLE, "bundled.cu": BUNDLED, "helper.cuh": HELPER, "deeper/more.cuh": MORE}
     for name, text in texts.items():
@@ -243,7 +243,7 @@ def bundles():
 
 
 def seen(kernel, bundles):
-    """What a kernel finds in its bundles."""
+    """The values that a kernel finds in its bundles, by name."""
     kernel.launch((1,), 1, bundles)
     names = [
         "x",
@@ -263,7 +263,7 @@ def seen(kernel, bundles):
 
 
 def changed(bundles, path, value):
-    """The same arguments but for one, or for a field of one."""
+    """Arguments with another value for one of them, or for a field of one."""
     name, _, field = path.partition(".")
     return bundles | {name: bundles[name]._replace(**{field: value}) if field else value}
 
@@ -305,7 +305,7 @@ def test_a_whole_bundle_may_be_none_where_the_source_says_so(bundled, bundles):
 
 
 def refused(kernel, arguments, error, message):
-    """The launch of these arguments; nothing is launched."""
+    """Check that a launch with these arguments raises this error, and that nothing is launched."""
     with pytest.raises(error, match=f"^bundled: {message}"):
         kernel.launch((1,), 1, arguments)
     assert not arguments["out"].get().any()
@@ -362,7 +362,7 @@ class Other(NamedTuple):
     ],
 )
 def test_what_is_no_bundle_is_not_launched(bundled, bundles, name, value, given):
-    """Nor where it has the values of one that was."""
+    """A value that is no bundle is refused, even after a launch with a bundle of the same values."""
     bundled.launch((1,), 1, bundles)
     bundles["out"].fill(0)
     value = cp.zeros(5, np.float32) if isinstance(value, str) else value

@@ -121,7 +121,7 @@ def test_bn_normalize_merges_the_parts_of_blocks(rng, shape, parts):
 @pytest.mark.parametrize("C", [1, 5, 777])
 @pytest.mark.parametrize("before", [3, 0, -1, -5])
 def test_bn_update_running(rng, C, momentum, count, before):
-    """The same bits as the mirror, also where counter and batches are one array. A counter below 0 stands for 0."""
+    """The kernel has its mirror's bits, also if counter and batches are one array. A counter below 0 stands for 0."""
     mean, m2 = rng.standard_normal((1, C)), rng.uniform(1, 2, (1, C))
     results = []
     for ops, xp in (numpy_ops, np), (cupy_ops, cp):

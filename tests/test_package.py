@@ -54,7 +54,7 @@ except RuntimeError as error:
 
 
 def test_a_folder_called_cupy_does_no_harm(tmp_path):
-    """To Python it is a package, without `__init__.py` as well."""
+    """A folder of this name is a package for Python, even without `__init__.py`."""
     (tmp_path / "cupy" / "images").mkdir(parents=True)
     code = """
 import cupy, cupybn
@@ -74,7 +74,7 @@ except RuntimeError as error:
 
 
 def test_numpy_arrays_do_not_import_cupy():
-    """Nor do those of derived classes, and wrong ones."""
+    """No array but CuPy's needs CuPy: not those of derived classes, and no wrong ones."""
     code = """
 import sys, numpy as np, cupybn
 class Image(np.ndarray): pass
@@ -109,7 +109,7 @@ def test_public_names():
 
 
 def test_what_is_public_says_so():
-    """In messages, and in pickles: the files behind it may move."""
+    """Messages and pickles name the public place of a class or function, for the file behind it may move."""
     for place in cupybn, cupybn.functional:
         for name in place.__all__:
             subject = getattr(place, name)

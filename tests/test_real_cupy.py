@@ -1,4 +1,4 @@
-"""The stand-in for CuPy, and what this repository uses of CuPy, held against an installed one; no GPU is needed.
+"""The stand-in for CuPy, and all uses of CuPy in this repository, compared with an installed CuPy; no GPU is needed.
 
 CUPYBN_REAL_CUPY names a Python that has CuPy: where it has none, that is a failure. By default, this Python is asked.
 """
@@ -23,7 +23,7 @@ EMULATED = ROOT / "tests" / "emulated"
 
 
 def run(python, arguments, **environment):
-    """What a Python prints that finds nothing of this process's path."""
+    """The output of a Python that finds nothing of this process's path."""
     clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run([python, *arguments], env=clean | environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -42,7 +42,7 @@ def python():
 
 @pytest.fixture(scope="module")
 def real(python, tmp_path_factory):
-    """What CuPy has. Its module for NCCL finds functions that do nothing where NCCL is not installed."""
+    """The inventory of CuPy. Where NCCL is not installed, CuPy's module for it finds functions that do nothing."""
     find = "import importlib.util as u; print(u.find_spec('cupy_backends.cuda.libs.nccl').origin)"
     module = Path(run(python, ["-c", find]).strip())
     folder = tmp_path_factory.mktemp("nccl")
@@ -61,12 +61,12 @@ def stand_in(python):
 def test_which_is_which(stand_in, real):
     assert "emulator" in stand_in["cupy"]
     assert "emulator" not in real["cupy"]
-    assert "exp" in stand_in["cupy"]  # made on demand
+    assert "exp" in stand_in["cupy"]  # CuPy makes it when it is asked for
     assert "allReduce" in real["cupy.cuda.nccl"]["NcclCommunicator"]["members"]
 
 
 def test_the_stand_in_has_nothing_that_cupy_has_not(stand_in, real):
-    """But for what is meant to differ, all of which does."""
+    """All differences are meant, and all that are meant are there."""
     found = names.differences(stand_in, real)
     assert {name: what for name, what in found.items() if name not in MEANT} == {}
     assert MEANT.keys() - found.keys() == set()

@@ -158,7 +158,7 @@ def test_blocks_are_no_more_than_keep_the_device_busy():
 
 
 def test_two_blocks_fit_a_multiprocessor_if_they_can():
-    """CUDA takes 1 KiB for each: of 228 KiB there are 113 for a block, and what needs more is split."""
+    """CUDA takes 1 KiB for each block: of 228 KiB there are 113 for a block, and what needs more is split."""
     most = 113 * KiB // 16
     assert [choose_cluster(1000, packs, 16, 1, H200).blocks for packs in (most, most + 1)] == [1, 2]
     own = 5 * KiB

@@ -135,7 +135,7 @@ def test_relu_stops_at_exactly_zero_whatever_comes_back(way, rng, shape, dtype, 
 @on_dtypes
 @on_shapes
 def test_relu_stops_a_constant_channel_in_training(way, rng, shape, dtype, has_residual):
-    """Its output is exactly bias: nothing passes where that is 0."""
+    """The output of the channel is exactly bias: nothing passes where that is 0."""
     C = shape[1]
     x = rng.standard_normal(shape).astype(dtype)
     x[:, 1] = 7

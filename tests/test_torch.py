@@ -56,7 +56,7 @@ def assert_same_state(ours, theirs):
 
 
 def pair(kind, device, dtype=np.float32, features=3, **options):
-    """The same layer twice, ours and torch's, with weights that differ by channel."""
+    """Two layers that are alike, ours and torch's, with weights that differ by channel."""
     ours = getattr(cupybn, LAYERS[kind])(features, device=device, dtype=dtype, **options)
     theirs = getattr(torch.nn, LAYERS[kind])(features, dtype=torch_dtype(dtype), **options)
     with torch.no_grad():

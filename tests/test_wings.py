@@ -34,7 +34,7 @@ def wing(module):
 
 
 def imported(text, modules):
-    """What a file imports of the package: wherever the statement stands, also in functions and for type checkers."""
+    """The modules of the package that a file imports, anywhere: also in functions, and for type checkers."""
     found = set()
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
@@ -55,7 +55,7 @@ LOADERS = ("import_module", "__import__")
 
 
 def faults(imports):
-    """What is wrong with imports, given as the modules that each module imports."""
+    """Words for each fault of imports, which are given as the modules that each module imports."""
     found = [f"{module} lies in no wing" for module in imports if wing(module) not in HEIGHT]
     if found:
         return found
@@ -84,7 +84,7 @@ def test_imports_go_down(texts):
 
 
 def test_every_wing_has_a_line_of_the_table(texts):
-    """From the highest floor to the lowest; some lines may be of wings to come."""
+    """The table has the wings from the highest floor to the lowest; some lines may be about wings to come."""
     path = ROOT / "CONTRIBUTING.md"
     if not path.exists():
         pytest.skip("CONTRIBUTING.md is not part of the wheel")

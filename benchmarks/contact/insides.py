@@ -1,4 +1,4 @@
-"""The insides of the library and of its tests that the stages lean on: where these move, this file follows."""
+"""Insides of the library and of its tests that the stages use: where these move, this file follows."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def dtypes() -> list[np.dtype[Any]]:
 
 
 def how_on_chip(step: str, shape: tuple[int, int, int], dtype: np.dtype[Any]) -> str:
-    """How this device takes a step over (N, C, L): as a cluster of so many blocks, or streamed; and its packs."""
+    """Text that says how this device takes a step: blocks x threads on chip, or streamed; and the bytes of a pack."""
     width = _width(shape, dtype)
     plan = plans.resident_plan(step, shape, dtype, width, 0)
     how = "streamed" if plan is None else f"{plan.geometry.cluster} x {plan.geometry.team or plan.geometry.threads}"
@@ -69,7 +69,7 @@ def kernels_for(shape: tuple[int, ...], channel_axis: int, dtype: np.dtype[Any])
 
 
 def _width(shape: tuple[int, int, int], dtype: np.dtype[Any]) -> int:
-    """Elements of the packs of arrays that are aligned as CuPy allocates them."""
+    """Elements of a pack, in arrays that are aligned as CuPy allocates them."""
     _, C, L = shape
     return math.gcd(plans.PACK, (L if L > 1 else C) * dtype.itemsize) // dtype.itemsize
 

@@ -18,18 +18,18 @@ SUMS = ("bn_stats", "bn_backward_reduce")
 ON_CHIP = ("bn_forward", "bn_backward")
 STEPS = (*SUMS, "bn_normalize", "bn_backward_input", *ON_CHIP)
 VARIANTS = {"plain": (None, False), "relu": ("relu", False), "mask": ("relu", True)}
-"""The activation, and whether there is a residual: then a mask tells the way back where ReLU passes."""
+"""Variants of the steps: the activation, and whether there is a residual. With one, the way back reads a mask."""
 EPS = 1e-5
 PARTS = 4
 """Parts of the moments and sums that steps merge."""
 PERIOD = 8
-"""Channels with numbers of their own; the next ones have the same numbers again."""
+"""Channels with random numbers of their own; the next ones repeat these numbers."""
 CLOSE = 1e-4
-"""Values of y that float32 may see on the other side of 0."""
+"""Distance from 0 up to which float32 may see a value of y on the other side of 0."""
 
 
 class Case(NamedTuple):
-    """What is counted: a step on an array of so many channels; rows of one element are channels last."""
+    """A case to count: a step on an array of so many channels, with the channels last if rows have one element."""
 
     step: str
     dtype: str
@@ -66,7 +66,7 @@ class Arrays:
         return values.astype(parameter_dtype(self.case.dtype))
 
     def _repeat(self, values: Array) -> Any:
-        """All channels of an array or vector, on the device."""
+        """An array of the device with all channels of the case, made of an array or vector with the first few."""
         axis, C = min(1, values.ndim - 1), self.case.channels
         times = [1] * values.ndim
         times[axis] = -(-C // values.shape[axis])
@@ -110,14 +110,14 @@ class Arrays:
         return {"dx": out} | ({"dresidual": dresidual} if self._has_residual else {})
 
     def _parts(self, values: Array) -> Any:
-        """A vector once for each part."""
+        """Rows for all parts, each with the same vector."""
         return self._repeat(np.tile(values, (PARTS, 1)))
 
     # -----------------------------------------------------------------------------------------------------------------
-    # What is expected
+    # The expected results
 
     def _passed(self) -> Array:
-        """What the activation lets pass of dy; a mask lets all of it pass."""
+        """The elements of dy that the activation lets pass, else 0; the mask of these cases lets all of them pass."""
         dy = self._dy.astype(np.float64)
         return np.where(self._y > 0, dy, 0) if self.case.variant == "relu" else dy
 
@@ -126,7 +126,7 @@ class Arrays:
         return dy.sum((0, 2)), (dy * self._xhat).sum((0, 2))
 
     def _expected(self, name: str) -> Array:
-        """An array that an elementwise step writes."""
+        """The values of an array that an elementwise step writes, in float64."""
         if name == "dresidual":
             return self._passed()
         if name == "out":

@@ -37,7 +37,7 @@ class Program(NamedTuple):
     architecture: int
     instructions: tuple[Instruction, ...]
     labels: dict[str, int]  # addresses of labels, by name
-    parameters: int  # where the parameters begin in constant bank 0
+    parameters: int  # address in constant bank 0 at which the parameters begin
     constants: dict[int, bytes]  # contents of the banks of constants, by number
     registers: int  # registers of a thread
     shared: int  # bytes of a block's static shared memory

@@ -132,8 +132,8 @@ def write_at_once(written: Iterable[tuple[Any, Any]]) -> None:
     deque(map(operator.setitem, arrays, itertools.repeat(...), values), maxlen=0)
 
 
-def current(array: Any) -> contextlib.AbstractContextManager[Any]:
-    """Context in which the device of this array is the current device."""
+def on_device_of(array: Any) -> contextlib.AbstractContextManager[Any]:
+    """Context in which the device of this array is the current CUDA device; for NumPy arrays it changes nothing."""
     if kind(array) == "numpy" or array.data.device_id == import_cupy().cuda.runtime.getDevice():
         return contextlib.nullcontext()
     device: contextlib.AbstractContextManager[Any] = array.device

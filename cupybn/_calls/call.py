@@ -1,4 +1,4 @@
-"""The arguments of one call of batch norm, and whether they fit together."""
+"""The arguments of one call of batch norm: whether they fit together, and which of them share memory."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from cupybn._steps.bundles import Affine, Epilogue, Running
 Array = Any  # numpy.ndarray or cupy.ndarray
 
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
-"""Names of the arrays that a call may move."""
-Written = list[tuple[Array, Array]]
-"""Arrays, and the values that they are to get."""
+"""Names of the arrays that a call may move, which is to say update: the running statistics and their counter."""
+WriteBack = list[tuple[Array, Array]]
+"""Arrays, and the values that they are to get when all steps are done."""
 
 
 class Caller(NamedTuple):
-    """The layer that makes a call."""
+    """What a call needs to know of the layer that makes it."""
 
     device: str
-    ranks: tuple[int, ...] = ()  # of inputs that it takes; none are named where it takes any
-    idle: tuple[Array, ...] = ()  # running statistics that it holds and this call does not use
-    group: Group | None = None  # ranks that the batch is spread over, in training
+    ndims: tuple[int, ...] = ()  # numbers of axes that its inputs may have; () if any will do
+    idle: tuple[Array, ...] = ()  # running statistics that it holds, but does not use in this call
+    group: Group | None = None  # processes that the batch is spread over, in training; None for a single one
 
 
 class Call(NamedTuple):
@@ -47,8 +47,8 @@ class Call(NamedTuple):
     def checked(self, out: Array | None = None) -> Checked:
         """Facts about the arguments, if all is well.
 
-        What is checked does not depend on addresses and elements of arrays: calls that are alike but for these are
-        checked once.
+        They do not depend on the addresses and elements of arrays. So calls that are alike but for these are checked
+        once, and the facts are kept.
 
         Raises
         ------
@@ -56,21 +56,25 @@ class Call(NamedTuple):
             See `check`.
         """
         key = self._key(out)
-        checked = _checked.get(key)
+        checked = _cache.get(key)
         if checked is None:
             layout, moves = Layout.of(self.input, self.check(out)), self._moves()
-            arrays = self.arrays(moves) | ({} if out is None else {"out": out})
+            arrays = self.arrays(with_counter=moves) | ({} if out is None else {"out": out})
             classes: set[Any] = {type(array) for array in arrays.values()}
             extents = {name: Extent.of(array) for name, array in arrays.items()}
             checked = Checked(layout, moves, any(map(is_derived, classes)), extents)
             if key is not None:
-                if len(_checked) >= MOST_CHECKED:
-                    _checked.clear()
-                _checked[key] = checked
+                if len(_cache) >= MOST_CACHED:
+                    _cache.clear()
+                _cache[key] = checked
         return checked
 
     def _key(self, out: Array | None) -> Hashable:
-        """Key of this call among those that were checked: all that `check` looks at. None if there can be no key."""
+        """Key of this call in the cache: all that `check` looks at. None if an argument is too odd to be part of one.
+
+        Numbers stand there with their types: True, 1 and 1.0 are equal, but not all of them are right. The momentum is
+        missing, as whoever makes a call has checked it.
+        """
         weight, bias, eps = self.affine
         mean, var, _, batches = self.running
         layer = self.layer
@@ -91,7 +95,7 @@ class Call(NamedTuple):
                 self.epilogue.activation,
                 self.channel_axis,
                 type(self.channel_axis),
-                None if layer is None else (layer.ranks, layer.group is not None),
+                None if layer is None else (layer.ndims, layer.group is not None),
                 updates_stats(),
             )
             hash(key)
@@ -108,7 +112,7 @@ class Call(NamedTuple):
             What was expected and what was given. Nothing has been changed, and no array on a device has been read.
         """
         input, layer = self.input, self.layer
-        axis = checks.check_input(input, self.channel_axis, () if layer is None else layer.ranks)
+        axis = checks.check_input(input, self.channel_axis, () if layer is None else layer.ndims)
         checks.check_activation(self.epilogue.activation)
         checks.check_bool("training", self.training)
         checks.check_running(self.running, self.training)
@@ -136,7 +140,7 @@ class Call(NamedTuple):
         return axis
 
     def _way_to_eval(self) -> str:
-        """End of a message: how a layer uses its running statistics instead of the batch's, if it has any."""
+        """Advice for the end of a message: eval mode, where the call comes from a layer with running statistics."""
         has_buffers = self.running.mean is not None or self.running.batches is not None
         return "; did you mean layer.eval()?" if self.layer is not None and has_buffers else ""
 
@@ -144,8 +148,11 @@ class Call(NamedTuple):
         """Whether this call moves the running statistics."""
         return self.training and self.running.mean is not None and updates_stats()
 
-    def arrays(self, moves: bool) -> dict[str, Array]:
-        """The arrays of this call by name, but for those that are None; the counter is one where it moves."""
+    def arrays(self, with_counter: bool) -> dict[str, Array]:
+        """The arrays of this call by name, but for those that are None.
+
+        The counter of batches counts as one in calls that move it: others do not even read it.
+        """
         weight, bias, _ = self.affine
         mean, var, _, batches = self.running
         named = {
@@ -155,16 +162,16 @@ class Call(NamedTuple):
             "bias": bias,
             "running_mean": mean,
             "running_var": var,
-            "num_batches_tracked": batches if moves else None,
+            "num_batches_tracked": batches if with_counter else None,
         }
         return {name: array for name, array in named.items() if array is not None}
 
     def plain(self) -> Call:
-        """Call with the same arguments, arrays of NumPy's and CuPy's own classes among them."""
-        return self._with({name: plain(array) for name, array in self.arrays(True).items()})
+        """Call with the same arguments, where arrays of derived classes are seen as those of NumPy's or CuPy's own."""
+        return self._with_arrays({name: plain(array) for name, array in self.arrays(with_counter=True).items()})
 
-    def _with(self, arrays: dict[str, Array]) -> Call:
-        """Call with the same arguments but for these arrays."""
+    def _with_arrays(self, arrays: dict[str, Array]) -> Call:
+        """Call with the same arguments, but with these arrays in the place of those of their names."""
         weight, bias, eps = self.affine
         mean, var, momentum, batches = self.running
         residual, activation, mask = self.epilogue
@@ -180,29 +187,32 @@ class Call(NamedTuple):
             epilogue=Epilogue(arrays.get("residual", residual), activation, mask),
         )
 
-    def running_of_steps(self, moves: bool) -> Running:
-        """Running statistics for the steps: without arrays in training that does not move them.
+    def running_for_steps(self, moves: bool) -> Running:
+        """Running statistics as the steps take them: only with arrays that are read or moved.
 
-        The momentum stays: what depends on it, the choice of launches, is the same with and without an update.
+        Where there are running statistics that stay as they are (`no_stats_update`), the momentum is given all the
+        same: the choice of launches depends on it, so that the same kernels run with and without an update.
         """
-        mean, var, momentum, batches = self.running
-        if self.training and not moves:
-            return Running(momentum=0.0 if mean is None else momentum)
-        return Running(mean, var, momentum, batches if self.training else None)
+        mean, var, momentum, _ = self.running
+        if not self.training:
+            return Running(mean, var, momentum)
+        if moves:
+            return self.running
+        return Running() if mean is None else Running(momentum=momentum)
 
-    def apart(self, checked: Checked, for_vjp: bool) -> tuple[Call, Written]:
-        """Call with the same arguments that share no memory, and what is to be written when all else is done.
+    def without_overlap(self, checked: Checked, for_vjp: bool) -> tuple[Call, WriteBack]:
+        """Call with the same arguments, where no array that moves shares memory with another one; what to write back.
 
-        Arrays may share memory, as a weight that is also the running variance. Where an array that is read shares some
-        with one that moves, the call gets a copy of it: the way back reads after buffers have moved, be it in another
-        call. Buffers that share memory with each other are moved as copies, which are written back at the end.
+        Arrays may share memory, as a weight that is also the running variance. An array that is read is replaced by a
+        copy if it shares memory with a buffer: ``vjp_fn`` reads it again after this call, or a later one, has moved
+        the buffer. Buffers that share memory with each other are moved as copies, which are to be written back.
         """
         if not (checked.moves or for_vjp):
             return self, []
-        arrays = self.arrays(checked.moves)
+        arrays = self.arrays(with_counter=checked.moves)
         buffers = {name: arrays[name] for name in BUFFERS if name in arrays}
         shared = overlapping(arrays, buffers) if may_overlap(arrays, checked.extents) else []
-        if for_vjp and self.layer is not None and self.layer.idle:
+        if for_vjp and self.layer is not None and self.layer.idle:  # which a later call may move
             read = {name: array for name, array in arrays.items() if name not in BUFFERS}
             shared += overlapping(read, dict(enumerate(self.layer.idle)))
         if not shared:
@@ -213,12 +223,13 @@ class Call(NamedTuple):
             for name in shared
             if checked.moves or name not in BUFFERS
         }
-        return self._with(copies), [(arrays[name], copies[name]) for name in buffers if name in copies]
+        return self._with_arrays(copies), [(arrays[name], copies[name]) for name in buffers if name in copies]
 
-    def shares_with_vectors(self, out: Array, checked: Checked) -> bool:
-        """Whether an output has memory in common with a vector of this call."""
-        tensors = ("input", "residual", "num_batches_tracked")
-        vectors = {name: array for name, array in self.arrays(checked.moves).items() if name not in tensors}
+    def vectors_overlap(self, out: Array, checked: Checked) -> bool:
+        """Whether an output shares memory with a vector of this call, which it would overwrite while it is in use."""
+        others = ("input", "residual", "num_batches_tracked")
+        arrays = self.arrays(with_counter=checked.moves)
+        vectors = {name: array for name, array in arrays.items() if name not in others}
         return may_overlap({"out": out} | vectors, checked.extents) and bool(overlapping({"out": out}, vectors))
 
 
@@ -228,7 +239,7 @@ class Checked(NamedTuple):
     layout: Layout
     moves: bool  # whether the call moves running statistics
     derived: bool  # whether an array is of a class derived from NumPy's or CuPy's
-    extents: dict[str, Extent]  # of the arrays that the call reads, moves or writes, by name
+    extents: dict[str, Extent]  # extents of the arrays that the call reads, moves or writes, by name
 
 
 def _form(array: Array | None) -> Hashable:
@@ -240,7 +251,7 @@ def _form(array: Array | None) -> Hashable:
     return type(array), array.shape, array.strides, array.dtype, array.data.device_id
 
 
-MOST_CHECKED = 4096
+MOST_CACHED = 4096
 """Calls that are remembered, before all are forgotten."""
-_checked: dict[Hashable, Checked] = {}
-"""Calls that have been checked, by what `Call.check` looks at."""
+_cache: dict[Hashable, Checked] = {}
+"""Facts about calls that have been checked, by `Call._key`."""

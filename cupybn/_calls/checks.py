@@ -146,11 +146,11 @@ def check_counter(counter: Any, like: Any) -> None:
         raise ValueError(f"expected num_batches_tracked of shape () (got {counter.shape}){way_out}")
 
 
-def check_input(input: Any, channel_axis: int, ranks: Sequence[int] = ()) -> int:
-    """Channel axis counted from the front; raises unless this is an array of one of the ranks, if any are named."""
+def check_input(input: Any, channel_axis: int, ndims: Sequence[int] = ()) -> int:
+    """Channel axis counted from the front; raises unless this is an array, with one of these ndims if any are given."""
     check_array("input", input)
-    if ranks and input.ndim not in ranks:
-        expected = " or ".join(f"{rank}D" for rank in ranks)
+    if ndims and input.ndim not in ndims:
+        expected = " or ".join(f"{ndim}D" for ndim in ndims)
         raise ValueError(f"expected {expected} input (got {input.ndim}D input)")
     return check_channel_axis(channel_axis, input.ndim)
 

@@ -16,11 +16,11 @@ Array = npt.NDArray[Any]
 EPS, MOMENTUM = 1e-3, 0.1
 HALF_ULP = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "float64": 2.0**-53}
 NEAR = 0.05
-"""Values before ReLU that are nearer to 0 could be rounded to the other side, and then all of dy would be the error."""
+"""Distance from 0 within which no values before ReLU are: rounded to the other side, all of dy would be the error."""
 
 
 class Variant(NamedTuple):
-    """What changes from call to call on arrays of one shape."""
+    """Settings that change from call to call on arrays of one shape."""
 
     training: bool = True
     activation: str | None = None
@@ -52,7 +52,7 @@ class Case:
 
     @property
     def masked(self) -> bool:
-        """Whether the way back needs a mask of the way forth."""
+        """Whether the way back needs a mask that the way forward writes."""
         return self.has_residual and self.epilogue.activation is not None
 
     @property
@@ -79,13 +79,13 @@ class Case:
         return Statistics(*formula.mean_and_var(formula.bn_stats(self.x), np.float64))
 
     def terms(self, statistics: Statistics) -> Array:
-        """The sizes of what an output is a sum of."""
+        """The size of the terms that each output is a sum of."""
         sizes: Array = np.abs(self.weight)[:, None] * (1 + np.abs(self.xhat(statistics))) + np.abs(self.bias)[:, None]
         residual = self.epilogue.residual
         return sizes if residual is None else sizes + np.abs(residual.astype(np.float64))
 
     def gradient_terms(self, sums: Sums | None = None) -> Array:
-        """The same for the gradient of the input: of its channel the largest."""
+        """The size of the terms that the gradient of the input is a sum of: in each channel, the largest one."""
         xhat, scale = np.abs(self.xhat(self.statistics)), np.abs(self.weight) / np.sqrt(self.statistics.var + EPS)
         g = np.abs(self.dy.astype(np.float64))
         sum_dy, sum_dy_xhat = (

@@ -1,4 +1,4 @@
-"""Batch norm by the textbook in plain float64: the functions of `numpy_ops`, for `check` to compare them with.
+"""Batch norm by the textbook in plain float64: the steps, for `check` to compare those of `numpy_ops` with.
 
 No tiles, no threads, no second thoughts about precision. Outputs are float64, so that nothing is rounded but once.
 """
@@ -61,7 +61,7 @@ def bn_update_running(moments: Moments, running: Running) -> None:
 
 
 def empty_mask(x: Tensor, residual: Tensor, out: Tensor) -> Mask:  # noqa: ARG001
-    """Room for a truth value per element."""
+    """A mask with a truth value for each element, whose values are not set."""
     return np.empty(x.shape, bool)
 
 
@@ -86,7 +86,7 @@ def bn_normalize(
 
 
 def bn_forward(x: Tensor, affine: Affine, running: Running, epilogue: Epilogue, out: Tensor) -> Statistics:
-    """Both steps."""
+    """`bn_stats` and `bn_normalize`, one after the other."""
     return bn_normalize(x, bn_stats(x), affine, running, epilogue, out)
 
 
@@ -97,7 +97,7 @@ def bn_backward_reduce(dy: Tensor, x: Tensor, statistics: Statistics, affine: Af
 
 
 def merge_sums(sums: Sums, count: Doubles, dweight: Vector, dbias: Vector) -> Doubles:
-    """Both sums over all parts, divided by count, and the gradients that they are."""
+    """Both sums over all parts, divided by count; undivided they are the gradients of bias and weight."""
     dbias[...], dweight[...] = sums.dy.sum(axis=0), sums.dy_xhat.sum(axis=0)
     return np.concatenate([dbias, dweight])[None] / count
 
@@ -133,7 +133,7 @@ def bn_backward(
     inv_count: float,
     gradients: Gradients,
 ) -> None:
-    """Both steps."""
+    """`bn_backward_reduce` and `bn_backward_input`, one after the other."""
     sums = bn_backward_reduce(dy, x, statistics, affine, epilogue)
     bn_backward_input(dy, x, statistics, affine, epilogue, sums, inv_count, gradients)
 
@@ -144,7 +144,7 @@ def _total(x: Tensor) -> Doubles:
 
 
 def _column(vector: Vector) -> Doubles:
-    """The vector beside (N, C, L)."""
+    """A vector over channels in the shape that fits (N, C, L)."""
     return vector[:, None]
 
 

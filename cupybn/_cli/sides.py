@@ -1,4 +1,4 @@
-"""Who computes for `check`: kernels, mirrors, the formula; and how far their results may be apart."""
+"""Sides that `check` compares: kernels, mirrors, the formula; and how far their results may be apart."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Bundle = TypeVar("Bundle", bound=tuple[Any, ...])
 
 @dataclass(frozen=True)
 class Side:
-    """The steps of one implementation, and how arrays come to it and back."""
+    """The steps of one implementation, and functions that bring arrays to it and back."""
 
     ops: Any
     name: str
@@ -43,7 +43,7 @@ class Side:
         return self.put(np.zeros(like.shape, np.float64 if self.name == "formula" else like.dtype), offset)
 
     def host(self, array: Any) -> Array:
-        """The elements, on the host."""
+        """An array of this side on the host."""
         host: Array = array.get() if self.name == "kernels" else np.asarray(array)
         return host
 
@@ -65,7 +65,7 @@ KERNELS, MIRRORS, FORMULA = (
 
 
 class Result(NamedTuple):
-    """A result, and how far another side's may be from it."""
+    """A result of a step, and how far that of another side may be from it."""
 
     value: Array
     roundings: float
@@ -73,7 +73,7 @@ class Result(NamedTuple):
     size: Any
     """The size of the terms that the result is a sum of."""
     exact: bool = False
-    """Kernels have the very bits of their mirrors."""
+    """Whether kernels must have the very bits of their mirrors."""
 
     def bound(self, case: Case, against_mirrors: bool) -> Array:
         """The largest allowed difference, element by element."""
@@ -88,7 +88,7 @@ Results = dict[str, Result]
 
 
 def worst(case: Case, run: Callable[[Case, Side], Results], ours: Side, referee: Side) -> tuple[float, str]:
-    """The largest error as a share of its bound, and of which result it is; more than 1 is a miss."""
+    """The largest error as a share of its bound, and the name of the result that has it; more than 1 is a miss."""
     found, expected = run(case, ours), run(case, referee)
     shares = [(share_of_bound(found[name].value, of, case, referee is MIRRORS), name) for name, of in expected.items()]
     return max(shares)
@@ -99,7 +99,7 @@ def share_of_bound(found: Array, expected: Result, case: Case, against_mirrors: 
         return np.inf
     error = np.abs(found.astype(np.float64) - expected.value.astype(np.float64))
     bound = np.broadcast_to(expected.bound(case, against_mirrors), error.shape)
-    if not against_mirrors and found.dtype.name in HALF_ULP:  # rounded once more than the formula
+    if not against_mirrors and found.dtype.name in HALF_ULP:  # it is rounded once more than the formula's
         bound = bound + 2 * HALF_ULP[found.dtype.name] * np.abs(expected.value.astype(np.float64))
     share = np.divide(error, bound, out=np.where(error == 0, 0.0, np.inf), where=bound > 0)
     return float(np.max(np.where(np.isnan(share), np.inf, share), initial=0.0))

@@ -114,7 +114,7 @@ def bn_backward(case: Case, side: Side) -> Results:
 
 
 class _Forward:
-    """The arguments of a step that writes the output, and what it did to them."""
+    """The arguments of a step that writes the output, and after it their results."""
 
     def __init__(self, case: Case, side: Side) -> None:
         self.case, self.side = case, side
@@ -125,7 +125,7 @@ class _Forward:
         self.epilogue = epilogue._replace(mask=mask)
 
     def results(self, statistics: Statistics, used: Statistics, exact: bool) -> Results:
-        """All that it wrote. The mask is opaque: it shows in which elements of dy come through."""
+        """All results of the step. The mask is opaque: the elements of dy that come through on the way back show it."""
         case, side = self.case, self.side
         mean, var = side.host_all(statistics)
         std = np.sqrt(used.var)
@@ -150,7 +150,7 @@ class _Forward:
 
 
 def _backward(case: Case, side: Side) -> tuple[Tensor, Tensor, Statistics, Affine, Epilogue]:
-    """What the steps of the way back begin with, the mask as the way forward has left it."""
+    """The arguments that the steps of the way back begin with; the way forward has written the mask."""
     forward = _Forward(case, side)
     if case.masked:
         running = side.put_all(Running(*case.statistics))
@@ -166,7 +166,7 @@ def _empty_gradients(case: Case, side: Side) -> Gradients:
 
 
 def _gradient_results(case: Case, gradients: Gradients, sums: Sums | None) -> Results:
-    """All that such a step wrote; with the sums given, nothing is left to be rounded in another order."""
+    """All results of a step of the way back; if it was given the sums, nothing is rounded in another order."""
     given = sums is not None
     assert gradients.dweight is not None
     assert gradients.dbias is not None
@@ -185,7 +185,7 @@ def _gradient_results(case: Case, gradients: Gradients, sums: Sums | None) -> Re
 
 
 class Step(NamedTuple):
-    """How a step is run, and in which variants."""
+    """A step to check: the function that runs it on a side, and the variants to run it in."""
 
     run: Callable[[Case, Side], Results]
     variants: tuple[Variant, ...]

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from cupybn._arrays.devices import current, full
+from cupybn._arrays.devices import full, on_device_of
 from cupybn._arrays.dtypes import FLOATS
 from cupybn._arrays.kinds import kind
 from cupybn._ranks.engines import CapturingError, Engine
@@ -24,7 +24,7 @@ class _Exchange(enum.Enum):
     """Progress of a call's exchange. It decides what a rank owes the others if it raises."""
 
     AHEAD = enum.auto()
-    """This rank has sent nothing; the others will wait for its message."""
+    """The exchange is still to come: this rank has sent nothing, and the others will wait for its message."""
     BEGUN = enum.auto()
     """This rank may have sent something, and does not know what the others wait for."""
     OVER = enum.auto()
@@ -46,9 +46,9 @@ class Group:
         3. compare    texts, only where a header says that a rank has failed or that dtypes differ: all ranks raise.
         4. over       each rank goes on by itself.
 
-    MPI and NCCL match messages by their order and expect them to have the same length on all ranks. The rows have if
-    the ranks agree on the number of channels; texts always have. So ranks compare texts before the first exchange of a
-    layer, and before each one if the layer has no arrays and only the input tells the number of channels.
+    MPI and NCCL match messages by their order and expect them to have the same length on all ranks. All texts have one
+    length; rows have one only if the ranks agree on the number of channels. So ranks compare texts before the first
+    exchange of a layer, and before each one if the layer has no arrays and only the input tells the number of channels.
 
     A rank that raises must not leave the others waiting::
 
@@ -107,7 +107,7 @@ class Group:
                 raise RuntimeError(f"this rank is behind the others since {told}")
             yield self
         except BaseException as error:
-            text = f"{type(error).__qualname__}: {error}".removesuffix(": ")
+            text = f"{type(error).__qualname__}: {error}".removesuffix(": ")  # some errors have no message
             try:
                 if self._exchange is _Exchange.AHEAD:
                     self._exchange = _Exchange.BEGUN
@@ -179,12 +179,12 @@ class Group:
         return total
 
     def _withdraw(self, text: str, forward: bool, channels: int | None, device: str) -> None:
-        """Take part in the exchange that the others are waiting in: say that this rank has failed, then why."""
+        """Take this rank's part in the exchange that the others wait in, to say that it has failed, and then why."""
         if self._same_lengths:
             assert channels is not None
             n = 1 + 2 * channels if forward else 2 * channels
             row = full((1, n), np.nan, np.dtype(np.float64), device)
-            with current(row):
+            with on_device_of(row):
                 if forward:
                     _, headers = self.engine.gather(row, np.array([np.nan, 0]))
                 else:

@@ -1,4 +1,4 @@
-"""The two steps of a batch that is spread over ranks: those of one GPU, with an exchange in between."""
+"""The steps for a batch that is spread over ranks: `bn_forward` and `bn_backward`, with an exchange in the middle."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ Array = Any  # numpy.ndarray or cupy.ndarray
 
 
 class Synchronized:
-    """`bn_forward` and `bn_backward` of one call, with the statistics and sums of all ranks.
+    """The steps of one call in training, with the statistics and sums of all ranks.
+
+    An object belongs to one call: its `bn_forward` keeps the number of values on all ranks for its `bn_backward`. In
+    eval mode nothing is exchanged; such calls take the steps of a single process.
 
     Parameters
     ----------
@@ -26,6 +29,7 @@ class Synchronized:
 
     def __init__(self, ops: ModuleType, group: Group) -> None:
         self._ops, self._group = ops, group
+        self._count: Array  # (1,) array, the number of values for each channel on all ranks
         self.empty_mask = ops.empty_mask
 
     def bn_forward(
@@ -49,11 +53,11 @@ class Synchronized:
         rows = self._group.gather(ops.merge_moments(parts), x.size // C, x.dtype)
         batches = running.batches if running.momentum is None else None
         moments = Moments.of_rows(ops.merge_moments(Moments.of_rows(rows)), batches)
-        self._count = moments.count  # stays with the device
+        self._count = moments.count  # on a GPU it stays there: the host does not wait for it
         statistics: Statistics | None = None
         if x.size > 0:
             statistics = ops.bn_normalize(x, moments, affine, Running(), epilogue, out, keep)
-        if running.mean is not None:  # by the same step on all ranks: the same bits
+        if running.mean is not None:  # not by bn_normalize: ranks without samples move theirs as well, to the same bits
             ops.bn_update_running(moments, running)
         return statistics
 
@@ -83,5 +87,5 @@ class Synchronized:
 
 
 def _no_parts(like: Array, *shapes: tuple[int, ...]) -> list[Array]:
-    """Arrays without parts: what the steps that sum return for a batch without samples."""
+    """Empty float64 arrays: the statistics or sums of a batch without samples, which has no parts to merge."""
     return [empty(shape, like, np.float64) for shape in shapes]

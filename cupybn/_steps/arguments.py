@@ -23,11 +23,11 @@ Array = Any  # cupy.ndarray
 VECTOR = np.dtype([("data", np.uint64), ("stride", np.int64), ("dtype", np.int64)])
 """Fields of ``Vector`` in ``types.cuh``: values of a dtype with its number in FLOATS, any number of bytes apart."""
 CODES = {"Vector": f"{VECTOR.itemsize}s", "double": "d", "long long": "q"}
-"""Codes of Python's `struct` for types of arguments; pointers are "Q", and enums "q"."""
+"""Codes of Python's `struct` for types of fields; for pointers it is "Q", for enums "q"."""
 NAN = float("nan")
-"""Number that a kernel gets for None."""
+"""Number that a kernel gets for None where it takes a double."""
 _NULL = object()
-"""Stands for each field of a struct that is not given at all."""
+"""Stands for each field of a struct in whose place None is given."""
 
 
 @functools.lru_cache(maxsize=4096)
@@ -54,8 +54,8 @@ def _number_of(dtype: np.dtype[Any]) -> int:
 class Arguments:
     """The arguments that a kernel takes.
 
-    All values, those of structs among them, are listed one after the other and then read type by type: this costs less
-    than to ask for the type of each.
+    All values are listed one after the other, for a struct those of its fields. Then they are read type by type, which
+    costs less than to ask for the type of each; in the end those of a struct are packed into its bytes.
 
     Parameters
     ----------
@@ -68,9 +68,12 @@ class Arguments:
     def __init__(self, kernel: str, parameters: Sequence[Parameter], pointees: Mapping[str, np.dtype[Any]]) -> None:
         self._kernel, self._pointees = kernel, pointees
         self.names = [parameter.name for parameter in parameters]
-        self._values: list[tuple[str, Parameter]] = []  # each with its name in messages
-        self._given: list[tuple[str, tuple[str, ...], list[Any]]] = []  # name, fields, what stands for them if None
-        self._taken: list[tuple[str, int, int]] = []  # code of what goes by value, first of its values, one behind
+        self._values: list[tuple[str, Parameter]] = []  # all values in order, each with its name in messages
+        # Of each parameter: its name, the names of its fields, and what stands for their values if None is given.
+        self._given: list[tuple[str, tuple[str, ...], list[Any]]] = []
+        # Of each parameter: its values, from one number to before another, and the code that packs them. Without a code
+        # it is a single value, which CuPy takes as it is.
+        self._taken: list[tuple[str, int, int]] = []
         for parameter in parameters:
             self._add(parameter)
         numbered = [(i, value) for i, (_, value) in enumerate(self._values)]
@@ -130,7 +133,7 @@ class Arguments:
             array = values[i]
             if array is _NULL or (array is None and nullable):
                 values[i] = None if whole else 0
-            elif getattr(array, "dtype", _NULL) == dtype and array.flags.c_contiguous:  # to NumPy None is float64
+            elif getattr(array, "dtype", _NULL) == dtype and array.flags.c_contiguous:  # not None, which equals float64
                 data = array.data
                 if data.device_id != device:
                     raise self._elsewhere(i, array, device)
@@ -168,7 +171,7 @@ class Arguments:
                 raise self._unexpected(self._values[i][0], f"one of {', '.join(map(repr, numbers))}", value) from None
 
     def _number(self, i: int, value: Any, convert: Any) -> Any:
-        """A number of another type than a kernel takes."""
+        """A number in the type that a kernel takes, from one of another type."""
         if hasattr(value, "ndim") and not isinstance(value, np.generic):  # an array, which would be read
             convert = None
         try:
@@ -178,14 +181,17 @@ class Arguments:
             raise self._unexpected(self._values[i][0], expected, value) from None
 
     def _odd(self, arguments: Mapping[str, Any]) -> TypeError:
+        """Error for arguments that are missing, or that the kernel does not have."""
         odd = ", ".join(sorted(arguments.keys() ^ set(self.names)))
         return TypeError(f"{self._kernel}: expected {', '.join(self.names)} (missing or unknown: {odd})")
 
     def _elsewhere(self, i: int, array: Array, device: int) -> ValueError:
+        """Error for an array on another device than that of the launch."""
         name, got = self._values[i][0], array.data.device_id
         return ValueError(f"{self._kernel}: expected {name} on device {device} (got {got})")
 
     def _unexpected(self, name: str, expected: str, value: Any) -> TypeError:
+        """Error for a value of another kind than the kernel takes."""
         given = type(value).__qualname__
         if hasattr(value, "dtype"):
             given = f"shape {value.shape}, strides {value.strides}, {value.dtype}"

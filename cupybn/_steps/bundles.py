@@ -1,7 +1,7 @@
-"""Bundles: what always travels together between the steps, as one thing with one name.
+"""Bundles: arguments of the steps that always travel together, as one thing with one name.
 
-Each is a struct of the same name and fields in ``kernels/bundles.cuh``, which kernels take by value. Types of fields
-are named here as well: each stands for a type of CUDA, and None for a null pointer.
+Each is a struct of the same name and fields in ``kernels/bundles.cuh``, which kernels take by value. First come names
+for the types of their fields: each stands for a type of CUDA, and None for a null pointer.
 """
 
 from __future__ import annotations
@@ -34,22 +34,20 @@ class Affine(NamedTuple):
 
 
 class Running(NamedTuple):
-    """Running statistics and what moves them; without arrays where nothing is to be moved."""
+    """Running statistics: read in eval mode, moved in training. Without arrays in training that moves none."""
 
     mean: Vector | None = None  # (C,)
     var: Vector | None = None  # (C,)
-    momentum: float | None = (
-        0.0  # weight of the new batch; None stands for 1 / (batches + 1): the mean over all of them
-    )
+    momentum: float | None = 0.0  # weight of the new batch; None stands for 1 / (batches + 1): the mean over all
     batches: Counter | None = None  # (); num_batches_tracked
 
 
 class Epilogue(NamedTuple):
     """Last part of the output: a value becomes activation(value + residual)."""
 
-    residual: Tensor | None = None  # (N, C, L); for the way forward
+    residual: Tensor | None = None  # (N, C, L); added in the way forward
     activation: Activation = None
-    mask: Mask | None = None  # of `empty_mask`: the way forward notes in it where ReLU passes, for the way back
+    mask: Mask | None = None  # made by `empty_mask`: the way forward notes in it where ReLU passes, for the way back
 
 
 class Moments(NamedTuple):
@@ -61,7 +59,7 @@ class Moments(NamedTuple):
     count: Doubles  # (P,)
     mean: Doubles  # (P, C)
     m2: Doubles  # (P, C); sum((x - mean)^2)
-    batches: Counter | None = None  # (); number of batches before this one, for whoever moves the counter and needs it
+    batches: Counter | None = None  # (); copy of num_batches_tracked before this batch, if there is no momentum
 
     @classmethod
     def of_rows(cls, rows: Any, batches: Counter | None = None) -> Moments:

@@ -1,7 +1,8 @@
 """The steps of batch norm on CuPy arrays: the functions of `numpy_ops`, each a launch of the kernel of its name.
 
-Here is no arithmetic: outputs are allocated, a launch is chosen (`plans`), arguments are named. Arrays are (N, C, L), contiguous;
-those with L = 1 go to the kernels of ``channels_last``, the others to those of ``channels_first``.
+Here is no arithmetic: outputs are allocated, a launch is chosen (`plans`), and the kernel gets its arguments by name.
+Arrays are (N, C, L), contiguous; those with L = 1 go to the kernels of ``channels_last``, the others to those of
+``channels_first``.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from cupybn._arrays.devices import empty, import_cupy
+from cupybn._arrays.devices import import_cupy
 from cupybn._steps import plans
 from cupybn._steps.bundles import Affine, Epilogue, Gradients, Moments, Running, Statistics, Sums
 from cupybn._steps.geometry import WARP, Geometry, over_channels
@@ -23,12 +25,8 @@ def bn_stats(x: Array, batches: Array | None = None, scratch: Array | None = Non
     """See `numpy_ops.bn_stats`; the moments are in parts, and no scratch is needed."""
     plan = plans.choose("bn_stats", x)
     parts, C = plan.geometry.parts, x.shape[1]
-    moments = Moments(
-        empty((parts,), x, np.float64),
-        empty((parts, C), x, np.float64),
-        empty((parts, C), x, np.float64),
-        None if batches is None else empty((), batches),
-    )
+    before = None if batches is None else _empty((), batches.dtype)
+    moments = Moments(_empty((parts,)), _empty((parts, C)), _empty((parts, C)), before)
     plan.launch(x=x, batches=batches, moments=moments)
     return moments
 
@@ -37,7 +35,7 @@ def merge_moments(moments: Moments) -> Array:
     """See `numpy_ops.merge_moments`."""
     count, mean, m2, _ = moments
     parts, C = mean.shape
-    row = empty((1, 1 + 2 * C), mean, np.float64)
+    row = _empty((1, 1 + 2 * C))
     _over_channels(
         "merge_moments",
         row.dtype,
@@ -54,7 +52,7 @@ def merge_moments(moments: Moments) -> Array:
 def mean_and_var(moments: Moments, dtype: np.dtype[Any]) -> tuple[Array, Array]:
     """See `numpy_ops.mean_and_var`."""
     parts, C = moments.mean.shape
-    mean, var = empty((C,), moments.m2, dtype), empty((C,), moments.m2, dtype)
+    mean, var = _empty((C,), dtype), _empty((C,), dtype)
     _over_channels("mean_and_var", dtype, moments=moments, mean=mean, var=var, parts=parts, C=C)
     return mean, var
 
@@ -115,7 +113,7 @@ def bn_forward(
 def empty_mask(x: Array, residual: Array, out: Array) -> Array:
     """A mask of where ReLU passes: a byte for each pack, bool where packs are single elements."""
     width = plans.width_of(x, residual, out)
-    return empty(x.shape, x, np.bool_) if width == 1 else empty((x.size // width,), x, np.uint8)
+    return _empty(x.shape, np.bool_) if width == 1 else _empty((x.size // width,), np.uint8)
 
 
 def bn_backward_reduce(
@@ -130,7 +128,7 @@ def bn_backward_reduce(
     dy = _beside(epilogue.mask, x, dy)
     plan = plans.choose("bn_backward_reduce", x, dy, mask=epilogue.mask)
     shape = plan.geometry.parts, x.shape[1]
-    sums = Sums(empty(shape, x, np.float64), empty(shape, x, np.float64))
+    sums = Sums(_empty(shape), _empty(shape))
     plan.launch(dy=dy, x=x, statistics=statistics, affine=affine, epilogue=epilogue, sums=sums)
     return sums
 
@@ -138,7 +136,7 @@ def bn_backward_reduce(
 def merge_sums(sums: Sums, count: Array, dweight: Array | None, dbias: Array | None) -> Array:
     """See `numpy_ops.merge_sums`."""
     parts, C = sums.dy.shape
-    row = empty((1, 2 * C), sums.dy, np.float64)
+    row = _empty((1, 2 * C))
     _over_channels(
         "merge_sums", row.dtype, sums=sums, count=count, dweight=dweight, dbias=dbias, row=row, parts=parts, C=C
     )
@@ -206,9 +204,8 @@ def bn_backward(
 def _over_channels(step: str, dtype: np.dtype[Any], C: int, **arguments: Any) -> None:
     """Launch a step that takes a warp for each channel."""
     geometry = Geometry(over_channels(C), threads=WARP)
-    kernel(step, **plans.macros_of(dtype, 1, 32, geometry)).launch(
-        geometry.grid, geometry.threads, {**arguments, "C": C}
-    )
+    loaded = kernel(step, **plans.macros_of(dtype, 1, 32, geometry))
+    loaded.launch(geometry.grid, geometry.threads, {**arguments, "C": C})
 
 
 def _beside(mask: Array | None, x: Array, dy: Array) -> Array:
@@ -220,8 +217,13 @@ def _beside(mask: Array | None, x: Array, dy: Array) -> Array:
 
 def _empty_statistics(x: Array) -> Statistics:
     """Statistics of the channels of x, for a kernel to fill."""
-    C = x.shape[1:2]
-    return Statistics(empty(C, x, np.float64), empty(C, x, np.float64))
+    shape = x.shape[1:2]
+    return Statistics(_empty(shape), _empty(shape))
+
+
+def _empty(shape: tuple[int, ...], dtype: npt.DTypeLike = np.float64) -> Array:
+    """New array, uninitialised, on the current device, which is that of the arrays of a step."""
+    return import_cupy().empty(shape, dtype)
 
 
 def _span(array: Array) -> Array:

@@ -14,7 +14,8 @@
     channel 1 | share 0 | share 1 | share 2 |    rows 0..9   | share 0 | share 0 | share 0 |
     channel 2 | share 0 | share 1 | share 2 |    rows 10..19 | share 1 | share 1 | share 1 |
 
-Where a step has a kernel on chip, that is asked for first; None means that the step is streamed (see `resident`).
+Resident is the word in names for what is on chip. Where a step has such a kernel, `plans` asks for its geometry first;
+None means that the step is streamed. `resident` has the reasons.
 
 Everything is counted in packs, the neighbouring elements that a thread loads or stores at once: ``width`` elements, up
 to 16 bytes. A column is the packs at the same place of all rows (channels last).
@@ -37,8 +38,8 @@ from cupybn._steps.resident import BLOCKS_PER_MULTIPROCESSOR, CUDA_OWN, SOON, De
 WARP = 32
 """Threads of a warp."""
 THREADS = 256
-"""Threads per block for channels last. For channels first, the most per block; only blocks on chip that are alone on a
-multiprocessor may have more."""
+"""Threads per block for channels last. For channels first, the most per block, but for blocks on chip that are alone on
+a multiprocessor."""
 LEAST_SUMMED = 1 << 13
 """Elements for each share of a streamed sum: a channel or tile that has no more is not split."""
 LEAST_MAPPED = 1 << 13
@@ -134,12 +135,12 @@ def over_channels(C: int, shares: int = 1) -> tuple[int, int, int]:
 
 
 def team_of(packs: int, pack_bytes: int, each: int, most: int) -> int:
-    """Threads of the smallest team whose threads have at most `each` of these packs (twice as many narrow ones) to do.
+    """Threads of the smallest team whose threads take at most `each` of these packs, or twice as many narrow ones.
 
-    Where no team is large enough, and where a smaller one than `most` is not, the team has `most` threads.
+    The largest team has `most` threads, which is one of TEAMS; it takes whatever the smaller ones do not.
     """
     each *= 1 if pack_bytes >= NARROW else 2
-    return next((t for t in TEAMS if t == most or packs <= t * each), most)
+    return next(t for t in TEAMS if t == most or packs <= t * each)
 
 
 def channels_first(N: int, C: int, L: int, itemsize: int, width: int, multiprocessors: int | None) -> Geometry:
@@ -158,12 +159,12 @@ def channels_first(N: int, C: int, L: int, itemsize: int, width: int, multiproce
     else:
         wanted = multiprocessors * CHANNELS_FIRST_MAP
         shares = min(math.ceil(wanted / C), math.ceil(N * L / LEAST_MAPPED), MOST_GRID_Y)
-    own = math.ceil(packs / shares)
-    shares = math.ceil(packs / own)
-    team = team_of(own, width * itemsize, STREAMED_PACKS, THREADS)
+    packs_each = math.ceil(packs / shares)
+    shares = math.ceil(packs / packs_each)
+    team = team_of(packs_each, width * itemsize, STREAMED_PACKS, THREADS)
     threads = max(team, LEAST_THREADS)
     grid = over_channels(math.ceil(C * team / threads), shares)
-    return Geometry(grid, ChannelsFirst(N, C, L, own), shares, threads, team=team)
+    return Geometry(grid, ChannelsFirst(N, C, L, packs_each), shares, threads, team=team)
 
 
 def channels_first_resident(
@@ -188,10 +189,17 @@ def channels_first_resident(
     while team < LEAST_THREADS and cluster.shared * (LEAST_THREADS // team) > most:
         team *= 2
     threads = max(team, LEAST_THREADS)
-    teams = threads // team if cluster.blocks == 1 else 1
-    grid = (math.ceil(C / teams) * cluster.blocks,)
-    sizes = ChannelsFirst(N, C, L, cluster.packs)
-    return Geometry(grid, sizes, 1, threads, cluster.blocks, cluster.shared * teams, threads // teams)
+    if cluster.blocks > 1:  # which keep one channel: each block is a single team
+        team = threads
+    teams = threads // team
+    return Geometry(
+        grid=(math.ceil(C / teams) * cluster.blocks,),
+        sizes=ChannelsFirst(N, C, L, cluster.packs),
+        threads=threads,
+        cluster=cluster.blocks,
+        shared=cluster.shared * teams,
+        team=team,
+    )
 
 
 def tile_of(row_bytes: int, pack_bytes: int, tile_bytes: int) -> int:

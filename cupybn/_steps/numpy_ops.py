@@ -1,8 +1,9 @@
 """The steps of batch norm on NumPy arrays: the specification of the CUDA kernels, and the fallback without a GPU.
 
-Arrays have shape (N, C, L), where channels-last data is (M, C, 1), vectors shape (C,). Arithmetic is float32 for data
-of 16 or 32 bits, float64 for float64 and for channels near the limits of float32; sums end in float64. Each step walks
-its arrays tile by tile (`tiles`). What travels together is a bundle (`bundles`).
+Arrays have shape (N, C, L), and L = 1 where the channels are last in memory; vectors have shape (C,). Arithmetic is
+float32 for data of 16 or 32 bits, float64 for float64 and for channels near the limits of float32; sums end in float64.
+Each step hands a function, its core, to `tiles`, which applies it to the arrays tile by tile, on threads. What travels
+together is a bundle (`bundles`).
 
 The mean is never rounded to one float32: with ``center`` the mean so rounded and ``rest = mean - center``,
 
@@ -73,8 +74,8 @@ def bn_stats(x: Array, batches: Array | None = None, scratch: Array | None = Non
 def merge_moments(moments: Moments) -> Array:
     """Count, mean and m2 of all parts together: a row of one count, C means and C m2, as `Moments.of_rows` reads it.
 
-    Exact for parts of one mean; parts without values are left out. Chan, Golub and LeVeque, "Updating formulae and a
-    pairwise algorithm for computing sample variances" (1979), for many parts at once.
+    Exact where all parts have the same mean; parts without values are left out. Chan, Golub and LeVeque, "Updating
+    formulae and a pairwise algorithm for computing sample variances" (1979), for many parts at once.
     """
     C = moments.mean.shape[1]
     row = np.zeros((1, 1 + 2 * C))
@@ -152,9 +153,10 @@ def _moments_in_float64(x: Array, channels: Array) -> tuple[Array, Array]:
 def bn_update_running(moments: Moments, running: Running) -> None:
     """running = (1 - momentum) * running + momentum * batch, in place, with the unbiased variance of the batch.
 
-    ``momentum=None`` stands for 1 / (batches + 1), the mean over all batches, with the count in the moments; the one of
-    the running statistics counts this batch. A count below 0, which is none, stands for 0. A batch of less than two
-    values for each channel, whose unbiased variance is not defined, changes nothing.
+    ``momentum=None`` stands for 1 / (batches + 1), the mean over all batches. Here batches is the copy of the counter
+    in the moments; one below 0, which cannot be a count, is taken for 0. The counter itself is among the running
+    statistics, and goes up by one. A batch of less than two values for each channel, whose unbiased variance is not
+    defined, changes nothing.
 
     Parameters
     ----------
@@ -217,12 +219,12 @@ def bn_normalize(
         statistics = Statistics(batch.mean[0], batch.m2[0] / batch.count)
     channels = _Channels.of(x.dtype, statistics, affine)
     residual, activation, mask = epilogue
-    in_place = residual is None or not np.may_share_memory(out, residual)
+    out_is_free = residual is None or not np.may_share_memory(out, residual)  # to compute in, before residual is read
 
-    def core(column: Column, x: Array, residual: Array | None, out: Array, mask: Array | None, *line: Array) -> None:
-        dtype = line[0].dtype
-        y = out if in_place and out.dtype == dtype else np.empty(x.shape, dtype)
-        _preactivation(y, x, residual, column, line)
+    def core(column: Column, x: Array, residual: Array | None, out: Array, mask: Array | None, *factors: Array) -> None:
+        dtype = factors[0].dtype
+        y = out if out_is_free and out.dtype == dtype else np.empty(x.shape, dtype)
+        _preactivation(y, x, residual, column, factors)
         if mask is not None:
             np.greater(y, 0, out=mask)
         if activation == "relu":
@@ -233,8 +235,8 @@ def bn_normalize(
 
     for some, dtype in channels.precisions():
         arrays = [None if a is None else a[:, some] for a in (x, residual, out, mask)]
-        temporaries = not in_place or out.dtype != dtype or activation is not None
-        tile_map(core, arrays, channels.line(some, dtype), temporaries)
+        temporaries = not out_is_free or out.dtype != dtype or activation is not None
+        tile_map(core, arrays, channels.factors(some, dtype), temporaries)
     if moments is not None and running.mean is not None:
         bn_update_running(batch, running)
     return statistics
@@ -259,9 +261,9 @@ def empty_mask(x: Array, residual: Array, out: Array) -> Array:  # noqa: ARG001
     return np.empty(x.shape, np.bool_)
 
 
-def _preactivation(y: Array, x: Array, residual: Array | None, column: Column, line: Sequence[Array]) -> None:
+def _preactivation(y: Array, x: Array, residual: Array | None, column: Column, factors: Sequence[Array]) -> None:
     """y = (x - center) * scale + shift + residual: the value whose sign decides what ReLU passes."""
-    center, scale, shift = line
+    center, scale, shift = factors
     np.subtract(x, column(center), out=y, dtype=y.dtype)
     y *= column(scale)
     y += column(shift)
@@ -297,25 +299,27 @@ def bn_backward_reduce(
     """
     channels, activation = _Channels.of(x.dtype, statistics, affine), epilogue.activation
     usable = _usable(scratch, channels.dtype)
-    line = channels.line(slice(None), channels.dtype)
+    factors = channels.factors(slice(None), channels.dtype)
     temporaries = usable is None or activation is not None
 
-    def products(column: Column, dy: Array, x: Array, mask: Array | None, usable: Array | None, *line: Array) -> Terms:
-        g = _passed(dy, x, mask, column, line, activation)
-        return [(g,), (g, np.subtract(x, column(line[0]), out=usable, dtype=line[0].dtype))]
+    def products(
+        column: Column, dy: Array, x: Array, mask: Array | None, usable: Array | None, *factors: Array
+    ) -> Terms:
+        g = _passed(dy, x, mask, column, factors, activation)
+        return [(g,), (g, np.subtract(x, column(factors[0]), out=usable, dtype=factors[0].dtype))]
 
-    def some(column: Column, dy: Array, x: Array, mask: Array | None, usable: Array | None, *line: Array) -> Terms:
-        (g,), (_, d) = products(column, dy, x, mask, usable, *line)
+    def any_product(column: Column, *tile: Any) -> Terms:
+        (g,), (_, d) = products(column, *tile)
         return [((g != 0) & (d != 0),)]
 
     arrays = [dy, x, epilogue.mask, usable]
-    sum_dy, sum_dy_d = tile_sums(products, arrays, line, temporaries, 2)
+    sum_dy, sum_dy_d = tile_sums(products, arrays, factors, temporaries, 2)
     if channels.dtype != np.float64:
         # Products too small for float32 are lost in part: that matters in sums that are no larger than this.
         least = x.shape[0] * x.shape[2] * np.finfo(channels.dtype).tiny / 8
         held = np.abs(sum_dy_d) > least
         if (sum_dy_d == 0).any():  # as where nothing comes back, which is right
-            held |= (sum_dy_d == 0) & (tile_sums(some, arrays, line, True, 1)[0] == 0)
+            held |= (sum_dy_d == 0) & (tile_sums(any_product, arrays, factors, True, 1)[0] == 0)
         held &= np.isfinite(sum_dy) & np.isfinite(sum_dy_d)
         for chosen, dtype in (channels.wide, np.float64), (~channels.wide & ~held, channels.dtype):
             numbers = np.flatnonzero(chosen)
@@ -334,9 +338,9 @@ def _gradient_sums_in_float64(
     The dtype is that in which ReLU decides.
     """
     sum_dy, sum_dy_d = np.zeros((2, len(numbers)))
-    line = channels.line(numbers, dtype)
+    factors = channels.factors(numbers, dtype)
     for some, (g, values, mask) in gather(numbers, arrays):
-        g = _passed(g, values, mask, lambda v: v[:, None], [v[some] for v in line], activation)
+        g = _passed(g, values, mask, lambda v: v[:, None], [v[some] for v in factors], activation)
         g, d = g.astype(np.float64), values.astype(np.float64) - channels.center[numbers[some], None]
         sum_dy[some] += g.sum(axis=1)
         sum_dy_d[some] += np.vecdot(g, d)
@@ -427,7 +431,7 @@ def bn_backward_input(
 
     for some, dtype in channels.precisions(slope, offset):
         arrays = [None if a is None else a[:, some] for a in (dy, x, epilogue.mask, dx, dresidual)]
-        vectors = [*channels.line(some, dtype), slope[some].astype(dtype), offset[some].astype(dtype)]
+        vectors = [*channels.factors(some, dtype), slope[some].astype(dtype), offset[some].astype(dtype)]
         tile_map(core, arrays, vectors, temporaries=activation is not None or dx.dtype != dtype)
 
 
@@ -447,15 +451,15 @@ def bn_backward(
 
 
 def _passed(
-    dy: Array, x: Array, mask: Array | None, column: Column, line: Sequence[Array], activation: Activation
+    dy: Array, x: Array, mask: Array | None, column: Column, factors: Sequence[Array], activation: Activation
 ) -> Array:
     """dy in the dtype of the arithmetic, 0 where ReLU stopped it: never 0 * dy, dy may be inf."""
-    dy = dy.astype(line[0].dtype, copy=False)
+    dy = dy.astype(factors[0].dtype, copy=False)
     if activation != "relu":
         return dy
     y = np.empty(x.shape, dy.dtype)
     if mask is None:
-        _preactivation(y, x, None, column, line)
+        _preactivation(y, x, None, column, factors)
         mask = y > 0
     word = np.dtype(f"i{dy.itemsize}")
     bits = np.negative(mask.view(np.int8))  # 0 or all bits set
@@ -482,30 +486,33 @@ class _Channels(NamedTuple):
     scale: Array
     shift: Array
     wide: Array  # whether the channel needs float64
-    dtype: np.dtype[Any]  # of the arithmetic of the others
+    dtype: np.dtype[Any]  # dtype of the arithmetic of all other channels
 
     @classmethod
     def of(cls, x_dtype: np.dtype[Any], statistics: Statistics, affine: Affine) -> _Channels:
-        """Make them from statistics, weight, bias and eps, for data of a dtype."""
+        """The channels of these statistics, weight, bias and eps, for data of a dtype."""
         weight, bias, eps = affine
         dtype = accumulation_dtype(x_dtype)
         rstd = 1 / np.sqrt(statistics.var + eps)
         scale = rstd if weight is None else rstd * weight.astype(np.float64)
         wide = (rstd < _SMALL_RSTD) | (rstd > 1 / _SMALL_RSTD) | _extreme(scale) | (np.abs(statistics.mean) > _LARGE)
         center = np.where(wide, statistics.mean, statistics.mean.astype(dtype))
-        rest = np.where(np.isfinite(center), statistics.mean - center, 0)
-        shift = np.where(rest == 0, 0, -rest * scale)
+        rest = np.where(np.isfinite(center), statistics.mean - center, 0)  # inf - inf is NaN
+        shift = np.where(rest == 0, 0, -rest * scale)  # 0 * inf is NaN
         if bias is not None:
             shift += bias.astype(np.float64)
             wide |= np.abs(shift) > _LARGE
         return cls(center, rest, rstd, scale, shift, wide, dtype)
 
-    def line(self, some: slice | Array, dtype: npt.DTypeLike) -> list[Array]:
+    def factors(self, some: slice | Array, dtype: npt.DTypeLike) -> list[Array]:
         """Center, scale and shift of some of the channels, in the dtype of their arithmetic."""
         return [vector[some].astype(dtype) for vector in (self.center, self.scale, self.shift)]
 
     def precisions(self, *more: Array) -> list[tuple[slice, npt.DTypeLike]]:
-        """Ranges of channels and the dtype for each: float32 does not reach where values are near its limits."""
+        """Ranges of channels, and the dtype of the arithmetic in each: float64 where float32 is too narrow.
+
+        Beside the channel's own numbers, `more` vectors may be too large or too small for float32.
+        """
         wide = self.wide | np.any([_extreme(v) for v in more], axis=0) if more else self.wide
         if not wide.any():
             return [(slice(None), self.dtype)]
@@ -519,6 +526,7 @@ def _extreme(factor: Array) -> Array:
 
 
 def _usable(scratch: Array | None, dtype: npt.DTypeLike) -> Array | None:
+    """Memory to work in, if it is given and of the dtype of the arithmetic."""
     return None if scratch is None or scratch.dtype != dtype else scratch
 
 

@@ -1,4 +1,4 @@
-"""The choice of launches: which kernel a step takes for arrays, compiled with which macros, laid over them how."""
+"""The choice of launches: for a step and its arrays the kernel, the macros it is compiled with, and its geometry."""
 
 from __future__ import annotations
 
@@ -24,15 +24,16 @@ Array = Any  # cupy.ndarray
 PACK = 16
 """Bytes of the widest pack: what one load or store moves at most."""
 MOST_INT = 2**31 - 2**20
-"""Elements up to which kernels count with 32 bits: somewhat less than these hold, as strides go over the end."""
+"""Elements up to which kernels count with 32 bits. These hold somewhat more, but an index is worked out before it is
+found to be beyond the end of an array."""
 ON_CHIP = {"bn_forward": 1, "bn_backward": 2}
 """Steps that keep channels on chip, and how many arrays of them."""
 SUMS = ("bn_stats", "bn_backward_reduce")
-"""Steps whose result must not depend on the device."""
+"""Steps that sum: the order of additions must not depend on the device."""
 
 
 class Plan(NamedTuple):
-    """The kernel of a step, and how it is laid over the arrays."""
+    """The launch of a step that has been chosen: its kernel, and how this is laid over the arrays."""
 
     kernel: Kernel
     geometry: Geometry
@@ -45,7 +46,7 @@ class Plan(NamedTuple):
 
 
 def choose(step: str, x: Array, *others: Array | None, mask: Array | None = None) -> Plan:
-    """The launch of a step for these arrays."""
+    """The launch of a step that is streamed, for these arrays: x, and others that are read or written in packs."""
     multiprocessors = None if step in SUMS else properties_of(x.data.device_id).multiprocessors
     return streamed_plan(step, x.shape, x.dtype, width_of(x, *others, mask=mask), multiprocessors)
 
@@ -56,7 +57,10 @@ def choose_resident(step: str, x: Array, *others: Array | None, mask: Array | No
 
 
 def width_of(x: Array, *others: Array | None, mask: Array | None = None) -> int:
-    """Elements of a pack: the widest that divides a row and fits all addresses; a mask has a byte for each pack."""
+    """Elements of a pack: the widest that divides a row and fits all addresses, or what a mask was made for.
+
+    A mask has a byte for each pack.
+    """
     if mask is not None:
         return int(x.size) // int(mask.size)
     _, C, L = x.shape
@@ -64,7 +68,7 @@ def width_of(x: Array, *others: Array | None, mask: Array | None = None) -> int:
     together: int = PACK | row * itemsize | x.data.ptr  # without channels all but PACK is 0
     for array in others:
         together |= 0 if array is None else array.data.ptr
-    return (together & -together) // int(itemsize)
+    return (together & -together) // int(itemsize)  # its lowest bit: the largest power of two that divides them all
 
 
 @functools.lru_cache(maxsize=4096)
@@ -102,7 +106,7 @@ def resident_plan(
 
 
 def index_bits(shape: tuple[int, int, int], geometry: Geometry) -> int:
-    """Bits of the kernels' indices. These go beyond the end of the array by one stride of a block's threads."""
+    """Bits of the kernels' indices, which go beyond the end of an array by what a block's threads take at once."""
     N, C, L = shape
     sizes = geometry.sizes
     beyond = geometry.threads // sizes.tile if isinstance(sizes, ChannelsLast) else geometry.threads * PACK // L + 2
@@ -110,7 +114,7 @@ def index_bits(shape: tuple[int, int, int], geometry: Geometry) -> int:
 
 
 def macros_of(dtype: np.dtype[Any], width: int, index_bits: int, geometry: Geometry) -> dict[str, Any]:
-    """Macros that every kernel is compiled with."""
+    """Macros that every kernel is compiled with; TEAM only where there are teams."""
     macros = {"DATA_T": dtype, "WIDTH": width, "INDEX_BITS": index_bits, "THREADS": geometry.threads}
     return macros | ({"TEAM": geometry.team} if geometry.team else {})
 

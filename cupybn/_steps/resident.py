@@ -1,4 +1,4 @@
-"""The choice between on chip and streamed: whether kernels keep a channel in shared memory, and in how many blocks.
+"""The choice between on chip (resident) and streamed: whether blocks keep a channel in shared memory, and how many do.
 
 A kernel on chip reads a channel once, into the shared memory of one block or of a cluster of blocks. Streamed kernels
 read it twice from memory: first for its statistics, then to use them. On chip the forward pass in training moves 2
@@ -34,8 +34,8 @@ BLOCKS_PER_MULTIPROCESSOR = 2
 SMALL = 16 << 10
 """Bytes kept by a block that is not worth splitting even where most of the GPU is idle: it would save no time."""
 LEAST = 3
-"""Stream if fewer than one in LEAST multiprocessors (SMs) would have work; one alone reaches about three times its
-share of the bandwidth."""
+"""Multiprocessors (SMs) of which at least one is to have work: with fewer, stream. One that works alone reaches about
+three times its share of the bandwidth, and so makes up for two that are idle."""
 SOON = 48 << 10
 """Bytes kept by a block that is done before streaming would begin its second launch. Such blocks stay on chip, however
 few there are."""

@@ -48,7 +48,7 @@ class Parameter(NamedTuple):
     """A parameter of a kernel or a field of a struct, as the source declares it."""
 
     name: str
-    type: str  # without const: "data_t*", "double", "long long", "Vector", "Affine", ...
+    type: str  # the type without const: "data_t*", "double", "long long", "Vector", "Affine", ...
     section: str  # "inputs", "outputs" or "sizes"
     nullable: bool
     fields: tuple[Parameter, ...] = ()  # fields of a struct; none for all else

@@ -88,10 +88,10 @@ class _BatchNorm(Layer):
     array([[0.61, 0.83]], dtype=float32)
     """
 
-    _ranks: tuple[int, ...] = ()
-    """Ranks of inputs that the layer takes; none are named where it takes any."""
+    _ndims: tuple[int, ...] = ()
+    """Numbers of axes that inputs may have; () if any will do."""
     _group: Group | None = None
-    """Ranks of processes that the batch is spread over in training; None for a single one."""
+    """Group of processes that the batch is spread over in training; None for a single one."""
 
     def __init__(
         self,
@@ -115,8 +115,8 @@ class _BatchNorm(Layer):
         for name, flag in ("affine", affine), ("track_running_stats", track_running_stats), ("bias", bias):
             checks.check_bool(name, flag)
         checks.as_int("channel_axis", channel_axis)
-        if self._ranks:
-            checks.check_channel_axis(channel_axis, max(self._ranks))
+        if self._ndims:
+            checks.check_channel_axis(channel_axis, max(self._ndims))
         checks.check_activation(activation)
         has = {"weight": affine, "bias": affine and bias}
         members = tuple(name for name in INITIAL if has.get(name, track_running_stats))
@@ -187,13 +187,13 @@ class _BatchNorm(Layer):
         return self._run(functional.forward_vjp, input, residual)
 
     def _run(self, run: Callable[[Call], T], input: Array, residual: Array | None) -> T:
-        """Run a function on the call that this layer makes.
+        """The result of `functional.forward` or `functional.forward_vjp` for the call that this layer makes.
 
         A layer without features takes their number from the input, and has none again if the call fails.
         """
         if self.num_features is not None:
             return run(self._call(input, residual))
-        axis = checks.check_input(input, self.channel_axis, self._ranks)
+        axis = checks.check_input(input, self.channel_axis, self._ndims)
         try:
             self._allocate(input.shape[axis])
             return run(self._call(input, residual))
@@ -202,13 +202,15 @@ class _BatchNorm(Layer):
             raise
 
     def _call(self, input: Array, residual: Array | None) -> Call:
-        """Make the call with the statistics and the update that PyTorch chooses for these modes and flags."""
+        """The call, with the statistics and the update that PyTorch chooses for these modes and flags."""
         for name in "training", "track_running_stats":
             checks.check_bool(name, getattr(self, name))
         momentum = None if self.momentum is None else checks.as_float("momentum", self.momentum)
         running = Running(self.running_mean, self.running_var, momentum, self.num_batches_tracked)
         idle: tuple[Array, ...] = ()
         if self.training and not (self.track_running_stats and (momentum is not None or running.batches is not None)):
+            # Frozen statistics, or a mean over all batches that nobody counts: the call goes without them. Whether they
+            # are complete is asked all the same, here; the counter stays for the advice that messages give.
             checks.check_running(running, training=True)
             idle = () if running.mean is None else running[:2]
             running = Running(momentum=momentum, batches=running.batches)
@@ -219,19 +221,19 @@ class _BatchNorm(Layer):
             Epilogue(residual, self.activation),
             self.training or self.running_mean is None,
             self.channel_axis,
-            Caller(self._device, self._ranks, idle, self._group if self.training else None),
+            Caller(self._device, self._ndims, idle, self._group if self.training else None),
         )
 
     # -----------------------------------------------------------------------------------------------------------------
     # State
 
     def reset_running_stats(self) -> None:
-        """Running statistics and counter back to where they start, if the layer tracks them."""
+        """Set running statistics and counter back to where they start, if the layer tracks them."""
         if self.track_running_stats:
             self._fill({name: INITIAL[name] for name in self._arrays() if name not in AFFINE})
 
     def reset_parameters(self) -> None:
-        """Weight and bias back to where they start, and the running statistics as `reset_running_stats`."""
+        """Set weight and bias back to where they start, and the running statistics as `reset_running_stats` does."""
         self._fill({name: INITIAL[name] for name in self._arrays() if name in AFFINE or self.track_running_stats})
 
     def __repr__(self) -> str:
@@ -250,19 +252,19 @@ class _BatchNorm(Layer):
 class BatchNorm1d(_BatchNorm):
     """Batch normalization of (N, C) and (N, C, L) arrays."""
 
-    _ranks = (2, 3)
+    _ndims = (2, 3)
 
 
 class BatchNorm2d(_BatchNorm):
     """Batch normalization of (N, C, H, W) arrays."""
 
-    _ranks = (4,)
+    _ndims = (4,)
 
 
 class BatchNorm3d(_BatchNorm):
     """Batch normalization of (N, C, D, H, W) arrays."""
 
-    _ranks = (5,)
+    _ndims = (5,)
 
 
 for _layer in (BatchNorm1d, BatchNorm2d, BatchNorm3d):

@@ -1,4 +1,4 @@
-"""The base of all layers: arrays by PyTorch's names on one device, and modes."""
+"""The base of all layers: named arrays on one device, state dicts, and training and eval mode."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ AFFINE = ("weight", "bias")
 
 
 class Layer:
-    """Arrays by the names in ``INITIAL``, on one device, all or none of them there.
+    """A layer: arrays under the names in ``INITIAL``, on one device. It has all of its arrays, or none as yet.
 
     Parameters
     ----------
@@ -116,6 +116,7 @@ class Layer:
         checks.check_bool("strict", strict, f"; did you mean prefix={strict!r}?" if isinstance(strict, str) else "")
         checks.check_str("prefix", prefix)
         _state.check_mapping(state)
+        # A layer with arrays goes by those that it has now: the user may have set one to None, or one in its place.
         names = self._members if self.num_features is None else tuple(self._arrays())
         keys = _state.under(prefix, state.keys())
         own = {}
@@ -185,6 +186,7 @@ class Layer:
         vars(self).update(arrays, num_features=num_features)
 
     def _release(self) -> None:
+        """Go back to having no arrays, as before `_allocate`."""
         vars(self).update(dict.fromkeys(self._members), num_features=None)
 
     def _fill(self, values: Mapping[str, Any]) -> None:
@@ -197,14 +199,15 @@ class Layer:
         try:
             for name, value in values.items():
                 array = getattr(self, name)
-                with devices.current(array):
+                with devices.on_device_of(array):
                     before.append((array, devices.copied(array)))
                     array[...] = value
         except BaseException:
             for array, value in reversed(before):
-                with devices.current(array):
+                with devices.on_device_of(array):
                     array[...] = value
             raise
 
     def _dtype_of(self, name: str) -> np.dtype[Any]:
+        """Dtype of the array of a name, as the layer makes it."""
         return np.dtype(np.int64) if name == _state.COUNTER else self.dtype

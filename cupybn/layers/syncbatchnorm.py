@@ -133,7 +133,7 @@ class SyncBatchNorm(_BatchNorm):
             channel_axis=channel_axis,
             activation=activation,
         )
-        self._kind: type[_BatchNorm] | None = None  # of layer, without ranks
+        self._kind: type[_BatchNorm] | None = None  # class of the layer that `to_batchnorm` makes
         self._connect(comm, timeout)
 
     @classmethod

@@ -1,7 +1,8 @@
 // bn_backward_input: dx = (dy - sum(dy) / count - xhat * sum(dy * xhat) / count) * rstd * weight, where activation
 // passed dy; dresidual = dy there; dweight = sum(dy * xhat), dbias = sum(dy)
 //
-// Team (c, s) adds the parts of channel c, in the same order in every block, and then takes its share of the channel.
+// Each team adds the parts of its channel, in the same order in every block, and then takes its share of the channel's
+// packs.
 // Mirror: numpy_ops.bn_backward_input
 #include "packs.cuh"
 #include "../gradients.cuh"
@@ -20,7 +21,7 @@ extern "C" __global__ void REGISTERS(80) bn_backward_input(
     // sizes
     long long parts,
     ChannelsFirst sizes) {
-    const Place place(sizes, true);
+    const Place place(sizes, BACKWARDS);
     const long long c = place.c;
     const Packs packs(place, sizes);
     Channel& channel = channel_of_team();

@@ -1,6 +1,6 @@
 // bn_backward_reduce: sum(dy) and sum(dy * xhat), xhat = (x - mean) * rstd, where activation passed dy, in P parts
 //
-// Team (c, p) takes part p of channel c.
+// Each team takes a share of a channel: share p makes part p.
 // Mirror: numpy_ops.bn_backward_reduce
 #include "gradient_sums.cuh"
 

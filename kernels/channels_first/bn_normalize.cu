@@ -1,8 +1,8 @@
 // bn_normalize: out = activation((x - mean) * rstd * weight + bias + residual)
 //
 // In training mean and var are the merged parts of bn_stats, and the running statistics follow them; else they are the
-// running statistics. Team (c, s) merges the parts of channel c, in the same order in every block, and then takes its
-// share of the channel.
+// running statistics. Each team merges the parts of its channel, in the same order in every block, and then takes its
+// share of the channel's packs.
 // Mirror: numpy_ops.bn_normalize
 #include "packs.cuh"
 #include "../normalizing.cuh"
@@ -21,16 +21,16 @@ extern "C" __global__ void REGISTERS(INDEX_BITS == 64 || WIDTH < 4 ? 80 : 72) bn
     // sizes
     long long parts,
     ChannelsFirst sizes) {
-    const Place place(sizes, true);
+    const Place place(sizes, BACKWARDS);
     const index_t c = (index_t)place.c;  // of fewer registers: there are none to spare
     Channel& channel = channel_of_team();
-    __shared__ ChannelMoments merged[TEAMS];  // kept until the end where it takes no registers
+    __shared__ ChannelMoments merged[TEAMS];  // needed again at the end; here it takes no registers until then
     ChannelMoments& batch = merged[team()];
     if (member() < WARP) {
         ChannelMoments all;
         if (moments.count) all = merge_parts(moments, 1, sizes.C, parts, c);
         if (member() == 0) {
-            if (!moments.count) all = {1, running.mean.get(c), running.var.get(c)};
+            if (!moments.count) all = {1, running.mean.get(c), running.var.get(c)};  // var() is m2 / 1
             channel = make_channel(all.mean, all.var(), affine, read_affine(affine, c));
             batch = all;
         }

@@ -1,6 +1,6 @@
 // bn_stats: count, mean and m2 = sum((x - mean)^2) of each channel, in P parts that are still to be merged
 //
-// Team (c, p) takes part p of channel c.
+// Each team takes a share of a channel: share p makes part p.
 // Mirror: numpy_ops.bn_stats
 #include "statistics.cuh"
 

@@ -18,6 +18,9 @@ struct ChannelsFirst {
     long long packs;  // packs of a channel that a team takes or, in a cluster, a block
 };
 
+// The order of launches that read what another one has just read: the last of it is still in the L2 cache.
+constexpr bool BACKWARDS = true;
+
 // What a team takes: a channel or a share of it. There may be more teams than channels, and more channels than one side
 // of a grid has blocks.
 struct Place {
@@ -25,7 +28,6 @@ struct Place {
     index_t begin, end;  // the packs of the channel that are in the share: from begin to end - 1
     bool idle;           // there is no such channel: the thread has nothing to do, but reaches every barrier
 
-    // `backwards` is for launches that read what another one has just read: the last of it is still in the L2 cache.
     DEVICE explicit Place(const ChannelsFirst& sizes, bool backwards = false)
         : share(CLUSTER_BLOCKS > 1 ? cluster_rank() : blockIdx.y) {
         c = (blockIdx.x / CLUSTER_BLOCKS + (long long)blockIdx.z * gridDim.x) * TEAMS + team();
@@ -77,7 +79,7 @@ class Packs {
     }
 };
 
-// Where a thread's packs of an array lie in shared memory: the first one, which the others follow TEAM apart. Kernels
+// Place of a thread's packs of an array in shared memory: the first one, which the others follow TEAM apart. Kernels
 // number the arrays that they keep there.
 DEVICE raw_t* kept(const ChannelsFirst& sizes, int array = 0) {
     return staging() + (array * TEAMS + team()) * sizes.packs + member();

@@ -1,7 +1,7 @@
 // bn_backward_input: dx = (dy - sum(dy) / count - xhat * sum(dy * xhat) / count) * rstd * weight, where activation
 // passed dy; dresidual = dy there; dweight = sum(dy * xhat), dbias = sum(dy)
 //
-// Block (t, s) adds the parts of the channels of tile t, in the same order in every block, and then takes its share of
+// Each block adds the parts of the channels of its tile, in the same order in every block, and then takes its share of
 // the rows.
 // Mirror: numpy_ops.bn_backward_input
 #include "../gradients.cuh"

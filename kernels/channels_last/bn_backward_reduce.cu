@@ -1,6 +1,6 @@
 // bn_backward_reduce: sum(dy) and sum(dy * xhat), xhat = (x - mean) * rstd, where activation passed dy, in P parts
 //
-// Block (t, p) takes part p of the channels of tile t.
+// Each block takes a share of the rows of a tile: share p makes part p of its channels.
 // Mirror: numpy_ops.bn_backward_reduce
 #include "gradient_sums.cuh"
 

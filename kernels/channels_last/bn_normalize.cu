@@ -1,7 +1,7 @@
 // bn_normalize: out = activation((x - mean) * rstd * weight + bias + residual)
 //
 // In training mean and var are the merged parts of bn_stats, and the running statistics follow them; else they are the
-// running statistics. Block (t, s) merges the parts of the channels of tile t, in the same order in every block, and
+// running statistics. Each block merges the parts of the channels of its tile, in the same order in every block, and
 // then takes its share of the rows.
 // Mirror: numpy_ops.bn_normalize
 #include "../normalizing.cuh"
@@ -28,7 +28,7 @@ extern "C" __global__ void REGISTERS(INDEX_BITS == 32 ? 80 : 128) bn_normalize(
     ChannelMoments batch = {0, 0, 0};
     if (moments.count) batch = merge_parts(own, moments, parts);
     if (own.looks_after()) {
-        if (!moments.count) batch = {1, running.mean.get(c), running.var.get(c)};
+        if (!moments.count) batch = {1, running.mean.get(c), running.var.get(c)};  // var() is m2 / 1
         lanes.set(threadIdx.x, make_channel(batch.mean, batch.var(), affine, given));
     }
     const OwnChannels channels(own, lanes);

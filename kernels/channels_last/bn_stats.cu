@@ -1,6 +1,6 @@
 // bn_stats: count, mean and m2 = sum((x - mean)^2) of each channel, in P parts that are still to be merged
 //
-// Block (t, p) takes part p of the channels of tile t.
+// Each block takes a share of the rows of a tile: share p makes part p of its channels.
 // Mirror: numpy_ops.bn_stats
 #include "statistics.cuh"
 

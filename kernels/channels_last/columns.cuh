@@ -118,7 +118,7 @@ struct Lanes {
 // construct theirs together, when lanes are set: it is a barrier.
 struct OwnChannels {
     Factors<acc_t> own[WIDTH];
-    const Channel* channels;  // in shared memory
+    const Channel* channels;  // the thread's own, in shared memory
     bool any_wide;            // whether any channel of the tile is wide
 
     DEVICE OwnChannels(const Tile& tile, const Lanes& lanes) : channels(lanes.channels + tile.known_lane()) {

@@ -3,7 +3,7 @@
 #pragma once
 #include "columns.cuh"
 
-// Where a thread stands while parts are merged: in rows of threads as long as the tile has lanes, each of which takes
+// Place of a thread while parts are merged: in rows of threads as long as the tile has lanes, each of which takes
 // some parts of one channel.
 struct Standing {
     int q, row;       // the thread's lane, and its row

@@ -1,6 +1,6 @@
-"""The stand-in for CuPy, and every use of CuPy in this repository, held against an installed CuPy without a driver.
+"""Comparison of the stand-in for CuPy, and of all uses of CuPy in this repository, with an installed CuPy.
 
-`inventory` lists what a package has; it runs under either package, in a process of its own, for both have one name.
-`names` holds the list of the stand-in against that of CuPy, and `uses` what the files of this repository call against
-the latter. `meant` has what is meant to differ.
+No GPU is needed. `inventory` lists the names of a package, CuPy or the stand-in; it runs in a process of its own for
+each, since both are called ``cupy``. `names` compares the two lists. `uses` looks up in the list of CuPy what the files
+of this repository call. `meant` has the differences that are meant.
 """

@@ -1,4 +1,4 @@
-"""All public names of the CuPy that Python finds, as JSON: kinds, parameters, numbers. Run as a script.
+"""Script that prints the public names of the CuPy that Python finds as JSON: kinds, parameters and numbers.
 
 Real CuPy is made of Cython: where `inspect.signature` knows nothing, the first line of the docstring does.
 """
@@ -29,13 +29,13 @@ MODULES = (
     "cupyx.distributed._nccl_comm",
 )
 STATUSES = (1, 100, 101, 400, 401, 500, 600, 700, 719, 900, 901, 905, 906, 907, 908, 912)
-"""Of the runtime's errors, those that the stand-in knows."""
+"""Numbers of the errors of CUDA's runtime that the stand-in knows."""
 
 Entry = dict[str, Any]
 
 
 def parameters(thing: Any) -> list[str] | None:
-    """Names of parameters as ``name``, ``name=``, ``*``, ``*args``, ``**kwargs``; None where nothing tells them."""
+    """Names of parameters as ``name``, ``name=`` (with a default), ``*``, ``*args``, ``**kwargs``; None if unknown."""
     try:
         signature = inspect.signature(thing)
     except (TypeError, ValueError):
@@ -50,12 +50,12 @@ def parameters(thing: Any) -> list[str] | None:
 
 
 def name_of(name: str, default: object) -> str:
-    """A parameter that has a default is marked by a sign."""
+    """The name of a parameter, with a sign of equality if there is a default."""
     return name if default is inspect.Parameter.empty else f"{name}="
 
 
 def from_docstring(thing: Any) -> list[str] | None:
-    """Of a first line such as ``alloc_pinned_memory(size_t size) -> PinnedMemoryPointer``."""
+    """Parameters in the first line of a docstring, such as ``alloc_pinned_memory(size_t size) -> PinnedMemory``."""
     first = (getattr(thing, "__doc__", None) or "").strip().partition("\n")[0]
     match = re.match(r"[\w.]+\((.*?)\)(?:\s*->.*)?$", first)
     if match is None:
@@ -73,7 +73,7 @@ def from_docstring(thing: Any) -> list[str] | None:
 
 
 def split(text: str) -> list[str]:
-    """The parts between commas that no bracket encloses."""
+    """The parts of a text between commas that no bracket encloses."""
     parts, depth = [""], 0
     for letter in text:
         depth += (letter in "([{") - (letter in ")]}")
@@ -85,7 +85,7 @@ def split(text: str) -> list[str]:
 
 
 def kind_of(thing: Any) -> str:
-    """What sort of thing it is, as far as a program can tell."""
+    """The kind of a thing, as far as a program can tell."""
     if inspect.ismodule(thing):
         return "module"
     if inspect.isclass(thing):
@@ -98,7 +98,7 @@ def kind_of(thing: Any) -> str:
 
 
 def describe(thing: Any) -> Entry:
-    """Of one thing, its kind and what goes with it."""
+    """The entry of a thing: its kind, and the parameters, members or value that it has."""
     entry: Entry = {"kind": kind_of(thing)}
     if entry["kind"] in ("function", "class"):
         found = parameters(thing)
@@ -111,7 +111,7 @@ def describe(thing: Any) -> Entry:
 
 
 def members(of: type) -> list[str]:
-    """The public names of a class that are its own."""
+    """The public names in a class, but for those of Python's own classes."""
     inherited = {name for base in of.__mro__ if base.__module__ == "builtins" for name in vars(base)}
     return [
         name
@@ -121,13 +121,13 @@ def members(of: type) -> list[str]:
 
 
 def member(of: type, name: str) -> Any:
-    """What stands in a class, or what it gives where that is a descriptor of no known kind."""
+    """The member of this name in a class or, where that is a descriptor of no known kind, the value that it gives."""
     static = inspect.getattr_static(of, name, None)
     return getattr(of, name, static) if static is None or kind_of(static) == "value" else static
 
 
 def inventory() -> dict[str, Any]:
-    """Entries by module and name, and the texts of errors."""
+    """Entries by module and name, and the texts of the runtime's errors by their numbers."""
     found: dict[str, Any] = {}
     for module_name in MODULES:
         module = module_of(module_name)
@@ -137,7 +137,7 @@ def inventory() -> dict[str, Any]:
     cupy = importlib.import_module("cupy")
     made_on_demand = {name for name in dir(importlib.import_module("numpy")) if not name.startswith("_")}
     for name in sorted(made_on_demand - found["cupy"].keys()):
-        if hasattr(cupy, name):  # with the parameters of NumPy's function
+        if hasattr(cupy, name):  # its parameters are those of NumPy's function
             found["cupy"][name] = {"kind": kind_of(getattr(cupy, name))}
     found["errors"] = {str(status): str(cupy.cuda.runtime.CUDARuntimeError(status)) for status in STATUSES}
     return found
@@ -153,7 +153,7 @@ def module_of(dotted: str) -> Any:
 
 
 def entry_of(module: Any, name: str) -> Entry | None:
-    """None for what a module has imported for itself, and for private names."""
+    """The entry of a name in a module; None if it is private, or the module has imported it for itself."""
     thing = getattr(module, name)
     if name.startswith("_") or name == "annotations":
         return None

@@ -1,4 +1,4 @@
-"""What is meant to differ between the stand-in and CuPy, each with its reason."""
+"""Differences between the stand-in and CuPy that are meant, each with its reason."""
 
 MEANT = {
     "cupy.emulator": "the control panel of the stand-in, by which the two are told apart",

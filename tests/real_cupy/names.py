@@ -1,4 +1,4 @@
-"""What the stand-in has that CuPy has not, or not like this."""
+"""Names of the stand-in that CuPy does not have, or has with other kinds, parameters or values."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ Entry = dict[str, Any]
 
 
 def differences(stand_in: dict[str, Any], real: dict[str, Any]) -> dict[str, str]:
-    """By dotted name, what a program that works with the stand-in fails by with CuPy."""
+    """Reasons why a program that works with the stand-in fails with CuPy, by the dotted names that it uses."""
     found: dict[str, str] = {}
     for module, entries in stand_in.items():
         if module == "errors":
@@ -22,7 +22,7 @@ def differences(stand_in: dict[str, Any], real: dict[str, Any]) -> dict[str, str
 
 
 def of_entry(path: str, ours: Entry, theirs: Entry | None) -> Iterator[tuple[str, str]]:
-    """Of one name, and of what is in it."""
+    """The differences of one name and of its members, as pairs of a dotted name and a reason."""
     if theirs is None:
         if ours.get("public", True):
             yield path, f"only the stand-in has it ({ours['kind']})"
@@ -41,7 +41,7 @@ def of_entry(path: str, ours: Entry, theirs: Entry | None) -> Iterator[tuple[str
 
 
 def unlike(ours: list[str] | None, theirs: list[str] | None) -> str:
-    """What a call that fits the stand-in's parameters can fail by; empty if nothing."""
+    """Reasons why a call that fits the stand-in's parameters can fail in CuPy; empty if there are none."""
     if ours is None or theirs is None or "*args" in ours:
         return ""
     positional, keywords = parts(ours)
@@ -61,7 +61,7 @@ def unlike(ours: list[str] | None, theirs: list[str] | None) -> str:
 
 
 def parts(found: list[str]) -> tuple[list[str], list[str]]:
-    """The parameters that can be passed by position, and those that cannot."""
+    """Names of the parameters that can be passed by position, and of those that cannot."""
     end = next((i for i, name in enumerate(found) if name in ("*", "*args")), len(found))
     names = [[name.rstrip("=") for name in half if not name.startswith("*")] for half in (found[:end], found[end:])]
     return names[0], names[1]

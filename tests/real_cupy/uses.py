@@ -1,4 +1,4 @@
-"""What the files of this repository use of CuPy that it does not have, or does not take.
+"""Names and arguments that the files of this repository use of CuPy, and that CuPy does not have or does not take.
 
 Names are followed through simple assignments, scope by scope; what cannot be followed is not looked at.
 """
@@ -15,7 +15,7 @@ from tests.real_cupy.names import parts
 
 FOLDERS = ("cupybn", "examples", "benchmarks", "tests")
 MODULES = ("cupy", "cp", "xp")
-"""Parameters of these names are the module."""
+"""Names that stand for the module wherever a function has a parameter of that name."""
 ARRAYS = ("array", "asarray", "ascontiguousarray", "asfortranarray", "arange", "broadcast_to", "concatenate")
 LIKE = ("empty", "full", "ones", "zeros")
 RESULTS = {
@@ -28,7 +28,7 @@ RESULTS = {
     "cupyx.distributed.init_process_group": "cupyx.distributed.NCCLBackend",
     **{f"cupy.{name}": "cupy.ndarray" for name in (*ARRAYS, *LIKE, *(f"{name}_like" for name in LIKE))},
 }
-"""Classes of what functions return."""
+"""Classes of the objects that functions return."""
 ATTRIBUTES = {
     "cupy.ndarray.data": "cupy.cuda.MemoryPointer",
     "cupy.ndarray.device": "cupy.cuda.Device",
@@ -36,7 +36,7 @@ ATTRIBUTES = {
     "cupy.cuda.Stream.ptds": "cupy.cuda.Stream",
     "cupyx.distributed.NCCLBackend._comm": "cupy.cuda.nccl.NcclCommunicator",
 }
-"""Classes of what attributes are."""
+"""Classes of the objects that attributes are."""
 OF_INSTANCES = {
     "cupy.cuda.Stream": ("ptr", "device_id"),
     "cupy.cuda.Event": ("ptr",),
@@ -45,11 +45,11 @@ OF_INSTANCES = {
     "cupy.cuda.nccl.NcclError": ("status",),
     "cupyx.distributed.NCCLBackend": ("_comm", "rank", "_n_devices"),
 }
-"""Attributes that constructors set, which classes do not show."""
+"""Attributes that constructors set, so that a list of the members of the class does not have them."""
 
 
 class Uses(ast.NodeVisitor):
-    """Dotted names of CuPy in a file with their lines, and the calls among them."""
+    """Collector of the dotted names of CuPy in a file; `found` has each with its line and, if called, the call."""
 
     def __init__(self, text: str) -> None:
         self.scopes: list[dict[str, str | None]] = [{}]
@@ -57,7 +57,7 @@ class Uses(ast.NodeVisitor):
         self.visit(ast.parse(text))
 
     def resolve(self, node: ast.AST) -> str | None:
-        """The dotted name of what an expression is; that of the class, if it is an object."""
+        """The dotted name of what an expression stands for or, if that is an object, of its class; None if unknown."""
         if isinstance(node, ast.Name):
             return next((scope[node.id] for scope in reversed(self.scopes) if node.id in scope), None)
         if isinstance(node, ast.Attribute):
@@ -132,7 +132,7 @@ class Uses(ast.NodeVisitor):
     def visit_Call(self, node: ast.Call) -> None:
         path = self.resolve(node.func)
         if path and is_cupy(path) and isinstance(node.func, ast.Name) and node.func.id[0].islower():
-            path += ".__call__" * path.rpartition(".")[2][0].isupper()  # of an object, not of its class
+            path += ".__call__" * path.rpartition(".")[2][0].isupper()  # an object is called, not its class
         if path and is_cupy(path):
             self.found.append((path, node.lineno, node))
             self.visit(node.func.value if isinstance(node.func, ast.Attribute) else node.func)
@@ -154,7 +154,7 @@ def is_cupy(dotted: str) -> bool:
 
 
 def wrong_uses(root: Path, real: dict[str, Any]) -> list[str]:
-    """Of all files, with their lines."""
+    """The wrong uses in all files, with file and line."""
     found = []
     for path in (path for folder in FOLDERS for path in sorted((root / folder).rglob("*.py"))):
         file = path.relative_to(root)
@@ -164,12 +164,12 @@ def wrong_uses(root: Path, real: dict[str, Any]) -> list[str]:
 
 
 def wrong_in_text(text: str, real: dict[str, Any]) -> Iterator[tuple[int, str]]:
-    """Of one file."""
+    """The wrong uses in the text of one file, with their lines."""
     for dotted, line, call in Uses(text).found:
         owner, _, attribute = dotted.rpartition(".")
         if ".emulator" in dotted or attribute in (*OF_INSTANCES.get(owner, ()), *dir(BaseException)):
             continue
-        if re.search(r"\._", dotted):  # the tests of the stand-in look into it
+        if re.search(r"\._", dotted):  # private names: the tests of the stand-in look into it
             continue
         entry = look_up(dotted, real)
         if entry is None:
@@ -181,7 +181,7 @@ def wrong_in_text(text: str, real: dict[str, Any]) -> Iterator[tuple[int, str]]:
 
 
 def look_up(path: str, real: dict[str, Any]) -> dict[str, Any] | None:
-    """The entry of a dotted name, or None; an empty one where it cannot be told."""
+    """The entry of a dotted name; None if CuPy does not have it, an empty entry if the list does not tell."""
     names = path.split(".")
     length = next((n for n in range(len(names), 0, -1) if ".".join(names[:n]) in real), 0)
     entry: dict[str, Any] = {"members": real.get(".".join(names[:length]), {})}
@@ -195,7 +195,7 @@ def look_up(path: str, real: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def misfit(call: ast.Call, theirs: list[str]) -> str:
-    """Which arguments of a call are not taken; empty if all are."""
+    """Words for the arguments of a call that are not taken; empty if all are."""
     positional, keywords = parts(theirs)
     wrong = []
     starred = any(isinstance(argument, ast.Starred) for argument in call.args)
