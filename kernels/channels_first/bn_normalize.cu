@@ -22,25 +22,22 @@ extern "C" __global__ void REGISTERS(INDEX_BITS == 64 || WIDTH < 4 ? 80 : 72) bn
     long long parts,
     ChannelsFirst sizes) {
     const Place place(sizes, BACKWARDS);
-    const long long c = place.c;
-    const Packs packs(place, sizes);
+    const index_t c = (index_t)place.c;  // of fewer registers: there are none to spare
     Channel& channel = channel_of_team();
     __shared__ ChannelMoments merged[TEAMS];  // needed again at the end; here it takes no registers until then
     ChannelMoments& batch = merged[team()];
     if (member() < WARP) {
-        ChannelAffine given;
-        if (member() == 0) given = read_affine(affine, c);
         ChannelMoments all;
         if (moments.count) all = merge_parts(moments, 1, sizes.C, parts, c);
         if (member() == 0) {
             if (!moments.count) all = {1, running.mean.get(c), running.var.get(c)};  // var() is m2 / 1
-            channel = make_channel(all.mean, all.var(), affine, given);
+            channel = make_channel(all.mean, all.var(), affine, read_affine(affine, c));
             batch = all;
         }
     }
     __syncthreads();
 
-    normalize_all(InMemory{x}, packs, epilogue, OneChannel(channel), out);
+    normalize_all(InMemory{x}, Packs(place, sizes), epilogue, OneChannel(channel), out);
     if (!place.owns()) return;
     set_statistics(statistics, batch, c);
     if (moments.count && running.mean) update_running(batch, read_running(running, c), running, moments.batches, c);
