@@ -15,10 +15,11 @@ from cupybn import SyncBatchNorm, functional
 from cupybn._ranks import group, synchronized
 from cupybn._steps import numpy_ops
 from cupybn._steps.bundles import Affine, Epilogue, Gradients, Running
-from cupybn.layers import batchnorm, layer, syncbatchnorm
+from cupybn.layers import batchnorm, syncbatchnorm
+from cupybn.layers import layer as base
 from tests.reference import bits
 
-MODULES = (batchnorm, functional, numpy_ops, group, layer, synchronized, syncbatchnorm)
+MODULES = (base, batchnorm, functional, numpy_ops, group, synchronized, syncbatchnorm)
 FILES = {module.__file__ for module in MODULES}
 LEFT = object()
 LOST = "RuntimeError: this rank has lost the other ranks of this communicator: "
