@@ -44,13 +44,19 @@ _NO_VECTOR = _vector(0, 0, 0)
 """The bytes of a ``Vector`` that is null."""
 
 
+@functools.cache
+def _void(code: str) -> np.dtype[Any]:
+    """The dtype of a struct. NumPy takes longer to make one than for all else that `_by_value` does."""
+    return np.dtype((np.void, struct.calcsize(code)))
+
+
 @functools.lru_cache(maxsize=4096)
 def _by_value(code: str, *words: Any) -> npt.NDArray[Any]:
     """The array of one element that CuPy copies for a struct. It is kept: most arguments of a program come again.
 
     Its dtype has no fields: CuPy asks for the interface of the array, and NumPy would list fields each time anew.
     """
-    return np.frombuffer(struct.pack(code, *words), np.dtype((np.void, struct.calcsize(code))))
+    return np.frombuffer(struct.pack(code, *words), _void(code))
 
 
 @functools.cache
