@@ -14,10 +14,13 @@ import pytest
 from cupybn import SyncBatchNorm, functional
 from cupybn._ranks import group, synchronized
 from cupybn._steps import numpy_ops
+from cupybn._steps.bundles import Affine, Epilogue, Gradients, Running
 from cupybn.layers import batchnorm, syncbatchnorm
+from cupybn.layers import layer as base
 from tests.reference import bits
 
-FILES = {module.__file__ for module in (batchnorm, functional, numpy_ops, group, synchronized, syncbatchnorm)}
+MODULES = (base, batchnorm, functional, numpy_ops, group, synchronized, syncbatchnorm)
+FILES = {module.__file__ for module in MODULES}
 LEFT = object()
 LOST = "RuntimeError: this rank has lost the other ranks of this communicator: "
 WITHDRAWN = "RuntimeError: synchronized batch norm: rank 0 raised KeyboardInterrupt"
@@ -313,3 +316,24 @@ def on_both(calls, act):
         thread.join(60)
         assert not thread.is_alive()
     return returned
+
+
+class Alone:
+    """A group of one rank."""
+
+    def gather(self, row, count, dtype):  # noqa: ARG002
+        return row
+
+    def sum(self, row):
+        return row
+
+
+@pytest.mark.parametrize(("samples", "made"), [(2, 0), (0, 5)])
+def test_arrays_without_parts_are_made_where_a_rank_has_no_samples(monkeypatch, samples, made):
+    shapes, empty = [], synchronized.empty
+    monkeypatch.setattr(synchronized, "empty", lambda shape, *rest: shapes.append(shape) or empty(shape, *rest))
+    steps = synchronized.Synchronized(numpy_ops, Alone())
+    x, affine, epilogue = np.ones((samples, 3, 4), np.float32), Affine(None, None, 1e-5), Epilogue()
+    statistics = steps.bn_forward(x, affine, Running(), epilogue, np.empty_like(x))
+    steps.bn_backward(x, x, statistics, affine, epilogue, 0.0, Gradients(np.empty_like(x)))
+    assert len(shapes) == made

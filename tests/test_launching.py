@@ -298,6 +298,13 @@ def test_vectors_in_structs_have_any_float_dtype_and_stride(bundled, bundles):
         assert seen(bundled, changed(bundles, "affine.weight", vector))["weight"] == found
 
 
+def test_zeros_in_structs_keep_their_sign(bundled, bundles):
+    """A cache takes both zeros for the same key."""
+    for eps in (0.0, -0.0, 0.0):
+        found = seen(bundled, changed(bundles, "affine.eps", eps))["eps"]
+        assert (found, np.signbit(found)) == (0, np.signbit(eps))
+
+
 def test_a_whole_bundle_may_be_none_where_the_source_says_so(bundled, bundles):
     found = seen(bundled, bundles | {"state": None})
     assert (found["has_last"], found["batches"], found["activation"], found["has_rest"]) == (0, -1, 0, 0)

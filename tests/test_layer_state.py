@@ -48,6 +48,18 @@ def test_statistics_that_were_never_tracked_are_not_made(device, xp, rng):
     assert held(layer, "weight", "bias") == held(moved(device, xp, rng), "weight", "bias")
 
 
+def test_an_array_that_a_derived_class_keeps_elsewhere(device):
+    """A property of a derived class may stand in for an array: it is set to None at first, as an attribute is."""
+
+    class Tied(BatchNorm1d):
+        weight = property(lambda self: self.kept, lambda self, array: vars(self).update(kept=array))
+
+    layer = Tied(3, device=device)
+    assert list(layer.state_dict()) == ["bias", *STATISTICS]
+    layer.weight = layer.running_var
+    assert layer.state_dict()["weight"] is layer.running_var
+
+
 @pytest.mark.parametrize("prefix", ["bn.", "weight", "b", "."])
 def test_a_prefix_twice_in_a_key(device, xp, rng, prefix):
     """A prefix that a key has twice is taken off once, and such a key belongs to something else."""

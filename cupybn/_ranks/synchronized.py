@@ -76,9 +76,10 @@ class Synchronized:
         ops, C = self._ops, x.shape[1]
         if C == 0:  # on all ranks
             return
-        sums = Sums(*_no_parts(x, (0, C), (0, C)))
         if x.size > 0:
             sums = ops.bn_backward_reduce(dy, x, statistics, affine, epilogue, scratch)
+        else:
+            sums = Sums(*_no_parts(x, (0, C), (0, C)))
         dx, dresidual, dweight, dbias = gradients
         means = Sums.of_rows(self._group.sum(ops.merge_sums(sums, self._count, dweight, dbias)))
         if x.size > 0:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import operator
 import struct
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,8 +23,9 @@ Array = Any  # cupy.ndarray
 
 VECTOR = np.dtype([("data", np.uint64), ("stride", np.int64), ("dtype", np.int64)])
 """Fields of ``Vector`` in ``types.cuh``: values of a dtype with its number in FLOATS, any number of bytes apart."""
-CODES = {"Vector": f"{VECTOR.itemsize}s", "double": "d", "long long": "q"}
-"""Codes of Python's `struct` for types of fields; for pointers it is "Q", for enums "q"."""
+CODES = {"Vector": f"{VECTOR.itemsize}s", "double": "8s", "long long": "q"}
+"""Codes of Python's `struct` for types of fields; for pointers it is "Q", for enums "q". Doubles go as bytes: as numbers,
+0.0 and -0.0 are one key of `_by_value`."""
 NAN = float("nan")
 """Number that a kernel gets for None where it takes a double."""
 _NULL = object()
@@ -36,13 +38,25 @@ def _vector(ptr: int, stride: int, dtype: int) -> bytes:
     return struct.pack("=Qqq", ptr, stride, dtype)
 
 
-@functools.lru_cache(maxsize=4096, typed=True)
+_double = struct.Struct("=d").pack
+"""The bytes of a double."""
+_NO_VECTOR = _vector(0, 0, 0)
+"""The bytes of a ``Vector`` that is null."""
+
+
+@functools.cache
+def _void(code: str) -> np.dtype[Any]:
+    """The dtype of a struct. NumPy takes longer to make one than for all else that `_by_value` does."""
+    return np.dtype((np.void, struct.calcsize(code)))
+
+
+@functools.lru_cache(maxsize=4096)
 def _by_value(code: str, *words: Any) -> npt.NDArray[Any]:
     """The array of one element that CuPy copies for a struct. It is kept: most arguments of a program come again.
 
     Its dtype has no fields: CuPy asks for the interface of the array, and NumPy would list fields each time anew.
     """
-    return np.frombuffer(struct.pack(code, *words), np.dtype((np.void, struct.calcsize(code))))
+    return np.frombuffer(struct.pack(code, *words), _void(code))
 
 
 @functools.cache
@@ -82,7 +96,7 @@ class Arguments:
             (i, value.nullable, pointees[value.type], i in whole) for i, value in numbered if value.type in pointees
         ]
         self._vectors = [(i, value.nullable) for i, value in numbered if value.type == "Vector"]
-        self._doubles = [(i, value.nullable) for i, value in numbered if value.type == "double"]
+        self._doubles = [(i, value.nullable, i in whole) for i, value in numbered if value.type == "double"]
         self._integers = [i for i, value in numbered if value.type == "long long"]
         self._enums = [(i, _numbers(value.names)) for i, value in numbered if value.names]
 
@@ -94,7 +108,8 @@ class Arguments:
         if parameter.type == "Vector":
             code = CODES["Vector"]
         nulls = [_NULL] * len(fields) if parameter.nullable else []
-        self._given.append((name, tuple(field.name for field in fields), nulls))
+        interned = tuple(sys.intern(field.name) for field in fields)  # as those of classes: compared in no time
+        self._given.append((sys.intern(name), interned, nulls))
         self._taken.append((code and f"={code}", start, len(self._values)))
 
     def read(self, arguments: Mapping[str, Any], device: int) -> list[Any]:
@@ -144,7 +159,7 @@ class Arguments:
         for i, nullable in self._vectors:
             array = values[i]
             if array is _NULL or (array is None and nullable):
-                values[i] = _vector(0, 0, 0)
+                values[i] = _NO_VECTOR
                 continue
             if getattr(array, "ndim", None) != 1 or (number := _number_of(array.dtype)) < 0:
                 raise self._unexpected(self._values[i][0], f"a 1-D array of {', '.join(FLOATS)}", array)
@@ -155,10 +170,11 @@ class Arguments:
 
     def _read_numbers(self, values: list[Any]) -> None:
         """Put numbers into the place of what stands for them."""
-        for i, nullable in self._doubles:
+        for i, nullable, whole in self._doubles:
             value = values[i]
             if type(value) is not float:
-                values[i] = NAN if value is _NULL or (value is None and nullable) else self._number(i, value, float)
+                value = NAN if value is _NULL or (value is None and nullable) else self._number(i, value, float)
+            values[i] = value if whole else _double(value)
         for i in self._integers:
             value = values[i]
             if type(value) is not int:

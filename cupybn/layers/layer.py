@@ -48,7 +48,8 @@ class Layer:
         self.training = True
         self._members = members
         self._device = devices.resolve_device(device)
-        vars(self).update(dict.fromkeys(INITIAL))
+        for name in INITIAL:
+            setattr(self, name, None)
 
     def train(self, mode: bool = True) -> Self:
         """Training mode, or eval mode with ``mode=False``. Returns the layer."""

@@ -100,7 +100,7 @@ class SyncBatchNorm(_BatchNorm):
     True
     """
 
-    _comm: Any
+    _comm: object
     _timeout: float | None
     _left_out: bool
     """Whether this is a copy of a layer with a communicator, which the copy has not got."""
