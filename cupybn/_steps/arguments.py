@@ -6,6 +6,7 @@ goes by value: CuPy copies NumPy arrays of one element.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import operator
 import struct
@@ -24,8 +25,8 @@ Array = Any  # cupy.ndarray
 VECTOR = np.dtype([("data", np.uint64), ("stride", np.int64), ("dtype", np.int64)])
 """Fields of ``Vector`` in ``types.cuh``: values of a dtype with its number in FLOATS, any number of bytes apart."""
 CODES = {"Vector": f"{VECTOR.itemsize}s", "double": "8s", "long long": "q"}
-"""Codes of Python's `struct` for types of fields; for pointers it is "Q", for enums "q". Doubles go as bytes: as numbers,
-0.0 and -0.0 are one key of `_by_value`."""
+"""Codes of Python's `struct` for types of fields; for pointers it is "Q", for enums "q". Doubles go as bytes: as
+numbers, 0.0 and -0.0 would be one key of `_by_value`."""
 NAN = float("nan")
 """Number that a kernel gets for None where it takes a double."""
 _NULL = object()
@@ -39,7 +40,7 @@ def _vector(ptr: int, stride: int, dtype: int) -> bytes:
 
 
 _double = struct.Struct("=d").pack
-"""The bytes of a double."""
+"""Makes the bytes of a double."""
 _NO_VECTOR = _vector(0, 0, 0)
 """The bytes of a ``Vector`` that is null."""
 
@@ -188,13 +189,12 @@ class Arguments:
 
     def _number(self, i: int, value: Any, convert: Any) -> Any:
         """A number in the type that a kernel takes, from one of another type."""
-        if hasattr(value, "ndim") and not isinstance(value, np.generic):  # an array, which would be read
-            convert = None
-        try:
-            return convert(value)
-        except (TypeError, ValueError):
-            expected = "a number" if self._values[i][1].type == "double" else "an integer"
-            raise self._unexpected(self._values[i][0], expected, value) from None
+        is_array = hasattr(value, "ndim") and not isinstance(value, np.generic)  # which would have to be read
+        with contextlib.suppress(TypeError, ValueError):
+            if not is_array:
+                return convert(value)
+        name, parameter = self._values[i]
+        raise self._unexpected(name, "a number" if parameter.type == "double" else "an integer", value)
 
     def _odd(self, arguments: Mapping[str, Any]) -> TypeError:
         """Error for arguments that are missing, or that the kernel does not have."""
