@@ -76,14 +76,19 @@ def _declared(name: str, line: str, section: str) -> Parameter:
     declared = re.fullmatch(r"\s*(?:const )?(.+?)\s+(\w+)[,;]?\s*(?://(.*))?", line)
     assert declared is not None, f"{name}.cu: {line.strip()!r} is no parameter"
     type, variable, comment = declared.groups()
-    body = "" if type == "Vector" else _definition(name, "struct", type)
+    definitions = _definitions(source(name))
+    body = "" if type == "Vector" else definitions.get(("struct", type), "")
     fields = tuple(_declared(name, field, section) for field in body.splitlines())
-    names = tuple(re.findall(r"\w+", _definition(name, "enum", type)))
+    names = tuple(re.findall(r"\w+", definitions.get(("enum", type), "")))
     return Parameter(variable, type, section, "or null" in (comment or ""), fields, names)
 
 
-def _definition(name: str, kind: str, type: str) -> str:
-    """The fields of a struct or the names of an enum in a kernel's source, up to a blank line; "" if it has none."""
-    head = rf"^{kind} {re.escape(type)}(?: : [\w ]+)? \{{"
-    body = re.search(rf"{head}\s*(.*?)\s*(?:\n\n|\}})", source(name), re.DOTALL | re.MULTILINE)
-    return "" if body is None else body[1]
+@functools.cache
+def _definitions(text: str) -> dict[tuple[str, str], str]:
+    """The fields of structs and the names of enums in a source, up to a blank line, by ("struct" or "enum", type).
+
+    A source is searched once for all of them: it is long.
+    """
+    pattern = r"^(struct|enum) (\w+)(?: : [\w ]+)? \{\s*(.*?)\s*(?:\n\n|\})"
+    found = re.findall(pattern, text, re.DOTALL | re.MULTILINE)
+    return {(kind, type): body for kind, type, body in found}
