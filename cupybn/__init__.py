@@ -16,6 +16,3 @@ __all__ = [
     "functional",
     "no_stats_update",
 ]
-
-for _public in BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm, no_stats_update:
-    _public.__module__ = __name__  # pickles and messages name the place that stays, whatever file this is in

@@ -25,12 +25,8 @@ def modules():
 def found():
     """The docstrings of the package that have examples, by name; each is run in an empty namespace."""
     finder = doctest.DocTestFinder()
-    tests = [test for module in modules() for test in finder.find(module, module.__name__, globs={})]
-    for name in cupybn.__all__:
-        subject = getattr(cupybn, name)
-        if not inspect.ismodule(subject):  # it says that it is from another module than that of its text
-            tests += finder.find(subject, f"cupybn.{name}", module=False, globs={})
-    return [test for test in tests if test.examples]
+    for module in modules():
+        yield from (test for test in finder.find(module, module.__name__, globs={}) if test.examples)
 
 
 EXAMPLES = {test.name: test for test in found()}

@@ -459,7 +459,7 @@ def test_what_an_aborted_message_leaves_is_nan(rng):
     assert np.isnan(y.get()).all()
     assert np.isnan(vjp_fn(x).input.get()).all()
     assert bits(*layer.state_dict().values()) == before
-    engine = layer._group.engine
+    engine = layer._process_group.engine
     assert np.isnan(engine.gather(row_of(1), np.zeros(2))[0].get()).all()
     assert np.isnan(engine.sum(row_of(1), np.zeros(1))[0].get()).all()
 
@@ -475,7 +475,7 @@ def test_an_error_in_the_middle_of_an_exchange_of_nccl(monkeypatch):
 
     def lose():
         layer, other = (SyncBatchNorm(3, device="cuda:0", comm=comm) for _ in range(2))
-        layer._group._agreed = other._group._agreed = 3
+        layer._process_group._agreed = other._process_group._agreed = 3
         y, vjp_fn = other.vjp(x)
         with monkeypatch.context() as patch:
             patch.setattr(engines, "_nan", fail)
@@ -491,7 +491,7 @@ def test_an_error_in_the_middle_of_an_exchange_of_nccl(monkeypatch):
     with pytest.raises(RuntimeError, match=text):
         layer(x)
     assert sent == [1]  # by the pass of the other layer
-    watch = layer._group.engine._watch
+    watch = layer._process_group.engine._watch
     wait_for(watch)
     assert not watch.failed
     assert not comm.aborted.is_set()
@@ -521,8 +521,8 @@ def test_a_first_pass_is_not_captured(residual):
 def test_what_the_watch_has_seen_fail_is_told_in_its_words():
     comm = Aborted()
     layer = SyncBatchNorm(3, device="cuda:0", comm=comm)
-    layer._group._agreed = 3
-    layer._group.engine._watch._failure = "a rank has died"
+    layer._process_group._agreed = 3
+    layer._process_group.engine._watch._failure = "a rank has died"
     for _ in range(2):
         with pytest.raises(RuntimeError, match=r"^NCCL has lost the other ranks .*: a rank has died$"):
             layer(cupy.ones((4, 3)))

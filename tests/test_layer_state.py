@@ -138,3 +138,13 @@ def test_a_counter_of_shape_1_is_not_counted_with(device, xp, rng, momentum):
     layer.eval()
     layer(x)
     assert bits(*layer.state_dict().values()) == before
+
+
+@pytest.mark.parametrize("rows", [5, 5000], ids=["on chip", "streamed"])
+def test_a_momentum_of_nan_is_no_cumulative_mean(device, xp, rng, rows):
+    """Kernels know a momentum of None as NaN. A layer with a momentum of NaN counts its batches all the same."""
+    layer = BatchNorm1d(3, momentum=float("nan"), device=device)
+    layer(xp.asarray(rng.standard_normal((rows, 3))))
+    assert xp.isnan(layer.running_mean).all()
+    assert xp.isnan(layer.running_var).all()
+    assert int(layer.num_batches_tracked) == 1

@@ -222,3 +222,12 @@ def test_arrays_too_intricate_to_decide_count_as_overlapping(xp):
     one = xp.lib.stride_tricks.as_strided(memory, shape, strides)
     other = xp.lib.stride_tricks.as_strided(memory[1:], shape, strides)
     assert overlap.overlapping({"one": one}, {"other": other}) == ["one"]
+
+
+def test_buffers_that_do_not_move_are_not_written(rng):
+    """Running statistics in the same memory, which cannot be written to, in eval mode: there is nothing to put back."""
+    x, statistics = rng.standard_normal((4, 3)), np.ones(3)
+    statistics.flags.writeable = False
+    y, vjp_fn = F.batch_norm_vjp(x, statistics, statistics)
+    assert bits(y) == bits(F.batch_norm(x, statistics, statistics.copy()))
+    assert bits(vjp_fn(x).input) == bits(F.batch_norm_vjp(x, statistics, statistics.copy())[1](x).input)

@@ -55,8 +55,11 @@ class Call(NamedTuple):
         TypeError, ValueError
             See `check`.
         """
-        key = self._key(out)
-        checked = _cache.get(key)
+        try:
+            key = self._key(out)
+            checked = _cache.get(key)
+        except (AttributeError, TypeError, ValueError):  # an argument that cannot be part of a key
+            key = checked = None
         if checked is None:
             layout, moves = Layout.of(self.input, self.check(out)), self._moves()
             arrays = self.arrays(with_counter=moves) | ({} if out is None else {"out": out})
@@ -70,7 +73,7 @@ class Call(NamedTuple):
         return checked
 
     def _key(self, out: Array | None) -> Hashable:
-        """Key of this call in the cache: all that `check` looks at. None if an argument is too odd to be part of one.
+        """Key of this call in the cache: all that `check` looks at.
 
         Numbers stand there with their types: True, 1 and 1.0 are equal, but not all of them are right. The momentum is
         missing, as whoever makes a call has checked it.
@@ -78,30 +81,25 @@ class Call(NamedTuple):
         weight, bias, eps = self.affine
         mean, var, _, batches = self.running
         layer = self.layer
-        try:
-            key = (
-                _form(self.input),
-                _form(mean),
-                _form(var),
-                _form(weight),
-                _form(bias),
-                _form(self.epilogue.residual),
-                _form(batches),
-                _form(out),
-                self.training,
-                type(self.training),
-                eps,
-                type(eps),
-                self.epilogue.activation,
-                self.channel_axis,
-                type(self.channel_axis),
-                None if layer is None else (layer.ndims, layer.group is not None),
-                updates_stats(),
-            )
-            hash(key)
-        except (AttributeError, TypeError, ValueError):
-            return None
-        return key
+        return (
+            _form(self.input),
+            _form(mean),
+            _form(var),
+            _form(weight),
+            _form(bias),
+            _form(self.epilogue.residual),
+            _form(batches),
+            _form(out),
+            self.training,
+            type(self.training),
+            eps,
+            type(eps),
+            self.epilogue.activation,
+            self.channel_axis,
+            type(self.channel_axis),
+            None if layer is None else (layer.ndims, layer.group is not None),
+            updates_stats(),
+        )
 
     def check(self, out: Array | None = None) -> int:
         """The channel axis counted from the front, if all is well.

@@ -90,7 +90,7 @@ class _BatchNorm(Layer):
 
     _ndims: tuple[int, ...] = ()
     """Numbers of axes that inputs may have; () if any will do."""
-    _group: Group | None = None
+    _process_group: Group | None = None
     """Group of processes that the batch is spread over in training; None for a single one."""
 
     def __init__(
@@ -221,7 +221,7 @@ class _BatchNorm(Layer):
             Epilogue(residual, self.activation),
             self.training or self.running_mean is None,
             self.channel_axis,
-            Caller(self._device, self._ndims, idle, self._group if self.training else None),
+            Caller(self._device, self._ndims, idle, self._process_group if self.training else None),
         )
 
     # -----------------------------------------------------------------------------------------------------------------

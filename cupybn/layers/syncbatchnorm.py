@@ -161,7 +161,7 @@ class SyncBatchNorm(_BatchNorm):
         >>> synchronized.weight is layer.weight
         True
         >>> type(synchronized.to_batchnorm())
-        <class 'cupybn.BatchNorm2d'>
+        <class 'cupybn.layers.batchnorm.BatchNorm2d'>
         """
         if not isinstance(layer, _BatchNorm):
             raise TypeError(f"expected layer to be a batch norm layer (got {type(layer).__qualname__})")
@@ -207,8 +207,8 @@ class SyncBatchNorm(_BatchNorm):
     @timeout.setter
     def timeout(self, timeout: float | None) -> None:
         self._timeout = _checked_timeout(timeout)
-        if self._group is not None:
-            self._group.engine.timeout = timeout
+        if self._process_group is not None:
+            self._process_group.engine.timeout = timeout
 
     def forward(self, input: Array, residual: Array | None = None) -> Array:
         """Return the output, as `BatchNorm2d.forward`; in training all ranks call it."""
@@ -237,7 +237,7 @@ class SyncBatchNorm(_BatchNorm):
                 f"this copy of a {type(self).__name__} has no communicator: set layer.comm to one, or to None for a "
                 "single process"
             )
-        group = self._group if self.training else None
+        group = self._process_group if self.training else None
         if group is None:
             yield None
         else:
@@ -252,14 +252,18 @@ class SyncBatchNorm(_BatchNorm):
         timeout = _checked_timeout(timeout)
         engine = None if comm is None else engine_for(comm, timeout)
         group = Group(engine) if engine is not None and engine.size > 1 else None
-        vars(self).update(_comm=comm, _group=group, _timeout=timeout, _left_out=False)
+        vars(self).update(_comm=comm, _process_group=group, _timeout=timeout, _left_out=False)
 
     def __getstate__(self) -> dict[str, Any]:
         """State for copies and pickles: all but the communicator, which belongs to this process."""
-        return vars(self) | {"_comm": None, "_group": None, "_left_out": self._left_out or self._comm is not None}
+        return vars(self) | {
+            "_comm": None,
+            "_process_group": None,
+            "_left_out": self._left_out or self._comm is not None,
+        }
 
 
-_OWN = ("_kind", "_comm", "_group", "_left_out", "_timeout")
+_OWN = ("_kind", "_comm", "_process_group", "_left_out", "_timeout")
 """Attributes that layers of one process do not have."""
 _KINDS: dict[int, type[_BatchNorm]] = {2: BatchNorm1d, 3: BatchNorm1d, 4: BatchNorm2d, 5: BatchNorm3d}
 """Layers of one process, by the rank of their inputs."""

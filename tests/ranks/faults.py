@@ -278,7 +278,7 @@ def test_a_rank_whose_device_fails_in_the_middle_of_an_exchange(world):
     # Sends the message that is missing, else MPI waits for it for ever when the process ends.
     if world.rank == 1 and world.host_sees:
         comm.Delete_attr(engines._lost_key())
-        layers[0]._group.engine.gather(*expected_message(world))
+        layers[0]._process_group.engine.gather(*expected_message(world))
     elif world.rank == 1:
         comm.abort()
     works(world, world.layer(3))
