@@ -441,6 +441,31 @@ def test_arrays_that_are_read_only(rng, training):
     assert vjp_fn(y).input.flags.writeable
 
 
+def repeated(xp, shape):
+    """An array of ones whose elements are all one and the same, and which nothing forbids to write to."""
+    if xp is np:
+        return np.lib.stride_tricks.as_strided(np.ones(1, np.float32), shape, (0,) * len(shape))
+    return xp.broadcast_to(xp.ones(1, np.float32), shape)
+
+
+@BOTH_MODES
+def test_arrays_with_one_memory_for_several_elements(xp, rng, training):
+    """They may be read; writing to them would leave one element's value in all of them."""
+    kwargs = call(xp, rng, training=training)
+    match = r"out to have memory for each element \(got strides .*\): use out\.copy\(\)"
+    fails(ValueError, F.batch_norm, match=match, out=repeated(xp, SHAPE), **kwargs)
+    for name in VECTORS:
+        given = kwargs | {name: repeated(xp, kwargs[name].shape)}
+        if training and name.startswith("running"):
+            for function in FUNCTIONS:
+                fails(ValueError, function, match=f"{name} to have memory for each element", **given)
+        else:
+            expected = F.batch_norm(**kwargs | {name: given[name].copy()})
+            assert bits(F.batch_norm(**given)) == bits(expected)
+    if training:  # a stride of 0 says nothing of a single element
+        F.batch_norm(xp.ones((4, 1), np.float32), repeated(xp, (1,)), repeated(xp, (1,)), training=True)
+
+
 @pytest.mark.parametrize("name", ["running_mean", "running_var", "num_batches_tracked"])
 def test_layer_with_an_array_that_is_read_only(rng, name):
     """If one of a layer's three buffers is read-only, none of them moves."""

@@ -53,7 +53,7 @@ class Epilogue(NamedTuple):
 class Moments(NamedTuple):
     """Count, mean and sum of squared deviations of each channel, in P parts that are still to be merged.
 
-    Parts are those of the blocks of a grid or of the ranks of a cluster; NumPy's steps make one.
+    Parts are those of the blocks of a grid or of the ranks of a group; NumPy's steps make one.
     """
 
     count: Doubles  # (P,)

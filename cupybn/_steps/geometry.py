@@ -1,6 +1,6 @@
 """The launches of kernels, from the shape of an array: how many blocks and threads there are, and what each takes.
 
-`cupy_ops` has arrays (N, C, L) and calls one of four functions, each of which returns a `Geometry`::
+Arrays are (N, C, L), and `plans` calls one of four functions, each of which returns a `Geometry`::
 
     L > 1: channels first. A channel is N rows of L neighbours in memory.
         channels_first_resident    on chip:  a team of threads or a cluster of blocks keeps a channel

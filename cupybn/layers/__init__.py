@@ -1,1 +1,1 @@
-"""The layers, and what they hold between calls."""
+"""The layers, and what they hold between calls. Users import them from `cupybn`."""
