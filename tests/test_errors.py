@@ -450,7 +450,7 @@ def repeated(xp, shape):
 
 @BOTH_MODES
 def test_arrays_with_one_memory_for_several_elements(xp, rng, training):
-    """They may be read; writing to them would leave one element's value in all of them."""
+    """Such arrays may be read; to write to one would leave the value of one element in all of them."""
     kwargs = call(xp, rng, training=training)
     match = r"out to have memory for each element \(got strides .*\): use out\.copy\(\)"
     fails(ValueError, F.batch_norm, match=match, out=repeated(xp, SHAPE), **kwargs)
