@@ -27,6 +27,13 @@ struct Accumulation<double> {
     typedef double type;
 };
 
+// The architecture that is compiled for, such as 900 for sm_90; 0 for other compilers than NVIDIA's.
+#ifdef __CUDA_ARCH__
+constexpr int ARCHITECTURE = __CUDA_ARCH__;
+#else
+constexpr int ARCHITECTURE = 0;
+#endif
+
 // Blocks that are on a multiprocessor (SM) at a time if each thread has so many registers: a multiprocessor has 65536
 // of them, and places for 16 blocks at least.
 constexpr int blocks_with(int registers) {

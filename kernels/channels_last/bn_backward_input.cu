@@ -7,7 +7,12 @@
 #include "../gradients.cuh"
 #include "parts.cuh"
 
-extern "C" __global__ void REGISTERS(INDEX_BITS == 64 || WIDTH == 8 ? 128 : 80) bn_backward_input(
+// Most registers of a thread. With 80, three blocks are on a multiprocessor, with more, two. For packs of 8 elements that
+// would take spills on some architectures.
+constexpr bool ENOUGH = INDEX_BITS == 32 && (WIDTH < 8 || (800 <= ARCHITECTURE && ARCHITECTURE < 1000));
+constexpr int MOST_REGISTERS = ENOUGH ? 80 : 128;
+
+extern "C" __global__ void REGISTERS(MOST_REGISTERS) bn_backward_input(
     const data_t* dy,                        // [M, C]
     const data_t* x,                         // [M, C]
     Statistics statistics,
