@@ -132,7 +132,8 @@ def check_writeable(name: str, array: Any) -> None:
     """Check for an array that may be written to, each element for itself."""
     if kind(array) == "numpy" and not array.flags.writeable:
         raise ValueError(f"expected {name} to be writeable (got a read-only array): use a writeable one")
-    if any(stride == 0 and n > 1 for n, stride in zip(array.shape, array.strides, strict=True)):  # as of broadcast_to
+    repeated = any(stride == 0 and n > 1 for n, stride in zip(array.shape, array.strides, strict=True))
+    if repeated and array.size > 0:  # as of broadcast_to; CuPy's empty arrays have such strides, too
         given = f"strides {array.strides} for shape {array.shape}"
         raise ValueError(f"expected {name} to have memory for each element (got {given}): use {name}.copy()")
 
