@@ -130,7 +130,10 @@ def test_bn_forward(shape, dtype, offset, role, masked):
 
 @pytest.mark.parametrize(
     ("role", "masked"),
-    [*((name, False) for name in ("dy", "x", "dx", "dresidual")), *((name, True) for name in ("dy", "mask", "residual"))],
+    [
+        *((name, False) for name in ("dy", "x", "dx", "dresidual")),
+        *((name, True) for name in ("dy", "mask", "residual")),
+    ],
 )
 @on_cases
 @pytest.mark.usefixtures("either")

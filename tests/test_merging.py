@@ -48,6 +48,14 @@ def test_merge_moments_of_rows_that_are_further_apart(rng, parts, header):
     np.testing.assert_array_equal(ours, cupy_ops.merge_moments(to_device(moments)).get())
 
 
+def test_memory_of_rows_that_are_further_apart():
+    """The kernel reads from the first element to the last one, and no further."""
+    rows = cp.zeros((3, 7))
+    for columns, size in ((rows[:, 0], 15), (rows[:, 1:4], 17), (rows, 21)):
+        memory = cupy_ops._span(columns)
+        assert (memory.data.ptr, memory.size, memory.flags.c_contiguous) == (columns.data.ptr, size, True)
+
+
 @pytest.mark.parametrize("parts", [0, 2])
 def test_merge_moments_of_nothing(parts):
     nothing = Moments(cp.zeros(parts), cp.zeros((parts, C)), cp.zeros((parts, C)))
