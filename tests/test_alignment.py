@@ -130,16 +130,19 @@ def test_bn_forward(shape, dtype, offset, role, masked):
 
 @pytest.mark.parametrize(
     ("role", "masked"),
-    [("dy", False), ("x", False), ("dx", False), ("dresidual", False), ("dy", True), ("mask", True)],
+    [
+        *((name, False) for name in ("dy", "x", "dx", "dresidual")),
+        *((name, True) for name in ("dy", "mask", "residual")),
+    ],
 )
 @on_cases
 @pytest.mark.usefixtures("either")
 def test_bn_backward(shape, dtype, offset, role, masked):
-    """Sums add in another order, of packs of another width."""
+    """Sums add in another order, of packs of another width: with a mask, those of the way forward that made it."""
 
     def backward(*roles):
         arrays = Shifted(shape, dtype, offset, *roles)
-        before = Shifted(shape, dtype, offset, *({"mask"} & {*roles}))
+        before = Shifted(shape, dtype, offset, *({"mask", "residual"} & {*roles}))
         mask = normalize(before, masked=True)[1] if masked else None
         gradients = Gradients(*arrays.get("dx", "dresidual"), *cp.empty((2, shape[1])))
         cupy_ops.bn_backward(*arrays.back(mask), shape[1] / arrays.x.size, gradients)

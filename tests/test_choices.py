@@ -8,6 +8,7 @@ import pytest
 import cupybn
 import cupybn.functional as F
 from cupybn._steps import cupy_ops, plans
+from cupybn._steps.geometry import channels_last
 from tests.reference import bits
 
 cp = pytest.importorskip("cupy")
@@ -93,6 +94,18 @@ def test_a_mask_decides_on_packs():
     assert narrow.dtype == np.bool_
     assert plans.width_of(x, dy, mask=narrow) == 1
     assert cupy_ops._beside(narrow, x, dy) is dy
+
+
+@pytest.mark.usefixtures("fresh_plans")
+@pytest.mark.parametrize(
+    ("step", "arrays"), [("bn_stats", 1), ("bn_normalize", 1), ("bn_backward_reduce", 2), ("bn_backward_input", 2)]
+)
+def test_sums_of_the_way_back_read_two_arrays(step, arrays):
+    """The choice of launches knows it, also that of the launch that merges their parts."""
+    x = cp.empty((40960, 128, 1), np.float32)
+    multiprocessors = None if step in plans.SUMS else plans.properties_of(0).multiprocessors
+    expected, other = (channels_last(40960, 128, 4, 4, n, multiprocessors) for n in (arrays, 3 - arrays))
+    assert plans.choose(step, x).geometry == expected != other
 
 
 @pytest.mark.usefixtures("either")

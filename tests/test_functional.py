@@ -434,8 +434,11 @@ def test_16_bit_data_is_summed_in_more_bits(xp):
 @pytest.mark.parametrize("vectors", [np.float32, np.float64], ids=lambda dtype: dtype.__name__)
 @pytest.mark.parametrize("activation", [None, "relu"])
 @pytest.mark.parametrize("training", [True, False])
-def test_vjp_fn_is_pure(xp, rng, training, activation, vectors):
+@pytest.mark.parametrize("with_residual", [True, False], ids=["residual", ""])
+def test_vjp_fn_is_pure(xp, rng, with_residual, training, activation, vectors):
     kwargs = arguments(xp, rng, (4, 3, 5), vectors=vectors) | {"training": training, "activation": activation}
+    if not with_residual:
+        del kwargs["residual"]
     dy, other = (xp.asarray(rng.normal(size=(4, 3, 5)).astype(np.float32)) for _ in range(2))
     expected = expect(kwargs, dy)
     y, vjp_fn = F.batch_norm_vjp(**kwargs)

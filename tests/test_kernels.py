@@ -383,6 +383,8 @@ def test_64_bit_indices(shape, dtype, offset, monkeypatch):
         ((1000, 2 * 10**5, 8), 32),
         ((2080, 10**6, 1), 32),
         ((2140, 10**6, 1), 64),
+        ((1, 10**5, 8000), 64),
+        ((1, 10**5, 6000), 32),
     ],
     ids=str,
 )
@@ -576,6 +578,25 @@ def test_launches_and_traffic_on_chip(rng, C, side, dtype, axis, monkeypatch):
     for step in ON_CHIP:
         if whole[step]:
             assert clusters[step].geometry.cluster == whole[step].geometry.cluster
+
+
+@only_emulated
+@pytest.mark.usefixtures("fresh_plans")
+@pytest.mark.parametrize("dtype", DTYPES[::2], ids=lambda dtype: dtype.name)
+def test_traffic_of_channels_last_on_chip(rng, dtype):
+    """A few hundred rows fit both ways: 3 passes back as well, and the mask is read once."""
+    C = 64 // dtype.itemsize  # a tile
+    x, residual, dy = cp.asarray(rng.standard_normal((3, 200, C)).astype(dtype))
+    vectors = [cp.ones(C, np.float32) for _ in range(2)]
+    rel = C * (2 * 8 + 4 * 4) / x.nbytes
+    for has_residual, activation, forward, backward in TRAFFIC:
+        options = {"residual": residual if has_residual else None, "activation": activation}
+        mask = has_residual / 16
+        _, vjp_fn = check_traffic(
+            ON_CHIP[:1], forward + mask, rel, x.nbytes,
+            lambda options=options: F.batch_norm_vjp(x, None, None, *vectors, True, **options),
+        )  # fmt: skip
+        check_traffic(ON_CHIP[1:], backward + mask, rel / 3, x.nbytes, lambda f=vjp_fn: f(dy))
 
 
 @only_emulated

@@ -67,7 +67,7 @@ struct State {
     const long long* batches;  // [] or null
     Activation activation;
     double momentum;           // or null: there is none
-    Vector rest;               // [C]
+    Vector rest;               // [C]; never null
 };
 
 struct Sizes {
@@ -151,6 +151,14 @@ def test_vectors_of_any_float_dtype_and_stride(example, arguments):
 def test_python_scalars_become_what_is_declared(example, arguments):
     launch(example, arguments | {"b": 2, "size": np.int32(100)})
     launch(example, arguments | {"b": np.float32(0.5)})
+
+
+def test_a_bool_is_as_wide_as_other_integers(example, arguments):
+    """CuPy passes a bool as one byte, where the kernel reads eight."""
+    example.launch((2,), 64, arguments | {"size": True})
+    written = arguments["y"].get()
+    assert written[0] == expected(arguments)[0]
+    assert not written[1:].any()
 
 
 @pytest.mark.parametrize(

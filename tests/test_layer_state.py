@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cupybn import BatchNorm1d
+from cupybn import BatchNorm1d, no_stats_update
 from cupybn._steps import cupy_ops, numpy_ops
 from tests.reference import bits
 
@@ -148,3 +148,15 @@ def test_a_momentum_of_nan_is_no_cumulative_mean(device, xp, rng, rows):
     assert xp.isnan(layer.running_mean).all()
     assert xp.isnan(layer.running_var).all()
     assert int(layer.num_batches_tracked) == 1
+
+
+@pytest.mark.parametrize("counter", [7, np.int32(7), "seven"], ids=repr)
+@pytest.mark.parametrize("training", [True, False])
+def test_calls_that_do_not_count_do_not_look_at_the_counter(device, xp, rng, training, counter):
+    layer, x = moved(device, xp, rng).train(training), xp.asarray(rng.standard_normal((5, 3, 4)))
+    with no_stats_update():
+        expected = bits(layer(x))
+        layer.num_batches_tracked = counter
+        y, vjp_fn = layer.vjp(x)
+        assert bits(y) == bits(layer(x)) == expected
+    assert vjp_fn(x).input.shape == x.shape

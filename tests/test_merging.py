@@ -48,6 +48,14 @@ def test_merge_moments_of_rows_that_are_further_apart(rng, parts, header):
     np.testing.assert_array_equal(ours, cupy_ops.merge_moments(to_device(moments)).get())
 
 
+def test_memory_of_rows_that_are_further_apart():
+    """The kernel reads from the first element to the last one, and no further."""
+    rows = cp.zeros((3, 7))
+    for columns, size in ((rows[:, 0], 15), (rows[:, 1:4], 17), (rows, 21)):
+        memory = cupy_ops._span(columns)
+        assert (memory.data.ptr, memory.size, memory.flags.c_contiguous) == (columns.data.ptr, size, True)
+
+
 @pytest.mark.parametrize("parts", [0, 2])
 def test_merge_moments_of_nothing(parts):
     nothing = Moments(cp.zeros(parts), cp.zeros((parts, C)), cp.zeros((parts, C)))
@@ -121,13 +129,16 @@ def test_bn_normalize_merges_the_parts_of_blocks(rng, shape, parts):
 @pytest.mark.parametrize("C", [1, 5, 777])
 @pytest.mark.parametrize("before", [3, 0, -1, -5])
 def test_bn_update_running(rng, C, momentum, count, before):
-    """The kernel has its mirror's bits, also if counter and batches are one array. A counter below 0 stands for 0."""
+    """The kernel has its mirror's bits, also if counter and batches are one array. A counter below 0 stands for 0.
+
+    Where there is a momentum, no counter changes it.
+    """
     mean, m2 = rng.standard_normal((1, C)), rng.uniform(1, 2, (1, C))
     results = []
     for ops, xp in (numpy_ops, np), (cupy_ops, cp):
         counter = xp.array(before)
         running = Running(xp.full(C, 0.5, np.float32), xp.full(2 * C, 2.0)[::2], momentum, counter)
-        batch = Moments(*map(xp.asarray, (np.array([float(count)]), mean, m2)), None if momentum else counter)
+        batch = Moments(*map(xp.asarray, (np.array([float(count)]), mean, m2)), counter)
         ops.bn_update_running(batch, running)
         results.append(to_host(running))
     theirs, ours = results
@@ -135,5 +146,6 @@ def test_bn_update_running(rng, C, momentum, count, before):
         np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))
     assert theirs.batches == before + (count > 1)
     assert (theirs.mean == 0.5).all() == (not count > 1)
-    if momentum is None and count > 1 and before <= 0:
-        np.testing.assert_array_equal(theirs.mean, mean[0].astype(np.float32))
+    if count > 1 and (momentum or before <= 0):
+        moved = (1 - (momentum or 1)) * 0.5 + (momentum or 1) * mean[0]
+        np.testing.assert_array_equal(theirs.mean, moved.astype(np.float32))

@@ -452,6 +452,36 @@ def test_no_momentum(xp, rng):
         assert re.search(r"momentum to be a float \(got None\): layers count their batches.* 1 / n ", message)
 
 
+IN_ORDER = [
+    ("momentum", lambda _: None, "momentum to be a float"),
+    ("input", lambda _: [[1.0]], "input to be a NumPy"),
+    ("channel_axis", lambda _: 9, "channel_axis in"),
+    ("activation", lambda _: "gelu", "unknown activation 'gelu'"),
+    ("training", lambda _: 1, "training to be a bool"),
+    ("running_mean", lambda _: None, "must either both be None or neither"),
+    ("running_var", lambda right: right[:2], "running_var should contain 3 elements"),
+    ("weight", lambda right: right[:2], "weight should contain 3 elements"),
+    ("bias", lambda right: right[:2], "bias should contain 3 elements"),
+    ("eps", lambda _: 0.0, "eps must be positive"),
+    ("input", lambda right: right[:1, :, :1], "more than 1 value per channel"),
+    ("residual", lambda right: right[:2], "residual of the input's shape"),
+    ("out", lambda right: right[:2], "out of the input's shape"),
+]
+"""Arguments that are wrong, each with what makes it so and words of its message: the first one is told first."""
+
+
+def test_of_several_wrong_arguments_the_first_is_told(xp, rng):
+    right = arguments(xp, rng, SHAPE) | {"training": True, "momentum": 0.1, "eps": 1e-5, "activation": None}
+    right["out"] = xp.empty_like(right["input"])
+    for number, (_, _, words) in enumerate(IN_ORDER):
+        kwargs = dict(right)
+        for name, spoil, _ in reversed(IN_ORDER[number:]):
+            kwargs[name] = spoil(right[name])
+        with pytest.raises((TypeError, ValueError), match=words):
+            F.batch_norm(**kwargs)
+    assert F.batch_norm(**right) is right["out"]
+
+
 NO_FLAGS = {
     "text": "no",
     "0": 0,

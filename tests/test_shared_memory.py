@@ -138,18 +138,39 @@ def test_what_other_calls_move_does_not_change_the_way_back(xp, rng, name, train
     assert bits(*vjp_fn(x)[:3]) == before
 
 
+@pytest.mark.parametrize("buffer", ["running_mean", "running_var"])
 @pytest.mark.parametrize("role", ["weight", "bias"])
-def test_buffers_that_a_layer_does_not_use_at_first(xp, device, rng, role):
+def test_buffers_that_a_layer_does_not_use_at_first(xp, device, rng, role, buffer):
     """Buffers that are frozen at first may move later: the way back of an earlier call does not change."""
     x = xp.asarray(rng.standard_normal((30, C)).astype(np.float32))
     layer = cupybn.BatchNorm1d(C, device=device, activation="relu")
-    setattr(layer, role, layer.running_var)
+    getattr(layer, buffer)[...] = 0.5
+    setattr(layer, role, getattr(layer, buffer))
     layer.track_running_stats = False
     _, vjp_fn = layer.vjp(x)
     before = bits(*vjp_fn(x)[:3])
     layer.track_running_stats = True
     layer(9 * x)
     assert bits(*vjp_fn(x)[:3]) == before
+
+
+def test_one_array_for_both_running_statistics(xp, rng):
+    """The variance is written last, and after it the output, if the array is part of it."""
+    for with_out in False, True:
+        given = arguments(xp, rng, (4, C, 6))
+        both = given["out"][1, :, 2] if with_out else given["running_mean"]
+        given |= {"running_mean": both, "running_var": both}
+        alone = separate(given)
+        assert call(given, given["residual"], True, with_out) == call(alone, given["residual"], True, with_out)
+        assert with_out or bits(both) == bits(alone["running_var"])
+
+
+def test_nothing_is_written_to_buffers_in_eval_mode(rng):
+    """One array for both running statistics may be read-only there."""
+    given = arguments(np, rng, (30, C))
+    given["running_mean"] = given["running_var"]
+    given["running_var"].flags.writeable = False
+    check(given, given["residual"], False, False, ("running_mean", "running_var"))
 
 
 def test_columns_of_one_array_are_no_overlap(xp, rng):

@@ -44,7 +44,8 @@ def imported(text, modules):
             names = [f"{node.module}.{alias.name}" for alias in node.names]
             names = [name if name in modules else node.module for name in names]
         elif isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) in LOADERS:
-            names = [argument.value for argument in node.args if isinstance(argument, ast.Constant)]
+            given = [*node.args, *(keyword.value for keyword in node.keywords)]
+            names = [argument.value for argument in given if isinstance(argument, ast.Constant)]
         else:
             continue
         found |= {name for name in names if isinstance(name, str) and re.match(r"cupybn\b", name)}
@@ -139,7 +140,8 @@ if TYPE_CHECKING:
 def late():
     from cupybn._arrays.kinds import kind
     importlib.import_module("cupybn._ranks.group")
+    __import__(name="cupybn._ranks.watch")
 '''
-    assert imported(text, modules) == modules | {"cupybn", "cupybn._ranks.group"}
+    assert imported(text, modules) == modules | {"cupybn", "cupybn._ranks.group", "cupybn._ranks.watch"}
     with pytest.raises(AssertionError, match="line 1: a relative import"):
         imported("from . import functional", modules)
