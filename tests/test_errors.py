@@ -463,9 +463,7 @@ def test_arrays_with_one_memory_for_several_elements(xp, rng, training):
             expected = F.batch_norm(**kwargs | {name: given[name].copy()})
             assert bits(F.batch_norm(**given)) == bits(expected)
     empty = (2, 3, 0, 4)
-    F.batch_norm(
-        **kwargs | {"input": xp.ones(empty, np.float32), "residual": None}, out=repeated(xp, empty)
-    )  # as CuPy's
+    F.batch_norm(**kwargs | {"input": xp.ones(empty, np.float32), "residual": None}, out=repeated(xp, empty))
     if training:  # a stride of 0 says nothing of a single element
         F.batch_norm(xp.ones((4, 1), np.float32), repeated(xp, (1,)), repeated(xp, (1,)), training=True)
 

@@ -133,7 +133,7 @@ def check_writeable(name: str, array: Any) -> None:
     if kind(array) == "numpy" and not array.flags.writeable:
         raise ValueError(f"expected {name} to be writeable (got a read-only array): use a writeable one")
     repeated = any(stride == 0 and n > 1 for n, stride in zip(array.shape, array.strides, strict=True))
-    if repeated and array.size > 0:  # as of broadcast_to; CuPy's empty arrays have such strides, too
+    if repeated and array.size > 0:  # as of broadcast_to; empty arrays have such strides, too
         given = f"strides {array.strides} for shape {array.shape}"
         raise ValueError(f"expected {name} to have memory for each element (got {given}): use {name}.copy()")
 
