@@ -349,7 +349,7 @@ def test_an_engine_of_ones_own(xp, device, rng):
 
 
 def test_the_residual_has_its_gradient(xp, device, rng):
-    """Where ReLU has masked it, that is an array of its own, which each rank fills."""
+    """ReLU makes it an array of its own, which each rank fills."""
     x, residual, dy = xp.asarray(rng.standard_normal((3, 4, 3, 5)).astype(np.float32))
     gradients = []
     for layer in (
