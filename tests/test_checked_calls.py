@@ -250,6 +250,14 @@ def test_errors_are_not_kept(pairs):
         assert isinstance(pair.expected, Checked) or not _call._cache
 
 
+def test_calls_without_a_key_are_not_kept(xp):
+    """A counter of any class is right where nothing is counted; what is odd in other calls may be wrong."""
+    good = replaced(bases(xp)["eval"].call, batches=7)
+    assert good._key(None) is None
+    assert isinstance(Made(good).outcome(), Checked)
+    assert not _call._cache
+
+
 def test_so_many_calls_and_no_more(xp, monkeypatch):
     monkeypatch.setattr(_call, "MOST_CACHED", 4)
     sizes = []

@@ -149,3 +149,17 @@ def test_bn_update_running(rng, C, momentum, count, before):
     if count > 1 and (momentum or before <= 0):
         moved = (1 - (momentum or 1)) * 0.5 + (momentum or 1) * mean[0]
         np.testing.assert_array_equal(theirs.mean, moved.astype(np.float32))
+
+
+def test_bn_update_running_with_a_momentum_of_nan_and_without_arrays(rng):
+    """NaN that a user gives as the momentum is a number like others; a counter may be all that moves."""
+    mean, m2 = rng.standard_normal((1, C)), rng.uniform(1, 2, (1, C))
+    for ops, xp in (numpy_ops, np), (cupy_ops, cp):
+        batch = Moments(*map(xp.asarray, (np.array([9.0]), mean, m2)))
+        running = Running(xp.zeros(C), xp.ones(C), float("nan"))
+        ops.bn_update_running(batch, running)
+        assert np.isnan(to_host(running).mean).all()
+        assert np.isnan(to_host(running).var).all()
+        counter = xp.array(4)
+        ops.bn_update_running(batch, Running(momentum=0.5, batches=counter))
+        assert counter == 5

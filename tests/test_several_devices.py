@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -168,6 +170,15 @@ def test_kernels_look_at_each_launch(bundle, field):
         with cp.cuda.Device(1), pytest.raises(ValueError, match=r"on device 1 \(got 0\)"):
             update.launch((1,), 256, arguments)
     assert launches == []
+
+
+@pytest.mark.usefixtures("devices")
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+def test_copies_of_layers_stay_on_their_device(duplicate):
+    """CuPy unpickles arrays on the device that is current."""
+    layer = duplicate(cupybn.BatchNorm1d(3, device="cuda:1"))
+    assert layer.device == "cuda:1"
+    assert {array.device.id for array in layer.state_dict().values()} == {1}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

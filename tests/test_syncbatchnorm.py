@@ -348,6 +348,18 @@ def test_an_engine_of_ones_own(xp, device, rng):
     np.testing.assert_allclose(to_numpy(layer.running_var), to_numpy(plain.running_var), rtol=1e-6)
 
 
+def test_the_residual_has_its_gradient(xp, device, rng):
+    """ReLU makes it an array of its own, which each rank fills."""
+    x, residual, dy = xp.asarray(rng.standard_normal((3, 4, 3, 5)).astype(np.float32))
+    gradients = []
+    for layer in (
+        SyncBatchNorm(3, device=device, comm=Alone(), activation="relu"),
+        BatchNorm1d(3, device=device, activation="relu"),
+    ):
+        gradients.append(layer.vjp(x, residual)[1](dy).residual)
+    assert bits(gradients[0]) == bits(gradients[1])
+
+
 def test_eval_mode_sends_nothing(xp, device):
     engine = Alone()
     for layer in (
