@@ -26,7 +26,7 @@ struct Running {
 
 // Last part of the output: a value becomes activation(value + residual).
 struct Epilogue {
-    const data_t* residual;      // [N, C, L] or null; for the way forward
+    const data_t* residual;      // [N, C, L] or null; added in the way forward
     Activation activation;
     mask_t* mask;                // [N, C, L / WIDTH] or null; gets where ReLU passes, for the way back
 };

@@ -27,7 +27,7 @@ extern "C" __global__ void CLUSTER REGISTERS(96) bn_forward(
     const OnChip source = {own, stage<CHUNK<acc_t>>({own}, {x}, packs)};
     struct OfTeam {
         ChannelAffine given;     // read while copies are on their way; kept where it takes no registers
-        ChannelRunning running;  // likewise
+        ChannelRunning running;  // read and kept in the same way
         ChannelMoments batch;
         Channel channel;
     };
