@@ -253,7 +253,8 @@ def test_errors_are_not_kept(pairs):
 def test_calls_without_a_key_are_not_kept(xp):
     """A counter of any class is right where nothing is counted; what is odd in other calls may be wrong."""
     good = replaced(bases(xp)["eval"].call, batches=7)
-    assert good._key(None) is None
+    with pytest.raises(AttributeError):
+        good._key(None)
     assert isinstance(Made(good).outcome(), Checked)
     assert not _call._cache
 

@@ -7,12 +7,10 @@
 #include "../gradients.cuh"
 #include "parts.cuh"
 
-// Most registers of a thread. With 80, three blocks are on a multiprocessor, with more, two. For packs of 8 elements that
-// would take spills on some architectures.
-constexpr bool ENOUGH = INDEX_BITS == 32 && (WIDTH < 8 || (800 <= ARCHITECTURE && ARCHITECTURE < 1000));
-constexpr int MOST_REGISTERS = ENOUGH ? 80 : 128;
+// Whether 80 registers for a thread, with which three blocks are on a multiprocessor, are too few for 32-bit indices.
+constexpr bool SPILLS = WIDTH == 8 && (ARCHITECTURE < 800 || ARCHITECTURE >= 1000);
 
-extern "C" __global__ void REGISTERS(MOST_REGISTERS) bn_backward_input(
+extern "C" __global__ void REGISTERS(INDEX_BITS == 64 || SPILLS ? 128 : 80) bn_backward_input(
     const data_t* dy,                        // [M, C]
     const data_t* x,                         // [M, C]
     Statistics statistics,
