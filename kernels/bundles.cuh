@@ -41,8 +41,7 @@ struct Moments {
 
 // Mean and biased variance of each channel: copies, so that what used them stays right.
 struct Statistics {
-    double* mean;                // [C]
-    double* var;                 // [C]
+    double* pairs;               // [C, 2]; mean and variance of a channel side by side
 };
 
 // Sums over the whole batch for the gradients, in P parts that are still to be added.

@@ -47,7 +47,8 @@ DEVICE Channel make_channel(double mean, double var, const Affine& affine, const
 
 // Channel c on the way back, whose statistics are known.
 DEVICE Channel channel_of(const Statistics& statistics, const Affine& affine, long long c) {
-    return make_channel(statistics.mean[c], statistics.var[c], affine, read_affine(affine, c));
+    const double* pair = statistics.pairs + 2 * c;
+    return make_channel(pair[0], pair[1], affine, read_affine(affine, c));
 }
 
 // Sets slope and offset from sums = {sum(dy), sum(dy * xhat)} over the whole batch:

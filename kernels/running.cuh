@@ -6,8 +6,9 @@
 
 // Writes mean and variance of channel c where they are wanted.
 DEVICE void set_statistics(const Statistics& statistics, const ChannelMoments& batch, long long c) {
-    if (statistics.mean) statistics.mean[c] = batch.mean;
-    if (statistics.var) statistics.var[c] = batch.var();
+    if (!statistics.pairs) return;
+    statistics.pairs[2 * c] = batch.mean;
+    statistics.pairs[2 * c + 1] = batch.var();
 }
 
 // The running statistics of one channel; kernels on chip read them early, as memory takes its time.

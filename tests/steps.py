@@ -54,7 +54,7 @@ class Arrays:
     @property
     def statistics(self):
         """The running statistics, as those that x was normalised with."""
-        return Statistics(self.running.mean.astype(np.float64), self.running.var)
+        return Statistics.of(self.running.mean.astype(np.float64), self.running.var)
 
     def on_device(self, *names):
         """Copies of the arguments of these names."""

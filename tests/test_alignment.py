@@ -151,7 +151,7 @@ def test_bn_backward(shape, dtype, offset, role, masked):
     (_, expected), (arrays, ours) = backward(), backward(role)
     assert bits(ours.dresidual) == bits(expected.dresidual)
     arrays.close(ours.dx, to_numpy(expected.dx), np.abs(arrays.affine.weight[:, None]) * 8, 32)
-    mean, var = arrays.statistics
+    mean, var = arrays.statistics.mean, arrays.statistics.var
     terms = np.abs(arrays.dy.astype(np.float64)).sum((0, 2))
     xhat = np.abs(arrays.x.astype(np.float64) - mean[:, None]).max((0, 2)) / np.sqrt(var + EPS)
     for name, size in ("dbias", terms), ("dweight", terms * xhat):

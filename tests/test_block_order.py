@@ -45,7 +45,7 @@ def rising(shape):
 
 
 def statistics(C):
-    return Statistics(cp.zeros(C), cp.ones(C))
+    return Statistics.of(cp.zeros(C), cp.ones(C))
 
 
 @each_layout
@@ -77,7 +77,7 @@ def test_elementwise_steps_go_backwards(step, shape):
     def run():
         out = sparse(shape, x.dtype, [(0, x.size)])
         if step == "bn_normalize":
-            cupy_ops.bn_normalize(x, None, AFFINE, Running(*statistics(shape[1])), Epilogue(), out)
+            cupy_ops.bn_normalize(x, None, AFFINE, Running(*statistics(shape[1]).pairs.T), Epilogue(), out)
         else:
             gradients = Gradients(out)
             cupy_ops.bn_backward_input(x, x, statistics(shape[1]), AFFINE, Epilogue(), None, 0.0, gradients)

@@ -492,7 +492,7 @@ def test_a_mask_of_packs_has_bytes_and_one_of_elements_is_bool(width, dtype, oth
     arguments = {
         "dy": x,
         "x": x,
-        "statistics": real_bundles.Statistics(cp.zeros(1), cp.zeros(1)),
+        "statistics": real_bundles.Statistics.of(cp.zeros(1), cp.zeros(1)),
         "affine": real_bundles.Affine(None, None, 1),
         "sums": real_bundles.Sums(cp.zeros((1, 1)), cp.zeros((1, 1))),
         "sizes": geometry.ChannelsFirst(1, 1, 8, 8 // width),

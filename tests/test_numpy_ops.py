@@ -49,7 +49,7 @@ def affine(shape, rng):
 
 
 def statistics_of(x):
-    return Statistics(*ops.mean_and_var(ops.bn_stats(x), np.float64))
+    return Statistics.of(*ops.mean_and_var(ops.bn_stats(x), np.float64))
 
 
 def normalize(x, affine, epilogue, out):
@@ -89,7 +89,7 @@ def test_bn_stats_where_a_few_values_mislead(x, center, monkeypatch):
     """A channel whose center is far from the mean is done again, about its mean: its first value may be far, too."""
     monkeypatch.setattr(ops, "_sample_mean", lambda x: np.array([center] + [0.0] * (x.shape[1] - 1)))
     x[0, 0, 0] += 1e5
-    (mean, var), expected = statistics_of(x), reference.batch_norm(x)
+    (mean, var), expected = statistics_of(x).pairs.T, reference.batch_norm(x)
     np.testing.assert_allclose(mean, expected.mean, rtol=1e-7)
     np.testing.assert_allclose(var, expected.var, rtol=1e-6)
     np.testing.assert_allclose(var[0], expected.var[0], rtol=1e-13)
@@ -188,10 +188,10 @@ def test_bn_normalize_in_place(x, residual, affine, target):
 def test_bn_backward_reduce_and_bn_backward_input(x, dy, residual, affine, activation, running):
     C = x.shape[1]
     running = None if running is None else tuple(np.full(C, v) for v in running)
-    statistics = statistics_of(x) if running is None else Statistics(*running)
+    statistics = statistics_of(x) if running is None else Statistics.of(*running)
     expected = textbook(x, affine, running=running, residual=residual, relu=activation == "relu", dy=dy)
     epilogue = Epilogue(residual, activation, ops.empty_mask(x, residual, x))
-    ops.bn_normalize(x, None, affine, Running(*statistics), epilogue, np.empty_like(x))
+    ops.bn_normalize(x, None, affine, Running(statistics.mean, statistics.var), epilogue, np.empty_like(x))
     epilogue = epilogue._replace(residual=None)
     sums = ops.bn_backward_reduce(dy, x, statistics, affine, epilogue)
     terms = np.abs(dy).sum((0, 2), dtype=np.float64)
@@ -213,7 +213,7 @@ def test_bn_backward_input_in_eval_does_not_look_at_x(x, dy, affine):
     C = x.shape[1]
     x[0, 0, 0] = np.inf
     dx = np.empty_like(x)
-    statistics = Statistics(np.zeros(C), np.full(C, 4.0))
+    statistics = Statistics.of(np.zeros(C), np.full(C, 4.0))
     ops.bn_backward_input(dy, x, statistics, Affine(affine.weight, None, 0.0), Epilogue(), None, 0.0, Gradients(dx))
     np.testing.assert_allclose(dx, dy * (affine.weight / 2)[:, None], rtol=1e-6)
 

@@ -96,7 +96,7 @@ class Arrays:
         mask = cupy_ops.empty_mask(x, dy, out) if self._has_residual else None
         if mask is not None:
             mask.fill(np.iinfo(np.uint8).max if mask.dtype == np.uint8 else True)
-        statistics = Statistics(self._repeat(self._mean), self._repeat(self._var))
+        statistics = Statistics.of(self._repeat(self._mean), self._repeat(self._var))
         epilogue = Epilogue(None, self._activation, mask)
         if step == "bn_backward_reduce":
             return cupy_ops.bn_backward_reduce(dy, x, statistics, affine, epilogue)._asdict()

@@ -37,9 +37,11 @@ class Case:
         C = shape[1]
         self.weight = (rng.uniform(0.5, 1.5, C) * rng.choice([-1, 1], C)).astype(np.float32)
         self.bias, mean = rng.standard_normal((2, C)).astype(np.float32)
-        self.statistics = Statistics(mean.astype(np.float64), rng.uniform(0.5, 2, C))
+        self.statistics = Statistics.of(mean.astype(np.float64), rng.uniform(0.5, 2, C))
         self.affine = Affine(self.weight, self.bias, EPS)
-        self.running = Running(*self.statistics, MOMENTUM, np.array(2) if self.training else None)
+        self.running = Running(
+            self.statistics.mean, self.statistics.var, MOMENTUM, np.array(2) if self.training else None
+        )
         self.x = (rng.standard_normal(shape) * 2 + 3).astype(dtype)
         self.dy = rng.standard_normal(shape).astype(dtype)
         self.epilogue = Epilogue(rng.standard_normal(shape).astype(dtype) if self.has_residual else None, activation)
@@ -76,7 +78,7 @@ class Case:
 
     def batch_statistics(self) -> Statistics:
         """Mean and variance of x, in float64."""
-        return Statistics(*formula.mean_and_var(formula.bn_stats(self.x), np.float64))
+        return Statistics.of(*formula.mean_and_var(formula.bn_stats(self.x), np.float64))
 
     def terms(self, statistics: Statistics) -> Array:
         """The size of the terms that each output is a sum of."""

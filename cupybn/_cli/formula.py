@@ -72,9 +72,9 @@ def bn_normalize(
     if moments is None:
         assert running.mean is not None
         assert running.var is not None
-        statistics = Statistics(running.mean.astype(np.float64), running.var.astype(np.float64))
+        statistics = Statistics.of(running.mean.astype(np.float64), running.var.astype(np.float64))
     else:
-        statistics = Statistics(*mean_and_var(moments, np.float64))
+        statistics = Statistics.of(*mean_and_var(moments, np.float64))
         bn_update_running(moments, running)
     y = _preactivation(x, statistics, affine)
     if epilogue.residual is not None:

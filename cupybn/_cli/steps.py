@@ -50,7 +50,7 @@ def merge_moments(case: Case, side: Side) -> Results:
 def bn_update_running(case: Case, side: Side) -> Results:
     """Running statistics and counter, from moments in one part."""
     moments = side.put_all(Moments(*(field[:1] for field in case.moments[:3])))
-    running = side.put_all(Running(*case.statistics, MOMENTUM, np.array(2)))
+    running = side.put_all(Running(case.statistics.mean, case.statistics.var, MOMENTUM, np.array(2)))
     side.ops.bn_update_running(moments, running)
     mean, var = side.host(running.mean), side.host(running.var)
     return {
@@ -67,7 +67,7 @@ def bn_normalize(case: Case, side: Side) -> Results:
     statistics = side.ops.bn_normalize(
         forward.x, moments, forward.affine, forward.running, forward.epilogue, forward.out
     )
-    used = Statistics(*formula.mean_and_var(case.moments, np.float64)) if case.training else case.statistics
+    used = Statistics.of(*formula.mean_and_var(case.moments, np.float64)) if case.training else case.statistics
     return forward.results(statistics, used, exact=not case.training)
 
 
@@ -127,7 +127,7 @@ class _Forward:
     def results(self, statistics: Statistics, used: Statistics, exact: bool) -> Results:
         """All results of the step. The mask is opaque: the elements of dy that come through on the way back show it."""
         case, side = self.case, self.side
-        mean, var = side.host_all(statistics)
+        mean, var = side.host(statistics.pairs).T
         std = np.sqrt(used.var)
         running_mean, running_var = side.host(self.running.mean), side.host(self.running.var)
         results = {
@@ -153,7 +153,7 @@ def _backward(case: Case, side: Side) -> tuple[Tensor, Tensor, Statistics, Affin
     """The arguments that the steps of the way back begin with; the way forward has written the mask."""
     forward = _Forward(case, side)
     if case.masked:
-        running = side.put_all(Running(*case.statistics))
+        running = side.put_all(Running(case.statistics.mean, case.statistics.var))
         side.ops.bn_normalize(forward.x, None, forward.affine, running, forward.epilogue, forward.out)
     dy, statistics = side.put(case.dy, case.offset), side.put_all(case.statistics)
     return dy, forward.x, statistics, forward.affine, forward.epilogue._replace(residual=None)

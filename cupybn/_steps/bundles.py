@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from cupybn._arrays.devices import empty
+
 Tensor = Any
 """Contiguous (N, C, L) array of the dtype of the call; ``data_t*`` in kernels."""
 Vector = Any
@@ -71,8 +73,24 @@ class Moments(NamedTuple):
 class Statistics(NamedTuple):
     """Mean and biased variance of each channel: copies, so that what used them stays right."""
 
-    mean: Doubles  # (C,)
-    var: Doubles  # (C,)
+    pairs: Doubles  # (C, 2); mean and variance of a channel side by side
+
+    @classmethod
+    def of(cls, mean: Any, var: Any) -> Statistics:
+        """The statistics of these means and variances, (C,) float64 arrays."""
+        pairs = empty((*mean.shape, 2), mean)
+        pairs[:, 0], pairs[:, 1] = mean, var
+        return cls(pairs)
+
+    @property
+    def mean(self) -> Any:
+        """Mean of each channel."""
+        return self.pairs[:, 0]
+
+    @property
+    def var(self) -> Any:
+        """Biased variance of each channel."""
+        return self.pairs[:, 1]
 
 
 class Sums(NamedTuple):

@@ -217,8 +217,7 @@ def _beside(mask: Array | None, x: Array, dy: Array) -> Array:
 
 def _empty_statistics(x: Array) -> Statistics:
     """Statistics of the channels of x, for a kernel to fill."""
-    shape = x.shape[1:2]
-    return Statistics(_empty(shape), _empty(shape))
+    return Statistics(_empty((x.shape[1], 2)))
 
 
 def _empty(shape: tuple[int, ...], dtype: npt.DTypeLike = np.float64) -> Array:

@@ -215,10 +215,10 @@ def bn_normalize(
     if moments is None:
         assert running.mean is not None
         assert running.var is not None
-        statistics = Statistics(running.mean.astype(np.float64), running.var.astype(np.float64))
+        statistics = Statistics.of(running.mean.astype(np.float64), running.var.astype(np.float64))
     else:
         batch = Moments.of_rows(merge_moments(moments), moments.batches)
-        statistics = Statistics(batch.mean[0], batch.m2[0] / batch.count)
+        statistics = Statistics.of(batch.mean[0], batch.m2[0] / batch.count)
     channels = _Channels.of(x.dtype, statistics, affine)
     residual, activation, mask = epilogue
     out_is_free = residual is None or not np.may_share_memory(out, residual)  # to compute in, before residual is read
