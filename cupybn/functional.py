@@ -45,10 +45,11 @@ from cupybn._arrays.devices import empty_like, on_device_of, write_at_once, zero
 from cupybn._arrays.dtypes import accumulation_dtype
 from cupybn._arrays.kinds import kind, plain
 from cupybn._calls import checks
-from cupybn._calls.call import Call
+from cupybn._calls.call import Call, Checked
 from cupybn._calls.layout import Layout
 from cupybn._ranks.synchronized import Synchronized
 from cupybn._steps import cupy_ops, numpy_ops
+from cupybn._steps.arguments import NAN
 from cupybn._steps.bundles import Affine, Epilogue, Gradients, Running, Statistics
 
 __all__ = ["BatchNormGrads", "batch_norm", "batch_norm_vjp", "moments"]
@@ -279,9 +280,9 @@ class Saved(NamedTuple):
     """Arrays and settings that the way back needs of the way forward."""
 
     ops: Any  # steps as `ops_for_call` returns them
-    layout: Layout
+    checked: Checked
     input: Array  # dense
-    statistics: Statistics | None  # None where no step has made any: there are no elements
+    pairs: Array | None  # those of `Statistics`; None where no step has made any: there are no elements
     affine: Affine
     epilogue: Epilogue  # activation and mask: the mask has all that the way back needs of the residual
     has_residual: bool
@@ -297,25 +298,29 @@ def _forward(call: Call, out: Array | None, for_vjp: bool) -> tuple[Array, Saved
     with on_device_of(call.input):
         # Steps write to `out` itself where that is safe. Else they write to a new array, which is copied in the end.
         direct = out is not None and layout.matches(out) and not call.vectors_overlap(out, checked)
-        call, write_back = call.without_overlap(checked, for_vjp)
+        separate, write_back = call.without_overlap(checked, for_vjp)
+        repeatable = separate is call and (out is None or direct)
+        call = separate
         input: Array = layout.conform(call.input)
         output: Array = out if direct else layout.empty_like(input)
-
-        x, residual, y = layout.view(input), layout.view(layout.conform(call.epilogue.residual)), layout.view(output)
+        scratch = output if out is None else None  # `out` may be the input or the residual, which are still read
         weight, bias, eps = call.affine
         affine = Affine(weight, bias, float(eps))  # users may give an eps of any class of numbers
-        running = call.running_for_steps(checked.moves)
-        activation = call.epilogue.activation
-        statistics = mask = None
-        if ops is not None:
-            if for_vjp and residual is not None and activation is not None:
-                mask = ops.empty_mask(x, residual, y)
-            epilogue = Epilogue(residual, activation, mask)
-            if call.training:
-                scratch = y if out is None else None  # `out` may be the input or the residual, which are still read
-                statistics = ops.bn_forward(x, affine, running, epilogue, y, for_vjp, scratch)
-            else:
-                statistics = ops.bn_normalize(x, None, affine, running, epilogue, y, for_vjp)
+
+        def steps() -> tuple[Array | None, Array | None]:
+            return _forward_steps(ops, call, checked, input, affine, output, scratch, for_vjp)
+
+        if checked.tapes is not None and repeatable:
+            mean, var, momentum, batches = call.running
+            cumulative = momentum is None
+            tensors = input, call.epilogue.residual, output
+            vectors = weight, bias, mean, var, batches if checked.moves else None
+            numbers = affine.eps, NAN if momentum is None else momentum
+            pairs, mask = checked.tapes.run((for_vjp, cumulative), tensors, vectors, numbers, steps)
+        elif ops is not None:
+            pairs, mask = steps()
+        else:
+            pairs = mask = None
 
         if out is not None and not direct:
             write_back.append((out, output))  # the last: it is right, whatever it shares with the buffers
@@ -323,13 +328,38 @@ def _forward(call: Call, out: Array | None, for_vjp: bool) -> tuple[Array, Saved
             write_at_once(write_back)
     if not for_vjp:
         return output, None
-    way_back = Epilogue(None, activation, mask)
-    return output, Saved(ops, layout, input, statistics, affine, way_back, residual is not None, call.training)
+    way_back = Epilogue(None, call.epilogue.activation, mask)
+    has_residual = call.epilogue.residual is not None
+    return output, Saved(ops, checked, input, pairs, affine, way_back, has_residual, call.training)
+
+
+def _forward_steps(
+    ops: Any,
+    call: Call,
+    checked: Checked,
+    input: Array,
+    affine: Affine,
+    output: Array,
+    scratch: Array | None,
+    for_vjp: bool,
+) -> tuple[Array | None, Array | None]:
+    """Statistics, as `Statistics.pairs`, and mask, each where there is one."""
+    layout = checked.layout
+    residual, activation, _ = call.epilogue
+    x, residual, y = layout.view(input), layout.view(layout.conform(residual)), layout.view(output)
+    mask = ops.empty_mask(x, residual, y) if for_vjp and residual is not None and activation is not None else None
+    running, epilogue = call.running_for_steps(checked.moves), Epilogue(residual, activation, mask)
+    if call.training:
+        statistics = ops.bn_forward(x, affine, running, epilogue, y, for_vjp, layout.view(scratch))
+    else:
+        statistics = ops.bn_normalize(x, None, affine, running, epilogue, y, for_vjp)
+    return None if statistics is None else statistics.pairs, mask
 
 
 def backward(saved: Saved, grad_output: Array) -> BatchNormGrads:
     """The gradients of the arguments, from that of the output."""
-    ops, layout, input, statistics, affine, epilogue, has_residual, training = saved
+    ops, checked, input, pairs, affine, epilogue, has_residual, training = saved
+    layout, mask = checked.layout, epilogue.mask
     grad_output = layout.conform(grad_output)
     dinput = layout.empty_like(input)
     # Through a sum a gradient goes as it is: that of the residual is a new array only where ReLU has masked it.
@@ -337,18 +367,34 @@ def backward(saved: Saved, grad_output: Array) -> BatchNormGrads:
     dresidual = layout.empty_like(input) if masked else grad_output
     new = zeros_like if ops is None else empty_like  # without elements no step is there to fill them, and sums are 0
     dweight, dbias = (None if vector is None else new(vector) for vector in (affine.weight, affine.bias))
+    gradients = Gradients(dinput, dresidual if masked else None, dweight, dbias)
 
-    if ops is not None:
-        dy, x, dx = layout.view(grad_output), layout.view(input), layout.view(dinput)
-        gradients = Gradients(dx, layout.view(dresidual) if masked else None, dweight, dbias)
-        if training or dweight is not None or dbias is not None:
-            # 1 / the number of values per channel; 0 stands for statistics that do not depend on x.
-            inv_count = layout.shape[1] / input.size if training and input.size > 0 else 0.0
-            ops.bn_backward(dy, x, statistics, affine, epilogue, inv_count, gradients, scratch=dx)
-        else:
-            ops.bn_backward_input(dy, x, statistics, affine, epilogue, None, 0.0, gradients)
+    def steps() -> tuple[()]:
+        _backward_steps(saved, grad_output, gradients)
+        return ()
 
+    if checked.tapes is not None:
+        tensors = grad_output, input, dinput, gradients.dresidual
+        others = affine.weight, affine.bias, pairs, mask, dweight, dbias
+        checked.tapes.run(("back", None if mask is None else mask.size), tensors, others, (affine.eps, NAN), steps)
+    elif ops is not None:
+        steps()
     return BatchNormGrads(dinput, dweight, dbias, dresidual if has_residual else None)
+
+
+def _backward_steps(saved: Saved, grad_output: Array, gradients: Gradients) -> None:
+    """Fill the gradients."""
+    ops, checked, input, pairs, affine, epilogue, _, training = saved
+    layout = checked.layout
+    dinput, dresidual, dweight, dbias = gradients
+    dy, x, dx = layout.view(grad_output), layout.view(input), layout.view(dinput)
+    statistics, gradients = Statistics(pairs), Gradients(dx, layout.view(dresidual), dweight, dbias)
+    if training or dweight is not None or dbias is not None:
+        # 1 / the number of values per channel; 0 stands for statistics that do not depend on x.
+        inv_count = layout.shape[1] / input.size if training and input.size > 0 else 0.0
+        ops.bn_backward(dy, x, statistics, affine, epilogue, inv_count, gradients, scratch=dx)
+    else:
+        ops.bn_backward_input(dy, x, statistics, affine, epilogue, None, 0.0, gradients)
 
 
 def ops_for_call(call: Call) -> Any:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import cupy as cp
 import numpy as np
 
+from cupybn._calls import call
 from cupybn._steps import cupy_ops, numpy_ops, plans
 from cupybn._steps.bundles import Affine, Epilogue, Gradients, Running, Statistics
 from tests.reference import HALF_ULP, to_numpy
@@ -108,6 +109,7 @@ def _way_back(ops, dy, x, affine, running, epilogue, out):
 
 
 def forget_plans():
-    """Forget all plans of launches, since they hold for the devices and settings that they were made for."""
+    """Forget all plans of launches and all tapes, since they hold for the devices and settings that they were made for."""
     for cached in (plans.streamed_plan, plans.resident_plan, plans.properties_of):
         cached.cache_clear()
+    call._cache.clear()

@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cupybn._arrays.devices import copied
-from cupybn._arrays.kinds import is_derived, plain
+from cupybn._arrays.kinds import is_derived, kind, plain
 from cupybn._calls import checks
 from cupybn._calls.layout import Layout
 from cupybn._calls.overlap import Extent, may_overlap, overlapping
 from cupybn._calls.tracking import updates_stats
 from cupybn._ranks.group import Group
 from cupybn._steps.bundles import Affine, Epilogue, Running
+from cupybn._steps.tape import Tapes
 
 Array = Any  # numpy.ndarray or cupy.ndarray
 
@@ -65,7 +66,7 @@ class Call(NamedTuple):
             arrays = self.arrays(with_counter=moves) | ({} if out is None else {"out": out})
             classes: set[Any] = {type(array) for array in arrays.values()}
             extents = {name: Extent.of(array) for name, array in arrays.items()}
-            checked = Checked(layout, moves, any(map(is_derived, classes)), extents)
+            checked = Checked(layout, moves, any(map(is_derived, classes)), extents, self._tapes(layout))
             if key is not None:
                 if len(_cache) >= MOST_CACHED:
                     _cache.clear()
@@ -136,6 +137,16 @@ class Call(NamedTuple):
             if array is not None:
                 checks.check_writeable(name, array)
         return axis
+
+    def _tapes(self, layout: Layout) -> Tapes | None:
+        """Where launches of calls like this one are to be kept; None where those are not alike.
+
+        Ranks have to exchange messages between launches, and what is not dense is copied before them.
+        """
+        alone = self.layer is None or self.layer.group is None
+        residual = self.epilogue.residual
+        dense = layout.matches(self.input) and (residual is None or layout.matches(residual))
+        return Tapes() if alone and dense and self.input.size and kind(self.input) == "cupy" else None
 
     def _way_to_eval(self) -> str:
         """Advice for the end of a message: eval mode, where the call comes from a layer with running statistics."""
@@ -238,6 +249,7 @@ class Checked(NamedTuple):
     moves: bool  # whether the call moves running statistics
     derived: bool  # whether an array is of a class derived from NumPy's or CuPy's
     extents: dict[str, Extent]  # extents of the arrays that the call reads, moves or writes, by name
+    tapes: Tapes | None  # launches of such calls, there and back; None where they are not alike
 
 
 def _form(array: Array | None) -> Hashable:

@@ -1,7 +1,7 @@
-"""The arguments of a kernel: given by name, checked, and brought into the form in which CuPy takes them.
+"""The arguments of a kernel: given by name, checked, and packed into the 64-bit words that the kernel finds.
 
 CuPy passes on whatever it gets, so all is checked here. A struct is given as a NamedTuple with the same fields, and
-goes by value: CuPy copies NumPy arrays of one element.
+goes by value.
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ import functools
 import operator
 import struct
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from cupybn._arrays.dtypes import FLOATS
 from cupybn._steps.sources import Parameter
@@ -24,9 +23,10 @@ Array = Any  # cupy.ndarray
 
 VECTOR = np.dtype([("data", np.uint64), ("stride", np.int64), ("dtype", np.int64)])
 """Fields of ``Vector`` in ``types.cuh``: values of a dtype with its number in FLOATS, any number of bytes apart."""
-CODES = {"Vector": f"{VECTOR.itemsize}s", "double": "8s", "long long": "q"}
-"""Codes of Python's `struct` for types of fields; for pointers it is "Q", for enums "q". Doubles go as bytes: as
-numbers, 0.0 and -0.0 would be one key of `_by_value`."""
+WORD = 8
+"""Bytes of a word. Whatever a kernel takes begins at one: an address, a number, each field of a struct."""
+CODES = {"Vector": f"{VECTOR.itemsize}s", "double": "d"}
+"""Codes of Python's `struct` for types of values; for pointers it is "Q", for integers and enums "q"."""
 NAN = float("nan")
 """Number that a kernel gets for None where it takes a double."""
 _NULL = object()
@@ -39,25 +39,8 @@ def _vector(ptr: int, stride: int, dtype: int) -> bytes:
     return struct.pack("=Qqq", ptr, stride, dtype)
 
 
-_double = struct.Struct("=d").pack
-"""Makes the bytes of a double."""
 _NO_VECTOR = _vector(0, 0, 0)
 """The bytes of a ``Vector`` that is null."""
-
-
-@functools.cache
-def _void(code: str) -> np.dtype[Any]:
-    """The dtype of a struct. NumPy takes longer to make one than for all else that `_by_value` does."""
-    return np.dtype((np.void, struct.calcsize(code)))
-
-
-@functools.lru_cache(maxsize=4096)
-def _by_value(code: str, *words: Any) -> npt.NDArray[Any]:
-    """The array of one element that CuPy copies for a struct. It is kept: most arguments of a program come again.
-
-    Its dtype has no fields: CuPy asks for the interface of the array, and NumPy would list fields each time anew.
-    """
-    return np.frombuffer(struct.pack(code, *words), _void(code))
 
 
 @functools.cache
@@ -70,7 +53,7 @@ class Arguments:
     """The arguments that a kernel takes.
 
     All values are listed one after the other, for a struct those of its fields. Then they are read type by type, which
-    costs less than to ask for the type of each; in the end those of a struct are packed into its bytes.
+    costs less than to ask for the type of each, and packed.
 
     Parameters
     ----------
@@ -78,50 +61,57 @@ class Arguments:
         Its name, for messages.
     parameters : sequence of Parameter
     pointees : mapping of types of pointers to dtypes
+
+    Attributes
+    ----------
+    ranges : list of (int, int)
+        Of each parameter, the number of its first word and that behind its last.
+    places : mapping of names of values to numbers of words
+        A field of a struct is named with the parameter in front, as ``"affine.eps"``.
     """
 
     def __init__(self, kernel: str, parameters: Sequence[Parameter], pointees: Mapping[str, np.dtype[Any]]) -> None:
         self._kernel, self._pointees = kernel, pointees
         self.names = [parameter.name for parameter in parameters]
-        self._values: list[tuple[str, Parameter]] = []  # all values in order, each with its name in messages
+        self.ranges: list[tuple[int, int]] = []
+        self.places: dict[str, int] = {}
+        self._values: list[tuple[str, Parameter]] = []  # all values in order, each with its name
         # Of each parameter: its name, the names of its fields, and what stands for their values if None is given.
         self._given: list[tuple[str, tuple[str, ...], list[Any]]] = []
-        # Of each parameter: the code that packs its values, the number of the first one, and that behind the last. The
-        # code is "" for a single value that CuPy takes as it is.
-        self._taken: list[tuple[str, int, int]] = []
         for parameter in parameters:
             self._add(parameter)
         numbered = [(i, value) for i, (_, value) in enumerate(self._values)]
-        whole = {start for code, start, _ in self._taken if not code}
-        self._arrays = [
-            (i, value.nullable, pointees[value.type], i in whole) for i, value in numbered if value.type in pointees
-        ]
+        self._arrays = [(i, value.nullable, pointees[value.type]) for i, value in numbered if value.type in pointees]
         self._vectors = [(i, value.nullable) for i, value in numbered if value.type == "Vector"]
-        self._doubles = [(i, value.nullable, i in whole) for i, value in numbered if value.type == "double"]
+        self._doubles = [(i, value.nullable) for i, value in numbered if value.type == "double"]
         self._integers = [i for i, value in numbered if value.type == "long long"]
         self._enums = [(i, _numbers(value.names)) for i, value in numbered if value.names]
+        self._pack = struct.Struct("=" + "".join(self._code(value) for _, value in self._values)).pack
 
     def _add(self, parameter: Parameter) -> None:
         """List the values that a parameter consists of."""
-        name, fields, start = parameter.name, parameter.fields, len(self._values)
-        self._values += [(f"{name}.{field.name}", field) for field in fields] or [(name, parameter)]
-        code = "".join(CODES.get(field.type, "Q" if field.type in self._pointees else "q") for field in fields)
-        if parameter.type == "Vector":
-            code = CODES["Vector"]
+        name, fields = parameter.name, parameter.fields
+        start = end = self.ranges[-1][1] if self.ranges else 0
+        for full_name, value in [(f"{name}.{field.name}", field) for field in fields] or [(name, parameter)]:
+            self._values.append((full_name, value))
+            self.places[full_name] = end
+            end += struct.calcsize("=" + self._code(value)) // WORD
+        self.ranges.append((start, end))
         nulls = [_NULL] * len(fields) if parameter.nullable else []
         interned = tuple(sys.intern(field.name) for field in fields)  # as those of classes: compared in no time
         self._given.append((sys.intern(name), interned, nulls))
-        self._taken.append((code and f"={code}", start, len(self._values)))
 
-    def read(self, arguments: Mapping[str, Any], device: int) -> list[Any]:
-        """The arguments in order, as CuPy takes them, for a launch on a device.
+    def _code(self, value: Parameter) -> str:
+        """The code that packs a value."""
+        return CODES.get(value.type, "Q" if value.type in self._pointees else "q")
+
+    def listed(self, arguments: Mapping[str, Any]) -> list[Any]:
+        """All values in order, as they are given: those of single parameters and of fields.
 
         Raises
         ------
         TypeError
-            If an argument is missing, unknown, of another type or dtype than declared, or strided.
-        ValueError
-            If an array is on another device.
+            If an argument is missing or unknown, or is not the bundle that it should be.
         """
         values: list[Any] = []
         try:
@@ -139,22 +129,40 @@ class Arguments:
             raise self._odd(arguments) from None
         if len(arguments) != len(self.names):
             raise self._odd(arguments)
+        return values
+
+    def packed(self, listed: Sequence[Any], device: int) -> bytes:
+        """The words of these values, for a launch on a device.
+
+        Raises
+        ------
+        TypeError
+            If a value is of another type or dtype than declared, or strided.
+        ValueError
+            If an array is on another device.
+        """
+        values = [*listed]
         self._read_arrays(values, device)
         self._read_numbers(values)
-        return [_by_value(code, *values[start:stop]) if code else values[start] for code, start, stop in self._taken]
+        return self._pack(*values)
+
+    def arrays(self, listed: Sequence[Any]) -> Iterator[tuple[int, Array]]:
+        """The arrays among values that are listed, each with the number of the word in which its address goes."""
+        for i, *_ in (*self._arrays, *self._vectors):
+            if listed[i] is not None and listed[i] is not _NULL:
+                yield self.places[self._values[i][0]], listed[i]
 
     def _read_arrays(self, values: list[Any], device: int) -> None:
-        """Put addresses into the place of arrays, but for those that CuPy takes as they are."""
-        for i, nullable, dtype, whole in self._arrays:
+        """Put addresses into the place of arrays."""
+        for i, nullable, dtype in self._arrays:
             array = values[i]
             if array is _NULL or (array is None and nullable):
-                values[i] = None if whole else 0
+                values[i] = 0
             elif getattr(array, "dtype", _NULL) == dtype and array.flags.c_contiguous:  # not None, which equals float64
                 data = array.data
                 if data.device_id != device:
                     raise self._elsewhere(i, array, device)
-                if not whole:
-                    values[i] = data.ptr
+                values[i] = data.ptr
             else:
                 raise self._unexpected(self._values[i][0], f"a C-contiguous array of {dtype}", array)
         for i, nullable in self._vectors:
@@ -171,11 +179,10 @@ class Arguments:
 
     def _read_numbers(self, values: list[Any]) -> None:
         """Put numbers into the place of what stands for them."""
-        for i, nullable, whole in self._doubles:
+        for i, nullable in self._doubles:
             value = values[i]
             if type(value) is not float:
-                value = NAN if value is _NULL or (value is None and nullable) else self._number(i, value, float)
-            values[i] = value if whole else _double(value)
+                values[i] = NAN if value is _NULL or (value is None and nullable) else self._number(i, value, float)
         for i in self._integers:
             value = values[i]
             if type(value) is not int:

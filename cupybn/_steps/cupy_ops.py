@@ -16,7 +16,7 @@ from cupybn._arrays.devices import import_cupy
 from cupybn._steps import plans
 from cupybn._steps.bundles import Affine, Epilogue, Gradients, Moments, Running, Statistics, Sums
 from cupybn._steps.geometry import WARP, Geometry, over_channels
-from cupybn._steps.launcher import kernel
+from cupybn._steps.launcher import kernel, listening
 
 Array = Any  # cupy.ndarray
 
@@ -222,7 +222,10 @@ def _empty_statistics(x: Array) -> Statistics:
 
 def _empty(shape: tuple[int, ...], dtype: npt.DTypeLike = np.float64) -> Array:
     """New array, uninitialised, on the current device, which is that of the arrays of a step."""
-    return import_cupy().empty(shape, dtype)
+    array = import_cupy().empty(shape, dtype)
+    if listening.listener is not None:
+        listening.listener.made(array)
+    return array
 
 
 def _span(array: Array) -> Array:

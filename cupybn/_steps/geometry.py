@@ -37,6 +37,8 @@ from cupybn._steps.resident import BLOCKS_PER_MULTIPROCESSOR, CUDA_OWN, SOON, De
 
 WARP = 32
 """Threads of a warp."""
+PACK = 16
+"""Bytes of the widest pack: what one load or store moves at most."""
 THREADS = 256
 """Threads per block for channels last. For channels first, the most per block, but for blocks on chip that are alone on
 a multiprocessor."""

@@ -4,19 +4,71 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
 from cupybn._arrays.devices import import_cupy
 from cupybn._steps import sources
-from cupybn._steps.arguments import Arguments
+from cupybn._steps.arguments import WORD, Arguments
+
+Array = Any  # cupy.ndarray
 
 SHARED = 32 << 10
 """Bytes of dynamic shared memory that a block may have without asking: of 48 KiB, what kernels leave of them."""
 _asking = threading.Lock()
 """Held while a kernel is asked for more shared memory: another thread could ask for less, later."""
+
+
+class Listener(Protocol):
+    """Whoever is told of launches, and of arrays that are made for them."""
+
+    def launched(
+        self, kernel: Kernel, grid: tuple[int, ...], block: int, shared: int, values: Sequence[Any], words: memoryview
+    ) -> None:
+        """Note a launch, with the values of all arguments as they were given and the words that they make."""
+
+    def made(self, array: Array) -> None:
+        """Note an array that was allocated for a launch."""
+
+
+class _Listening(threading.local):
+    """The listener of a thread, or None."""
+
+    listener: Listener | None = None
+
+
+listening = _Listening()
+
+
+class Frame:
+    """Memory for the arguments of one launch at a time, and that memory as CuPy takes arguments.
+
+    CuPy looks at what it is given anew at each launch, which takes it a microsecond for a NumPy array. Its
+    `CNumpyArray` is what it makes of such an array: made once, it is passed on as it is, whatever the memory holds.
+
+    Parameters
+    ----------
+    ranges : sequence of (int, int)
+        As in `Arguments`.
+
+    Attributes
+    ----------
+    words, doubles : memoryview
+        The memory, as integers and as floating-point numbers.
+    arguments : tuple
+        What CuPy's kernels take, an object for each parameter.
+    """
+
+    def __init__(self, ranges: Sequence[tuple[int, int]]) -> None:
+        memory = np.zeros(ranges[-1][1], np.uint64)
+        self.words, self.doubles = memoryview(memory), memoryview(memory.view(np.float64))
+        by_value = import_cupy().cuda.function.CNumpyArray
+        self.arguments = tuple(
+            by_value(np.frombuffer(memory, np.dtype((np.void, (stop - start) * WORD)), 1, start * WORD))
+            for start, stop in ranges
+        )
 
 
 class Kernel:
@@ -39,8 +91,9 @@ class Kernel:
             "long long*": np.dtype(np.int64),
             "mask_t*": np.dtype(np.uint8 if macros.get("WIDTH", 1) > 1 else np.bool_),
         }
-        self._arguments = Arguments(name, sources.signature(name), pointees)
+        self.arguments = Arguments(name, sources.signature(name), pointees)
         self._shared: dict[int, int] = {}  # bytes that have been asked for, on each device
+        self._frames: list[Frame] = []  # those that no launch is using
 
     def launch(self, grid: tuple[int, ...], block: int, arguments: Mapping[str, Any], shared: int = 0) -> None:
         """Launch on the current stream of the current device, with so many bytes of dynamic shared memory.
@@ -53,13 +106,34 @@ class Kernel:
             If an array is on another device. Nothing is launched then.
         """
         device = import_cupy().cuda.runtime.getDevice()
-        values = self._arguments.read(arguments, device)
+        values = self.arguments.listed(arguments)
+        packed = self.arguments.packed(values, device)
         if shared > self._shared.get(device, SHARED):
             with _asking:
                 most = max(shared, self._shared.get(device, SHARED))
                 self.raw.max_dynamic_shared_size_bytes = most
                 self._shared[device] = most
-        self.raw(grid, (block,), values, shared_mem=shared)
+        frame = self.frame()
+        words = memoryview(packed).cast(frame.words.format)
+        frame.words[:] = words
+        self.run(grid, block, frame, shared)
+        if listening.listener is not None:
+            listening.listener.launched(self, grid, block, shared, values, words)
+
+    def frame(self) -> Frame:
+        """A frame that no other launch is using, in this thread or another one. It holds what the last one left."""
+        try:
+            return self._frames.pop()
+        except IndexError:
+            return Frame(self.arguments.ranges)
+
+    def run(self, grid: tuple[int, ...], block: int, frame: Frame, shared: int) -> None:
+        """Launch with the arguments in a frame, which is free again then: a launch copies what it is given.
+
+        Nothing is checked. The current device is one on which `launch` has asked for as much shared memory.
+        """
+        self.raw(grid, (block,), frame.arguments, shared_mem=shared)
+        self._frames.append(frame)
 
     @functools.cached_property
     def raw(self) -> Any:

@@ -9,6 +9,7 @@ import numpy as np
 
 from cupybn._arrays.devices import import_cupy
 from cupybn._steps.geometry import (
+    PACK,
     ChannelsLast,
     Geometry,
     channels_first,
@@ -21,8 +22,6 @@ from cupybn._steps.resident import Device
 
 Array = Any  # cupy.ndarray
 
-PACK = 16
-"""Bytes of the widest pack: what one load or store moves at most."""
 MOST_INT = 2**31 - 2**20
 """Elements up to which kernels count with 32 bits. These hold somewhat more, but an index is worked out before it is
 found to be beyond the end of an array."""

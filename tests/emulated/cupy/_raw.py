@@ -16,6 +16,7 @@ from cupy._compiler import MOST_SHARED, CompileException, Module, Parameter, run
 from cupy._errors import CUDADriverError, DetailError
 from cupy._ndarray import byte_range, ndarray, range_at
 from cupy.cuda import Device, _capture, get_current_stream
+from cupy.cuda.function import CNumpyArray
 
 
 class EmulationError(RuntimeError):
@@ -229,8 +230,11 @@ class _Value:
     def __init__(self, name: str, parameter: Parameter, argument: Any, device: int) -> None:
         self.argument = argument  # keeps its memory
         self.extents: list[tuple[_memory.Allocation, int, int]] = []  # each with begin and end
-        kind, data = self._bytes(name, argument, device)
         expected = parameter.kind.decode()
+        if isinstance(argument, CNumpyArray):  # whose bytes CuPy takes for any parameter
+            kind, data = expected, self._by_value(name, argument._val, device)
+        else:
+            kind, data = self._bytes(name, argument, device)
         if expected != kind or parameter.size != len(data):
             raise TypeError(
                 f"{name}: expected {_describe(expected, parameter.size)} (got {_describe(kind, len(data))} from "
@@ -264,11 +268,15 @@ class _Value:
         if isinstance(argument, np.generic) and argument.dtype.kind in "fiub":
             return "f" if argument.dtype.kind == "f" else "i", argument.tobytes()
         if isinstance(argument, np.ndarray) and argument.size == 1:
-            data = argument.tobytes()
-            for word in np.frombuffer(data, np.uint64, len(data) // 8).tolist():
-                self._point_to(name, word, device)  # if it is an address, as far as one can see
-            return "s", data
+            return "s", self._by_value(name, argument, device)
         raise TypeError(f"{name}: unsupported type {type(argument)}")
+
+    def _by_value(self, name: str, array: np.ndarray[Any, Any], device: int) -> bytes:
+        """The bytes of an array, which may be a struct with pointers."""
+        data = array.tobytes()
+        for word in np.frombuffer(data, np.uint64, len(data) // 8).tolist():
+            self._point_to(name, word, device)  # if it is an address, as far as one can see
+        return data
 
     def _point_to(self, name: str, ptr: int, device: int) -> None:
         allocation = _memory.find(ptr)

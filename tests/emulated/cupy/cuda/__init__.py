@@ -1,7 +1,7 @@
 """The part of ``cupy.cuda`` that the stand-in has."""
 
 from cupy._memory import MemoryPointer
-from cupy.cuda import driver, runtime
+from cupy.cuda import driver, function, runtime
 from cupy.cuda.device import Device
 from cupy.cuda.graph import Graph
 from cupy.cuda.memory import MemoryPool, alloc, get_allocator, set_allocator
@@ -19,6 +19,7 @@ __all__ = [
     "alloc",
     "alloc_pinned_memory",
     "driver",
+    "function",
     "get_allocator",
     "get_current_stream",
     "get_elapsed_time",
