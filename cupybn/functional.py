@@ -37,6 +37,7 @@ bn_backward_reduce and then bn_backward_input. On a GPU these two are one launch
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -45,12 +46,12 @@ from cupybn._arrays.devices import empty_like, on_device_of, write_at_once, zero
 from cupybn._arrays.dtypes import accumulation_dtype
 from cupybn._arrays.kinds import kind, plain
 from cupybn._calls import checks
-from cupybn._calls.call import Call, Checked
+from cupybn._calls.call import Call, Checked, has_form
 from cupybn._calls.layout import Layout
 from cupybn._ranks.synchronized import Synchronized
 from cupybn._steps import cupy_ops, numpy_ops
-from cupybn._steps.arguments import NAN
 from cupybn._steps.bundles import Affine, Epilogue, Gradients, Running, Statistics
+from cupybn._steps.tape import Tapes, sources_back
 
 __all__ = ["BatchNormGrads", "batch_norm", "batch_norm_vjp", "moments"]
 
@@ -269,9 +270,10 @@ def forward_vjp(call: Call) -> tuple[Array, VjpFn]:
     assert saved is not None
 
     def vjp_fn(grad_output: Array) -> BatchNormGrads:
-        checks.check_like("grad_output", grad_output, saved.input)
-        with on_device_of(grad_output):
-            return backward(saved, plain(grad_output))
+        if not has_form(grad_output, saved.checked.form):
+            checks.check_like("grad_output", grad_output, saved.input)
+        with on_device_of(saved.input):
+            return backward(saved, saved.checked.layout.conform(plain(grad_output)))
 
     return output, vjp_fn
 
@@ -281,120 +283,101 @@ class Saved(NamedTuple):
 
     ops: Any  # steps as `ops_for_call` returns them
     checked: Checked
+    tapes: Tapes | None  # those of calls that are alike; None if this one is not alike, but for its form
     input: Array  # dense
     pairs: Array | None  # those of `Statistics`; None where no step has made any: there are no elements
     affine: Affine
     epilogue: Epilogue  # activation and mask: the mask has all that the way back needs of the residual
-    has_residual: bool
-    training: bool
 
 
 def _forward(call: Call, out: Array | None, for_vjp: bool) -> tuple[Array, Saved | None]:
     """The output and, if there will be a way back, what that needs."""
     checked = call.checked(out)
-    if checked.derived:
-        call, out = call.plain(), plain(out)
-    layout, ops = checked.layout, ops_for_call(call)
+    if not checked.settled:
+        call, out = call.settled(), plain(out)
+    ops, layout, tapes = ops_for_call(call), checked.layout, checked.tapes
     with on_device_of(call.input):
-        # Steps write to `out` itself where that is safe. Else they write to a new array, which is copied in the end.
-        direct = out is not None and layout.matches(out) and not call.vectors_overlap(out, checked)
-        separate, write_back = call.without_overlap(checked, for_vjp)
-        repeatable = separate is call and (out is None or direct)
-        call = separate
-        input: Array = layout.conform(call.input)
-        output: Array = out if direct else layout.empty_like(input)
-        scratch = output if out is None else None  # `out` may be the input or the residual, which are still read
-        weight, bias, eps = call.affine
-        affine = Affine(weight, bias, float(eps))  # users may give an eps of any class of numbers
-
-        def steps() -> tuple[Array | None, Array | None]:
-            return _forward_steps(ops, call, checked, input, affine, output, scratch, for_vjp)
-
-        if checked.tapes is not None and repeatable:
-            mean, var, momentum, batches = call.running
-            cumulative = momentum is None
-            tensors = input, call.epilogue.residual, output
-            vectors = weight, bias, mean, var, batches if checked.moves else None
-            numbers = affine.eps, NAN if momentum is None else momentum
-            pairs, mask = checked.tapes.run((for_vjp, cumulative), tensors, vectors, numbers, steps)
-        elif ops is not None:
-            pairs, mask = steps()
+        sources = None if tapes is None else call.sources(out, checked, for_vjp)
+        if tapes is not None and sources is not None:
+            steps = functools.partial(_forward_steps, ops, call, out, checked, for_vjp)
+            made, pairs, mask = tapes.play(sources) or tapes.record(sources, steps)
+            output = out if made is None else layout.back(made)
         else:
-            pairs = mask = None
-
-        if out is not None and not direct:
-            write_back.append((out, output))  # the last: it is right, whatever it shares with the buffers
-        if ops is not None and write_back:
-            write_at_once(write_back)
+            tapes = None
+            # Steps write to `out` itself where that is safe. Else they write to a new array, which is copied in the end.
+            direct = checked.direct and not call.vectors_overlap(out, checked)
+            call, write_back = call.without_overlap(checked, for_vjp)
+            call = call.conformed(checked)
+            made, pairs, mask = _forward_steps(ops, call, out if direct else None, checked, for_vjp)
+            output = out if made is None else layout.back(made)
+            if out is not None and not direct:
+                write_back.append((out, output))  # the last: it is right, whatever it shares with the buffers
+            if write_back and ops is not None:
+                write_at_once(write_back)
     if not for_vjp:
         return output, None
     way_back = Epilogue(None, call.epilogue.activation, mask)
-    has_residual = call.epilogue.residual is not None
-    return output, Saved(ops, checked, input, pairs, affine, way_back, has_residual, call.training)
+    return output, Saved(ops, checked, tapes, call.input, pairs, call.affine, way_back)
 
 
-def _forward_steps(
-    ops: Any,
-    call: Call,
-    checked: Checked,
-    input: Array,
-    affine: Affine,
-    output: Array,
-    scratch: Array | None,
-    for_vjp: bool,
-) -> tuple[Array | None, Array | None]:
-    """Statistics, as `Statistics.pairs`, and mask, each where there is one."""
+def _forward_steps(ops: Any, call: Call, out: Array | None, checked: Checked, for_vjp: bool) -> list[Array | None]:
+    """New output, in the order of memory, if there is no `out`; statistics, as `Statistics.pairs`, and mask, if any."""
     layout = checked.layout
+    made = layout.empty(call.input) if out is None else None
+    if ops is None:
+        return [made, None, None]
     residual, activation, _ = call.epilogue
-    x, residual, y = layout.view(input), layout.view(layout.conform(residual)), layout.view(output)
+    x, residual = layout.view(call.input), layout.view(residual)
+    y = layout.view(out) if made is None else made.reshape(layout.shape)
     mask = ops.empty_mask(x, residual, y) if for_vjp and residual is not None and activation is not None else None
-    running, epilogue = call.running_for_steps(checked.moves), Epilogue(residual, activation, mask)
+    affine, running, epilogue = call.affine, call.running_for_steps(checked.moves), Epilogue(residual, activation, mask)
     if call.training:
-        statistics = ops.bn_forward(x, affine, running, epilogue, y, for_vjp, layout.view(scratch))
+        scratch = y if out is None else None  # `out` may be the input or the residual, which are still read
+        statistics = ops.bn_forward(x, affine, running, epilogue, y, for_vjp, scratch)
     else:
         statistics = ops.bn_normalize(x, None, affine, running, epilogue, y, for_vjp)
-    return None if statistics is None else statistics.pairs, mask
+    return [made, None if statistics is None else statistics.pairs, mask]
 
 
 def backward(saved: Saved, grad_output: Array) -> BatchNormGrads:
-    """The gradients of the arguments, from that of the output."""
-    ops, checked, input, pairs, affine, epilogue, has_residual, training = saved
-    layout, mask = checked.layout, epilogue.mask
-    grad_output = layout.conform(grad_output)
-    dinput = layout.empty_like(input)
-    # Through a sum a gradient goes as it is: that of the residual is a new array only where ReLU has masked it.
-    masked = epilogue.mask is not None
-    dresidual = layout.empty_like(input) if masked else grad_output
+    """The gradients of the arguments, from that of the output, which has the layout of the input."""
+    _, checked, tapes, input, pairs, affine, epilogue = saved
+    steps = functools.partial(_backward_steps, saved, grad_output)
+    if tapes is None:
+        results = steps()
+    else:
+        sources = sources_back([grad_output, input], [pairs, epilogue.mask, *affine[:2]], affine.eps)
+        results = tapes.play(sources) or tapes.record(sources, steps)
+    dx, dresidual, dweight, dbias = results
+    layout = checked.layout
+    if dresidual is not None:
+        dresidual = layout.back(dresidual)
+    elif checked.has_residual:  # through a sum a gradient goes as it is, where no ReLU has masked it
+        dresidual = grad_output
+    return BatchNormGrads(layout.back(dx), dweight, dbias, dresidual)
+
+
+def _backward_steps(saved: Saved, grad_output: Array) -> list[Array | None]:
+    """Gradients of input, residual if ReLU has masked it, weight and bias: new arrays, in the order of memory."""
+    ops, checked, _, input, pairs, affine, epilogue = saved
+    layout, training = checked.layout, checked.training
+    dx = layout.empty(input)
+    dresidual = None if epilogue.mask is None else layout.empty(input)
     new = zeros_like if ops is None else empty_like  # without elements no step is there to fill them, and sums are 0
     dweight, dbias = (None if vector is None else new(vector) for vector in (affine.weight, affine.bias))
-    gradients = Gradients(dinput, dresidual if masked else None, dweight, dbias)
-
-    def steps() -> tuple[()]:
-        _backward_steps(saved, grad_output, gradients)
-        return ()
-
-    if checked.tapes is not None:
-        tensors = grad_output, input, dinput, gradients.dresidual
-        others = affine.weight, affine.bias, pairs, mask, dweight, dbias
-        checked.tapes.run(("back", None if mask is None else mask.size), tensors, others, (affine.eps, NAN), steps)
-    elif ops is not None:
-        steps()
-    return BatchNormGrads(dinput, dweight, dbias, dresidual if has_residual else None)
-
-
-def _backward_steps(saved: Saved, grad_output: Array, gradients: Gradients) -> None:
-    """Fill the gradients."""
-    ops, checked, input, pairs, affine, epilogue, _, training = saved
-    layout = checked.layout
-    dinput, dresidual, dweight, dbias = gradients
-    dy, x, dx = layout.view(grad_output), layout.view(input), layout.view(dinput)
-    statistics, gradients = Statistics(pairs), Gradients(dx, layout.view(dresidual), dweight, dbias)
+    results = [dx, dresidual, dweight, dbias]
+    if ops is None:
+        return results
+    dy, x, shape = layout.view(grad_output), layout.view(input), layout.shape
+    gradients = Gradients(dx.reshape(shape), None if dresidual is None else dresidual.reshape(shape), dweight, dbias)
+    statistics = Statistics(pairs)
     if training or dweight is not None or dbias is not None:
         # 1 / the number of values per channel; 0 stands for statistics that do not depend on x.
-        inv_count = layout.shape[1] / input.size if training and input.size > 0 else 0.0
-        ops.bn_backward(dy, x, statistics, affine, epilogue, inv_count, gradients, scratch=dx)
+        inv_count = shape[1] / input.size if training and input.size > 0 else 0.0
+        ops.bn_backward(dy, x, statistics, affine, epilogue, inv_count, gradients, scratch=gradients.dx)
     else:
         ops.bn_backward_input(dy, x, statistics, affine, epilogue, None, 0.0, gradients)
+    return results
 
 
 def ops_for_call(call: Call) -> Any:

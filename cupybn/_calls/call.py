@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Hashable
 from typing import Any, NamedTuple
 
@@ -11,16 +12,22 @@ from cupybn._arrays.devices import copied
 from cupybn._arrays.kinds import is_derived, kind, plain
 from cupybn._calls import checks
 from cupybn._calls.layout import Layout
-from cupybn._calls.overlap import Extent, may_overlap, overlapping
+from cupybn._calls.overlap import Extent, may_overlap, overlapping, spans_overlap
 from cupybn._calls.tracking import updates_stats
 from cupybn._ranks.group import Group
+from cupybn._steps.arguments import NAN
 from cupybn._steps.bundles import Affine, Epilogue, Running
-from cupybn._steps.tape import Tapes
+from cupybn._steps.geometry import PACK
+from cupybn._steps.tape import Sources, Tapes
 
 Array = Any  # numpy.ndarray or cupy.ndarray
 
+VECTORS = ("weight", "bias", "running_mean", "running_var")
+"""Names of the arrays with a value for each channel."""
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 """Names of the arrays that a call may move, which is to say update: the running statistics and their counter."""
+NAMES = ("input", "residual", *VECTORS, "num_batches_tracked")
+"""Names of all arrays that a call is given."""
 WriteBack = list[tuple[Array, Array]]
 """Arrays, and the values that they are to get when all steps are done."""
 
@@ -62,11 +69,7 @@ class Call(NamedTuple):
         except (AttributeError, TypeError, ValueError):  # an argument that cannot be part of a key
             key = checked = None
         if checked is None:
-            layout, moves = Layout.of(self.input, self.check(out)), self._moves()
-            arrays = self.arrays(with_counter=moves) | ({} if out is None else {"out": out})
-            classes: set[Any] = {type(array) for array in arrays.values()}
-            extents = {name: Extent.of(array) for name, array in arrays.items()}
-            checked = Checked(layout, moves, any(map(is_derived, classes)), extents, self._tapes(layout))
+            checked = Checked.of(self, out, self.check(out))
             if key is not None:
                 if len(_cache) >= MOST_CACHED:
                     _cache.clear()
@@ -77,25 +80,27 @@ class Call(NamedTuple):
         """Key of this call in the cache: all that `check` looks at.
 
         Numbers stand there with their types: True, 1 and 1.0 are equal, but not all of them are right. The momentum is
-        missing, as whoever makes a call has checked it.
+        missing, as whoever makes a call has checked it. The counter counts as an array of the kind of the input.
         """
         weight, bias, eps = self.affine
         mean, var, _, batches = self.running
+        residual, activation, _ = self.epilogue
         layer = self.layer
+        form = _numpy_form if isinstance(self.input, np.ndarray) else _cupy_form
         return (
-            _form(self.input),
-            _form(mean),
-            _form(var),
-            _form(weight),
-            _form(bias),
-            _form(self.epilogue.residual),
-            _form(batches),
-            _form(out),
+            form(self.input),
+            None if mean is None else form(mean),
+            None if var is None else form(var),
+            None if weight is None else form(weight),
+            None if bias is None else form(bias),
+            None if residual is None else form(residual),
+            None if batches is None else form(batches),
+            None if out is None else form(out),
             self.training,
             type(self.training),
             eps,
             type(eps),
-            self.epilogue.activation,
+            activation,
             self.channel_axis,
             type(self.channel_axis),
             None if layer is None else (layer.ndims, layer.group is not None),
@@ -129,7 +134,7 @@ class Call(NamedTuple):
             if array is not None:
                 checks.check_like(name, array, input)
         written = {"out": out}
-        if self._moves():
+        if self.moves():
             if self.running.batches is not None:
                 checks.check_counter(self.running.batches, input)
             written |= dict(zip(BUFFERS, (self.running.mean, self.running.var, self.running.batches), strict=True))
@@ -138,46 +143,32 @@ class Call(NamedTuple):
                 checks.check_writeable(name, array)
         return axis
 
-    def _tapes(self, layout: Layout) -> Tapes | None:
-        """Where launches of calls like this one are to be kept; None where those are not alike.
-
-        Ranks have to exchange messages between launches, and what is not dense is copied before them.
-        """
-        alone = self.layer is None or self.layer.group is None
-        residual = self.epilogue.residual
-        dense = layout.matches(self.input) and (residual is None or layout.matches(residual))
-        return Tapes() if alone and dense and self.input.size and kind(self.input) == "cupy" else None
-
     def _way_to_eval(self) -> str:
         """Advice for the end of a message: eval mode, where the call comes from a layer with running statistics."""
         has_buffers = self.running.mean is not None or self.running.batches is not None
         return "; did you mean layer.eval()?" if self.layer is not None and has_buffers else ""
 
-    def _moves(self) -> bool:
+    def moves(self) -> bool:
         """Whether this call moves the running statistics."""
         return self.training and self.running.mean is not None and updates_stats()
 
     def arrays(self, with_counter: bool) -> dict[str, Array]:
-        """The arrays of this call by name, but for those that are None.
+        """The arrays of this call by name, but for those that are None."""
+        return {name: array for name, array in zip(NAMES, self._all(with_counter), strict=True) if array is not None}
+
+    def _all(self, with_counter: bool) -> tuple[Array | None, ...]:
+        """The arrays of this call, in the order of NAMES.
 
         The counter of batches counts as one in calls that move it: others do not even read it.
         """
         weight, bias, _ = self.affine
         mean, var, _, batches = self.running
-        named = {
-            "input": self.input,
-            "residual": self.epilogue.residual,
-            "weight": weight,
-            "bias": bias,
-            "running_mean": mean,
-            "running_var": var,
-            "num_batches_tracked": batches if with_counter else None,
-        }
-        return {name: array for name, array in named.items() if array is not None}
+        return self.input, self.epilogue.residual, weight, bias, mean, var, batches if with_counter else None
 
-    def plain(self) -> Call:
-        """Call with the same arguments, where arrays of derived classes are seen as those of NumPy's or CuPy's own."""
-        return self._with_arrays({name: plain(array) for name, array in self.arrays(with_counter=True).items()})
+    def settled(self) -> Call:
+        """Call with the same arguments, whose arrays are seen as of NumPy's or CuPy's own class, and eps as a float."""
+        arrays = {name: plain(array) for name, array in self.arrays(with_counter=True).items()}
+        return self._replace(affine=self.affine._replace(eps=float(self.affine.eps)))._with_arrays(arrays)
 
     def _with_arrays(self, arrays: dict[str, Array]) -> Call:
         """Call with the same arguments, but with these arrays in the place of those of their names."""
@@ -194,6 +185,15 @@ class Call(NamedTuple):
                 arrays.get("num_batches_tracked", batches),
             ),
             epilogue=Epilogue(arrays.get("residual", residual), activation, mask),
+        )
+
+    def conformed(self, checked: Checked) -> Call:
+        """Call with the same arguments, but input and residual are copies where they are not dense."""
+        if checked.dense:
+            return self
+        conform, residual = checked.layout.conform, self.epilogue.residual
+        return self._with_arrays(
+            self.arrays(with_counter=True) | {"input": conform(self.input), "residual": conform(residual)}
         )
 
     def running_for_steps(self, moves: bool) -> Running:
@@ -218,12 +218,17 @@ class Call(NamedTuple):
         """
         if not (checked.moves or for_vjp):
             return self, []
+        idle = self.layer.idle if for_vjp and self.layer is not None else ()  # which a later call may move
+        present = [array for array in self._all(with_counter=checked.moves) if array is not None]
+        doubtful = may_overlap(present, checked.extents.values())
+        if not (doubtful or idle):
+            return self, []
         arrays = self.arrays(with_counter=checked.moves)
         buffers = {name: arrays[name] for name in BUFFERS if name in arrays}
-        shared = overlapping(arrays, buffers) if may_overlap(arrays, checked.extents) else []
-        if for_vjp and self.layer is not None and self.layer.idle:  # which a later call may move
+        shared = overlapping(arrays, buffers) if doubtful else []
+        if idle:
             read = {name: array for name, array in arrays.items() if name not in BUFFERS}
-            shared += overlapping(read, dict(enumerate(self.layer.idle)))
+            shared += overlapping(read, dict(enumerate(idle)))
         if not shared:
             return self, []
         layout = checked.layout
@@ -234,12 +239,38 @@ class Call(NamedTuple):
         }
         return self._with_arrays(copies), [(arrays[name], copies[name]) for name in buffers if name in copies]
 
+    def sources(self, out: Array | None, checked: Checked, for_vjp: bool) -> Sources | None:
+        """What tells this call from others that are alike, for tapes; None if it has to take its steps.
+
+        That is if arrays share memory, one of which is written, or may be later.
+        """
+        weight, bias, eps = self.affine
+        mean, var, momentum, batches = self.running
+        residual = self.epilogue.residual
+        arrays = self.input, residual, weight, bias, mean, var, batches if checked.moves else None, out
+        addresses = [array.data.ptr for array in arrays if array is not None]
+        alike = None  # which addresses are equal
+        if checked.moves or for_vjp:
+            if spans_overlap(addresses, checked.extents.values()) or (self.layer is not None and self.layer.idle):
+                return None
+        elif len({*addresses}) < len(addresses):
+            alike = tuple(map(addresses.index, addresses))
+        packs = addresses[0] | PACK
+        if residual is not None:
+            packs |= addresses[1]
+        if out is not None:
+            if not checked.direct or self.vectors_overlap(out, checked):
+                return None
+            packs |= addresses[-1]
+            alike = tuple(map(addresses.index, addresses))
+        key = for_vjp, momentum is None, packs & -packs, alike
+        return key, addresses, (eps, NAN if momentum is None else momentum)
+
     def vectors_overlap(self, out: Array, checked: Checked) -> bool:
         """Whether an output shares memory with a vector of this call, which it would overwrite while it is in use."""
-        others = ("input", "residual", "num_batches_tracked")
-        arrays = self.arrays(with_counter=checked.moves)
-        vectors = {name: array for name, array in arrays.items() if name not in others}
-        return may_overlap({"out": out} | vectors, checked.extents) and bool(overlapping({"out": out}, vectors))
+        vectors = {name: array for name, array in self.arrays(with_counter=False).items() if name in VECTORS}
+        extents = [checked.extents[name] for name in ("out", *vectors)]
+        return may_overlap([out, *vectors.values()], extents) and bool(overlapping({"out": out}, vectors))
 
 
 class Checked(NamedTuple):
@@ -247,18 +278,59 @@ class Checked(NamedTuple):
 
     layout: Layout
     moves: bool  # whether the call moves running statistics
-    derived: bool  # whether an array is of a class derived from NumPy's or CuPy's
-    extents: dict[str, Extent]  # extents of the arrays that the call reads, moves or writes, by name
+    training: bool
+    has_residual: bool
+    settled: bool  # whether all arrays are of NumPy's or CuPy's own class, and eps is a float
+    dense: bool  # whether input and residual have the layout
+    direct: bool  # whether `out` has it
+    extents: dict[str, Extent]  # extents of the arrays that the call reads, moves or writes, by name, `out` behind all
+    form: Hashable  # that of the input, as `form_of` has it
     tapes: Tapes | None  # launches of such calls, there and back; None where they are not alike
 
+    @classmethod
+    def of(cls, call: Call, out: Array | None, axis: int) -> Checked:
+        """Facts about a call that is right, with the number of its channel axis."""
+        layout, moves, residual = Layout.of(call.input, axis), call.moves(), call.epilogue.residual
+        arrays = call.arrays(with_counter=moves) | ({} if out is None else {"out": out})
+        classes: set[Any] = {type(array) for array in arrays.values()}
+        extents = {name: Extent.of(array) for name, array in arrays.items()}
+        dense = layout.matches(call.input) and (residual is None or layout.matches(residual))
+        # Ranks exchange messages between their launches, and what is not dense is copied before them.
+        alone = call.layer is None or call.layer.group is None
+        alike = alone and dense and call.input.size > 0 and kind(call.input) == "cupy"
+        settled = not any(map(is_derived, classes)) and type(call.affine.eps) is float
+        direct = out is not None and layout.matches(out)
+        return cls(
+            layout,
+            moves,
+            call.training,
+            residual is not None,
+            settled,
+            dense,
+            direct,
+            extents,
+            form_of(plain(call.input)),
+            Tapes() if alike else None,
+        )
 
-def _form(array: Array | None) -> Hashable:
+
+_numpy_form = operator.attrgetter("__class__", "shape", "strides", "dtype", "flags.writeable")
+"""Everything that is to be known about a NumPy array but its address and its elements."""
+_cupy_form = operator.attrgetter("__class__", "shape", "strides", "dtype", "data.device_id")
+"""Everything that is to be known about a CuPy array but its address and its elements."""
+
+
+def form_of(array: Array) -> Hashable:
     """Everything that is to be known about an array but its address and its elements."""
-    if array is None:
-        return None
-    if isinstance(array, np.ndarray):
-        return type(array), array.shape, array.strides, array.dtype, array.flags.writeable
-    return type(array), array.shape, array.strides, array.dtype, array.data.device_id
+    return _numpy_form(array) if isinstance(array, np.ndarray) else _cupy_form(array)
+
+
+def has_form(given: Any, form: Hashable) -> bool:
+    """Whether something is an array of this form."""
+    try:
+        return form_of(given) == form
+    except AttributeError:
+        return False
 
 
 MOST_CACHED = 4096

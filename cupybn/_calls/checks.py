@@ -212,6 +212,8 @@ def as_int(name: str, value: Any) -> int:
 
 def as_float(name: str, value: Any) -> float:
     """Real number as a float; raises for anything else, arrays included: their value may be on a device."""
+    if type(value) is float:
+        return value
     if not isinstance(value, numbers.Real):
         way_out = f": use float({name})" if getattr(value, "shape", None) == () else ""
         if value is None and name == "momentum":  # layers take None, functions do not

@@ -49,7 +49,7 @@ class Layout(NamedTuple):
 
     def copy(self, array: Array) -> Array:
         """Copy of an array in this layout."""
-        copy = self.empty_like(array)
+        copy = self.back(self.empty(array))
         copy[...] = array
         return copy
 
@@ -59,16 +59,16 @@ class Layout(NamedTuple):
             return None
         return self._in_order(array).reshape(self.shape)
 
-    def empty_like(self, array: Array) -> Array:
-        """New array in this layout, uninitialised, of the kind and dtype of the given one."""
-        return self._back(empty(self.sizes, array))
+    def empty(self, like: Array) -> Array:
+        """New array, uninitialised, of the kind and dtype of the given one, with its axes in the order of memory."""
+        return empty(self.sizes, like)
 
     def _in_order(self, array: Array) -> Array:
         """View of an array with its axes in the order of memory."""
         return array if self.axes == _COUNT[: len(self.axes)] else array.transpose(self.axes)
 
-    def _back(self, array: Array) -> Array:
-        """View of an array as it was before `_in_order`: with its axes in their own order again."""
+    def back(self, array: Array) -> Array:
+        """View of an array with its axes in the order of memory: in their own order again."""
         if self.axes == _COUNT[: len(self.axes)]:
             return array
         return array.transpose([self.axes.index(i) for i in range(len(self.axes))])

@@ -5,7 +5,7 @@ Only addresses are compared; no array on a device is read.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -34,12 +34,21 @@ class Extent(NamedTuple):
         return cls(sum(min(step, 0) for step in steps), sum(max(step, 0) for step in steps) + array.itemsize)
 
 
-def may_overlap(arrays: Mapping[str, Array], extents: Mapping[str, Extent]) -> bool:
+def may_overlap(arrays: Sequence[Array], extents: Iterable[Extent]) -> bool:
     """Whether any two of these arrays may have an element in common: a quick test, which may err towards True."""
-    if kind(next(iter(arrays.values()))) == "numpy":  # two arrays that own their memory never share it
-        return len({id(array) for array in arrays.values() if array.flags.owndata}) < len(arrays)
+    if kind(arrays[0]) == "numpy":
+        # Two arrays that own their memory never share it; NumPy compares the ends of others in no time.
+        views = [array for array in arrays if not array.flags.owndata]
+        if len({id(array) for array in arrays}) < len(arrays):
+            return True
+        return any(a is not b and np.may_share_memory(a, b) for a in views for b in arrays)
+    return spans_overlap([array.data.ptr for array in arrays], extents)
+
+
+def spans_overlap(addresses: Iterable[int], extents: Iterable[Extent]) -> bool:
+    """Whether any two arrays that begin at these addresses have memory between their ends in common."""
     reached = 0
-    for begin, end in sorted([_span(array, extents[name]) for name, array in arrays.items()]):
+    for begin, end in sorted([(at + begin, at + end) for at, (begin, end) in zip(addresses, extents)]):  # noqa: B905
         if begin < reached:
             return True
         reached = end

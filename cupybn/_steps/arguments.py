@@ -148,7 +148,7 @@ class Arguments:
 
     def arrays(self, listed: Sequence[Any]) -> Iterator[tuple[int, Array]]:
         """The arrays among values that are listed, each with the number of the word in which its address goes."""
-        for i, *_ in (*self._arrays, *self._vectors):
+        for i in [i for i, *_ in self._arrays] + [i for i, _ in self._vectors]:
             if listed[i] is not None and listed[i] is not _NULL:
                 yield self.places[self._values[i][0]], listed[i]
 

@@ -62,8 +62,8 @@ class Frame:
     """
 
     def __init__(self, ranges: Sequence[tuple[int, int]]) -> None:
-        memory = np.zeros(ranges[-1][1], np.uint64)
-        self.words, self.doubles = memoryview(memory), memoryview(memory.view(np.float64))
+        memory = bytearray(ranges[-1][1] * WORD)
+        self.words, self.doubles = memoryview(memory).cast("Q"), memoryview(memory).cast("d")
         by_value = import_cupy().cuda.function.CNumpyArray
         self.arguments = tuple(
             by_value(np.frombuffer(memory, np.dtype((np.void, (stop - start) * WORD)), 1, start * WORD))
@@ -107,14 +107,13 @@ class Kernel:
         """
         device = import_cupy().cuda.runtime.getDevice()
         values = self.arguments.listed(arguments)
-        packed = self.arguments.packed(values, device)
+        words = memoryview(self.arguments.packed(values, device)).cast("Q")
         if shared > self._shared.get(device, SHARED):
             with _asking:
                 most = max(shared, self._shared.get(device, SHARED))
                 self.raw.max_dynamic_shared_size_bytes = most
                 self._shared[device] = most
         frame = self.frame()
-        words = memoryview(packed).cast(frame.words.format)
         frame.words[:] = words
         self.run(grid, block, frame, shared)
         if listening.listener is not None:

@@ -22,12 +22,38 @@ import numpy as np
 from cupybn._arrays.devices import import_cupy
 from cupybn._steps.arguments import WORD
 from cupybn._steps.geometry import PACK
-from cupybn._steps.launcher import Kernel, Listener, listening
+from cupybn._steps.launcher import Kernel, listening
 
 Array = Any  # cupy.ndarray
 
 NUMBERS = ("affine.eps", "running.momentum")
 """Names of arguments that are numbers and may differ between calls that are alike."""
+
+
+Sources = tuple[Hashable, list[int], tuple[float, float]]
+"""What calls differ in that are alike otherwise: a key that tells apart the tapes of such calls, the addresses of the
+arrays that a call is given, and the numbers of NUMBERS in their order."""
+
+
+def sources_back(tensors: Sequence[Array], others: Sequence[Array | None], eps: float) -> Sources:
+    """The sources of a way back.
+
+    Parameters
+    ----------
+    tensors : sequence of arrays
+        Those that kernels read or write in packs.
+    others : sequence of arrays or None
+        The statistics, the mask and vectors.
+    eps : float
+    """
+    addresses = [array.data.ptr for array in tensors]
+    packs = PACK
+    for address in addresses:
+        packs |= address
+    addresses += [array.data.ptr for array in others if array is not None]
+    mask = others[1]
+    alike = None if len({*addresses}) == len(addresses) else tuple(map(addresses.index, addresses))
+    return ("back", None if mask is None else mask.size, packs & -packs, alike), addresses, (eps, 0.0)
 
 
 class Launch(NamedTuple):
@@ -53,31 +79,36 @@ class Tape(NamedTuple):
     """The launches of a call."""
 
     launches: list[Launch]
-    results: list[Made | None]  # arrays that the steps return, or None in their place
+    results: list[Made | None]  # arrays that the call returns and the way back needs, or None in their place
     words: int  # size, in words, of the arrays that only the launches need: they are allocated as one
 
-    def play(self, addresses: Sequence[int], numbers: Sequence[float]) -> list[Array | None]:
-        """Make the launches for these arrays and numbers. Returns what the steps returned: new arrays, and None.
+    def play(self, sources: Sources) -> list[Array | None] | None:
+        """Make the launches for other sources. Returns the results, which are new arrays and None.
 
-        Parameters
-        ----------
-        addresses : sequence of int
-            Those of the arrays of the call, in the order in which they were recorded.
-        numbers : sequence of float
-            In the order of NUMBERS.
+        Returns None, without a launch, if the memory of a new array begins at an address that is not one of a pack.
         """
+        _, addresses, numbers = sources
         empty = import_cupy().empty
-        results = [None if made is None else empty(made.shape, made.dtype) for made in self.results]
-        all_addresses = [*addresses, *(array.data.ptr for array in results if array is not None)]
+        results = []
+        for made in self.results:
+            if made is None:
+                results.append(None)
+                continue
+            array = empty(made.shape, made.dtype)
+            address = array.data.ptr
+            if address % PACK:
+                return None
+            results.append(array)
+            addresses.append(address)
         if self.words:
-            own = empty(self.words, np.float64)
-            all_addresses.append(own.data.ptr)
+            own = empty(self.words, np.float64)  # in use until all launches are made
+            addresses.append(own.data.ptr)
         for kernel, grid, block, shared, words, places, numbered in self.launches:
             frame = kernel.frame()
             frame_words = frame.words
             frame_words[:] = words
             for word, array, offset in places:
-                frame_words[word] = all_addresses[array] + offset
+                frame_words[word] = addresses[array] + offset
             for word, number in numbered:
                 frame.doubles[word] = numbers[number]
             kernel.run(grid, block, frame, shared)
@@ -89,12 +120,11 @@ class Recorder:
 
     Parameters
     ----------
-    addresses : sequence of int
-        Those of the arrays of the call. Where two of them are equal, they are so whenever the tape is played.
+    sources : Sources
     """
 
-    def __init__(self, addresses: Sequence[int]) -> None:
-        self._addresses = list(addresses)
+    def __init__(self, sources: Sources) -> None:
+        _, self._addresses, _ = sources
         self._made: list[Array] = []  # kept until the end, so that no address comes twice
         self._heard: list[tuple[Kernel, tuple[int, ...], int, int, Sequence[Any], memoryview]] = []
 
@@ -129,11 +159,13 @@ class Recorder:
         Parameters
         ----------
         results : sequence of arrays or None
-            What the steps return: arrays that they have made.
+            The results of the call: new arrays.
         """
         kept = [array for array in results if array is not None]
-        own = [array for array in self._made if all(array is not other for other in kept)]
-        # Ranges of memory that the steps have made: first address, size, number of the array and bytes to add.
+        if any(array.data.ptr % PACK for array in kept):
+            return None
+        own = [array for array in self._made if all(array.data.ptr != other.data.ptr for other in kept)]
+        # Memory that is new at each call: first address, size, number of the array and bytes to add.
         ranges = [(array.data.ptr, array.nbytes, len(self._addresses) + i, 0) for i, array in enumerate(kept)]
         size = 0
         for array in own:
@@ -168,43 +200,31 @@ class Recorder:
 
 
 class Tapes(dict[Hashable, "Tape | None"]):
-    """Tapes of calls whose arguments have the same forms, by what else their launches depend on.
+    """Tapes of calls whose arguments have the same forms, by what else their launches depend on: see `sources`.
 
-    None stands for what cannot be told again.
+    None stands for a call that cannot be told again.
     """
 
-    def run(
-        self,
-        key: Hashable,
-        tensors: Sequence[Array | None],
-        others: Sequence[Array | None],
-        numbers: Sequence[float],
-        steps: Callable[[], Sequence[Array | None]],
-    ) -> Sequence[Array | None]:
-        """What the steps return: by playing a tape, or by taking them.
+    def play(self, sources: Sources) -> list[Array | None] | None:
+        """The results of a call by launches that were recorded; None if there are none, and it has to take its steps.
+
+        See `Tape.play`.
+        """
+        tape = self.get(sources[0])
+        return None if tape is None else tape.play(sources)
+
+    def record(self, sources: Sources, steps: Callable[[], Sequence[Array | None]]) -> Sequence[Array | None]:
+        """The results of a call by its steps, which are recorded if that has not been tried.
 
         Parameters
         ----------
-        key : hashable
-            What is to be told apart beside addresses.
-        tensors, others : sequences of arrays or None
-            All arrays that are read or written; tensors are those that kernels read or write in packs.
-        numbers : sequence of float
-            In the order of NUMBERS.
+        sources : Sources
         steps : callable
-            The steps of the call. It returns arrays that they have made, or None in their place.
+            Takes the steps, and returns the results of the call: new arrays.
         """
-        addresses = [array.data.ptr for array in tensors if array is not None]
-        together = PACK  # kernels are chosen by how wide packs may be
-        for address in addresses:
-            together |= address
-        addresses += [array.data.ptr for array in others if array is not None]
-        alike = None if len({*addresses}) == len(addresses) else tuple(map(addresses.index, addresses))
-        key = key, together & -together, alike
-        if key in self:
-            tape = self[key]
-            return steps() if tape is None else tape.play(addresses, numbers)
-        with Recorder(addresses) as recorder:
+        if sources[0] in self:
+            return steps()
+        with Recorder(sources) as recorder:
             results = steps()
-        self[key] = recorder.tape(results)
+        self[sources[0]] = recorder.tape(results)
         return results
