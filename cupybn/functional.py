@@ -304,7 +304,7 @@ def _forward(call: Call, out: Array | None, for_vjp: bool) -> tuple[Array, Saved
             output = out if made is None else layout.back(made)
         else:
             tapes = None
-            # Steps write to `out` itself where that is safe. Else they write to a new array, which is copied in the end.
+            # Steps write to `out` itself where that is safe; else to a new array, which is copied in the end.
             direct = checked.direct and not call.vectors_overlap(out, checked)
             call, write_back = call.without_overlap(checked, for_vjp)
             call = call.conformed(checked)

@@ -109,7 +109,7 @@ def _way_back(ops, dy, x, affine, running, epilogue, out):
 
 
 def forget_plans():
-    """Forget all plans of launches and all tapes, since they hold for the devices and settings that they were made for."""
+    """Forget all plans and tapes of launches, since they hold for the devices and settings of their time."""
     for cached in (plans.streamed_plan, plans.resident_plan, plans.properties_of):
         cached.cache_clear()
     call._cache.clear()

@@ -194,8 +194,7 @@ def test_columns_of_one_array_are_no_overlap(xp, rng):
 
 def may_overlap(arrays):
     """The quick answer to whether the arrays share memory."""
-    named = dict(enumerate(arrays))
-    return overlap.may_overlap(named, {name: overlap.Extent.of(array) for name, array in named.items()})
+    return overlap.may_overlap(arrays, [overlap.Extent.of(array) for array in arrays])
 
 
 def test_overlapping(xp):
@@ -218,14 +217,15 @@ def test_overlapping(xp):
 
 
 def test_the_quick_answer_counts_the_last_element(xp):
-    """The quick answer counts the last element: neighbours do not overlap. NumPy's views, of unknown address, always
-    do.
-    """
+    """Neighbours do not overlap, and an array with itself does."""
     memory = xp.zeros(5)
-    for other, expected in (memory[2:], True), (memory[:1:-1], True), (memory[3:], xp is np):
+    for other, expected in (memory[2:], True), (memory[:1:-1], True), (memory[3:], False):
         pair = [memory[:3], other]
         for arrays in pair, pair[::-1]:
             assert may_overlap(arrays) == expected
+            assert may_overlap([xp.zeros(2), *arrays, xp.zeros(3)]) == expected
+    assert may_overlap([memory, xp.zeros(2), memory])
+    assert may_overlap([xp.zeros(2), memory[::2], memory[1::2]])  # whose ends cross
 
 
 def test_overlapping_names_what_overlaps_with_other_names(xp):

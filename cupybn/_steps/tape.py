@@ -89,7 +89,7 @@ class Tape(NamedTuple):
         """
         _, addresses, numbers = sources
         empty = import_cupy().empty
-        results = []
+        results: list[Array | None] = []
         for made in self.results:
             if made is None:
                 results.append(None)
@@ -213,7 +213,7 @@ class Tapes(dict[Hashable, "Tape | None"]):
         tape = self.get(sources[0])
         return None if tape is None else tape.play(sources)
 
-    def record(self, sources: Sources, steps: Callable[[], Sequence[Array | None]]) -> Sequence[Array | None]:
+    def record(self, sources: Sources, steps: Callable[[], list[Array | None]]) -> list[Array | None]:
         """The results of a call by its steps, which are recorded if that has not been tried.
 
         Parameters
