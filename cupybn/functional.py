@@ -37,21 +37,22 @@ bn_backward_reduce and then bn_backward_input. On a GPU these two are one launch
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from cupybn._arrays.devices import empty_like, on_device_of, write_at_once, zeros_like
 from cupybn._arrays.dtypes import accumulation_dtype
-from cupybn._arrays.kinds import kind, plain
+from cupybn._arrays.kinds import plain
 from cupybn._calls import checks
 from cupybn._calls.call import Call, Checked, has_form
 from cupybn._calls.layout import Layout
 from cupybn._ranks.synchronized import Synchronized
 from cupybn._steps import cupy_ops, numpy_ops
 from cupybn._steps.bundles import Affine, Epilogue, Gradients, Running, Statistics
-from cupybn._steps.tape import Tapes, sources_back
+from cupybn._steps.tape import Tapes, sources_of
 
 __all__ = ["BatchNormGrads", "batch_norm", "batch_norm_vjp", "moments"]
 
@@ -270,10 +271,11 @@ def forward_vjp(call: Call) -> tuple[Array, VjpFn]:
     assert saved is not None
 
     def vjp_fn(grad_output: Array) -> BatchNormGrads:
-        if not has_form(grad_output, saved.checked.form):
+        alike = has_form(grad_output, saved.checked.form)
+        if not alike:
             checks.check_like("grad_output", grad_output, saved.input)
         with on_device_of(saved.input):
-            return backward(saved, saved.checked.layout.conform(plain(grad_output)))
+            return backward(saved, grad_output if alike else saved.checked.layout.conform(plain(grad_output)))
 
     return output, vjp_fn
 
@@ -299,8 +301,11 @@ def _forward(call: Call, out: Array | None, for_vjp: bool) -> tuple[Array, Saved
     with on_device_of(call.input):
         sources = None if tapes is None else call.sources(out, checked, for_vjp)
         if tapes is not None and sources is not None:
-            steps = functools.partial(_forward_steps, ops, call, out, checked, for_vjp)
-            made, pairs, mask = tapes.play(sources) or tapes.record(sources, steps)
+            results = tapes.play(sources)
+            if results is None:
+                with tapes.recorder(sources) as recorder:
+                    results = recorder.results = _forward_steps(ops, call, out, checked, for_vjp)
+            made, pairs, mask = results
             output = out if made is None else layout.back(made)
         else:
             tapes = None
@@ -342,12 +347,18 @@ def _forward_steps(ops: Any, call: Call, out: Array | None, checked: Checked, fo
 def backward(saved: Saved, grad_output: Array) -> BatchNormGrads:
     """The gradients of the arguments, from that of the output, which has the layout of the input."""
     _, checked, tapes, input, pairs, affine, epilogue = saved
-    steps = functools.partial(_backward_steps, saved, grad_output)
+    results: list[Array | None] | None
     if tapes is None:
-        results = steps()
+        results = _backward_steps(saved, grad_output)
     else:
-        sources = sources_back([grad_output, input], [pairs, epilogue.mask, *affine[:2]], affine.eps)
-        results = tapes.play(sources) or tapes.record(sources, steps)
+        weight, bias, eps = affine
+        mask = epilogue.mask
+        width = None if mask is None else mask.size
+        sources = sources_of(("back", width), (grad_output, input), (pairs, mask, weight, bias), (eps, 0.0))
+        results = tapes.play(sources)
+        if results is None:
+            with tapes.recorder(sources) as recorder:
+                results = recorder.results = _backward_steps(saved, grad_output)
     dx, dresidual, dweight, dbias = results
     layout = checked.layout
     if dresidual is not None:
@@ -393,4 +404,4 @@ def ops_for_call(call: Call) -> Any:
 
 def ops_for(array: Array) -> ModuleType:
     """The module with the steps for arrays of this kind."""
-    return numpy_ops if kind(array) == "numpy" else cupy_ops
+    return numpy_ops if isinstance(array, np.ndarray) else cupy_ops

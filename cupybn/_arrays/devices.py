@@ -99,7 +99,7 @@ def cuda_missing() -> str:
 
 def empty(shape: tuple[int, ...], like: Any, dtype: npt.DTypeLike | None = None) -> Any:
     """New array, uninitialised, of the kind of ``like`` and on the current device; of its dtype if none is given."""
-    xp = np if kind(like) == "numpy" else import_cupy()
+    xp = np if isinstance(like, np.ndarray) else import_cupy()
     return xp.empty(shape, like.dtype if dtype is None else dtype)
 
 
@@ -132,10 +132,14 @@ def write_at_once(written: Iterable[tuple[Any, Any]]) -> None:
     deque(map(operator.setitem, arrays, itertools.repeat(...), values), maxlen=0)
 
 
+_HERE = contextlib.nullcontext()
+"""Context that changes nothing."""
+
+
 def on_device_of(array: Any) -> contextlib.AbstractContextManager[Any]:
     """Context in which the device of this array is the current CUDA device; for NumPy arrays it changes nothing."""
-    if kind(array) == "numpy" or array.data.device_id == import_cupy().cuda.runtime.getDevice():
-        return contextlib.nullcontext()
+    if isinstance(array, np.ndarray) or array.data.device_id == import_cupy().cuda.runtime.getDevice():
+        return _HERE
     device: contextlib.AbstractContextManager[Any] = array.device
     return device
 

@@ -12,13 +12,12 @@ from cupybn._arrays.devices import copied
 from cupybn._arrays.kinds import is_derived, kind, plain
 from cupybn._calls import checks
 from cupybn._calls.layout import Layout
-from cupybn._calls.overlap import Extent, may_overlap, overlapping, spans_overlap
+from cupybn._calls.overlap import Extent, Spans, may_overlap, overlapping
 from cupybn._calls.tracking import updates_stats
 from cupybn._ranks.group import Group
 from cupybn._steps.arguments import NAN
 from cupybn._steps.bundles import Affine, Epilogue, Running
-from cupybn._steps.geometry import PACK
-from cupybn._steps.tape import Sources, Tapes
+from cupybn._steps.tape import Sources, Tapes, sources_of
 
 Array = Any  # numpy.ndarray or cupy.ndarray
 
@@ -27,7 +26,7 @@ VECTORS = ("weight", "bias", "running_mean", "running_var")
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 """Names of the arrays that a call may move, which is to say update: the running statistics and their counter."""
 NAMES = ("input", "residual", *VECTORS, "num_batches_tracked")
-"""Names of all arrays that a call is given."""
+"""Names of the arrays that a call reads or moves."""
 WriteBack = list[tuple[Array, Array]]
 """Arrays, and the values that they are to get when all steps are done."""
 
@@ -220,7 +219,7 @@ class Call(NamedTuple):
             return self, []
         idle = self.layer.idle if for_vjp and self.layer is not None else ()  # which a later call may move
         present = [array for array in self._all(with_counter=checked.moves) if array is not None]
-        doubtful = may_overlap(present, checked.extents.values())
+        doubtful = may_overlap(present, (extent for name, extent in checked.extents.items() if name != "out"))
         if not (doubtful or idle):
             return self, []
         arrays = self.arrays(with_counter=checked.moves)
@@ -240,31 +239,22 @@ class Call(NamedTuple):
         return self._with_arrays(copies), [(arrays[name], copies[name]) for name in buffers if name in copies]
 
     def sources(self, out: Array | None, checked: Checked, for_vjp: bool) -> Sources | None:
-        """What tells this call from others that are alike, for tapes; None if it has to take its steps.
+        """What this call does not have in common with others that are alike; None if it has to take its steps.
 
-        That is if arrays share memory, one of which is written, or may be later.
+        That is where arrays share memory, and one of them is written now or may be later.
         """
         weight, bias, eps = self.affine
         mean, var, momentum, batches = self.running
-        residual = self.epilogue.residual
-        arrays = self.input, residual, weight, bias, mean, var, batches if checked.moves else None, out
-        addresses = [array.data.ptr for array in arrays if array is not None]
-        alike = None  # which addresses are equal
+        tensors = self.input, self.epilogue.residual, out
+        vectors = weight, bias, mean, var, batches if checked.moves else None
+        numbers = eps, NAN if momentum is None else momentum
+        sources = sources_of((for_vjp, momentum is None), tensors, vectors, numbers)
         if checked.moves or for_vjp:
-            if spans_overlap(addresses, checked.extents.values()) or (self.layer is not None and self.layer.idle):
+            if checked.spans.overlap(sources[1]) or (self.layer is not None and self.layer.idle):
                 return None
-        elif len({*addresses}) < len(addresses):
-            alike = tuple(map(addresses.index, addresses))
-        packs = addresses[0] | PACK
-        if residual is not None:
-            packs |= addresses[1]
-        if out is not None:
-            if not checked.direct or self.vectors_overlap(out, checked):
-                return None
-            packs |= addresses[-1]
-            alike = tuple(map(addresses.index, addresses))
-        key = for_vjp, momentum is None, packs & -packs, alike
-        return key, addresses, (eps, NAN if momentum is None else momentum)
+        elif out is not None and self.vectors_overlap(out, checked):
+            return None
+        return sources if out is None or checked.direct else None
 
     def vectors_overlap(self, out: Array, checked: Checked) -> bool:
         """Whether an output shares memory with a vector of this call, which it would overwrite while it is in use."""
@@ -283,17 +273,21 @@ class Checked(NamedTuple):
     settled: bool  # whether all arrays are of NumPy's or CuPy's own class, and eps is a float
     dense: bool  # whether input and residual have the layout
     direct: bool  # whether `out` has it
-    extents: dict[str, Extent]  # extents of the arrays that the call reads, moves or writes, by name, `out` behind all
-    form: Hashable  # that of the input, as `form_of` has it
+    extents: dict[str, Extent]  # extents of the arrays that the call reads, moves or writes, by name
+    spans: Spans  # of the same arrays, in the order of `Call.sources`
+    form: Hashable  # that of the input, as `form_of` has it; None if it is not dense
     tapes: Tapes | None  # launches of such calls, there and back; None where they are not alike
 
     @classmethod
     def of(cls, call: Call, out: Array | None, axis: int) -> Checked:
         """Facts about a call that is right, with the number of its channel axis."""
         layout, moves, residual = Layout.of(call.input, axis), call.moves(), call.epilogue.residual
-        arrays = call.arrays(with_counter=moves) | ({} if out is None else {"out": out})
+        arrays = call.arrays(with_counter=moves)
+        if out is not None:
+            arrays["out"] = out
         classes: set[Any] = {type(array) for array in arrays.values()}
-        extents = {name: Extent.of(array) for name, array in arrays.items()}
+        ordered = "input", "residual", "out", *VECTORS, "num_batches_tracked"  # as `sources` has them
+        extents = {name: Extent.of(arrays[name]) for name in ordered if name in arrays}
         dense = layout.matches(call.input) and (residual is None or layout.matches(residual))
         # Ranks exchange messages between their launches, and what is not dense is copied before them.
         alone = call.layer is None or call.layer.group is None
@@ -309,7 +303,8 @@ class Checked(NamedTuple):
             dense,
             direct,
             extents,
-            form_of(plain(call.input)),
+            Spans.of(extents.values()),
+            form_of(plain(call.input)) if layout.matches(call.input) else None,
             Tapes() if alike else None,
         )
 

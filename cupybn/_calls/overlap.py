@@ -5,6 +5,7 @@ Only addresses are compared; no array on a device is read.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -42,17 +43,32 @@ def may_overlap(arrays: Sequence[Array], extents: Iterable[Extent]) -> bool:
         if len({id(array) for array in arrays}) < len(arrays):
             return True
         return any(a is not b and np.may_share_memory(a, b) for a in views for b in arrays)
-    return spans_overlap([array.data.ptr for array in arrays], extents)
+    return Spans.of(extents).overlap([array.data.ptr for array in arrays])
 
 
-def spans_overlap(addresses: Iterable[int], extents: Iterable[Extent]) -> bool:
-    """Whether any two arrays that begin at these addresses have memory between their ends in common."""
-    reached = 0
-    for begin, end in sorted([(at + begin, at + end) for at, (begin, end) in zip(addresses, extents)]):  # noqa: B905
-        if begin < reached:
-            return True
-        reached = end
-    return False
+class Spans(NamedTuple):
+    """Memory of arrays, relative to the address of each: where it begins, and its length."""
+
+    begins: list[int] | None  # None for zeros, as there are without negative strides
+    lengths: list[int]
+
+    @classmethod
+    def of(cls, extents: Iterable[Extent]) -> Spans:
+        """The spans of arrays with these extents."""
+        begins, ends = zip(*extents, strict=True)
+        return cls([*begins] if any(begins) else None, [end - begin for begin, end in zip(begins, ends, strict=True)])
+
+    def overlap(self, addresses: Iterable[int]) -> bool:
+        """Whether the memory of two arrays at these addresses, between its ends, has a part in common."""
+        begins, lengths = self
+        if begins is not None:
+            addresses = map(operator.add, addresses, begins)
+        reached = 0
+        for begin, length in sorted(zip(addresses, lengths)):  # noqa: B905 - it would take longer
+            if begin < reached:
+                return True
+            reached = begin + length
+        return False
 
 
 def _span(array: Array, extent: Extent) -> tuple[int, int]:

@@ -13,8 +13,7 @@ form go on to take their steps.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Sequence
-from types import TracebackType
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,25 +34,27 @@ Sources = tuple[Hashable, list[int], tuple[float, float]]
 arrays that a call is given, and the numbers of NUMBERS in their order."""
 
 
-def sources_back(tensors: Sequence[Array], others: Sequence[Array | None], eps: float) -> Sources:
-    """The sources of a way back.
+def sources_of(
+    kind: Hashable, tensors: Sequence[Array | None], others: Sequence[Array | None], numbers: tuple[float, float]
+) -> Sources:
+    """The sources of a call.
 
     Parameters
     ----------
-    tensors : sequence of arrays
-        Those that kernels read or write in packs.
-    others : sequence of arrays or None
-        The statistics, the mask and vectors.
-    eps : float
+    kind : hashable
+        What tells apart calls on arrays of the same forms, beside addresses and numbers.
+    tensors, others : sequences of arrays or None
+        All arrays that the call is given. Tensors are those that kernels read or write in packs, whose width depends on
+        the addresses of all of them.
+    numbers : (float, float)
     """
-    addresses = [array.data.ptr for array in tensors]
+    addresses = [array.data.ptr for array in tensors if array is not None]
     packs = PACK
     for address in addresses:
         packs |= address
     addresses += [array.data.ptr for array in others if array is not None]
-    mask = others[1]
     alike = None if len({*addresses}) == len(addresses) else tuple(map(addresses.index, addresses))
-    return ("back", None if mask is None else mask.size, packs & -packs, alike), addresses, (eps, 0.0)
+    return (kind, packs & -packs, alike), addresses, numbers
 
 
 class Launch(NamedTuple):
@@ -116,15 +117,25 @@ class Tape(NamedTuple):
 
 
 class Recorder:
-    """Listener that makes a tape of the launches within its context.
+    """Listener that makes a tape of the launches within its context, unless that is left with an error.
 
     Parameters
     ----------
+    tapes : Tapes
+        Gets the tape.
     sources : Sources
+
+    Attributes
+    ----------
+    results : list of arrays or None
+        The results of the call, which are new arrays: to be set before the context is left.
     """
 
-    def __init__(self, sources: Sources) -> None:
-        _, self._addresses, _ = sources
+    results: list[Array | None]
+
+    def __init__(self, tapes: Tapes, sources: Sources) -> None:
+        self._tapes = tapes
+        self._key, self._addresses, _ = sources
         self._made: list[Array] = []  # kept until the end, so that no address comes twice
         self._heard: list[tuple[Kernel, tuple[int, ...], int, int, Sequence[Any], memoryview]] = []
 
@@ -132,10 +143,10 @@ class Recorder:
         self._before, listening.listener = listening.listener, self
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         listening.listener = self._before
+        if kind is None and self._key not in self._tapes:
+            self._tapes[self._key] = self._tape()
 
     def made(self, array: Array) -> None:
         """See `Listener`."""
@@ -153,15 +164,9 @@ class Recorder:
         """See `Listener`."""
         self._heard.append((kernel, grid, block, shared, values, words))
 
-    def tape(self, results: Sequence[Array | None]) -> Tape | None:
-        """The tape of what was heard; None if a launch was given an address that cannot be told again.
-
-        Parameters
-        ----------
-        results : sequence of arrays or None
-            The results of the call: new arrays.
-        """
-        kept = [array for array in results if array is not None]
+    def _tape(self) -> Tape | None:
+        """The tape of what was heard; None if a launch was given an address that cannot be told again."""
+        kept = [array for array in self.results if array is not None]
         if any(array.data.ptr % PACK for array in kept):
             return None
         own = [array for array in self._made if all(array.data.ptr != other.data.ptr for other in kept)]
@@ -195,7 +200,7 @@ class Recorder:
                 if name in kernel.arguments.places
             ]
             launches.append(Launch(kernel, grid, block, shared, words, addresses, numbers))
-        made = [None if array is None else Made(array.shape, array.dtype) for array in results]
+        made = [None if array is None else Made(array.shape, array.dtype) for array in self.results]
         return Tape(launches, made, size // WORD)
 
 
@@ -213,18 +218,6 @@ class Tapes(dict[Hashable, "Tape | None"]):
         tape = self.get(sources[0])
         return None if tape is None else tape.play(sources)
 
-    def record(self, sources: Sources, steps: Callable[[], list[Array | None]]) -> list[Array | None]:
-        """The results of a call by its steps, which are recorded if that has not been tried.
-
-        Parameters
-        ----------
-        sources : Sources
-        steps : callable
-            Takes the steps, and returns the results of the call: new arrays.
-        """
-        if sources[0] in self:
-            return steps()
-        with Recorder(sources) as recorder:
-            results = steps()
-        self[sources[0]] = recorder.tape(results)
-        return results
+    def recorder(self, sources: Sources) -> Recorder:
+        """Context in which the call takes its steps, which are recorded if that has not been tried."""
+        return Recorder(self, sources)
