@@ -22,6 +22,7 @@ from cupybn._steps.geometry import (
     MOST_PARTS,
     ON_CHIP_PACKS,
     ON_CHIP_TILE,
+    PACK,
     ROWS_PER_PART,
     STREAMED_PACKS,
     SUMMED_TILE,
@@ -36,7 +37,6 @@ from cupybn._steps.geometry import (
     over_channels,
     team_of,
 )
-from cupybn._steps.plans import PACK
 from cupybn._steps.resident import Device
 from cupybn._steps.sources import KERNELS
 

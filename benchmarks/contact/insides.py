@@ -12,7 +12,8 @@ from cupybn._arrays.dtypes import FLOATS, parameter_dtype
 from cupybn._ranks.engines import engine_for
 from cupybn._ranks.watch import watch_of
 from cupybn._steps import plans
-from cupybn._steps.arguments import _by_value as by_value
+from cupybn._steps.geometry import PACK
+from cupybn._steps.launcher import Frame
 from tests.nvrtc import Instance, all_instances
 from tests.ranks.launch import RANK_ENVIRONMENT, find_mpiexec
 from tests.reference import ROUNDINGS, assert_close, batch_norm
@@ -22,9 +23,9 @@ __all__ = [
     "RANK_ENVIRONMENT",
     "ROUNDINGS",
     "STREAMED",
+    "Frame",
     "assert_close",
     "batch_norm",
-    "by_value",
     "cuda_missing",
     "dtypes",
     "engine_for",
@@ -71,7 +72,7 @@ def kernels_for(shape: tuple[int, ...], channel_axis: int, dtype: np.dtype[Any])
 def _width(shape: tuple[int, int, int], dtype: np.dtype[Any]) -> int:
     """Elements of a pack, in arrays that are aligned as CuPy allocates them."""
     _, C, L = shape
-    return math.gcd(plans.PACK, (L if L > 1 else C) * dtype.itemsize) // dtype.itemsize
+    return math.gcd(PACK, (L if L > 1 else C) * dtype.itemsize) // dtype.itemsize
 
 
 def has_clusters() -> bool:

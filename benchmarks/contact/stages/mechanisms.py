@@ -63,45 +63,48 @@ def run(task: Task) -> None:
 
 
 def arguments_by_value() -> None:
-    """Check that a kernel gets the arguments it is given, of every kind that the launcher passes."""
+    """Check that a kernel gets what is in a frame when it is launched, for arguments of every kind."""
     import cupy
 
-    from contact.insides import by_value
+    from contact.insides import Frame
 
-    kernel = cupy.RawKernel(TAKE, "take")
-    x, out = cupy.asarray(np.array([2.5, 3.5], np.float32)), cupy.zeros(12)
-    ptr = x.data.ptr
-    bundle = by_value("=QqqQqdQ", ptr, 4, 2, ptr, 1, np.inf, 0)
-    kernel((1,), (1,), [x, bundle, 0.25, 2**40 + 1, None, out], shared_mem=0)
-    found = out.get().tolist()
-    assert found == [2.5, float(ptr), 4, 2, 0.25, 2**40 + 1, 0, 3.5, 3.5, 1, np.inf, 0], found
+    kernel, frame = cupy.RawKernel(TAKE, "take"), Frame([(0, 1), (1, 8), (8, 9), (9, 10), (10, 11), (11, 12)])
+    for first in 2.5, -1.0:
+        x, out = cupy.asarray(np.array([first, 3.5], np.float32)), cupy.zeros(12)
+        ptr = x.data.ptr
+        for word, value in enumerate([ptr, ptr, 4, 2, ptr, 1, 0, 0, 0, 2**40 + 1, 0, out.data.ptr]):
+            frame.words[word] = value
+        frame.doubles[6], frame.doubles[8] = np.inf, 0.25
+        kernel((1,), (1,), frame.arguments, shared_mem=0)
+        for word in range(len(frame.words)):
+            frame.words[word] = 0  # a launch has copied what it was given
+        found = out.get().tolist()
+        assert found == [first, float(ptr), 4, 2, 0.25, 2**40 + 1, 0, 3.5, 3.5, 1, np.inf, 0], found
 
 
 def host_times(rounds: int) -> dict[str, float]:
     """Microseconds of a launch for each way to pass structs; empty on the stand-in."""
     import cupy
 
-    from contact.insides import by_value, is_stand_in
+    from contact.insides import Frame, is_stand_in
 
     if is_stand_in():
         return {}
-    from cupy.cuda.function import CNumpyArray
-
-    kernel, words = cupy.RawKernel(STRUCTS, "structs"), range(7)
-    once = by_value("=7q", *words)
-    ready, named = CNumpyArray(once), once.view([(f"word{i}", np.int64) for i in words])
-    ways: dict[str, Callable[[], list[Any]]] = {
-        "4 structs, packed each time": lambda: [by_value.__wrapped__("=7q", *words) for _ in range(4)],
-        "4 structs, looked up": lambda: [by_value("=7q", *words) for _ in range(4)],
-        "4 structs as CNumpyArray, made once": lambda: [ready] * 4,
-        "4 structs with names of fields": lambda: [named] * 4,
+    kernel, frame = cupy.RawKernel(STRUCTS, "structs"), Frame([(0, 7), (7, 14), (14, 21), (21, 28), (28, 29), (29, 30)])
+    once = np.zeros(1, "V56")
+    named = once.view([(f"word{i}", np.int64) for i in range(7)])
+    ways: dict[str, Callable[[], Any]] = {
+        "4 structs, packed each time": lambda: [*(np.frombuffer(bytes(56), "V56") for _ in range(4)), None, None],
+        "4 structs, packed once": lambda: [once] * 4 + [None] * 2,
+        "4 structs with names of fields": lambda: [named] * 4 + [None] * 2,
+        "a frame": lambda: frame.arguments,
     }
     times: dict[str, list[float]] = {how: [] for how in ways}
     for _ in range(rounds):
-        for how, structs in ways.items():
+        for how, arguments in ways.items():
             start = time.perf_counter()
             for _ in range(CALLS):
-                kernel((1,), (32,), [*structs(), None, None])
+                kernel((1,), (32,), arguments())
             times[how].append((time.perf_counter() - start) * 1e6 / CALLS)
             cupy.cuda.Device().synchronize()
     return {how: round(median(values), 2) for how, values in times.items()}
