@@ -33,6 +33,9 @@ together is a bundle (`cupybn._steps.bundles`). bn_forward stands for bn_stats a
 bn_backward_reduce and then bn_backward_input. On a GPU these two are one launch where a channel fits on chip
 (`cupybn._steps.resident`); where the batch is spread over ranks, they exchange statistics or sums in between
 (`cupybn._ranks.synchronized`).
+
+Calls on CuPy arrays that are alike launch the same kernels. So the first one is recorded while it takes its steps, and
+later ones play its launches without taking them again (`cupybn._steps.tape`).
 """
 
 from __future__ import annotations

@@ -27,8 +27,6 @@ Array = Any  # cupy.ndarray
 
 NUMBERS = ("affine.eps", "running.momentum")
 """Names of arguments that are numbers and may differ between calls that are alike."""
-
-
 Sources = tuple[Hashable, list[int], tuple[float, float]]
 """What calls differ in that are alike otherwise: a key that tells apart the tapes of such calls, the addresses of the
 arrays that a call is given, and the numbers of NUMBERS in their order."""
@@ -45,16 +43,17 @@ def sources_of(
         What tells apart calls on arrays of the same forms, beside addresses and numbers.
     tensors, others : sequences of arrays or None
         All arrays that the call is given. Tensors are those that kernels read or write in packs, whose width depends on
-        the addresses of all of them.
+        how their addresses divide by PACK.
     numbers : (float, float)
     """
     addresses = [array.data.ptr for array in tensors if array is not None]
-    packs = PACK
+    together = 0
     for address in addresses:
-        packs |= address
+        together |= address
+    odd = None if together % PACK == 0 else tuple([address % PACK for address in addresses])
     addresses += [array.data.ptr for array in others if array is not None]
     alike = None if len({*addresses}) == len(addresses) else tuple(map(addresses.index, addresses))
-    return (kind, packs & -packs, alike), addresses, numbers
+    return (kind, odd, alike), addresses, numbers
 
 
 class Launch(NamedTuple):
