@@ -134,16 +134,16 @@ def failures(records: Sequence[Record]) -> list[str]:
 
 def count_launches(call: Call) -> int:
     """How many kernels cupybn launches in a call."""
-    launch, count = launcher.Kernel.launch, 0
+    run, count = launcher.Kernel.run, 0
 
     def counted(*args: Any, **kwargs: Any) -> None:
         nonlocal count
         count += 1
-        launch(*args, **kwargs)
+        run(*args, **kwargs)
 
-    launcher.Kernel.launch = counted  # type: ignore[method-assign]
+    launcher.Kernel.run = counted  # type: ignore[method-assign]
     try:
         call()
     finally:
-        launcher.Kernel.launch = launch  # type: ignore[method-assign]
+        launcher.Kernel.run = run  # type: ignore[method-assign]
     return count

@@ -27,7 +27,7 @@ def test_every_dense_permutation_is_a_view(order, axis):
     assert np.array_equal(np.sort(view, axis=None), np.sort(x, axis=None))
     for c in range(x.shape[axis]):
         assert set(view[:, c].ravel()) == set(x.take(c, axis).ravel())
-    assert layout.empty_like(x).strides == x.strides
+    assert layout.back(layout.empty(x)).strides == x.strides
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_axes_of_length_1(shape):
     x = dense(shape, range(len(shape)))
     layout = Layout.of(x, 1)
     assert layout.shape == (shape[0], 3, np.prod(shape[2:]))
-    assert layout.empty_like(x).strides == x.strides
+    assert layout.back(layout.empty(x)).strides == x.strides
     for stride in 0, 8, -8, 1000:
         strides = [stride if n == 1 else s for n, s in zip(shape, x.strides, strict=True)]
         odd = np.lib.stride_tricks.as_strided(x, strides=strides)
