@@ -274,7 +274,7 @@ class Checked(NamedTuple):
     dense: bool  # whether input and residual have the layout
     direct: bool  # whether `out` has it
     extents: dict[str, Extent]  # extents of the arrays that the call reads, moves or writes, by name
-    spans: Spans  # where these lie beside their addresses, in the order of `Call.sources`
+    spans: Spans  # beginnings and lengths of the same memory, in the order of `Call.sources`
     form: Hashable  # form of the input; None if it is not dense
     tapes: Tapes | None  # launches of such calls, there and back; None where they are not alike
 
