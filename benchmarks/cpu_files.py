@@ -17,9 +17,16 @@ class Measured(NamedTuple):
     results: dict[str, Any]
 
 
+def write(measured: Measured, stem: Path) -> Path:
+    """Write ``stem.json``, and return its path."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    path = stem.with_suffix(".json")
+    path.write_text(json.dumps(measured._asdict(), indent=1) + "\n")
+    return path
+
+
 def save(measured: Measured, stem: Path, plot: Callable[[Any, str, Path], None]) -> None:
     """Write ``stem.json`` and ``stem.png``, and print where they are; `plot` takes the results, a title and a path."""
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    stem.with_suffix(".json").write_text(json.dumps(measured._asdict(), indent=1) + "\n")
+    path = write(measured, stem)
     plot(measured.results, f"{measured.versions}; {measured.machine}", stem.with_suffix(".png"))
-    print(f"results: {stem}.json, plot: {stem}.png")
+    print(f"results: {path}, plot: {stem}.png")

@@ -1,0 +1,180 @@
+"""Processes that take turns: each measures with the cupybn of one checkout when it is asked to, the others wait.
+
+A script starts itself again for each checkout (`take`), and there answers questions (`answer`), JSON in lines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+CHILD = "--child"
+"""Option that the processes of the checkouts are started with."""
+GROUP = 1e-4
+"""Seconds of a group of calls between two looks at the clock, at least."""
+LEAST_GROUPS = 3
+"""Groups of a burst, at least."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measurement
+
+
+def burst(call: Callable[[], object], seconds: float) -> float:
+    """Microseconds of a call, the median of a burst of so many seconds, after a first call that is not counted.
+
+    Short calls are timed in groups, so that looking at the clock costs nothing beside them.
+    """
+    call()
+    start = time.perf_counter()
+    call()
+    calls = max(1, round(GROUP / (time.perf_counter() - start)))
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(times) < LEAST_GROUPS or time.perf_counter() < end:
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        times.append((time.perf_counter() - start) / calls)
+    return 1e6 * median(times)
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median and quartiles of what the rounds gave, and the least."""
+    low, middle, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else 3 * [*values]
+    return {"median": middle, "low": low, "high": high, "least": min(values)}
+
+
+def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> dict[str, float]:
+    """Median and quartiles of the ratio, each round's two times divided by each other."""
+    return spread([a / b for a, b in zip(numerators, denominators, strict=True)])
+
+
+def cell(figures: dict[str, float] | None, digits: int = 2) -> str:
+    """The figures of `spread` as they stand in a table; a dash where nothing has been measured."""
+    if figures is None:
+        return "-"
+    middle, low, high = (f"{figures[name]:.{digits}f}" for name in ("median", "low", "high"))
+    return f"{middle} ({low}..{high})"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes
+
+
+class Checkout:
+    """A process that measures the cupybn of a checkout.
+
+    Parameters
+    ----------
+    script : str
+        ``__file__`` of the script that the process runs.
+    tree : Path
+        Root of the checkout; the script is that of the caller, whatever the checkout has.
+    arguments : sequence of str
+        Options of the process.
+    """
+
+    def __init__(self, script: str, tree: Path, arguments: Sequence[str]) -> None:
+        path = os.pathsep.join(filter(None, [str(tree), os.environ.get("PYTHONPATH")]))
+        command = [sys.executable, script, CHILD, *arguments]
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, text=True, env=os.environ | {"PYTHONPATH": path}
+        )
+        self.facts = self._answer()
+        if Path(self.facts["package"]).parent != tree:
+            raise SystemExit(f"the process for {tree} has found another cupybn, in {self.facts['package']}")
+
+    def ask(self, question: Any) -> Any:
+        """The answer to a question, once the process has measured."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(question) + "\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> Any:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit(f"a process that measures has ended with status {self._process.wait()}")
+        return json.loads(line)
+
+    def __enter__(self) -> Checkout:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def answer(facts: dict[str, Any], reply: Callable[[Any], Any]) -> None:
+    """Be the process of a checkout: say the facts, and then the reply to each question."""
+    import cupybn
+
+    answers, sys.stdout = sys.stdout, sys.stderr  # what anything else prints goes to the terminal
+    facts = {"package": str(Path(cupybn.__file__).parent), "version": cupybn.__version__, **facts}
+    print(json.dumps(facts), file=answers, flush=True)
+    for line in sys.stdin:
+        print(json.dumps(reply(json.loads(line))), file=answers, flush=True)
+
+
+def take(checkouts: Sequence[Checkout], questions: Sequence[Any], rounds: int) -> list[list[list[Any]]]:
+    """Answers by question, checkout and round.
+
+    In each round every checkout answers each question, in an order that changes from round to round.
+    """
+    answers: list[list[list[Any]]] = [[[] for _ in checkouts] for _ in questions]
+    for i in progress(range(rounds), "round"):
+        turn = 1 if i % 2 == 0 else -1
+        for question, of_question in zip(questions, answers, strict=True):
+            for checkout, of_checkout in list(zip(checkouts, of_question, strict=True))[::turn]:
+                of_checkout.append(checkout.ask(question))
+    return answers
+
+
+def progress(items: Iterable[Any], unit: str) -> Iterator[Any]:
+    """The items, with a progress bar on a terminal if tqdm is installed."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return iter(items)
+    return iter(tqdm(items, unit=unit, leave=False, disable=None))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkouts
+
+
+def add_options(parser: argparse.ArgumentParser, rounds: int) -> None:
+    """Add the options that scripts have whose processes take turns."""
+    parser.add_argument("--short", action="store_true", help="as little as possible: does it run?")
+    parser.add_argument("--rounds", type=int, default=rounds, help=f"turns of each checkout (default: {rounds})")
+    parser.add_argument("--against", type=Path, metavar="TREE", help="another checkout, which is measured in turns")
+    parser.add_argument(CHILD, action="store_true", help=argparse.SUPPRESS)
+
+
+def trees(against: Path | None) -> list[Path]:
+    """Roots of the checkouts: that of the cupybn which this Python finds, or this file's, and the other one, if any."""
+    spec = importlib.util.find_spec("cupybn")
+    found = Path(__file__).parents[1] if spec is None or spec.origin is None else Path(spec.origin).parents[1]
+    return [found.resolve(), *([] if against is None else [against.resolve()])]
+
+
+def commit(tree: Path) -> str:
+    """Name of the commit that a checkout is at, with "-dirty" where files have changed; "unknown" without git."""
+    command = ["git", "-C", str(tree), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
