@@ -6,9 +6,9 @@
     python benchmarks/launch.py --short            # a few calls: does it run?
 
 With --real where there is a GPU, it is all real: the host's time for calls that it does not wait for. Microseconds for
-one call are the least of all rounds, as other programs only ever add to them, and beside it the median. The ratio is that
-of turns which follow each other: short ones, and many. `--output FOLDER` keeps the figures as JSON. What stands in the
-place of CuPy is in `pretended_cupy.py`, what is left out in `real_cupy.py`.
+one call are the least of all rounds, as other programs only ever add to them, and beside it the median. The ratio is
+that of turns which follow each other: short ones, and many. `--output FOLDER` keeps the figures as JSON. What stands in
+the place of CuPy is in `pretended_cupy.py`, what is left out in `real_cupy.py`.
 """
 
 from __future__ import annotations
@@ -24,13 +24,15 @@ import numpy as np
 import pretended_cupy
 import real_cupy
 from cpu_files import Measured, write
-from turns import Checkout, add_options, answer, burst, cell, commit, ratio, spread, take, trees
+from turns import Checkout, add_options, answer, burst, cell, commit, parse, ratio, spread, take, trees
 
-ROUNDS, SHORT_ROUNDS = 150, 2
+ROUNDS, STARTS = 150, 3
 TURN = 1e-3
 """Seconds of a turn."""
 ON_CHIP, STREAMED = (32, 64, 56, 56), (4096, 256)
 """Shapes of inputs: one whose channels stay on chip, in one launch, and one whose channels are read in two."""
+SHORT = (2, 4, 4, 4), (4096, 4)
+"""The same, where it is only asked whether all runs, on a stand-in for CuPy as well."""
 MOST_ARGUMENTS = 10
 """Goal for the number of arguments of a launch that CuPy sees."""
 NOTHING = "a launch without arguments"
@@ -43,17 +45,17 @@ Results = dict[str, dict[str, Any]]
 # The process of a checkout
 
 
-def cases(cupy: Any) -> dict[str, Callable[[], object]]:
-    """The calls that are measured; `cupy` is the module of this folder that makes the arrays."""
+def cases(cupy: Any, on_chip: tuple[int, ...], streamed: tuple[int, ...]) -> dict[str, Callable[[], object]]:
+    """The calls that are measured, on these shapes; `cupy` is the module of this folder that makes the arrays."""
     from cupybn import BatchNorm2d, functional
 
-    x, dy = (cupy.array(ON_CHIP, "f4") for _ in range(2))
-    vectors = [cupy.array(ON_CHIP[1:2], "f4") for _ in range(4)]
+    x, dy = (cupy.array(on_chip, "f4") for _ in range(2))
+    vectors = [cupy.array(on_chip[1:2], "f4") for _ in range(4)]
     _, vjp_fn = functional.batch_norm_vjp(x, *vectors, True)
-    x2, dy2 = (cupy.array(STREAMED, "f4") for _ in range(2))
-    vectors2 = [cupy.array(STREAMED[1:2], "f4") for _ in range(4)]
+    x2, dy2 = (cupy.array(streamed, "f4") for _ in range(2))
+    vectors2 = [cupy.array(streamed[1:2], "f4") for _ in range(4)]
     _, vjp_fn2 = functional.batch_norm_vjp(x2, *vectors2, True)
-    layer, frozen = (BatchNorm2d(ON_CHIP[1], device="cuda:0") for _ in range(2))
+    layer, frozen = (BatchNorm2d(on_chip[1], device="cuda:0") for _ in range(2))
     frozen.eval()
     _, layer_vjp_fn = layer.vjp(x)
     return {
@@ -75,7 +77,7 @@ def child(args: argparse.Namespace) -> None:
     cupy: Any = real_cupy if args.real else pretended_cupy
     what = cupy.prepare()
     launches = count_arguments() if args.count else []
-    calls = cases(cupy)
+    calls = cases(cupy, *(SHORT if args.short else (ON_CHIP, STREAMED)))
     names = list(calls)
     unlaunched = args.real and not real_cupy.on_gpu()
     if unlaunched:
@@ -130,18 +132,19 @@ def count_arguments() -> list[int]:
 
 def measure(args: argparse.Namespace) -> tuple[dict[str, Any], Results]:
     """The facts of this checkout, and figures by case."""
-    options = ["--real"] if args.real else []
+    options = [option for option in ("--real", "--short") if getattr(args, option.removeprefix("--"))]
     found = trees(args.against)
     counts = []
     for tree in found:
         with Checkout(__file__, tree, [*options, "--count"]) as counter:
             counts.append({name: counter.ask(name) for name in counter.facts["cases"]})
-    with contextlib.ExitStack() as stack:
-        checkouts = [stack.enter_context(Checkout(__file__, tree, options)) for tree in found]
-        facts = checkouts[0].facts
-        names = facts["cases"]
-        questions = [*names, NOTHING] if facts["unlaunched"] else names
-        turns = dict(zip(questions, take(checkouts, questions, args.rounds), strict=True))
+    names = list(counts[0])
+
+    def questions(facts: dict[str, Any]) -> list[list[str]]:
+        return [[*names, NOTHING] if facts["unlaunched"] else names]
+
+    turns = take(__file__, found, options, questions, args.rounds, args.starts)
+    facts = turns.facts[0]
     nothing = [0.0 for _ in found]
     if facts["unlaunched"]:
         nothing = [min(turn["us"] for turn in of_one) for of_one in turns[NOTHING]]
@@ -192,21 +195,23 @@ def _counts(launches: list[int]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Host time of a call on CuPy arrays.")
-    add_options(parser, ROUNDS)
+    add_options(parser, ROUNDS, STARTS)
     parser.add_argument("--real", action="store_true", help="with the CuPy that is installed")
     parser.add_argument("--output", type=Path, help="folder for the figures as JSON (default: none are kept)")
     parser.add_argument("--count", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parse(parser)
     if args.child:
         child(args)
         return
-    args.rounds = SHORT_ROUNDS if args.short else args.rounds
     facts, results = measure(args)
     versions = f"cupybn {facts['version']} ({', against '.join(facts['commits'])}), NumPy {np.__version__}"
     machine = f"{facts['what']}; {platform.machine()}, Python {platform.python_version()}"
-    print(f"{versions}\n{machine}, float32, {args.rounds} rounds: least (median); ratio: median (quartiles)\n{table(results)}")
+    how = f"float32, {args.rounds} rounds: least (median); ratio: median (quartiles)"
+    print(f"{versions}\n{machine}, {how}\n{table(results)}")
     if facts["unlaunched"]:
-        print(f"left out for every launch: {facts['nothing_us']:.1f} us, until the driver would be called and its error")
+        print(
+            f"left out for every launch: {facts['nothing_us']:.1f} us, until the driver would be called and its error"
+        )
     if args.output:
         stem = args.output / ("launch-real" if args.real else "launch")
         print(f"results: {write(Measured(versions, machine, args.rounds, results), stem)}")

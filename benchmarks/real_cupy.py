@@ -1,8 +1,8 @@
 """The real CuPy where it is installed: with a GPU all of it, without one all but what needs the driver.
 
 Without a GPU arrays are CuPy's, but at addresses that nobody dereferences, and a launch goes through
-`cupy.cuda.function.Function` up to the place where it would call the driver: all arguments have been wrapped by then. It
-raises there, which costs time of its own: `launch_nothing` tells how much. Left out, beside what the driver does, are:
+`cupy.cuda.function.Function` up to the place where it would call the driver: all arguments have been wrapped by then.
+It raises there, which costs time of its own: `launch_nothing` tells how much. Left out, beside what the driver does:
 
 * `malloc` of the memory pool: an allocator hands out prepared addresses;
 * how `RawKernel` finds the kernel of the current device, and how `cupy.cuda.runtime` asks which one that is.
@@ -56,14 +56,17 @@ class RawKernel:
 
     wraps = True
     """Whether a launch gets as far as that. Otherwise it does nothing at all."""
+    launches = 0
+    """Launches of all kernels, those of `launch_nothing` included."""
 
     def __init__(self, *_: Any) -> None:
         self.max_dynamic_shared_size_bytes = 0
 
     def __call__(self, grid: Any, block: Any, args: Any, *, shared_mem: int = 0) -> None:
         """Wrap the arguments."""
+        RawKernel.launches += 1
         if RawKernel.wraps:
-            try:
+            try:  # noqa: SIM105 - costs less than contextlib.suppress
                 _function(grid, block, args, shared_mem=shared_mem, stream=Stream)
             except _error:
                 pass

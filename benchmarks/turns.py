@@ -6,6 +6,7 @@ A script starts itself again for each checkout (`take`), and there answers quest
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
@@ -15,12 +16,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from statistics import median, quantiles
-from typing import Any
+from typing import Any, NamedTuple
 
 CHILD = "--child"
 """Option that the processes of the checkouts are started with."""
+Groups = Callable[[dict[str, Any]], Sequence[Sequence[Any]]]
 GROUP = 1e-4
 """Seconds of a group of calls between two looks at the clock, at least."""
+SHORT_ROUNDS = 2
 LEAST_GROUPS = 3
 """Groups of a burst, at least."""
 
@@ -129,18 +132,47 @@ def answer(facts: dict[str, Any], reply: Callable[[Any], Any]) -> None:
         print(json.dumps(reply(json.loads(line))), file=answers, flush=True)
 
 
-def take(checkouts: Sequence[Checkout], questions: Sequence[Any], rounds: int) -> list[list[list[Any]]]:
-    """Answers by question, checkout and round.
+class Turns(NamedTuple):
+    """What checkouts have answered."""
 
-    In each round every checkout answers each question, in an order that changes from round to round.
+    facts: list[dict[str, Any]]  # facts of each checkout
+    answers: dict[str, list[list[Any]]]  # answers by question, checkout and round; a question stands there as JSON
+
+    def __getitem__(self, question: Any) -> list[list[Any]]:
+        """The answers to a question, by checkout and round."""
+        return self.answers[json.dumps(question)]
+
+
+def take(script: str, trees: Sequence[Path], options: Sequence[str], groups: Groups, rounds: int, starts: int) -> Turns:
+    """Let the checkouts answer in turns.
+
+    Parameters
+    ----------
+    script, trees, options
+        As in `Checkout`.
+    groups : function from the facts of the first checkout to a list of lists of questions
+        A round is a turn of each checkout for each question of a group, in an order that changes from round to round.
+        A group has all of its rounds before the next one begins.
+    rounds : int
+        Rounds of a group, all starts together.
+    starts : int
+        How many times all processes are started. Where a process happens to find its memory decides up to a tenth of
+        its time.
     """
-    answers: list[list[list[Any]]] = [[[] for _ in checkouts] for _ in questions]
-    for i in progress(range(rounds), "round"):
-        turn = 1 if i % 2 == 0 else -1
-        for question, of_question in zip(questions, answers, strict=True):
-            for checkout, of_checkout in list(zip(checkouts, of_question, strict=True))[::turn]:
-                of_checkout.append(checkout.ask(question))
-    return answers
+    starts = min(starts, rounds)
+    answers: dict[str, list[list[Any]]] = {}
+    for i in progress(range(starts), "start"):
+        with contextlib.ExitStack() as stack:
+            checkouts = [stack.enter_context(Checkout(script, tree, options)) for tree in trees]
+            facts = [checkout.facts for checkout in checkouts]
+            for group in progress(groups(facts[0]), "group"):
+                for k in range(rounds * i // starts, rounds * (i + 1) // starts):
+                    turn = 1 if k % 2 == 0 else -1
+                    for question in group:
+                        of_question = answers.setdefault(json.dumps(question), [[] for _ in trees])
+                        for checkout, of_checkout in list(zip(checkouts, of_question, strict=True))[::turn]:
+                            of_checkout.append(checkout.ask(question))
+    return Turns(facts, answers)
 
 
 def progress(items: Iterable[Any], unit: str) -> Iterator[Any]:
@@ -156,12 +188,21 @@ def progress(items: Iterable[Any], unit: str) -> Iterator[Any]:
 # Checkouts
 
 
-def add_options(parser: argparse.ArgumentParser, rounds: int) -> None:
+def add_options(parser: argparse.ArgumentParser, rounds: int, starts: int) -> None:
     """Add the options that scripts have whose processes take turns."""
     parser.add_argument("--short", action="store_true", help="as little as possible: does it run?")
     parser.add_argument("--rounds", type=int, default=rounds, help=f"turns of each checkout (default: {rounds})")
+    parser.add_argument("--starts", type=int, default=starts, help=f"starts of the processes (default: {starts})")
     parser.add_argument("--against", type=Path, metavar="TREE", help="another checkout, which is measured in turns")
     parser.add_argument(CHILD, action="store_true", help=argparse.SUPPRESS)
+
+
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The options; with --short as little of everything as there can be."""
+    args = parser.parse_args()
+    if args.short:
+        args.rounds, args.starts = SHORT_ROUNDS, 1
+    return args
 
 
 def trees(against: Path | None) -> list[Path]:
