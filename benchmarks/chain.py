@@ -5,17 +5,19 @@
     python benchmarks/chain.py --against TREE      # and those of another checkout, in turns
     python benchmarks/chain.py --short             # four layers, a few calls: does it run?
 
-Each layer has an input of its own, as convolutions stand between them: those of two images of 32 x 32, the smallest that
-ResNet-50 takes without losing a plane on the way (16 x 16 behind its first layer, 1 x 1 in its last block, 4,096 to 65,536
-elements). So what a call costs before its first element counts, as it does for small layers and on a GPU for larger ones.
+Each layer has an input of its own, as convolutions stand between them: those of two images of 32 x 32, the smallest
+that ResNet-50 takes (16 x 16 behind its first layer, 1 x 1 in its last blocks; 4,096 to 65,536 elements). So what a
+call costs before its first element counts, as it does for small layers, and on a GPU for larger ones.
 
 A step is eager, float32, in training: `vjp` of all layers, then each `vjp_fn` in reverse. PyTorch's is `BatchNorm2d` of
-all layers, then one call of autograd for all gradients. Each library has one thread (`--threads`), as two gain nothing on
-arrays this small. Microseconds for each layer, until all is done; sides take turns in one process. Without a GPU, CuPy is measured on pretended arrays (`pretended_cupy.py`), with --real on its own arrays up
-to the driver (`real_cupy.py`), less what the driver's error costs. With a GPU a step is also captured in a CUDA graph, of
-CuPy and of PyTorch, and replayed.
+all layers, then one call of autograd for all gradients. Each library has one thread (`--threads`), as two gain nothing
+on arrays this small. Microseconds for each layer, until all is done; sides take turns in one process. Without a GPU,
+CuPy is measured on pretended arrays (`pretended_cupy.py`), with --real on its own arrays up to the driver
+(`real_cupy.py`), less what the driver's error costs. With a GPU a step is also captured in a CUDA graph, of CuPy and of
+PyTorch, and replayed.
 
-The plot shows where the time of a step goes, by source file of cupybn (`sampling.py` has how).
+The plot shows where the time of a step goes, by source file of cupybn (`sampling.py` has how). What the driver's error
+costs, some percent, is in the shares of `launcher.py` there.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -36,11 +39,11 @@ import real_cupy
 from cpu import has_torch
 from cpu_files import Measured, save
 from sampling import Places, place_in, sample
-from turns import Checkout, add_options, answer, burst, cell, commit, parse, ratio, spread, take, trees
+from turns import add_options, answer, burst, cell, commit, parse, ratio, spread, take, threads, trees
 
-ROUNDS, STARTS = 12, 3
-SHORT_LAYERS = 4
-TURN, LEAST_STEPS = 30e-3, 3
+ROUNDS, STARTS = 30, 3
+SHORT_LAYERS, SHORT_IMAGE = 4, 8
+TURN, LEAST_STEPS = 10e-3, 2
 """Seconds and steps of a turn, at least."""
 SAMPLED, SHORT_SAMPLED = 4.0, 0.05
 """Seconds that steps are sampled for."""
@@ -75,8 +78,8 @@ def resnet50(image: int) -> Iterator[tuple[int, int]]:
 
 
 def shapes(short: bool) -> list[tuple[int, int, int, int]]:
-    """The shapes of the inputs, of all layers or of the first ones."""
-    every = [(BATCH, channels, side, side) for channels, side in resnet50(IMAGE)]
+    """The shapes of the inputs, of all layers or of the first ones with a smaller image."""
+    every = [(BATCH, channels, side, side) for channels, side in resnet50(SHORT_IMAGE if short else IMAGE)]
     return every[:SHORT_LAYERS] if short else every
 
 
@@ -172,7 +175,10 @@ def chains(args: argparse.Namespace) -> tuple[str, dict[str, Side], dict[str, Ca
             from cupybn._cli.measure import TorchGraph
 
             sides[TORCH_CUDA] = torch_side(inputs, gradients, "cuda")
-            graphs[TORCH_GRAPH] = TorchGraph([sides[TORCH_CUDA].step], False, torch, torch.cuda.Stream())
+            try:
+                graphs[TORCH_GRAPH] = TorchGraph([sides[TORCH_CUDA].step], False, torch, torch.cuda.Stream())
+            except RuntimeError as error:
+                print(f"PyTorch's graph is left out: {error}", file=sys.stderr)
     return what, sides, {name: lambda graph=graph: graph.replay(LEAST_STEPS) for name, graph in graphs.items()}
 
 
@@ -232,16 +238,15 @@ def measure(args: argparse.Namespace) -> tuple[list[dict[str, Any]], Results]:
         lambda facts: [[("times", name) for name in facts["sides"]]],
         args.rounds,
         args.starts,
+        [("places", name) for name in (NUMPY, CUPY)],
     )
     names = turns.facts[0]["sides"]
     results: Results = {}
     for name in names:
         peer = torch_of(name, names)
         results[name] = figures(turns["times", name], None if peer is None else turns["times", peer])
-    for i, tree in enumerate(found):
-        with Checkout(__file__, tree, options) as checkout:
-            for name in (NUMPY, CUPY):
-                results[name].setdefault("places", []).append(checkout.ask(("places", name)))
+    for name, places in zip((NUMPY, CUPY), zip(*turns.last, strict=True), strict=True):
+        results[name]["places"] = places
     return turns.facts, results
 
 
@@ -267,7 +272,7 @@ def figures(turns: list[list[Times]], peer: list[list[Times]] | None) -> dict[st
 
 
 COLUMNS = {
-    "us": ("us of a layer", 1),
+    "us": ("us of a layer, median", 1),
     "torch": ("PyTorch / this", 2),
     "there_us": ("us there", 1),
     "there": ("this / there", 2),
@@ -278,11 +283,12 @@ COLUMNS = {
 def table(results: Results) -> str:
     """The table, a line for each side and phase; the other checkout's columns are there where it was measured."""
     there = [key for key in COLUMNS if any(row[key] for row in results.values())]
-    lines = [f"{'':22}{'':9}" + "".join(f"{COLUMNS[key][0]:>24}" for key in there)]
+    lines = [f"{'':22}{'':9}{'least':>9}" + "".join(f"{COLUMNS[key][0]:>24}" for key in there)]
     for name, row in results.items():
         for phase in row["us"]:
             cells = (cell(row[key].get(phase), COLUMNS[key][1]) for key in there)
-            lines.append(f"{name:22}{phase:9}" + "".join(f"{text:>24}" for text in cells))
+            least = row["us"][phase]["least"]
+            lines.append(f"{name:22}{phase:9}{least:9.1f}" + "".join(f"{text:>24}" for text in cells))
     return "\n".join(lines)
 
 
@@ -350,7 +356,7 @@ def main() -> None:
     commits = ", against ".join(commit(Path(fact["package"]).parent) for fact in facts)
     versions = ", ".join([f"cupybn {facts[0]['version']} ({commits})", *facts[0]["versions"]])
     machine = f"CuPy: {facts[0]['what']}; {platform.machine()}, Python {platform.python_version()}"
-    how = f"{facts[0]['layers']} layers, float32, {args.threads} thread{'s' * (args.threads > 1)}, {args.rounds} rounds: median (quartiles)"
+    how = f"{facts[0]['layers']} layers, float32, {threads(args.threads)}, {args.rounds} rounds: median (quartiles)"
     print(f"{versions}\n{machine}\n{how}\n{table(results)}")
     stem = args.output / ("chain" + "-real" * args.real + "-short" * args.short)
     save(Measured(versions, machine, args.rounds, results), stem, plot)

@@ -21,6 +21,7 @@ import importlib.util
 import math
 import os
 import platform
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from statistics import geometric_mean
@@ -29,7 +30,7 @@ from typing import Any, NamedTuple
 import by_hand
 import numpy as np
 from cpu_files import Measured, save
-from turns import add_options, answer, burst, cell, commit, parse, ratio, spread, take, trees
+from turns import add_options, answer, burst, cell, commit, parse, ratio, spread, take, threads, trees
 
 ROUNDS, STARTS = 9, 3
 BURST, SHORT_BURST = 5e-3, 1e-4
@@ -71,6 +72,7 @@ def torch_cases(shape: tuple[int, ...], layout: str) -> dict[str, Pair]:
     import cupybn.functional as F
 
     torch.manual_seed(0)
+    torch.set_grad_enabled(True)
     memory_format = torch.channels_last if layout == "NHWC" else torch.contiguous_format
     tensors = [torch.randn(shape).contiguous(memory_format=memory_format) for _ in range(3)]
     vectors = [torch.zeros(shape[1]), torch.ones(shape[1]), torch.rand(shape[1]) + 0.5, torch.randn(shape[1])]
@@ -83,19 +85,18 @@ def torch_cases(shape: tuple[int, ...], layout: str) -> dict[str, Pair]:
     t_y = batch_norm(leaves[0], *vectors[:2], *leaves[1:], training=True)
     vjp_fn = F.batch_norm_vjp(x, *running_and_affine, training=True)[1]
     fused: dict[str, Any] = {"residual": residual, "activation": "relu"}
-    no_grad = torch.no_grad()
 
     def torch_add_relu() -> torch.Tensor:
         return torch.relu_(batch_norm(t, *vectors, training=True).add_(t_residual))
 
     return {
         "training": (
-            no_grad(lambda: batch_norm(t, *vectors, training=True)),
+            lambda: batch_norm(t, *vectors, training=True),
             lambda: F.batch_norm(x, *running_and_affine, training=True),
         ),
-        "inference": (no_grad(lambda: batch_norm(t, *vectors)), lambda: F.batch_norm(x, *running_and_affine)),
+        "inference": (lambda: batch_norm(t, *vectors), lambda: F.batch_norm(x, *running_and_affine)),
         "backward": (lambda: torch.autograd.grad(t_y, leaves, t_dy, retain_graph=True), lambda: vjp_fn(dy)),
-        "add + ReLU": (no_grad(torch_add_relu), lambda: F.batch_norm(x, *running_and_affine, training=True, **fused)),
+        "add + ReLU": (torch_add_relu, lambda: F.batch_norm(x, *running_and_affine, training=True, **fused)),
     }
 
 
@@ -110,7 +111,7 @@ def by_hand_cases(shape: tuple[int, ...], layout: str) -> dict[str, Pair]:
     theirs, ours = ((mean.copy(), var.copy(), weight, bias) for _ in range(2))
     axes = by_hand.others(x, axis)
     saved = x.mean(axes, keepdims=True), x.var(axes, keepdims=True)
-    vjp_fn = F.batch_norm_vjp(x, *ours, training=True, channel_axis=axis)[1]
+    vjp_fn = F.batch_norm_vjp(x, None, None, weight, bias, training=True, channel_axis=axis)[1]
     return {
         "training": (
             lambda: by_hand.training(x, *theirs, axis),
@@ -162,24 +163,29 @@ COMPARISONS = {
 
 
 def child(args: argparse.Namespace) -> None:
-    """Answer for one round of a comparison, a shape and a case."""
+    """Answer for one round of a shape and a case."""
+    comparison = COMPARISONS[args.only]
     versions = [f"NumPy {np.__version__}"]
-    if has_torch():
+    torch: Any = None
+    if args.only == "torch":
         import torch
 
-        args.threads = torch.get_num_threads() if args.threads is None else args.threads
+        args.threads = args.threads or torch.get_num_threads()
         torch.set_num_threads(args.threads)
         versions.append(f"PyTorch {torch.__version__}")
-    args.threads = processors() if args.threads is None else args.threads
+    args.threads = args.threads or processors()
     os.environ["CUPYBN_NUM_THREADS"] = str(args.threads)
 
     @functools.lru_cache(maxsize=1)  # the arrays of one shape at a time
-    def cases(comparison: str, i: int) -> dict[str, Pair]:
-        return COMPARISONS[comparison].cases(*shapes(COMPARISONS[comparison], args.short)[i])
+    def cases(i: int) -> dict[str, Pair]:
+        return comparison.cases(*shapes(comparison, args.short)[i])
 
-    def reply(question: tuple[str, int, str]) -> list[float]:
-        comparison, i, case = question
-        return [burst(call, SHORT_BURST if args.short else BURST) for call in cases(comparison, i)[case]]
+    def reply(question: tuple[int, str]) -> list[float]:
+        i, case = question
+        pair = cases(i)[case]
+        if torch is not None:
+            torch.set_grad_enabled(case == "backward")
+        return [burst(call, SHORT_BURST if args.short else BURST) for call in pair]
 
     answer({"versions": versions, "threads": args.threads}, reply)
 
@@ -205,15 +211,16 @@ def shapes(comparison: Comparison, short: bool) -> list[Shape]:
 def measure(key: str, args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[Results]]:
     """The facts of each checkout and the figures; those of the first one have the ratio to the second, if any."""
     comparison = COMPARISONS[key]
-    options = ["--short"] * args.short + ([] if args.threads is None else ["--threads", str(args.threads)])
+    options = ["--only", key, *["--short"] * args.short]
+    options += [] if args.threads is None else ["--threads", str(args.threads)]
     chosen = shapes(comparison, args.short)
-    questions = [[(key, i, case)] for i in range(len(chosen)) for case in comparison.goals]
+    questions = [[(i, case)] for i in range(len(chosen)) for case in comparison.goals]
     turns = take(__file__, trees(args.against), options, lambda _: questions, args.rounds, args.starts)
     results: list[Results] = [{} for _ in turns.facts]
     for i, (shape, layout) in enumerate(chosen):
         name = f"{layout} {'x'.join(map(str, shape))}"
         for case in comparison.goals:
-            answers = turns[key, i, case]
+            answers = turns[i, case]
             for result, of_one in zip(results, answers, strict=True):
                 result.setdefault(name, {})[case] = figures(of_one)
             if len(answers) > 1:
@@ -241,6 +248,10 @@ def table(results: Results, comparison: Comparison) -> str:
     for name, row in results.items():
         lines.append(f"{name:26}" + "".join(f"{cell(row[case]['ratio']):>20}" for case in goals))
     of_case = [ratios(results, case) for case in goals]
+    for layout, n in Counter(name.partition(" ")[0] for name in results).items():
+        some = {name: row for name, row in results.items() if name.startswith(f"{layout} ")}
+        means = "".join(f"{geometric_mean(ratios(some, case)):>20.2f}" for case in goals)
+        lines.append(f"{f'mean of {n} x {layout}':26}{means}")
     lines.append(f"{'geometric mean':26}" + "".join(f"{geometric_mean(numbers):>20.2f}" for numbers in of_case))
     lines.append(f"{'goal':26}" + "".join(f"{goal or '-':>20}" for goal in goals.values()))
     lines.append(f"{'least':26}" + "".join(f"{min(numbers):>20.2f}" for numbers in of_case))
@@ -260,7 +271,7 @@ def plot(comparison: Comparison, results: Results, title: str, path: Path) -> No
     names, goals = list(results), comparison.goals
     figure = Figure(figsize=(1 + 3 * len(goals), max(2.5, 0.9 + 0.19 * len(names))), layout="constrained")
     panels = figure.subplots(1, len(goals), sharey=True)
-    shown = [value for row in results.values() for case in goals for value in row[case]["ratio"].values()]
+    shown = [median for case in goals for median in ratios(results, case)]
     low, high = min(TICKS[0], *shown), max(TICKS[-1], *shown)
     ticks = [t for n in range(math.floor(math.log10(low)), 3) for t in (10**n, 2 * 10**n, 5 * 10**n)]
     ticks = [tick for tick in ticks if low <= tick <= high]
@@ -289,7 +300,7 @@ def main() -> None:
     )
     add_options(parser, ROUNDS, STARTS)
     parser.add_argument("--only", choices=COMPARISONS, help="one comparison (default: all that can be made)")
-    parser.add_argument("--threads", type=int, help="of cupybn and PyTorch (default: as many as PyTorch takes)")
+    parser.add_argument("--threads", type=int, help="of cupybn and PyTorch (default: as many as there are)")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder for the results")
     args = parse(parser)
     if args.child:
@@ -308,7 +319,7 @@ def compare(key: str, args: argparse.Namespace) -> None:
     """Make a comparison: print it, and leave its files."""
     comparison = COMPARISONS[key]
     facts, results = measure(key, args)
-    machine = f"{facts[0]['threads']} threads, {platform.machine()}, Python {platform.python_version()}"
+    machine = f"{threads(facts[0]['threads'])}, {platform.machine()}, Python {platform.python_version()}"
     print(f"{', '.join(facts[0]['versions'])}\n{machine}, float32, {args.rounds} rounds: median (quartiles)")
     names = [f"cupybn {fact['version']} at {commit(Path(fact['package']).parent)}" for fact in facts]
     for name, result in zip(names, results, strict=True):

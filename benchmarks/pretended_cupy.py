@@ -11,12 +11,15 @@ import itertools
 import math
 import sys
 import types
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 _addresses = itertools.count(1 << 40, 1 << 32)
 """Addresses of arrays: none overlaps another one."""
+PREPARED = 8
+"""Number of arrays of a shape and dtype that `empty` has."""
 
 
 class ndarray:  # noqa: N801 - as CuPy calls it
@@ -25,7 +28,10 @@ class ndarray:  # noqa: N801 - as CuPy calls it
     __module__ = "cupy"
     __cuda_array_interface__ = None
 
-    def __init__(self, shape: tuple[int, ...], dtype: Any, memptr: Any = None, strides: Any = None) -> None:
+    def __init__(
+        self, shape: int | tuple[int, ...], dtype: Any = "f8", memptr: Any = None, strides: Any = None
+    ) -> None:
+        shape = (shape,) if isinstance(shape, int) else shape
         self.shape, self.dtype = shape, np.dtype(dtype)
         self.ndim, self.size, self.itemsize = len(shape), math.prod(shape), self.dtype.itemsize
         dense = tuple(math.prod(shape[i + 1 :]) * self.itemsize for i in range(len(shape)))
@@ -34,14 +40,31 @@ class ndarray:  # noqa: N801 - as CuPy calls it
         self.flags = types.SimpleNamespace(c_contiguous=self.strides == dense)
         self.data = types.SimpleNamespace(ptr=next(_addresses), device_id=0) if memptr is None else memptr
         self.device = types.SimpleNamespace(id=0)
+        self._views: dict[tuple[int, ...], ndarray] = {}
 
     def transpose(self, *_: Any) -> ndarray:
         """The array itself: those that are measured are contiguous, and stay so."""
         return self
 
     def reshape(self, shape: tuple[int, ...]) -> ndarray:
-        """The array itself if it has this shape, else the one that `cupy.empty` returns for it."""
-        return self if shape == self.shape else sys.modules["cupy"].empty(shape, self.dtype)
+        """View of this shape, which is made once: the time to make one is CuPy's own."""
+        if shape == self.shape:
+            return self
+        view = self._views.get(shape)
+        if view is None:
+            view = self._views[shape] = ndarray(shape, self.dtype, self.data)
+        return view
+
+
+def empty(shape: int | tuple[int, ...], dtype: Any = "f8") -> ndarray:
+    """An array that was made before: the time to make one is CuPy's own."""
+    return next(_prepared(shape, dtype))
+
+
+@functools.cache
+def _prepared(shape: int | tuple[int, ...], dtype: Any) -> Iterator[ndarray]:
+    """Arrays that `empty` returns in turn."""
+    return itertools.cycle([ndarray(shape, dtype) for _ in range(PREPARED)])
 
 
 class RawKernel:
@@ -75,7 +98,7 @@ def prepare() -> str:
     """Put the module into the place of CuPy, and say in words what is measured with it."""
     cupy: Any = types.ModuleType("cupy")
     cupy.ndarray, cupy.RawKernel = ndarray, RawKernel
-    cupy.empty = functools.cache(ndarray)  # one array for each shape: the time to make one is CuPy's own
+    cupy.empty = empty
     cupy.full = lambda shape, _, dtype: ndarray(shape, dtype)
     runtime = types.SimpleNamespace(
         getDevice=lambda: 0, getDeviceCount=lambda: 1, deviceGetAttribute=lambda attribute, _: attribute

@@ -1,10 +1,10 @@
-"""Where the time of a program goes, by source file: samples at random times, which hardly slow it down.
+"""Time of a program by source file, from samples at random times, which hardly slow it down.
 
-A profiler that looks at each call, as cProfile does, makes short functions look long: a call of cupybn takes two to three
-times as long under it. Here a timer interrupts the program about every millisecond, and the line that it is at is looked
-up. Python handles a signal only where it looks for one: when a function begins, at the end of a call of something that is
-not written in Python, and when a loop goes round. So the time before the first line of a function is its caller's, and
-time in NumPy, CuPy and built-in functions belongs to the line that calls them, and is told apart from what runs in
+A profiler that looks at each call, as cProfile does, makes short functions look long: under it a call of cupybn takes
+five times as long. Here a timer interrupts the program about every millisecond, and the line that it is at is looked
+up. Python handles a signal only where it looks for one: when a function begins, at the end of a call of something that
+is not written in Python, and when a loop goes round. So the time before the first line of a function is its caller's,
+and time in NumPy, CuPy and built-in functions belongs to the line that calls them, and is told apart from what runs in
 Python itself. What is left of error: the last lines of a function after its last call count for its caller.
 """
 

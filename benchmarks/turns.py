@@ -70,6 +70,11 @@ def cell(figures: dict[str, float] | None, digits: int = 2) -> str:
     return f"{middle} ({low}..{high})"
 
 
+def threads(n: int) -> str:
+    """A number of threads in words."""
+    return f"{n} thread{'s' * (n > 1)}"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Processes
 
@@ -96,6 +101,7 @@ class Checkout:
         )
         self.facts = self._answer()
         if Path(self.facts["package"]).parent != tree:
+            self.close()
             raise SystemExit(f"the process for {tree} has found another cupybn, in {self.facts['package']}")
 
     def ask(self, question: Any) -> Any:
@@ -109,16 +115,22 @@ class Checkout:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise SystemExit(f"a process that measures has ended with status {self._process.wait()}")
+            self.close()
+            raise SystemExit(f"a process that measures has ended with status {self._process.returncode}")
         return json.loads(line)
+
+    def close(self) -> None:
+        """Let the process end, which has no more questions then."""
+        for pipe in self._process.stdin, self._process.stdout:
+            if pipe is not None:
+                pipe.close()
+        self._process.wait()
 
     def __enter__(self) -> Checkout:
         return self
 
     def __exit__(self, *_: object) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
+        self.close()
 
 
 def answer(facts: dict[str, Any], reply: Callable[[Any], Any]) -> None:
@@ -137,13 +149,22 @@ class Turns(NamedTuple):
 
     facts: list[dict[str, Any]]  # facts of each checkout
     answers: dict[str, list[list[Any]]]  # answers by question, checkout and round; a question stands there as JSON
+    last: list[list[Any]]  # answers to the last questions, by checkout
 
     def __getitem__(self, question: Any) -> list[list[Any]]:
         """The answers to a question, by checkout and round."""
         return self.answers[json.dumps(question)]
 
 
-def take(script: str, trees: Sequence[Path], options: Sequence[str], groups: Groups, rounds: int, starts: int) -> Turns:
+def take(
+    script: str,
+    trees: Sequence[Path],
+    options: Sequence[str],
+    groups: Groups,
+    rounds: int,
+    starts: int,
+    last: Sequence[Any] = (),
+) -> Turns:
     """Let the checkouts answer in turns.
 
     Parameters
@@ -158,6 +179,8 @@ def take(script: str, trees: Sequence[Path], options: Sequence[str], groups: Gro
     starts : int
         How many times all processes are started. Where a process happens to find its memory decides up to a tenth of
         its time.
+    last : sequence of questions
+        Asked once, when all rounds are done.
     """
     starts = min(starts, rounds)
     answers: dict[str, list[list[Any]]] = {}
@@ -172,7 +195,8 @@ def take(script: str, trees: Sequence[Path], options: Sequence[str], groups: Gro
                         of_question = answers.setdefault(json.dumps(question), [[] for _ in trees])
                         for checkout, of_checkout in list(zip(checkouts, of_question, strict=True))[::turn]:
                             of_checkout.append(checkout.ask(question))
-    return Turns(facts, answers)
+            last_answers = [list(map(checkout.ask, last if i == starts - 1 else ())) for checkout in checkouts]
+    return Turns(facts, answers, last_answers)
 
 
 def progress(items: Iterable[Any], unit: str) -> Iterator[Any]:
