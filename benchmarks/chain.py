@@ -337,7 +337,7 @@ def plot(results: Results, title: str, path: Path) -> None:
         axes.invert_yaxis()
         axes.set(title=f"{name}: " + ", there ".join(f"{step:.0f} us" for step in steps), xlabel="us of a layer, step")
         axes.grid(axis="x", alpha=0.2)
-        axes.legend(loc="lower right", fontsize=8)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
     figure.suptitle(title, fontsize=8)
     figure.savefig(path, dpi=80)
 
