@@ -1,0 +1,245 @@
+"""Processes that take turns: each measures with the cupybn of one checkout when it is asked to, the others wait.
+
+A script starts itself again for each checkout (`take`), and there answers questions (`answer`), JSON in lines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any, NamedTuple
+
+CHILD = "--child"
+"""Option that the processes of the checkouts are started with."""
+Groups = Callable[[dict[str, Any]], Sequence[Sequence[Any]]]
+GROUP = 1e-4
+"""Seconds of a group of calls between two looks at the clock, at least."""
+SHORT_ROUNDS = 2
+LEAST_GROUPS = 3
+"""Groups of a burst, at least."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measurement
+
+
+def burst(call: Callable[[], object], seconds: float) -> float:
+    """Microseconds of a call, the median of a burst of so many seconds, after a first call that is not counted.
+
+    Short calls are timed in groups, so that looking at the clock costs nothing beside them.
+    """
+    call()
+    start = time.perf_counter()
+    call()
+    calls = max(1, round(GROUP / (time.perf_counter() - start)))
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(times) < LEAST_GROUPS or time.perf_counter() < end:
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        times.append((time.perf_counter() - start) / calls)
+    return 1e6 * median(times)
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median and quartiles of what the rounds gave, and the least."""
+    low, middle, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else 3 * [*values]
+    return {"median": middle, "low": low, "high": high, "least": min(values)}
+
+
+def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> dict[str, float]:
+    """Median and quartiles of the ratio, each round's two times divided by each other."""
+    return spread([a / b for a, b in zip(numerators, denominators, strict=True)])
+
+
+def cell(figures: dict[str, float] | None, digits: int = 2) -> str:
+    """The figures of `spread` as they stand in a table; a dash where nothing has been measured."""
+    if figures is None:
+        return "-"
+    middle, low, high = (f"{figures[name]:.{digits}f}" for name in ("median", "low", "high"))
+    return f"{middle} ({low}..{high})"
+
+
+def threads(n: int) -> str:
+    """A number of threads in words."""
+    return f"{n} thread{'s' * (n > 1)}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes
+
+
+class Checkout:
+    """A process that measures the cupybn of a checkout.
+
+    Parameters
+    ----------
+    script : str
+        ``__file__`` of the script that the process runs.
+    tree : Path
+        Root of the checkout; the script is that of the caller, whatever the checkout has.
+    arguments : sequence of str
+        Options of the process.
+    """
+
+    def __init__(self, script: str, tree: Path, arguments: Sequence[str]) -> None:
+        path = os.pathsep.join(filter(None, [str(tree), os.environ.get("PYTHONPATH")]))
+        command = [sys.executable, script, CHILD, *arguments]
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, text=True, env=os.environ | {"PYTHONPATH": path}
+        )
+        self.facts = self._answer()
+        if Path(self.facts["package"]).parent != tree:
+            self.close()
+            raise SystemExit(f"the process for {tree} has found another cupybn, in {self.facts['package']}")
+
+    def ask(self, question: Any) -> Any:
+        """The answer to a question, once the process has measured."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(question) + "\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> Any:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            self.close()
+            raise SystemExit(f"a process that measures has ended with status {self._process.returncode}")
+        return json.loads(line)
+
+    def close(self) -> None:
+        """Let the process end, which has no more questions then."""
+        for pipe in self._process.stdin, self._process.stdout:
+            if pipe is not None:
+                pipe.close()
+        self._process.wait()
+
+    def __enter__(self) -> Checkout:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def answer(facts: dict[str, Any], reply: Callable[[Any], Any]) -> None:
+    """Be the process of a checkout: say the facts, and then the reply to each question."""
+    import cupybn
+
+    answers, sys.stdout = sys.stdout, sys.stderr  # what anything else prints goes to the terminal
+    facts = {"package": str(Path(cupybn.__file__).parent), "version": cupybn.__version__, **facts}
+    print(json.dumps(facts), file=answers, flush=True)
+    for line in sys.stdin:
+        print(json.dumps(reply(json.loads(line))), file=answers, flush=True)
+
+
+class Turns(NamedTuple):
+    """What checkouts have answered."""
+
+    facts: list[dict[str, Any]]  # facts of each checkout
+    answers: dict[str, list[list[Any]]]  # answers by question, checkout and round; a question stands there as JSON
+    last: list[list[Any]]  # answers to the last questions, by checkout
+
+    def __getitem__(self, question: Any) -> list[list[Any]]:
+        """The answers to a question, by checkout and round."""
+        return self.answers[json.dumps(question)]
+
+
+def take(
+    script: str,
+    trees: Sequence[Path],
+    options: Sequence[str],
+    groups: Groups,
+    rounds: int,
+    starts: int,
+    last: Sequence[Any] = (),
+) -> Turns:
+    """Let the checkouts answer in turns.
+
+    Parameters
+    ----------
+    script, trees, options
+        As in `Checkout`.
+    groups : function from the facts of the first checkout to a list of lists of questions
+        A round is a turn of each checkout for each question of a group, in an order that changes from round to round.
+        A group has all of its rounds before the next one begins.
+    rounds : int
+        Rounds of a group, all starts together.
+    starts : int
+        How many times all processes are started. Where a process happens to find its memory decides up to a tenth of
+        its time.
+    last : sequence of questions
+        Asked once, when all rounds are done.
+    """
+    starts = min(starts, rounds)
+    answers: dict[str, list[list[Any]]] = {}
+    for i in progress(range(starts), "start"):
+        with contextlib.ExitStack() as stack:
+            checkouts = [stack.enter_context(Checkout(script, tree, options)) for tree in trees]
+            facts = [checkout.facts for checkout in checkouts]
+            for group in progress(groups(facts[0]), "group"):
+                for k in range(rounds * i // starts, rounds * (i + 1) // starts):
+                    turn = 1 if k % 2 == 0 else -1
+                    for question in group:
+                        of_question = answers.setdefault(json.dumps(question), [[] for _ in trees])
+                        for checkout, of_checkout in list(zip(checkouts, of_question, strict=True))[::turn]:
+                            of_checkout.append(checkout.ask(question))
+            last_answers = [list(map(checkout.ask, last if i == starts - 1 else ())) for checkout in checkouts]
+    return Turns(facts, answers, last_answers)
+
+
+def progress(items: Iterable[Any], unit: str) -> Iterator[Any]:
+    """The items, with a progress bar on a terminal if tqdm is installed."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return iter(items)
+    return iter(tqdm(items, unit=unit, leave=False, disable=None))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkouts
+
+
+def add_options(parser: argparse.ArgumentParser, rounds: int, starts: int) -> None:
+    """Add the options that scripts have whose processes take turns."""
+    parser.add_argument("--short", action="store_true", help="as little as possible: does it run?")
+    parser.add_argument("--rounds", type=int, default=rounds, help=f"turns of each checkout (default: {rounds})")
+    parser.add_argument("--starts", type=int, default=starts, help=f"starts of the processes (default: {starts})")
+    parser.add_argument("--against", type=Path, metavar="TREE", help="another checkout, which is measured in turns")
+    parser.add_argument(CHILD, action="store_true", help=argparse.SUPPRESS)
+
+
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The options; with --short as little of everything as there can be."""
+    args = parser.parse_args()
+    if args.short:
+        args.rounds, args.starts = SHORT_ROUNDS, 1
+    return args
+
+
+def trees(against: Path | None) -> list[Path]:
+    """Roots of the checkouts: that of the cupybn which this Python finds, or this file's, and the other one, if any."""
+    spec = importlib.util.find_spec("cupybn")
+    found = Path(__file__).parents[1] if spec is None or spec.origin is None else Path(spec.origin).parents[1]
+    return [found.resolve(), *([] if against is None else [against.resolve()])]
+
+
+def commit(tree: Path) -> str:
+    """Name of the commit that a checkout is at, with "-dirty" where files have changed; "unknown" without git."""
+    command = ["git", "-C", str(tree), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
