@@ -187,7 +187,9 @@ def check_activation(activation: str | None) -> None:
 
 def check_bool(name: str, value: bool, way_out: str = "") -> None:
     """Check for a bool of Python or NumPy. Anything else is true or false as well, but seldom what was meant."""
-    if not isinstance(value, (bool, np.bool_)):
+    if value is True or value is False:
+        return
+    if not isinstance(value, np.bool_):
         raise TypeError(f"expected {name} to be a bool (got {show(value)}){way_out}")
 
 
