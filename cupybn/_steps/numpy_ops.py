@@ -585,10 +585,12 @@ class _Channels(NamedTuple):
     def of(cls, x_dtype: np.dtype[Any], statistics: Statistics, affine: Affine) -> _Channels:
         """The channels of these statistics, weight, bias and eps, for data of a dtype."""
         weight, bias, eps = affine
-        mean, dtype = statistics.mean, accumulation_dtype(x_dtype)
+        mean, var = statistics.pairs.T
+        dtype = accumulation_dtype(x_dtype)
         table = np.zeros((10, len(mean)))
-        std, rstd, inverse, center, scale, shift, *_ = table
-        np.sqrt(np.add(statistics.var, eps, out=std), out=std)
+        std, rstd, inverse, center, scale, shift = table[:6]
+        np.add(var, eps, out=std)
+        np.sqrt(std, out=std)
         np.reciprocal(std, out=rstd)
         scale[...] = 1 if weight is None else weight
         np.multiply(rstd, scale, out=scale)
@@ -596,16 +598,23 @@ class _Channels(NamedTuple):
         center[...] = mean
         if bias is not None:
             shift[...] = bias
-        rest, lost, wide = mean - center, np.zeros(len(mean)), None
-        if dtype != np.float64:
-            if not _within(table[:6], _TAME):
-                wide = (rstd < _SMALL_RSTD) | (rstd > 1 / _SMALL_RSTD) | _extreme(scale) | (np.abs(mean) > _LARGE)
-            np.copyto(center, center.astype(dtype), where=True if wide is None else ~wide)
-            np.subtract(mean, center, out=rest)
-        rest[~np.isfinite(center)] = 0  # inf - inf is NaN
+        wide = None
+        if dtype == np.float64:
+            rest = np.zeros(len(mean))
+        elif _within(table[:6], _TAME):
+            center[...] = center.astype(dtype)
+            rest = mean - center
+        else:
+            wide = (rstd < _SMALL_RSTD) | (rstd > 1 / _SMALL_RSTD) | _extreme(scale) | (np.abs(mean) > _LARGE)
+            np.copyto(center, center.astype(dtype), where=~wide)
+            rest = np.where(np.isfinite(center), mean - center, 0)  # inf - inf is NaN
         if np.count_nonzero(rest):
+            lost = shift if bias is None else np.zeros(len(mean))
             np.multiply(-rest, scale, out=lost, where=rest != 0)  # 0 * inf is NaN
-        np.add(lost, shift, out=shift)
+            if bias is not None:
+                shift += lost
+        elif bias is not None:
+            shift += 0.0  # which takes the sign of a zero
         if wide is not None and bias is not None:
             wide |= np.abs(shift) > _LARGE
         return cls(table, rest, wide, dtype)

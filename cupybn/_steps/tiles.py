@@ -43,7 +43,7 @@ TINY = 1 << 16
 """Elements up to which an array may need temporaries of its own size."""
 SMALL = 1 << 20
 """Elements up to which an array is worked on by one thread: others would still be waking up when it is done."""
-MAPPED_TILE = 1 << 17
+MAPPED_TILE = 1 << 19
 """Most elements in a tile that is not summed."""
 TILE = 1 << 18
 """Most elements in a tile of a small array: 1 MiB of float32, which stays in cache between NumPy's calls."""
@@ -127,10 +127,10 @@ class Lanes(NamedTuple):
 
     def columns(self, vectors: Array) -> Array:
         """Columns with a value for each lane, from vectors, the rows of an array, with a value for each channel."""
-        if self.positions > 1:
-            vectors = np.repeat(vectors, self.positions, axis=1)
-        if self.repeat > 1:
-            vectors = np.repeat(vectors[:, None], self.repeat, axis=1).reshape(len(vectors), -1)
+        if self.shape[1] > self.channels:
+            lanes = np.empty((len(vectors), self.repeat, self.channels, self.positions), vectors.dtype)
+            lanes[...] = vectors[:, None, :, None]
+            vectors = lanes.reshape(len(vectors), -1)
         return vectors[:, :, None]
 
     def sums(self, terms: Terms) -> Array:
@@ -152,11 +152,13 @@ class Lanes(NamedTuple):
         for rows, count in steps(n, SUMMANDS):
             part = np.empty((len(terms), (rows.stop - rows.start) // count, lanes), terms[0][0].dtype)
             for factors, out in zip(terms, part, strict=True):
-                views = [f.reshape(n, lanes)[rows].reshape(-1, count, lanes) for f in factors]
+                views = [f[rows].reshape(-1, count, lanes) for f in factors]
                 if len(views) == 1:
                     np.add.reduce(views[0], axis=1, out=out)
-                else:
+                elif count > 1:
                     np.einsum("krw,krw->kw", *views, out=out)
+                else:  # the same bits in a quarter of the time
+                    np.multiply(views[0][:, 0], views[1][:, 0], out=out)
             yield part.reshape(len(terms), -1, self.channels, self.positions)
 
     def _along(self, terms: Terms) -> Iterator[Array]:
@@ -210,7 +212,8 @@ def tile_map(core: Callable[..., None], arrays: Sequence[Array | None], vectors:
         Whether the core allocates memory of the size of a tile. Then no more than a quarter of the tiles are in work
         at a time.
     """
-    _walk(core, arrays, vectors, temporaries, summed=False)
+    work = _plan_for(arrays, summed=False)
+    _walk(core, work, arrays, vectors, temporaries)
 
 
 def tile_sums(
@@ -223,36 +226,47 @@ def tile_sums(
     As `tile_map`, but for the core, which returns what is to be summed: tuples of an array or of two, whose product is
     meant. All of them are of one dtype.
     """
-    first = arrays[0]
-    assert first is not None
-    parts = _walk(core, arrays, vectors, temporaries, summed=True)
+    work = _plan_for(arrays, summed=True)
+    parts = _walk(core, work, arrays, vectors, temporaries)
     if len(parts) == 1:
-        return parts[0][1]
-    totals = np.zeros((len(parts[0][1]), first.shape[1]))
-    for tile, sums in parts:
+        return parts[0]
+    totals = np.zeros((len(parts[0]), vectors.shape[1]))
+    for (tile, _), sums in zip(work, parts, strict=True):
         totals[:, tile.c] += sums
     return totals
 
 
-def _walk(
-    core: Callable[..., Any], arrays: Sequence[Array | None], vectors: Array, temporaries: bool, summed: bool
-) -> list[tuple[Tile, Any]]:
-    """Call the core for every tile: pairs of the tile and, if that is wanted, the sums of what the core returns."""
-    first = arrays[0]
+def _plan_for(arrays: Sequence[Array | None], summed: bool) -> list[tuple[Tile, Lanes]]:
+    """The plan for these arrays, of which the first is not None."""
+    first, contiguous = arrays[0], True
     assert first is not None
-    shape = first.shape
-    contiguous = all([a is None or a.flags.c_contiguous for a in arrays])
-    work = plan(shape, contiguous, summed)
+    for a in arrays:
+        contiguous = contiguous and (a is None or a.flags.c_contiguous)
+    return plan(first.shape, contiguous, summed)
 
-    def task(part: tuple[Tile, Lanes]) -> tuple[Tile, Any]:
+
+def _walk(
+    core: Callable[..., Any],
+    work: list[tuple[Tile, Lanes]],
+    arrays: Sequence[Array | None],
+    vectors: Array,
+    temporaries: bool,
+) -> list[Any]:
+    """Call the core for every tile: the sums of what it returns, if that is something, in the order of the tiles."""
+    if len(work) == 1:
+        ((_, lanes),) = work
+        terms = core(*[None if a is None else a.reshape(lanes.shape) for a in arrays], *lanes.columns(vectors))
+        return [terms and lanes.sums(terms)]
+
+    def task(part: tuple[Tile, Lanes]) -> Any:
         tile, lanes = part
         views = [None if a is None else a[tile].reshape(lanes.shape) for a in arrays]
         terms = core(*views, *lanes.columns(vectors[:, tile.c]))
-        return tile, lanes.sums(terms) if summed else None
+        return terms and lanes.sums(terms)
 
-    wanted_threads()  # raises for a wrong setting at the first call, even if the array needs one thread only
-    size = math.prod(shape)
-    workers = 1 if size <= SMALL else min(num_threads(), len(work) // 4 if temporaries else len(work))
+    first = arrays[0]
+    assert first is not None
+    workers = 1 if first.size <= SMALL else min(num_threads(), len(work) // 4 if temporaries else len(work))
     return run(task, work, workers)
 
 
@@ -330,6 +344,7 @@ def numpy_settings(function: Callable[P, R]) -> Callable[P, R]:
     @np.errstate(all="ignore")  # inf and NaN are data here
     @functools.wraps(function)
     def settled(*args: P.args, **kwargs: P.kwargs) -> R:
+        wanted_threads()  # raises for a wrong setting at the first call, even if the array needs one thread only
         np.setbufsize(SHORT)
         return function(*args, **kwargs)
 
