@@ -93,7 +93,7 @@ def _mean_and_m2(x: Array, scratch: Array | None) -> tuple[Array, Array]:
     """Mean and sum of squared deviations of each channel: see `bn_stats`."""
     dtype, count, center = accumulation_dtype(x.dtype), _count(x), _sample_mean(x)
     mean, m2 = _moments_about(center, x, dtype, scratch)
-    var, off, least = m2 / count, mean - center, 1e4 * np.finfo(dtype).tiny
+    var, off, least = m2 / count, mean - center, 1e4 * float(np.finfo(dtype).tiny)
     off *= off
     if np.count_nonzero(np.maximum(off, least) < var) < len(var) or not _within(m2, 1e150):
         held = (var > least) & (m2 < np.inf)
@@ -111,7 +111,7 @@ def _sample_mean(x: Array) -> Array:
     along_n = min(N, SAMPLES)
     along_l = min(L, SAMPLES // along_n)
     spread_out = x[N // (2 * along_n) :: -(-N // along_n), :, L // (2 * along_l) :: -(-L // along_l)]
-    sample = spread_out.transpose(0, 2, 1).reshape(-1, C).astype(np.float64)
+    sample = spread_out.transpose(0, 2, 1).astype(np.float64, order="C").reshape(-1, C)
     first = sample[0]
     mean: Array = np.add.reduce(sample - first, axis=0)
     mean /= len(sample)
@@ -192,14 +192,15 @@ def _update_running(count: float, mean: Array, m2: Array, batches: Array | None,
     written = []
     if running.mean is not None:
         assert running.var is not None
-        moved, batch = np.empty((2, 2, len(mean)))
+        moved = np.empty((2, len(mean)))
         moved[0], moved[1] = running.mean, running.var
-        batch[0] = mean
-        np.divide(m2, count - 1, out=batch[1])
-        np.multiply(1 - momentum, moved, out=moved)
-        np.multiply(momentum, batch, out=batch)
-        moved += batch
-        written = [(v, row.astype(v.dtype)) for v, row in zip((running.mean, running.var), moved, strict=True)]
+        moved *= 1 - momentum
+        moved[0] += mean * momentum
+        moved[1] += m2 / (count - 1) * momentum
+        written = [
+            (running.mean, moved[0].astype(running.mean.dtype)),
+            (running.var, moved[1].astype(running.var.dtype)),
+        ]
     if running.batches is not None:
         written.append((running.batches, running.batches + 1))
     write_at_once(written)
@@ -366,10 +367,10 @@ def _gradient_sums(
 
     arrays = [dy, x, epilogue.mask, scratch]
     sums = tile_sums(products, arrays, factors, scratch is None or activation is not None)
-    sum_dy, sum_dy_d = sums
+    sum_dy, sum_dy_d = sums[0], sums[1]
     if dtype != np.float64:
         # Products too small for float32 are lost in part: that matters in sums that are no larger than this.
-        least = _count(x) * np.finfo(dtype).tiny / 8
+        least = _count(x) * _TINY / 8
         if (
             channels.wide is not None
             or least > 1 / _LARGE
@@ -567,6 +568,8 @@ def _passed(dy: Array, d: Array | None, mask: Array | None, affine: Sequence[Arr
 
 _LARGE = 1e30
 """Size from which numbers, or their products, may be beyond float32; below its inverse they may be lost."""
+_TINY = float(np.finfo(np.float32).tiny)
+"""Least normal number of float32."""
 _SMALL_RSTD = 1e-15
 """Least rstd of a narrow channel: (x - mean)^2 would be too large, and beyond its inverse dy * (x - mean) too small."""
 _TAME = 1e14
@@ -585,10 +588,12 @@ class _Channels(NamedTuple):
     def of(cls, x_dtype: np.dtype[Any], statistics: Statistics, affine: Affine) -> _Channels:
         """The channels of these statistics, weight, bias and eps, for data of a dtype."""
         weight, bias, eps = affine
-        mean, var = statistics.pairs.T
+        mean, var = statistics.pairs[:, 0], statistics.pairs[:, 1]
         dtype = accumulation_dtype(x_dtype)
-        table = np.zeros((10, len(mean)))
-        std, rstd, inverse, center, scale, shift = table[:6]
+        C = len(mean)
+        table = np.zeros((10, C))
+        std, rstd, inverse = table[0], table[1], table[2]
+        center, scale, shift = table[3], table[4], table[5]
         np.add(var, eps, out=std)
         np.sqrt(std, out=std)
         np.reciprocal(std, out=rstd)
@@ -600,7 +605,7 @@ class _Channels(NamedTuple):
             shift[...] = bias
         wide = None
         if dtype == np.float64:
-            rest = np.zeros(len(mean))
+            rest = np.zeros(C)
         elif _within(table[:6], _TAME):
             center[...] = center.astype(dtype)
             rest = mean - center
@@ -608,13 +613,14 @@ class _Channels(NamedTuple):
             wide = (rstd < _SMALL_RSTD) | (rstd > 1 / _SMALL_RSTD) | _extreme(scale) | (np.abs(mean) > _LARGE)
             np.copyto(center, center.astype(dtype), where=~wide)
             rest = np.where(np.isfinite(center), mean - center, 0)  # inf - inf is NaN
-        if np.count_nonzero(rest):
-            lost = shift if bias is None else np.zeros(len(mean))
-            np.multiply(-rest, scale, out=lost, where=rest != 0)  # 0 * inf is NaN
-            if bias is not None:
-                shift += lost
-        elif bias is not None:
-            shift += 0.0  # which takes the sign of a zero
+        with_rest = np.count_nonzero(rest)
+        lost = -rest * scale if with_rest else np.zeros(C)
+        if 0 < with_rest < C:
+            lost[rest == 0] = 0  # 0 * inf is NaN
+        if bias is None:
+            shift[...] = lost
+        else:
+            shift += lost
         if wide is not None and bias is not None:
             wide |= np.abs(shift) > _LARGE
         return cls(table, rest, wide, dtype)
@@ -631,7 +637,7 @@ class _Channels(NamedTuple):
 
     def set_slope(self, sum_dy: Array, sum_dy_xhat: Array, inv_count: float) -> None:
         """Note what the way back subtracts from dy: slope * (x - center) + offset."""
-        slope, offset = self.table[6:8]
+        slope, offset = self.table[6], self.table[7]
         np.multiply(sum_dy_xhat, self.rstd, out=slope)
         slope *= inv_count
         np.multiply(sum_dy, inv_count, out=offset)

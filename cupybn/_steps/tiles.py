@@ -152,13 +152,15 @@ class Lanes(NamedTuple):
         for rows, count in steps(n, SUMMANDS):
             part = np.empty((len(terms), (rows.stop - rows.start) // count, lanes), terms[0][0].dtype)
             for factors, out in zip(terms, part, strict=True):
+                if count == 1:  # what follows gives the same, in four times the time
+                    views = [f[rows].reshape(-1, lanes) for f in factors]
+                    np.copyto(out, views[0]) if len(views) == 1 else np.multiply(*views, out=out)
+                    continue
                 views = [f[rows].reshape(-1, count, lanes) for f in factors]
                 if len(views) == 1:
                     np.add.reduce(views[0], axis=1, out=out)
-                elif count > 1:
+                else:
                     np.einsum("krw,krw->kw", *views, out=out)
-                else:  # the same bits in a quarter of the time
-                    np.multiply(views[0][:, 0], views[1][:, 0], out=out)
             yield part.reshape(len(terms), -1, self.channels, self.positions)
 
     def _along(self, terms: Terms) -> Iterator[Array]:
@@ -241,7 +243,8 @@ def _plan_for(arrays: Sequence[Array | None], summed: bool) -> list[tuple[Tile, 
     first, contiguous = arrays[0], True
     assert first is not None
     for a in arrays:
-        contiguous = contiguous and (a is None or a.flags.c_contiguous)
+        if a is not None and not a.flags.c_contiguous:
+            contiguous = False
     return plan(first.shape, contiguous, summed)
 
 
