@@ -111,7 +111,7 @@ def _sample_mean(x: Array) -> Array:
     along_n = min(N, SAMPLES)
     along_l = min(L, SAMPLES // along_n)
     spread_out = x[N // (2 * along_n) :: -(-N // along_n), :, L // (2 * along_l) :: -(-L // along_l)]
-    sample = spread_out.transpose(0, 2, 1).astype(np.float64, order="C").reshape(-1, C)
+    sample = spread_out.transpose(0, 2, 1).reshape(-1, C).astype(np.float64)
     first = sample[0]
     mean: Array = np.add.reduce(sample - first, axis=0)
     mean /= len(sample)
@@ -256,12 +256,12 @@ def _normalize(x: Array, statistics: Statistics, affine: Affine, epilogue: Epilo
     out_is_free = residual is None or not np.may_share_memory(out, residual)  # to compute in, before residual is read
 
     def core(
-        x: Array, residual: Array | None, out: Array, mask: Array | None, center: Array, scale: Array, shift: Array
+        x: Array, residual: Array | None, out: Array, mask: Array | None, center: Array, shift: Array, scale: Array
     ) -> None:
         dtype = center.dtype
         y = out if out_is_free and out.dtype == dtype else np.empty(x.shape, dtype)
         np.subtract(x, center, out=y, dtype=dtype)
-        _preactivation(y, scale, shift, residual, out=y)
+        _preactivation(y, shift, scale, residual, out=y)
         if mask is not None:
             np.greater(y, 0, out=mask)
         if activation == "relu":
@@ -305,7 +305,7 @@ def empty_mask(x: Array, residual: Array, out: Array) -> Array:  # noqa: ARG001
     return np.empty(x.shape, np.bool_)
 
 
-def _preactivation(d: Array, scale: Array, shift: Array, residual: Array | None, out: Array | None = None) -> Array:
+def _preactivation(d: Array, shift: Array, scale: Array, residual: Array | None, out: Array | None = None) -> Array:
     """d * scale + shift + residual, d = x - center: the value whose sign decides what ReLU passes."""
     y: Array = np.multiply(d, scale, out=out)
     y += shift
@@ -350,9 +350,8 @@ def _gradient_sums(
 ) -> tuple[Array, Array]:
     """sum(dy) and sum(dy * xhat): see `bn_backward_reduce`. Leaves x - center in the scratch memory."""
     dtype, activation = channels.dtype, epilogue.activation
-    factors = channels.factors(slice(None), dtype)
-    if activation is None or epilogue.mask is not None:
-        factors = factors[:1]
+    gated = activation is not None and epilogue.mask is None
+    factors = channels.factors(slice(None), dtype, 0, 3 if gated else 1)
 
     def products(
         dy: Array, x: Array, mask: Array | None, scratch: Array | None, center: Array, *affine: Array
@@ -499,19 +498,16 @@ def _input_gradient(
         mask: Array | None,
         dx: Array,
         dresidual: Array | None,
-        center: Array,
-        scale: Array,
-        shift: Array,
-        *line: Array,
+        *columns: Array,
     ) -> None:
+        center, shift, scale, slope, offset = (None,) * first + columns + (None,) * (5 - last)
         out = dx if dx.dtype == scale.dtype else np.empty(x.shape, scale.dtype)
-        if d is None and (line or (activation is not None and mask is None)):
+        if d is None and center is not None:
             d = np.subtract(x, center, out=out, dtype=out.dtype)
-        g = _passed(dy.astype(out.dtype, copy=False), d, mask, (scale, shift), activation)
+        g = _passed(dy.astype(out.dtype, copy=False), d, mask, (shift, scale), activation)
         if dresidual is not None:
             np.copyto(dresidual, g, casting="unsafe")
-        if line:
-            slope, offset = line
+        if with_slope:
             np.multiply(d, slope, out=out)
             np.subtract(g, out, out=out)
             out -= offset
@@ -521,10 +517,13 @@ def _input_gradient(
         if out is not dx:
             np.copyto(dx, out, casting="unsafe")
 
+    gated = activation is not None and epilogue.mask is None
+    last = 5 if with_slope else 3
     for some, dtype in channels.precisions(with_slope):
         at_hand = deviations if dtype == channels.dtype else None
+        first = 0 if gated or (with_slope and at_hand is None) else 2
         arrays = _of_channels([dy, x, at_hand, epilogue.mask, dx, dresidual], some)
-        vectors = channels.factors(some, dtype, with_slope)
+        vectors = channels.factors(some, dtype, first, last)
         tile_map(core, arrays, vectors, temporaries=activation is not None or dx.dtype != dtype)
 
 
@@ -593,7 +592,7 @@ class _Channels(NamedTuple):
         C = len(mean)
         table = np.zeros((10, C))
         std, rstd, inverse = table[0], table[1], table[2]
-        center, scale, shift = table[3], table[4], table[5]
+        center, shift, scale = table[3], table[4], table[5]
         np.add(var, eps, out=std)
         np.sqrt(std, out=std)
         np.reciprocal(std, out=rstd)
@@ -643,9 +642,9 @@ class _Channels(NamedTuple):
         np.multiply(sum_dy, inv_count, out=offset)
         offset -= slope * self.rest
 
-    def factors(self, some: slice | Array, dtype: npt.DTypeLike, with_slope: bool = False) -> Array:
-        """Rows of center, scale and shift, and of slope and offset, of some channels, in the dtype of their arithmetic."""
-        return self.table[3 : 8 if with_slope else 6, some].astype(dtype, copy=False)
+    def factors(self, some: slice | Array, dtype: npt.DTypeLike, first: int = 0, last: int = 3) -> Array:
+        """The rows from `first` to `last` of center, shift, scale, slope and offset, in the dtype of the arithmetic."""
+        return self.table[3 + first : 3 + last, some].astype(dtype, copy=False)
 
     def precisions(self, with_slope: bool = False) -> list[tuple[slice, np.dtype[Any]]]:
         """Ranges of channels, and the dtype of the arithmetic in each: float64 where float32 is too narrow.

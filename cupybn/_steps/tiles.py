@@ -43,8 +43,6 @@ TINY = 1 << 16
 """Elements up to which an array may need temporaries of its own size."""
 SMALL = 1 << 20
 """Elements up to which an array is worked on by one thread: others would still be waking up when it is done."""
-MAPPED_TILE = 1 << 19
-"""Most elements in a tile that is not summed."""
 TILE = 1 << 18
 """Most elements in a tile of a small array: 1 MiB of float32, which stays in cache between NumPy's calls."""
 LARGE_TILE = 1 << 19
@@ -86,13 +84,13 @@ def evenly(size: int, most: int) -> int:
     return math.ceil(size / math.ceil(size / most))
 
 
-def tiles(shape: tuple[int, int, int], most: int) -> list[Tile]:
-    """Tiles of a non-empty array of this shape, (N, C, L), of at most this many elements each."""
+def tiles(shape: tuple[int, int, int], most: int, columns: int = 1) -> list[Tile]:
+    """Tiles of a non-empty array of this shape, (N, C, L), of at most this many elements, with so many columns each."""
     N, C, L = shape
     l = evenly(L, most)  # noqa: E741
     c = evenly(C, max(1, most // (l * (1 if L >= SHORT else min(N, SUMMANDS)))))
     if L < SHORT and N * C * L > TINY:  # columns are as long as joined rows: a fraction of the array
-        c = min(c, max(1, N * C // 8))
+        c = min(c, max(1, N * C // (8 * columns)))
     n = evenly(N, max(1, most // (l * c)))
     if L < SHORT and c == C:  # rows are joined within a tile: every tile but the last has whole joined rows
         n = n - n % super_row(C * L) or n
@@ -133,49 +131,36 @@ class Lanes(NamedTuple):
             vectors = lanes.reshape(len(vectors), -1)
         return vectors[:, :, None]
 
-    def sums(self, terms: Terms) -> Array:
-        """Sums per channel over a tile, float64: a row for each term, which is an array or the product of two.
+    def sum(self, *factors: Array) -> Array:
+        """Sums per channel, float64, over a tile of an array or of the product of two arrays.
 
-        Only ``SUMMANDS`` rows, or ``LINE`` neighbours, are added in the dtype of the terms.
+        Only ``SUMMANDS`` rows, or ``LINE`` neighbours, are added in the dtype of the factors.
         """
         down = self.shape[2] == 1 and self.positions < MANY
-        parts = self._down(terms) if down else self._along(terms)
-        # All terms at once: one call of NumPy. Each of them is added up in the order of its own.
-        sums: Array = np.add.reduce(next(parts), axis=(1, 3), dtype=np.float64)
+        parts = self._down(*factors) if down else self._along(*factors)
+        total: Array = np.add.reduce(next(parts), axis=(0, 2), dtype=np.float64)
         for part in parts:
-            sums += np.add.reduce(part, axis=(1, 3), dtype=np.float64)
-        return sums
+            total += np.add.reduce(part, axis=(0, 2), dtype=np.float64)
+        return total
 
-    def _down(self, terms: Terms) -> Iterator[Array]:
-        """Sums down some rows of each lane, (terms, samples, channels, positions): to be added but for each channel."""
+    def _down(self, *factors: Array) -> Iterator[Array]:
+        """Sums down some rows of each lane, (samples, channels, positions): still to be added for each channel."""
         n, lanes, _ = self.shape
         for rows, count in steps(n, SUMMANDS):
-            part = np.empty((len(terms), (rows.stop - rows.start) // count, lanes), terms[0][0].dtype)
-            for factors, out in zip(terms, part, strict=True):
-                if count == 1:  # what follows gives the same, in four times the time
-                    views = [f[rows].reshape(-1, lanes) for f in factors]
-                    np.copyto(out, views[0]) if len(views) == 1 else np.multiply(*views, out=out)
-                    continue
-                views = [f[rows].reshape(-1, count, lanes) for f in factors]
-                if len(views) == 1:
-                    np.add.reduce(views[0], axis=1, out=out)
-                else:
-                    np.einsum("krw,krw->kw", *views, out=out)
-            yield part.reshape(len(terms), -1, self.channels, self.positions)
+            parts = [f[rows].reshape(-1, count, lanes) for f in factors]
+            if len(parts) == 1:
+                sums = np.add.reduce(parts[0], axis=1) if count > 1 else parts[0]
+            else:  # of a single row, in a quarter of the time
+                sums = np.einsum("krw,krw->kw", *parts) if count > 1 else np.multiply(*parts)
+            yield sums.reshape(-1, self.channels, self.positions)
 
-    def _along(self, terms: Terms) -> Iterator[Array]:
-        """Sums along lines of each row, (terms, samples, channels, lines): to be added but for each channel."""
+    def _along(self, *factors: Array) -> Iterator[Array]:
+        """Sums along lines of each row, (samples, channels, lines): still to be added for each channel."""
         n, _, l = self.shape  # noqa: E741
         shape = (n * self.repeat, self.channels, max(l, self.positions))
         for line, count in steps(shape[2], LINE):
-            part = np.empty((len(terms), *shape[:2], (line.stop - line.start) // count), terms[0][0].dtype)
-            for factors, out in zip(terms, part, strict=True):
-                views = [f.reshape(shape)[..., line].reshape(*shape[:2], -1, count) for f in factors]
-                if len(views) == 1:
-                    np.einsum("nckl->nck", *views, out=out)
-                else:
-                    np.vecdot(*views, out=out)
-            yield part
+            parts = [f.reshape(shape)[..., line].reshape(*shape[:2], -1, count) for f in factors]
+            yield np.einsum("nckl->nck", *parts) if len(parts) == 1 else np.vecdot(*parts)
 
 
 @functools.lru_cache
@@ -192,11 +177,9 @@ def steps(size: int, most: int) -> list[tuple[slice, int]]:
 
 
 @functools.lru_cache
-def plan(shape: tuple[int, int, int], contiguous: bool, summed: bool) -> list[tuple[Tile, Lanes]]:
-    """Tiles of an array of this shape, and the lanes of each. Those of sums decide in which order numbers are added."""
-    small = math.prod(shape) <= (1 << 20)
-    most = (TILE if small else LARGE_TILE) if summed else MAPPED_TILE
-    return [(tile, Lanes.of(tile, shape, contiguous)) for tile in tiles(shape, most)]
+def plan(shape: tuple[int, int, int], contiguous: bool, most: int, columns: int = 1) -> list[tuple[Tile, Lanes]]:
+    """Tiles of an array of this shape, as `tiles` makes them, and the lanes of each."""
+    return [(tile, Lanes.of(tile, shape, contiguous)) for tile in tiles(shape, most, columns)]
 
 
 def tile_map(core: Callable[..., None], arrays: Sequence[Array | None], vectors: Array, temporaries: bool) -> None:
@@ -214,7 +197,9 @@ def tile_map(core: Callable[..., None], arrays: Sequence[Array | None], vectors:
         Whether the core allocates memory of the size of a tile. Then no more than a quarter of the tiles are in work
         at a time.
     """
-    work = _plan_for(arrays, summed=False)
+    shape, contiguous = _shape_of(arrays)
+    small = temporaries and math.prod(shape) <= SMALL
+    work = plan(shape, contiguous, TILE if small else LARGE_TILE, len(vectors))
     _walk(core, work, arrays, vectors, temporaries)
 
 
@@ -228,24 +213,25 @@ def tile_sums(
     As `tile_map`, but for the core, which returns what is to be summed: tuples of an array or of two, whose product is
     meant. All of them are of one dtype.
     """
-    work = _plan_for(arrays, summed=True)
+    shape, contiguous = _shape_of(arrays)
+    # The order of additions: it must not change with the number of vectors, of threads, or of anything but the shape.
+    work = plan(shape, contiguous, TILE if math.prod(shape) <= SMALL else LARGE_TILE)
     parts = _walk(core, work, arrays, vectors, temporaries)
-    if len(parts) == 1:
-        return parts[0]
     totals = np.zeros((len(parts[0]), vectors.shape[1]))
     for (tile, _), sums in zip(work, parts, strict=True):
-        totals[:, tile.c] += sums
+        for total, part in zip(totals, sums, strict=True):
+            total[tile.c] += part
     return totals
 
 
-def _plan_for(arrays: Sequence[Array | None], summed: bool) -> list[tuple[Tile, Lanes]]:
-    """The plan for these arrays, of which the first is not None."""
+def _shape_of(arrays: Sequence[Array | None]) -> tuple[tuple[int, int, int], bool]:
+    """Shape of these arrays, of which the first is not None, and whether all of them are contiguous."""
     first, contiguous = arrays[0], True
     assert first is not None
     for a in arrays:
         if a is not None and not a.flags.c_contiguous:
             contiguous = False
-    return plan(first.shape, contiguous, summed)
+    return first.shape, contiguous
 
 
 def _walk(
@@ -259,13 +245,13 @@ def _walk(
     if len(work) == 1:
         ((_, lanes),) = work
         terms = core(*[None if a is None else a.reshape(lanes.shape) for a in arrays], *lanes.columns(vectors))
-        return [terms and lanes.sums(terms)]
+        return [[lanes.sum(*factors) for factors in terms or ()]]
 
     def task(part: tuple[Tile, Lanes]) -> Any:
         tile, lanes = part
         views = [None if a is None else a[tile].reshape(lanes.shape) for a in arrays]
         terms = core(*views, *lanes.columns(vectors[:, tile.c]))
-        return terms and lanes.sums(terms)
+        return [lanes.sum(*factors) for factors in terms or ()]
 
     first = arrays[0]
     assert first is not None
