@@ -85,8 +85,8 @@ def mean_and_var(moments: Moments, dtype: npt.DTypeLike) -> tuple[Array, Array]:
 
 def _count(x: Array) -> int:
     """Number of values of each channel."""
-    N, _, L = x.shape
-    return N * L
+    count: int = x.shape[0] * x.shape[2]
+    return count
 
 
 def _mean_and_m2(x: Array, scratch: Array | None) -> tuple[Array, Array]:
@@ -115,7 +115,8 @@ def _sample_mean(x: Array) -> Array:
     first = sample[0]
     mean: Array = np.add.reduce(sample - first, axis=0)
     mean /= len(sample)
-    return np.add(first, mean, out=mean)
+    np.add(first, mean, out=mean)
+    return mean
 
 
 def _moments_about(center: Array, x: Array, dtype: npt.DTypeLike, scratch: Array | None = None) -> tuple[Array, Array]:
@@ -141,7 +142,7 @@ def _constant(x: Array, center: Array, dtype: npt.DTypeLike) -> Array:
     """Whether all values of a channel are its center: squares of differences may be 0 though these are not."""
 
     def core(x: Array, center: Array) -> Terms:
-        return [((np.subtract(x, center, dtype=dtype) != 0).astype(dtype),)]
+        return [(np.subtract(x, center, dtype=dtype) != 0,)]
 
     (differing,) = tile_sums(core, [x], center.astype(dtype)[None], True)
     constant: Array = differing == 0
@@ -245,7 +246,7 @@ def bn_normalize(
     statistics = _statistics(batch.mean[0], batch.m2[0] / batch.count)
     _normalize(x, statistics, affine, epilogue, out)
     if running.mean is not None:
-        bn_update_running(batch, running)
+        _update_running(float(batch.count[0]), batch.mean[0], batch.m2[0], batch.batches, running)
     return statistics
 
 
@@ -362,29 +363,24 @@ def _gradient_sums(
 
     def any_product(*tile: Any) -> Terms:
         (g,), (_, d) = products(*tile)
-        return [(((g != 0) & (d != 0)).astype(dtype),)]
+        return [((g != 0) & (d != 0),)]
 
     arrays = [dy, x, epilogue.mask, scratch]
-    sums = tile_sums(products, arrays, factors, scratch is None or activation is not None)
-    sum_dy, sum_dy_d = sums[0], sums[1]
-    if dtype != np.float64:
-        # Products too small for float32 are lost in part: that matters in sums that are no larger than this.
-        least = _count(x) * _TINY / 8
-        if (
-            channels.wide is not None
-            or least > 1 / _LARGE
-            or not _within(sums, _LARGE)
-            or not _within(np.reciprocal(sum_dy_d), _LARGE)
-        ):
-            held = np.abs(sum_dy_d) > least
-            if np.count_nonzero(sum_dy_d) < len(sum_dy_d):  # as where nothing comes back, which is right
-                held |= (sum_dy_d == 0) & (tile_sums(any_product, arrays, factors, True)[0] == 0)
-            held &= np.isfinite(sum_dy) & np.isfinite(sum_dy_d)
-            wide = np.zeros(len(held), np.bool_) if channels.wide is None else channels.wide
-            for chosen, gate_dtype in (wide, np.dtype(np.float64)), (~wide & ~held, dtype):
-                numbers = np.flatnonzero(chosen)
-                if numbers.size:
-                    sums[:, numbers] = _gradient_sums_in_float64(arrays[:3], channels, activation, numbers, gate_dtype)
+    sum_dy, sum_dy_d = tile_sums(products, arrays, factors, scratch is None or activation is not None)
+    # Products too small for float32 are lost in part: that matters in sums that are no larger than this.
+    least = _count(x) * _TINY / 8
+    sure = channels.wide is None and least < 1 / _LARGE and _within(sum_dy, _LARGE) and _within(sum_dy_d, _LARGE)
+    if dtype != np.float64 and not (sure and _within(np.reciprocal(sum_dy_d), _LARGE)):
+        held = np.abs(sum_dy_d) > least
+        if np.count_nonzero(sum_dy_d) < len(sum_dy_d):  # as where nothing comes back, which is right
+            held |= (sum_dy_d == 0) & (tile_sums(any_product, arrays, factors, True)[0] == 0)
+        held &= np.isfinite(sum_dy) & np.isfinite(sum_dy_d)
+        wide = np.zeros(len(held), np.bool_) if channels.wide is None else channels.wide
+        for chosen, gate_dtype in (wide, np.dtype(np.float64)), (~wide & ~held, dtype):
+            numbers = np.flatnonzero(chosen)
+            if numbers.size:
+                sums = _gradient_sums_in_float64(arrays[:3], channels, activation, numbers, gate_dtype)
+                sum_dy[numbers], sum_dy_d[numbers] = sums
     sum_dy_d -= channels.rest * sum_dy
     sum_dy_d *= channels.rstd
     return sum_dy, sum_dy_d
@@ -392,22 +388,21 @@ def _gradient_sums(
 
 def _gradient_sums_in_float64(
     arrays: Sequence[Array | None], channels: _Channels, activation: Activation, numbers: Array, dtype: npt.DTypeLike
-) -> Array:
+) -> tuple[Array, Array]:
     """sum(dy) and sum(dy * (x - center)) of the channels of these numbers, from dy, x and mask.
 
     The dtype is that in which ReLU decides.
     """
-    sums = np.zeros((2, len(numbers)))
+    sum_dy, sum_dy_d = np.zeros((2, len(numbers)))
     factors = channels.factors(numbers, dtype)
     for some, (g, values, mask) in gather(numbers, arrays):
         center, *affine = factors[:, some, None]
-        gated = activation is not None and mask is None
-        d = np.subtract(values, center, dtype=dtype) if gated else None
+        d = np.subtract(values, center, dtype=dtype)
         g = _passed(g.astype(dtype, copy=False), d, mask, affine, activation)
         g, d = g.astype(np.float64), values.astype(np.float64) - channels.center[numbers[some], None]
-        sums[0, some] += g.sum(axis=1)
-        sums[1, some] += np.vecdot(g, d)
-    return sums
+        sum_dy[some] += g.sum(axis=1)
+        sum_dy_d[some] += np.vecdot(g, d)
+    return sum_dy, sum_dy_d
 
 
 @numpy_settings
@@ -498,7 +493,7 @@ def _input_gradient(
         mask: Array | None,
         dx: Array,
         dresidual: Array | None,
-        *columns: Array,
+        *columns: Any,
     ) -> None:
         center, shift, scale, slope, offset = (None,) * first + columns + (None,) * (5 - last)
         out = dx if dx.dtype == scale.dtype else np.empty(x.shape, scale.dtype)
@@ -508,6 +503,7 @@ def _input_gradient(
         if dresidual is not None:
             np.copyto(dresidual, g, casting="unsafe")
         if with_slope:
+            assert d is not None
             np.multiply(d, slope, out=out)
             np.subtract(g, out, out=out)
             out -= offset
@@ -551,7 +547,9 @@ def _passed(dy: Array, d: Array | None, mask: Array | None, affine: Sequence[Arr
     if activation != "relu":
         return dy
     if mask is None:
-        y = _preactivation(d, *affine, None)
+        assert d is not None
+        shift, scale = affine
+        y = _preactivation(d, shift, scale, None)
         mask = y > 0
     else:
         y = np.empty(dy.shape, dy.dtype)
@@ -576,11 +574,13 @@ _TAME = 1e14
 
 
 class _Channels(NamedTuple):
-    """Batch norm of each channel as (x - center) * scale + shift; (C,) arrays, float64."""
+    """Batch norm of each channel as (x - center) * scale + shift, in float64."""
 
-    table: Array  # (10, C): rows that are looked at together, and rows that become factors together, are neighbours
-    rest: Array  # mean - center
-    wide: Array | None  # whether the channel needs float64; None if none does, or all do for their dtype
+    # Rows are std, rstd, 1 / scale; center, shift, scale, slope, offset; 1 / slope, 1 / offset, (10, C). What becomes
+    # factors together lies side by side, and what is looked at together, the first six rows and the last four.
+    table: Array
+    rest: Array  # (C,); mean - center
+    wide: Array | None  # (C,); whether a channel needs float64. None if none does
     dtype: np.dtype[Any]  # dtype of the arithmetic of all other channels
 
     @classmethod
@@ -602,37 +602,38 @@ class _Channels(NamedTuple):
         center[...] = mean
         if bias is not None:
             shift[...] = bias
-        wide = None
-        if dtype == np.float64:
-            rest = np.zeros(C)
-        elif _within(table[:6], _TAME):
+        wide: Array | None = None
+        if _within(table[:6], _TAME):
             center[...] = center.astype(dtype)
             rest = mean - center
         else:
             wide = (rstd < _SMALL_RSTD) | (rstd > 1 / _SMALL_RSTD) | _extreme(scale) | (np.abs(mean) > _LARGE)
             np.copyto(center, center.astype(dtype), where=~wide)
             rest = np.where(np.isfinite(center), mean - center, 0)  # inf - inf is NaN
-        with_rest = np.count_nonzero(rest)
-        lost = -rest * scale if with_rest else np.zeros(C)
-        if 0 < with_rest < C:
+        lost = -rest * scale
+        if wide is not None:
             lost[rest == 0] = 0  # 0 * inf is NaN
+        elif np.count_nonzero(rest) < C:
+            lost += 0.0  # which takes the sign of a zero
         if bias is None:
             shift[...] = lost
         else:
             shift += lost
-        if wide is not None and bias is not None:
-            wide |= np.abs(shift) > _LARGE
+            if wide is not None:
+                wide |= np.abs(shift) > _LARGE
         return cls(table, rest, wide, dtype)
 
     @property
     def rstd(self) -> Array:
         """1 / sqrt(var + eps)."""
-        return self.table[1]
+        row: Array = self.table[1]
+        return row
 
     @property
     def center(self) -> Array:
         """The mean, rounded to the dtype of the arithmetic of the channel."""
-        return self.table[3]
+        row: Array = self.table[3]
+        return row
 
     def set_slope(self, sum_dy: Array, sum_dy_xhat: Array, inv_count: float) -> None:
         """Note what the way back subtracts from dy: slope * (x - center) + offset."""
@@ -651,11 +652,12 @@ class _Channels(NamedTuple):
 
         Beside the channel's own numbers, its slope and offset may be too large or too small for float32.
         """
-        wide = self.wide
+        wide = None if self.dtype == np.float64 else self.wide
         if with_slope and self.dtype != np.float64:
             np.reciprocal(self.table[6:8], out=self.table[8:10])
             if not _within(self.table[6:10], _TAME**2):
-                extreme = _extreme(self.table[6:8]).any(axis=0)
+                slope, offset = self.table[6], self.table[7]
+                extreme = _extreme(slope) | _extreme(offset)
                 wide = extreme if wide is None else wide | extreme
         if wide is None or not np.count_nonzero(wide):
             return [(slice(None), self.dtype)]
