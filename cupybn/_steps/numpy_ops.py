@@ -610,11 +610,10 @@ class _Channels(NamedTuple):
             wide = (rstd < _SMALL_RSTD) | (rstd > 1 / _SMALL_RSTD) | _extreme(scale) | (np.abs(mean) > _LARGE)
             np.copyto(center, center.astype(dtype), where=~wide)
             rest = np.where(np.isfinite(center), mean - center, 0)  # inf - inf is NaN
-        lost = -rest * scale
-        if wide is not None:
+        with_rest = np.count_nonzero(rest)  # none, if the mean is a float32
+        lost: Any = -rest * scale if with_rest else 0.0
+        if 0 < with_rest < C:
             lost[rest == 0] = 0  # 0 * inf is NaN
-        elif np.count_nonzero(rest) < C:
-            lost += 0.0  # which takes the sign of a zero
         if bias is None:
             shift[...] = lost
         else:
