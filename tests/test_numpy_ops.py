@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from cupybn._steps import numpy_ops as ops
+from cupybn._steps import tiles
 from cupybn._steps.bundles import Affine, Epilogue, Gradients, Moments, Running, Statistics, Sums
 from tests import reference
+from tests.reference import bits
 
 SHAPES = [
     (1, 3, 2),  # two values per channel
@@ -226,6 +228,82 @@ def test_relu_stops_inf_and_nan_in_the_gradient(rng):
     dy[y > 0] = 1
     sums = ops.bn_backward_reduce(dy, x, statistics, affine, epilogue)
     np.testing.assert_array_equal(sums.dy[0], (y > 0).sum((0, 2)))
+
+
+def small_maps(monkeypatch):
+    """Cut what is elementwise into tiles of some elements; sums keep their tiles, which decide over their bits."""
+    plan = tiles.plan
+
+    def cut(shape, contiguous, most, *columns):
+        return plan(shape, contiguous, 50 if columns else most, *columns)
+
+    monkeypatch.setattr(tiles, "plan", cut)
+
+
+def no_shortcut(monkeypatch):
+    """Look closely at each channel, also where a cheap test says that there is no need."""
+    monkeypatch.setattr(ops, "_within", lambda *_: False)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("otherwise", [small_maps, no_shortcut])
+@pytest.mark.parametrize("shape", [(5, 4, 1), (7, 3, 49), (3, 2, 600), (64, 9, 1)], indirect=True, ids=str)
+def test_all_ways_to_the_same_bits(otherwise, activation, dtype, x, dy, residual, affine, monkeypatch):
+    """How an array is walked, and how closely channels are looked at, changes no bit, in training and in eval mode."""
+    x, dy, residual = (a.astype(dtype) for a in (x, dy, residual))
+    x[:, 0] = 3  # a dead channel
+    affine.weight[1] = 0
+    affine.bias[0] = -0.0
+    C = x.shape[1]
+
+    def everything():
+        results = []
+        for training in True, False:
+            running = Running(np.linspace(-1, 1, C), np.linspace(0, 2, C), 0.1)
+            mask, out = ops.empty_mask(x, residual, x), np.empty_like(x)
+            epilogue = Epilogue(residual, activation, mask if activation else None)
+            if training:
+                statistics = ops.bn_forward(x, affine, running, epilogue, out)
+            else:
+                statistics = ops.bn_normalize(x, None, affine, running, epilogue, out)
+            gradients = empty_gradients(x, affine)
+            back = Epilogue(None, activation, epilogue.mask)
+            ops.bn_backward(dy, x, statistics, affine, back, C / x.size * training, gradients, gradients.dx)
+            results += [out, mask if activation else out, *statistics, *running[:2], *gradients]
+        return bits(*results)
+
+    expected = everything()
+    otherwise(monkeypatch)
+    assert everything() == expected
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_what_bn_backward_keeps_between_its_steps_changes_no_bit(activation, masked, x, dy, affine, rng):
+    """The scratch memory has x - center in it: of all channels but those that need float64."""
+    dy[:, 0] *= np.float32(1e-38)
+    x[:, 1] *= np.float32(1e20)
+    mask = rng.random(x.shape) < 0.5 if masked else None
+    epilogue, count = Epilogue(None, activation, mask), x.size // x.shape[1]
+    statistics = statistics_of(x)
+    results = []
+    for scratch in None, np.empty_like(x), "dx":
+        gradients = empty_gradients(x, affine)
+        memory = gradients.dx if isinstance(scratch, str) else scratch
+        ops.bn_backward(dy, x, statistics, affine, epilogue, 1 / count, gradients, memory)
+        results.append(bits(*(a for a in gradients)))
+    assert results[0] == results[1] == results[2]
+
+
+def test_numbers_within_a_size_for_sure():
+    for length in 10, 10**4:  # two ways to find out
+        numbers = np.zeros((3, length))
+        assert ops._within(numbers, 1e14)
+        for value in 2e14, -2e14, np.inf, np.nan, 1e200:
+            numbers[1, 7] = value
+            with np.errstate(over="ignore", invalid="ignore"):
+                assert not ops._within(numbers, 1e14)
 
 
 @pytest.mark.parametrize("activation", [None, "relu"])
