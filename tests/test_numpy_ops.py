@@ -296,6 +296,38 @@ def test_what_bn_backward_keeps_between_its_steps_changes_no_bit(activation, mas
     assert results[0] == results[1] == results[2]
 
 
+@pytest.mark.parametrize("last", [0.25, 0.1])
+@pytest.mark.parametrize("bias", [None, -0.0, 0.0])
+def test_a_zero_of_the_output_has_no_sign(bias, last):
+    """Where x is the mean the output is +0, also for a negative weight, whether or not some mean is no float32."""
+    mean, weight = np.array([0.5, last]), np.array([-2.0, 0.0], np.float32)
+    affine = Affine(weight, None if bias is None else np.full(2, bias, np.float32), EPS)
+    out = np.empty((1, 2, 1), np.float32)
+    ops.bn_normalize(mean.astype(np.float32)[None, :, None], None, affine, Running(mean, mean), Epilogue(), out)
+    np.testing.assert_array_equal(out, 0)
+    assert not np.signbit(out).any()
+
+
+@pytest.mark.parametrize("value", [np.inf, -0.0])
+def test_steps_and_their_sum_agree_on_special_values(value, x, dy, affine):
+    """An infinite mean, and zeros with a sign, come out of one call as they come out of two."""
+    x[:, 0], C = value, x.shape[1]
+    out, y, epilogue = np.empty_like(x), np.empty_like(x), Epilogue()
+    ours, theirs = Running(np.zeros(C), np.ones(C), 0.1), Running(np.zeros(C), np.ones(C), 0.1)
+    fused = ops.bn_forward(x, affine, ours, epilogue, out)
+    statistics = ops.bn_normalize(x, ops.bn_stats(x), affine, theirs, epilogue, y)
+    np.testing.assert_array_equal(fused, statistics)
+    np.testing.assert_array_equal(ours[:2], theirs[:2])
+    np.testing.assert_array_equal(out, y)
+    assert not np.signbit(fused.pairs[fused.pairs == 0]).any()
+
+    statistics = Statistics.of(np.zeros(C), np.full(C, np.inf))  # a gradient of weight that is 0 whatever its sums are
+    gradients = empty_gradients(x, affine)
+    ops.bn_backward(dy, np.abs(y), statistics, affine, epilogue, 0.0, gradients)
+    np.testing.assert_array_equal(gradients.dweight[1:], 0)
+    assert not np.signbit(gradients.dweight[1:]).any()
+
+
 def test_numbers_within_a_size_for_sure():
     for length in 10, 10**4:  # two ways to find out
         numbers = np.zeros((3, length))
