@@ -299,11 +299,11 @@ def test_what_bn_backward_keeps_between_its_steps_changes_no_bit(activation, mas
 @pytest.mark.parametrize("last", [0.25, 0.1])
 @pytest.mark.parametrize("bias", [None, -0.0, 0.0])
 def test_a_zero_of_the_output_has_no_sign(bias, last):
-    """Where x is the mean the output is +0, also for a negative weight, whether or not some mean is no float32."""
-    mean, weight = np.array([0.5, last]), np.array([-2.0, 0.0], np.float32)
-    affine = Affine(weight, None if bias is None else np.full(2, bias, np.float32), EPS)
-    out = np.empty((1, 2, 1), np.float32)
-    ops.bn_normalize(mean.astype(np.float32)[None, :, None], None, affine, Running(mean, mean), Epilogue(), out)
+    """Where x is the mean the output is +0, for any sign of the weight, whether or not some mean is no float32."""
+    mean, weight = np.array([0.5, 0.0, last]), np.array([-2.0, 2.0, 0.0], np.float32)
+    affine = Affine(weight, None if bias is None else np.full(3, bias, np.float32), EPS)
+    x, out = np.array([0.5, -0.0, last], np.float32)[None, :, None], np.empty((1, 3, 1), np.float32)
+    ops.bn_normalize(x, None, affine, Running(mean, mean), Epilogue(), out)
     np.testing.assert_array_equal(out, 0)
     assert not np.signbit(out).any()
 
@@ -326,6 +326,17 @@ def test_steps_and_their_sum_agree_on_special_values(value, x, dy, affine):
     ops.bn_backward(dy, np.abs(y), statistics, affine, epilogue, 0.0, gradients)
     np.testing.assert_array_equal(gradients.dweight[1:], 0)
     assert not np.signbit(gradients.dweight[1:]).any()
+
+
+def test_a_single_part_is_merged_in_bn_forward(x, affine, monkeypatch):
+    """Merging one part takes the sign of zeros, and makes an infinite mean NaN; so does a call without parts."""
+    mean, m2 = np.linspace(1, 2, 2 * x.shape[1]).reshape(2, -1)
+    mean[:2], m2[:2] = (np.inf, -0.0), (1, -0.0)
+    monkeypatch.setattr(ops, "_mean_and_m2", lambda *_: (mean.copy(), m2.copy()))
+    fused = ops.bn_forward(x, affine, Running(), Epilogue(), np.empty_like(x))
+    statistics = normalize(x, affine, Epilogue(), np.empty_like(x))
+    assert bits(*fused) == bits(*statistics)
+    assert np.isnan(fused.pairs[0]).all()
 
 
 def test_numbers_within_a_size_for_sure():
