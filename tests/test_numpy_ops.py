@@ -299,7 +299,7 @@ def test_what_bn_backward_keeps_between_its_steps_changes_no_bit(activation, mas
 @pytest.mark.parametrize("last", [0.25, 0.1])
 @pytest.mark.parametrize("bias", [None, -0.0, 0.0])
 def test_a_zero_of_the_output_has_no_sign(bias, last):
-    """Where x is the mean the output is +0, for any sign of the weight, whether or not some mean is no float32."""
+    """Zeros where x is the mean are +0, for any sign of the weight, whether or not some mean is no float32."""
     mean, weight = np.array([0.5, 0.0, last]), np.array([-2.0, 2.0, 0.0], np.float32)
     affine = Affine(weight, None if bias is None else np.full(3, bias, np.float32), EPS)
     x, out = np.array([0.5, -0.0, last], np.float32)[None, :, None], np.empty((1, 3, 1), np.float32)
