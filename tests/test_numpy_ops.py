@@ -339,6 +339,39 @@ def test_a_single_part_is_merged_in_bn_forward(x, affine, monkeypatch):
     assert np.isnan(fused.pairs[0]).all()
 
 
+@pytest.mark.parametrize("value", [1e35, -1e35, 1e-35, 0.0, np.inf, np.nan])
+@pytest.mark.parametrize("of", ["mean", "var", "weight", "bias", "var and weight", "m2", "slope", "dy"])
+def test_a_short_cut_is_not_taken_where_a_number_is_extreme(of, value, rng, monkeypatch):
+    """One channel that a cheap test has to notice: all results are those of a close look at every channel."""
+    x, dy = rng.standard_normal((2, 6, 3, 5)).astype(np.float32)
+    vectors = dict(zip(("mean", "var", "weight", "bias"), rng.uniform(0.5, 2, (4, 3)), strict=True))
+    if of in vectors:
+        vectors[of][1] = value
+    if of == "var and weight":  # whose quotient is not extreme
+        vectors["var"][1], vectors["weight"][1] = value**2, value
+    with np.errstate(over="ignore", invalid="ignore"):
+        x[:, 1] *= np.float32(value / 1e10 if of == "m2" else 1)
+        dy[:, 1] *= np.float32(value if of == "dy" else 1)
+        np.testing.assert_allclose(ops.bn_stats(x).m2[0], x.var(axis=(0, 2), dtype=np.float64) * 30, rtol=1e-6)
+    affine = Affine(vectors["weight"], vectors["bias"], 0.0)
+    statistics = Statistics.of(vectors["mean"], vectors["var"])
+    sums = Sums(*rng.standard_normal((2, 1, 3)))
+    if of == "slope":
+        sums.dy_xhat[0, 1] = value
+
+    def everything():
+        gradients, y = empty_gradients(x, affine), np.empty_like(x)
+        ops.bn_normalize(x, None, affine, Running(vectors["mean"], vectors["var"]), Epilogue(), y)
+        ours = ops.bn_backward_reduce(dy, x, statistics, affine, Epilogue())
+        ops.bn_backward_input(dy, x, statistics, affine, Epilogue(), sums, 0.1, gradients)
+        return [np.nan_to_num(a, nan=7) for a in (y, *ops.bn_stats(x)[:3], *ours, *gradients)]
+
+    expected = everything()
+    no_shortcut(monkeypatch)
+    for a, b in zip(everything(), expected, strict=True):
+        assert bits(a) == bits(b)
+
+
 def test_numbers_within_a_size_for_sure():
     for length in 10, 10**4:  # two ways to find out
         numbers = np.zeros((3, length))
