@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from cupybn._steps import numpy_ops as ops
+from cupybn._steps import tiles
 from cupybn._steps.bundles import Affine, Epilogue, Gradients, Moments, Running, Statistics, Sums
 from tests import reference
+from tests.reference import bits
 
 SHAPES = [
     (1, 3, 2),  # two values per channel
@@ -226,6 +228,158 @@ def test_relu_stops_inf_and_nan_in_the_gradient(rng):
     dy[y > 0] = 1
     sums = ops.bn_backward_reduce(dy, x, statistics, affine, epilogue)
     np.testing.assert_array_equal(sums.dy[0], (y > 0).sum((0, 2)))
+
+
+def small_maps(monkeypatch):
+    """Cut what is elementwise into tiles of some elements; sums keep their tiles, which decide over their bits."""
+    plan = tiles.plan
+
+    def cut(shape, contiguous, most, *columns):
+        return plan(shape, contiguous, 50 if columns else most, *columns)
+
+    monkeypatch.setattr(tiles, "plan", cut)
+
+
+def no_shortcut(monkeypatch):
+    """Look closely at each channel, also where a cheap test says that there is no need."""
+    monkeypatch.setattr(ops, "_within", lambda *_: False)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("otherwise", [small_maps, no_shortcut])
+@pytest.mark.parametrize("shape", [(5, 4, 1), (7, 3, 49), (3, 2, 600), (64, 9, 1)], indirect=True, ids=str)
+def test_all_ways_to_the_same_bits(otherwise, activation, dtype, x, dy, residual, affine, monkeypatch):
+    """How an array is walked, and how closely channels are looked at, changes no bit, in training and in eval mode."""
+    x, dy, residual = (a.astype(dtype) for a in (x, dy, residual))
+    x[:, 0] = 3  # a dead channel
+    affine.weight[1] = 0
+    affine.bias[0] = -0.0
+    C = x.shape[1]
+
+    def everything():
+        results = []
+        for training in True, False:
+            running = Running(np.linspace(-1, 1, C), np.linspace(0, 2, C), 0.1)
+            mask, out = ops.empty_mask(x, residual, x), np.empty_like(x)
+            epilogue = Epilogue(residual, activation, mask if activation else None)
+            if training:
+                statistics = ops.bn_forward(x, affine, running, epilogue, out)
+            else:
+                statistics = ops.bn_normalize(x, None, affine, running, epilogue, out)
+            gradients = empty_gradients(x, affine)
+            back = Epilogue(None, activation, epilogue.mask)
+            ops.bn_backward(dy, x, statistics, affine, back, C / x.size * training, gradients, gradients.dx)
+            results += [out, mask if activation else out, *statistics, *running[:2], *gradients]
+        return bits(*results)
+
+    expected = everything()
+    otherwise(monkeypatch)
+    assert everything() == expected
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_what_bn_backward_keeps_between_its_steps_changes_no_bit(activation, masked, x, dy, affine, rng):
+    """The scratch memory has x - center in it: of all channels but those that need float64."""
+    dy[:, 0] *= np.float32(1e-38)
+    x[:, 1] *= np.float32(1e20)
+    mask = rng.random(x.shape) < 0.5 if masked else None
+    epilogue, count = Epilogue(None, activation, mask), x.size // x.shape[1]
+    statistics = statistics_of(x)
+    results = []
+    for scratch in None, np.empty_like(x), "dx":
+        gradients = empty_gradients(x, affine)
+        memory = gradients.dx if isinstance(scratch, str) else scratch
+        ops.bn_backward(dy, x, statistics, affine, epilogue, 1 / count, gradients, memory)
+        results.append(bits(*(a for a in gradients)))
+    assert results[0] == results[1] == results[2]
+
+
+@pytest.mark.parametrize("last", [0.25, 0.1])
+@pytest.mark.parametrize("bias", [None, -0.0, 0.0])
+def test_a_zero_of_the_output_has_no_sign(bias, last):
+    """Zeros where x is the mean are +0, for any sign of the weight, whether or not some mean is no float32."""
+    mean, weight = np.array([0.5, 0.0, last]), np.array([-2.0, 2.0, 0.0], np.float32)
+    affine = Affine(weight, None if bias is None else np.full(3, bias, np.float32), EPS)
+    x, out = np.array([0.5, -0.0, last], np.float32)[None, :, None], np.empty((1, 3, 1), np.float32)
+    ops.bn_normalize(x, None, affine, Running(mean, mean), Epilogue(), out)
+    np.testing.assert_array_equal(out, 0)
+    assert not np.signbit(out).any()
+
+
+@pytest.mark.parametrize("value", [np.inf, -0.0])
+def test_steps_and_their_sum_agree_on_special_values(value, x, dy, affine):
+    """An infinite mean, and zeros with a sign, come out of one call as they come out of two."""
+    x[:, 0], C = value, x.shape[1]
+    out, y, epilogue = np.empty_like(x), np.empty_like(x), Epilogue()
+    ours, theirs = Running(np.zeros(C), np.ones(C), 0.1), Running(np.zeros(C), np.ones(C), 0.1)
+    fused = ops.bn_forward(x, affine, ours, epilogue, out)
+    statistics = ops.bn_normalize(x, ops.bn_stats(x), affine, theirs, epilogue, y)
+    np.testing.assert_array_equal(fused, statistics)
+    np.testing.assert_array_equal(ours[:2], theirs[:2])
+    np.testing.assert_array_equal(out, y)
+    assert not np.signbit(fused.pairs[fused.pairs == 0]).any()
+
+    statistics = Statistics.of(np.zeros(C), np.full(C, np.inf))  # a gradient of weight that is 0 whatever its sums are
+    gradients = empty_gradients(x, affine)
+    ops.bn_backward(dy, np.abs(y), statistics, affine, epilogue, 0.0, gradients)
+    np.testing.assert_array_equal(gradients.dweight[1:], 0)
+    assert not np.signbit(gradients.dweight[1:]).any()
+
+
+def test_a_single_part_is_merged_in_bn_forward(x, affine, monkeypatch):
+    """Merging one part takes the sign of zeros, and makes an infinite mean NaN; so does a call without parts."""
+    mean, m2 = np.linspace(1, 2, 2 * x.shape[1]).reshape(2, -1)
+    mean[:2], m2[:2] = (np.inf, -0.0), (1, -0.0)
+    monkeypatch.setattr(ops, "_mean_and_m2", lambda *_: (mean.copy(), m2.copy()))
+    fused = ops.bn_forward(x, affine, Running(), Epilogue(), np.empty_like(x))
+    statistics = normalize(x, affine, Epilogue(), np.empty_like(x))
+    assert bits(*fused) == bits(*statistics)
+    assert np.isnan(fused.pairs[0]).all()
+
+
+@pytest.mark.parametrize("value", [1e35, -1e35, 1e-35, 0.0, np.inf, np.nan])
+@pytest.mark.parametrize("of", ["mean", "var", "weight", "bias", "var and weight", "m2", "slope", "dy"])
+def test_a_short_cut_is_not_taken_where_a_number_is_extreme(of, value, rng, monkeypatch):
+    """One channel that a cheap test has to notice: all results are those of a close look at every channel."""
+    x, dy = rng.standard_normal((2, 6, 3, 5)).astype(np.float32)
+    vectors = dict(zip(("mean", "var", "weight", "bias"), rng.uniform(0.5, 2, (4, 3)), strict=True))
+    if of in vectors:
+        vectors[of][1] = value
+    if of == "var and weight":  # whose quotient is not extreme
+        vectors["var"][1], vectors["weight"][1] = value**2, value
+    with np.errstate(over="ignore", invalid="ignore"):
+        x[:, 1] *= np.float32(value / 1e10 if of == "m2" else 1)
+        dy[:, 1] *= np.float32(value * 1000 if of == "dy" else 1)
+        np.testing.assert_allclose(ops.bn_stats(x).m2[0], x.var(axis=(0, 2), dtype=np.float64) * 30, rtol=1e-6)
+    affine = Affine(vectors["weight"], vectors["bias"], 0.0)
+    statistics = Statistics.of(vectors["mean"], vectors["var"])
+    sums = Sums(*rng.standard_normal((2, 1, 3)))
+    if of == "slope":
+        sums.dy_xhat[0, 1] = value
+
+    def everything():
+        gradients, y = empty_gradients(x, affine), np.empty_like(x)
+        ops.bn_normalize(x, None, affine, Running(vectors["mean"], vectors["var"]), Epilogue(), y)
+        ours = ops.bn_backward_reduce(dy, x, statistics, affine, Epilogue())
+        ops.bn_backward_input(dy, x, statistics, affine, Epilogue(), sums, 0.1, gradients)
+        return [np.nan_to_num(a, nan=7) for a in (y, *ops.bn_stats(x)[:3], *ours, *gradients)]
+
+    expected = everything()
+    no_shortcut(monkeypatch)
+    for a, b in zip(everything(), expected, strict=True):
+        assert bits(a) == bits(b)
+
+
+def test_numbers_within_a_size_for_sure():
+    for length in 10, 10**4:  # two ways to find out
+        numbers = np.zeros((3, length))
+        assert ops._within(numbers, 1e14)
+        for value in 2e14, -2e14, np.inf, np.nan, 1e200:
+            numbers[1, 7] = value
+            with np.errstate(over="ignore", invalid="ignore"):
+                assert not ops._within(numbers, 1e14)
 
 
 @pytest.mark.parametrize("activation", [None, "relu"])

@@ -34,24 +34,34 @@ def threads(request, monkeypatch):
 
 @pytest.mark.parametrize("shape", [(32, 32, 1), (32, 4, 5), (1, 1, 1), (1000, 2, 1)])
 def test_small_arrays_are_one_tile(shape):
-    assert len(tiles.tiles(shape)) == 1
+    assert len(tiles.tiles(shape, tiles.TILE, columns=5)) == 1
 
 
+@pytest.mark.parametrize("columns", [1, 5])
+@pytest.mark.parametrize("most", [1000, tiles.LARGE_TILE])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_every_element_once(shape):
+def test_every_element_once(shape, most, columns):
     seen = np.zeros(shape, np.uint8)
-    for tile in tiles.tiles(shape):
-        seen[tile.n, tile.c, tile.l] += 1
+    for tile in tiles.tiles(shape, most, columns):
+        seen[tile] += 1
+        assert seen[tile].size <= most
     assert np.all(seen == 1)
-    assert max(seen[t.n, t.c, t.l].size for t in tiles.tiles(shape)) <= tiles.LARGE_TILE
 
 
-def scaled(column, x, y, vector):
-    np.multiply(x, column(vector), out=y)
+@pytest.mark.parametrize("columns", [1, 3, 5])
+@pytest.mark.parametrize("shape", [(8, 2048, 49), (8, 600, 30), (40, 300, 9), (70_001, 2, 3)])
+def test_columns_of_a_tile_take_a_fraction_of_the_array(shape, columns):
+    N, C, L = shape
+    for _, lanes in tiles.plan(shape, True, tiles.LARGE_TILE, columns):
+        assert lanes.columns(np.ones((columns, lanes.channels))).size <= N * C * L / 8
 
 
-def products(column, x, vector):
-    d = x - column(vector)
+def scaled(x, y, column):
+    np.multiply(x, column, out=y)
+
+
+def products(x, column):
+    d = x - column
     return [(d,), (d, x)]
 
 
@@ -65,11 +75,11 @@ def test_map_and_sums(shape, contiguous, rng):
         x = np.concatenate([x, x], axis=1)[:, : shape[1]]
     vector = np.arange(shape[1], dtype=np.float32) % 7
     y = np.full(x.shape, np.nan, np.float32)
-    assert tiles.tile_map(scaled, [x, y], [vector], False)[0][1] == []
+    tiles.tile_map(scaled, [x, y], vector[None], False)
     np.testing.assert_array_equal(y, x * vector[:, None])
 
     d = x.astype(np.float64) - vector[:, None]
-    sum_d, sum_dx = tiles.tile_sums(products, [x], [vector], False, 2)
+    sum_d, sum_dx = tiles.tile_sums(products, [x], vector[None], False)
     assert sum_d.dtype == sum_dx.dtype == np.float64
     np.testing.assert_array_equal(sum_d, d.sum(axis=(0, 2)))  # small integers: exact
     np.testing.assert_array_equal(sum_dx, (d * x).sum(axis=(0, 2)))
@@ -82,9 +92,40 @@ def test_the_same_bits_with_any_number_of_threads(shape, monkeypatch, rng):
     results = []
     for count in "1", "2", "5", "2":
         monkeypatch.setenv("CUPYBN_NUM_THREADS", count)
-        results.append(tiles.tile_sums(products, [x], [vector], False, 2))
+        results.append(tiles.tile_sums(products, [x], vector[None], False))
     for other in results[1:]:
         np.testing.assert_array_equal(results[0], other)
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 7), (32, 64, 1), (6, 3, 700), (1, 4, 90), (40, 1, 3)])
+def test_a_single_tile_and_many_are_the_same(shape, monkeypatch, rng):
+    """An array that is one tile is handed over as it is; cut into tiles it gives the same."""
+    x = rng.standard_normal(shape).astype(np.float32)
+    vectors = rng.standard_normal((2, shape[1])).astype(np.float32)
+    seen = []
+
+    def line(x, y, slope, offset):
+        seen.append(x.size)
+        np.multiply(x, slope, out=y)
+        y += offset
+
+    whole, cut = np.empty_like(x), np.empty_like(x)
+    tiles.tile_map(line, [x, whole], vectors, False)
+    assert seen == [x.size]
+    monkeypatch.setattr(tiles, "LARGE_TILE", 20)
+    tiles.tile_map(line, [x, cut], vectors, False)
+    assert len(seen) > 3
+    np.testing.assert_array_equal(whole, cut)
+    np.testing.assert_array_equal(whole, x * vectors[0][:, None] + vectors[1][:, None])
+
+
+def test_the_last_tile_comes_first(monkeypatch):
+    """The sums of a step come before its elements, and leave in cache what they have read last."""
+    monkeypatch.setenv("CUPYBN_NUM_THREADS", "1")
+    x, starts = np.arange(4 << 19).reshape(4, 1, -1), []
+    tiles.tile_map(lambda x, _: starts.append(x.flat[0]), [x.astype(np.float32)], np.zeros((1, 1)), False)
+    tiles.tile_sums(lambda x, _: [starts.append(x.flat[0]) or (x,)], [x.astype(np.float32)], np.zeros((1, 1)), False)
+    assert starts == [3 << 19, 2 << 19, 1 << 19, 0, 0, 1 << 19, 2 << 19, 3 << 19]
 
 
 def test_work_is_shared(monkeypatch):
@@ -115,7 +156,8 @@ def test_numpy_settings_of_the_caller_stay(N):
     x = np.ones((N, 64, 64), np.float32) * 9
     with np.errstate(all="raise"):
         np.setbufsize(4096)
-        tiles.tile_map(scaled, [x, np.empty_like(x)], [np.full(64, 3e38, np.float32)], False)  # overflows, quietly
+        overflowing = np.full((1, 64), 3e38, np.float32)
+        tiles.numpy_settings(tiles.tile_map)(scaled, [x, np.empty_like(x)], overflowing, False)
         assert np.getbufsize() == 4096
         assert np.geterr() == dict.fromkeys(("divide", "over", "under", "invalid"), "raise")
 

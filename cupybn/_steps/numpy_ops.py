@@ -14,7 +14,7 @@ where ``x - center`` is exact wherever it matters, and the second bracket, ``shi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,15 +23,9 @@ import numpy.typing as npt
 from cupybn._arrays.devices import write_at_once
 from cupybn._arrays.dtypes import accumulation_dtype
 from cupybn._steps.bundles import Activation, Affine, Epilogue, Gradients, Moments, Running, Statistics, Sums
-from cupybn._steps.tiles import gather, tile_map, tile_sums
+from cupybn._steps.tiles import Terms, gather, numpy_settings, tile_map, tile_sums
 
 Array = npt.NDArray[Any]
-Terms = list[tuple[Array, ...]]
-"""What a core asks to be summed for each channel: tuples of an array or of two, whose product is meant."""
-Column = Callable[[Array], Array]
-"""Function of a tile that turns one value per channel into a column, to be broadcast against its elements."""
-
-_quiet = np.errstate(all="ignore")  # inf and NaN are data here
 
 SAMPLES = 16
 """Values per channel whose mean is the center of the first sums: it is off by a quarter of a standard deviation."""
@@ -41,7 +35,7 @@ SAMPLES = 16
 # Forward
 
 
-@_quiet
+@numpy_settings
 def bn_stats(x: Array, batches: Array | None = None, scratch: Array | None = None) -> Moments:
     """Count, mean and sum of squared deviations of each channel, in one part.
 
@@ -59,20 +53,11 @@ def bn_stats(x: Array, batches: Array | None = None, scratch: Array | None = Non
     scratch : array of the same shape as x, or None
         Memory to work in; it is used if its dtype is that of the arithmetic.
     """
-    dtype = accumulation_dtype(x.dtype)
-    count = x.shape[0] * x.shape[2]
-    center = _sample_mean(x)
-    mean, m2 = _moments_about(center, x, dtype, scratch)
-    held = (m2 / count > 1e4 * np.finfo(dtype).tiny) & (m2 < np.inf)
-    if (m2 == 0).any():
-        held |= (m2 == 0) & _constant(x, center, dtype)
-    doubtful = np.flatnonzero(~(held & ((mean - center) ** 2 <= m2 / count)))
-    if doubtful.size:
-        mean[doubtful], m2[doubtful] = _moments_in_float64(x, doubtful)
-    return Moments(np.array([float(count)]), mean[None], m2[None], None if batches is None else batches.copy())
+    mean, m2 = _mean_and_m2(x, scratch)
+    return Moments(np.array([float(_count(x))]), mean[None], m2[None], None if batches is None else batches.copy())
 
 
-@_quiet
+@numpy_settings
 def merge_moments(moments: Moments) -> Array:
     """Count, mean and m2 of all parts together: a row of one count, C means and C m2, as `Moments.of_rows` reads it.
 
@@ -91,11 +76,33 @@ def merge_moments(moments: Moments) -> Array:
     return row
 
 
-@_quiet
+@numpy_settings
 def mean_and_var(moments: Moments, dtype: npt.DTypeLike) -> tuple[Array, Array]:
     """Mean and biased variance of each channel, rounded to a dtype."""
     batch = Moments.of_rows(merge_moments(moments))
     return batch.mean[0].astype(dtype), (batch.m2[0] / batch.count).astype(dtype)
+
+
+def _count(x: Array) -> int:
+    """Number of values of each channel."""
+    count: int = x.shape[0] * x.shape[2]
+    return count
+
+
+def _mean_and_m2(x: Array, scratch: Array | None) -> tuple[Array, Array]:
+    """Mean and sum of squared deviations of each channel: see `bn_stats`."""
+    dtype, count, center = accumulation_dtype(x.dtype), _count(x), _sample_mean(x)
+    mean, m2 = _moments_about(center, x, dtype, scratch)
+    var, off, least = m2 / count, mean - center, 1e4 * float(np.finfo(dtype).tiny)
+    off *= off
+    if np.count_nonzero(np.maximum(off, least) < var) < len(var) or not _within(m2, 1e150):
+        held = (var > least) & (m2 < np.inf)
+        if np.count_nonzero(m2) < len(m2):
+            held |= (m2 == 0) & _constant(x, center, dtype)
+        doubtful = np.flatnonzero(~(held & (off <= var)))
+        if doubtful.size:
+            mean[doubtful], m2[doubtful] = _moments_in_float64(x, doubtful)
+    return mean, m2
 
 
 def _sample_mean(x: Array) -> Array:
@@ -105,9 +112,10 @@ def _sample_mean(x: Array) -> Array:
     along_l = min(L, SAMPLES // along_n)
     spread_out = x[N // (2 * along_n) :: -(-N // along_n), :, L // (2 * along_l) :: -(-L // along_l)]
     sample = spread_out.transpose(0, 2, 1).reshape(-1, C).astype(np.float64)
-    first = sample[0].copy()
-    sample -= first
-    mean: Array = first + sample.mean(axis=0)
+    first = sample[0]
+    mean: Array = np.add.reduce(sample - first, axis=0)
+    mean /= len(sample)
+    np.add(first, mean, out=mean)
     return mean
 
 
@@ -116,22 +124,27 @@ def _moments_about(center: Array, x: Array, dtype: npt.DTypeLike, scratch: Array
     center = center.astype(dtype)
     scratch = _usable(scratch, dtype)
 
-    def core(column: Column, x: Array, scratch: Array | None, center: Array) -> Terms:
-        d = np.subtract(x, column(center), out=scratch, dtype=dtype)
+    def core(x: Array, scratch: Array | None, center: Array) -> Terms:
+        d = np.subtract(x, center, out=scratch, dtype=dtype)
         return [(d,), (d, d)]
 
-    sum_d, sum_dd = tile_sums(core, [x, scratch], [center], scratch is None, 2)
-    count = x.shape[0] * x.shape[2]
-    return center + sum_d / count, np.maximum(sum_dd - sum_d**2 / count, 0)
+    sum_d, sum_dd = tile_sums(core, [x, scratch], center[None], scratch is None)
+    count = _count(x)
+    square = sum_d * sum_d
+    square /= count
+    sum_dd -= square
+    sum_d /= count
+    sum_d += center
+    return sum_d, np.maximum(sum_dd, 0, out=sum_dd)
 
 
 def _constant(x: Array, center: Array, dtype: npt.DTypeLike) -> Array:
     """Whether all values of a channel are its center: squares of differences may be 0 though these are not."""
 
-    def core(column: Column, x: Array, center: Array) -> Terms:
-        return [(np.subtract(x, column(center), dtype=dtype) != 0,)]
+    def core(x: Array, center: Array) -> Terms:
+        return [(np.subtract(x, center, dtype=dtype) != 0,)]
 
-    (differing,) = tile_sums(core, [x], [center.astype(dtype)], True, 1)
+    (differing,) = tile_sums(core, [x], center.astype(dtype)[None], True)
     constant: Array = differing == 0
     return constant
 
@@ -151,7 +164,7 @@ def _moments_in_float64(x: Array, channels: Array) -> tuple[Array, Array]:
     return mean, m2
 
 
-@_quiet
+@numpy_settings
 def bn_update_running(moments: Moments, running: Running) -> None:
     """running = (1 - momentum) * running + momentum * batch, in place, with the unbiased variance of the batch.
 
@@ -166,24 +179,35 @@ def bn_update_running(moments: Moments, running: Running) -> None:
         Of the batch, in one part.
     running : Running
     """
-    count, mean, m2 = moments.count[0], moments.mean[0], moments.m2[0]
+    _update_running(float(moments.count[0]), moments.mean[0], moments.m2[0], moments.batches, running)
+
+
+def _update_running(count: float, mean: Array, m2: Array, batches: Array | None, running: Running) -> None:
+    """`bn_update_running` with the moments of a batch."""
     if not count > 1:
         return
     momentum = running.momentum
     if momentum is None:
-        assert moments.batches is not None
-        momentum = 1 / (max(float(moments.batches), 0) + 1)
-    written = [
-        (vector, ((1 - momentum) * vector.astype(np.float64) + momentum * batch).astype(vector.dtype))
-        for vector, batch in ((running.mean, mean), (running.var, m2 / (count - 1)))
-        if vector is not None
-    ]
+        assert batches is not None
+        momentum = 1 / (max(float(batches), 0) + 1)
+    written = []
+    if running.mean is not None:
+        assert running.var is not None
+        moved = np.empty((2, len(mean)))
+        moved[0], moved[1] = running.mean, running.var
+        moved *= 1 - momentum
+        moved[0] += mean * momentum
+        moved[1] += m2 / (count - 1) * momentum
+        written = [
+            (running.mean, moved[0].astype(running.mean.dtype)),
+            (running.var, moved[1].astype(running.var.dtype)),
+        ]
     if running.batches is not None:
         written.append((running.batches, running.batches + 1))
     write_at_once(written)
 
 
-@_quiet
+@numpy_settings
 def bn_normalize(
     x: Array,
     moments: Moments | None,
@@ -215,18 +239,30 @@ def bn_normalize(
     if moments is None:
         assert running.mean is not None
         assert running.var is not None
-        statistics = Statistics.of(running.mean.astype(np.float64), running.var.astype(np.float64))
-    else:
-        batch = Moments.of_rows(merge_moments(moments), moments.batches)
-        statistics = Statistics.of(batch.mean[0], batch.m2[0] / batch.count)
+        statistics = _statistics(running.mean, running.var)
+        _normalize(x, statistics, affine, epilogue, out)
+        return statistics
+    batch = Moments.of_rows(merge_moments(moments), moments.batches)
+    statistics = _statistics(batch.mean[0], batch.m2[0] / batch.count)
+    _normalize(x, statistics, affine, epilogue, out)
+    if running.mean is not None:
+        _update_running(float(batch.count[0]), batch.mean[0], batch.m2[0], batch.batches, running)
+    return statistics
+
+
+def _normalize(x: Array, statistics: Statistics, affine: Affine, epilogue: Epilogue, out: Array) -> None:
+    """`bn_normalize` with these statistics."""
     channels = _Channels.of(x.dtype, statistics, affine)
     residual, activation, mask = epilogue
     out_is_free = residual is None or not np.may_share_memory(out, residual)  # to compute in, before residual is read
 
-    def core(column: Column, x: Array, residual: Array | None, out: Array, mask: Array | None, *factors: Array) -> None:
-        dtype = factors[0].dtype
+    def core(
+        x: Array, residual: Array | None, out: Array, mask: Array | None, center: Array, shift: Array, scale: Array
+    ) -> None:
+        dtype = center.dtype
         y = out if out_is_free and out.dtype == dtype else np.empty(x.shape, dtype)
-        _preactivation(y, x, residual, column, factors)
+        np.subtract(x, center, out=y, dtype=dtype)
+        _preactivation(y, shift, scale, residual, out=y)
         if mask is not None:
             np.greater(y, 0, out=mask)
         if activation == "relu":
@@ -235,27 +271,34 @@ def bn_normalize(
         if y is not out:
             np.copyto(out, y, casting="unsafe")
 
+    arrays = [x, residual, out, mask]
     for some, dtype in channels.precisions():
-        arrays = [None if a is None else a[:, some] for a in (x, residual, out, mask)]
         temporaries = not out_is_free or out.dtype != dtype or activation is not None
-        tile_map(core, arrays, channels.factors(some, dtype), temporaries)
-    if moments is not None and running.mean is not None:
-        bn_update_running(batch, running)
-    return statistics
+        tile_map(core, _of_channels(arrays, some), channels.factors(some, dtype), temporaries)
 
 
+@numpy_settings
 def bn_forward(
     x: Array,
     affine: Affine,
     running: Running,
     epilogue: Epilogue,
     out: Array,
-    keep: bool = True,
+    keep: bool = True,  # noqa: ARG001
     scratch: Array | None = None,
 ) -> Statistics:
     """`bn_stats`, then `bn_normalize`: batch norm in training."""
-    moments = bn_stats(x, running.batches if running.momentum is None else None, scratch)
-    return bn_normalize(x, moments, affine, running, epilogue, out, keep)
+    mean, m2 = _mean_and_m2(x, scratch)
+    # As `merge_moments` leaves a single part: NaN where the mean is infinite, and 0 without a sign.
+    zero = mean - mean
+    mean += zero
+    m2 += zero
+    count = _count(x)
+    statistics = _statistics(mean, m2 / count)
+    _normalize(x, statistics, affine, epilogue, out)
+    if running.mean is not None:
+        _update_running(count, mean, m2, running.batches, running)
+    return statistics
 
 
 def empty_mask(x: Array, residual: Array, out: Array) -> Array:  # noqa: ARG001
@@ -263,21 +306,20 @@ def empty_mask(x: Array, residual: Array, out: Array) -> Array:  # noqa: ARG001
     return np.empty(x.shape, np.bool_)
 
 
-def _preactivation(y: Array, x: Array, residual: Array | None, column: Column, factors: Sequence[Array]) -> None:
-    """y = (x - center) * scale + shift + residual: the value whose sign decides what ReLU passes."""
-    center, scale, shift = factors
-    np.subtract(x, column(center), out=y, dtype=y.dtype)
-    y *= column(scale)
-    y += column(shift)
+def _preactivation(d: Array, shift: Array, scale: Array, residual: Array | None, out: Array | None = None) -> Array:
+    """d * scale + shift + residual, d = x - center: the value whose sign decides what ReLU passes."""
+    y: Array = np.multiply(d, scale, out=out)
+    y += shift
     if residual is not None:
         np.add(y, residual, out=y, dtype=y.dtype)
+    return y
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Backward
 
 
-@_quiet
+@numpy_settings
 def bn_backward_reduce(
     dy: Array,
     x: Array,
@@ -299,37 +341,49 @@ def bn_backward_reduce(
     scratch : array of the same shape, or None
         Memory to work in; it is used if its dtype is that of the arithmetic.
     """
-    channels, activation = _Channels.of(x.dtype, statistics, affine), epilogue.activation
-    usable = _usable(scratch, channels.dtype)
-    factors = channels.factors(slice(None), channels.dtype)
-    temporaries = usable is None or activation is not None
+    channels = _Channels.of(x.dtype, statistics, affine)
+    sum_dy, sum_dy_xhat = _gradient_sums(dy, x, channels, epilogue, _usable(scratch, channels.dtype))
+    return Sums(sum_dy[None], sum_dy_xhat[None])
+
+
+def _gradient_sums(
+    dy: Array, x: Array, channels: _Channels, epilogue: Epilogue, scratch: Array | None
+) -> tuple[Array, Array]:
+    """sum(dy) and sum(dy * xhat): see `bn_backward_reduce`. Leaves x - center in the scratch memory."""
+    dtype, activation = channels.dtype, epilogue.activation
+    gated = activation is not None and epilogue.mask is None
+    factors = channels.factors(slice(None), dtype, 0, 3 if gated else 1)
 
     def products(
-        column: Column, dy: Array, x: Array, mask: Array | None, usable: Array | None, *factors: Array
+        dy: Array, x: Array, mask: Array | None, scratch: Array | None, center: Array, *affine: Array
     ) -> Terms:
-        g = _passed(dy, x, mask, column, factors, activation)
-        return [(g,), (g, np.subtract(x, column(factors[0]), out=usable, dtype=factors[0].dtype))]
+        d = np.subtract(x, center, out=scratch, dtype=dtype)
+        g = _passed(dy.astype(dtype, copy=False), d, mask, affine, activation)
+        return [(g,), (g, d)]
 
-    def any_product(column: Column, *tile: Any) -> Terms:
-        (g,), (_, d) = products(column, *tile)
+    def any_product(*tile: Any) -> Terms:
+        (g,), (_, d) = products(*tile)
         return [((g != 0) & (d != 0),)]
 
-    arrays = [dy, x, epilogue.mask, usable]
-    sum_dy, sum_dy_d = tile_sums(products, arrays, factors, temporaries, 2)
-    if channels.dtype != np.float64:
-        # Products too small for float32 are lost in part: that matters in sums that are no larger than this.
-        least = x.shape[0] * x.shape[2] * np.finfo(channels.dtype).tiny / 8
+    arrays = [dy, x, epilogue.mask, scratch]
+    sum_dy, sum_dy_d = tile_sums(products, arrays, factors, scratch is None or activation is not None)
+    # Products too small for float32 are lost in part: that matters in sums that are no larger than this.
+    least = _count(x) * _TINY / 8
+    sure = channels.wide is None and least < 1 / _LARGE and _within(sum_dy, _LARGE) and _within(sum_dy_d, _LARGE)
+    if dtype != np.float64 and not (sure and _within(np.reciprocal(sum_dy_d), _LARGE)):
         held = np.abs(sum_dy_d) > least
-        if (sum_dy_d == 0).any():  # as where nothing comes back, which is right
-            held |= (sum_dy_d == 0) & (tile_sums(any_product, arrays, factors, True, 1)[0] == 0)
+        if np.count_nonzero(sum_dy_d) < len(sum_dy_d):  # as where nothing comes back, which is right
+            held |= (sum_dy_d == 0) & (tile_sums(any_product, arrays, factors, True)[0] == 0)
         held &= np.isfinite(sum_dy) & np.isfinite(sum_dy_d)
-        for chosen, dtype in (channels.wide, np.float64), (~channels.wide & ~held, channels.dtype):
+        wide = np.zeros(len(held), np.bool_) if channels.wide is None else channels.wide
+        for chosen, gate_dtype in (wide, np.dtype(np.float64)), (~wide & ~held, dtype):
             numbers = np.flatnonzero(chosen)
             if numbers.size:
-                sums = _gradient_sums_in_float64(arrays[:3], channels, activation, numbers, dtype)
+                sums = _gradient_sums_in_float64(arrays[:3], channels, activation, numbers, gate_dtype)
                 sum_dy[numbers], sum_dy_d[numbers] = sums
-    sum_dy_xhat = (sum_dy_d - channels.rest * sum_dy) * channels.rstd
-    return Sums(sum_dy[None], sum_dy_xhat[None])
+    sum_dy_d -= channels.rest * sum_dy
+    sum_dy_d *= channels.rstd
+    return sum_dy, sum_dy_d
 
 
 def _gradient_sums_in_float64(
@@ -342,14 +396,16 @@ def _gradient_sums_in_float64(
     sum_dy, sum_dy_d = np.zeros((2, len(numbers)))
     factors = channels.factors(numbers, dtype)
     for some, (g, values, mask) in gather(numbers, arrays):
-        g = _passed(g, values, mask, lambda v: v[:, None], [v[some] for v in factors], activation)
+        center, *affine = factors[:, some, None]
+        d = np.subtract(values, center, dtype=dtype)
+        g = _passed(g.astype(dtype, copy=False), d, mask, affine, activation)
         g, d = g.astype(np.float64), values.astype(np.float64) - channels.center[numbers[some], None]
         sum_dy[some] += g.sum(axis=1)
         sum_dy_d[some] += np.vecdot(g, d)
     return sum_dy, sum_dy_d
 
 
-@_quiet
+@numpy_settings
 def merge_sums(sums: Sums, count: Array, dweight: Array | None, dbias: Array | None) -> Array:
     """The sums of all parts divided by count, as a row that `Sums.of_rows` reads: the shares of one rank in the means.
 
@@ -373,7 +429,7 @@ def merge_sums(sums: Sums, count: Array, dweight: Array | None, dbias: Array | N
     return row
 
 
-@_quiet
+@numpy_settings
 def bn_backward_input(
     dy: Array,
     x: Array,
@@ -402,41 +458,72 @@ def bn_backward_input(
     gradients : Gradients
         Get all of these.
     """
-    channels, activation = _Channels.of(x.dtype, statistics, affine), epilogue.activation
+    channels = _Channels.of(x.dtype, statistics, affine)
+    added_up = None if sums is None else (sums.dy.sum(axis=0), sums.dy_xhat.sum(axis=0))
+    _input_gradient(dy, x, channels, epilogue, added_up, inv_count, gradients, None)
+
+
+def _input_gradient(
+    dy: Array,
+    x: Array,
+    channels: _Channels,
+    epilogue: Epilogue,
+    sums: tuple[Array, Array] | None,
+    inv_count: float,
+    gradients: Gradients,
+    deviations: Array | None,
+) -> None:
+    """All gradients from these sums: see `bn_backward_input`. Deviations are x - center, if that is at hand."""
+    activation = epilogue.activation
     dx, dresidual, dweight, dbias = gradients
-    slope = offset = np.zeros(x.shape[1])
+    with_slope = inv_count != 0
     if sums is not None:
-        sum_dy, sum_dy_xhat = sums.dy.sum(axis=0), sums.dy_xhat.sum(axis=0)
-        slope = sum_dy_xhat * channels.rstd * inv_count
-        offset = sum_dy * inv_count - slope * channels.rest
+        sum_dy, sum_dy_xhat = sums
+        if with_slope:
+            channels.set_slope(sum_dy, sum_dy_xhat, inv_count)
         if dweight is not None:
             dweight[...] = sum_dy_xhat
         if dbias is not None:
             dbias[...] = sum_dy
 
-    def core(column: Column, *tile: Any) -> None:
-        dy, x, mask, dx, dresidual, center, scale, shift, slope, offset = tile
-        dy = _passed(dy, x, mask, column, (center, scale, shift), activation)
+    def core(
+        dy: Array,
+        x: Array,
+        d: Array | None,
+        mask: Array | None,
+        dx: Array,
+        dresidual: Array | None,
+        *columns: Any,
+    ) -> None:
+        center, shift, scale, slope, offset = (None,) * first + columns + (None,) * (5 - last)
+        out = dx if dx.dtype == scale.dtype else np.empty(x.shape, scale.dtype)
+        if d is None and center is not None:
+            d = np.subtract(x, center, out=out, dtype=out.dtype)
+        g = _passed(dy.astype(out.dtype, copy=False), d, mask, (shift, scale), activation)
         if dresidual is not None:
-            np.copyto(dresidual, dy, casting="unsafe")
-        d = dx if dx.dtype == scale.dtype else np.empty(x.shape, scale.dtype)
-        if inv_count == 0:  # without 0 * x: x may be inf
-            np.multiply(dy, column(scale), out=d)
-        else:
-            np.subtract(x, column(center), out=d, dtype=d.dtype)
-            d *= column(slope)
-            np.subtract(dy, d, out=d)
-            d -= column(offset)
-            d *= column(scale)
-        if d is not dx:
-            np.copyto(dx, d, casting="unsafe")
+            np.copyto(dresidual, g, casting="unsafe")
+        if with_slope:
+            assert d is not None
+            np.multiply(d, slope, out=out)
+            np.subtract(g, out, out=out)
+            out -= offset
+            out *= scale
+        else:  # without 0 * x: x may be inf
+            np.multiply(g, scale, out=out)
+        if out is not dx:
+            np.copyto(dx, out, casting="unsafe")
 
-    for some, dtype in channels.precisions(slope, offset):
-        arrays = [None if a is None else a[:, some] for a in (dy, x, epilogue.mask, dx, dresidual)]
-        vectors = [*channels.factors(some, dtype), slope[some].astype(dtype), offset[some].astype(dtype)]
+    gated = activation is not None and epilogue.mask is None
+    last = 5 if with_slope else 3
+    for some, dtype in channels.precisions(with_slope):
+        at_hand = deviations if dtype == channels.dtype else None
+        first = 0 if gated or (with_slope and at_hand is None) else 2
+        arrays = _of_channels([dy, x, at_hand, epilogue.mask, dx, dresidual], some)
+        vectors = channels.factors(some, dtype, first, last)
         tile_map(core, arrays, vectors, temporaries=activation is not None or dx.dtype != dtype)
 
 
+@numpy_settings
 def bn_backward(
     dy: Array,
     x: Array,
@@ -448,21 +535,24 @@ def bn_backward(
     scratch: Array | None = None,
 ) -> None:
     """`bn_backward_reduce`, then `bn_backward_input`: all gradients."""
-    sums = bn_backward_reduce(dy, x, statistics, affine, epilogue, scratch)
-    bn_backward_input(dy, x, statistics, affine, epilogue, sums, inv_count, gradients)
+    channels = _Channels.of(x.dtype, statistics, affine)
+    deviations = _usable(scratch, channels.dtype)
+    sum_dy, sum_dy_xhat = _gradient_sums(dy, x, channels, epilogue, deviations)
+    sum_dy_xhat += 0.0  # as adding up the parts leaves it: 0 without a sign
+    _input_gradient(dy, x, channels, epilogue, (sum_dy, sum_dy_xhat), inv_count, gradients, deviations)
 
 
-def _passed(
-    dy: Array, x: Array, mask: Array | None, column: Column, factors: Sequence[Array], activation: Activation
-) -> Array:
+def _passed(dy: Array, d: Array | None, mask: Array | None, affine: Sequence[Array], activation: Activation) -> Array:
     """dy in the dtype of the arithmetic, 0 where ReLU stopped it: never 0 * dy, dy may be inf."""
-    dy = dy.astype(factors[0].dtype, copy=False)
     if activation != "relu":
         return dy
-    y = np.empty(x.shape, dy.dtype)
     if mask is None:
-        _preactivation(y, x, None, column, factors)
+        assert d is not None
+        shift, scale = affine
+        y = _preactivation(d, shift, scale, None)
         mask = y > 0
+    else:
+        y = np.empty(dy.shape, dy.dtype)
     word = np.dtype(f"i{dy.itemsize}")
     bits = np.negative(mask.view(np.int8))  # 0 or all bits set
     np.bitwise_and(dy.view(word), bits, out=y.view(word), dtype=word)
@@ -475,50 +565,110 @@ def _passed(
 
 _LARGE = 1e30
 """Size from which numbers, or their products, may be beyond float32; below its inverse they may be lost."""
+_TINY = float(np.finfo(np.float32).tiny)
+"""Least normal number of float32."""
 _SMALL_RSTD = 1e-15
 """Least rstd of a narrow channel: (x - mean)^2 would be too large, and beyond its inverse dy * (x - mean) too small."""
+_TAME = 1e14
+"""Size up to which mean, bias, rstd, scale and the inverses of the last two leave no doubt that a channel is narrow."""
 
 
 class _Channels(NamedTuple):
-    """Batch norm of each channel as (x - center) * scale + shift; (C,) arrays, float64."""
+    """Batch norm of each channel as (x - center) * scale + shift, in float64."""
 
-    center: Array
-    rest: Array  # mean - center
-    rstd: Array
-    scale: Array
-    shift: Array
-    wide: Array  # whether the channel needs float64
+    # Rows are std, rstd, 1 / scale; center, shift, scale, slope, offset; 1 / slope, 1 / offset, (10, C). What becomes
+    # factors together lies side by side, and what is looked at together, the first six rows and the last four.
+    table: Array
+    rest: Array  # (C,); mean - center
+    wide: Array | None  # (C,); whether a channel needs float64. None if none does
     dtype: np.dtype[Any]  # dtype of the arithmetic of all other channels
 
     @classmethod
     def of(cls, x_dtype: np.dtype[Any], statistics: Statistics, affine: Affine) -> _Channels:
         """The channels of these statistics, weight, bias and eps, for data of a dtype."""
         weight, bias, eps = affine
+        mean, var = statistics.pairs[:, 0], statistics.pairs[:, 1]
         dtype = accumulation_dtype(x_dtype)
-        rstd = 1 / np.sqrt(statistics.var + eps)
-        scale = rstd if weight is None else rstd * weight.astype(np.float64)
-        wide = (rstd < _SMALL_RSTD) | (rstd > 1 / _SMALL_RSTD) | _extreme(scale) | (np.abs(statistics.mean) > _LARGE)
-        center = np.where(wide, statistics.mean, statistics.mean.astype(dtype))
-        rest = np.where(np.isfinite(center), statistics.mean - center, 0)  # inf - inf is NaN
-        shift = np.where(rest == 0, 0, -rest * scale)  # 0 * inf is NaN
+        C = len(mean)
+        table = np.zeros((10, C))
+        std, rstd, inverse = table[0], table[1], table[2]
+        center, shift, scale = table[3], table[4], table[5]
+        np.add(var, eps, out=std)
+        np.sqrt(std, out=std)
+        np.reciprocal(std, out=rstd)
+        scale[...] = 1 if weight is None else weight
+        np.multiply(rstd, scale, out=scale)
+        np.reciprocal(scale, out=inverse)
+        center[...] = mean
         if bias is not None:
-            shift += bias.astype(np.float64)
-            wide |= np.abs(shift) > _LARGE
-        return cls(center, rest, rstd, scale, shift, wide, dtype)
+            shift[...] = bias
+        wide: Array | None = None
+        if _within(table[:6], _TAME):
+            center[...] = center.astype(dtype)
+            rest = mean - center
+        else:
+            wide = (rstd < _SMALL_RSTD) | (rstd > 1 / _SMALL_RSTD) | _extreme(scale) | (np.abs(mean) > _LARGE)
+            np.copyto(center, center.astype(dtype), where=~wide)
+            rest = np.where(np.isfinite(center), mean - center, 0)  # inf - inf is NaN
+        with_rest = np.count_nonzero(rest)  # none, if the mean is a float32
+        lost: Any = -rest * scale if with_rest else 0.0
+        if 0 < with_rest < C:
+            lost[rest == 0] = 0  # 0 * inf is NaN
+        if bias is None:
+            shift[...] = lost
+        else:
+            shift += lost
+            if wide is not None:
+                wide |= np.abs(shift) > _LARGE
+        return cls(table, rest, wide, dtype)
 
-    def factors(self, some: slice | Array, dtype: npt.DTypeLike) -> list[Array]:
-        """Center, scale and shift of some of the channels, in the dtype of their arithmetic."""
-        return [vector[some].astype(dtype) for vector in (self.center, self.scale, self.shift)]
+    @property
+    def rstd(self) -> Array:
+        """1 / sqrt(var + eps)."""
+        row: Array = self.table[1]
+        return row
 
-    def precisions(self, *more: Array) -> list[tuple[slice, npt.DTypeLike]]:
+    @property
+    def center(self) -> Array:
+        """The mean, rounded to the dtype of the arithmetic of the channel."""
+        row: Array = self.table[3]
+        return row
+
+    def set_slope(self, sum_dy: Array, sum_dy_xhat: Array, inv_count: float) -> None:
+        """Note what the way back subtracts from dy: slope * (x - center) + offset."""
+        slope, offset = self.table[6], self.table[7]
+        np.multiply(sum_dy_xhat, self.rstd, out=slope)
+        slope *= inv_count
+        np.multiply(sum_dy, inv_count, out=offset)
+        offset -= slope * self.rest
+
+    def factors(self, some: slice | Array, dtype: npt.DTypeLike, first: int = 0, last: int = 3) -> Array:
+        """The rows from `first` to `last` of center, shift, scale, slope and offset, in the dtype of the arithmetic."""
+        return self.table[3 + first : 3 + last, some].astype(dtype, copy=False)
+
+    def precisions(self, with_slope: bool = False) -> list[tuple[slice, np.dtype[Any]]]:
         """Ranges of channels, and the dtype of the arithmetic in each: float64 where float32 is too narrow.
 
-        Beside the channel's own numbers, `more` vectors may be too large or too small for float32.
+        Beside the channel's own numbers, its slope and offset may be too large or too small for float32.
         """
-        wide = self.wide | np.any([_extreme(v) for v in more], axis=0) if more else self.wide
-        if not wide.any():
+        wide = None if self.dtype == np.float64 else self.wide
+        if with_slope and self.dtype != np.float64:
+            np.reciprocal(self.table[6:8], out=self.table[8:10])
+            if not _within(self.table[6:10], _TAME**2):
+                slope, offset = self.table[6], self.table[7]
+                extreme = _extreme(slope) | _extreme(offset)
+                wide = extreme if wide is None else wide | extreme
+        if wide is None or not np.count_nonzero(wide):
             return [(slice(None), self.dtype)]
         return [(some, self.dtype) for some in _runs(~wide)] + [(some, np.dtype(np.float64)) for some in _runs(wide)]
+
+
+def _within(numbers: Array, most: float) -> bool:
+    """Whether no number is larger than this, for sure: one that may be refused, NaN always is."""
+    numbers = numbers.ravel()
+    if len(numbers) > 1 << 13:  # for a longer one the library of linear algebra would start threads
+        return bool(np.abs(numbers).max() <= most)
+    return bool(numbers.dot(numbers) <= most * most)
 
 
 def _extreme(factor: Array) -> Array:
@@ -530,6 +680,18 @@ def _extreme(factor: Array) -> Array:
 def _usable(scratch: Array | None, dtype: npt.DTypeLike) -> Array | None:
     """Memory to work in, if it is given and of the dtype of the arithmetic."""
     return None if scratch is None or scratch.dtype != dtype else scratch
+
+
+def _of_channels(arrays: list[Array | None], some: slice) -> list[Array | None]:
+    """The arrays, cut to some channels."""
+    return arrays if some == slice(None) else [None if a is None else a[:, some] for a in arrays]
+
+
+def _statistics(mean: Array, var: Array) -> Statistics:
+    """Statistics with copies of these vectors, which may be of any dtype."""
+    pairs = np.empty((len(mean), 2))
+    pairs[:, 0], pairs[:, 1] = mean, var
+    return Statistics(pairs)
 
 
 def _runs(mask: Array) -> list[slice]:

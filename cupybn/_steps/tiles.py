@@ -1,11 +1,11 @@
-"""The split of NumPy arrays into tiles that stay in cache, and the threads that work on them.
+"""The split of NumPy arrays into tiles, and the threads that work on them.
 
 A step of batch norm on arrays of shape (N, C, L) is a *core*, a function that is applied tile by tile. A core gets the
-tiles of its arrays, the values of its per-channel vectors for the channels of the tile, and a function ``column`` that
-turns such values into a column: broadcasting then pairs each element of the tile with its channel.
+tiles of its arrays and columns, one for each of its per-channel vectors: broadcasting pairs each element of a tile with
+the value for its channel. An array that is a single tile, as small ones are, is handed over as it is, without threads.
 
-Tiles depend on the shape alone, never on the number of threads, and sums are added in the order of the tiles. So the
-result has the same bits with one thread and with sixty-four.
+Tiles of sums depend on the shape alone, never on the number of threads, and sums are added in the order of the tiles.
+So the result has the same bits with one thread and with sixty-four. Other tiles change no bit, however they are cut.
 
 Long rows (L large) are worked on as they lie. Short rows are joined first, so that NumPy has long rows to loop over::
 
@@ -28,22 +28,26 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[Any]
+Terms = Sequence[tuple[Array, ...]]
+"""What a core asks to be summed for each channel: tuples of an array or of two, whose product is meant."""
+P = ParamSpec("P")
+R = TypeVar("R")
 
 TINY = 1 << 16
 """Elements up to which an array may need temporaries of its own size."""
 SMALL = 1 << 20
 """Elements up to which an array is worked on by one thread: others would still be waking up when it is done."""
 TILE = 1 << 18
-"""Most elements in a tile of a small array: 1 MiB of float32, which stays in cache between NumPy's calls."""
+"""Most elements in a tile of a small array that is summed, or whose core needs temporaries."""
 LARGE_TILE = 1 << 19
-"""Most elements in a tile of a larger array. Smaller ones would fit closer caches, but threads would wait more often
-for each other: between two calls of NumPy only one of them runs."""
+"""Most elements in any other tile. Smaller ones would fit closer caches, but each costs about 5 us, and threads would
+wait more often for each other: between two calls of NumPy only one of them runs."""
 SHORT = 1 << 9
 """Elements below which a row is short and is joined with others. NumPy's iterator has buffers of this size, and
 copies operands into them unless their rows are longer."""
@@ -80,15 +84,14 @@ def evenly(size: int, most: int) -> int:
     return math.ceil(size / math.ceil(size / most))
 
 
-def tiles(shape: tuple[int, int, int]) -> list[Tile]:
-    """Tiles of a non-empty array of this shape, (N, C, L)."""
+def tiles(shape: tuple[int, int, int], most: int, columns: int = 1) -> list[Tile]:
+    """Tiles of a non-empty array of this shape, (N, C, L), of at most this many elements, with so many columns each."""
     N, C, L = shape
-    tile = TILE if N * C * L <= SMALL else LARGE_TILE
-    l = evenly(L, tile)  # noqa: E741
-    c = evenly(C, max(1, tile // (l * (1 if L >= SHORT else min(N, SUMMANDS)))))
-    if L < SHORT and N * C * L > TINY:  # `column` makes temporaries as long as joined rows: a fraction of the array
-        c = min(c, max(1, N * C // 8))
-    n = evenly(N, max(1, tile // (l * c)))
+    l = evenly(L, most)  # noqa: E741
+    c = evenly(C, max(1, most // (l * (1 if L >= SHORT else min(N, SUMMANDS)))))
+    if L < SHORT and N * C * L > TINY:  # columns are as long as joined rows: a fraction of the array
+        c = min(c, max(1, N * C // (8 * columns)))
+    n = evenly(N, max(1, most // (l * c)))
     if L < SHORT and c == C:  # rows are joined within a tile: every tile but the last has whole joined rows
         n = n - n % super_row(C * L) or n
     return [Tile(*ranges) for ranges in itertools.product(split(N, n), split(C, c), split(L, l))]
@@ -120,43 +123,44 @@ class Lanes(NamedTuple):
         repeat = math.gcd(n, super_row(c * l)) if c == shape[1] else 1
         return cls((n // repeat, repeat * c * l, 1), repeat, c, l)
 
-    def column(self, vector: Array) -> Array:
-        """Column with a value for each lane, from a vector with a value for each channel."""
-        if self.positions > 1:
-            vector = np.repeat(vector, self.positions)
-        if self.repeat > 1:
-            vector = np.repeat(vector[None], self.repeat, axis=0).ravel()
-        return vector[:, None]
+    def columns(self, vectors: Array) -> Array:
+        """Columns with a value for each lane, from vectors, the rows of an array, with a value for each channel."""
+        if self.shape[1] > self.channels:
+            lanes = np.empty((len(vectors), self.repeat, self.channels, self.positions), vectors.dtype)
+            lanes[...] = vectors[:, None, :, None]
+            vectors = lanes.reshape(len(vectors), -1)
+        return vectors[:, :, None]
 
     def sum(self, *factors: Array) -> Array:
         """Sums per channel, float64, over a tile of an array or of the product of two arrays.
 
         Only ``SUMMANDS`` rows, or ``LINE`` neighbours, are added in the dtype of the factors.
         """
-        if self.shape[2] == 1 and self.positions < MANY:
-            return self._sum_down(*factors)
-        return self._sum_along(*factors)
-
-    def _sum_down(self, *factors: Array) -> Array:
-        """Sums down each lane, which are then added over the lanes of each channel."""
-        n, lanes, _ = self.shape
-        total = np.zeros(self.channels)
-        for rows, count in steps(n, SUMMANDS):
-            parts = [f.reshape(n, lanes)[rows].reshape(-1, count, lanes) for f in factors]
-            sums = np.add.reduce(parts[0], axis=1) if len(parts) == 1 else np.einsum("krw,krw->kw", *parts)
-            total += sums.reshape(-1, self.channels, self.positions).sum(axis=(0, 2), dtype=np.float64)
+        down = self.shape[2] == 1 and self.positions < MANY
+        parts = self._down(*factors) if down else self._along(*factors)
+        total: Array = np.add.reduce(next(parts), axis=(0, 2), dtype=np.float64)
+        for part in parts:
+            total += np.add.reduce(part, axis=(0, 2), dtype=np.float64)
         return total
 
-    def _sum_along(self, *factors: Array) -> Array:
-        """Sums along the positions of each sample and channel, which are then added over the samples."""
+    def _down(self, *factors: Array) -> Iterator[Array]:
+        """Sums down some rows of each lane, (samples, channels, positions): still to be added for each channel."""
+        n, lanes, _ = self.shape
+        for rows, count in steps(n, SUMMANDS):
+            parts = [f[rows].reshape(-1, count, lanes) for f in factors]
+            if count == 1:  # what stands below gives the same, in four times the time
+                sums = parts[0] if len(parts) == 1 else np.multiply(*parts)
+            else:
+                sums = np.add.reduce(parts[0], axis=1) if len(parts) == 1 else np.einsum("krw,krw->kw", *parts)
+            yield sums.reshape(-1, self.channels, self.positions)
+
+    def _along(self, *factors: Array) -> Iterator[Array]:
+        """Sums along lines of each row, (samples, channels, lines): still to be added for each channel."""
         n, _, l = self.shape  # noqa: E741
         shape = (n * self.repeat, self.channels, max(l, self.positions))
-        total = np.zeros(self.channels)
         for line, count in steps(shape[2], LINE):
             parts = [f.reshape(shape)[..., line].reshape(*shape[:2], -1, count) for f in factors]
-            sums = np.einsum("nckl->nck", *parts) if len(parts) == 1 else np.vecdot(*parts)
-            total += sums.sum(axis=(0, 2), dtype=np.float64)
-        return total
+            yield np.einsum("nckl->nck", *parts) if len(parts) == 1 else np.vecdot(*parts)
 
 
 @functools.lru_cache
@@ -172,58 +176,88 @@ def steps(size: int, most: int) -> list[tuple[slice, int]]:
     return [(slice(0, whole), most), (slice(whole, size), size - whole)] if whole else [(slice(0, size), size)]
 
 
-@functools.lru_cache
-def plan(shape: tuple[int, int, int], contiguous: bool) -> list[tuple[Tile, Lanes]]:
-    """Tiles of an array of this shape, and the lanes of each."""
-    return [(tile, Lanes.of(tile, shape, contiguous)) for tile in tiles(shape)]
+@functools.lru_cache(maxsize=512)
+def plan(shape: tuple[int, int, int], contiguous: bool, most: int, columns: int = 1) -> list[tuple[Tile, Lanes]]:
+    """Tiles of an array of this shape, as `tiles` makes them, and the lanes of each."""
+    return [(tile, Lanes.of(tile, shape, contiguous)) for tile in tiles(shape, most, columns)]
 
 
-def tile_map(
-    core: Callable[..., Any], arrays: Sequence[Array | None], vectors: Sequence[Array], temporaries: bool
-) -> list[tuple[Tile, list[Array]]]:
-    """Call ``core(column, *array_tiles, *vector_parts)`` for every tile, on threads.
+def tile_map(core: Callable[..., None], arrays: Sequence[Array | None], vectors: Array, temporaries: bool) -> None:
+    """Call ``core(*array_tiles, *columns)`` for every tile, on threads.
 
     Parameters
     ----------
     core : callable
-        Function of a tile. It writes into the tiles of output arrays, or returns what is to be summed per channel: a
-        list of tuples of one or two factors.
+        Function of a tile, which writes into the tiles of output arrays.
     arrays : sequence of (N, C, L) arrays or None
         Arrays that are cut into tiles. The first is not None and not empty.
-    vectors : sequence of (C,) arrays
+    vectors : (number of vectors, C) array
+        Values of each channel, which become columns.
     temporaries : bool
         Whether the core allocates memory of the size of a tile. Then no more than a quarter of the tiles are in work
         at a time.
-
-    Returns
-    -------
-    list of (Tile, list of sums per channel, float64), in the order of the tiles.
     """
-    shape = next(a.shape for a in arrays if a is not None)
-    contiguous = all(a.flags.c_contiguous for a in arrays if a is not None)
-    work = plan(shape, contiguous)
-
-    def task(part: tuple[Tile, Lanes]) -> list[Array]:
-        tile, lanes = part
-        views = [None if a is None else a[tile.n, tile.c, tile.l].reshape(lanes.shape) for a in arrays]
-        terms = core(lanes.column, *views, *(v[tile.c] for v in vectors))
-        return [lanes.sum(*factors) for factors in terms or ()]
-
-    wanted_threads()  # raises for a wrong setting at the first call, even if the array needs one thread only
-    workers = 1 if math.prod(shape) <= SMALL else min(num_threads(), len(work) // 4 if temporaries else len(work))
-    return [(tile, sums) for (tile, _), sums in zip(work, run(task, work, workers), strict=True)]
+    shape, contiguous = _shape_of(arrays)
+    small = temporaries and math.prod(shape) <= SMALL
+    work = plan(shape, contiguous, TILE if small else LARGE_TILE, len(vectors))
+    _walk(core, work[::-1], arrays, vectors, temporaries)  # backwards: the sums before it have left the end in cache
 
 
 def tile_sums(
-    core: Callable[..., Any], arrays: Sequence[Array | None], vectors: Sequence[Array], temporaries: bool, count: int
+    core: Callable[..., Terms], arrays: Sequence[Array | None], vectors: Array, temporaries: bool
 ) -> list[Array]:
-    """Totals over all tiles of the ``count`` sums that ``core`` asks for: (C,) arrays, float64."""
-    C = next(a.shape[1] for a in arrays if a is not None)
-    totals = [np.zeros(C) for _ in range(count)]
-    for tile, sums in tile_map(core, arrays, vectors, temporaries):
+    """Sums per channel of the terms that ``core`` returns for each tile: a (C,) array, float64, for each term.
+
+    Parameters
+    ----------
+    As `tile_map`, but for the core, which returns what is to be summed: tuples of an array or of two, whose product is
+    meant.
+    """
+    shape, contiguous = _shape_of(arrays)
+    # The order of additions depends on these tiles. So they depend on the shape alone.
+    work = plan(shape, contiguous, TILE if math.prod(shape) <= SMALL else LARGE_TILE)
+    parts = _walk(core, work, arrays, vectors, temporaries)
+    if len(parts) == 1:
+        return parts[0]
+    totals = [np.zeros(shape[1]) for _ in parts[0]]
+    for (tile, _), sums in zip(work, parts, strict=True):
         for total, part in zip(totals, sums, strict=True):
             total[tile.c] += part
     return totals
+
+
+def _shape_of(arrays: Sequence[Array | None]) -> tuple[tuple[int, int, int], bool]:
+    """Shape of these arrays, of which the first is not None, and whether all of them are contiguous."""
+    first, contiguous = arrays[0], True
+    assert first is not None
+    for a in arrays:
+        if a is not None and not a.flags.c_contiguous:
+            contiguous = False
+    return first.shape, contiguous
+
+
+def _walk(
+    core: Callable[..., Terms | None],
+    work: list[tuple[Tile, Lanes]],
+    arrays: Sequence[Array | None],
+    vectors: Array,
+    temporaries: bool,
+) -> list[list[Array]]:
+    """Call the core for every tile of this plan: the sums of the terms that it returns, for each tile."""
+    alone = len(work) == 1
+
+    def task(part: tuple[Tile, Lanes]) -> list[Array]:
+        tile, lanes = part
+        views = [None if a is None else (a if alone else a[tile]).reshape(lanes.shape) for a in arrays]
+        terms = core(*views, *lanes.columns(vectors if alone else vectors[:, tile.c]))
+        return [lanes.sum(*factors) for factors in terms or ()]
+
+    if alone:
+        return [task(work[0])]
+    first = arrays[0]
+    assert first is not None
+    workers = 1 if first.size <= SMALL else min(num_threads(), len(work) // 4 if temporaries else len(work))
+    return run(task, work, workers)
 
 
 def gather(channels: Array, arrays: Sequence[Array | None]) -> Iterator[tuple[slice, list[Any]]]:
@@ -291,22 +325,30 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork
 
 
-@contextlib.contextmanager
-def numpy_settings() -> Iterator[None]:
-    """Context with NumPy's settings for the arithmetic. They belong to a thread, so each thread enters it."""
-    with np.errstate(all="ignore"):  # inf and NaN are data here; errstate restores the buffer size as well
+def numpy_settings(function: Callable[P, R]) -> Callable[P, R]:
+    """Function that runs with NumPy's settings for the arithmetic. They belong to a thread, so each thread makes them.
+
+    Those of the caller are back when it returns: ``errstate`` restores the size of buffers as well.
+    """
+
+    @np.errstate(all="ignore")  # inf and NaN are data here
+    @functools.wraps(function)
+    def settled(*args: P.args, **kwargs: P.kwargs) -> R:
+        wanted_threads()  # raises for a wrong setting at the first call, even if the array needs one thread only
         np.setbufsize(SHORT)
-        yield
+        return function(*args, **kwargs)
+
+    return settled
 
 
 def run(task: Callable[[Any], Any], work: Sequence[Any], workers: int) -> list[Any]:
     """Run ``[task(part) for part in work]``, shared by the calling thread and up to ``workers - 1`` others.
 
-    The first error is raised here, once all threads have stopped; after it no other part is begun.
+    The caller has made NumPy's settings. The first error is raised here, once all threads have stopped; after it no
+    other part is begun.
     """
     if workers <= 1:
-        with numpy_settings():
-            return [task(part) for part in work]
+        return [task(part) for part in work]
 
     results: list[Any] = [None] * len(work)
     errors: list[BaseException] = []
@@ -316,24 +358,23 @@ def run(task: Callable[[Any], Any], work: Sequence[Any], workers: int) -> list[A
 
     def drain() -> None:
         nonlocal in_work
-        with numpy_settings():
-            while True:
+        while True:
+            with changed:
+                if not queue:
+                    return
+                index, part = queue.popleft()
+                in_work += 1
+            try:
+                results[index] = task(part)
+            except BaseException as error:
+                errors.append(error)
+                queue.clear()
+            finally:
                 with changed:
-                    if not queue:
-                        return
-                    index, part = queue.popleft()
-                    in_work += 1
-                try:
-                    results[index] = task(part)
-                except BaseException as error:
-                    errors.append(error)
-                    queue.clear()
-                finally:
-                    with changed:
-                        in_work -= 1
-                        changed.notify_all()
+                    in_work -= 1
+                    changed.notify_all()
 
-    helpers = _start(drain, workers - 1)
+    helpers = _start(numpy_settings(drain), workers - 1)
     try:
         drain()
     finally:
