@@ -52,6 +52,7 @@ from cupybn._calls.layout import Layout
 from cupybn._ranks.synchronized import Synchronized
 from cupybn._steps import cupy_ops, numpy_ops
 from cupybn._steps.bundles import Affine, Epilogue, Gradients, Running, Statistics
+from cupybn._steps.launcher import unheard
 from cupybn._steps.tape import Tapes, sources_of
 
 __all__ = ["BatchNormGrads", "batch_norm", "batch_norm_vjp", "moments"]
@@ -249,7 +250,7 @@ def moments(input: Array, *, channel_axis: int = 1) -> tuple[Array, Array]:
         raise ValueError(f"expected an input that is not empty (got shape {input.shape})")
     input = plain(input)
     layout, ops = Layout.of(input, axis), ops_for(input)
-    with on_device_of(input):
+    with on_device_of(input), unheard():
         parts = ops.bn_stats(layout.view(layout.conform(input)))
         mean, var = ops.mean_and_var(parts, accumulation_dtype(input.dtype))
     return mean, var
@@ -313,7 +314,8 @@ def _forward(call: Call, out: Array | None, for_vjp: bool) -> tuple[Array, Saved
             direct = checked.direct and not call.vectors_overlap(out, checked)
             call, write_back = call.without_overlap(checked, for_vjp)
             call = call.conformed(checked)
-            made, pairs, mask = _forward_steps(ops, call, out if direct else None, checked, for_vjp)
+            with unheard():
+                made, pairs, mask = _forward_steps(ops, call, out if direct else None, checked, for_vjp)
             output = out if made is None else layout.back(made)
             if out is not None and not direct:
                 write_back.append((out, output))  # the last: it is right, whatever it shares with the buffers
@@ -349,7 +351,8 @@ def backward(saved: Saved, grad_output: Array) -> BatchNormGrads:
     _, checked, tapes, input, pairs, affine, epilogue = saved
     results: list[Array | None] | None
     if tapes is None:
-        results = _backward_steps(saved, grad_output)
+        with unheard():
+            results = _backward_steps(saved, grad_output)
     else:
         weight, bias, eps = affine
         mask = epilogue.mask
