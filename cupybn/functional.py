@@ -375,8 +375,10 @@ def _backward_steps(saved: Saved, grad_output: Array) -> list[Array | None]:
     """Gradients of input, residual if ReLU has masked it, weight and bias: new arrays, in the order of memory."""
     ops, checked, _, input, pairs, affine, epilogue = saved
     layout, training = checked.layout, checked.training
-    dx = layout.empty(input)
-    dresidual = None if epilogue.mask is None else layout.empty(input)
+    mask = epilogue.mask
+    alignment = 1 if mask is None else input.nbytes // mask.size  # bytes of a pack of the mask, which kernels go by
+    dx = layout.empty(input, alignment)
+    dresidual = None if mask is None else layout.empty(input, alignment)
     new = zeros_like if ops is None else empty_like  # without elements no step is there to fill them, and sums are 0
     dweight, dbias = (None if vector is None else new(vector) for vector in (affine.weight, affine.bias))
     results = [dx, dresidual, dweight, dbias]
