@@ -103,3 +103,20 @@ def way(request):
     import cupy
 
     return cupy
+
+
+@pytest.fixture
+def plays(monkeypatch):
+    """The tapes that have been played to their ends, one entry for each time."""
+    from cupybn._steps.tape import Tape
+
+    played, original = [], Tape.play
+
+    def play(self, sources):
+        results = original(self, sources)
+        if results is not None:
+            played.append(self)
+        return results
+
+    monkeypatch.setattr(Tape, "play", play)
+    return played
