@@ -89,6 +89,7 @@ OUT = {"out": "new"}
 FORMS = {
     "training": {},
     "eval": EVAL,
+    "a bool of NumPy": {"training": np.True_},
     "no update": {"update": False},
     "no buffers": {"given": ("weight", "bias")},
     "nothing but the input": {"given": ()},

@@ -10,10 +10,11 @@ import pytest
 import cupybn
 import cupybn.functional as F
 from cupybn._calls import call as _call
-from tests.reference import bits
+from tests.reference import bits, in_order
 from tests.tapes import (
     CASES,
     FORMS,
+    NAMES,
     SHAPE,
     C,
     Form,
@@ -85,6 +86,77 @@ def test_both_zeros_as_eps(plays):
             expected = act(form, 2, True)
         alike(act(form, 2, True), expected)
     assert len(plays) == 2 + 3 * 3 - 1
+
+
+class Temperature(cp.ndarray):
+    """An array class of a program's own."""
+
+
+def as_derived(array):
+    return Temperature(array.shape, array.dtype, array.data, array.strides)
+
+
+def every_second(array):
+    """An array of the same values that is not dense."""
+    wide = cp.zeros((*array.shape[:-1], 2 * array.shape[-1]), array.dtype)
+    wide[..., ::2] = array
+    return wide[..., ::2]
+
+
+def backwards_in_memory(array):
+    """An array of the same values in which the last axis runs backwards."""
+    return array[..., ::-1].copy()[..., ::-1]
+
+
+KINDS = {
+    "as they are": lambda array: array,
+    "derived": as_derived,
+    "not dense": every_second,
+    "backwards": backwards_in_memory,
+    "other order": lambda array: in_order(array, (3, 2, 1, 0)),
+}
+"""Ways to give the values of an array, by which the library may have to make another array of it."""
+
+
+def given_as(input, residual, gradient, training):
+    """The bits of all results of a call whose arrays are given in these ways."""
+    arrays, (dy, *_) = draw(Form(residual=True), 3)
+    arrays["input"], arrays["residual"] = KINDS[input](arrays["input"]), KINDS[residual](arrays["residual"])
+    y, vjp_fn = F.batch_norm_vjp(**arrays, training=training, activation="relu")
+    results = [y, *vjp_fn(KINDS[gradient](dy)), *vjp_fn(dy)]
+    vectors = [arrays[name] for name in NAMES]
+    assert {type(array) for array in results} == {cp.ndarray}
+    return [*bits(*results, *vectors), *(array.strides for array in results)]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_tensors_given_in_other_ways(plays, training):
+    """What has to be copied or seen as another class is so at every call, whatever calls came before."""
+    ways = [("as they are",) * 3]
+    ways += [tuple(kind if i == at else "as they are" for i in range(3)) for kind in KINDS for at in range(3)]
+    ways += [(kind,) * 3 for kind in KINDS]
+    with without_tapes():
+        expected = {way: given_as(*way, training) for way in ways}
+    rng = np.random.default_rng(1)
+    for index in [*range(len(ways)), *rng.permutation(len(ways)), *rng.permutation(len(ways))]:
+        assert given_as(*ways[index], training) == expected[ways[index]], ways[index]
+    assert plays
+
+
+@pytest.mark.parametrize("shape", [(0, C, 2, 4), (4, C, 0, 4), (4, 0, 2, 4)], ids=str)
+def test_arrays_without_elements(plays, shape):
+    """Their gradients are zeros each time."""
+    form = Form(shape=shape, residual=True, activation="relu")
+    for seed in range(3):
+        keep = [cp.full(C, 7, np.float32) for _ in range(20)]  # what new memory could hold, were it not set
+        del keep
+        arrays, (dy, *_) = draw(form, seed)
+        y, vjp_fn = F.batch_norm_vjp(**arrays, training=True, activation="relu")
+        grads = vjp_fn(dy)
+        assert y.shape == grads.input.shape == grads.residual.shape == shape
+        for grad in grads.weight, grads.bias:
+            assert grad.tolist() == [0] * shape[1]
+    assert plays == []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
