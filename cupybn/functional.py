@@ -286,9 +286,9 @@ class Saved(NamedTuple):
 
     ops: Any  # steps as `ops_for_call` returns them
     checked: Checked
-    tapes: Tapes | None  # those of calls that are alike; None if this one is not alike, but for its form
+    tapes: Tapes | None  # tapes of calls that are alike; None if this one is not alike, but for its form
     input: Array  # dense
-    pairs: Array | None  # those of `Statistics`; None where no step has made any: there are no elements
+    pairs: Array | None  # pairs of `Statistics`; None where no step has made any: there are no elements
     affine: Affine
     epilogue: Epilogue  # activation and mask: the mask has all that the way back needs of the residual
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from cupybn._calls.layout import Layout
+from tests.reference import bits
 
 
 def dense(shape, order):
@@ -27,7 +28,7 @@ def test_every_dense_permutation_is_a_view(order, axis):
     assert np.array_equal(np.sort(view, axis=None), np.sort(x, axis=None))
     for c in range(x.shape[axis]):
         assert set(view[:, c].ravel()) == set(x.take(c, axis).ravel())
-    assert layout.empty_like(x).strides == x.strides
+    assert layout.back(layout.empty(x)).strides == x.strides
 
 
 @pytest.mark.parametrize(
@@ -84,7 +85,7 @@ def test_axes_of_length_1(shape):
     x = dense(shape, range(len(shape)))
     layout = Layout.of(x, 1)
     assert layout.shape == (shape[0], 3, np.prod(shape[2:]))
-    assert layout.empty_like(x).strides == x.strides
+    assert layout.back(layout.empty(x)).strides == x.strides
     for stride in 0, 8, -8, 1000:
         strides = [stride if n == 1 else s for n, s in zip(shape, x.strides, strict=True)]
         odd = np.lib.stride_tricks.as_strided(x, strides=strides)
@@ -101,3 +102,24 @@ def test_flipped_axes_keep_their_order(order):
     for flipped in x[::-1], x[:, ::-1], x[..., ::-1], x[::-1, ::-1, ::-1]:
         assert Layout.of(flipped, 1) == Layout.of(x, 1)
         assert Layout.of(flipped, 1).conform(flipped).strides == x.strides
+
+
+@pytest.mark.parametrize("offset", [0, 2, 4, 8, 12])
+@pytest.mark.parametrize("alignment", [1, 4, 8, 16])
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 1, 0, 2)], ids=str)
+def test_new_arrays_begin_where_they_should(order, alignment, offset):
+    """Whatever memory an allocator hands out, as one that a program has set may."""
+    cp = pytest.importorskip("cupy")
+    x = cp.asarray(dense((2, 3, 4, 5), order).astype(np.float16))
+    before = cp.cuda.get_allocator()
+    layout = Layout.of(x, 1)
+    cp.cuda.set_allocator(lambda size: cp.cuda.MemoryPointer(before(size + 16).mem, offset))
+    try:
+        new = layout.empty(x, alignment)
+    finally:
+        cp.cuda.set_allocator(before)
+    assert new.data.ptr % alignment == 0
+    assert new.flags.c_contiguous
+    assert (new.shape, new.dtype) == (layout.sizes, x.dtype)
+    new[...] = 1
+    assert bits(new) == bits(np.ones(layout.sizes, np.float16))

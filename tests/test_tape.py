@@ -79,7 +79,7 @@ def test_momentum_of_any_kind(plays, momentum):
 
 
 def test_both_zeros_as_eps(plays):
-    """They are equal, so that one tape serves them."""
+    """One tape serves both zeros, as they are equal."""
     for eps in 0.0, -0.0, 0.0:
         form = Form(training=False, eps=eps)
         with without_tapes():
@@ -145,7 +145,7 @@ def test_tensors_given_in_other_ways(plays, training):
 
 @pytest.mark.parametrize("shape", [(0, C, 2, 4), (4, C, 0, 4), (4, 0, 2, 4)], ids=str)
 def test_arrays_without_elements(plays, shape):
-    """Their gradients are zeros each time."""
+    """Gradients of arrays without elements are zeros each time."""
     form = Form(shape=shape, residual=True, activation="relu")
     for seed in range(3):
         keep = [cp.full(C, 7, np.float32) for _ in range(20)]  # what new memory could hold, were it not set
@@ -196,6 +196,12 @@ def backwards(name, other):
     return arrays | {name: arrays[other][::-1]}
 
 
+def crosswise(name, other):
+    """Arguments where a vector that runs backwards ends within another one, far below its own address."""
+    memory = vector(np.arange(1, 40) / 8)
+    return apart() | {name: memory[3 : 3 + C][::-1], other: memory[4 - C : 4]}
+
+
 def output_over(name):
     """Arguments where `out` has a vector within its memory."""
     arrays = apart()
@@ -211,7 +217,7 @@ def strided():
 
 
 def strided_and_shared():
-    """The same, but that the weight is the running variance: the library takes a copy of it, whose values are."""
+    """Arguments where the weight is the running variance, and not beside each other: its copy has other strides."""
     arrays = strided()
     return arrays | {"weight": arrays["running_var"]}
 
@@ -233,6 +239,8 @@ SHARING = {
     "weight right before running mean": lambda: neighbours("weight", "running_mean", C),
     "weight between running variance": lambda: neighbours("weight", "running_var", 1, step=2),
     "weight is running variance backwards": lambda: backwards("weight", "running_var"),
+    "part of running variance and weight backwards": lambda: crosswise("weight", "running_var"),
+    "part of bias and running mean backwards": lambda: crosswise("running_mean", "bias"),
     "weight is bias backwards": lambda: backwards("weight", "bias"),
     "weight far from bias": lambda: neighbours("weight", "bias", 20),
     "output over weight": lambda: output_over("weight"),

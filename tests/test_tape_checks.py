@@ -121,7 +121,7 @@ def attempts(good, vjp_fn, name, value, out=None):
 
 @only_emulated
 def test_every_wrong_call_raises_after_a_thousand_good_ones(plays):
-    """The same errors as ever, nothing is launched or changed, and the next good call is played."""
+    """Errors are the same as ever, nothing is launched or changed, and the next good call is played."""
     with emulator.pretend(emulator.H200, emulator.H200):
         good = good_arguments()
         arrays = [value for value in good.values() if isinstance(value, cp.ndarray)]

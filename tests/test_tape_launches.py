@@ -144,7 +144,7 @@ def test_as_many_frames_as_launches_at_once(frames):
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, MemoryError])
 @pytest.mark.parametrize("at", [0, 1, 2, 3])
 def test_an_error_of_a_launch(streamed, monkeypatch, frames, plays, at, error):  # noqa: ARG001
-    """It goes to the caller, no tape is kept of it, and the next calls are right; one frame at most is lost."""
+    """An error goes to the caller, no tape is kept of it, and the next calls are right; one frame at most is lost."""
     form = Form()
     with without_tapes():
         expected = act(form, 0, True)
@@ -206,7 +206,7 @@ def first_and_last(lines):
 
 @pytest.mark.parametrize("first", ["recorded", "played"])
 def test_an_interrupt_at_any_line(streamed, frames, first):  # noqa: ARG001
-    """After it nobody listens, nothing is kept of its arrays, and the next call is right; one frame at most is lost."""
+    """Nobody listens then, nothing is kept of the arrays, and the next call is right; one frame at most is lost."""
     form = Form()
 
     def there_and_back(seed):

@@ -139,7 +139,7 @@ def test_memory_of_another_alignment(either, plays, shift):  # noqa: ARG001
 
 @pytest.mark.parametrize("turns", [[0, 8], [8, 0, 0], [0, 0, 0, 8, 8], [0, 0, 8]], ids=str)
 def test_memory_of_changing_alignment(either, shift, turns):  # noqa: ARG001
-    """Where only some of the new arrays begin where packs do, results are right."""
+    """Results are right where only some of the new arrays begin where packs do."""
     form = Form(residual=True, activation="relu")
     arrays, (dy, *_) = draw(form, 1)
     host = {name: to_numpy(array) for name, array in arrays.items()}

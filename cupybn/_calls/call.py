@@ -283,8 +283,8 @@ class Checked(NamedTuple):
     dense: bool  # whether input and residual have the layout
     direct: bool  # whether `out` has it
     extents: dict[str, Extent]  # extents of the arrays that the call reads, moves or writes, by name
-    spans: Spans  # of the same arrays, in the order of `Call.sources`
-    form: Form | None  # that of the input; None if it is not dense
+    spans: Spans  # spans of the same arrays, in the order of `Call.sources`
+    form: Form | None  # form of the input; None if it is not dense
     tapes: Tapes | None  # launches of such calls, there and back; None where they are not alike
 
     @classmethod
