@@ -13,7 +13,6 @@ import pytest
 import cupybn
 import cupybn.functional as F
 from cupybn._calls import call as _call
-from cupybn._steps.tape import Tapes
 from tests.reference import bits, in_order
 
 emulator = getattr(cp, "emulator", None)
@@ -29,7 +28,7 @@ def without_tapes():
     """A context in which every call takes its steps, and that leaves no tape."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_call, "_cache", {})
-        patch.setattr(Tapes, "play", lambda *_: None)
+        patch.setattr(_call.Call, "sources", lambda *_: None)
         yield
 
 
