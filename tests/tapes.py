@@ -115,6 +115,7 @@ FORMS = {
     "backwards, eval": {"step": -1} | EVAL,
     "eps of NumPy": {"eps": np.float32(1e-3)},
     "misaligned input": {"offsets": (1, 0, 0)} | RELU,
+    "misaligned input, no mask": {"offsets": (1, 0, 0)},
     "misaligned residual": {"offsets": (0, 1, 0)} | RELU,
     "misaligned gradient": {"offsets": (0, 0, 1)},
     "misaligned gradient, mask": {"offsets": (0, 0, 1), "taped_back": False} | RELU,  # it is copied
