@@ -298,3 +298,29 @@ def test_shared_memory_all_at_once(plays):
         for name in [*rng.permutation([*SHARING]), *rng.permutation([*SHARING])]:
             alike(use(SHARING[name], back, **mode), expected[name])
     assert len(plays) > 50
+
+
+def counted_within(name, seed):
+    """The bits of a layer whose counter lies within another one of its arrays, and of its output, after two calls."""
+    arrays, _ = draw(Form(), seed)
+    layer = cupybn.BatchNorm2d(C, device="cuda:0", dtype=np.float64)
+    memory = cp.full(C, 1.5)
+    counter = memory.view(np.int64)[1:2].reshape(())
+    setattr(layer, name, memory)
+    layer.num_batches_tracked = counter
+    counter[...] = 4
+    results = [layer(arrays["input"]), layer.vjp(arrays["input"])[0]]
+    return bits(*results, *layer.state_dict().values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_counter_within_another_array(plays, name):
+    with without_tapes():
+        expected = [counted_within(name, seed) for seed in range(3)]
+    assert [counted_within(name, seed) for seed in range(3)] == expected
+    assert plays == []
+    act(Form(layer={"dtype": np.float64}), 1, False)
+    act(Form(layer={"dtype": np.float64}), 2, False)
+    assert len(plays) == 1
+    assert [counted_within(name, seed) for seed in range(3)] == expected
+    assert len(plays) == 1
