@@ -323,3 +323,15 @@ def test_the_second_time_nothing_is_checked(xp, monkeypatch):
     for base, made in bases(xp).items():
         again = made._replace(call=replaced(made.call, momentum=0.7))
         assert again.outcome() == expected[base]
+
+
+def test_which_calls_have_tapes(xp):
+    """CuPy's alone, of dense arrays with elements, whose batch is not spread over ranks: these exchange messages."""
+    call, out, _ = bases(xp)["training"]
+    assert (call.checked(out).tapes is not None) == (xp is cp)
+    x, residual = call.input, call.epilogue.residual
+    wide = xp.zeros((3, 4, 8), np.float32)[..., ::2]
+    empty = x[:0].copy()
+    others = [{"group": object()}, {"input": wide}, {"residual": wide}, {"input": empty, "residual": empty}]
+    assert [replaced(call, **other).checked().tapes for other in others] == [None] * len(others)
+    assert (replaced(call, input=x.copy(), residual=residual.copy()).checked().tapes is not None) == (xp is cp)
