@@ -55,6 +55,7 @@ from cupybn._calls.layout import Layout
 from cupybn._ranks.synchronized import Synchronized
 from cupybn._steps import cupy_ops, numpy_ops
 from cupybn._steps.bundles import Affine, Epilogue, Gradients, Running, Statistics
+from cupybn._steps.launcher import unheard
 from cupybn._steps.tape import Tapes, sources_of
 
 __all__ = ["BatchNormGrads", "batch_norm", "batch_norm_vjp", "moments"]
@@ -252,7 +253,7 @@ def moments(input: Array, *, channel_axis: int = 1) -> tuple[Array, Array]:
         raise ValueError(f"expected an input that is not empty (got shape {input.shape})")
     input = plain(input)
     layout, ops = Layout.of(input, axis), ops_for(input)
-    with on_device_of(input):
+    with on_device_of(input), unheard():
         parts = ops.bn_stats(layout.view(layout.conform(input)))
         mean, var = ops.mean_and_var(parts, accumulation_dtype(input.dtype))
     return mean, var
@@ -288,7 +289,7 @@ class Saved(NamedTuple):
 
     ops: Any  # steps as `ops_for_call` returns them
     checked: Checked
-    tapes: Tapes | None  # launches of calls that are alike; None where copies have taken the place of arrays
+    tapes: Tapes | None  # launches of calls that are alike; None where this one has taken its steps for itself
     input: Array  # dense
     pairs: Array | None  # statistics, as `Statistics` has them; None where there are no elements
     affine: Affine
@@ -316,7 +317,8 @@ def _forward(call: Call, out: Array | None, for_vjp: bool) -> tuple[Array, Saved
             direct = checked.direct and not call.vectors_overlap(out, checked)
             call, write_back = call.without_overlap(checked, for_vjp)
             call = call.conformed(checked)
-            made, pairs, mask = _forward_steps(ops, call, out if direct else None, checked, for_vjp)
+            with unheard():
+                made, pairs, mask = _forward_steps(ops, call, out if direct else None, checked, for_vjp)
             output = out if made is None else layout.back(made)
             if out is not None and not direct:
                 write_back.append((out, output))  # the last: it is right, whatever it shares with the buffers
@@ -352,7 +354,8 @@ def backward(saved: Saved, grad_output: Array) -> BatchNormGrads:
     _, checked, tapes, input, pairs, affine, epilogue = saved
     results: list[Array | None] | None
     if tapes is None:
-        results = _backward_steps(saved, grad_output)
+        with unheard():
+            results = _backward_steps(saved, grad_output)
     else:
         weight, bias, eps = affine
         mask = epilogue.mask
@@ -375,8 +378,10 @@ def _backward_steps(saved: Saved, grad_output: Array) -> list[Array | None]:
     """Gradients of input, residual if ReLU has masked it, weight and bias: new arrays, in the order of memory."""
     ops, checked, _, input, pairs, affine, epilogue = saved
     layout, training = checked.layout, checked.training
-    dx = layout.empty(input)
-    dresidual = None if epilogue.mask is None else layout.empty(input)
+    mask = epilogue.mask
+    alignment = 1 if mask is None else input.nbytes // mask.size  # bytes of a pack of the mask, which kernels go by
+    dx = layout.empty(input, alignment)
+    dresidual = None if mask is None else layout.empty(input, alignment)
     new = zeros_like if ops is None else empty_like  # without elements no step is there to fill them, and sums are 0
     dweight, dbias = (None if vector is None else new(vector) for vector in (affine.weight, affine.bias))
     results = [dx, dresidual, dweight, dbias]

@@ -61,6 +61,14 @@ def rng():
     return np.random.default_rng(0)
 
 
+@pytest.fixture(autouse=True)
+def no_tapes():
+    """No launches are kept from earlier tests: the first call of a test that is like no other takes its steps."""
+    from cupybn._calls import call
+
+    call._cache.clear()
+
+
 @pytest.fixture
 def fresh_plans():
     """No plans of launches are kept from earlier tests, which may have made them for other devices or settings."""
@@ -95,3 +103,20 @@ def way(request):
     import cupy
 
     return cupy
+
+
+@pytest.fixture
+def plays(monkeypatch):
+    """The tapes that have been played to their ends, one entry for each time."""
+    from cupybn._steps.tape import Tape
+
+    played, original = [], Tape.play
+
+    def play(self, sources):
+        results = original(self, sources)
+        if results is not None:
+            played.append(self)
+        return results
+
+    monkeypatch.setattr(Tape, "play", play)
+    return played

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import cupybn
+import cupybn.functional as F
 from cupybn._calls import call as _call
 from cupybn._calls.call import Call, Caller, Checked
 from cupybn._calls.layout import Layout
@@ -232,15 +233,59 @@ def test_every_part_of_the_key_counts(xp, pairs, monkeypatch):
 
 
 def test_every_part_of_a_form_counts(xp, pairs, monkeypatch):
-    original = _call._form
+    name = "_numpy_form" if xp is np else "_cupy_form"
+    original = getattr(_call, name)
     *others, last = range(len(original(xp.zeros(3))))
     for index in others:
-        monkeypatch.setattr(_call, "_form", without(original, index))
+        monkeypatch.setattr(_call, name, without(original, index))
         assert missed(pairs), f"part {index} is in the form for nothing"
     if xp is cp and not several_devices():
         pytest.skip("there is no other device for the last part, the device, to tell from")
-    monkeypatch.setattr(_call, "_form", without(original, last))
+    monkeypatch.setattr(_call, name, without(original, last))
     assert missed(pairs), "the last part is in the form for nothing"
+
+
+def test_a_gradient_has_the_form_of_the_input_in_every_part(xp):
+    """Whatever differs from the input in one thing is looked at; each part of a form tells some of it."""
+    with emulator.pretend(emulator.H200, emulator.H200) if emulator else contextlib.nullcontext():
+        x = xp.zeros((3, 4, 4), np.float32)
+        form = _call.form_of(x)
+        assert _call.has_form(x.copy(), form)
+        assert not _call.has_form(x, None)
+        differing = []
+        for label, other in array_alternatives(x):
+            assert not _call.has_form(other, form), label
+            if isinstance(other, type(x)):
+                parts = zip(_call.form_of(other)[1], form[1], strict=True)
+                differing.append([i for i, (ours, theirs) in enumerate(parts) if ours != theirs])
+        assert {parts[0] for parts in differing if len(parts) == 1} >= {1} | (
+            {3} if xp is np or several_devices() else set()
+        )
+        assert {part for parts in differing for part in parts} >= {0, 1, 2}
+
+
+class Unreadable:
+    """An object of which nothing can be read, but what class it says it is of."""
+
+    def __init__(self, cls):
+        self._cls = cls
+
+    @property
+    def __class__(self):
+        return self._cls
+
+    def __getattr__(self, name):
+        raise RuntimeError(name)
+
+
+def test_of_other_classes_nothing_is_read(xp):
+    """A gradient that is no array may say that it is one, and raise for whatever it is asked."""
+    x = xp.zeros((3, 4, 4), np.float32)
+    _, vjp_fn = F.batch_norm_vjp(x, None, None, training=True)
+    vjp_fn(x)
+    for other in Unreadable(type(x)), Unreadable(str), None, 1.5, [x]:
+        with pytest.raises(TypeError, match=r"^expected grad_output to be a NumPy or CuPy array \(got "):
+            vjp_fn(other)
 
 
 def test_errors_are_not_kept(pairs):
@@ -278,3 +323,15 @@ def test_the_second_time_nothing_is_checked(xp, monkeypatch):
     for base, made in bases(xp).items():
         again = made._replace(call=replaced(made.call, momentum=0.7))
         assert again.outcome() == expected[base]
+
+
+def test_which_calls_have_tapes(xp):
+    """CuPy's alone, of dense arrays with elements, whose batch is not spread over ranks: these exchange messages."""
+    call, out, _ = bases(xp)["training"]
+    assert (call.checked(out).tapes is not None) == (xp is cp)
+    x, residual = call.input, call.epilogue.residual
+    wide = xp.zeros((3, 4, 8), np.float32)[..., ::2]
+    empty = x[:0].copy()
+    others = [{"group": object()}, {"input": wide}, {"residual": wide}, {"input": empty, "residual": empty}]
+    assert [replaced(call, **other).checked().tapes for other in others] == [None] * len(others)
+    assert (replaced(call, input=x.copy(), residual=residual.copy()).checked().tapes is not None) == (xp is cp)

@@ -18,6 +18,7 @@ if not hasattr(cupy, "emulator"):
 
 from cupy import _memory, emulator  # noqa: E402
 from cupy._raw import EmulationError  # noqa: E402
+from cupy.cuda.function import CNumpyArray, CPointer  # noqa: E402
 
 TEXT = """
 struct Bundle {
@@ -143,3 +144,80 @@ def test_arrays_of_other_sizes_are_refused(size):
     """CuPy passes arrays of one element alone by value."""
     with pytest.raises(TypeError, match="unsupported type"):
         cupy.RawKernel(TEXT, "example")((1,), (1,), (np.zeros(size, "V32"), None))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arguments that a program has wrapped itself
+
+
+def wrapped(code, *fields):
+    """A struct in memory that may be written to, and the same memory as CuPy takes arguments."""
+    memory = bytearray(struct.pack(f"={code}", *fields))
+    return memory, CNumpyArray(np.frombuffer(memory, np.dtype((np.void, len(memory)))))
+
+
+def test_what_is_wrapped_is_read_at_the_launch(memory):
+    """A wrapper is made once; each launch sees what its memory holds then."""
+    written, bundle = wrapped("dQqQ", 0.5, memory.data.ptr, 3, 0)
+    kernel = cupy.RawKernel(TEXT, "example")
+    kernel((1,), (1,), (bundle, None))
+    struct.pack_into("=dQq", written, 0, 1.5, memory.data.ptr + 8, 7)
+    kernel((1,), (1,), (bundle, None))
+    assert {i: x for i, x in enumerate(memory.tolist()) if x} == {3: 0.5, 8: 1.5}
+    assert isinstance(bundle, CPointer)
+
+
+def test_a_captured_launch_keeps_what_it_was_given(memory):
+    written, bundle = wrapped("dQqQ", 0.5, memory.data.ptr, 3, 0)
+    kernel = cupy.RawKernel(TEXT, "example")
+    kernel.compile()
+    with cupy.cuda.Stream(non_blocking=True) as stream:
+        stream.begin_capture()
+        kernel((1,), (1,), (bundle, None))
+        graph = stream.end_capture()
+    struct.pack_into("=d", written, 0, 1.5)
+    graph.launch(stream)
+    assert memory.tolist()[3] == 0.5
+
+
+def test_pointers_and_numbers_may_be_wrapped():
+    """Whatever a parameter is, its bytes are taken from the memory."""
+    text = """extern "C" __global__ void example(double* x, long long n, double value) { x[n] = value; }"""
+    x = cupy.zeros(4)
+    arguments = [wrapped(code, value)[1] for code, value in (("Q", x.data.ptr), ("q", 2), ("d", 0.25))]
+    cupy.RawKernel(text, "example")((1,), (1,), tuple(arguments))
+    assert x.tolist() == [0, 0, 0.25, 0]
+
+
+def test_pointers_that_are_wrapped_end_where_arrays_do(memory):
+    _, bundle = wrapped("dQqQ", 0.5, memory[4:8].data.ptr, 4, 0)
+    views = memory[4:8]
+    with pytest.raises(EmulationError, match="out of bounds"):
+        cupy.RawKernel(TEXT, "example")((1,), (1,), (bundle, None))
+    assert views.tolist() == [0] * 4
+
+
+@pytest.mark.parametrize(
+    ("code", "fields"), [("dQq", (0.5, 0, 1)), ("dQqQQ", (0.5, 0, 1, 0, 0))], ids=["short", "long"]
+)
+def test_as_many_bytes_as_the_parameter_has(code, fields):
+    """CuPy would read beyond them, or pass a part."""
+    with pytest.raises(
+        TypeError, match=rf"expected a struct of 32 bytes \(got a struct of {8 * len(fields)} bytes from CN"
+    ):
+        cupy.RawKernel(TEXT, "example")((1,), (1,), (wrapped(code, *fields)[1], None))
+
+
+def test_a_wrapped_pointer_to_another_device():
+    with emulator.pretend(emulator.H200, emulator.H200):
+        with cupy.cuda.Device(1):
+            x = cupy.zeros(4)
+        _, bundle = wrapped("dQqQ", 0.5, x.data.ptr, 0, 0)
+        with pytest.raises(ValueError, match=r"argument 0: expected a pointer on device 0 \(got one on 1\)"):
+            cupy.RawKernel(TEXT, "example")((1,), (1,), (bundle, None))
+
+
+@pytest.mark.parametrize("value", [bytes(32), 3, None, "x"], ids=repr)
+def test_nothing_but_arrays_is_wrapped(value):
+    with pytest.raises(AttributeError, match="__array_interface__"):
+        CNumpyArray(value)

@@ -210,9 +210,9 @@ def on_chip(monkeypatch, request):
         pytest.skip("a GPU without clusters")
 
     monkeypatch.setattr(plans, "choose_resident", choose)
-    plans.resident_plan.cache_clear()
+    forget_plans()
     yield chosen
-    plans.resident_plan.cache_clear()
+    forget_plans()
 
 
 def check_clusters(chosen, blocks, x):

@@ -11,7 +11,7 @@ import pytest
 
 from cupybn._steps import bundles as real_bundles
 from cupybn._steps import geometry, sources
-from cupybn._steps.launcher import Kernel, kernel
+from cupybn._steps.launcher import Frame, Hearing, Kernel, kernel, listening, unheard
 from cupybn._steps.sources import kernel_names, signature, source
 
 cp = pytest.importorskip("cupy")
@@ -398,6 +398,94 @@ def test_fields_on_another_device(bundled, bundles):
         for path, array in arrays.items():
             message = rf"expected {re.escape(path)} on device 0 \(got 1\)$"
             refused(bundled, changed(bundles, path, array), ValueError, message)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Frames and listeners
+
+
+def test_a_frame_is_seen_as_it_is_at_the_launch(bundled, bundles):
+    """Arguments are made once; a launch sees the words that are in the frame then, and keeps none."""
+    seen(bundled, bundles)
+    (frame,) = bundled._frames
+    words = frame.words.tolist()
+    assert len(words) == bundled.arguments.ranges[-1][1] == len(frame.doubles)
+    arguments = frame.arguments
+    assert [by_value.__class__ for by_value in arguments] == [cp.cuda.function.CNumpyArray] * len(bundles)
+    taken = bundled.frame()
+    assert taken is frame
+    assert bundled._frames == []
+    taken.doubles[bundled.arguments.places["affine.eps"]] = 7.5
+    bundled.run((1,), 1, taken, 0)
+    assert taken.arguments is arguments
+    assert bundled._frames == [taken]
+    assert bundles["out"].tolist()[2] == 7.5
+    taken.words[:] = memoryview(np.array(words, np.uint64)).cast("B").cast("Q")
+    assert seen(bundled, bundles)["eps"] == 1e-3
+
+
+def test_a_frame_belongs_to_one_launch_at_a_time(example):
+    frames = [example.frame() for _ in range(3)]
+    assert len({id(frame) for frame in frames}) == 3
+    for frame in frames:
+        frame.words[:] = memoryview(np.full(len(frame.words), id(frame), np.uint64)).cast("B").cast("Q")
+    assert all(set(frame.words.tolist()) == {id(frame)} for frame in frames)
+    assert all(isinstance(frame, Frame) for frame in frames)
+
+
+def test_words_are_where_parameters_begin(example, bundled):
+    assert example.arguments.ranges == [(0, 1), (1, 2), (2, 5), (5, 6), (6, 7), (7, 8)]
+    assert example.arguments.places == {"x": 0, "a": 1, "v": 2, "b": 5, "y": 6, "size": 7}
+    assert bundled.arguments.ranges == [(0, 1), (1, 5), (5, 12), (12, 13), (13, 15)]
+    assert bundled.arguments.places == {
+        "x": 0, "affine.weight": 1, "affine.eps": 4, "state.last": 5, "state.batches": 6, "state.activation": 7,
+        "state.momentum": 8, "state.rest": 9, "out": 12, "sizes.N": 13, "sizes.C": 14,
+    }  # fmt: skip
+
+
+def test_arrays_of_a_launch_by_their_words(bundled, bundles):
+    listed = bundled.arguments.listed(bundles)
+    state = bundles["state"]
+    assert sorted((word, id(array)) for word, array in bundled.arguments.arrays(listed)) == [
+        (word, id(array))
+        for word, array in (
+            (0, bundles["x"]), (1, bundles["affine"].weight), (5, state.last), (6, state.batches), (9, state.rest),
+            (12, bundles["out"]),
+        )
+    ]  # fmt: skip
+    fewer = bundles | {"affine": Affine(None, 1e-3), "state": None}
+    listed = bundled.arguments.listed(fewer)
+    assert [word for word, _ in bundled.arguments.arrays(listed)] == [0, 12]
+
+
+class Heard:
+    """A listener that keeps what it is told."""
+
+    def __init__(self):
+        self.launches = []
+
+    def launched(self, *what):
+        self.launches.append(what)
+
+    def made(self, _array):
+        raise AssertionError("no array is made here")
+
+
+def test_a_listener_is_told_of_launches_that_were_made(example, arguments):
+    heard = Heard()
+    with Hearing(heard):
+        launch(example, arguments)
+        with unheard():
+            launch(example, arguments)
+        with pytest.raises(TypeError):
+            example.launch((2,), 64, arguments | {"x": None})
+    launch(example, arguments)
+    ((kernel, grid, block, shared, values, words),) = heard.launches
+    assert (kernel, grid, block, shared) == (example, (2,), 64, 0)
+    assert values == list(arguments.values())
+    assert words.tolist()[0] == arguments["x"].data.ptr
+    assert words.tolist()[7] == 100
+    assert listening.listener is None
 
 
 @pytest.mark.usefixtures("example")

@@ -109,7 +109,7 @@ def test_a_settled_layer_stays_so_when_a_call_is_interrupted(device, xp, rng, mo
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(call, "_cache", {})
+    monkeypatch.setattr(call, "_cache", {})  # a call that is like an earlier one takes no steps on a GPU
     monkeypatch.setattr(numpy_ops if device == "cpu" else cupy_ops, "bn_forward", interrupt)
     with pytest.raises(KeyboardInterrupt):
         layer(xp.asarray(rng.standard_normal((5, 3, 4))))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from cupybn._calls.layout import Layout
+from tests.reference import bits
 
 
 def dense(shape, order):
@@ -101,3 +102,24 @@ def test_flipped_axes_keep_their_order(order):
     for flipped in x[::-1], x[:, ::-1], x[..., ::-1], x[::-1, ::-1, ::-1]:
         assert Layout.of(flipped, 1) == Layout.of(x, 1)
         assert Layout.of(flipped, 1).conform(flipped).strides == x.strides
+
+
+@pytest.mark.parametrize("offset", [0, 2, 4, 8, 12])
+@pytest.mark.parametrize("alignment", [1, 4, 8, 16])
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 1, 0, 2)], ids=str)
+def test_new_arrays_begin_where_they_should(order, alignment, offset):
+    """Whatever memory an allocator hands out, as one that a program has set may."""
+    cp = pytest.importorskip("cupy")
+    x = cp.asarray(dense((2, 3, 4, 5), order).astype(np.float16))
+    before = cp.cuda.get_allocator()
+    layout = Layout.of(x, 1)
+    cp.cuda.set_allocator(lambda size: cp.cuda.MemoryPointer(before(size + 16).mem, offset))
+    try:
+        new = layout.empty(x, alignment)
+    finally:
+        cp.cuda.set_allocator(before)
+    assert new.data.ptr % alignment == 0
+    assert new.flags.c_contiguous
+    assert (new.shape, new.dtype) == (layout.sizes, x.dtype)
+    new[...] = 1
+    assert bits(new) == bits(np.ones(layout.sizes, np.float16))

@@ -60,14 +60,14 @@ def both_ways(x, device):
     ],
     ids=str,
 )
-def test_each_device_is_asked_for_what_it_has(rng, devices, shape, large, small):
+def test_each_device_is_asked_for_what_it_has(rng, devices, plays, shape, large, small):
     """Devices take turns: nothing is kept of one for the other. The stand-in refuses what a device cannot do."""
     x = rng.standard_normal(shape).astype(np.float32)
     y, vjp_fn = F.batch_norm_vjp(x, None, None, training=True)
     expected = y, vjp_fn(x).input
     names = {"on chip": ["bn_forward", "bn_backward"]}
     names["streamed"] = ["bn_stats", "bn_normalize", "bn_backward_reduce", "bn_backward_input"]
-    for device in 0, 1, 0:
+    for device in 0, 1, 0, 1:
         results, launches = both_ways(x, device)
         for ours, theirs in zip(results, expected, strict=True):
             np.testing.assert_allclose(ours, theirs, atol=2e-5)
@@ -76,6 +76,7 @@ def test_each_device_is_asked_for_what_it_has(rng, devices, shape, large, small)
         assert {launch.device for launch in launches} == {device}
         assert is_large or all(launch.cluster == 1 for launch in launches)
         assert all(launch.shared_mem <= devices[device].shared_memory_per_block_optin for launch in launches)
+    assert len(plays) == 4  # there and back, the second time on each device
 
 
 def test_clusters_from_the_first_generation_that_has_them(rng):
@@ -126,15 +127,17 @@ def on_device(device, *shapes, dtype=np.float32):
 @pytest.mark.parametrize(
     "name", ["running_mean", "running_var", "weight", "bias", "residual", "out", "num_batches_tracked", "grad_output"]
 )
-def test_one_array_elsewhere_after_a_good_call(name):
+def test_one_array_elsewhere_after_good_calls(name, plays):
     names = ["running_mean", "running_var", "weight", "bias"]
     x, residual, out, *vectors = on_device(0, (4, 3, 5), (4, 3, 5), (4, 3, 5), 3, 3, 3, 3)
     arrays = dict(zip(names, vectors, strict=True)) | {"residual": residual, "out": out}
     layer = cupybn.BatchNorm1d(3, device="cuda:0")
-    layer(x)
-    F.batch_norm(x, **arrays, training=True)
-    _, vjp_fn = F.batch_norm_vjp(x, None, None, training=True)
-    vjp_fn(x)
+    for _ in range(2):
+        layer(x)
+        F.batch_norm(x, **arrays, training=True)
+        _, vjp_fn = F.batch_norm_vjp(x, None, None, training=True)
+        vjp_fn(x)
+    assert len(plays) == 4
     before = [to_numpy(a).copy() for a in (*arrays.values(), *layer.state_dict().values())]
     dtype = np.int64 if name == "num_batches_tracked" else np.float32
     shape = 3 if name in names else () if name == "num_batches_tracked" else (4, 3, 5)

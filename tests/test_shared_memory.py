@@ -252,3 +252,21 @@ def test_buffers_that_do_not_move_are_not_written(rng):
     y, vjp_fn = F.batch_norm_vjp(x, statistics, statistics)
     assert bits(y) == bits(F.batch_norm(x, statistics, statistics.copy()))
     assert bits(vjp_fn(x).input) == bits(F.batch_norm_vjp(x, statistics, statistics.copy())[1](x).input)
+
+
+def test_spans_of_arrays_that_reach_into_each_other(rng):
+    """Whatever the order of arrays and the signs of their strides, the answer is that of a look at each byte."""
+    memory = np.zeros(64)
+    answers = set()
+    for _ in range(400):
+        arrays = []
+        for _ in range(rng.integers(1, 5)):
+            start, step, size = rng.integers(0, 64), rng.choice([1, 2, -1, -3]), rng.integers(1, 9)
+            stop = start + step * size
+            arrays.append(memory[start : stop if stop >= 0 else None : step])
+        extents = [overlap.Extent.of(array) for array in arrays]
+        addresses = [array.__array_interface__["data"][0] for array in arrays]
+        taken = [i for at, (begin, end) in zip(addresses, extents, strict=True) for i in range(at + begin, at + end)]
+        answers.add(len(set(taken)) < len(taken))
+        assert overlap.Spans.of(extents).overlap(addresses) == (len(set(taken)) < len(taken))
+    assert answers == {True, False}

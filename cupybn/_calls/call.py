@@ -79,7 +79,8 @@ class Call(NamedTuple):
         """Key of this call in the cache: all that `check` looks at.
 
         Numbers stand there with their types: True, 1 and 1.0 are equal, but not all of them are right. The momentum is
-        missing, as whoever makes a call has checked it. The counter counts as an array of the kind of the input.
+        missing, as whoever makes a call has checked it. The counter counts as an array of the kind of the input. Types
+        are asked for by `type`: an object may have a ``__class__`` that it is not of, as proxies do.
         """
         weight, bias, eps = self.affine
         mean, var, _, batches = self.running
@@ -87,6 +88,14 @@ class Call(NamedTuple):
         layer = self.layer
         form = _numpy_form if isinstance(self.input, np.ndarray) else _cupy_form
         return (
+            type(self.input),
+            type(mean),
+            type(var),
+            type(weight),
+            type(bias),
+            type(residual),
+            type(batches),
+            type(out),
             form(self.input),
             None if mean is None else form(mean),
             None if var is None else form(var),
@@ -275,7 +284,7 @@ class Checked(NamedTuple):
     direct: bool  # whether `out` has it
     extents: dict[str, Extent]  # extents of the arrays that the call reads, moves or writes, by name
     spans: Spans  # beginnings and lengths of the same memory, in the order of `Call.sources`
-    form: Hashable  # form of the input; None if it is not dense
+    form: Form | None  # form of the input; None if it is not dense
     tapes: Tapes | None  # launches of such calls, there and back; None where they are not alike
 
     @classmethod
@@ -309,23 +318,22 @@ class Checked(NamedTuple):
         )
 
 
-_numpy_form = operator.attrgetter("__class__", "shape", "strides", "dtype", "flags.writeable")
-"""Everything that is to be known about a NumPy array but its address and its elements."""
-_cupy_form = operator.attrgetter("__class__", "shape", "strides", "dtype", "data.device_id")
-"""Everything that is to be known about a CuPy array but its address and its elements."""
+_numpy_form = operator.attrgetter("shape", "strides", "dtype", "flags.writeable")
+"""Everything that is to be known about a NumPy array but its class, its address and its elements."""
+_cupy_form = operator.attrgetter("shape", "strides", "dtype", "data.device_id")
+"""Everything that is to be known about a CuPy array but its class, its address and its elements."""
+Form = tuple[type, Hashable]
+"""Everything that is to be known about an array but its address and its elements: its class, and the rest."""
 
 
-def form_of(array: Array) -> Hashable:
-    """Everything that is to be known about an array but its address and its elements."""
-    return _numpy_form(array) if isinstance(array, np.ndarray) else _cupy_form(array)
+def form_of(array: Array) -> Form:
+    """The form of an array."""
+    return type(array), _numpy_form(array) if isinstance(array, np.ndarray) else _cupy_form(array)
 
 
-def has_form(given: Any, form: Hashable) -> bool:
-    """Whether something is an array of this form."""
-    try:
-        return form_of(given) == form
-    except AttributeError:
-        return False
+def has_form(given: Any, form: Form | None) -> bool:
+    """Whether something is an array of this form. Of what is of another class, nothing else is read."""
+    return form is not None and type(given) is form[0] and form_of(given) == form
 
 
 MOST_CACHED = 4096

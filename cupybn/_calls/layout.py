@@ -7,6 +7,7 @@ import math
 from typing import Any, NamedTuple
 
 from cupybn._arrays.devices import empty
+from cupybn._arrays.kinds import kind
 
 Array = Any  # numpy.ndarray or cupy.ndarray
 
@@ -59,9 +60,18 @@ class Layout(NamedTuple):
             return None
         return self._in_order(array).reshape(self.shape)
 
-    def empty(self, like: Array) -> Array:
-        """New array, uninitialised, of the kind and dtype of the given one, with its axes in the order of memory."""
-        return empty(self.sizes, like)
+    def empty(self, like: Array, alignment: int = 1) -> Array:
+        """New array, uninitialised, of the kind and dtype of the given one, with its axes in the order of memory.
+
+        Its address is a multiple of the alignment, in bytes, also where a program has set an allocator that hands out
+        memory of less; NumPy's arrays are where they are.
+        """
+        array = empty(self.sizes, like)
+        if alignment == 1 or kind(array) == "numpy" or array.data.ptr % alignment == 0:
+            return array
+        memory = empty((array.size + alignment // array.itemsize,), like)
+        begin = -memory.data.ptr % alignment // array.itemsize
+        return memory[begin : begin + array.size].reshape(self.sizes)
 
     def _in_order(self, array: Array) -> Array:
         """View of an array with its axes in the order of memory."""

@@ -223,8 +223,9 @@ def _empty_statistics(x: Array) -> Statistics:
 def _empty(shape: tuple[int, ...], dtype: npt.DTypeLike = np.float64) -> Array:
     """New array, uninitialised, on the current device, which is that of the arrays of a step."""
     array = import_cupy().empty(shape, dtype)
-    if listening.listener is not None:
-        listening.listener.made(array)
+    listener = listening.listener
+    if listener is not None:
+        listener.made(array)
     return array
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -34,12 +36,43 @@ class Listener(Protocol):
 
 
 class _Listening(threading.local):
-    """The listener of a thread, or None."""
+    """The listener of a thread, if there is one."""
 
-    listener: Listener | None = None
+    reference: weakref.ref[Listener] | None = None  # weak: an interrupt may come before a listener has taken its leave
+
+    @property
+    def listener(self) -> Listener | None:
+        """The listener, or None."""
+        return None if self.reference is None else self.reference()
 
 
 listening = _Listening()
+
+
+class Hearing:
+    """Context in which a listener, or nobody, is told of what this thread launches; it may be nested."""
+
+    def __init__(self, listener: Listener | None) -> None:
+        self._reference = None if listener is None else weakref.ref(listener)
+
+    def __enter__(self) -> None:
+        self._before, listening.reference = listening.reference, self._reference
+
+    def __exit__(self, *_: object) -> None:
+        listening.reference = self._before
+
+
+_NOBODY_LISTENS = contextlib.nullcontext()
+"""Context for threads that have no listener."""
+
+
+def unheard() -> contextlib.AbstractContextManager[None]:
+    """Context for launches that are none of the listener's business.
+
+    A call may be made in the midst of another one, which is being recorded: by a hook of CuPy's, a signal handler, or
+    whatever runs when an object is collected.
+    """
+    return _NOBODY_LISTENS if listening.reference is None else Hearing(None)
 
 
 class Frame:
@@ -116,8 +149,9 @@ class Kernel:
         frame = self.frame()
         frame.words[:] = words
         self.run(grid, block, frame, shared)
-        if listening.listener is not None:
-            listening.listener.launched(self, grid, block, shared, values, words)
+        listener = listening.listener
+        if listener is not None:
+            listener.launched(self, grid, block, shared, values, words)
 
     def frame(self) -> Frame:
         """A frame that no other launch is using, in this thread or another one. It holds what the last one left."""

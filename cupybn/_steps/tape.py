@@ -21,7 +21,7 @@ import numpy as np
 from cupybn._arrays.devices import import_cupy
 from cupybn._steps.arguments import WORD
 from cupybn._steps.geometry import PACK
-from cupybn._steps.launcher import Kernel, listening
+from cupybn._steps.launcher import Hearing, Kernel, listening
 
 Array = Any  # cupy.ndarray
 
@@ -137,14 +137,16 @@ class Recorder:
         self._key, self._addresses, _ = sources
         self._made: list[Array] = []  # kept until the end, so that no address comes twice
         self._heard: list[tuple[Kernel, tuple[int, ...], int, int, Sequence[Any], memoryview]] = []
+        self._hearing = Hearing(self)
 
     def __enter__(self) -> Recorder:
-        self._before, listening.listener = listening.listener, self
+        self._hearing.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        listening.listener = self._before
-        if kind is None and self._key not in self._tapes:
+        listened = listening.listener is self  # not if a call in the midst of this one was interrupted
+        self._hearing.__exit__()
+        if kind is None and listened and self._key not in self._tapes:
             self._tapes[self._key] = self._tape()
 
     def made(self, array: Array) -> None:

@@ -1,0 +1,153 @@
+"""Memory of calls that are played from tapes: what they allocate, what tapes hold, where new arrays begin."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import numpy as np
+import pytest
+
+import cupybn.functional as F
+from cupybn._calls import call as _call
+from cupybn._steps.geometry import PACK
+from tests.reference import to_numpy
+from tests.tapes import (
+    NAMES,
+    Form,
+    act,
+    alike,
+    draw,
+    out_of,
+    tapes,
+    without_tapes,
+)
+
+cp = pytest.importorskip("cupy")
+emulator = getattr(cp, "emulator", None)
+only_emulated = pytest.mark.skipif(emulator is None, reason="the stand-in for CuPy tells what was launched")
+
+pytestmark = pytest.mark.usefixtures("fresh_plans")
+
+
+@only_emulated
+def test_a_tape_holds_no_array(either):  # noqa: ARG001
+    """Whatever the first call was given or has made is gone when its caller lets go of it."""
+    form = Form(residual=True, activation="relu")
+    act(form, 0, True)  # what the first call of all loads stays
+    _call._cache.clear()
+    gc.collect()
+    gc.disable()  # nothing waits for it
+    try:
+        before = emulator.usage().live_bytes
+        for seed in range(2):
+            arrays, dys = draw(form, seed)
+            y, vjp_fn = F.batch_norm_vjp(**arrays, training=True, activation="relu")
+            grads = vjp_fn(dys[0])
+            alive = [weakref.ref(a) for a in (*arrays.values(), *dys, y, *grads)]
+            assert emulator.usage().live_bytes > before
+            del arrays, dys, y, vjp_fn, grads
+            assert [reference for reference in alive if reference() is not None] == []
+            assert emulator.usage().live_bytes == before
+    finally:
+        gc.enable()
+    assert len(tapes()) == 2
+    assert None not in tapes()
+
+
+@only_emulated
+@pytest.mark.parametrize("way", ["on chip", "streamed"])
+@pytest.mark.parametrize(
+    ("form", "forward", "vjp", "back"),
+    [
+        (Form(), 1, 2, 3),
+        (Form(training=False), 1, 2, 3),
+        (Form(given=NAMES[2:]), 1, 2, 1),
+        (Form(given=NAMES[2:], training=False), 1, 2, 1),
+        (Form(given=NAMES[1:]), 1, 2, 2),
+        (Form(activation="relu"), 1, 2, 3),
+        (Form(residual=True), 1, 2, 3),
+        (Form(residual=True, activation="relu"), 1, 3, 4),
+        (Form(out="new"), 0, None, None),
+    ],
+    ids=["training", "eval", "no affine", "no affine, eval", "bias", "relu", "residual", "residual, relu", "out"],
+)
+def test_allocations_of_a_played_call(way, request, plays, form, forward, vjp, back):
+    """A result each, and one array for all that launches hand each other where there are two of them."""
+    request.getfixturevalue("fresh_plans" if way == "on chip" else "streamed")
+    more = way == "streamed" and form.training
+    rest = {"training": form.training, "activation": form.activation}
+    for time in range(3):
+        arrays, (dy, *_) = draw(form, time)
+        out = out_of(form, arrays)
+        counts = [emulator.usage().allocations]
+        y = F.batch_norm(**arrays, **rest, out=out)
+        counts.append(emulator.usage().allocations)
+        if vjp is not None:
+            y, vjp_fn = F.batch_norm_vjp(**arrays, **rest)
+            counts.append(emulator.usage().allocations)
+            grads = vjp_fn(dy)
+            counts.append(emulator.usage().allocations)
+    found = np.diff(counts).tolist()
+    back_more = way == "streamed" and (form.training or "weight" in form.given)
+    assert found == ([forward + more] if vjp is None else [forward + more, vjp + more, back + back_more])
+    assert len(plays) == 2 * len(found)
+    assert vjp is None or grads.input.shape == y.shape
+
+
+@pytest.fixture
+def shift():
+    """A list with the bytes behind an aligned address at which new memory begins; they take turns."""
+    cuda, shifts, before = cp.cuda, [0], cp.cuda.get_allocator()
+
+    def allocate(size):
+        shifts.append(shifts.pop(0))
+        return cuda.MemoryPointer(before(size + PACK).mem, shifts[-1]) if size else before(size)
+
+    cuda.set_allocator(allocate)
+    yield shifts
+    cuda.set_allocator(before)
+
+
+def test_memory_of_another_alignment(either, plays, shift):  # noqa: ARG001
+    """New arrays that do not begin where packs do are never given to a tape, nor made one of."""
+    offset = PACK // 2
+    form = Form(residual=True, activation="relu")
+    shift[:] = [offset]
+    with without_tapes():
+        misaligned = act(form, 1, True)
+    for _ in range(3):
+        alike(act(form, 1, True), misaligned)
+    assert plays == []
+    assert set(tapes()) <= {None}
+    shift[:] = [0]
+    _call._cache.clear()
+    with without_tapes():
+        aligned = act(form, 1, True)
+    for _ in range(2):
+        alike(act(form, 1, True), aligned)
+    count = len(plays)
+    assert count > 0
+    shift[:] = [offset]
+    for _ in range(2):
+        alike(act(form, 1, True), misaligned)
+    assert len(plays) == count
+    shift[:] = [0]
+    alike(act(form, 1, True), aligned)
+    assert len(plays) == count + 4
+
+
+@pytest.mark.parametrize("turns", [[0, 8], [8, 0, 0], [0, 0, 0, 8, 8], [0, 0, 8]], ids=str)
+def test_memory_of_changing_alignment(either, shift, turns):  # noqa: ARG001
+    """Results are right where only some of the new arrays begin where packs do."""
+    form = Form(residual=True, activation="relu")
+    arrays, (dy, *_) = draw(form, 1)
+    host = {name: to_numpy(array) for name, array in arrays.items()}
+    rest = {"training": True, "activation": "relu", "momentum": 0.0}
+    y, vjp_fn = F.batch_norm_vjp(**host, **rest)
+    expected = y, *vjp_fn(to_numpy(dy))
+    for i in range(12):
+        shift[:] = turns if i % 4 else [0]
+        y, vjp_fn = F.batch_norm_vjp(**arrays, **rest)
+        for ours, theirs in zip((y, *vjp_fn(dy)), expected, strict=True):
+            np.testing.assert_allclose(to_numpy(ours), theirs, rtol=1e-5, atol=1e-5)
