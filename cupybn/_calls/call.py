@@ -79,7 +79,7 @@ class Call(NamedTuple):
         """Key of this call in the cache: all that `check` looks at.
 
         Numbers stand there with their types: True, 1 and 1.0 are equal, but not all of them are right. The momentum is
-        missing, as whoever makes a call has checked it. The counter counts as an array of the kind of the input. Types
+        missing, as whoever makes a call has checked it. Types
         are asked for by `type`: an object may have a ``__class__`` that it is not of, as proxies do.
         """
         weight, bias, eps = self.affine
@@ -94,7 +94,6 @@ class Call(NamedTuple):
             type(weight),
             type(bias),
             type(residual),
-            type(batches),
             type(out),
             form(self.input),
             None if mean is None else form(mean),
@@ -102,7 +101,7 @@ class Call(NamedTuple):
             None if weight is None else form(weight),
             None if bias is None else form(bias),
             None if residual is None else form(residual),
-            None if batches is None else form(batches),
+            None if batches is None else form_of(batches),
             None if out is None else form(out),
             self.training,
             type(self.training),
@@ -217,6 +216,22 @@ class Call(NamedTuple):
             return self.running
         return Running() if mean is None else Running(momentum=momentum)
 
+    def _shared(self, checked: Checked, for_vjp: bool) -> list[str]:
+        """Names of the arrays that share memory with a buffer which this call moves, or a later one may."""
+        if not (checked.moves or for_vjp):
+            return []
+        idle = self.layer.idle if for_vjp and self.layer is not None else ()
+        present = [array for array in self._all(with_counter=checked.moves) if array is not None]
+        doubtful = may_overlap(present, (extent for name, extent in checked.extents.items() if name != "out"))
+        if not (doubtful or idle):
+            return []
+        arrays = self.arrays(with_counter=checked.moves)
+        shared = overlapping(arrays, {name: arrays[name] for name in BUFFERS if name in arrays}) if doubtful else []
+        if idle:
+            read = {name: array for name, array in arrays.items() if name not in BUFFERS}
+            shared += overlapping(read, dict(enumerate(idle)))
+        return shared
+
     def without_overlap(self, checked: Checked, for_vjp: bool) -> tuple[Call, WriteBack]:
         """Call with the same arguments, where no array that moves shares memory with another one; what to write back.
 
@@ -224,33 +239,22 @@ class Call(NamedTuple):
         copy if it shares memory with a buffer: ``vjp_fn`` reads it again after this call, or a later one, has moved
         the buffer. Buffers that share memory with each other are moved as copies, which are to be written back.
         """
-        if not (checked.moves or for_vjp):
-            return self, []
-        idle = self.layer.idle if for_vjp and self.layer is not None else ()  # which a later call may move
-        present = [array for array in self._all(with_counter=checked.moves) if array is not None]
-        doubtful = may_overlap(present, (extent for name, extent in checked.extents.items() if name != "out"))
-        if not (doubtful or idle):
-            return self, []
-        arrays = self.arrays(with_counter=checked.moves)
-        buffers = {name: arrays[name] for name in BUFFERS if name in arrays}
-        shared = overlapping(arrays, buffers) if doubtful else []
-        if idle:
-            read = {name: array for name, array in arrays.items() if name not in BUFFERS}
-            shared += overlapping(read, dict(enumerate(idle)))
+        shared = self._shared(checked, for_vjp)
         if not shared:
             return self, []
-        layout = checked.layout
+        arrays, layout = self.arrays(with_counter=checked.moves), checked.layout
         copies = {
             name: layout.copy(arrays[name]) if name in ("input", "residual") else copied(arrays[name])
             for name in shared
             if checked.moves or name not in BUFFERS
         }
-        return self._with_arrays(copies), [(arrays[name], copies[name]) for name in buffers if name in copies]
+        return self._with_arrays(copies), [(arrays[name], copies[name]) for name in BUFFERS if name in copies]
 
     def sources(self, out: Array | None, checked: Checked, for_vjp: bool) -> Sources | None:
-        """What this call does not have in common with others that are alike; None if it has to take its steps.
+        """What this call does not have in common with others that are alike, for their tapes.
 
-        That is where arrays share memory, and one of them is written now or may be later.
+        None if it has to take its steps for itself: where `without_overlap` makes copies, or the output is not written
+        to `out` at once.
         """
         weight, bias, eps = self.affine
         mean, var, momentum, batches = self.running
@@ -258,12 +262,14 @@ class Call(NamedTuple):
         vectors = weight, bias, mean, var, batches if checked.moves else None
         numbers = eps, NAN if momentum is None else momentum
         sources = sources_of((for_vjp, momentum is None), tensors, vectors, numbers)
-        if checked.moves or for_vjp:
-            if checked.spans.overlap(sources[1]) or (self.layer is not None and self.layer.idle):
-                return None
-        elif out is not None and self.vectors_overlap(out, checked):
+        if out is not None and not checked.direct:
             return None
-        return sources if out is None or checked.direct else None
+        written = checked.moves or for_vjp or out is not None  # now, or by a later call
+        idle = self.layer is not None and self.layer.idle
+        doubtful = written and (idle or checked.spans.overlap(sources[1]))
+        if doubtful and (self._shared(checked, for_vjp) or (out is not None and self.vectors_overlap(out, checked))):
+            return None
+        return sources
 
     def vectors_overlap(self, out: Array, checked: Checked) -> bool:
         """Whether an output shares memory with a vector of this call, which it would overwrite while it is in use."""

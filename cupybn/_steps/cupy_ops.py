@@ -25,8 +25,10 @@ def bn_stats(x: Array, batches: Array | None = None, scratch: Array | None = Non
     """See `numpy_ops.bn_stats`; the moments are in parts, and no scratch is needed."""
     plan = plans.choose("bn_stats", x)
     parts, C = plan.geometry.parts, x.shape[1]
+    numbers = _empty((parts * (1 + 2 * C),))
+    mean_and_m2 = numbers[parts:].reshape(2, parts, C)
     before = None if batches is None else _empty((), batches.dtype)
-    moments = Moments(_empty((parts,)), _empty((parts, C)), _empty((parts, C)), before)
+    moments = Moments(numbers[:parts], mean_and_m2[0], mean_and_m2[1], before)
     plan.launch(x=x, batches=batches, moments=moments)
     return moments
 
@@ -127,8 +129,8 @@ def bn_backward_reduce(
     """See `numpy_ops.bn_backward_reduce`; the sums are in parts, and no scratch is needed."""
     dy = _beside(epilogue.mask, x, dy)
     plan = plans.choose("bn_backward_reduce", x, dy, mask=epilogue.mask)
-    shape = plan.geometry.parts, x.shape[1]
-    sums = Sums(_empty(shape), _empty(shape))
+    both = _empty((2, plan.geometry.parts, x.shape[1]))
+    sums = Sums(both[0], both[1])
     plan.launch(dy=dy, x=x, statistics=statistics, affine=affine, epilogue=epilogue, sums=sums)
     return sums
 

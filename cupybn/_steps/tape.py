@@ -12,14 +12,12 @@ form go on to take their steps.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from cupybn._arrays.devices import import_cupy
-from cupybn._steps.arguments import WORD
 from cupybn._steps.geometry import PACK
 from cupybn._steps.launcher import Hearing, Kernel, listening
 
@@ -69,7 +67,7 @@ class Launch(NamedTuple):
 
 
 class Made(NamedTuple):
-    """An array that steps allocate and return."""
+    """An array that steps allocate."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
@@ -80,14 +78,15 @@ class Tape(NamedTuple):
 
     launches: list[Launch]
     results: list[Made | None]  # arrays that the call returns and the way back needs, or None in their place
-    words: int  # size, in words, of the arrays that only the launches need: they are allocated as one
+    own: list[Made]  # arrays that only the launches need
 
     def play(self, sources: Sources) -> list[Array | None] | None:
         """Make the launches for other sources. Returns the results, which are new arrays and None.
 
         Returns None, without a launch, if the memory of a new array begins at an address that is not one of a pack.
         """
-        _, addresses, numbers = sources
+        _, given, numbers = sources
+        addresses = given.copy()
         empty = import_cupy().empty
         results: list[Array | None] = []
         for made in self.results:
@@ -100,9 +99,8 @@ class Tape(NamedTuple):
                 return None
             results.append(array)
             addresses.append(address)
-        if self.words:
-            own = empty(self.words, np.float64)  # in use until all launches are made
-            addresses.append(own.data.ptr)
+        own = [empty(made.shape, made.dtype) for made in self.own]  # in use until all launches are made
+        addresses += [array.data.ptr for array in own]
         for kernel, grid, block, shared, words, places, numbered in self.launches:
             frame = kernel.frame()
             frame_words = frame.words
@@ -135,7 +133,7 @@ class Recorder:
     def __init__(self, tapes: Tapes, sources: Sources) -> None:
         self._tapes = tapes
         self._key, self._addresses, _ = sources
-        self._made: list[Array] = []  # kept until the end, so that no address comes twice
+        self._made: list[Array] = []  # kept until the end, so that none of their addresses comes twice
         self._heard: list[tuple[Kernel, tuple[int, ...], int, int, Sequence[Any], memoryview]] = []
         self._hearing = Hearing(self)
 
@@ -171,20 +169,15 @@ class Recorder:
         if any(array.data.ptr % PACK for array in kept):
             return None
         own = [array for array in self._made if all(array.data.ptr != other.data.ptr for other in kept)]
-        # Memory that is new at each call: first address, size, number of the array and bytes to add.
-        ranges = [(array.data.ptr, array.nbytes, len(self._addresses) + i, 0) for i, array in enumerate(kept)]
-        size = 0
-        for array in own:
-            ranges.append((array.data.ptr, array.nbytes, len(self._addresses) + len(kept), size))
-            size += math.ceil(array.nbytes / WORD) * WORD
+        new = [*kept, *own]
 
         def told(address: int) -> tuple[int, int] | None:
             """Number of the array, and bytes to add to where it begins."""
             if address in self._addresses:
                 return self._addresses.index(address), 0
-            for begin, nbytes, number, offset in ranges:
-                if begin <= address < begin + nbytes:
-                    return number, offset + address - begin
+            for number, array in enumerate(new, start=len(self._addresses)):
+                if 0 <= address - array.data.ptr < array.nbytes:
+                    return number, address - array.data.ptr
             return None
 
         launches = []
@@ -202,7 +195,7 @@ class Recorder:
             ]
             launches.append(Launch(kernel, grid, block, shared, words, addresses, numbers))
         made = [None if array is None else Made(array.shape, array.dtype) for array in self.results]
-        return Tape(launches, made, size // WORD)
+        return Tape(launches, made, [Made(array.shape, array.dtype) for array in own])
 
 
 class Tapes(dict[Hashable, "Tape | None"]):
