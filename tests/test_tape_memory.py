@@ -8,12 +8,14 @@ import weakref
 import numpy as np
 import pytest
 
+import cupybn
 import cupybn.functional as F
 from cupybn._calls import call as _call
 from cupybn._steps.geometry import PACK
 from tests.reference import to_numpy
 from tests.tapes import (
     NAMES,
+    C,
     Form,
     act,
     alike,
@@ -151,3 +153,55 @@ def test_memory_of_changing_alignment(either, shift, turns):  # noqa: ARG001
         y, vjp_fn = F.batch_norm_vjp(**arrays, **rest)
         for ours, theirs in zip((y, *vjp_fn(dy)), expected, strict=True):
             np.testing.assert_allclose(to_numpy(ours), theirs, rtol=1e-5, atol=1e-5)
+
+
+@only_emulated
+@pytest.mark.parametrize("way", ["on chip", "streamed"])
+def test_a_played_call_allocates_what_the_recorded_one_did(way, request, plays):
+    """Sizes are those of the first call, so that a pool that one call has filled serves all later ones."""
+    request.getfixturevalue("fresh_plans" if way == "on chip" else "streamed")
+    form = Form(residual=True, activation="relu")
+    (arrays, dys), pool, sizes = draw(form, 1), cp.get_default_memory_pool(), []
+
+    def allocate(size):
+        sizes[-1].append(size)
+        return pool.malloc(size)
+
+    cp.cuda.set_allocator(allocate)
+    try:
+        for _ in range(3):
+            sizes.append([])
+            F.batch_norm_vjp(**arrays, training=True, activation="relu")[1](dys[0])
+    finally:
+        cp.cuda.set_allocator(pool.malloc)
+    assert sorted(sizes[0]) == sorted(sizes[1]) == sorted(sizes[2])
+    assert len(plays) == 4
+
+
+def test_a_counter_of_another_kind_is_no_reason_to_look_again(plays):
+    """In eval mode nobody reads the counter of a layer: it may be anything, and calls are checked once all the same."""
+    layer = cupybn.BatchNorm2d(C, device="cuda:0").eval()
+    arrays, _ = draw(Form(), 1)
+    expected = to_numpy(layer(arrays["input"]))
+    layer.num_batches_tracked = np.array(3)
+    for _ in range(3):
+        np.testing.assert_array_equal(to_numpy(layer(arrays["input"])), expected)
+    assert len(plays) == 2
+    assert len(_call._cache) == 2
+
+
+def test_vectors_that_share_memory_and_are_only_read_are_no_reason_either(plays):
+    """A weight and a bias that lie element by element between each other, and a residual that is the input."""
+    arrays, _ = draw(Form(), 2)
+    pairs = cp.asarray(np.random.default_rng(2).normal(size=(C, 2)).astype(np.float32))
+    arrays |= {"weight": pairs[:, 0], "bias": pairs[:, 1], "residual": arrays["input"]}
+    buffers = arrays["running_mean"], arrays["running_var"]
+    before = [array.copy() for array in buffers]
+    results = []
+    for _ in range(3):
+        for buffer, value in zip(buffers, before, strict=True):
+            buffer[...] = value
+        results.append(to_numpy(F.batch_norm(**arrays, training=True)))
+    np.testing.assert_array_equal(results[1], results[0])
+    np.testing.assert_array_equal(results[2], results[0])
+    assert len(plays) == 2
