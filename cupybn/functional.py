@@ -56,7 +56,7 @@ from cupybn._ranks.synchronized import Synchronized
 from cupybn._steps import cupy_ops, numpy_ops
 from cupybn._steps.bundles import Affine, Epilogue, Gradients, Running, Statistics
 from cupybn._steps.launcher import unheard
-from cupybn._steps.tape import Tapes, sources_of
+from cupybn._steps.tape import Tapes, particulars_of
 
 __all__ = ["BatchNormGrads", "batch_norm", "batch_norm_vjp", "moments"]
 
@@ -303,11 +303,11 @@ def _forward(call: Call, out: Array | None, for_vjp: bool) -> tuple[Array, Saved
         call, out = call.settled(), plain(out)
     ops, layout, tapes = ops_for_call(call), checked.layout, checked.tapes
     with on_device_of(call.input):
-        sources = None if tapes is None else call.sources(out, checked, for_vjp)
-        if tapes is not None and sources is not None:
-            results = tapes.play(sources)
+        particulars = None if tapes is None else call.particulars(out, checked, for_vjp)
+        if tapes is not None and particulars is not None:
+            results = tapes.play(particulars)
             if results is None:
-                with tapes.recorder(sources) as recorder:
+                with tapes.recorder(particulars) as recorder:
                     results = recorder.results = _forward_steps(ops, call, out, checked, for_vjp)
             made, pairs, mask = results
             output = out if made is None else layout.back(made)
@@ -360,10 +360,10 @@ def backward(saved: Saved, grad_output: Array) -> BatchNormGrads:
         weight, bias, eps = affine
         mask = epilogue.mask
         width = None if mask is None else mask.size
-        sources = sources_of(("back", width), (grad_output, input), (pairs, mask, weight, bias), (eps, 0.0))
-        results = tapes.play(sources)
+        particulars = particulars_of(("back", width), (grad_output, input), (pairs, mask, weight, bias), (eps, 0.0))
+        results = tapes.play(particulars)
         if results is None:
-            with tapes.recorder(sources) as recorder:
+            with tapes.recorder(particulars) as recorder:
                 results = recorder.results = _backward_steps(saved, grad_output)
     dx, dresidual, dweight, dbias = results
     layout = checked.layout

@@ -112,8 +112,8 @@ def plays(monkeypatch):
 
     played, original = [], Tape.play
 
-    def play(self, sources):
-        results = original(self, sources)
+    def play(self, particulars):
+        results = original(self, particulars)
         if results is not None:
             played.append(self)
         return results

@@ -28,7 +28,7 @@ def without_tapes():
     """A context in which every call takes its steps, and that leaves no tape."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_call, "_cache", {})
-        patch.setattr(_call.Call, "sources", lambda *_: None)
+        patch.setattr(_call.Call, "particulars", lambda *_: None)
         yield
 
 

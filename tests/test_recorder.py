@@ -12,7 +12,7 @@ import cupybn.functional as F
 from cupybn._steps import launcher, plans
 from cupybn._steps.bundles import Sums
 from cupybn._steps.launcher import listening
-from cupybn._steps.tape import Recorder, Tapes, sources_of
+from cupybn._steps.tape import Recorder, Tapes, particulars_of
 from tests.tapes import (
     FORMS,
     C,
@@ -285,18 +285,18 @@ def test_sources():
     memory = cp.zeros(32, np.float32)
     a, b, c, d = (memory[i : i + 4] for i in (0, 4, 8, 12))
     numbers = 0.1, 0.2
-    key, addresses, kept = sources_of("kind", (a, None, b), (c, None, d), numbers)
+    key, addresses, kept = particulars_of("kind", (a, None, b), (c, None, d), numbers)
     assert addresses == [x.data.ptr for x in (a, b, c, d)]
     assert kept == numbers
-    assert sources_of("kind", (b, None, a), (d, c, None), (0.3, 0.4))[0] == key
+    assert particulars_of("kind", (b, None, a), (d, c, None), (0.3, 0.4))[0] == key
     others = [
-        sources_of("other", (a, None, b), (c, None, d), numbers),
-        sources_of("kind", (a, None, a), (c, None, d), numbers),
-        sources_of("kind", (a, None, b), (c, None, c), numbers),
-        sources_of("kind", (a, None, b), (a, None, d), numbers),
-        sources_of("kind", (a, None, b), (b, None, d), numbers),
-        sources_of("kind", (memory[1:5], None, memory[5:9]), (c, None, d), numbers),
-        sources_of("kind", (a, None, memory[6:10]), (c, None, d), numbers),
+        particulars_of("other", (a, None, b), (c, None, d), numbers),
+        particulars_of("kind", (a, None, a), (c, None, d), numbers),
+        particulars_of("kind", (a, None, b), (c, None, c), numbers),
+        particulars_of("kind", (a, None, b), (a, None, d), numbers),
+        particulars_of("kind", (a, None, b), (b, None, d), numbers),
+        particulars_of("kind", (memory[1:5], None, memory[5:9]), (c, None, d), numbers),
+        particulars_of("kind", (a, None, memory[6:10]), (c, None, d), numbers),
     ]
     assert len({key, *(other[0] for other in others)}) == 1 + len(others)
-    assert sources_of("kind", (a, None, b), (memory[9:13], None, memory[13:17]), numbers)[0] == key
+    assert particulars_of("kind", (a, None, b), (memory[9:13], None, memory[13:17]), numbers)[0] == key

@@ -17,7 +17,7 @@ from cupybn._calls.tracking import updates_stats
 from cupybn._ranks.group import Group
 from cupybn._steps.arguments import NAN
 from cupybn._steps.bundles import Affine, Epilogue, Running
-from cupybn._steps.tape import Sources, Tapes, sources_of
+from cupybn._steps.tape import Particulars, Tapes, particulars_of
 
 Array = Any  # numpy.ndarray or cupy.ndarray
 
@@ -250,7 +250,7 @@ class Call(NamedTuple):
         }
         return self._with_arrays(copies), [(arrays[name], copies[name]) for name in BUFFERS if name in copies]
 
-    def sources(self, out: Array | None, checked: Checked, for_vjp: bool) -> Sources | None:
+    def particulars(self, out: Array | None, checked: Checked, for_vjp: bool) -> Particulars | None:
         """What this call does not have in common with others that are alike, for their tapes.
 
         None if it has to take its steps for itself: where `without_overlap` makes copies, or the output is not written
@@ -261,15 +261,16 @@ class Call(NamedTuple):
         tensors = self.input, self.epilogue.residual, out
         vectors = weight, bias, mean, var, batches if checked.moves else None
         numbers = eps, NAN if momentum is None else momentum
-        sources = sources_of((for_vjp, momentum is None), tensors, vectors, numbers)
+        particulars = particulars_of((for_vjp, momentum is None), tensors, vectors, numbers)
+        _, addresses, _ = particulars
         if out is not None and not checked.direct:
             return None
         written = checked.moves or for_vjp or out is not None  # now, or by a later call
         idle = self.layer is not None and self.layer.idle
-        doubtful = written and (idle or checked.spans.overlap(sources[1]))
+        doubtful = written and (idle or checked.spans.overlap(addresses))
         if doubtful and (self._shared(checked, for_vjp) or (out is not None and self.vectors_overlap(out, checked))):
             return None
-        return sources
+        return particulars
 
     def vectors_overlap(self, out: Array, checked: Checked) -> bool:
         """Whether an output shares memory with a vector of this call, which it would overwrite while it is in use."""
@@ -289,7 +290,7 @@ class Checked(NamedTuple):
     dense: bool  # whether input and residual have the layout
     direct: bool  # whether `out` has it
     extents: dict[str, Extent]  # extents of the arrays that the call reads, moves or writes, by name
-    spans: Spans  # beginnings and lengths of the same memory, in the order of `Call.sources`
+    spans: Spans  # beginnings and lengths of the same memory, in the order of `Call.particulars`
     form: Form | None  # form of the input; None if it is not dense
     tapes: Tapes | None  # launches of such calls, there and back; None where they are not alike
 
@@ -301,7 +302,7 @@ class Checked(NamedTuple):
         if out is not None:
             arrays["out"] = out
         classes: set[Any] = {type(array) for array in arrays.values()}
-        ordered = "input", "residual", "out", *VECTORS, "num_batches_tracked"  # as `sources` has them
+        ordered = "input", "residual", "out", *VECTORS, "num_batches_tracked"  # as `particulars` has them
         extents = {name: Extent.of(arrays[name]) for name in ordered if name in arrays}
         dense = layout.matches(call.input) and (residual is None or layout.matches(residual))
         # Ranks exchange messages between their launches, and what is not dense is copied before them.

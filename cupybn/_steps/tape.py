@@ -25,15 +25,15 @@ Array = Any  # cupy.ndarray
 
 NUMBERS = ("affine.eps", "running.momentum")
 """Names of arguments that are numbers and may differ between calls that are alike."""
-Sources = tuple[Hashable, list[int], tuple[float, float]]
+Particulars = tuple[Hashable, list[int], tuple[float, float]]
 """What calls differ in that are alike otherwise: a key that tells apart the tapes of such calls, the addresses of the
 arrays that a call is given, and the numbers of NUMBERS in their order."""
 
 
-def sources_of(
+def particulars_of(
     kind: Hashable, tensors: Sequence[Array | None], others: Sequence[Array | None], numbers: tuple[float, float]
-) -> Sources:
-    """The sources of a call.
+) -> Particulars:
+    """The particulars of a call.
 
     Parameters
     ----------
@@ -80,12 +80,12 @@ class Tape(NamedTuple):
     results: list[Made | None]  # arrays that the call returns and the way back needs, or None in their place
     own: list[Made]  # arrays that only the launches need
 
-    def play(self, sources: Sources) -> list[Array | None] | None:
-        """Make the launches for other sources. Returns the results, which are new arrays and None.
+    def play(self, particulars: Particulars) -> list[Array | None] | None:
+        """Make the launches for other particulars. Returns the results, which are new arrays and None.
 
         Returns None, without a launch, if the memory of a new array begins at an address that is not one of a pack.
         """
-        _, given, numbers = sources
+        _, given, numbers = particulars
         addresses = given.copy()
         empty = import_cupy().empty
         results: list[Array | None] = []
@@ -120,7 +120,7 @@ class Recorder:
     ----------
     tapes : Tapes
         Gets the tape.
-    sources : Sources
+    particulars : Particulars
 
     Attributes
     ----------
@@ -130,9 +130,9 @@ class Recorder:
 
     results: list[Array | None]
 
-    def __init__(self, tapes: Tapes, sources: Sources) -> None:
+    def __init__(self, tapes: Tapes, particulars: Particulars) -> None:
         self._tapes = tapes
-        self._key, self._addresses, _ = sources
+        self._key, self._addresses, _ = particulars
         self._made: list[Array] = []  # kept until the end, so that none of their addresses comes twice
         self._heard: list[tuple[Kernel, tuple[int, ...], int, int, Sequence[Any], memoryview]] = []
         self._hearing = Hearing(self)
@@ -199,19 +199,21 @@ class Recorder:
 
 
 class Tapes(dict[Hashable, "Tape | None"]):
-    """Tapes of calls whose arguments have the same forms, by what else their launches depend on: see `sources`.
+    """Tapes of calls whose arguments have the same forms, by what else their launches depend on: see
+    `particulars_of`.
 
     None stands for a call that cannot be told again.
     """
 
-    def play(self, sources: Sources) -> list[Array | None] | None:
+    def play(self, particulars: Particulars) -> list[Array | None] | None:
         """The results of a call by launches that were recorded; None if there are none, and it has to take its steps.
 
         See `Tape.play`.
         """
-        tape = self.get(sources[0])
-        return None if tape is None else tape.play(sources)
+        key, _, _ = particulars
+        tape = self.get(key)
+        return None if tape is None else tape.play(particulars)
 
-    def recorder(self, sources: Sources) -> Recorder:
+    def recorder(self, particulars: Particulars) -> Recorder:
         """Context in which the call takes its steps, which are recorded if that has not been tried."""
-        return Recorder(self, sources)
+        return Recorder(self, particulars)

@@ -203,8 +203,8 @@ class _BatchNorm(Layer):
 
     def _call(self, input: Array, residual: Array | None) -> Call:
         """The call, with the statistics and the update that PyTorch chooses for these modes and flags."""
-        for name in "training", "track_running_stats":
-            checks.check_bool(name, getattr(self, name))
+        checks.check_bool("training", self.training)
+        checks.check_bool("track_running_stats", self.track_running_stats)
         momentum = None if self.momentum is None else checks.as_float("momentum", self.momentum)
         running = Running(self.running_mean, self.running_var, momentum, self.num_batches_tracked)
         idle: tuple[Array, ...] = ()
