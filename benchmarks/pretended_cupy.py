@@ -46,14 +46,24 @@ class ndarray:  # noqa: N801 - as CuPy calls it
         """The array itself: those that are measured are contiguous, and stay so."""
         return self
 
-    def reshape(self, shape: tuple[int, ...]) -> ndarray:
+    def reshape(self, *shape: Any) -> ndarray:
         """View of this shape, which is made once: the time to make one is CuPy's own."""
+        shape = shape[0] if isinstance(shape[0], tuple) else shape
         if shape == self.shape:
             return self
         view = self._views.get(shape)
         if view is None:
             view = self._views[shape] = ndarray(shape, self.dtype, self.data)
         return view
+
+    def __getitem__(self, key: int | slice) -> ndarray:
+        """View of an element of the first axis, or of several in their order."""
+        first, shape = key, self.shape[1:]
+        if isinstance(key, slice):
+            first, stop, _ = key.indices(self.shape[0])
+            shape = stop - first, *shape
+        ptr = self.data.ptr + first * self.strides[0]
+        return ndarray(shape, self.dtype, types.SimpleNamespace(ptr=ptr, device_id=0))
 
 
 def empty(shape: int | tuple[int, ...], dtype: Any = "f8") -> ndarray:
