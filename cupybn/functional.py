@@ -301,7 +301,8 @@ def _forward(call: Call, out: Array | None, for_vjp: bool) -> tuple[Array, Saved
     checked = call.checked(out)
     if not checked.settled:
         call, out = call.settled(), plain(out)
-    ops, layout, tapes = ops_for_call(call), checked.layout, checked.tapes
+    layout, tapes = checked.layout, checked.tapes
+    ops: Any = cupy_ops if tapes is not None else ops_for_call(call)
     with on_device_of(call.input):
         particulars = None if tapes is None else call.particulars(out, checked, for_vjp)
         if tapes is not None and particulars is not None:

@@ -79,7 +79,7 @@ class Call(NamedTuple):
         """Key of this call in the cache: all that `check` looks at.
 
         Numbers stand there with their types: True, 1 and 1.0 are equal, but not all of them are right. The momentum is
-        missing, as whoever makes a call has checked it. Types
+        missing, as whoever makes a call has checked it, and in eval mode so is the counter, which nobody reads. Types
         are asked for by `type`: an object may have a ``__class__`` that it is not of, as proxies do.
         """
         weight, bias, eps = self.affine
@@ -101,7 +101,7 @@ class Call(NamedTuple):
             None if weight is None else form(weight),
             None if bias is None else form(bias),
             None if residual is None else form(residual),
-            None if batches is None else form_of(batches),
+            None if batches is None or self.training is False else form_of(batches),
             None if out is None else form(out),
             self.training,
             type(self.training),

@@ -99,8 +99,9 @@ class Tape(NamedTuple):
                 return None
             results.append(array)
             addresses.append(address)
-        own = [empty(made.shape, made.dtype) for made in self.own]  # in use until all launches are made
-        addresses += [array.data.ptr for array in own]
+        if self.own:
+            own = [empty(made.shape, made.dtype) for made in self.own]  # in use until all launches are made
+            addresses += [array.data.ptr for array in own]
         for kernel, grid, block, shared, words, places, numbered in self.launches:
             frame = kernel.frame()
             frame_words = frame.words
@@ -210,8 +211,7 @@ class Tapes(dict[Hashable, "Tape | None"]):
 
         See `Tape.play`.
         """
-        key, _, _ = particulars
-        tape = self.get(key)
+        tape = self.get(particulars[0])  # by its key
         return None if tape is None else tape.play(particulars)
 
     def recorder(self, particulars: Particulars) -> Recorder:
