@@ -380,7 +380,7 @@ def _backward_steps(saved: Saved, grad_output: Array) -> list[Array | None]:
     ops, checked, _, input, pairs, affine, epilogue = saved
     layout, training = checked.layout, checked.training
     mask = epilogue.mask
-    alignment = 1 if mask is None else input.nbytes // mask.size  # bytes of a pack of the mask, which kernels go by
+    alignment = input.nbytes // mask.size if mask is not None and mask.size else 1  # bytes of a pack of the mask
     dx = layout.empty(input, alignment)
     dresidual = None if mask is None else layout.empty(input, alignment)
     new = zeros_like if ops is None else empty_like  # without elements no step is there to fill them, and sums are 0

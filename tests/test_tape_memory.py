@@ -179,7 +179,7 @@ def test_a_played_call_allocates_what_the_recorded_one_did(way, request, plays):
 
 
 def test_a_counter_of_another_kind_is_no_reason_to_look_again(plays):
-    """In eval mode nobody reads the counter of a layer: it may be anything, and calls are checked once all the same."""
+    """Nobody reads the counter of a layer in eval mode: it may be anything, and calls are checked once all the same."""
     layer = cupybn.BatchNorm2d(C, device="cuda:0").eval()
     arrays, _ = draw(Form(), 1)
     expected = to_numpy(layer(arrays["input"]))

@@ -15,6 +15,7 @@ import cupy
 import numpy as np
 from cupy import emulator
 from cupy._memory import Allocation
+from cupy.cuda.function import CNumpyArray
 
 from cupybn._steps import launcher
 from instructions.lanes import WARP, Array
@@ -166,6 +167,7 @@ def pack(args: Sequence[Any]) -> bytes:
     """The arguments as CuPy passes them: each at a multiple of its size, or of 8 bytes if it is a struct of words."""
     data = b""
     for value in args:
+        value = value._val if isinstance(value, CNumpyArray) else value
         if value is None or isinstance(value, cupy.ndarray):
             value = np.uint64(0 if value is None else value.data.ptr)
         array = np.asarray(value)
