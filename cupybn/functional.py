@@ -358,10 +358,9 @@ def backward(saved: Saved, grad_output: Array) -> BatchNormGrads:
         with unheard():
             results = _backward_steps(saved, grad_output)
     else:
-        weight, bias, eps = affine
-        mask = epilogue.mask
-        width = None if mask is None else mask.size
-        particulars = particulars_of(("back", width), (grad_output, input), (pairs, mask, weight, bias), (eps, 0.0))
+        (weight, bias, eps), mask = affine, epilogue.mask
+        packs = None if mask is None else mask.size
+        particulars = particulars_of(("back", packs), (grad_output, input), (pairs, mask, weight, bias), (eps, 0.0))
         results = tapes.play(particulars)
         if results is None:
             with tapes.recorder(particulars) as recorder:
