@@ -14,6 +14,7 @@ where ``x - center`` is exact wherever it matters, and the second bracket, ``shi
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -27,6 +28,9 @@ from cupybn._steps.tiles import Terms, gather, numpy_settings, tile_map, tile_su
 
 Array = npt.NDArray[Any]
 
+_FLOAT64 = np.dtype(np.float64)
+_LEAST_VARIANCE = {dtype: 1e4 * float(np.finfo(dtype).tiny) for dtype in (np.dtype(np.float32), _FLOAT64)}
+"""Least variance that squares of differences in this dtype do not lose."""
 SAMPLES = 16
 """Values per channel whose mean is the center of the first sums: it is off by a quarter of a standard deviation."""
 
@@ -93,7 +97,7 @@ def _mean_and_m2(x: Array, scratch: Array | None) -> tuple[Array, Array]:
     """Mean and sum of squared deviations of each channel: see `bn_stats`."""
     dtype, count, center = accumulation_dtype(x.dtype), _count(x), _sample_mean(x)
     mean, m2 = _moments_about(center, x, dtype, scratch)
-    var, off, least = m2 / count, mean - center, 1e4 * float(np.finfo(dtype).tiny)
+    var, off, least = m2 / count, mean - center, _LEAST_VARIANCE[dtype]
     off *= off
     if np.count_nonzero(np.maximum(off, least) < var) < len(var) or not _within(m2, 1e150):
         held = (var > least) & (m2 < np.inf)
@@ -107,16 +111,22 @@ def _mean_and_m2(x: Array, scratch: Array | None) -> tuple[Array, Array]:
 
 def _sample_mean(x: Array) -> Array:
     """The mean of a few values of each channel, spread over the array: exactly their value, if all are the same."""
-    N, C, L = x.shape
+    some_n, some_l = _spread_out(x.shape)
+    sample = x[some_n, :, some_l].transpose(0, 2, 1).reshape(-1, x.shape[1]).astype(_FLOAT64)
+    first = sample[0]
+    mean: Array = np.add.reduce(sample - first, 0)
+    mean /= len(sample)
+    mean += first
+    return mean
+
+
+@functools.lru_cache
+def _spread_out(shape: tuple[int, int, int]) -> tuple[slice, slice]:
+    """Where along N and L the values of `_sample_mean` are."""
+    N, _, L = shape
     along_n = min(N, SAMPLES)
     along_l = min(L, SAMPLES // along_n)
-    spread_out = x[N // (2 * along_n) :: -(-N // along_n), :, L // (2 * along_l) :: -(-L // along_l)]
-    sample = spread_out.transpose(0, 2, 1).reshape(-1, C).astype(np.float64)
-    first = sample[0]
-    mean: Array = np.add.reduce(sample - first, axis=0)
-    mean /= len(sample)
-    np.add(first, mean, out=mean)
-    return mean
+    return slice(N // (2 * along_n), None, -(-N // along_n)), slice(L // (2 * along_l), None, -(-L // along_l))
 
 
 def _moments_about(center: Array, x: Array, dtype: npt.DTypeLike, scratch: Array | None = None) -> tuple[Array, Array]:
@@ -193,11 +203,13 @@ def _update_running(count: float, mean: Array, m2: Array, batches: Array | None,
     written = []
     if running.mean is not None:
         assert running.var is not None
-        moved = np.empty((2, len(mean)))
+        batch, moved = np.empty((2, 2, len(mean)))
+        batch[0] = mean
+        np.divide(m2, count - 1, out=batch[1])
+        batch *= momentum
         moved[0], moved[1] = running.mean, running.var
         moved *= 1 - momentum
-        moved[0] += mean * momentum
-        moved[1] += m2 / (count - 1) * momentum
+        moved += batch
         written = [
             (running.mean, moved[0].astype(running.mean.dtype)),
             (running.var, moved[1].astype(running.var.dtype)),
@@ -215,8 +227,8 @@ def bn_normalize(
     running: Running,
     epilogue: Epilogue,
     out: Array,
-    keep: bool = True,  # noqa: ARG001
-) -> Statistics:
+    keep: bool = True,
+) -> Statistics | None:
     """out = activation(weight * (x - mean) / sqrt(var + eps) + bias + residual), then `bn_update_running`.
 
     Parameters
@@ -230,29 +242,55 @@ def bn_normalize(
     epilogue : Epilogue
         Its mask gets where ReLU passes.
     keep : bool
-        Whether the result is wanted: a GPU need not write it down.
+        Whether the result is wanted.
 
     Returns
     -------
-    The statistics that x was normalised with.
+    The statistics that x was normalised with, if they are wanted.
     """
     if moments is None:
         assert running.mean is not None
         assert running.var is not None
-        statistics = _statistics(running.mean, running.var)
-        _normalize(x, statistics, affine, epilogue, out)
+        mean, var, statistics = running.mean, running.var, None
+        if keep:
+            statistics = _statistics(mean, var)
+            mean, var = statistics.mean, statistics.var
+        _normalize(x, _remembered(x.dtype, mean, var, affine), epilogue, out)
         return statistics
     batch = Moments.of_rows(merge_moments(moments), moments.batches)
-    statistics = _statistics(batch.mean[0], batch.m2[0] / batch.count)
-    _normalize(x, statistics, affine, epilogue, out)
+    return _normalize_with_batch(
+        x, float(batch.count[0]), batch.mean[0], batch.m2[0], affine, running, batch.batches, epilogue, out, keep
+    )
+
+
+def _normalize_with_batch(
+    x: Array,
+    count: float,
+    mean: Array,
+    m2: Array,
+    affine: Affine,
+    running: Running,
+    batches: Array | None,
+    epilogue: Epilogue,
+    out: Array,
+    keep: bool,
+) -> Statistics | None:
+    """`bn_normalize` with the moments of a batch, which the running statistics then follow."""
+    var = m2 / count
+    statistics = None
+    if keep:
+        statistics = _statistics(mean, var)
+        channels = _remembered(x.dtype, mean, var, affine)  # the way back asks for them again
+    else:
+        channels = _Channels.of(x.dtype, mean, var, affine)
+    _normalize(x, channels, epilogue, out)
     if running.mean is not None:
-        _update_running(float(batch.count[0]), batch.mean[0], batch.m2[0], batch.batches, running)
+        _update_running(count, mean, m2, batches, running)
     return statistics
 
 
-def _normalize(x: Array, statistics: Statistics, affine: Affine, epilogue: Epilogue, out: Array) -> None:
-    """`bn_normalize` with these statistics."""
-    channels = _Channels.of(x.dtype, statistics, affine)
+def _normalize(x: Array, channels: _Channels, epilogue: Epilogue, out: Array) -> None:
+    """`bn_normalize` with the statistics of these channels."""
     residual, activation, mask = epilogue
     out_is_free = residual is None or not np.may_share_memory(out, residual)  # to compute in, before residual is read
 
@@ -284,21 +322,16 @@ def bn_forward(
     running: Running,
     epilogue: Epilogue,
     out: Array,
-    keep: bool = True,  # noqa: ARG001
+    keep: bool = True,
     scratch: Array | None = None,
-) -> Statistics:
+) -> Statistics | None:
     """`bn_stats`, then `bn_normalize`: batch norm in training."""
     mean, m2 = _mean_and_m2(x, scratch)
     # As `merge_moments` leaves a single part: NaN where the mean is infinite, and 0 without a sign.
     zero = mean - mean
     mean += zero
     m2 += zero
-    count = _count(x)
-    statistics = _statistics(mean, m2 / count)
-    _normalize(x, statistics, affine, epilogue, out)
-    if running.mean is not None:
-        _update_running(count, mean, m2, running.batches, running)
-    return statistics
+    return _normalize_with_batch(x, _count(x), mean, m2, affine, running, running.batches, epilogue, out, keep)
 
 
 def empty_mask(x: Array, residual: Array, out: Array) -> Array:  # noqa: ARG001
@@ -341,7 +374,7 @@ def bn_backward_reduce(
     scratch : array of the same shape, or None
         Memory to work in; it is used if its dtype is that of the arithmetic.
     """
-    channels = _Channels.of(x.dtype, statistics, affine)
+    channels = _remembered(x.dtype, statistics.mean, statistics.var, affine)
     sum_dy, sum_dy_xhat = _gradient_sums(dy, x, channels, epilogue, _usable(scratch, channels.dtype))
     return Sums(sum_dy[None], sum_dy_xhat[None])
 
@@ -352,7 +385,7 @@ def _gradient_sums(
     """sum(dy) and sum(dy * xhat): see `bn_backward_reduce`. Leaves x - center in the scratch memory."""
     dtype, activation = channels.dtype, epilogue.activation
     gated = activation is not None and epilogue.mask is None
-    factors = channels.factors(slice(None), dtype, 0, 3 if gated else 1)
+    factors = channels.factors(slice(None), dtype)[: 3 if gated else 1]
 
     def products(
         dy: Array, x: Array, mask: Array | None, scratch: Array | None, center: Array, *affine: Array
@@ -458,7 +491,7 @@ def bn_backward_input(
     gradients : Gradients
         Get all of these.
     """
-    channels = _Channels.of(x.dtype, statistics, affine)
+    channels = _remembered(x.dtype, statistics.mean, statistics.var, affine)
     added_up = None if sums is None else (sums.dy.sum(axis=0), sums.dy_xhat.sum(axis=0))
     _input_gradient(dy, x, channels, epilogue, added_up, inv_count, gradients, None)
 
@@ -476,11 +509,11 @@ def _input_gradient(
     """All gradients from these sums: see `bn_backward_input`. Deviations are x - center, if that is at hand."""
     activation = epilogue.activation
     dx, dresidual, dweight, dbias = gradients
-    with_slope = inv_count != 0
+    slopes = None
     if sums is not None:
         sum_dy, sum_dy_xhat = sums
-        if with_slope:
-            channels.set_slope(sum_dy, sum_dy_xhat, inv_count)
+        if inv_count != 0:
+            slopes = channels.slopes(sum_dy, sum_dy_xhat, inv_count)
         if dweight is not None:
             dweight[...] = sum_dy_xhat
         if dbias is not None:
@@ -495,15 +528,16 @@ def _input_gradient(
         dresidual: Array | None,
         *columns: Any,
     ) -> None:
-        center, shift, scale, slope, offset = (None,) * first + columns + (None,) * (5 - last)
+        scale = columns[-1] if slopes is None else columns[-3]
         out = dx if dx.dtype == scale.dtype else np.empty(x.shape, scale.dtype)
-        if d is None and center is not None:
-            d = np.subtract(x, center, out=out, dtype=out.dtype)
-        g = _passed(dy.astype(out.dtype, copy=False), d, mask, (shift, scale), activation)
+        if d is None and with_center:
+            d = np.subtract(x, columns[0], out=out, dtype=out.dtype)
+        g = _passed(dy.astype(out.dtype, copy=False), d, mask, columns[1:3], activation)
         if dresidual is not None:
             np.copyto(dresidual, g, casting="unsafe")
-        if with_slope:
+        if slopes is not None:
             assert d is not None
+            _, slope, offset = columns[-3:]
             np.multiply(d, slope, out=out)
             np.subtract(g, out, out=out)
             out -= offset
@@ -514,12 +548,13 @@ def _input_gradient(
             np.copyto(dx, out, casting="unsafe")
 
     gated = activation is not None and epilogue.mask is None
-    last = 5 if with_slope else 3
-    for some, dtype in channels.precisions(with_slope):
+    for some, dtype in channels.precisions(slopes):
         at_hand = deviations if dtype == channels.dtype else None
-        first = 0 if gated or (with_slope and at_hand is None) else 2
+        with_center = gated or (slopes is not None and at_hand is None)
+        vectors = channels.factors(some, dtype)[0 if with_center else 2 :]
+        if slopes is not None:
+            vectors = np.concatenate([vectors, slopes[:2, some]], dtype=dtype, casting="same_kind")
         arrays = _of_channels([dy, x, at_hand, epilogue.mask, dx, dresidual], some)
-        vectors = channels.factors(some, dtype, first, last)
         tile_map(core, arrays, vectors, temporaries=activation is not None or dx.dtype != dtype)
 
 
@@ -535,7 +570,7 @@ def bn_backward(
     scratch: Array | None = None,
 ) -> None:
     """`bn_backward_reduce`, then `bn_backward_input`: all gradients."""
-    channels = _Channels.of(x.dtype, statistics, affine)
+    channels = _remembered(x.dtype, statistics.mean, statistics.var, affine)
     deviations = _usable(scratch, channels.dtype)
     sum_dy, sum_dy_xhat = _gradient_sums(dy, x, channels, epilogue, deviations)
     sum_dy_xhat += 0.0  # as adding up the parts leaves it: 0 without a sign
@@ -576,51 +611,52 @@ _TAME = 1e14
 class _Channels(NamedTuple):
     """Batch norm of each channel as (x - center) * scale + shift, in float64."""
 
-    # Rows are std, rstd, 1 / scale; center, shift, scale, slope, offset; 1 / slope, 1 / offset, (10, C). What becomes
-    # factors together lies side by side, and what is looked at together, the first six rows and the last four.
-    table: Array
+    table: Array  # (6, C); rows are std, rstd, 1 / scale, center, shift, scale
+    rounded: Array  # (3, C); center, shift and scale in the dtype of the arithmetic
     rest: Array  # (C,); mean - center
     wide: Array | None  # (C,); whether a channel needs float64. None if none does
     dtype: np.dtype[Any]  # dtype of the arithmetic of all other channels
 
     @classmethod
-    def of(cls, x_dtype: np.dtype[Any], statistics: Statistics, affine: Affine) -> _Channels:
-        """The channels of these statistics, weight, bias and eps, for data of a dtype."""
+    def of(cls, x_dtype: np.dtype[Any], mean: Array, var: Array, affine: Affine) -> _Channels:
+        """The channels of these vectors and eps, for data of a dtype."""
         weight, bias, eps = affine
-        mean, var = statistics.pairs[:, 0], statistics.pairs[:, 1]
         dtype = accumulation_dtype(x_dtype)
         C = len(mean)
-        table = np.zeros((10, C))
-        std, rstd, inverse = table[0], table[1], table[2]
-        center, shift, scale = table[3], table[4], table[5]
-        np.add(var, eps, out=std)
+        table = np.empty((6, C))
+        std, rstd, inverse, center, shift, scale = table
+        std[...] = var
+        std += eps
         np.sqrt(std, out=std)
         np.reciprocal(std, out=rstd)
         scale[...] = 1 if weight is None else weight
-        np.multiply(rstd, scale, out=scale)
+        scale *= rstd
         np.reciprocal(scale, out=inverse)
         center[...] = mean
-        if bias is not None:
-            shift[...] = bias
+        shift[...] = 0 if bias is None else bias
         wide: Array | None = None
-        if _within(table[:6], _TAME):
+        if _within(table, _TAME):
             center[...] = center.astype(dtype)
             rest = mean - center
         else:
-            wide = (rstd < _SMALL_RSTD) | (rstd > 1 / _SMALL_RSTD) | _extreme(scale) | (np.abs(mean) > _LARGE)
+            wide = (rstd < _SMALL_RSTD) | (rstd > 1 / _SMALL_RSTD) | _extreme(scale) | (np.abs(center) > _LARGE)
             np.copyto(center, center.astype(dtype), where=~wide)
             rest = np.where(np.isfinite(center), mean - center, 0)  # inf - inf is NaN
         with_rest = np.count_nonzero(rest)  # none, if the mean is a float32
-        lost: Any = -rest * scale if with_rest else 0.0
-        if 0 < with_rest < C:
-            lost[rest == 0] = 0  # 0 * inf is NaN
-        if bias is None:
-            shift[...] = lost
-        else:
-            shift += lost
-            if wide is not None:
-                wide |= np.abs(shift) > _LARGE
-        return cls(table, rest, wide, dtype)
+        if with_rest:
+            lost = -rest
+            lost *= scale
+            if with_rest < C:
+                lost[rest == 0] = 0  # 0 * inf is NaN
+            if bias is None:
+                shift[...] = lost
+            else:
+                shift += lost
+        elif bias is not None:
+            shift += 0.0
+        if bias is not None and wide is not None:
+            wide |= np.abs(shift) > _LARGE
+        return cls(table, table[3:].astype(dtype), rest, wide, dtype)
 
     @property
     def rstd(self) -> Array:
@@ -634,33 +670,64 @@ class _Channels(NamedTuple):
         row: Array = self.table[3]
         return row
 
-    def set_slope(self, sum_dy: Array, sum_dy_xhat: Array, inv_count: float) -> None:
-        """Note what the way back subtracts from dy: slope * (x - center) + offset."""
-        slope, offset = self.table[6], self.table[7]
+    def slopes(self, sum_dy: Array, sum_dy_xhat: Array, inv_count: float) -> Array:
+        """What the way back subtracts from dy is slope * (x - center) + offset: slope, offset and inverses, (4, C)."""
+        slopes = np.empty((4, len(sum_dy)))
+        slope, offset = slopes[0], slopes[1]
         np.multiply(sum_dy_xhat, self.rstd, out=slope)
         slope *= inv_count
         np.multiply(sum_dy, inv_count, out=offset)
         offset -= slope * self.rest
+        np.reciprocal(slopes[:2], out=slopes[2:])
+        return slopes
 
-    def factors(self, some: slice | Array, dtype: npt.DTypeLike, first: int = 0, last: int = 3) -> Array:
-        """The rows from `first` to `last` of center, shift, scale, slope and offset, in the dtype of the arithmetic."""
-        return self.table[3 + first : 3 + last, some].astype(dtype, copy=False)
+    def factors(self, some: slice | Array, dtype: np.dtype[Any]) -> Array:
+        """Center, shift and scale of some channels in the dtype of the arithmetic, (3, channels)."""
+        table = self.rounded if dtype == self.dtype else self.table[3:].astype(dtype, copy=False)
+        return table[:, some]
 
-    def precisions(self, with_slope: bool = False) -> list[tuple[slice, np.dtype[Any]]]:
+    def precisions(self, slopes: Array | None = None) -> list[tuple[slice, np.dtype[Any]]]:
         """Ranges of channels, and the dtype of the arithmetic in each: float64 where float32 is too narrow.
 
         Beside the channel's own numbers, its slope and offset may be too large or too small for float32.
         """
         wide = None if self.dtype == np.float64 else self.wide
-        if with_slope and self.dtype != np.float64:
-            np.reciprocal(self.table[6:8], out=self.table[8:10])
-            if not _within(self.table[6:10], _TAME**2):
-                slope, offset = self.table[6], self.table[7]
-                extreme = _extreme(slope) | _extreme(offset)
-                wide = extreme if wide is None else wide | extreme
+        if slopes is not None and self.dtype != np.float64 and not _within(slopes, _TAME**2):
+            extreme = _extreme(slopes[0]) | _extreme(slopes[1])
+            wide = extreme if wide is None else wide | extreme
         if wide is None or not np.count_nonzero(wide):
             return [(slice(None), self.dtype)]
         return [(some, self.dtype) for some in _runs(~wide)] + [(some, np.dtype(np.float64)) for some in _runs(wide)]
+
+
+REMEMBERED = 256
+"""Most channels of a `_remembered`: for more of them it takes as long to compare as to compute."""
+
+
+def _remembered(x_dtype: np.dtype[Any], mean: Array, var: Array, affine: Affine) -> _Channels:
+    """`_Channels.of`, kept for the next call: running statistics do not change from call to call in inference, and the
+    way back asks for what the way forward has made.
+
+    Known by the bytes of all vectors, of which those of the caller are not kept.
+    """
+    weight, bias, eps = affine
+    if len(mean) > REMEMBERED:
+        return _Channels.of(x_dtype, mean, var, affine)
+    vectors = [None if v is None else (v.dtype, v.tobytes()) for v in (mean, var, weight, bias)]
+    return _of_bytes(x_dtype, float(eps).hex(), *vectors)  # 0.0 and -0.0 are equal, their texts are not
+
+
+@functools.lru_cache(maxsize=64)
+def _of_bytes(x_dtype: np.dtype[Any], eps: str, *vectors: tuple[np.dtype[Any], bytes] | None) -> _Channels:
+    """The channels of vectors given as dtypes and bytes; arrays of the result are read-only."""
+    mean, var, weight, bias = (None if v is None else np.frombuffer(v[1], v[0]) for v in vectors)
+    assert mean is not None
+    assert var is not None
+    channels = _Channels.of(x_dtype, mean, var, Affine(weight, bias, float.fromhex(eps)))
+    for array in channels[:4]:
+        if array is not None:
+            array.flags.writeable = False
+    return channels
 
 
 def _within(numbers: Array, most: float) -> bool:

@@ -60,6 +60,10 @@ MANY = 1 << 6
 LINE = 1 << 9
 """Neighbours in a row that may be added in float32: NumPy and BLAS keep several sums of them, so that each is short."""
 
+BUFFERED = 1 << 13
+"""Elements up to which the size of NumPy's buffers makes no difference to the time of elementwise operations."""
+FLOAT64 = np.dtype(np.float64)
+
 PIECE = 1 << 9
 """Elements per channel that `gather` copies at a time."""
 GATHERED = 1 << 14
@@ -114,53 +118,67 @@ class Lanes(NamedTuple):
     channels: int
     positions: int
 
+    # How sums are taken: down the lanes or along rows, and in which steps of rows or of neighbours, as `steps` has them.
+    down: bool
+    steps: list[tuple[slice, int]]
+
     @classmethod
     def of(cls, tile: Tile, shape: tuple[int, int, int], contiguous: bool) -> Lanes:
         """Lanes of a tile of an array that has this shape."""
         n, c, l = (axis.stop - axis.start for axis in tile)  # noqa: E741
         if not contiguous or l >= SHORT:
-            return cls((n, c, l), 1, c, 1)
+            down = l == 1
+            return cls((n, c, l), 1, c, 1, down, steps(n, SUMMANDS) if down else steps(l, LINE))
         repeat = math.gcd(n, super_row(c * l)) if c == shape[1] else 1
-        return cls((n // repeat, repeat * c * l, 1), repeat, c, l)
+        down, n = l < MANY, n // repeat
+        return cls((n, repeat * c * l, 1), repeat, c, l, down, steps(n, SUMMANDS) if down else steps(l, LINE))
 
     def columns(self, vectors: Array) -> Array:
         """Columns with a value for each lane, from vectors, the rows of an array, with a value for each channel."""
         if self.shape[1] > self.channels:
             lanes = np.empty((len(vectors), self.repeat, self.channels, self.positions), vectors.dtype)
             lanes[...] = vectors[:, None, :, None]
-            vectors = lanes.reshape(len(vectors), -1)
+            return lanes.reshape(len(vectors), self.shape[1], 1)
         return vectors[:, :, None]
 
-    def sum(self, *factors: Array) -> Array:
+    def sum(self, first: Array, second: Array | None = None) -> Array:
         """Sums per channel, float64, over a tile of an array or of the product of two arrays.
 
         Only ``SUMMANDS`` rows, or ``LINE`` neighbours, are added in the dtype of the factors.
         """
-        down = self.shape[2] == 1 and self.positions < MANY
-        parts = self._down(*factors) if down else self._along(*factors)
-        total: Array = np.add.reduce(next(parts), axis=(0, 2), dtype=np.float64)
-        for part in parts:
-            total += np.add.reduce(part, axis=(0, 2), dtype=np.float64)
+        partial = self._down if self.down else self._along
+        total: Array | None = None
+        for some, count in self.steps:
+            part = np.add.reduce(partial(some, count, first, second), (0, 2), FLOAT64)
+            total = part if total is None else np.add(total, part, out=total)
+        assert total is not None
         return total
 
-    def _down(self, *factors: Array) -> Iterator[Array]:
-        """Sums down some rows of each lane, (samples, channels, positions): still to be added for each channel."""
-        n, lanes, _ = self.shape
-        for rows, count in steps(n, SUMMANDS):
-            parts = [f[rows].reshape(-1, count, lanes) for f in factors]
-            if count == 1:  # what stands below gives the same, in four times the time
-                sums = parts[0] if len(parts) == 1 else np.multiply(*parts)
+    def _down(self, rows: slice, count: int, first: Array, second: Array | None) -> Array:
+        """Sums down each ``count`` rows of a lane, (samples, channels, positions): still to be added for each channel."""
+        first = first[rows]
+        if second is not None:
+            second = second[rows]
+        if count == 1:  # what stands below gives the same, in four times the time
+            sums = first if second is None else np.multiply(first, second)
+        else:
+            shape = -1, count, self.shape[1]
+            first = first.reshape(shape)
+            if second is None:
+                sums = np.add.reduce(first, 1)
             else:
-                sums = np.add.reduce(parts[0], axis=1) if len(parts) == 1 else np.einsum("krw,krw->kw", *parts)
-            yield sums.reshape(-1, self.channels, self.positions)
+                sums = np.einsum("krw,krw->kw", first, second.reshape(shape))
+        return sums.reshape(-1, self.channels, self.positions)
 
-    def _along(self, *factors: Array) -> Iterator[Array]:
-        """Sums along lines of each row, (samples, channels, lines): still to be added for each channel."""
+    def _along(self, line: slice, count: int, first: Array, second: Array | None) -> Array:
+        """Sums along each ``count`` neighbours, (samples, channels, lines): still to be added for each channel."""
         n, _, l = self.shape  # noqa: E741
-        shape = (n * self.repeat, self.channels, max(l, self.positions))
-        for line, count in steps(shape[2], LINE):
-            parts = [f.reshape(shape)[..., line].reshape(*shape[:2], -1, count) for f in factors]
-            yield np.einsum("nckl->nck", *parts) if len(parts) == 1 else np.vecdot(*parts)
+        whole = n * self.repeat, self.channels, max(l, self.positions)
+        lines = *whole[:2], -1, count
+        first = first.reshape(whole)[..., line].reshape(lines)
+        if second is None:
+            return np.einsum("nckl->nck", first)
+        return np.vecdot(first, second.reshape(whole)[..., line].reshape(lines))
 
 
 @functools.lru_cache
@@ -197,9 +215,12 @@ def tile_map(core: Callable[..., None], arrays: Sequence[Array | None], vectors:
         Whether the core allocates memory of the size of a tile. Then no more than a quarter of the tiles are in work
         at a time.
     """
-    shape, contiguous = _shape_of(arrays)
-    small = temporaries and math.prod(shape) <= SMALL
-    work = plan(shape, contiguous, TILE if small else LARGE_TILE, len(vectors))
+    first = arrays[0]
+    assert first is not None
+    most = TILE if temporaries and first.size <= SMALL else LARGE_TILE
+    work = plan(first.shape, _contiguous(arrays), most, len(vectors))
+    if first.size > BUFFERED:
+        np.setbufsize(SHORT)
     _walk(core, work[::-1], arrays, vectors, temporaries)  # backwards: the sums before it have left the end in cache
 
 
@@ -213,27 +234,27 @@ def tile_sums(
     As `tile_map`, but for the core, which returns what is to be summed: tuples of an array or of two, whose product is
     meant.
     """
-    shape, contiguous = _shape_of(arrays)
-    # The order of additions depends on these tiles. So they depend on the shape alone.
-    work = plan(shape, contiguous, TILE if math.prod(shape) <= SMALL else LARGE_TILE)
+    first = arrays[0]
+    assert first is not None
+    # The order of additions depends on these tiles, and on the size of buffers. So they depend on the shape alone.
+    work = plan(first.shape, _contiguous(arrays), TILE if first.size <= SMALL else LARGE_TILE)
+    np.setbufsize(SHORT)
     parts = _walk(core, work, arrays, vectors, temporaries)
     if len(parts) == 1:
         return parts[0]
-    totals = [np.zeros(shape[1]) for _ in parts[0]]
+    totals = [np.zeros(first.shape[1]) for _ in parts[0]]
     for (tile, _), sums in zip(work, parts, strict=True):
         for total, part in zip(totals, sums, strict=True):
             total[tile.c] += part
     return totals
 
 
-def _shape_of(arrays: Sequence[Array | None]) -> tuple[tuple[int, int, int], bool]:
-    """Shape of these arrays, of which the first is not None, and whether all of them are contiguous."""
-    first, contiguous = arrays[0], True
-    assert first is not None
+def _contiguous(arrays: Sequence[Array | None]) -> bool:
+    """Whether all of these arrays are contiguous."""
     for a in arrays:
         if a is not None and not a.flags.c_contiguous:
-            contiguous = False
-    return first.shape, contiguous
+            return False
+    return True
 
 
 def _walk(
@@ -244,20 +265,24 @@ def _walk(
     temporaries: bool,
 ) -> list[list[Array]]:
     """Call the core for every tile of this plan: the sums of the terms that it returns, for each tile."""
-    alone = len(work) == 1
+
+    def apply(lanes: Lanes, tiles: Sequence[Array | None], vectors: Array) -> list[Array]:
+        views = [None if a is None else a.reshape(lanes.shape) for a in tiles]
+        terms = core(*views, *lanes.columns(vectors))
+        return [lanes.sum(*factors) for factors in terms] if terms else []
 
     def task(part: tuple[Tile, Lanes]) -> list[Array]:
         tile, lanes = part
-        views = [None if a is None else (a if alone else a[tile]).reshape(lanes.shape) for a in arrays]
-        terms = core(*views, *lanes.columns(vectors if alone else vectors[:, tile.c]))
-        return [lanes.sum(*factors) for factors in terms or ()]
+        return apply(lanes, [None if a is None else a[tile] for a in arrays], vectors[:, tile.c])
 
-    if alone:
-        return [task(work[0])]
     first = arrays[0]
     assert first is not None
-    workers = 1 if first.size <= SMALL else min(num_threads(), len(work) // 4 if temporaries else len(work))
-    return run(task, work, workers)
+    if first.size > SMALL:
+        return run(task, work, min(num_threads(), len(work) // 4 if temporaries else len(work)))
+    check_setting_once()
+    if len(work) > 1:
+        return [task(part) for part in work]
+    return [apply(work[0][1], arrays, vectors)]
 
 
 def gather(channels: Array, arrays: Sequence[Array | None]) -> Iterator[tuple[slice, list[Any]]]:
@@ -325,19 +350,17 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork
 
 
+check_setting_once = functools.cache(wanted_threads)
+"""Raise for a wrong CUPYBN_NUM_THREADS, also where one thread is enough. What is right is not looked at again: reading
+the environment takes as long as two operations on a small array."""
+
+
 def numpy_settings(function: Callable[P, R]) -> Callable[P, R]:
     """Function that runs with NumPy's settings for the arithmetic. They belong to a thread, so each thread makes them.
 
     Those of the caller are back when it returns: ``errstate`` restores the size of buffers as well.
     """
-
-    @np.errstate(all="ignore")  # inf and NaN are data here
-    @functools.wraps(function)
-    def settled(*args: P.args, **kwargs: P.kwargs) -> R:
-        wanted_threads()  # raises for a wrong setting at the first call, even if the array needs one thread only
-        np.setbufsize(SHORT)
-        return function(*args, **kwargs)
-
+    settled: Callable[P, R] = np.errstate(all="ignore")(function)  # inf and NaN are data here
     return settled
 
 
@@ -374,7 +397,12 @@ def run(task: Callable[[Any], Any], work: Sequence[Any], workers: int) -> list[A
                     in_work -= 1
                     changed.notify_all()
 
-    helpers = _start(numpy_settings(drain), workers - 1)
+    @numpy_settings
+    def help_out() -> None:
+        np.setbufsize(SHORT)
+        drain()
+
+    helpers = _start(help_out, workers - 1)
     try:
         drain()
     finally:
