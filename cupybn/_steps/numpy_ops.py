@@ -95,11 +95,12 @@ def _count(x: Array) -> int:
 
 def _mean_and_m2(x: Array, scratch: Array | None) -> tuple[Array, Array]:
     """Mean and sum of squared deviations of each channel: see `bn_stats`."""
-    dtype, count, center = accumulation_dtype(x.dtype), _count(x), _sample_mean(x)
+    dtype, count, center = accumulation_dtype(x.dtype), float(_count(x)), _sample_mean(x)
     mean, m2 = _moments_about(center, x, dtype, scratch)
     var, off, least = m2 / count, mean - center, _LEAST_VARIANCE[dtype]
     off *= off
-    if np.count_nonzero(np.maximum(off, least) < var) < len(var) or not _within(m2, 1e150):
+    if np.count_nonzero(np.maximum(off, least) < var) < len(var) or not _within(1e150, m2):
+        np.maximum(m2, 0, out=m2)
         held = (var > least) & (m2 < np.inf)
         if np.count_nonzero(m2) < len(m2):
             held |= (m2 == 0) & _constant(x, center, dtype)
@@ -115,7 +116,7 @@ def _sample_mean(x: Array) -> Array:
     sample = x[some_n, :, some_l].transpose(0, 2, 1).reshape(-1, x.shape[1]).astype(_FLOAT64)
     first = sample[0]
     mean: Array = np.add.reduce(sample - first, 0)
-    mean /= len(sample)
+    mean /= float(len(sample))
     mean += first
     return mean
 
@@ -130,7 +131,7 @@ def _spread_out(shape: tuple[int, int, int]) -> tuple[slice, slice]:
 
 
 def _moments_about(center: Array, x: Array, dtype: npt.DTypeLike, scratch: Array | None = None) -> tuple[Array, Array]:
-    """Mean and m2, from sums about a center."""
+    """Mean and m2, from sums about a center. Rounding may leave an m2 just below 0."""
     center = center.astype(dtype)
     scratch = _usable(scratch, dtype)
 
@@ -139,13 +140,13 @@ def _moments_about(center: Array, x: Array, dtype: npt.DTypeLike, scratch: Array
         return [(d,), (d, d)]
 
     sum_d, sum_dd = tile_sums(core, [x, scratch], center[None], scratch is None)
-    count = _count(x)
+    count = float(_count(x))
     square = sum_d * sum_d
     square /= count
     sum_dd -= square
     sum_d /= count
     sum_d += center
-    return sum_d, np.maximum(sum_dd, 0, out=sum_dd)
+    return sum_d, sum_dd
 
 
 def _constant(x: Array, center: Array, dtype: npt.DTypeLike) -> Array:
@@ -331,7 +332,7 @@ def bn_forward(
     zero = mean - mean
     mean += zero
     m2 += zero
-    return _normalize_with_batch(x, _count(x), mean, m2, affine, running, running.batches, epilogue, out, keep)
+    return _normalize_with_batch(x, float(_count(x)), mean, m2, affine, running, running.batches, epilogue, out, keep)
 
 
 def empty_mask(x: Array, residual: Array, out: Array) -> Array:  # noqa: ARG001
@@ -402,8 +403,8 @@ def _gradient_sums(
     sum_dy, sum_dy_d = tile_sums(products, arrays, factors, scratch is None or activation is not None)
     # Products too small for float32 are lost in part: that matters in sums that are no larger than this.
     least = _count(x) * _TINY / 8
-    sure = channels.wide is None and least < 1 / _LARGE and _within(sum_dy, _LARGE) and _within(sum_dy_d, _LARGE)
-    if dtype != np.float64 and not (sure and _within(np.reciprocal(sum_dy_d), _LARGE)):
+    sure = channels.wide is None and least < 1 / _LARGE
+    if dtype != _FLOAT64 and not (sure and _within(_LARGE, sum_dy, sum_dy_d, np.reciprocal(sum_dy_d))):
         held = np.abs(sum_dy_d) > least
         if np.count_nonzero(sum_dy_d) < len(sum_dy_d):  # as where nothing comes back, which is right
             held |= (sum_dy_d == 0) & (tile_sums(any_product, arrays, factors, True)[0] == 0)
@@ -635,7 +636,7 @@ class _Channels(NamedTuple):
         center[...] = mean
         shift[...] = 0 if bias is None else bias
         wide: Array | None = None
-        if _within(table, _TAME):
+        if _within(_TAME, table):
             center[...] = center.astype(dtype)
             rest = mean - center
         else:
@@ -692,7 +693,7 @@ class _Channels(NamedTuple):
         Beside the channel's own numbers, its slope and offset may be too large or too small for float32.
         """
         wide = None if self.dtype == np.float64 else self.wide
-        if slopes is not None and self.dtype != np.float64 and not _within(slopes, _TAME**2):
+        if slopes is not None and self.dtype != np.float64 and not _within(_TAME**2, slopes):
             extreme = _extreme(slopes[0]) | _extreme(slopes[1])
             wide = extreme if wide is None else wide | extreme
         if wide is None or not np.count_nonzero(wide):
@@ -711,31 +712,34 @@ def _remembered(x_dtype: np.dtype[Any], mean: Array, var: Array, affine: Affine)
     Known by the bytes of all vectors, of which those of the caller are not kept.
     """
     weight, bias, eps = affine
-    if len(mean) > REMEMBERED:
+    if len(mean) > REMEMBERED or eps == 0:  # which may have a sign that comparisons do not see
         return _Channels.of(x_dtype, mean, var, affine)
     vectors = [None if v is None else (v.dtype, v.tobytes()) for v in (mean, var, weight, bias)]
-    return _of_bytes(x_dtype, float(eps).hex(), *vectors)  # 0.0 and -0.0 are equal, their texts are not
+    return _of_bytes(x_dtype, eps, *vectors)
 
 
 @functools.lru_cache(maxsize=64)
-def _of_bytes(x_dtype: np.dtype[Any], eps: str, *vectors: tuple[np.dtype[Any], bytes] | None) -> _Channels:
+def _of_bytes(x_dtype: np.dtype[Any], eps: float, *vectors: tuple[np.dtype[Any], bytes] | None) -> _Channels:
     """The channels of vectors given as dtypes and bytes; arrays of the result are read-only."""
     mean, var, weight, bias = (None if v is None else np.frombuffer(v[1], v[0]) for v in vectors)
     assert mean is not None
     assert var is not None
-    channels = _Channels.of(x_dtype, mean, var, Affine(weight, bias, float.fromhex(eps)))
+    channels = _Channels.of(x_dtype, mean, var, Affine(weight, bias, eps))
     for array in channels[:4]:
         if array is not None:
             array.flags.writeable = False
     return channels
 
 
-def _within(numbers: Array, most: float) -> bool:
-    """Whether no number is larger than this, for sure: one that may be refused, NaN always is."""
-    numbers = numbers.ravel()
-    if len(numbers) > 1 << 13:  # for a longer one the library of linear algebra would start threads
-        return bool(np.abs(numbers).max() <= most)
-    return bool(numbers.dot(numbers) <= most * most)
+def _within(most: float, *numbers: Array) -> bool:
+    """Whether no number in these arrays is larger than this, for sure: one that may be refused, NaN always is."""
+    squares = 0.0
+    for array in numbers:
+        row = array.ravel()
+        if len(row) > 1 << 13:  # for a longer one the library of linear algebra would start threads
+            row = np.abs(row).max(keepdims=True)
+        squares += row.dot(row)
+    return bool(squares <= most * most)
 
 
 def _extreme(factor: Array) -> Array:

@@ -53,6 +53,8 @@ SHORT = 1 << 9
 copies operands into them unless their rows are longer."""
 ROW = 1 << 11
 """Elements of a row that short ones are joined to, about."""
+JOINED = 1 << 12
+"""Elements of an array up to which all its rows are joined to one where nothing is summed."""
 SUMMANDS = 1 << 3
 """Rows that may be added in float32, one after the other, before the sum goes on in float64."""
 MANY = 1 << 6
@@ -195,9 +197,16 @@ def steps(size: int, most: int) -> list[tuple[slice, int]]:
 
 
 @functools.lru_cache(maxsize=512)
-def plan(shape: tuple[int, int, int], contiguous: bool, most: int, columns: int = 1) -> list[tuple[Tile, Lanes]]:
-    """Tiles of an array of this shape, as `tiles` makes them, and the lanes of each."""
-    return [(tile, Lanes.of(tile, shape, contiguous)) for tile in tiles(shape, most, columns)]
+def plan(shape: tuple[int, int, int], contiguous: bool, most: int, columns: int = 0) -> list[tuple[Tile, Lanes]]:
+    """Tiles of an array of this shape, as `tiles` makes them, and the lanes of each.
+
+    A small array that is not summed, as ``columns`` says, becomes a single joined row: NumPy's loops start soonest there.
+    """
+    N, C, L = shape
+    if columns and contiguous and N * C * L <= min(most, JOINED):
+        row = 1, N * C * L, 1
+        return [(Tile(slice(0, N), slice(0, C), slice(0, L)), Lanes(row, N, C, L, True, steps(1, SUMMANDS)))]
+    return [(tile, Lanes.of(tile, shape, contiguous)) for tile in tiles(shape, most, max(1, columns))]
 
 
 def tile_map(core: Callable[..., None], arrays: Sequence[Array | None], vectors: Array, temporaries: bool) -> None:
@@ -237,12 +246,14 @@ def tile_sums(
     first = arrays[0]
     assert first is not None
     # The order of additions depends on these tiles, and on the size of buffers. So they depend on the shape alone.
+    N, C, L = first.shape
     work = plan(first.shape, _contiguous(arrays), TILE if first.size <= SMALL else LARGE_TILE)
-    np.setbufsize(SHORT)
+    if N * L > SHORT or first.size > BUFFERED:  # else what is added up for a channel fits in a buffer, whatever its size
+        np.setbufsize(SHORT)
     parts = _walk(core, work, arrays, vectors, temporaries)
     if len(parts) == 1:
         return parts[0]
-    totals = [np.zeros(first.shape[1]) for _ in parts[0]]
+    totals = [np.zeros(C) for _ in parts[0]]
     for (tile, _), sums in zip(work, parts, strict=True):
         for total, part in zip(totals, sums, strict=True):
             total[tile.c] += part
@@ -266,23 +277,30 @@ def _walk(
 ) -> list[list[Array]]:
     """Call the core for every tile of this plan: the sums of the terms that it returns, for each tile."""
 
-    def apply(lanes: Lanes, tiles: Sequence[Array | None], vectors: Array) -> list[Array]:
-        views = [None if a is None else a.reshape(lanes.shape) for a in tiles]
-        terms = core(*views, *lanes.columns(vectors))
-        return [lanes.sum(*factors) for factors in terms] if terms else []
+    first = arrays[0]
+    assert first is not None
+    if len(work) == 1:
+        check_setting_once()
+        return [_apply(core, work[0][1], arrays, vectors)]
 
     def task(part: tuple[Tile, Lanes]) -> list[Array]:
         tile, lanes = part
-        return apply(lanes, [None if a is None else a[tile] for a in arrays], vectors[:, tile.c])
+        return _apply(core, lanes, [None if a is None else a[tile] for a in arrays], vectors[:, tile.c])
 
-    first = arrays[0]
-    assert first is not None
     if first.size > SMALL:
         return run(task, work, min(num_threads(), len(work) // 4 if temporaries else len(work)))
     check_setting_once()
-    if len(work) > 1:
-        return [task(part) for part in work]
-    return [apply(work[0][1], arrays, vectors)]
+    return [task(part) for part in work]
+
+
+def _apply(
+    core: Callable[..., Terms | None], lanes: Lanes, arrays: Sequence[Array | None], vectors: Array
+) -> list[Array]:
+    """Call the core for one tile: the sums of the terms that it returns."""
+    shape = lanes.shape
+    views = [None if a is None else a.reshape(shape) for a in arrays]
+    terms = core(*views, *lanes.columns(vectors))
+    return [lanes.sum(*factors) for factors in terms] if terms else []
 
 
 def gather(channels: Array, arrays: Sequence[Array | None]) -> Iterator[tuple[slice, list[Any]]]:
