@@ -136,12 +136,16 @@ class Lanes(NamedTuple):
         return cls((n, repeat * c * l, 1), repeat, c, l, down, steps(n, SUMMANDS) if down else steps(l, LINE))
 
     def columns(self, vectors: Array) -> Array:
-        """Columns with a value for each lane, from vectors, the rows of an array, with a value for each channel."""
-        if self.shape[1] > self.channels:
-            lanes = np.empty((len(vectors), self.repeat, self.channels, self.positions), vectors.dtype)
-            lanes[...] = vectors[:, None, :, None]
-            return lanes.reshape(len(vectors), self.shape[1], 1)
-        return vectors[:, :, None]
+        """Columns with a value for each lane, from vectors, the rows of an array, with a value for each channel.
+
+        They have the rank of a tile: NumPy is quickest where all operands have one shape, as in a single joined row.
+        """
+        columns = vectors[:, None, :, None]
+        if self.shape[1] == self.channels:
+            return columns
+        lanes = np.empty((len(vectors), self.repeat, self.channels, self.positions), vectors.dtype)
+        lanes[...] = columns
+        return lanes.reshape(len(vectors), 1, self.shape[1], 1)
 
     def sum(self, first: Array, second: Array | None = None) -> Array:
         """Sums per channel, float64, over a tile of an array or of the product of two arrays.
