@@ -132,20 +132,20 @@ def _spread_out(shape: tuple[int, int, int]) -> tuple[slice, slice]:
 
 def _moments_about(center: Array, x: Array, dtype: npt.DTypeLike, scratch: Array | None = None) -> tuple[Array, Array]:
     """Mean and m2, from sums about a center. Rounding may leave an m2 just below 0."""
-    center = center.astype(dtype)
+    rounded = center.astype(dtype)
     scratch = _usable(scratch, dtype)
 
     def core(x: Array, scratch: Array | None, center: Array) -> Terms:
         d = np.subtract(x, center, out=scratch, dtype=dtype)
         return [(d,), (d, d)]
 
-    sum_d, sum_dd = tile_sums(core, [x, scratch], center[None], scratch is None)
+    sum_d, sum_dd = tile_sums(core, [x, scratch], rounded[None], scratch is None)
     count = float(_count(x))
     square = sum_d * sum_d
     square /= count
     sum_dd -= square
     sum_d /= count
-    sum_d += center
+    sum_d += rounded.astype(_FLOAT64)
     return sum_d, sum_dd
 
 
@@ -404,7 +404,7 @@ def _gradient_sums(
     # Products too small for float32 are lost in part: that matters in sums that are no larger than this.
     least = _count(x) * _TINY / 8
     sure = channels.wide is None and least < 1 / _LARGE
-    if dtype != _FLOAT64 and not (sure and _within(_LARGE, sum_dy, sum_dy_d, np.reciprocal(sum_dy_d))):
+    if dtype is not _FLOAT64 and not (sure and _within(_LARGE, sum_dy, sum_dy_d, np.reciprocal(sum_dy_d))):
         held = np.abs(sum_dy_d) > least
         if np.count_nonzero(sum_dy_d) < len(sum_dy_d):  # as where nothing comes back, which is right
             held |= (sum_dy_d == 0) & (tile_sums(any_product, arrays, factors, True)[0] == 0)
@@ -682,7 +682,7 @@ class _Channels(NamedTuple):
         np.reciprocal(slopes[:2], out=slopes[2:])
         return slopes
 
-    def factors(self, some: slice | Array, dtype: np.dtype[Any]) -> Array:
+    def factors(self, some: slice | Array, dtype: npt.DTypeLike) -> Array:
         """Center, shift and scale of some channels in the dtype of the arithmetic, (3, channels)."""
         table = self.rounded if dtype == self.dtype else self.table[3:].astype(dtype, copy=False)
         return table[:, some]
@@ -692,8 +692,8 @@ class _Channels(NamedTuple):
 
         Beside the channel's own numbers, its slope and offset may be too large or too small for float32.
         """
-        wide = None if self.dtype == np.float64 else self.wide
-        if slopes is not None and self.dtype != np.float64 and not _within(_TAME**2, slopes):
+        wide = None if self.dtype is _FLOAT64 else self.wide
+        if slopes is not None and self.dtype is not _FLOAT64 and not _within(_TAME**2, slopes):
             extreme = _extreme(slopes[0]) | _extreme(slopes[1])
             wide = extreme if wide is None else wide | extreme
         if wide is None or not np.count_nonzero(wide):

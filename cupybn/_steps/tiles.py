@@ -53,8 +53,9 @@ SHORT = 1 << 9
 copies operands into them unless their rows are longer."""
 ROW = 1 << 11
 """Elements of a row that short ones are joined to, about."""
-JOINED = 1 << 12
-"""Elements of an array up to which all its rows are joined to one where nothing is summed."""
+SINGLE_ROW = 1 << 12
+"""Elements up to which a tile is a single joined row, and all its columns have its shape: so NumPy's loops start
+soonest."""
 SUMMANDS = 1 << 3
 """Rows that may be added in float32, one after the other, before the sum goes on in float64."""
 MANY = 1 << 6
@@ -111,8 +112,9 @@ def super_row(row: int) -> int:
 class Lanes(NamedTuple):
     """A tile as its core sees it: with short rows joined to long ones, whose lanes keep their channel from row to row.
 
-    The lanes of a joined row are ``repeat`` samples of ``channels`` with ``positions`` each. A tile with long rows, or
-    of an array that is not contiguous, keeps its shape (n, c, l) instead: each of its rows belongs to one channel.
+    The lanes of a joined row are ``repeat`` samples of ``channels`` with ``positions`` each. A small tile is a single
+    row. One with long rows, or of an array that is not contiguous, keeps its shape (n, c, l) instead: each of its rows
+    belongs to one channel.
     """
 
     shape: tuple[int, int, int]
@@ -120,20 +122,24 @@ class Lanes(NamedTuple):
     channels: int
     positions: int
 
-    # How sums are taken: down the lanes or along rows, and in which steps of rows or of neighbours, as `steps` has them.
-    down: bool
-    steps: list[tuple[slice, int]]
+    # How sums are taken, whether the tile is small or not.
+    down: bool  # down the lanes; else along rows
+    row: int  # lanes of the rows that are added
+    steps: list[tuple[slice, int]]  # of rows, or of neighbours in a row, as `steps` makes them
 
     @classmethod
     def of(cls, tile: Tile, shape: tuple[int, int, int], contiguous: bool) -> Lanes:
         """Lanes of a tile of an array that has this shape."""
         n, c, l = (axis.stop - axis.start for axis in tile)  # noqa: E741
-        if not contiguous or l >= SHORT:
-            down = l == 1
-            return cls((n, c, l), 1, c, 1, down, steps(n, SUMMANDS) if down else steps(l, LINE))
-        repeat = math.gcd(n, super_row(c * l)) if c == shape[1] else 1
-        down, n = l < MANY, n // repeat
-        return cls((n, repeat * c * l, 1), repeat, c, l, down, steps(n, SUMMANDS) if down else steps(l, LINE))
+        short = contiguous and l < SHORT
+        repeat = math.gcd(n, super_row(c * l)) if short and c == shape[1] else 1
+        down = l == 1 or (short and l < MANY)
+        sums = down, repeat * c * l, steps(n // repeat, SUMMANDS) if down else steps(l, LINE)
+        if contiguous and (c, l) == shape[1:] and n * c * l <= SINGLE_ROW:
+            return cls((1, n * c * l, 1), n, c, l, *sums)
+        if short:
+            return cls((n // repeat, repeat * c * l, 1), repeat, c, l, *sums)
+        return cls((n, c, l), 1, c, 1, *sums)
 
     def columns(self, vectors: Array) -> Array:
         """Columns with a value for each lane, from vectors, the rows of an array, with a value for each channel.
@@ -161,30 +167,31 @@ class Lanes(NamedTuple):
         return total
 
     def _down(self, rows: slice, count: int, first: Array, second: Array | None) -> Array:
-        """Sums down each ``count`` rows of a lane, (samples, channels, positions): still to be added for each channel."""
-        first = first[rows]
+        """Sums down each ``count`` rows, (samples, channels, positions): still to be added for each channel."""
+        first = first.reshape(-1, self.row)[rows]
         if second is not None:
-            second = second[rows]
-        if count == 1:  # what stands below gives the same, in four times the time
+            second = second.reshape(-1, self.row)[rows]
+        if count == 1:  # as below, in a fraction of the time; so for two rows
             sums = first if second is None else np.multiply(first, second)
+        elif second is not None:
+            sums = np.einsum("krw,krw->kw", *(f.reshape(-1, count, self.row) for f in (first, second)))
+        elif count == 2:
+            sums = np.add(first[::2], first[1::2])
         else:
-            shape = -1, count, self.shape[1]
-            first = first.reshape(shape)
-            if second is None:
-                sums = np.add.reduce(first, 1)
-            else:
-                sums = np.einsum("krw,krw->kw", first, second.reshape(shape))
+            sums = np.add.reduce(first.reshape(-1, count, self.row), 1)
         return sums.reshape(-1, self.channels, self.positions)
 
     def _along(self, line: slice, count: int, first: Array, second: Array | None) -> Array:
         """Sums along each ``count`` neighbours, (samples, channels, lines): still to be added for each channel."""
         n, _, l = self.shape  # noqa: E741
-        whole = n * self.repeat, self.channels, max(l, self.positions)
+        whole = n * self.repeat, self.channels, l * self.positions
         lines = *whole[:2], -1, count
         first = first.reshape(whole)[..., line].reshape(lines)
         if second is None:
-            return np.einsum("nckl->nck", first)
-        return np.vecdot(first, second.reshape(whole)[..., line].reshape(lines))
+            sums: Array = np.einsum("nckl->nck", first)
+        else:
+            sums = np.vecdot(first, second.reshape(whole)[..., line].reshape(lines))
+        return sums
 
 
 @functools.lru_cache
@@ -201,16 +208,9 @@ def steps(size: int, most: int) -> list[tuple[slice, int]]:
 
 
 @functools.lru_cache(maxsize=512)
-def plan(shape: tuple[int, int, int], contiguous: bool, most: int, columns: int = 0) -> list[tuple[Tile, Lanes]]:
-    """Tiles of an array of this shape, as `tiles` makes them, and the lanes of each.
-
-    A small array that is not summed, as ``columns`` says, becomes a single joined row: NumPy's loops start soonest there.
-    """
-    N, C, L = shape
-    if columns and contiguous and N * C * L <= min(most, JOINED):
-        row = 1, N * C * L, 1
-        return [(Tile(slice(0, N), slice(0, C), slice(0, L)), Lanes(row, N, C, L, True, steps(1, SUMMANDS)))]
-    return [(tile, Lanes.of(tile, shape, contiguous)) for tile in tiles(shape, most, max(1, columns))]
+def plan(shape: tuple[int, int, int], contiguous: bool, most: int, columns: int = 1) -> list[tuple[Tile, Lanes]]:
+    """Tiles of an array of this shape, as `tiles` makes them, and the lanes of each."""
+    return [(tile, Lanes.of(tile, shape, contiguous)) for tile in tiles(shape, most, columns)]
 
 
 def tile_map(core: Callable[..., None], arrays: Sequence[Array | None], vectors: Array, temporaries: bool) -> None:
@@ -252,7 +252,9 @@ def tile_sums(
     # The order of additions depends on these tiles, and on the size of buffers. So they depend on the shape alone.
     N, C, L = first.shape
     work = plan(first.shape, _contiguous(arrays), TILE if first.size <= SMALL else LARGE_TILE)
-    if N * L > SHORT or first.size > BUFFERED:  # else what is added up for a channel fits in a buffer, whatever its size
+    if (
+        N * L > SHORT or first.size > BUFFERED
+    ):  # else what is added up for a channel fits in a buffer, whatever its size
         np.setbufsize(SHORT)
     parts = _walk(core, work, arrays, vectors, temporaries)
     if len(parts) == 1:
@@ -266,10 +268,7 @@ def tile_sums(
 
 def _contiguous(arrays: Sequence[Array | None]) -> bool:
     """Whether all of these arrays are contiguous."""
-    for a in arrays:
-        if a is not None and not a.flags.c_contiguous:
-            return False
-    return True
+    return all(a is None or a.flags.c_contiguous for a in arrays)
 
 
 def _walk(
