@@ -204,12 +204,12 @@ def _update_running(count: float, mean: Array, m2: Array, batches: Array | None,
     written = []
     if running.mean is not None:
         assert running.var is not None
-        batch, moved = np.empty((2, 2, len(mean)))
+        moved, batch = np.empty((2, 2, len(mean)))
+        moved[0], moved[1] = running.mean, running.var
+        moved *= 1 - momentum
         batch[0] = mean
         np.divide(m2, count - 1, out=batch[1])
         batch *= momentum
-        moved[0], moved[1] = running.mean, running.var
-        moved *= 1 - momentum
         moved += batch
         written = [
             (running.mean, moved[0].astype(running.mean.dtype)),
@@ -552,9 +552,12 @@ def _input_gradient(
     for some, dtype in channels.precisions(slopes):
         at_hand = deviations if dtype == channels.dtype else None
         with_center = gated or (slopes is not None and at_hand is None)
-        vectors = channels.factors(some, dtype)[0 if with_center else 2 :]
-        if slopes is not None:
-            vectors = np.concatenate([vectors, slopes[:2, some]], dtype=dtype, casting="same_kind")
+        if slopes is None:
+            vectors = channels.factors(some, dtype)[0 if with_center else 2 :]
+        else:
+            vectors = slopes[:3, some].astype(dtype)
+            if with_center:
+                vectors = np.concatenate([channels.factors(some, dtype)[:2], vectors])
         arrays = _of_channels([dy, x, at_hand, epilogue.mask, dx, dresidual], some)
         tile_map(core, arrays, vectors, temporaries=activation is not None or dx.dtype != dtype)
 
@@ -672,14 +675,18 @@ class _Channels(NamedTuple):
         return row
 
     def slopes(self, sum_dy: Array, sum_dy_xhat: Array, inv_count: float) -> Array:
-        """What the way back subtracts from dy is slope * (x - center) + offset: slope, offset and inverses, (4, C)."""
-        slopes = np.empty((4, len(sum_dy)))
-        slope, offset = slopes[0], slopes[1]
+        """Factors of the way back, which takes slope * (x - center) + offset from dy and multiplies with scale.
+
+        Rows are scale, slope, offset, 1 / slope, 1 / offset, (5, C).
+        """
+        slopes = np.empty((5, len(sum_dy)))
+        slopes[0] = self.table[5]
+        slope, offset = slopes[1], slopes[2]
         np.multiply(sum_dy_xhat, self.rstd, out=slope)
         slope *= inv_count
         np.multiply(sum_dy, inv_count, out=offset)
         offset -= slope * self.rest
-        np.reciprocal(slopes[:2], out=slopes[2:])
+        np.reciprocal(slopes[1:3], out=slopes[3:])
         return slopes
 
     def factors(self, some: slice | Array, dtype: npt.DTypeLike) -> Array:
@@ -693,8 +700,8 @@ class _Channels(NamedTuple):
         Beside the channel's own numbers, its slope and offset may be too large or too small for float32.
         """
         wide = None if self.dtype is _FLOAT64 else self.wide
-        if slopes is not None and self.dtype is not _FLOAT64 and not _within(_TAME**2, slopes):
-            extreme = _extreme(slopes[0]) | _extreme(slopes[1])
+        if slopes is not None and self.dtype is not _FLOAT64 and not _within(_TAME**2, slopes[1:]):
+            extreme = _extreme(slopes[1]) | _extreme(slopes[2])
             wide = extreme if wide is None else wide | extreme
         if wide is None or not np.count_nonzero(wide):
             return [(slice(None), self.dtype)]

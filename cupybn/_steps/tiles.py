@@ -169,16 +169,20 @@ class Lanes(NamedTuple):
     def _down(self, rows: slice, count: int, first: Array, second: Array | None) -> Array:
         """Sums down each ``count`` rows, (samples, channels, positions): still to be added for each channel."""
         first = first.reshape(-1, self.row)[rows]
-        if second is not None:
-            second = second.reshape(-1, self.row)[rows]
-        if count == 1:  # as below, in a fraction of the time; so for two rows
-            sums = first if second is None else np.multiply(first, second)
-        elif second is not None:
-            sums = np.einsum("krw,krw->kw", *(f.reshape(-1, count, self.row) for f in (first, second)))
-        elif count == 2:
-            sums = np.add(first[::2], first[1::2])
+        if second is None:
+            if count == 1:  # as in the last line, in a fraction of the time; and so for two rows and for products
+                sums = first
+            elif count == 2:
+                sums = np.add(first[::2], first[1::2])
+            else:
+                sums = np.add.reduce(first.reshape(-1, count, self.row), 1)
         else:
-            sums = np.add.reduce(first.reshape(-1, count, self.row), 1)
+            second = second.reshape(-1, self.row)[rows]
+            if count == 1:
+                sums = np.multiply(first, second)
+            else:
+                shape = -1, count, self.row
+                sums = np.einsum("krw,krw->kw", first.reshape(shape), second.reshape(shape))
         return sums.reshape(-1, self.channels, self.positions)
 
     def _along(self, line: slice, count: int, first: Array, second: Array | None) -> Array:
@@ -268,7 +272,7 @@ def tile_sums(
 
 def _contiguous(arrays: Sequence[Array | None]) -> bool:
     """Whether all of these arrays are contiguous."""
-    return all(a is None or a.flags.c_contiguous for a in arrays)
+    return not [a for a in arrays if a is not None and not a.flags.c_contiguous]
 
 
 def _walk(
