@@ -169,20 +169,16 @@ class Lanes(NamedTuple):
     def _down(self, rows: slice, count: int, first: Array, second: Array | None) -> Array:
         """Sums down each ``count`` rows, (samples, channels, positions): still to be added for each channel."""
         first = first.reshape(-1, self.row)[rows]
-        if second is None:
-            if count == 1:  # as in the last line, in a fraction of the time; and so for two rows and for products
-                sums = first
-            elif count == 2:
-                sums = np.add(first[::2], first[1::2])
-            else:
-                sums = np.add.reduce(first.reshape(-1, count, self.row), 1)
-        else:
+        if second is not None:
             second = second.reshape(-1, self.row)[rows]
-            if count == 1:
-                sums = np.multiply(first, second)
-            else:
-                shape = -1, count, self.row
-                sums = np.einsum("krw,krw->kw", first.reshape(shape), second.reshape(shape))
+        if count <= 2:  # as below, in a fraction of the time
+            products = first if second is None else np.multiply(first, second)
+            sums = products if count == 1 else np.add(products[::2], products[1::2])
+        elif second is None:
+            sums = np.add.reduce(first.reshape(-1, count, self.row), 1)
+        else:
+            shape = -1, count, self.row
+            sums = np.einsum("krw,krw->kw", first.reshape(shape), second.reshape(shape))
         return sums.reshape(-1, self.channels, self.positions)
 
     def _along(self, line: slice, count: int, first: Array, second: Array | None) -> Array:
