@@ -252,42 +252,25 @@ def bn_normalize(
     if moments is None:
         assert running.mean is not None
         assert running.var is not None
-        mean, var, statistics = running.mean, running.var, None
-        if keep:
-            statistics = _statistics(mean, var)
-            mean, var = statistics.mean, statistics.var
-        _normalize(x, _remembered(x.dtype, mean, var, affine), epilogue, out)
+        statistics = _statistics(running.mean, running.var) if keep else None
+        _normalize(x, _remembered(x.dtype, running.mean, running.var, affine), epilogue, out)
         return statistics
     batch = Moments.of_rows(merge_moments(moments), moments.batches)
-    return _normalize_with_batch(
-        x, float(batch.count[0]), batch.mean[0], batch.m2[0], affine, running, batch.batches, epilogue, out, keep
-    )
-
-
-def _normalize_with_batch(
-    x: Array,
-    count: float,
-    mean: Array,
-    m2: Array,
-    affine: Affine,
-    running: Running,
-    batches: Array | None,
-    epilogue: Epilogue,
-    out: Array,
-    keep: bool,
-) -> Statistics | None:
-    """`bn_normalize` with the moments of a batch, which the running statistics then follow."""
-    var = m2 / count
-    statistics = None
-    if keep:
-        statistics = _statistics(mean, var)
-        channels = _remembered(x.dtype, mean, var, affine)  # the way back asks for them again
-    else:
-        channels = _Channels.of(x.dtype, mean, var, affine)
+    mean, m2 = batch.mean[0], batch.m2[0]
+    channels, statistics = _channels_of_batch(x.dtype, mean, m2 / batch.count, affine, keep)
     _normalize(x, channels, epilogue, out)
     if running.mean is not None:
-        _update_running(count, mean, m2, batches, running)
+        _update_running(float(batch.count[0]), mean, m2, batch.batches, running)
     return statistics
+
+
+def _channels_of_batch(
+    x_dtype: np.dtype[Any], mean: Array, var: Array, affine: Affine, keep: bool
+) -> tuple[_Channels, Statistics | None]:
+    """Channels with the statistics of a batch and, if they are wanted for the way back, the statistics."""
+    if keep:
+        return _remembered(x_dtype, mean, var, affine), _statistics(mean, var)
+    return _Channels.of(x_dtype, mean, var, affine), None  # the next batch has others
 
 
 def _normalize(x: Array, channels: _Channels, epilogue: Epilogue, out: Array) -> None:
@@ -332,7 +315,12 @@ def bn_forward(
     zero = mean - mean
     mean += zero
     m2 += zero
-    return _normalize_with_batch(x, float(_count(x)), mean, m2, affine, running, running.batches, epilogue, out, keep)
+    count = float(_count(x))
+    channels, statistics = _channels_of_batch(x.dtype, mean, m2 / count, affine, keep)
+    _normalize(x, channels, epilogue, out)
+    if running.mean is not None:
+        _update_running(count, mean, m2, running.batches, running)
+    return statistics
 
 
 def empty_mask(x: Array, residual: Array, out: Array) -> Array:  # noqa: ARG001
@@ -529,7 +517,8 @@ def _input_gradient(
         dresidual: Array | None,
         *columns: Any,
     ) -> None:
-        scale = columns[-1] if slopes is None else columns[-3]
+        # Columns are center and shift, if they are needed; scale; slope and offset, if there are any.
+        scale = columns[2 if with_center else 0]
         out = dx if dx.dtype == scale.dtype else np.empty(x.shape, scale.dtype)
         if d is None and with_center:
             d = np.subtract(x, columns[0], out=out, dtype=out.dtype)
@@ -538,7 +527,7 @@ def _input_gradient(
             np.copyto(dresidual, g, casting="unsafe")
         if slopes is not None:
             assert d is not None
-            _, slope, offset = columns[-3:]
+            slope, offset = columns[-2:]
             np.multiply(d, slope, out=out)
             np.subtract(g, out, out=out)
             out -= offset
@@ -709,17 +698,17 @@ class _Channels(NamedTuple):
 
 
 REMEMBERED = 256
-"""Most channels of a `_remembered`: for more of them it takes as long to compare as to compute."""
+"""Most channels that are remembered: bytes of more of them take as long to compare as their factors to compute."""
 
 
 def _remembered(x_dtype: np.dtype[Any], mean: Array, var: Array, affine: Affine) -> _Channels:
-    """`_Channels.of`, kept for the next call: running statistics do not change from call to call in inference, and the
-    way back asks for what the way forward has made.
+    """`_Channels.of`, kept for the next calls with the same numbers.
 
-    Known by the bytes of all vectors, of which those of the caller are not kept.
+    In inference those of a layer are the same in all calls, and the way back needs what the way forward has computed.
+    What is kept is found by the bytes of the vectors, so that it does not matter who changes an array in between.
     """
     weight, bias, eps = affine
-    if len(mean) > REMEMBERED or eps == 0:  # which may have a sign that comparisons do not see
+    if len(mean) > REMEMBERED or eps == 0:  # 0.0 and -0.0 are equal, but what they make is not
         return _Channels.of(x_dtype, mean, var, affine)
     vectors = [None if v is None else (v.dtype, v.tobytes()) for v in (mean, var, weight, bias)]
     return _of_bytes(x_dtype, eps, *vectors)

@@ -65,7 +65,6 @@ LINE = 1 << 9
 
 BUFFERED = 1 << 13
 """Elements up to which the size of NumPy's buffers makes no difference to the time of elementwise operations."""
-FLOAT64 = np.dtype(np.float64)
 
 PIECE = 1 << 9
 """Elements per channel that `gather` copies at a time."""
@@ -161,7 +160,7 @@ class Lanes(NamedTuple):
         partial = self._down if self.down else self._along
         total: Array | None = None
         for some, count in self.steps:
-            part = np.add.reduce(partial(some, count, first, second), (0, 2), FLOAT64)
+            part = np.add.reduce(partial(some, count, first, second), (0, 2), np.float64)
             total = part if total is None else np.add(total, part, out=total)
         assert total is not None
         return total
@@ -249,12 +248,10 @@ def tile_sums(
     """
     first = arrays[0]
     assert first is not None
-    # The order of additions depends on these tiles, and on the size of buffers. So they depend on the shape alone.
     N, C, L = first.shape
+    # The order of additions depends on these tiles. So they depend on the shape alone.
     work = plan(first.shape, _contiguous(arrays), TILE if first.size <= SMALL else LARGE_TILE)
-    if (
-        N * L > SHORT or first.size > BUFFERED
-    ):  # else what is added up for a channel fits in a buffer, whatever its size
+    if N * L > SHORT or first.size > BUFFERED:  # fewer values of a channel fit in a buffer of any size
         np.setbufsize(SHORT)
     parts = _walk(core, work, arrays, vectors, temporaries)
     if len(parts) == 1:
@@ -372,7 +369,7 @@ if hasattr(os, "register_at_fork"):
 
 
 check_setting_once = functools.cache(wanted_threads)
-"""Raise for a wrong CUPYBN_NUM_THREADS, also where one thread is enough. What is right is not looked at again: reading
+"""Raise for a wrong CUPYBN_NUM_THREADS where one thread is enough, too. A right one is not read again there: to read
 the environment takes as long as two operations on a small array."""
 
 
