@@ -502,7 +502,7 @@ def test_threads_share_what_is_remembered(rng, memory):
 
 
 def test_statistics_only_where_they_are_wanted(x, affine):
-    """Without them the output and the running statistics are the same."""
+    """Output and running statistics are the same without them."""
     C, results = x.shape[1], []
     for keep in True, False:
         running, out, y = Running(np.full(C, 0.5), np.full(C, 2.0), 0.1), np.empty_like(x), np.empty_like(x)

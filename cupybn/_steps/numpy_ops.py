@@ -100,7 +100,6 @@ def _mean_and_m2(x: Array, scratch: Array | None) -> tuple[Array, Array]:
     var, off, least = m2 / count, mean - center, _LEAST_VARIANCE[dtype]
     off *= off
     if np.count_nonzero(np.maximum(off, least) < var) < len(var) or not _within(1e150, m2):
-        np.maximum(m2, 0, out=m2)
         held = (var > least) & (m2 < np.inf)
         if np.count_nonzero(m2) < len(m2):
             held |= (m2 == 0) & _constant(x, center, dtype)
@@ -123,7 +122,7 @@ def _sample_mean(x: Array) -> Array:
 
 @functools.lru_cache
 def _spread_out(shape: tuple[int, int, int]) -> tuple[slice, slice]:
-    """Where along N and L the values of `_sample_mean` are."""
+    """Ranges along N and L of the values of `_sample_mean`."""
     N, _, L = shape
     along_n = min(N, SAMPLES)
     along_l = min(L, SAMPLES // along_n)
@@ -663,13 +662,19 @@ class _Channels(NamedTuple):
         row: Array = self.table[3]
         return row
 
+    @property
+    def scale(self) -> Array:
+        """weight / sqrt(var + eps)."""
+        row: Array = self.table[5]
+        return row
+
     def slopes(self, sum_dy: Array, sum_dy_xhat: Array, inv_count: float) -> Array:
         """Factors of the way back, which takes slope * (x - center) + offset from dy and multiplies with scale.
 
         Rows are scale, slope, offset, 1 / slope, 1 / offset, (5, C).
         """
         slopes = np.empty((5, len(sum_dy)))
-        slopes[0] = self.table[5]
+        slopes[0] = self.scale
         slope, offset = slopes[1], slopes[2]
         np.multiply(sum_dy_xhat, self.rstd, out=slope)
         slope *= inv_count

@@ -35,7 +35,8 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 Terms = Sequence[tuple[Array, ...]]
-"""What a core asks to be summed for each channel: tuples of an array or of two, whose product is meant."""
+"""What a core asks to be summed for each channel: tuples of an array or of two, whose product is meant. A sum of
+bools says no more than whether one of them is True."""
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -124,7 +125,7 @@ class Lanes(NamedTuple):
     # How sums are taken, whether the tile is small or not.
     down: bool  # down the lanes; else along rows
     row: int  # lanes of the rows that are added
-    steps: list[tuple[slice, int]]  # of rows, or of neighbours in a row, as `steps` makes them
+    steps: list[tuple[slice, int]]  # ranges of rows, or of neighbours in a row, as `steps` makes them
 
     @classmethod
     def of(cls, tile: Tile, shape: tuple[int, int, int], contiguous: bool) -> Lanes:
@@ -279,18 +280,17 @@ def _walk(
 
     first = arrays[0]
     assert first is not None
-    if len(work) == 1:
+    if first.size <= SMALL:
         check_setting_once()
+    if len(work) == 1:
         return [_apply(core, work[0][1], arrays, vectors)]
 
     def task(part: tuple[Tile, Lanes]) -> list[Array]:
         tile, lanes = part
         return _apply(core, lanes, [None if a is None else a[tile] for a in arrays], vectors[:, tile.c])
 
-    if first.size > SMALL:
-        return run(task, work, min(num_threads(), len(work) // 4 if temporaries else len(work)))
-    check_setting_once()
-    return [task(part) for part in work]
+    workers = 1 if first.size <= SMALL else min(num_threads(), len(work) // 4 if temporaries else len(work))
+    return run(task, work, workers)
 
 
 def _apply(
