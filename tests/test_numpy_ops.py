@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -375,11 +377,11 @@ def test_a_short_cut_is_not_taken_where_a_number_is_extreme(of, value, rng, monk
 def test_numbers_within_a_size_for_sure():
     for length in 10, 10**4:  # two ways to find out
         numbers = np.zeros((3, length))
-        assert ops._within(numbers, 1e14)
+        assert ops._within(1e14, numbers)
         for value in 2e14, -2e14, np.inf, np.nan, 1e200:
             numbers[1, 7] = value
             with np.errstate(over="ignore", invalid="ignore"):
-                assert not ops._within(numbers, 1e14)
+                assert not ops._within(1e14, numbers)
 
 
 @pytest.mark.parametrize("activation", [None, "relu"])
@@ -402,3 +404,122 @@ def test_bn_forward_and_bn_backward_are_their_steps(x, dy, residual, affine, act
     ops.bn_backward_input(dy, x, fused, affine, epilogue, sums, C / x.size, theirs)
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.fixture
+def memory():
+    """What is remembered of channels: nothing, before a test and after it."""
+    ops._of_bytes.cache_clear()
+    yield ops._of_bytes
+    ops._of_bytes.cache_clear()
+
+
+NUMBERS = [1.5, -0.0, 0.0, np.nan, -1.5]
+
+
+@pytest.mark.parametrize("of", ["mean", "var", "weight", "bias"])
+@pytest.mark.parametrize("dtype", [np.float16, np.float64])
+def test_channels_are_those_of_the_numbers_that_vectors_have_now(of, dtype, memory):
+    """Channels are remembered by what is in the vectors, to the last bit, and by their dtypes."""
+    vectors = {name: np.full(6, 2, dtype)[::2] for name in ("mean", "var", "weight", "bias")}
+    results = []
+    for _ in range(2):
+        for number in NUMBERS:
+            vectors[of][1] = number
+            for weight in vectors["weight"], None:
+                affine = Affine(weight, vectors["bias"], EPS)
+                mean, var = vectors["mean"], vectors["var"]
+                with np.errstate(all="ignore"):
+                    ours = ops._remembered(np.dtype(np.float32), mean, var, affine)
+                    expected = ops._Channels.of(np.dtype(np.float32), mean, var, affine)
+                assert bits(*ours.table) == bits(*expected.table)
+                results.append(ours)
+    half = len(results) // 2
+    assert all(a is b for a, b in zip(results[:half], results[half:], strict=True))
+    assert memory.cache_info().misses == half - (len(NUMBERS) - 1) * (of == "weight")
+
+
+def test_channels_of_other_arguments_are_others(memory):
+    """Equal bytes are not enough: of a float32 and an integer number, of a missing weight and a missing bias."""
+    ones, zeros = np.ones(4, np.float16), np.zeros(2, np.float32)
+    float32, float64 = np.dtype(np.float32), np.dtype(np.float64)
+    calls = [
+        (float32, ones, ones, Affine(None, None, EPS)),
+        (float64, ones, ones, Affine(None, None, EPS)),
+        (float32, ones, ones, Affine(None, None, 2 * EPS)),
+        (float32, ones, ones, Affine(ones, None, EPS)),
+        (float32, ones, ones, Affine(None, ones, EPS)),
+        (float32, ones.view(np.float32), zeros, Affine(None, None, EPS)),
+        (float32, ones.view(ml_dtypes.bfloat16), ones, Affine(None, None, EPS)),
+        (float32, zeros, ones.view(np.float32), Affine(None, None, EPS)),
+    ]
+    for _ in range(2):
+        for call in calls:
+            ours, expected = ops._remembered(*call), ops._Channels.of(*call)
+            assert ours.dtype == expected.dtype
+            assert bits(*ours[:3]) == bits(*expected[:3])
+    assert memory.cache_info()[:2] == (len(calls), len(calls))
+
+
+@pytest.mark.usefixtures("memory")
+def test_an_eps_of_zero_has_a_sign():
+    zeros = -np.zeros(3)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        rows = [ops._remembered(np.dtype(np.float32), zeros, zeros, Affine(None, None, eps)) for eps in (0.0, -0.0)]
+    assert [np.signbit(channels.table[0]).all() for channels in rows] == [False, True]
+
+
+def test_what_is_remembered_is_bounded_and_read_only(memory):
+    def remembered(C, first, var=1.0):
+        return ops._remembered(np.dtype(np.float32), np.full(C, first), np.full(C, var), Affine(None, None, EPS))
+
+    for first in range(200):
+        remembered(4, first)
+    assert memory.cache_info().currsize == memory.cache_info().maxsize <= 64
+    remembered(ops.REMEMBERED + 1, 1e6)
+    assert memory.cache_info().misses == 200  # a large one is not kept
+    with np.errstate(all="ignore"):
+        channels = remembered(4, 1e6, 1e35)
+    for array in channels[:4]:
+        with pytest.raises(ValueError, match="read-only"):
+            array[...] = 0
+
+
+def test_threads_share_what_is_remembered(rng, memory):
+    """Calls on threads of their own, with a few sets of statistics in turn: the results of each are its own."""
+    x = rng.standard_normal((6, 5, 4)).astype(np.float32)
+    affine, sets = Affine(np.ones(5), np.zeros(5), EPS), list(rng.uniform(1, 2, (3, 2, 5)))
+
+    def normalized(index):
+        out = np.empty_like(x)
+        ops.bn_normalize(x, None, affine, Running(*sets[index % 3]), Epilogue(), out, keep=False)
+        return bits(out)
+
+    expected = [normalized(index) for index in range(3)]
+    memory.cache_clear()
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(normalized, range(300))) == expected * 100
+
+
+def test_statistics_only_where_they_are_wanted(x, affine):
+    """Output and running statistics are the same without them."""
+    C, results = x.shape[1], []
+    for keep in True, False:
+        running, out, y = Running(np.full(C, 0.5), np.full(C, 2.0), 0.1), np.empty_like(x), np.empty_like(x)
+        trained = ops.bn_forward(x, affine, running, Epilogue(), out, keep)
+        normalized = ops.bn_normalize(x, None, affine, running, Epilogue(), y, keep)
+        assert (trained is None) == (normalized is None) == (not keep)
+        results.append(bits(out, y, running.mean, running.var))
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("shape", [(4, 8, 49), (64, 9, 1), (512, 1, 1), (1, 2, 511)], indirect=True, ids=str)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_callers_size_of_buffers_changes_no_bit(x, dtype):
+    """Small arrays are summed with whatever buffers there are."""
+    x, results = x.astype(dtype), []
+    for size in 8192, 16:
+        with np.errstate():  # restores the size of buffers, too
+            np.setbufsize(size)
+            results.append(bits(*ops.bn_stats(x)[1:3]))
+    assert results[0] == results[1]

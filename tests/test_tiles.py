@@ -149,6 +149,41 @@ def test_an_error_comes_through_and_ends_the_work():
     assert len(done) < 1000
 
 
+@pytest.mark.parametrize("shape", [(4, 8, 49), (64, 64, 1), (2, 7, 1), (3, 2, 600), (1, 3, 1)])
+@pytest.mark.parametrize("of", [np.float32, np.bool_])
+def test_sums_of_a_single_row_are_those_of_joined_rows(shape, of, monkeypatch, rng):
+    """How a small array is handed to its core changes no bit of its sums, nor whether they are 0."""
+    x, center = (rng.standard_normal(shape) > 2).astype(of), np.zeros((1, shape[1]), np.float32)
+    x = x if of is np.bool_ else (x * rng.standard_normal(shape)).astype(of)
+    seen, results = [], []
+
+    def core(x, center):
+        seen.append((x.shape[0], center.shape == x.shape))
+        return [(x,)] if x.dtype == np.bool_ else [(x,), (x, x)]
+
+    for most in tiles.SINGLE_ROW, 0:
+        monkeypatch.setattr(tiles, "SINGLE_ROW", most)
+        tiles.plan.cache_clear()
+        results.append(np.array(tiles.tile_sums(core, [x], center, False)))
+    tiles.plan.cache_clear()
+    assert seen[0] == (1, True)
+    assert results[0].tobytes() == results[1].tobytes()
+    np.testing.assert_array_equal(results[0][0] == 0, x.sum(axis=(0, 2)) == 0)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("N", [1, 2, 3, 9, 17])
+def test_products_of_few_rows(N, dtype, rng):
+    """Rows that are added one by one give what they give in general: 8 of them at a time, then the sums."""
+    x, y = rng.standard_normal((2, N, 5000, 1)).astype(dtype)
+    (tile, lanes), *_ = tiles.plan(x.shape, True, tiles.LARGE_TILE)
+    assert lanes.row == 5000
+    assert tile.n == slice(0, N)
+    terms = x.astype(np.float64) * y
+    error = np.abs(lanes.sum(x, y) - terms.sum(axis=(0, 2)))
+    assert np.all(error <= 16 * np.finfo(dtype).eps * np.abs(terms).sum(axis=(0, 2)))
+
+
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("N", [64, 600])
 def test_numpy_settings_of_the_caller_stay(N):

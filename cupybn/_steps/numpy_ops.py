@@ -14,6 +14,7 @@ where ``x - center`` is exact wherever it matters, and the second bracket, ``shi
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -27,6 +28,9 @@ from cupybn._steps.tiles import Terms, gather, numpy_settings, tile_map, tile_su
 
 Array = npt.NDArray[Any]
 
+_FLOAT64 = np.dtype(np.float64)
+_LEAST_VARIANCE = {dtype: 1e4 * float(np.finfo(dtype).tiny) for dtype in (np.dtype(np.float32), _FLOAT64)}
+"""Least variance that squares of differences in this dtype do not lose."""
 SAMPLES = 16
 """Values per channel whose mean is the center of the first sums: it is off by a quarter of a standard deviation."""
 
@@ -91,11 +95,11 @@ def _count(x: Array) -> int:
 
 def _mean_and_m2(x: Array, scratch: Array | None) -> tuple[Array, Array]:
     """Mean and sum of squared deviations of each channel: see `bn_stats`."""
-    dtype, count, center = accumulation_dtype(x.dtype), _count(x), _sample_mean(x)
+    dtype, count, center = accumulation_dtype(x.dtype), float(_count(x)), _sample_mean(x)
     mean, m2 = _moments_about(center, x, dtype, scratch)
-    var, off, least = m2 / count, mean - center, 1e4 * float(np.finfo(dtype).tiny)
+    var, off, least = m2 / count, mean - center, _LEAST_VARIANCE[dtype]
     off *= off
-    if np.count_nonzero(np.maximum(off, least) < var) < len(var) or not _within(m2, 1e150):
+    if np.count_nonzero(np.maximum(off, least) < var) < len(var) or not _within(1e150, m2):
         held = (var > least) & (m2 < np.inf)
         if np.count_nonzero(m2) < len(m2):
             held |= (m2 == 0) & _constant(x, center, dtype)
@@ -107,35 +111,41 @@ def _mean_and_m2(x: Array, scratch: Array | None) -> tuple[Array, Array]:
 
 def _sample_mean(x: Array) -> Array:
     """The mean of a few values of each channel, spread over the array: exactly their value, if all are the same."""
-    N, C, L = x.shape
-    along_n = min(N, SAMPLES)
-    along_l = min(L, SAMPLES // along_n)
-    spread_out = x[N // (2 * along_n) :: -(-N // along_n), :, L // (2 * along_l) :: -(-L // along_l)]
-    sample = spread_out.transpose(0, 2, 1).reshape(-1, C).astype(np.float64)
+    some_n, some_l = _spread_out(x.shape)
+    sample = x[some_n, :, some_l].transpose(0, 2, 1).reshape(-1, x.shape[1]).astype(_FLOAT64)
     first = sample[0]
-    mean: Array = np.add.reduce(sample - first, axis=0)
-    mean /= len(sample)
-    np.add(first, mean, out=mean)
+    mean: Array = np.add.reduce(sample - first, 0)
+    mean /= float(len(sample))
+    mean += first
     return mean
 
 
+@functools.lru_cache
+def _spread_out(shape: tuple[int, int, int]) -> tuple[slice, slice]:
+    """Ranges along N and L of the values of `_sample_mean`."""
+    N, _, L = shape
+    along_n = min(N, SAMPLES)
+    along_l = min(L, SAMPLES // along_n)
+    return slice(N // (2 * along_n), None, -(-N // along_n)), slice(L // (2 * along_l), None, -(-L // along_l))
+
+
 def _moments_about(center: Array, x: Array, dtype: npt.DTypeLike, scratch: Array | None = None) -> tuple[Array, Array]:
-    """Mean and m2, from sums about a center."""
-    center = center.astype(dtype)
+    """Mean and m2, from sums about a center. Rounding may leave an m2 just below 0."""
+    rounded = center.astype(dtype)
     scratch = _usable(scratch, dtype)
 
     def core(x: Array, scratch: Array | None, center: Array) -> Terms:
         d = np.subtract(x, center, out=scratch, dtype=dtype)
         return [(d,), (d, d)]
 
-    sum_d, sum_dd = tile_sums(core, [x, scratch], center[None], scratch is None)
-    count = _count(x)
+    sum_d, sum_dd = tile_sums(core, [x, scratch], rounded[None], scratch is None)
+    count = float(_count(x))
     square = sum_d * sum_d
     square /= count
     sum_dd -= square
     sum_d /= count
-    sum_d += center
-    return sum_d, np.maximum(sum_dd, 0, out=sum_dd)
+    sum_d += rounded.astype(_FLOAT64)
+    return sum_d, sum_dd
 
 
 def _constant(x: Array, center: Array, dtype: npt.DTypeLike) -> Array:
@@ -193,11 +203,13 @@ def _update_running(count: float, mean: Array, m2: Array, batches: Array | None,
     written = []
     if running.mean is not None:
         assert running.var is not None
-        moved = np.empty((2, len(mean)))
+        moved, batch = np.empty((2, 2, len(mean)))
         moved[0], moved[1] = running.mean, running.var
         moved *= 1 - momentum
-        moved[0] += mean * momentum
-        moved[1] += m2 / (count - 1) * momentum
+        batch[0] = mean
+        np.divide(m2, count - 1, out=batch[1])
+        batch *= momentum
+        moved += batch
         written = [
             (running.mean, moved[0].astype(running.mean.dtype)),
             (running.var, moved[1].astype(running.var.dtype)),
@@ -215,8 +227,8 @@ def bn_normalize(
     running: Running,
     epilogue: Epilogue,
     out: Array,
-    keep: bool = True,  # noqa: ARG001
-) -> Statistics:
+    keep: bool = True,
+) -> Statistics | None:
     """out = activation(weight * (x - mean) / sqrt(var + eps) + bias + residual), then `bn_update_running`.
 
     Parameters
@@ -230,29 +242,38 @@ def bn_normalize(
     epilogue : Epilogue
         Its mask gets where ReLU passes.
     keep : bool
-        Whether the result is wanted: a GPU need not write it down.
+        Whether the result is wanted.
 
     Returns
     -------
-    The statistics that x was normalised with.
+    The statistics that x was normalised with, if they are wanted.
     """
     if moments is None:
         assert running.mean is not None
         assert running.var is not None
-        statistics = _statistics(running.mean, running.var)
-        _normalize(x, statistics, affine, epilogue, out)
+        statistics = _statistics(running.mean, running.var) if keep else None
+        _normalize(x, _remembered(x.dtype, running.mean, running.var, affine), epilogue, out)
         return statistics
     batch = Moments.of_rows(merge_moments(moments), moments.batches)
-    statistics = _statistics(batch.mean[0], batch.m2[0] / batch.count)
-    _normalize(x, statistics, affine, epilogue, out)
+    mean, m2 = batch.mean[0], batch.m2[0]
+    channels, statistics = _channels_of_batch(x.dtype, mean, m2 / batch.count, affine, keep)
+    _normalize(x, channels, epilogue, out)
     if running.mean is not None:
-        _update_running(float(batch.count[0]), batch.mean[0], batch.m2[0], batch.batches, running)
+        _update_running(float(batch.count[0]), mean, m2, batch.batches, running)
     return statistics
 
 
-def _normalize(x: Array, statistics: Statistics, affine: Affine, epilogue: Epilogue, out: Array) -> None:
-    """`bn_normalize` with these statistics."""
-    channels = _Channels.of(x.dtype, statistics, affine)
+def _channels_of_batch(
+    x_dtype: np.dtype[Any], mean: Array, var: Array, affine: Affine, keep: bool
+) -> tuple[_Channels, Statistics | None]:
+    """Channels with the statistics of a batch and, if they are wanted for the way back, the statistics."""
+    if keep:
+        return _remembered(x_dtype, mean, var, affine), _statistics(mean, var)
+    return _Channels.of(x_dtype, mean, var, affine), None  # the next batch has others
+
+
+def _normalize(x: Array, channels: _Channels, epilogue: Epilogue, out: Array) -> None:
+    """`bn_normalize` with the statistics of these channels."""
     residual, activation, mask = epilogue
     out_is_free = residual is None or not np.may_share_memory(out, residual)  # to compute in, before residual is read
 
@@ -284,18 +305,18 @@ def bn_forward(
     running: Running,
     epilogue: Epilogue,
     out: Array,
-    keep: bool = True,  # noqa: ARG001
+    keep: bool = True,
     scratch: Array | None = None,
-) -> Statistics:
+) -> Statistics | None:
     """`bn_stats`, then `bn_normalize`: batch norm in training."""
     mean, m2 = _mean_and_m2(x, scratch)
     # As `merge_moments` leaves a single part: NaN where the mean is infinite, and 0 without a sign.
     zero = mean - mean
     mean += zero
     m2 += zero
-    count = _count(x)
-    statistics = _statistics(mean, m2 / count)
-    _normalize(x, statistics, affine, epilogue, out)
+    count = float(_count(x))
+    channels, statistics = _channels_of_batch(x.dtype, mean, m2 / count, affine, keep)
+    _normalize(x, channels, epilogue, out)
     if running.mean is not None:
         _update_running(count, mean, m2, running.batches, running)
     return statistics
@@ -341,7 +362,7 @@ def bn_backward_reduce(
     scratch : array of the same shape, or None
         Memory to work in; it is used if its dtype is that of the arithmetic.
     """
-    channels = _Channels.of(x.dtype, statistics, affine)
+    channels = _remembered(x.dtype, statistics.mean, statistics.var, affine)
     sum_dy, sum_dy_xhat = _gradient_sums(dy, x, channels, epilogue, _usable(scratch, channels.dtype))
     return Sums(sum_dy[None], sum_dy_xhat[None])
 
@@ -352,7 +373,7 @@ def _gradient_sums(
     """sum(dy) and sum(dy * xhat): see `bn_backward_reduce`. Leaves x - center in the scratch memory."""
     dtype, activation = channels.dtype, epilogue.activation
     gated = activation is not None and epilogue.mask is None
-    factors = channels.factors(slice(None), dtype, 0, 3 if gated else 1)
+    factors = channels.factors(slice(None), dtype)[: 3 if gated else 1]
 
     def products(
         dy: Array, x: Array, mask: Array | None, scratch: Array | None, center: Array, *affine: Array
@@ -369,8 +390,8 @@ def _gradient_sums(
     sum_dy, sum_dy_d = tile_sums(products, arrays, factors, scratch is None or activation is not None)
     # Products too small for float32 are lost in part: that matters in sums that are no larger than this.
     least = _count(x) * _TINY / 8
-    sure = channels.wide is None and least < 1 / _LARGE and _within(sum_dy, _LARGE) and _within(sum_dy_d, _LARGE)
-    if dtype != np.float64 and not (sure and _within(np.reciprocal(sum_dy_d), _LARGE)):
+    sure = channels.wide is None and least < 1 / _LARGE
+    if dtype is not _FLOAT64 and not (sure and _within(_LARGE, sum_dy, sum_dy_d, np.reciprocal(sum_dy_d))):
         held = np.abs(sum_dy_d) > least
         if np.count_nonzero(sum_dy_d) < len(sum_dy_d):  # as where nothing comes back, which is right
             held |= (sum_dy_d == 0) & (tile_sums(any_product, arrays, factors, True)[0] == 0)
@@ -458,7 +479,7 @@ def bn_backward_input(
     gradients : Gradients
         Get all of these.
     """
-    channels = _Channels.of(x.dtype, statistics, affine)
+    channels = _remembered(x.dtype, statistics.mean, statistics.var, affine)
     added_up = None if sums is None else (sums.dy.sum(axis=0), sums.dy_xhat.sum(axis=0))
     _input_gradient(dy, x, channels, epilogue, added_up, inv_count, gradients, None)
 
@@ -476,11 +497,11 @@ def _input_gradient(
     """All gradients from these sums: see `bn_backward_input`. Deviations are x - center, if that is at hand."""
     activation = epilogue.activation
     dx, dresidual, dweight, dbias = gradients
-    with_slope = inv_count != 0
+    slopes = None
     if sums is not None:
         sum_dy, sum_dy_xhat = sums
-        if with_slope:
-            channels.set_slope(sum_dy, sum_dy_xhat, inv_count)
+        if inv_count != 0:
+            slopes = channels.slopes(sum_dy, sum_dy_xhat, inv_count)
         if dweight is not None:
             dweight[...] = sum_dy_xhat
         if dbias is not None:
@@ -495,15 +516,17 @@ def _input_gradient(
         dresidual: Array | None,
         *columns: Any,
     ) -> None:
-        center, shift, scale, slope, offset = (None,) * first + columns + (None,) * (5 - last)
+        # Columns are center and shift, if they are needed; scale; slope and offset, if there are any.
+        scale = columns[2 if with_center else 0]
         out = dx if dx.dtype == scale.dtype else np.empty(x.shape, scale.dtype)
-        if d is None and center is not None:
-            d = np.subtract(x, center, out=out, dtype=out.dtype)
-        g = _passed(dy.astype(out.dtype, copy=False), d, mask, (shift, scale), activation)
+        if d is None and with_center:
+            d = np.subtract(x, columns[0], out=out, dtype=out.dtype)
+        g = _passed(dy.astype(out.dtype, copy=False), d, mask, columns[1:3], activation)
         if dresidual is not None:
             np.copyto(dresidual, g, casting="unsafe")
-        if with_slope:
+        if slopes is not None:
             assert d is not None
+            slope, offset = columns[-2:]
             np.multiply(d, slope, out=out)
             np.subtract(g, out, out=out)
             out -= offset
@@ -514,12 +537,16 @@ def _input_gradient(
             np.copyto(dx, out, casting="unsafe")
 
     gated = activation is not None and epilogue.mask is None
-    last = 5 if with_slope else 3
-    for some, dtype in channels.precisions(with_slope):
+    for some, dtype in channels.precisions(slopes):
         at_hand = deviations if dtype == channels.dtype else None
-        first = 0 if gated or (with_slope and at_hand is None) else 2
+        with_center = gated or (slopes is not None and at_hand is None)
+        if slopes is None:
+            vectors = channels.factors(some, dtype)[0 if with_center else 2 :]
+        else:
+            vectors = slopes[:3, some].astype(dtype)
+            if with_center:
+                vectors = np.concatenate([channels.factors(some, dtype)[:2], vectors])
         arrays = _of_channels([dy, x, at_hand, epilogue.mask, dx, dresidual], some)
-        vectors = channels.factors(some, dtype, first, last)
         tile_map(core, arrays, vectors, temporaries=activation is not None or dx.dtype != dtype)
 
 
@@ -535,7 +562,7 @@ def bn_backward(
     scratch: Array | None = None,
 ) -> None:
     """`bn_backward_reduce`, then `bn_backward_input`: all gradients."""
-    channels = _Channels.of(x.dtype, statistics, affine)
+    channels = _remembered(x.dtype, statistics.mean, statistics.var, affine)
     deviations = _usable(scratch, channels.dtype)
     sum_dy, sum_dy_xhat = _gradient_sums(dy, x, channels, epilogue, deviations)
     sum_dy_xhat += 0.0  # as adding up the parts leaves it: 0 without a sign
@@ -576,51 +603,52 @@ _TAME = 1e14
 class _Channels(NamedTuple):
     """Batch norm of each channel as (x - center) * scale + shift, in float64."""
 
-    # Rows are std, rstd, 1 / scale; center, shift, scale, slope, offset; 1 / slope, 1 / offset, (10, C). What becomes
-    # factors together lies side by side, and what is looked at together, the first six rows and the last four.
-    table: Array
+    table: Array  # (6, C); rows are std, rstd, 1 / scale, center, shift, scale
+    rounded: Array  # (3, C); center, shift and scale in the dtype of the arithmetic
     rest: Array  # (C,); mean - center
     wide: Array | None  # (C,); whether a channel needs float64. None if none does
     dtype: np.dtype[Any]  # dtype of the arithmetic of all other channels
 
     @classmethod
-    def of(cls, x_dtype: np.dtype[Any], statistics: Statistics, affine: Affine) -> _Channels:
-        """The channels of these statistics, weight, bias and eps, for data of a dtype."""
+    def of(cls, x_dtype: np.dtype[Any], mean: Array, var: Array, affine: Affine) -> _Channels:
+        """The channels of these vectors and eps, for data of a dtype."""
         weight, bias, eps = affine
-        mean, var = statistics.pairs[:, 0], statistics.pairs[:, 1]
         dtype = accumulation_dtype(x_dtype)
         C = len(mean)
-        table = np.zeros((10, C))
-        std, rstd, inverse = table[0], table[1], table[2]
-        center, shift, scale = table[3], table[4], table[5]
-        np.add(var, eps, out=std)
+        table = np.empty((6, C))
+        std, rstd, inverse, center, shift, scale = table
+        std[...] = var
+        std += eps
         np.sqrt(std, out=std)
         np.reciprocal(std, out=rstd)
         scale[...] = 1 if weight is None else weight
-        np.multiply(rstd, scale, out=scale)
+        scale *= rstd
         np.reciprocal(scale, out=inverse)
         center[...] = mean
-        if bias is not None:
-            shift[...] = bias
+        shift[...] = 0 if bias is None else bias
         wide: Array | None = None
-        if _within(table[:6], _TAME):
+        if _within(_TAME, table):
             center[...] = center.astype(dtype)
             rest = mean - center
         else:
-            wide = (rstd < _SMALL_RSTD) | (rstd > 1 / _SMALL_RSTD) | _extreme(scale) | (np.abs(mean) > _LARGE)
+            wide = (rstd < _SMALL_RSTD) | (rstd > 1 / _SMALL_RSTD) | _extreme(scale) | (np.abs(center) > _LARGE)
             np.copyto(center, center.astype(dtype), where=~wide)
             rest = np.where(np.isfinite(center), mean - center, 0)  # inf - inf is NaN
         with_rest = np.count_nonzero(rest)  # none, if the mean is a float32
-        lost: Any = -rest * scale if with_rest else 0.0
-        if 0 < with_rest < C:
-            lost[rest == 0] = 0  # 0 * inf is NaN
-        if bias is None:
-            shift[...] = lost
-        else:
-            shift += lost
-            if wide is not None:
-                wide |= np.abs(shift) > _LARGE
-        return cls(table, rest, wide, dtype)
+        if with_rest:
+            lost = -rest
+            lost *= scale
+            if with_rest < C:
+                lost[rest == 0] = 0  # 0 * inf is NaN
+            if bias is None:
+                shift[...] = lost
+            else:
+                shift += lost
+        elif bias is not None:
+            shift += 0.0
+        if bias is not None and wide is not None:
+            wide |= np.abs(shift) > _LARGE
+        return cls(table, table[3:].astype(dtype), rest, wide, dtype)
 
     @property
     def rstd(self) -> Array:
@@ -634,41 +662,85 @@ class _Channels(NamedTuple):
         row: Array = self.table[3]
         return row
 
-    def set_slope(self, sum_dy: Array, sum_dy_xhat: Array, inv_count: float) -> None:
-        """Note what the way back subtracts from dy: slope * (x - center) + offset."""
-        slope, offset = self.table[6], self.table[7]
+    @property
+    def scale(self) -> Array:
+        """weight / sqrt(var + eps)."""
+        row: Array = self.table[5]
+        return row
+
+    def slopes(self, sum_dy: Array, sum_dy_xhat: Array, inv_count: float) -> Array:
+        """Factors of the way back, which takes slope * (x - center) + offset from dy and multiplies with scale.
+
+        Rows are scale, slope, offset, 1 / slope, 1 / offset, (5, C).
+        """
+        slopes = np.empty((5, len(sum_dy)))
+        slopes[0] = self.scale
+        slope, offset = slopes[1], slopes[2]
         np.multiply(sum_dy_xhat, self.rstd, out=slope)
         slope *= inv_count
         np.multiply(sum_dy, inv_count, out=offset)
         offset -= slope * self.rest
+        np.reciprocal(slopes[1:3], out=slopes[3:])
+        return slopes
 
-    def factors(self, some: slice | Array, dtype: npt.DTypeLike, first: int = 0, last: int = 3) -> Array:
-        """The rows from `first` to `last` of center, shift, scale, slope and offset, in the dtype of the arithmetic."""
-        return self.table[3 + first : 3 + last, some].astype(dtype, copy=False)
+    def factors(self, some: slice | Array, dtype: npt.DTypeLike) -> Array:
+        """Center, shift and scale of some channels in the dtype of the arithmetic, (3, channels)."""
+        table = self.rounded if dtype == self.dtype else self.table[3:].astype(dtype, copy=False)
+        return table[:, some]
 
-    def precisions(self, with_slope: bool = False) -> list[tuple[slice, np.dtype[Any]]]:
+    def precisions(self, slopes: Array | None = None) -> list[tuple[slice, np.dtype[Any]]]:
         """Ranges of channels, and the dtype of the arithmetic in each: float64 where float32 is too narrow.
 
         Beside the channel's own numbers, its slope and offset may be too large or too small for float32.
         """
-        wide = None if self.dtype == np.float64 else self.wide
-        if with_slope and self.dtype != np.float64:
-            np.reciprocal(self.table[6:8], out=self.table[8:10])
-            if not _within(self.table[6:10], _TAME**2):
-                slope, offset = self.table[6], self.table[7]
-                extreme = _extreme(slope) | _extreme(offset)
-                wide = extreme if wide is None else wide | extreme
+        wide = None if self.dtype is _FLOAT64 else self.wide
+        if slopes is not None and self.dtype is not _FLOAT64 and not _within(_TAME**2, slopes[1:]):
+            extreme = _extreme(slopes[1]) | _extreme(slopes[2])
+            wide = extreme if wide is None else wide | extreme
         if wide is None or not np.count_nonzero(wide):
             return [(slice(None), self.dtype)]
         return [(some, self.dtype) for some in _runs(~wide)] + [(some, np.dtype(np.float64)) for some in _runs(wide)]
 
 
-def _within(numbers: Array, most: float) -> bool:
-    """Whether no number is larger than this, for sure: one that may be refused, NaN always is."""
-    numbers = numbers.ravel()
-    if len(numbers) > 1 << 13:  # for a longer one the library of linear algebra would start threads
-        return bool(np.abs(numbers).max() <= most)
-    return bool(numbers.dot(numbers) <= most * most)
+REMEMBERED = 256
+"""Most channels that are remembered: bytes of more of them take as long to compare as their factors to compute."""
+
+
+def _remembered(x_dtype: np.dtype[Any], mean: Array, var: Array, affine: Affine) -> _Channels:
+    """`_Channels.of`, kept for the next calls with the same numbers.
+
+    In inference those of a layer are the same in all calls, and the way back needs what the way forward has computed.
+    What is kept is found by the bytes of the vectors, so that it does not matter who changes an array in between.
+    """
+    weight, bias, eps = affine
+    if len(mean) > REMEMBERED or eps == 0:  # 0.0 and -0.0 are equal, but what they make is not
+        return _Channels.of(x_dtype, mean, var, affine)
+    vectors = [None if v is None else (v.dtype, v.tobytes()) for v in (mean, var, weight, bias)]
+    return _of_bytes(x_dtype, eps, *vectors)
+
+
+@functools.lru_cache(maxsize=64)
+def _of_bytes(x_dtype: np.dtype[Any], eps: float, *vectors: tuple[np.dtype[Any], bytes] | None) -> _Channels:
+    """The channels of vectors given as dtypes and bytes; arrays of the result are read-only."""
+    mean, var, weight, bias = (None if v is None else np.frombuffer(v[1], v[0]) for v in vectors)
+    assert mean is not None
+    assert var is not None
+    channels = _Channels.of(x_dtype, mean, var, Affine(weight, bias, eps))
+    for array in channels[:4]:
+        if array is not None:
+            array.flags.writeable = False
+    return channels
+
+
+def _within(most: float, *numbers: Array) -> bool:
+    """Whether no number in these arrays is larger than this, for sure: one that may be refused, NaN always is."""
+    squares = 0.0
+    for array in numbers:
+        row = array.ravel()
+        if len(row) > 1 << 13:  # for a longer one the library of linear algebra would start threads
+            row = np.abs(row).max(keepdims=True)
+        squares += row.dot(row)
+    return bool(squares <= most * most)
 
 
 def _extreme(factor: Array) -> Array:

@@ -35,7 +35,8 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 Terms = Sequence[tuple[Array, ...]]
-"""What a core asks to be summed for each channel: tuples of an array or of two, whose product is meant."""
+"""What a core asks to be summed for each channel: tuples of an array or of two, whose product is meant. A sum of
+bools says no more than whether one of them is True."""
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -53,12 +54,18 @@ SHORT = 1 << 9
 copies operands into them unless their rows are longer."""
 ROW = 1 << 11
 """Elements of a row that short ones are joined to, about."""
+SINGLE_ROW = 1 << 12
+"""Elements up to which a tile is a single joined row, and all its columns have its shape: so NumPy's loops start
+soonest."""
 SUMMANDS = 1 << 3
 """Rows that may be added in float32, one after the other, before the sum goes on in float64."""
 MANY = 1 << 6
 """Positions (L) from which on sums go along the row of a channel, not down the lanes."""
 LINE = 1 << 9
 """Neighbours in a row that may be added in float32: NumPy and BLAS keep several sums of them, so that each is short."""
+
+BUFFERED = 1 << 13
+"""Elements up to which the size of NumPy's buffers makes no difference to the time of elementwise operations."""
 
 PIECE = 1 << 9
 """Elements per channel that `gather` copies at a time."""
@@ -105,8 +112,9 @@ def super_row(row: int) -> int:
 class Lanes(NamedTuple):
     """A tile as its core sees it: with short rows joined to long ones, whose lanes keep their channel from row to row.
 
-    The lanes of a joined row are ``repeat`` samples of ``channels`` with ``positions`` each. A tile with long rows, or
-    of an array that is not contiguous, keeps its shape (n, c, l) instead: each of its rows belongs to one channel.
+    The lanes of a joined row are ``repeat`` samples of ``channels`` with ``positions`` each. A small tile is a single
+    row. One with long rows, or of an array that is not contiguous, keeps its shape (n, c, l) instead: each of its rows
+    belongs to one channel.
     """
 
     shape: tuple[int, int, int]
@@ -114,53 +122,76 @@ class Lanes(NamedTuple):
     channels: int
     positions: int
 
+    # How sums are taken, whether the tile is small or not.
+    down: bool  # down the lanes; else along rows
+    row: int  # lanes of the rows that are added
+    steps: list[tuple[slice, int]]  # ranges of rows, or of neighbours in a row, as `steps` makes them
+
     @classmethod
     def of(cls, tile: Tile, shape: tuple[int, int, int], contiguous: bool) -> Lanes:
         """Lanes of a tile of an array that has this shape."""
         n, c, l = (axis.stop - axis.start for axis in tile)  # noqa: E741
-        if not contiguous or l >= SHORT:
-            return cls((n, c, l), 1, c, 1)
-        repeat = math.gcd(n, super_row(c * l)) if c == shape[1] else 1
-        return cls((n // repeat, repeat * c * l, 1), repeat, c, l)
+        short = contiguous and l < SHORT
+        repeat = math.gcd(n, super_row(c * l)) if short and c == shape[1] else 1
+        down = l == 1 or (short and l < MANY)
+        sums = down, repeat * c * l, steps(n // repeat, SUMMANDS) if down else steps(l, LINE)
+        if contiguous and (c, l) == shape[1:] and n * c * l <= SINGLE_ROW:
+            return cls((1, n * c * l, 1), n, c, l, *sums)
+        if short:
+            return cls((n // repeat, repeat * c * l, 1), repeat, c, l, *sums)
+        return cls((n, c, l), 1, c, 1, *sums)
 
     def columns(self, vectors: Array) -> Array:
-        """Columns with a value for each lane, from vectors, the rows of an array, with a value for each channel."""
-        if self.shape[1] > self.channels:
-            lanes = np.empty((len(vectors), self.repeat, self.channels, self.positions), vectors.dtype)
-            lanes[...] = vectors[:, None, :, None]
-            vectors = lanes.reshape(len(vectors), -1)
-        return vectors[:, :, None]
+        """Columns with a value for each lane, from vectors, the rows of an array, with a value for each channel.
 
-    def sum(self, *factors: Array) -> Array:
+        They have the rank of a tile: NumPy is quickest where all operands have one shape, as in a single joined row.
+        """
+        columns = vectors[:, None, :, None]
+        if self.shape[1] == self.channels:
+            return columns
+        lanes = np.empty((len(vectors), self.repeat, self.channels, self.positions), vectors.dtype)
+        lanes[...] = columns
+        return lanes.reshape(len(vectors), 1, self.shape[1], 1)
+
+    def sum(self, first: Array, second: Array | None = None) -> Array:
         """Sums per channel, float64, over a tile of an array or of the product of two arrays.
 
         Only ``SUMMANDS`` rows, or ``LINE`` neighbours, are added in the dtype of the factors.
         """
-        down = self.shape[2] == 1 and self.positions < MANY
-        parts = self._down(*factors) if down else self._along(*factors)
-        total: Array = np.add.reduce(next(parts), axis=(0, 2), dtype=np.float64)
-        for part in parts:
-            total += np.add.reduce(part, axis=(0, 2), dtype=np.float64)
+        partial = self._down if self.down else self._along
+        total: Array | None = None
+        for some, count in self.steps:
+            part = np.add.reduce(partial(some, count, first, second), (0, 2), np.float64)
+            total = part if total is None else np.add(total, part, out=total)
+        assert total is not None
         return total
 
-    def _down(self, *factors: Array) -> Iterator[Array]:
-        """Sums down some rows of each lane, (samples, channels, positions): still to be added for each channel."""
-        n, lanes, _ = self.shape
-        for rows, count in steps(n, SUMMANDS):
-            parts = [f[rows].reshape(-1, count, lanes) for f in factors]
-            if count == 1:  # what stands below gives the same, in four times the time
-                sums = parts[0] if len(parts) == 1 else np.multiply(*parts)
-            else:
-                sums = np.add.reduce(parts[0], axis=1) if len(parts) == 1 else np.einsum("krw,krw->kw", *parts)
-            yield sums.reshape(-1, self.channels, self.positions)
+    def _down(self, rows: slice, count: int, first: Array, second: Array | None) -> Array:
+        """Sums down each ``count`` rows, (samples, channels, positions): still to be added for each channel."""
+        first = first.reshape(-1, self.row)[rows]
+        if second is not None:
+            second = second.reshape(-1, self.row)[rows]
+        if count <= 2:  # as below, in a fraction of the time
+            products = first if second is None else np.multiply(first, second)
+            sums = products if count == 1 else np.add(products[::2], products[1::2])
+        elif second is None:
+            sums = np.add.reduce(first.reshape(-1, count, self.row), 1)
+        else:
+            shape = -1, count, self.row
+            sums = np.einsum("krw,krw->kw", first.reshape(shape), second.reshape(shape))
+        return sums.reshape(-1, self.channels, self.positions)
 
-    def _along(self, *factors: Array) -> Iterator[Array]:
-        """Sums along lines of each row, (samples, channels, lines): still to be added for each channel."""
+    def _along(self, line: slice, count: int, first: Array, second: Array | None) -> Array:
+        """Sums along each ``count`` neighbours, (samples, channels, lines): still to be added for each channel."""
         n, _, l = self.shape  # noqa: E741
-        shape = (n * self.repeat, self.channels, max(l, self.positions))
-        for line, count in steps(shape[2], LINE):
-            parts = [f.reshape(shape)[..., line].reshape(*shape[:2], -1, count) for f in factors]
-            yield np.einsum("nckl->nck", *parts) if len(parts) == 1 else np.vecdot(*parts)
+        whole = n * self.repeat, self.channels, l * self.positions
+        lines = *whole[:2], -1, count
+        first = first.reshape(whole)[..., line].reshape(lines)
+        if second is None:
+            sums: Array = np.einsum("nckl->nck", first)
+        else:
+            sums = np.vecdot(first, second.reshape(whole)[..., line].reshape(lines))
+        return sums
 
 
 @functools.lru_cache
@@ -197,9 +228,12 @@ def tile_map(core: Callable[..., None], arrays: Sequence[Array | None], vectors:
         Whether the core allocates memory of the size of a tile. Then no more than a quarter of the tiles are in work
         at a time.
     """
-    shape, contiguous = _shape_of(arrays)
-    small = temporaries and math.prod(shape) <= SMALL
-    work = plan(shape, contiguous, TILE if small else LARGE_TILE, len(vectors))
+    first = arrays[0]
+    assert first is not None
+    most = TILE if temporaries and first.size <= SMALL else LARGE_TILE
+    work = plan(first.shape, _contiguous(arrays), most, len(vectors))
+    if first.size > BUFFERED:
+        np.setbufsize(SHORT)
     _walk(core, work[::-1], arrays, vectors, temporaries)  # backwards: the sums before it have left the end in cache
 
 
@@ -213,27 +247,26 @@ def tile_sums(
     As `tile_map`, but for the core, which returns what is to be summed: tuples of an array or of two, whose product is
     meant.
     """
-    shape, contiguous = _shape_of(arrays)
+    first = arrays[0]
+    assert first is not None
+    N, C, L = first.shape
     # The order of additions depends on these tiles. So they depend on the shape alone.
-    work = plan(shape, contiguous, TILE if math.prod(shape) <= SMALL else LARGE_TILE)
+    work = plan(first.shape, _contiguous(arrays), TILE if first.size <= SMALL else LARGE_TILE)
+    if N * L > SHORT or first.size > BUFFERED:  # fewer values of a channel fit in a buffer of any size
+        np.setbufsize(SHORT)
     parts = _walk(core, work, arrays, vectors, temporaries)
     if len(parts) == 1:
         return parts[0]
-    totals = [np.zeros(shape[1]) for _ in parts[0]]
+    totals = [np.zeros(C) for _ in parts[0]]
     for (tile, _), sums in zip(work, parts, strict=True):
         for total, part in zip(totals, sums, strict=True):
             total[tile.c] += part
     return totals
 
 
-def _shape_of(arrays: Sequence[Array | None]) -> tuple[tuple[int, int, int], bool]:
-    """Shape of these arrays, of which the first is not None, and whether all of them are contiguous."""
-    first, contiguous = arrays[0], True
-    assert first is not None
-    for a in arrays:
-        if a is not None and not a.flags.c_contiguous:
-            contiguous = False
-    return first.shape, contiguous
+def _contiguous(arrays: Sequence[Array | None]) -> bool:
+    """Whether all of these arrays are contiguous."""
+    return not [a for a in arrays if a is not None and not a.flags.c_contiguous]
 
 
 def _walk(
@@ -244,20 +277,30 @@ def _walk(
     temporaries: bool,
 ) -> list[list[Array]]:
     """Call the core for every tile of this plan: the sums of the terms that it returns, for each tile."""
-    alone = len(work) == 1
+
+    first = arrays[0]
+    assert first is not None
+    if first.size <= SMALL:
+        check_setting_once()
+    if len(work) == 1:
+        return [_apply(core, work[0][1], arrays, vectors)]
 
     def task(part: tuple[Tile, Lanes]) -> list[Array]:
         tile, lanes = part
-        views = [None if a is None else (a if alone else a[tile]).reshape(lanes.shape) for a in arrays]
-        terms = core(*views, *lanes.columns(vectors if alone else vectors[:, tile.c]))
-        return [lanes.sum(*factors) for factors in terms or ()]
+        return _apply(core, lanes, [None if a is None else a[tile] for a in arrays], vectors[:, tile.c])
 
-    if alone:
-        return [task(work[0])]
-    first = arrays[0]
-    assert first is not None
     workers = 1 if first.size <= SMALL else min(num_threads(), len(work) // 4 if temporaries else len(work))
     return run(task, work, workers)
+
+
+def _apply(
+    core: Callable[..., Terms | None], lanes: Lanes, arrays: Sequence[Array | None], vectors: Array
+) -> list[Array]:
+    """Call the core for one tile: the sums of the terms that it returns."""
+    shape = lanes.shape
+    views = [None if a is None else a.reshape(shape) for a in arrays]
+    terms = core(*views, *lanes.columns(vectors))
+    return [lanes.sum(*factors) for factors in terms] if terms else []
 
 
 def gather(channels: Array, arrays: Sequence[Array | None]) -> Iterator[tuple[slice, list[Any]]]:
@@ -325,19 +368,17 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork
 
 
+check_setting_once = functools.cache(wanted_threads)
+"""Raise for a wrong CUPYBN_NUM_THREADS where one thread is enough, too. A right one is not read again there: to read
+the environment takes as long as two operations on a small array."""
+
+
 def numpy_settings(function: Callable[P, R]) -> Callable[P, R]:
     """Function that runs with NumPy's settings for the arithmetic. They belong to a thread, so each thread makes them.
 
     Those of the caller are back when it returns: ``errstate`` restores the size of buffers as well.
     """
-
-    @np.errstate(all="ignore")  # inf and NaN are data here
-    @functools.wraps(function)
-    def settled(*args: P.args, **kwargs: P.kwargs) -> R:
-        wanted_threads()  # raises for a wrong setting at the first call, even if the array needs one thread only
-        np.setbufsize(SHORT)
-        return function(*args, **kwargs)
-
+    settled: Callable[P, R] = np.errstate(all="ignore")(function)  # inf and NaN are data here
     return settled
 
 
@@ -374,7 +415,12 @@ def run(task: Callable[[Any], Any], work: Sequence[Any], workers: int) -> list[A
                     in_work -= 1
                     changed.notify_all()
 
-    helpers = _start(numpy_settings(drain), workers - 1)
+    @numpy_settings
+    def help_out() -> None:
+        np.setbufsize(SHORT)
+        drain()
+
+    helpers = _start(help_out, workers - 1)
     try:
         drain()
     finally:
