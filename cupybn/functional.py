@@ -383,7 +383,8 @@ def _backward_steps(saved: Saved, grad_output: Array) -> list[Array | None]:
     dx = layout.empty(input, alignment)
     dresidual = None if mask is None else layout.empty(input, alignment)
     new = zeros_like if ops is None else empty_like  # without elements no step is there to fill them, and sums are 0
-    dweight, dbias = (None if vector is None else new(vector) for vector in (affine.weight, affine.bias))
+    weight, bias, _ = affine
+    dweight, dbias = None if weight is None else new(weight), None if bias is None else new(bias)
     results = [dx, dresidual, dweight, dbias]
     if ops is None:
         return results
