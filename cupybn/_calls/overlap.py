@@ -36,13 +36,16 @@ class Extent(NamedTuple):
 
 
 def may_overlap(arrays: Sequence[Array], extents: Iterable[Extent]) -> bool:
-    """Whether any two of these arrays may have an element in common: a quick test, which may err towards True."""
-    if kind(arrays[0]) == "numpy":
+    """Whether any two of these arrays may have an element in common: a quick test, which may err towards True.
+
+    Extents are those of the arrays; NumPy's do without.
+    """
+    if isinstance(arrays[0], np.ndarray):
         # Two arrays that own their memory never share it; NumPy compares the ends of others in no time.
-        views = [array for array in arrays if not array.flags.owndata]
-        if len({id(array) for array in arrays}) < len(arrays):
+        if len({*map(id, arrays)}) < len(arrays):
             return True
-        return any(a is not b and np.may_share_memory(a, b) for a in views for b in arrays)
+        views = [array for array in arrays if not array.flags.owndata]
+        return bool(views) and any(a is not b and np.may_share_memory(a, b) for a in views for b in arrays)
     return Spans.of(extents).overlap([array.data.ptr for array in arrays])
 
 
