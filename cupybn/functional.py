@@ -34,7 +34,7 @@ bn_backward_reduce and then bn_backward_input. On a GPU these two are one launch
 (`cupybn._steps.resident`); where the batch is spread over ranks, they exchange statistics or sums in between
 (`cupybn._ranks.synchronized`).
 
-Calls on CuPy arrays that are alike launch the same kernels. So the first one is recorded while it takes its steps, and
+Calls that are alike, on CuPy arrays, launch the same kernels. So the first one is recorded while it takes its steps, and
 later ones play its launches without taking them again (`cupybn._steps.tape`).
 """
 
@@ -275,11 +275,11 @@ def forward_vjp(call: Call) -> tuple[Array, VjpFn]:
     assert saved is not None
 
     def vjp_fn(grad_output: Array) -> BatchNormGrads:
-        alike = has_form(grad_output, saved.checked.form)
-        if not alike:
+        same_form = has_form(grad_output, saved.checked.form)
+        if not same_form:
             checks.check_like("grad_output", grad_output, saved.input)
         with on_device_of(saved.input):
-            return backward(saved, grad_output if alike else saved.checked.layout.conform(plain(grad_output)))
+            return backward(saved, grad_output if same_form else saved.checked.layout.conform(plain(grad_output)))
 
     return output, vjp_fn
 

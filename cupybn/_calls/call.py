@@ -80,7 +80,8 @@ class Call(NamedTuple):
 
         Numbers stand there with their types: True, 1 and 1.0 are equal, but not all of them are right. The momentum is
         missing, as whoever makes a call has checked it, and in eval mode so is the counter, which nobody reads. Types
-        are asked for by `type`: an object may have a ``__class__`` that it is not of, as proxies do.
+        are asked for by `type`: an object may claim a class in ``__class__`` that it is not of, as proxies do. Types
+        and forms stand apart, and all in a row: a call of a function less for each array.
         """
         weight, bias, eps = self.affine
         mean, var, _, batches = self.running
@@ -256,6 +257,8 @@ class Call(NamedTuple):
         None if it has to take its steps for itself: where `without_overlap` makes copies, or the output is not written
         to `out` at once.
         """
+        if out is not None and not checked.direct:
+            return None
         weight, bias, eps = self.affine
         mean, var, momentum, batches = self.running
         tensors = self.input, self.epilogue.residual, out
@@ -263,8 +266,6 @@ class Call(NamedTuple):
         numbers = eps, NAN if momentum is None else momentum
         particulars = particulars_of((for_vjp, momentum is None), tensors, vectors, numbers)
         _, addresses, _ = particulars
-        if out is not None and not checked.direct:
-            return None
         written = checked.moves or for_vjp or out is not None  # now, or by a later call
         idle = self.layer is not None and self.layer.idle
         doubtful = written and (idle or checked.spans.overlap(addresses))
@@ -292,7 +293,7 @@ class Checked(NamedTuple):
     extents: dict[str, Extent]  # extents of the arrays that the call reads, moves or writes, by name
     spans: Spans  # beginnings and lengths of the same memory, in the order of `Call.particulars`
     form: Form | None  # form of the input; None if it is not dense
-    tapes: Tapes | None  # launches of such calls, there and back; None where they are not alike
+    tapes: Tapes | None  # launches of such calls, there and back; None where they are not recorded
 
     @classmethod
     def of(cls, call: Call, out: Array | None, axis: int) -> Checked:
@@ -305,9 +306,9 @@ class Checked(NamedTuple):
         ordered = "input", "residual", "out", *VECTORS, "num_batches_tracked"  # as `particulars` has them
         extents = {name: Extent.of(arrays[name]) for name in ordered if name in arrays}
         dense = layout.matches(call.input) and (residual is None or layout.matches(residual))
-        # Ranks exchange messages between their launches, and what is not dense is copied before them.
+        # Not where ranks exchange messages between launches, or arrays are copied before them.
         alone = call.layer is None or call.layer.group is None
-        alike = alone and dense and call.input.size > 0 and kind(call.input) == "cupy"
+        recorded = alone and dense and call.input.size > 0 and kind(call.input) == "cupy"
         settled = not any(map(is_derived, classes)) and type(call.affine.eps) is float
         direct = out is not None and layout.matches(out)
         return cls(
@@ -321,7 +322,7 @@ class Checked(NamedTuple):
             extents,
             Spans.of(extents.values()),
             form_of(plain(call.input)) if layout.matches(call.input) else None,
-            Tapes() if alike else None,
+            Tapes() if recorded else None,
         )
 
 

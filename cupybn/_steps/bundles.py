@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from cupybn._arrays.devices import empty
 
 Tensor = Any
@@ -77,8 +79,8 @@ class Statistics(NamedTuple):
 
     @classmethod
     def of(cls, mean: Any, var: Any) -> Statistics:
-        """The statistics of these means and variances, (C,) float64 arrays."""
-        pairs = empty((*mean.shape, 2), mean)
+        """The statistics of these means and variances, (C,) arrays."""
+        pairs = empty((*mean.shape, 2), mean, np.float64)
         pairs[:, 0], pairs[:, 1] = mean, var
         return cls(pairs)
 

@@ -67,7 +67,7 @@ _NOBODY_LISTENS = contextlib.nullcontext()
 
 
 def unheard() -> contextlib.AbstractContextManager[None]:
-    """Context for launches that are none of the listener's business.
+    """Context for launches that no listener of this thread is to hear of.
 
     A call may be made in the midst of another one, which is being recorded: by a hook of CuPy's, a signal handler, or
     whatever runs when an object is collected.

@@ -242,7 +242,7 @@ def bn_normalize(
     epilogue : Epilogue
         Its mask gets where ReLU passes.
     keep : bool
-        Whether the result is wanted.
+        Whether the statistics are wanted, for a way back.
 
     Returns
     -------
@@ -251,7 +251,7 @@ def bn_normalize(
     if moments is None:
         assert running.mean is not None
         assert running.var is not None
-        statistics = _statistics(running.mean, running.var) if keep else None
+        statistics = Statistics.of(running.mean, running.var) if keep else None
         _normalize(x, _remembered(x.dtype, running.mean, running.var, affine), epilogue, out)
         return statistics
     batch = Moments.of_rows(merge_moments(moments), moments.batches)
@@ -268,7 +268,7 @@ def _channels_of_batch(
 ) -> tuple[_Channels, Statistics | None]:
     """Channels with the statistics of a batch and, if they are wanted for the way back, the statistics."""
     if keep:
-        return _remembered(x_dtype, mean, var, affine), _statistics(mean, var)
+        return _remembered(x_dtype, mean, var, affine), Statistics.of(mean, var)
     return _Channels.of(x_dtype, mean, var, affine), None  # the next batch has others
 
 
@@ -757,13 +757,6 @@ def _usable(scratch: Array | None, dtype: npt.DTypeLike) -> Array | None:
 def _of_channels(arrays: list[Array | None], some: slice) -> list[Array | None]:
     """The arrays, cut to some channels."""
     return arrays if some == slice(None) else [None if a is None else a[:, some] for a in arrays]
-
-
-def _statistics(mean: Array, var: Array) -> Statistics:
-    """Statistics with copies of these vectors, which may be of any dtype."""
-    pairs = np.empty((len(mean), 2))
-    pairs[:, 0], pairs[:, 1] = mean, var
-    return Statistics(pairs)
 
 
 def _runs(mask: Array) -> list[slice]:

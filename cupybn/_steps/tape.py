@@ -5,9 +5,9 @@ the same arguments, but for addresses and for the numbers in `NUMBERS`. So the f
 while a recorder listens; later ones play the tape, which writes addresses and numbers to their places and launches.
 On a call of some microseconds that is half of the host's time.
 
-A recorder knows each address that a launch was given: as that of an array of the call, or as within an array that the
-steps have made. If there is any other one, as where a step has copied an array, there is no tape, and calls of that
-form go on to take their steps.
+A recorder finds each address that a launch was given: it is that of an array of the call, or lies within an array that
+the steps have made. If there is any other one, as where a step has copied an array, there is no tape, and such calls go
+on to take their steps.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ from cupybn._steps.launcher import Hearing, Kernel, listening
 Array = Any  # cupy.ndarray
 
 NUMBERS = ("affine.eps", "running.momentum")
-"""Names of arguments that are numbers and may differ between calls that are alike."""
+"""Names of arguments that are numbers and are written anew at each call. Of eps only the sign of a zero may differ: its
+value is in the key of the call."""
 Particulars = tuple[Hashable, list[int], tuple[float, float]]
-"""What calls differ in that are alike otherwise: a key that tells apart the tapes of such calls, the addresses of the
-arrays that a call is given, and the numbers of NUMBERS in their order."""
+"""What calls that are alike still differ in: the key of the tape, the addresses of the arrays that the call is given, and
+the values of NUMBERS, in this order."""
 
 
 def particulars_of(
@@ -38,7 +39,8 @@ def particulars_of(
     Parameters
     ----------
     kind : hashable
-        What tells apart calls on arrays of the same forms, beside addresses and numbers.
+        Whatever else the launches depend on, beside forms, addresses and numbers: the direction, what is kept, whether
+        there is a momentum.
     tensors, others : sequences of arrays or None
         All arrays that the call is given. Tensors are those that kernels read or write in packs, whose width depends on
         how their addresses divide by PACK.
@@ -50,8 +52,9 @@ def particulars_of(
         together |= address
     odd = None if together % PACK == 0 else tuple([address % PACK for address in addresses])
     addresses += [array.data.ptr for array in others if array is not None]
-    alike = None if len({*addresses}) == len(addresses) else tuple(map(addresses.index, addresses))
-    return (kind, odd, alike), addresses, numbers
+    # Which addresses are the same: what was one array when a call was recorded must be one again.
+    same = None if len({*addresses}) == len(addresses) else tuple(map(addresses.index, addresses))
+    return (kind, odd, same), addresses, numbers
 
 
 class Launch(NamedTuple):
@@ -93,14 +96,14 @@ class Tape(NamedTuple):
             if made is None:
                 results.append(None)
                 continue
-            array = empty(made.shape, made.dtype)
+            array = empty(*made)
             address = array.data.ptr
             if address % PACK:
                 return None
             results.append(array)
             addresses.append(address)
         if self.own:
-            own = [empty(made.shape, made.dtype) for made in self.own]  # in use until all launches are made
+            own = [empty(*made) for made in self.own]  # in use until all launches are made
             addresses += [array.data.ptr for array in own]
         for kernel, grid, block, shared, words, places, numbered in self.launches:
             frame = kernel.frame()
@@ -165,14 +168,14 @@ class Recorder:
         self._heard.append((kernel, grid, block, shared, values, words))
 
     def _tape(self) -> Tape | None:
-        """The tape of what was heard; None if a launch was given an address that cannot be told again."""
+        """The tape of what was heard; None if a launch was given an address of any other array."""
         kept = [array for array in self.results if array is not None]
         if any(array.data.ptr % PACK for array in kept):
             return None
         own = [array for array in self._made if all(array.data.ptr != other.data.ptr for other in kept)]
         new = [*kept, *own]
 
-        def told(address: int) -> tuple[int, int] | None:
+        def place_of(address: int) -> tuple[int, int] | None:
             """Number of the array, and bytes to add to where it begins."""
             if address in self._addresses:
                 return self._addresses.index(address), 0
@@ -185,7 +188,7 @@ class Recorder:
         for kernel, grid, block, shared, values, words in self._heard:
             addresses = []
             for word, array in kernel.arguments.arrays(values):
-                place = told(array.data.ptr)
+                place = place_of(array.data.ptr)
                 if place is None:
                     return None
                 addresses.append((word, *place))
@@ -203,7 +206,7 @@ class Tapes(dict[Hashable, "Tape | None"]):
     """Tapes of calls whose arguments have the same forms, by what else their launches depend on: see
     `particulars_of`.
 
-    None stands for a call that cannot be told again.
+    None stands for a call that has no tape, and takes its steps each time.
     """
 
     def play(self, particulars: Particulars) -> list[Array | None] | None:
@@ -215,5 +218,5 @@ class Tapes(dict[Hashable, "Tape | None"]):
         return None if tape is None else tape.play(particulars)
 
     def recorder(self, particulars: Particulars) -> Recorder:
-        """Context in which the call takes its steps, which are recorded if that has not been tried."""
+        """Context in which a call takes its steps; its launches become the tape, unless there is an entry already."""
         return Recorder(self, particulars)
