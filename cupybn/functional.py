@@ -34,8 +34,8 @@ bn_backward_reduce and then bn_backward_input. On a GPU these two are one launch
 (`cupybn._steps.resident`); where the batch is spread over ranks, they exchange statistics or sums in between
 (`cupybn._ranks.synchronized`).
 
-Calls that are alike, on CuPy arrays, launch the same kernels. So the first one is recorded while it takes its steps, and
-later ones play its launches without taking them again (`cupybn._steps.tape`).
+Calls that are alike, on CuPy arrays, launch the same kernels. So the first one is recorded while it takes its steps,
+and later ones play its launches without taking them again (`cupybn._steps.tape`).
 """
 
 from __future__ import annotations

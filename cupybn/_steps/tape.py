@@ -27,8 +27,8 @@ NUMBERS = ("affine.eps", "running.momentum")
 """Names of arguments that are numbers and are written anew at each call. Of eps only the sign of a zero may differ: its
 value is in the key of the call."""
 Particulars = tuple[Hashable, list[int], tuple[float, float]]
-"""What calls that are alike still differ in: the key of the tape, the addresses of the arrays that the call is given, and
-the values of NUMBERS, in this order."""
+"""What calls that are alike still differ in: the key of the tape, the addresses of the arrays that the call is given,
+and the values of NUMBERS, in this order."""
 
 
 def particulars_of(
