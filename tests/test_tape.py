@@ -322,3 +322,15 @@ def test_a_counter_within_another_array(plays, name):
     assert len(plays) == 1
     assert [counted_within(name, seed) for seed in range(3)] == expected
     assert len(plays) == 1
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["residual first", "input first"])
+def test_each_tensor_divides_by_a_pack_for_itself(streamed, plays, order):  # noqa: ARG001
+    """The sums are read in packs that fit the input alone: what fits another one of all tensors does not count."""
+    forms = [Form(residual=True, offsets=offsets) for offsets in ((0, 1, 0), (1, 0, 0))]
+    with without_tapes():
+        expected = [act(form, 1, True) for form in forms]
+    for _ in range(2):
+        for index in order:
+            alike(act(forms[index], 1, True), expected[index])
+    assert plays
