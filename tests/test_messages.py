@@ -587,18 +587,12 @@ def test_dtype_of_torch(device):
 @pytest.mark.parametrize("text", ["garbage", "", " ", "1e3", "0", "-1", "2.0", "+2", "1_0", "0x2", "٣", "9" * 10])
 @pytest.mark.parametrize("shape", [(2, 3), (64, 3, 80, 80)], ids=str)
 def test_number_of_threads(monkeypatch, text, shape):
-    """A number of threads that cannot be read is an error at the first call of any size, and moves nothing.
-
-    Later it is one where threads are used.
-    """
+    """A number of threads that cannot be read is an error at the first call of any size, and moves nothing."""
     x = np.ones(shape, np.float32)
     layer = BatchNorm1d(3, device="cpu") if len(shape) == 2 else BatchNorm2d(3, device="cpu")
     _, vjp_fn = layer.eval().vjp(x)
     before = bits(*layer.state_dict().values())
     monkeypatch.setenv("CUPYBN_NUM_THREADS", text)
-    if len(shape) == 2:
-        assert np.isfinite(layer(x)).all()  # a small array is not looked at twice
-        tiles.check_setting_once.cache_clear()  # as a new process begins
     message = f"expected CUPYBN_NUM_THREADS to be a number of threads, 1 or more (got {text!r}): unset it to use all "
     for call in layer, layer.train(), layer.vjp, F.moments, vjp_fn:
         assert message_of(ValueError, call, x).startswith(message)

@@ -281,7 +281,7 @@ def _walk(
     first = arrays[0]
     assert first is not None
     if first.size <= SMALL:
-        check_setting_once()
+        wanted_threads()  # raises for a wrong setting, even if the array needs one thread only
     if len(work) == 1:
         return [_apply(core, work[0][1], arrays, vectors)]
 
@@ -366,11 +366,6 @@ def _pool() -> ThreadPoolExecutor:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork
-
-
-check_setting_once = functools.cache(wanted_threads)
-"""Raise for a wrong CUPYBN_NUM_THREADS where one thread is enough, too. A right one is not read again there: to read
-the environment takes as long as two operations on a small array."""
 
 
 def numpy_settings(function: Callable[P, R]) -> Callable[P, R]:
