@@ -111,7 +111,7 @@ def test_a_pass_in_training(make, x, momentum, forget):
         forget()
         return make(momentum=momentum)
 
-    last_lines, step = (100, 7) if forget.recorded else (20, 1)  # test_tape.py has all lines of recording
+    last_lines, step = (100, 7) if forget.recorded else (20, 1)  # test_tape_launches.py has all lines of recording
     check(new, lambda layer: layer(x), last_lines, step)
     check(new, lambda layer: layer.vjp(x, x), last_lines, step)
 
