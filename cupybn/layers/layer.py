@@ -221,7 +221,7 @@ class Layer:
         features = self.num_features
         if features is None:
             features = next((each.size for each in given.values() if is_vector(each.shape, names)), None)
-        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(wanted, (features or 0,))
+        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(own, (features or 0,))
         if COUNTER in shapes:
             shapes[COUNTER] = ()
         for name, array in given.items():

@@ -143,8 +143,8 @@ class Expected(NamedTuple):
 
     framework: str  # one of `NAMES`, which the state is written in
     prefix: str
-    keys: Mapping[str, str]  # full keys in the state, by the names that arrays have here
-    shapes: Mapping[str, tuple[int, ...]]  # shapes that arrays must have, by the same names
+    keys: Mapping[str, str]  # full keys in the state by the names of the layer's arrays, where the framework has one
+    shapes: Mapping[str, tuple[int, ...]]  # shapes of all of the layer's arrays, by their names
 
 
 class Faults(NamedTuple):
@@ -225,7 +225,7 @@ def _meant(state: Mapping[Any, Any], expected: Expected) -> str:
     texts = {key: None for key in state.keys() if isinstance(key, str)}  # noqa: SIM118 - it may only act like a mapping
     prefix, first = expected.prefix, NAMES[expected.framework][next(iter(expected.keys))]
     others = [key.removesuffix(first) for key in texts if key.endswith(first) and key != prefix + first]
-    others.sort(key=lambda other: (not other.endswith(prefix), -_alike(other, prefix)))
+    others.sort(key=lambda other: -math.inf if other.endswith(prefix) else -_alike(other, prefix))
     for other in others:
         if _would_load(state, texts, other, expected.framework, expected.shapes):
             return f"; did you mean prefix={other!r}?"
