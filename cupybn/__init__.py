@@ -6,6 +6,7 @@ from cupybn.functional import BatchNormGrads
 from cupybn.layers.batchnorm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from cupybn.layers.state import IncompatibleKeys
 from cupybn.layers.syncbatchnorm import SyncBatchNorm
+from cupybn.models.checkpoints import find_batch_norms, load_checkpoint, save_checkpoint
 
 __version__ = "0.1.0"
 __all__ = [
@@ -15,6 +16,9 @@ __all__ = [
     "BatchNormGrads",
     "IncompatibleKeys",
     "SyncBatchNorm",
+    "find_batch_norms",
     "functional",
+    "load_checkpoint",
     "no_stats_update",
+    "save_checkpoint",
 ]
