@@ -199,7 +199,7 @@ def _checked(layers: Any) -> dict[str, Layer]:
     TypeError
         If they are something else.
     """
-    if not hasattr(layers, "keys") or not hasattr(layers, "__getitem__"):
+    if not _state.is_mapping(layers):
         way_out = ": use {prefix: layer}" if isinstance(layers, Layer) else ""
         raise TypeError(f"expected layers to be a mapping of prefixes to layers (got {kinds.show(layers)}){way_out}")
     checked = {prefix: layers[prefix] for prefix in layers.keys()}  # noqa: SIM118 - it may only act like a mapping
@@ -217,12 +217,8 @@ def _levels(entries: Mapping[Any, Any]) -> list[Mapping[Any, Any]]:
         texts = _texts(level)
         for key in _state.NESTED:
             with contextlib.suppress(Exception):  # a value that cannot be read is no mapping
-                inner = level[key] if key in texts else None
-                if (
-                    hasattr(inner, "keys")
-                    and hasattr(inner, "__getitem__")
-                    and all(inner is not each for each in levels)
-                ):
+                inner: Any = level[key] if key in texts else None
+                if _state.is_mapping(inner) and all(inner is not each for each in levels):
                     levels.append(inner)
     return levels
 
