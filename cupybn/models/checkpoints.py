@@ -128,7 +128,8 @@ def load_checkpoint(source: Source, layers: Mapping[str, Layer], *, strict: bool
     expected = {prefix + name: prefix for prefix in layers for name in theirs}
     with opened(source) as entries:
         levels = _levels(entries)
-        state = next((level for level in levels if not expected.keys().isdisjoint(_texts(level))), levels[-1])
+        largest = max(levels, key=lambda level: len(_texts(level)))  # for what errors say, if nothing is found
+        state = next((level for level in levels if not expected.keys().isdisjoint(_texts(level))), largest)
         keys = _owned(state.keys(), expected, layers)
         loadings = [layer._loading(state, keys[prefix], strict, prefix, names) for prefix, layer in layers.items()]
         error = _state.error_of(loading.faults for loading in loadings)
