@@ -563,7 +563,7 @@ def test_any_state_loads_everything_or_nothing():
 
 
 def test_files_are_read_entry_by_entry(rng, tmp_path, monkeypatch):
-    """Of a file only those entries are read that are the layers', and none to find them."""
+    """Only those entries of a file are read that are the layers', and none to find them."""
     read = []
     for reader in reading._Npz, reading._Safetensors:
         original = reader.__getitem__
