@@ -384,6 +384,22 @@ def test_threads_may_call_a_layer_at_a_time(rng):
     assert layer.num_batches_tracked == 200
 
 
+def test_an_observer_takes_one_batch_at_a_time():
+    """Batches of several threads merge one after the other."""
+    observer, locked = Observer(), []
+
+    class Steps:
+        @staticmethod
+        def merge_moments(moments):
+            locked.append(observer._lock.locked())
+            return numpy_ops.merge_moments(moments)
+
+    for _ in range(4):
+        observer.add(Steps, np.array([[2.0, 1.0, 3.0]]))
+    assert locked == [True] * 3
+    assert not observer._lock.locked()
+
+
 def test_the_steps_take_what_others_take():
     ours, theirs = (inspect.signature(ops.bn_forward).parameters.values() for ops in (Observed, numpy_ops))
     assert [(p.name, p.default) for p in [*ours][1:]] == [(p.name, p.default) for p in theirs]
