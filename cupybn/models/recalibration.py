@@ -58,10 +58,10 @@ def update_bn(
     ImportError
         If there is to be a progress bar, and tqdm is missing.
 
-    Whatever is raised, Ctrl-C included, by `forward` and `batches` as well: the layers are as they were.
-
     Notes
     -----
+    Whatever is raised, Ctrl-C included, by `forward` and `batches` as well: the layers are as they were.
+
     Calls in eval mode, within `no_stats_update` and of empty inputs do not count. ``num_batches_tracked`` becomes the
     number of calls that did; a layer that has seen none keeps what it had. A layer whose statistics are frozen
     (``track_running_stats`` set to False) gets new ones all the same.
