@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 INDEX = ROOT / "docs" / "recipes.md"
 PAGES = {page.stem: page for page in sorted((ROOT / "docs" / "recipes").glob("*.md"))}
 TEXTS = {name: page.read_text() for name, page in PAGES.items()}
-SCREEN = 65
+SCREEN = 70
 """Most lines of a recipe."""
 EITHER = "import numpy as xp  # or: import cupy as xp"
 """Line of the recipes that are about arrays of either kind."""
@@ -426,7 +426,7 @@ def no_tracking(layer):
 WAYS = {"layer.train()": BatchNorm2d.train, "layer.eval()": eval_mode, "layer.track_running_stats = False": no_tracking}
 
 
-@pytest.mark.parametrize("row", [row for row in rows("frozen")[1:]], ids=lambda row: row[0])
+@pytest.mark.parametrize("row", rows("frozen")[1:], ids=lambda row: row[0])
 def test_ways_to_freeze(row, rng):
     way, normalizes, moves, gradient = row
     layer = BatchNorm2d(3, device="cpu")
