@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 INDEX = ROOT / "docs" / "recipes.md"
 PAGES = {page.stem: page for page in sorted((ROOT / "docs" / "recipes").glob("*.md"))}
 TEXTS = {name: page.read_text() for name, page in PAGES.items()}
-SCREEN = 70
+SCREEN = 60
 """Most lines of a recipe."""
 EITHER = "import numpy as xp  # or: import cupy as xp"
 """Line of the recipes that are about arrays of either kind."""
