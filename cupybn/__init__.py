@@ -8,6 +8,7 @@ from cupybn.layers.state import IncompatibleKeys
 from cupybn.layers.syncbatchnorm import SyncBatchNorm
 from cupybn.models.checkpoints import find_batch_norms, load_checkpoint, save_checkpoint
 from cupybn.models.folding import fold_conv_bn, fold_linear_bn
+from cupybn.models.recalibration import update_bn
 
 __version__ = "0.1.0"
 __all__ = [
@@ -24,4 +25,5 @@ __all__ = [
     "load_checkpoint",
     "no_stats_update",
     "save_checkpoint",
+    "update_bn",
 ]
