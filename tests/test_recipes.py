@@ -406,10 +406,12 @@ def test_blocks_for_pytorch(monkeypatch, tmp_path):
         assert to_numpy(array).tobytes() == state[f"1.{name}"].numpy().tobytes()
     exec(tensors, found)
     x, y, tensor = found["x"], found["y"], found["tensor"]
-    assert tensor.data_ptr() == y.ctypes.data
+    assert (np.from_dlpack(x.detach()).ctypes.data, tensor.data_ptr()) == (x.data_ptr(), y.ctypes.data)
     assert torch.equal(tensor, torch.nn.BatchNorm2d(8)(x))  # x is constant: all of it is 0 in both
     with pytest.raises((BufferError, RuntimeError)):
         np.from_dlpack(x)  # as it is part of a graph of autograd
+    with pytest.raises((BufferError, RuntimeError)):
+        np.from_dlpack(torch.ones(2, dtype=torch.bfloat16))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
