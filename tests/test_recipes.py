@@ -132,9 +132,9 @@ def test_the_drop_in_has_the_parameters_of_cupy_13(drop_in):
 class Case(NamedTuple):
     """A way in which `cupyx.cudnn` could be called."""
 
-    shape: tuple[int, ...]  # of x
-    vectors: tuple[int, ...]  # shape of gamma and the others
-    axes: tuple[int, ...]  # that share statistics
+    shape: tuple[int, ...]  # x
+    vectors: tuple[int, ...]  # gamma and the others
+    axes: tuple[int, ...]  # axes that share statistics
     settings: tuple[bool, int]  # is_for_conv2d, cudnn_mode
     layout: int = 0  # d_layout
 
@@ -244,12 +244,12 @@ class Framework(NamedTuple):
     """A framework's batch norm, as its code has it."""
 
     recipe: str
-    names: tuple[str, str, str, str]  # of weight, bias, running mean and running variance
-    defaults: tuple[str, ...]  # as the recipe says them
+    names: tuple[str, str, str, str]  # weight, bias, running mean and running variance
+    defaults: tuple[str, ...]  # what the recipe is to say
     kept: float  # weight of the old running statistics
     eps: float
     axis: int
-    ddof: int  # of the running variance
+    ddof: int  # running variance: 0 is biased
 
 
 FRAMEWORKS = {
