@@ -212,6 +212,18 @@ def test_the_drop_in_writes_statistics_where_it_is_told(drop_in, xp, rng):
         assert to_numpy(ours).tobytes() == to_numpy(theirs).astype(np.float32).tobytes()
 
 
+def test_what_the_drop_in_does_otherwise(drop_in, xp, rng):
+    """Dtypes of statistics and gradients, and the memory order, are those that the recipe says."""
+    x = xp.asarray(rng.normal(2, 3, (4, 5, 2, 3)).astype(np.float16)).transpose(0, 3, 1, 2)
+    vectors = [xp.ones(3, np.float32) for _ in range(4)]
+    settings = True, drop_in.CUDNN_BATCHNORM_SPATIAL, False
+    y, mean, inv_std = drop_in.batch_normalization_forward_training(x, *vectors, None, None, 1e-5, 0.9, *settings)
+    gx, *grads = drop_in.batch_normalization_backward(x, vectors[0], y, mean, inv_std, 1e-5, *settings)
+    assert y.strides == gx.strides == x.strides
+    assert [array.dtype.name for array in (y, gx, mean, inv_std)] == ["float16"] * 2 + ["float64"] * 2
+    assert [grad.dtype.name for grad in grads] == ["float32"] * 2
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # cuDNN Frontend
 
