@@ -284,8 +284,8 @@ def test_info_without_gpu():
 
 
 KEYS = (
-    "cupybn python machine numpy ml_dtypes mpi4py safetensors threads kernels kernel_folder cupy_missing cupy stand_in cuda_driver "
-    "cuda_runtime nvrtc nccl kernel_cache not_found gpus"
+    "cupybn python machine numpy ml_dtypes mpi4py safetensors threads kernels kernel_folder cupy_missing cupy stand_in "
+    "cuda_driver cuda_runtime nvrtc nccl kernel_cache not_found gpus"
 )
 """Keys of ``info --json``, on which programs may count."""
 
