@@ -10,6 +10,12 @@ import cupybn
 DOCS = Path(__file__).parent
 sys.path.insert(0, str(DOCS / "_extensions"))
 
+WITHOUT_SECTIONS = (
+    *("index", "start", "recipes", "how-it-works", "speed", "gallery"),
+    *("limits", "glossary", "changelog", "contributing"),
+)
+"""Pages that have no others below them, and so no list of them beside the text."""
+
 project = "cupybn"
 author = "The cupybn developers"
 copyright = author
@@ -51,7 +57,7 @@ html_css_files = ["custom.css"]
 html_favicon = "_static/logo.svg"
 html_show_sourcelink = False
 html_copy_source = False
-html_sidebars = {page: [] for page in ("changelog", "contributing", "gallery", "glossary", "index", "limits", "start")}
+html_sidebars = {page: [] for page in WITHOUT_SECTIONS}
 html_theme_options = {
     "logo": {"text": "cupybn", "image_light": "_static/logo.svg", "image_dark": "_static/logo.svg"},
     "footer_start": ["copyright"],
