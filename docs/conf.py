@@ -11,7 +11,7 @@ DOCS = Path(__file__).parent
 sys.path.insert(0, str(DOCS / "_extensions"))
 
 WITHOUT_SECTIONS = (
-    *("index", "start", "recipes", "how-it-works", "speed", "gallery"),
+    *("index", "start", "how-it-works", "speed", "gallery"),
     *("limits", "glossary", "changelog", "contributing"),
 )
 """Pages that have no others below them, and so no list of them beside the text."""
@@ -28,6 +28,7 @@ extensions = [
     "sphinx.ext.autosummary",
     "sphinx_copybutton",
     "sphinx_design",
+    "blocks",
     "commands",
     "docstrings",
     "drawings",
@@ -41,9 +42,10 @@ default_role = "autolink"  # in docstrings: a link where the name is that of an 
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 4  # links name headings as they do on GitHub
 
+autodoc_typehints = "none"  # those of signatures come from _extensions/signatures.py
 autosummary_generate = True
 numpydoc_show_class_members = False  # the template of a class has the table of its members
-nitpick_ignore = [("py:class", name) for name in ("Any", "DTypeLike", "Iterator", "Mapping", "Self")]
+nitpick_ignore = [("py:class", name) for name in ("Any", "Iterator", "Mapping", "Self")]
 toc_object_entries_show_parents = "hide"
 python_maximum_signature_line_length = 100
 
@@ -57,6 +59,7 @@ html_css_files = ["custom.css"]
 html_favicon = "_static/logo.svg"
 html_show_sourcelink = False
 html_copy_source = False
+html_context = {"default_mode": "auto"}
 html_sidebars = {page: [] for page in WITHOUT_SECTIONS}
 html_theme_options = {
     "logo": {"text": "cupybn", "image_light": "_static/logo.svg", "image_dark": "_static/logo.svg"},

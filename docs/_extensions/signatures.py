@@ -16,6 +16,8 @@ NAMES = {
     "VjpFn": "~cupybn.functional.VjpFn",
 }
 """Names in annotations, and what the page has in their place: what the reader can write, and links can find."""
+RETURNED = ("VjpFn",)
+"""Classes whose objects are returned by functions, and made by nobody else."""
 KNOWN = re.compile("|".join(rf"(?<![\w.]){re.escape(name)}\b" for name in NAMES))
 
 
@@ -31,6 +33,8 @@ def as_in_source(
     """The arguments and the result of what is documented, as its annotations are written."""
     if arguments is None:
         return arguments, returns
+    if what == "class" and subject.__name__ in RETURNED:
+        return "", None
     function = subject.__init__ if what == "class" else subject
     if not inspect.isroutine(function):
         return arguments, returns
