@@ -40,13 +40,12 @@ and later ones play its launches without taking them again (`cupybn._steps.tape`
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from cupybn._arrays.devices import empty_like, on_device_of, write_at_once, zeros_like
+from cupybn._arrays.devices import copied, empty, empty_like, on_device_of, write_at_once, zeros_like
 from cupybn._arrays.dtypes import accumulation_dtype
 from cupybn._arrays.kinds import plain
 from cupybn._calls import checks
@@ -58,7 +57,7 @@ from cupybn._steps.bundles import Affine, Epilogue, Gradients, Running, Statisti
 from cupybn._steps.launcher import unheard
 from cupybn._steps.tape import Tapes, particulars_of
 
-__all__ = ["BatchNormGrads", "batch_norm", "batch_norm_vjp", "moments"]
+__all__ = ["BatchNormGrads", "VjpFn", "batch_norm", "batch_norm_backward", "batch_norm_vjp", "moments"]
 
 Array = Any  # numpy.ndarray or cupy.ndarray
 
@@ -72,8 +71,63 @@ class BatchNormGrads(NamedTuple):
     residual: Array | None
 
 
-VjpFn = Callable[[Array], BatchNormGrads]
-"""Function from the gradient of the output to those of the arguments."""
+class VjpFn:
+    """Function from the gradient of a call's output to those of its arguments: what `batch_norm_vjp` returns.
+
+    Pure: it may be called again and changes nothing. It holds input, weight and bias by reference, and what it needs of
+    the residual and the statistics as a copy: it stays right when the running statistics move on.
+
+    Attributes
+    ----------
+    mean, var : (C,) float64 arrays
+        Statistics that the call normalised with, var biased: those of the batch, or the running ones in eval mode. Each
+        access makes a new copy. NaN for a batch without elements.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cupybn.functional as F
+    >>> x = np.array([[1, 10], [3, 20], [5, 60]], np.float32)  # (N, C)
+    >>> y, vjp_fn = F.batch_norm_vjp(x, None, None, training=True)
+    >>> vjp_fn.mean, vjp_fn.var.round(2)
+    (array([ 3., 30.]), array([  2.67, 466.67]))
+    >>> vjp_fn(np.array([[1, 0], [0, 0], [0, 0]], np.float32)).input.round(3)
+    array([[ 0.102,  0.   ],
+           [-0.204,  0.   ],
+           [ 0.102,  0.   ]], dtype=float32)
+    """
+
+    __slots__ = ("__weakref__", "_saved")
+
+    def __init__(self, saved: Saved) -> None:
+        self._saved = saved
+
+    def __call__(self, grad_output: Array) -> BatchNormGrads:
+        """Gradients of the arguments.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If grad_output is not an array of the input's kind, device, dtype and shape.
+        """
+        saved = self._saved
+        same_form = has_form(grad_output, saved.checked.form)
+        if not same_form:
+            checks.check_like("grad_output", grad_output, saved.input)
+        with on_device_of(saved.input):
+            return backward(saved, grad_output if same_form else saved.checked.layout.conform(plain(grad_output)))
+
+    @property
+    def mean(self) -> Array:
+        """Mean of each channel that the call normalised with: a new (C,) float64 array."""
+        with on_device_of(self._saved.pairs):
+            return copied(Statistics(self._saved.pairs).mean)
+
+    @property
+    def var(self) -> Array:
+        """Biased variance of each channel that the call normalised with: a new (C,) float64 array."""
+        with on_device_of(self._saved.pairs):
+            return copied(Statistics(self._saved.pairs).var)
 
 
 def batch_norm(
@@ -187,11 +241,12 @@ def batch_norm_vjp(
     -------
     output : array
         As `batch_norm`.
-    vjp_fn : callable
+    vjp_fn : VjpFn
         ``vjp_fn(grad_output) -> BatchNormGrads(input, weight, bias, residual)``. The gradients of input and residual
         have the input's dtype and memory order, those of weight and bias their dtypes. Pure: it may be called again and
         changes nothing. It holds input, weight and bias by reference, and what it needs of the residual and the
-        statistics as a copy: it stays right when the running statistics move on.
+        statistics as a copy: it stays right when the running statistics move on. ``vjp_fn.mean`` and ``vjp_fn.var`` are
+        the statistics that the call normalised with.
 
     Raises
     ------
@@ -219,6 +274,85 @@ def batch_norm_vjp(
         channel_axis,
     )
     return forward_vjp(call)
+
+
+def batch_norm_backward(
+    grad_output: Array,
+    input: Array,
+    mean: Array,
+    var: Array,
+    weight: Array | None = None,
+    bias: Array | None = None,
+    training: bool = True,
+    eps: float = 1e-5,
+    *,
+    activation: str | None = None,
+    channel_axis: int = 1,
+) -> BatchNormGrads:
+    """The gradients of `batch_norm`, for code that keeps statistics from the forward pass instead of a function.
+
+    The same bits as ``vjp_fn`` of `batch_norm_vjp` with the same arguments, given its ``vjp_fn.mean`` and
+    ``vjp_fn.var``. A call with a residual needs ``vjp_fn``.
+
+    Parameters
+    ----------
+    grad_output : array of the input's shape and dtype
+        Gradient of the output.
+    input : array of rank >= 2, float16, bfloat16, float32 or float64
+        The input of the forward pass.
+    mean, var : (C,) arrays
+        Statistics that the forward pass normalised with, var biased. In any of the dtypes; float64 is exact. Where code
+        keeps ``inv_std``, var is ``1 / inv_std**2 - eps``.
+    weight, bias : (C,) arrays or None
+        As for `batch_norm`. The values of bias matter only behind an activation, those of both for the dtypes of their
+        gradients.
+    training : bool
+        Whether the statistics were those of the batch, and so depend on the input. True unless told otherwise.
+    eps : float
+        Added to the variance.
+    activation : None or "relu"
+    channel_axis : int
+
+    Returns
+    -------
+    BatchNormGrads
+        Gradients of input, weight and bias; None for what was not given, and for the residual.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `batch_norm`, and if grad_output is not an array of the input's kind, device, dtype and shape.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cupybn.functional as F
+    >>> x = np.array([[0], [1], [5]], np.float32)  # (N, C)
+    >>> dy = np.array([[1], [0], [0]], np.float32)
+    >>> weight = np.ones(1, np.float32)
+    >>> y, vjp_fn = F.batch_norm_vjp(x, None, None, weight, training=True)
+    >>> grads = F.batch_norm_backward(dy, x, vjp_fn.mean, vjp_fn.var, weight)
+    >>> grads.input.round(3).ravel(), grads.weight.round(3)
+    (array([ 0.176, -0.22 ,  0.044], dtype=float32), array([-0.926], dtype=float32))
+    """
+    axis = checks.check_input(input, channel_axis)
+    checks.check_bool("training", training)
+    for name, vector in ("mean", mean), ("var", var):
+        checks.check_array(name, vector, input)  # None, too, is an error here
+        checks.check_vectors(input, axis, {name: vector}, None)
+    # In eval mode the statistics are what a call takes as running ones; in training a call takes none.
+    running = Running() if training else Running(mean, var)
+    call = Call(input, Affine(weight, bias, eps), running, Epilogue(None, activation), training, channel_axis)
+    checked = call.checked()
+    checks.check_like("grad_output", grad_output, input)
+    if not checked.settled:
+        call = call.settled()
+    with on_device_of(call.input):
+        call = call.conformed(checked)
+        pairs = Statistics.of(plain(mean), plain(var)).pairs
+    return VjpFn(Saved(ops_for_call(call), checked, checked.tapes, call.input, pairs, call.affine, call.epilogue))(
+        grad_output
+    )
 
 
 def moments(input: Array, *, channel_axis: int = 1) -> tuple[Array, Array]:
@@ -273,15 +407,7 @@ def forward_vjp(call: Call) -> tuple[Array, VjpFn]:
     """The output of a call, and the function that goes back."""
     output, saved = _forward(call, None, for_vjp=True)
     assert saved is not None
-
-    def vjp_fn(grad_output: Array) -> BatchNormGrads:
-        same_form = has_form(grad_output, saved.checked.form)
-        if not same_form:
-            checks.check_like("grad_output", grad_output, saved.input)
-        with on_device_of(saved.input):
-            return backward(saved, grad_output if same_form else saved.checked.layout.conform(plain(grad_output)))
-
-    return output, vjp_fn
+    return output, VjpFn(saved)
 
 
 class Saved(NamedTuple):
@@ -291,7 +417,7 @@ class Saved(NamedTuple):
     checked: Checked
     tapes: Tapes | None  # launches of calls that are alike; None where this one has taken its steps for itself
     input: Array  # dense
-    pairs: Array | None  # statistics, as `Statistics` has them; None where there are no elements
+    pairs: Array  # statistics, as `Statistics` has them
     affine: Affine
     epilogue: Epilogue  # activation and mask: the mask has all that the way back needs of the residual
 
@@ -336,7 +462,7 @@ def _forward_steps(ops: Any, call: Call, out: Array | None, checked: Checked, fo
     layout = checked.layout
     made = layout.empty(call.input) if out is None else None
     if ops is None:
-        return [made, None, None]
+        return [made, _statistics_of_nothing(call, layout.shape[1]).pairs if for_vjp else None, None]
     residual, activation, _ = call.epilogue
     x, residual = layout.view(call.input), layout.view(residual)
     y = layout.view(out) if made is None else made.reshape(layout.shape)
@@ -348,6 +474,15 @@ def _forward_steps(ops: Any, call: Call, out: Array | None, checked: Checked, fo
     else:
         statistics = ops.bn_normalize(x, None, affine, running, epilogue, y, for_vjp)
     return [made, None if statistics is None else statistics.pairs, mask]
+
+
+def _statistics_of_nothing(call: Call, channels: int) -> Statistics:
+    """Statistics of a call without elements: the running ones in eval mode, and NaN for a batch, which has none."""
+    if not call.training:
+        return Statistics.of(call.running.mean, call.running.var)
+    pairs = empty((channels, 2), call.input, np.float64)
+    pairs.fill(np.nan)
+    return Statistics(pairs)
 
 
 def backward(saved: Saved, grad_output: Array) -> BatchNormGrads:

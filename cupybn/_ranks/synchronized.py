@@ -48,7 +48,7 @@ class Synchronized:
             row = empty((1, 1), x, np.float64)
             row.fill(0)
             self._group.gather(row, 0, x.dtype)  # the others may have some
-            return None
+            return Statistics(empty((0, 2), x, np.float64)) if keep else None
         parts = ops.bn_stats(x, None, scratch) if x.size > 0 else Moments(*_no_parts(x, (0,), (0, C), (0, C)))
         rows = self._group.gather(ops.merge_moments(parts), x.size // C, x.dtype)
         batches = running.batches if running.momentum is None else None
@@ -57,6 +57,8 @@ class Synchronized:
         statistics: Statistics | None = None
         if x.size > 0:
             statistics = ops.bn_normalize(x, moments, affine, Running(), epilogue, out, keep)
+        elif keep:
+            statistics = Statistics.of(*ops.mean_and_var(moments, np.dtype(np.float64)))
         if running.mean is not None:  # not by bn_normalize: ranks without samples move theirs as well, to the same bits
             ops.bn_update_running(moments, running)
         return statistics

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -219,15 +220,10 @@ class SyncBatchNorm(_BatchNorm):
         """Return output and ``vjp_fn``, as `BatchNorm2d.vjp`; after training, all ranks call ``vjp_fn``."""
         with self._together(input) as group:
             output, vjp_fn = super().vjp(input, residual)
-        channels, device = input.shape[self.channel_axis], self._device
+        channels = input.shape[self.channel_axis]
         if group is None or channels == 0:  # which exchanges nothing on the way back
             return output, vjp_fn
-
-        def synchronized_vjp_fn(grad_output: Array) -> BatchNormGrads:
-            with group.taking_part(False, channels, device):
-                return vjp_fn(grad_output)
-
-        return output, synchronized_vjp_fn
+        return output, _SynchronizedVjpFn(vjp_fn, group, channels, self._device)
 
     @contextlib.contextmanager
     def _together(self, input: Array) -> Iterator[Group | None]:
@@ -261,6 +257,20 @@ class SyncBatchNorm(_BatchNorm):
             "_process_group": None,
             "_left_out": self._left_out or self._comm is not None,
         }
+
+
+class _SynchronizedVjpFn(VjpFn):
+    """Function that goes back, as all ranks call it."""
+
+    __slots__ = ("_taking_part",)
+
+    def __init__(self, vjp_fn: VjpFn, group: Group, channels: int, device: str) -> None:
+        super().__init__(vjp_fn._saved)
+        self._taking_part = functools.partial(group.taking_part, False, channels, device)
+
+    def __call__(self, grad_output: Array) -> BatchNormGrads:
+        with self._taking_part():
+            return super().__call__(grad_output)
 
 
 _OWN = ("_kind", "_comm", "_process_group", "_left_out", "_timeout")

@@ -76,6 +76,9 @@ def check_step(world, layer, x, residual, dy, sizes):
     for now, then in zip((layer.running_mean, layer.running_var), wanted, strict=True):
         assert_close(now, then, np.float32)
     assert layer.num_batches_tracked == tracked + 1
+    world.everywhere(vjp_fn.mean, vjp_fn.var)  # also where a rank has no samples
+    assert_close(vjp_fn.mean, expected.mean, x.dtype, expected.terms["mean"])
+    assert_close(vjp_fn.var, expected.var, x.dtype)
     assert bits(*vjp_fn(share[2])) == bits(*grads)  # a `vjp_fn` changes nothing, though it exchanges sums at each call
 
 
