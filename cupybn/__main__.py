@@ -1,4 +1,4 @@
-"""The command line, ``python -m cupybn``, and its three commands: info, check and bench."""
+"""The command line, ``cupybn`` or ``python -m cupybn``, and its three commands: info, check and bench."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import errno
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import cupybn
 from cupybn._cli import bench, check, info
@@ -14,7 +15,6 @@ from cupybn._cli.options import UsageError
 from cupybn._steps.tiles import wanted_threads
 
 COMMANDS = {"info": info, "check": check, "bench": bench}
-PROGRAM = "python -m cupybn"
 SUMMARY = "What is found on this machine, whether the kernels are right on it, and how fast they are."
 CLOSED_PIPE, INTERRUPTED = 128 + 13, 128 + 2
 """Exit statuses, as if the program had been ended by SIGPIPE and by SIGINT."""
@@ -36,10 +36,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.errno not in CANNOT_WRITE:
             raise
         write_no_more()
-        print(f"{PROGRAM}: error: cannot write the output: {error.strerror}", file=sys.stderr)
+        print(f"{program()}: error: cannot write the output: {error.strerror}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return INTERRUPTED
+
+
+def program() -> str:
+    """The command as it was typed: the script that an installation brings, or the module."""
+    return "cupybn" if Path(sys.argv[0]).stem == "cupybn" else "python -m cupybn"
 
 
 def write_no_more() -> None:
@@ -49,16 +54,17 @@ def write_no_more() -> None:
 
 def run(arguments: Sequence[str] | None) -> int:
     """Parse the arguments and run the command."""
+    typed = program()
     parser = argparse.ArgumentParser(
-        prog=PROGRAM,
+        prog=typed,
         description=SUMMARY,
-        usage=f"{PROGRAM} [--help] [--version] {{{','.join(COMMANDS)}}} ...",
+        usage=f"{typed} [--help] [--version] {{{','.join(COMMANDS)}}} ...",
     )
     parser.add_argument("--version", action="version", version=f"cupybn {cupybn.__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="command", required=True, prog=PROGRAM)
+    commands = parser.add_subparsers(dest="command", metavar="command", required=True, prog=typed)
     for name, module in COMMANDS.items():
         summary = module.__doc__ or ""
-        usage = f"{PROGRAM} {name} {module.USAGE}"
+        usage = f"{typed} {name} {module.USAGE}"
         command = commands.add_parser(name, help=summary.partition("\n")[0], description=summary, usage=usage)
         module.add_arguments(command)
     options = parser.parse_args(arguments)

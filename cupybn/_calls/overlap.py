@@ -99,7 +99,7 @@ def _common_element(a: Array, b: Array) -> bool:
             return False
         a, b = _on_host(a), _on_host(b)
     try:
-        return np.shares_memory(a, b, max_work=MOST_WORK)  # type: ignore[arg-type]
+        return np.shares_memory(a, b, max_work=MOST_WORK)  # type: ignore[arg-type, unused-ignore]  # wrong in 2.4 alone
     except np.exceptions.TooHardError:
         return True
 

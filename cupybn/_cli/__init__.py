@@ -1,1 +1,1 @@
-"""The commands of ``python -m cupybn``, a file for each, and what they share."""
+"""The commands of ``cupybn``, a file for each, and what they share."""

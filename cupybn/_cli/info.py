@@ -24,6 +24,7 @@ USAGE = "[options]"
 MISSING = {
     "ml_dtypes": "not found, `pip install '.[bf16]'` installs it",
     "mpi4py": "not found, `pip install '.[mpi]'` installs it",
+    "safetensors": "not found, `pip install '.[safetensors]'` installs it",
 }
 """Texts in place of the versions of optional libraries that are missing."""
 
@@ -58,6 +59,7 @@ def facts() -> dict[str, Any]:
         "numpy": np.__version__,
         "ml_dtypes": getattr(optional("ml_dtypes"), "__version__", None),
         "mpi4py": getattr(optional("mpi4py"), "__version__", None),
+        "safetensors": getattr(optional("safetensors"), "__version__", None),
         "threads": threads,
         "kernels": len(kernel_names()),
         "kernel_folder": str(KERNELS),
@@ -104,6 +106,7 @@ def lines() -> Iterator[tuple[str, str]]:
     yield "NumPy", known["numpy"]
     yield "bfloat16 (ml_dtypes)", known["ml_dtypes"] or MISSING["ml_dtypes"]
     yield "mpi4py", known["mpi4py"] or MISSING["mpi4py"]
+    yield "safetensors", known["safetensors"] or MISSING["safetensors"]
     yield "threads on the CPU", str(known["threads"] or f"none: {known['not_found']['threads']}")
     yield "kernels", f"{known['kernels']} in {known['kernel_folder']}"
     if known["cupy_missing"]:

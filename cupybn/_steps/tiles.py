@@ -66,6 +66,9 @@ LINE = 1 << 9
 
 BUFFERED = 1 << 13
 """Elements up to which the size of NumPy's buffers makes no difference to the time of elementwise operations."""
+UNBUFFERED = SHORT if np.lib.NumpyVersion(np.__version__) >= "2.3.0" else 0
+"""Most values of a channel whose sums are the same with buffers of any size. NumPy before 2.3 splits sums at the end of
+a buffer, however short they are."""
 
 PIECE = 1 << 9
 """Elements per channel that `gather` copies at a time."""
@@ -252,7 +255,7 @@ def tile_sums(
     N, C, L = first.shape
     # The order of additions depends on these tiles. So they depend on the shape alone.
     work = plan(first.shape, _contiguous(arrays), TILE if first.size <= SMALL else LARGE_TILE)
-    if N * L > SHORT or first.size > BUFFERED:  # fewer values of a channel fit in a buffer of any size
+    if N * L > UNBUFFERED or first.size > BUFFERED:
         np.setbufsize(SHORT)
     parts = _walk(core, work, arrays, vectors, temporaries)
     if len(parts) == 1:
