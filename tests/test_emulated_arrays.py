@@ -178,6 +178,14 @@ def test_allocators_are_asked():
         cupy.cuda.set_allocator(None)
     cupy.zeros(3)
     assert asked == [24, 24]
+    with cupy.cuda.using_allocator(allocator):
+        cupy.zeros(4)
+        with cupy.cuda.using_allocator():
+            cupy.zeros(5)
+        with pytest.raises(ValueError, match="inside `using_allocator`"):
+            cupy.cuda.set_allocator(None)
+    cupy.zeros(3)
+    assert asked == [24, 24, 32]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from cupy._memory import MemoryPointer
 from cupy.cuda import driver, function, runtime
 from cupy.cuda.device import Device
 from cupy.cuda.graph import Graph
-from cupy.cuda.memory import MemoryPool, alloc, get_allocator, set_allocator
+from cupy.cuda.memory import MemoryPool, alloc, get_allocator, set_allocator, using_allocator
 from cupy.cuda.pinned_memory import PinnedMemoryPointer, alloc_pinned_memory
 from cupy.cuda.stream import Event, Stream, get_current_stream, get_elapsed_time
 
@@ -26,6 +26,7 @@ __all__ = [
     "is_available",
     "runtime",
     "set_allocator",
+    "using_allocator",
 ]
 
 

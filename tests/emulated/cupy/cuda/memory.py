@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
 
 from cupy._memory import ALIGNMENT, Allocation, MemoryPointer, usage
 from cupy.cuda import runtime
 from cupy.cuda._capture import check, status_of_unsafe_call
 
-__all__ = ["MemoryPointer", "MemoryPool", "alloc", "get_allocator", "set_allocator"]
+__all__ = ["MemoryPointer", "MemoryPool", "alloc", "get_allocator", "set_allocator", "using_allocator"]
 
 Allocator = Callable[[int], MemoryPointer]
 
@@ -49,19 +51,34 @@ class MemoryPool:
 
 _pool = MemoryPool()
 _allocator: Allocator = _pool.malloc
+_inside = threading.local()
+"""Holder of the allocator of the context that a thread is in, if it is in one."""
 
 
 def get_allocator() -> Allocator:
     """The function that allocates the memory of arrays."""
-    return _allocator
+    return getattr(_inside, "allocator", None) or _allocator
 
 
 def set_allocator(allocator: Allocator | None = None) -> None:
     """Set the function that allocates memory, which takes a number of bytes; None is the default pool."""
     global _allocator
+    if getattr(_inside, "allocator", None) is not None:
+        raise ValueError("Can't change the global allocator inside `using_allocator` context manager")
     _allocator = _pool.malloc if allocator is None else allocator
+
+
+@contextlib.contextmanager
+def using_allocator(allocator: Allocator | None = None) -> Iterator[None]:
+    """A context in which this thread allocates memory by this function; None is the default pool."""
+    before = getattr(_inside, "allocator", None)
+    _inside.allocator = _pool.malloc if allocator is None else allocator
+    try:
+        yield
+    finally:
+        _inside.allocator = before
 
 
 def alloc(size: int) -> MemoryPointer:
     """Allocate memory of the current device from the current allocator."""
-    return _allocator(size)
+    return get_allocator()(size)
