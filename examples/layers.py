@@ -101,7 +101,7 @@ class Sequential(Layer):
 
 
 class ResidualBlock(Sequential):
-    """Residual block of conv1, norm1, conv2, norm2 and perhaps a shortcut, which is x itself if there is no fifth layer.
+    """Residual block of conv1, norm1, conv2, norm2 and, unless the shortcut is x itself, a layer for that.
 
     y = relu(norm2(conv2(relu(norm1(conv1(x))))) + shortcut(x)), of which norm2 does normalization, sum and ReLU in one
     pass: both norms have ``activation="relu"``.
