@@ -5,6 +5,7 @@ from cupybn._calls.tracking import no_stats_update
 from cupybn.functional import BatchNormGrads
 from cupybn.layers.batchnorm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from cupybn.layers.syncbatchnorm import SyncBatchNorm
+from cupybn.models.folding import fold_conv_bn, fold_linear_bn
 
 __version__ = "0.1.0"
 __all__ = [
@@ -13,6 +14,8 @@ __all__ = [
     "BatchNorm3d",
     "BatchNormGrads",
     "SyncBatchNorm",
+    "fold_conv_bn",
+    "fold_linear_bn",
     "functional",
     "no_stats_update",
 ]

@@ -27,8 +27,8 @@ MOST_NESTED = 64
 """Depth to which lists in lists are looked into: NumPy and CuPy take no more axes than that."""
 
 
-def check_array(name: str, array: Any, like: Any = None) -> None:
-    """Check for an array of a kind and dtype that batch norm takes, on the device of ``like``, which is the input."""
+def check_array(name: str, array: Any, like: Any = None, other: str = "input") -> None:
+    """Check for an array of a kind and dtype that batch norm takes, on the device of ``like``, named as ``other``."""
     if kind(array) is None:
         given = describe(array)
         raise TypeError(f"expected {name} to be a NumPy or CuPy array (got {given}){_to_array(name, array, like)}")
@@ -36,11 +36,11 @@ def check_array(name: str, array: Any, like: Any = None) -> None:
         way_out = f": use {_new_out(like)}" if name == "out" else _to_float(name, array.dtype)
         raise TypeError(f"expected {name} of dtype {', '.join(FLOATS)} (got {array.dtype.name}){way_out}")
     if like is not None and device_of(array) != device_of(like):
-        ways = [_to_device(name, array, like), _to_device("input", like, array)]
+        ways = [_to_device(name, array, like), _to_device(other, like, array)]
         ways = [_new_out(like)] if name == "out" else sorted(ways, key=lambda way: "asnumpy" in way)  # to a GPU first
         raise TypeError(
-            f"expected {name} to be a {describe(like)} like input (got a {describe(array)}): all arrays of a call are "
-            f"on one device, use {' or '.join(ways)}"
+            f"expected {name} to be a {describe(like)} like {other} (got a {describe(array)}): all arrays of a call "
+            f"are on one device, use {' or '.join(ways)}"
         )
 
 

@@ -1,0 +1,1 @@
+"""What is done with layers that belong to a model: checkpoints, folding, recalibration. Users import from `cupybn`."""
