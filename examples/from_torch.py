@@ -19,7 +19,7 @@ import cupybn
 import layers
 from layers import to_numpy, xp
 
-STEPS, BATCH_SIZE, LEARNING_RATE, BOUND = 60, 64, 0.1, 1e-5
+STEPS, BATCH_SIZE, LEARNING_RATE, BOUND = 120, 64, 0.1, 1e-5
 CONVOLUTIONS = {  # (C_in, C_out, kernel), and settings as PyTorch's classes and `convolution` below take them
     "first": ((1, 16, 3), {"padding": 1}),
     "grouped": ((16, 32, 3), {"stride": 2, "padding": 1, "groups": 4}),
@@ -51,6 +51,7 @@ def train(x, labels):
     import torch
     from tqdm import tqdm
 
+    torch.set_num_threads(1)  # as in layers.options
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     network = torch_network()
