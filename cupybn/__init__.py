@@ -4,6 +4,7 @@ from cupybn import functional
 from cupybn._calls.tracking import no_stats_update
 from cupybn.functional import BatchNormGrads
 from cupybn.layers.batchnorm import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from cupybn.layers.state import IncompatibleKeys
 from cupybn.layers.syncbatchnorm import SyncBatchNorm
 from cupybn.models.folding import fold_conv_bn, fold_linear_bn
 
@@ -13,6 +14,7 @@ __all__ = [
     "BatchNorm2d",
     "BatchNorm3d",
     "BatchNormGrads",
+    "IncompatibleKeys",
     "SyncBatchNorm",
     "fold_conv_bn",
     "fold_linear_bn",

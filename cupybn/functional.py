@@ -56,6 +56,7 @@ from cupybn._ranks.synchronized import Synchronized
 from cupybn._steps import cupy_ops, numpy_ops
 from cupybn._steps.bundles import Affine, Epilogue, Gradients, Running, Statistics
 from cupybn._steps.launcher import unheard
+from cupybn._steps.observer import Observed
 from cupybn._steps.tape import Tapes, particulars_of
 
 __all__ = ["BatchNormGrads", "batch_norm", "batch_norm_vjp", "moments"]
@@ -403,12 +404,14 @@ def _backward_steps(saved: Saved, grad_output: Array) -> list[Array | None]:
 def ops_for_call(call: Call) -> Any:
     """The steps for a call: those of `ops_for`, or their `Synchronized` form where the batch is spread over ranks.
 
-    None where the call has no elements, and there is nothing to do.
+    Where the layer is observed, they are `Observed`. None where the call has no elements, and there is nothing to do.
     """
-    ops = ops_for(call.input)
-    if call.layer is not None and call.layer.group is not None:
-        return Synchronized(ops, call.layer.group)
-    return ops if call.input.size > 0 else None
+    ops, layer = ops_for(call.input), call.layer
+    if layer is not None and layer.group is not None:
+        return Synchronized(ops, layer.group, layer.observer)
+    if call.input.size == 0:
+        return None
+    return ops if layer is None or layer.observer is None else Observed(ops, layer.observer)
 
 
 def ops_for(array: Array) -> ModuleType:

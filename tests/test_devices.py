@@ -135,9 +135,11 @@ def test_device_of_torch():
 
 
 def test_to_no_device():
-    """The method `to` needs a device: it moves a layer, and does not choose where to."""
+    """The method `to` leaves a layer where it is if no device is given: it does not choose where to."""
+    pytest.importorskip("cupy")  # with which None is a CUDA device for the constructor
+    assert BatchNorm2d(3, device="cpu").to(None).device == "cpu"
     with pytest.raises(ValueError, match="unknown device None"):
-        BatchNorm2d(3, device="cpu").to(None)
+        devices.named_device(None)
 
 
 def test_bfloat16_without_ml_dtypes(monkeypatch):

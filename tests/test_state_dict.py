@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from cupybn import BatchNorm1d, BatchNorm2d
+from cupybn import BatchNorm1d, BatchNorm2d, IncompatibleKeys
 from tests.reference import DTYPES, bits, to_numpy
 
 ARRAYS = ["weight", "bias", "running_mean", "running_var", "num_batches_tracked"]
@@ -92,11 +92,11 @@ def test_arrays_are_live(xp, device, rng):
 # Loading
 
 
-def test_load_copies_and_returns_none(device, rng):
+def test_load_copies_and_returns_the_keys(device, rng):
     layer, state = BatchNorm1d(3, device=device), a_state(rng)
     own = layer.state_dict()
     before = bits(*state.values())
-    assert layer.load_state_dict(state) is None
+    assert layer.load_state_dict(state) == IncompatibleKeys([], [])
     assert_holds(layer, state)
     assert all(layer.state_dict()[name] is array for name, array in own.items())
     for array in own.values():
@@ -136,7 +136,7 @@ def test_prefix(device, rng, strict):
     }
     layer.load_state_dict(others | state, strict=strict, prefix="bn1.")
     assert_holds(layer, state, "bn1.")
-    assert layer.load_state_dict(layer.state_dict(prefix="x."), prefix="x.") is None
+    assert layer.load_state_dict(layer.state_dict(prefix="x."), prefix="x.") == ([], [])
     assert_holds(layer, state, "bn1.")
 
 

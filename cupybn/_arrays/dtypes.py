@@ -55,3 +55,12 @@ def parameter_dtype(dtype: npt.DTypeLike) -> np.dtype[Any]:
     if result.name not in FLOATS:
         raise TypeError(f"expected dtype to be one of {', '.join(FLOATS)} (got {result.name})")
     return result
+
+
+def bfloat16_of(bits: npt.NDArray[np.uint16]) -> npt.NDArray[Any]:
+    """Array of the numbers that have these bits as bfloat16: float32, which holds them all, if ml_dtypes is missing."""
+    try:
+        import ml_dtypes
+    except ImportError:
+        return (bits.astype(np.uint32) << 16).view(np.float32)
+    return bits.view(ml_dtypes.bfloat16)

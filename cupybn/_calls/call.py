@@ -17,6 +17,7 @@ from cupybn._calls.tracking import updates_stats
 from cupybn._ranks.group import Group
 from cupybn._steps.arguments import NAN
 from cupybn._steps.bundles import Affine, Epilogue, Running
+from cupybn._steps.observer import Observer
 from cupybn._steps.tape import Particulars, Tapes, particulars_of
 
 Array = Any  # numpy.ndarray or cupy.ndarray
@@ -38,6 +39,7 @@ class Caller(NamedTuple):
     ndims: tuple[int, ...] = ()  # numbers of axes that its inputs may have; () if any will do
     idle: tuple[Array, ...] = ()  # running statistics that it holds, but does not use in this call
     group: Group | None = None  # processes that the batch is spread over, in training; None for a single one
+    observer: Observer | None = None  # what gets the moments of the batch, instead of its running statistics
 
 
 class Call(NamedTuple):
@@ -111,7 +113,7 @@ class Call(NamedTuple):
             activation,
             self.channel_axis,
             type(self.channel_axis),
-            None if layer is None else (layer.ndims, layer.group is not None),
+            None if layer is None else (layer.ndims, layer.group is not None, layer.observer is not None),
             updates_stats(),
         )
 
@@ -158,7 +160,8 @@ class Call(NamedTuple):
 
     def moves(self) -> bool:
         """Whether this call moves the running statistics."""
-        return self.training and self.running.mean is not None and updates_stats()
+        observed = self.layer is not None and self.layer.observer is not None
+        return self.training and self.running.mean is not None and updates_stats() and not observed
 
     def arrays(self, with_counter: bool) -> dict[str, Array]:
         """The arrays of this call by name, but for those that are None."""
@@ -306,8 +309,8 @@ class Checked(NamedTuple):
         ordered = "input", "residual", "out", *VECTORS, "num_batches_tracked"  # as `particulars` has them
         extents = {name: Extent.of(arrays[name]) for name in ordered if name in arrays}
         dense = layout.matches(call.input) and (residual is None or layout.matches(residual))
-        # Not where ranks exchange messages between launches, or arrays are copied before them.
-        alone = call.layer is None or call.layer.group is None
+        # Not where ranks exchange messages between launches, an observer keeps what it is given, or arrays are copied.
+        alone = call.layer is None or (call.layer.group is None and call.layer.observer is None)
         recorded = alone and dense and call.input.size > 0 and kind(call.input) == "cupy"
         settled = not any(map(is_derived, classes)) and type(call.affine.eps) is float
         direct = out is not None and layout.matches(out)

@@ -10,6 +10,7 @@ import numpy as np
 from cupybn._arrays.devices import empty
 from cupybn._ranks.group import Group
 from cupybn._steps.bundles import Affine, Epilogue, Gradients, Moments, Running, Statistics, Sums
+from cupybn._steps.observer import Observer
 
 Array = Any  # numpy.ndarray or cupy.ndarray
 
@@ -25,10 +26,12 @@ class Synchronized:
     ops : module
         The steps for the arrays of this rank.
     group : Group
+    observer : Observer or None
+        Gets the moments of the whole batch.
     """
 
-    def __init__(self, ops: ModuleType, group: Group) -> None:
-        self._ops, self._group = ops, group
+    def __init__(self, ops: ModuleType, group: Group, observer: Observer | None = None) -> None:
+        self._ops, self._group, self._observer = ops, group, observer
         self._count: Array  # (1,) array, the number of values for each channel on all ranks
         self.empty_mask = ops.empty_mask
 
@@ -52,13 +55,16 @@ class Synchronized:
         parts = ops.bn_stats(x, None, scratch) if x.size > 0 else Moments(*_no_parts(x, (0,), (0, C), (0, C)))
         rows = self._group.gather(ops.merge_moments(parts), x.size // C, x.dtype)
         batches = running.batches if running.momentum is None else None
-        moments = Moments.of_rows(ops.merge_moments(Moments.of_rows(rows)), batches)
+        row = ops.merge_moments(Moments.of_rows(rows))
+        moments = Moments.of_rows(row, batches)
         self._count = moments.count  # on a GPU it stays there: the host does not wait for it
         statistics: Statistics | None = None
         if x.size > 0:
             statistics = ops.bn_normalize(x, moments, affine, Running(), epilogue, out, keep)
         if running.mean is not None:  # not by bn_normalize: ranks without samples move theirs as well, to the same bits
             ops.bn_update_running(moments, running)
+        if self._observer is not None:
+            self._observer.add(ops, row)
         return statistics
 
     def bn_backward(

@@ -12,14 +12,22 @@ from cupybn import functional
 from cupybn._arrays.dtypes import parameter_dtype
 from cupybn._calls import checks
 from cupybn._calls.call import Call, Caller
+from cupybn._calls.tracking import updates_stats
 from cupybn._ranks.group import Group
 from cupybn._steps.bundles import Affine, Epilogue, Running
+from cupybn._steps.observer import Observer
 from cupybn.functional import VjpFn
 from cupybn.layers.layer import AFFINE, INITIAL, Layer
 
 Array = Any  # numpy.ndarray or cupy.ndarray
 
 T = TypeVar("T")
+
+observers: dict[int, Observer] = {}
+"""What gets the moments that a layer sees in training, instead of its running statistics, by the id of the layer.
+
+Not an attribute: a copy of a layer is not observed.
+"""
 
 
 class _BatchNorm(Layer):
@@ -207,8 +215,10 @@ class _BatchNorm(Layer):
         checks.check_bool("track_running_stats", self.track_running_stats)
         momentum = None if self.momentum is None else checks.as_float("momentum", self.momentum)
         running = Running(self.running_mean, self.running_var, momentum, self.num_batches_tracked)
+        observer = observers.get(id(self)) if observers and self.training and updates_stats() else None
         idle: tuple[Array, ...] = ()
-        if self.training and not (self.track_running_stats and (momentum is not None or running.batches is not None)):
+        counted = momentum is not None or running.batches is not None
+        if self.training and observer is None and not (self.track_running_stats and counted):
             # Frozen statistics, or a mean over all batches that nobody counts: the call goes without them. Whether they
             # are complete is asked all the same, here; the counter stays for the advice that messages give.
             checks.check_running(running, training=True)
@@ -221,7 +231,7 @@ class _BatchNorm(Layer):
             Epilogue(residual, self.activation),
             self.training or self.running_mean is None,
             self.channel_axis,
-            Caller(self._device, self._ndims, idle, self._process_group if self.training else None),
+            Caller(self._device, self._ndims, idle, self._process_group if self.training else None, observer),
         )
 
     # -----------------------------------------------------------------------------------------------------------------

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from cupybn._arrays import devices, kinds
+from cupybn._arrays.dtypes import FLOATS, parameter_dtype
 from cupybn._calls import checks
 from cupybn.layers import state as _state
+from cupybn.layers.names import COUNTER, is_vector, names_of
+from cupybn.layers.state import IncompatibleKeys
+from cupybn.layers.writing import check_target, write
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -70,31 +76,93 @@ class Layer:
         """Weight and bias, where the layer has them."""
         return (array for _, array in self.named_parameters())
 
-    def state_dict(self, prefix: str = "") -> dict[str, Array]:
-        """The layer's arrays themselves, not copies, under torch's names and in torch's order."""
-        checks.check_str("prefix", prefix)
-        return {prefix + name: array for name, array in self._arrays().items()}
+    def named_buffers(self) -> Iterator[tuple[str, Array]]:
+        """Running statistics and the number of batches with their names, where the layer has them."""
+        return ((name, array) for name, array in self._arrays().items() if name not in AFFINE)
 
-    def load_state_dict(self, state: Mapping[str, Any], strict: bool = True, prefix: str = "") -> None:
+    def buffers(self) -> Iterator[Array]:
+        """Running statistics and the number of batches, where the layer has them."""
+        return (array for _, array in self.named_buffers())
+
+    def state_dict(self, prefix: str = "", device: str | None = None, names: str = "torch") -> dict[str, Array]:
+        """The layer's arrays by their names, in torch's order.
+
+        Parameters
+        ----------
+        prefix : str
+            Beginning of all keys.
+        device : "cpu", "cuda", "cuda:N" or None
+            Where copies of the arrays are to be; None for the arrays themselves, not copies.
+        names : "torch", "keras", "flax", "chainer" or "onnx"
+            Whose names the keys are to have. Only torch and Chainer have one for ``num_batches_tracked``; under the
+            names of others it is left out.
+
+        Raises
+        ------
+        ValueError, RuntimeError
+            If names or device are unknown, or the device is not there.
+        TypeError
+            If the prefix is no str.
+
+        Examples
+        --------
+        >>> from cupybn import BatchNorm2d
+        >>> layer = BatchNorm2d(2, device="cpu")
+        >>> state = layer.state_dict("bn1/", device="cpu", names="keras")
+        >>> state.keys()
+        dict_keys(['bn1/gamma', 'bn1/beta', 'bn1/moving_mean', 'bn1/moving_variance'])
+        >>> layer.bias += 1
+        >>> state["bn1/beta"]  # a copy, which does not follow
+        array([0., 0.], dtype=float32)
+        """
+        checks.check_str("prefix", prefix)
+        theirs = names_of(names)
+        arrays = {name: array for name, array in self._arrays().items() if name in theirs}
+        if device is not None:
+            target = devices.named_device(device)
+            arrays = {name: devices.transfer(array, array.dtype, target) for name, array in arrays.items()}
+        return {prefix + theirs[name]: array for name, array in arrays.items()}
+
+    def load_state_dict(
+        self, state: Mapping[str, Any], strict: bool = True, prefix: str = "", names: str = "torch"
+    ) -> IncompatibleKeys:
         """Copy a state dict into the layer's arrays.
 
         Parameters
         ----------
         state : mapping of names to arrays
-            NumPy, CuPy or anything that ``numpy.asarray`` takes. ``num_batches_tracked`` may be missing. Entries that
-            are not the layer's are not read.
+            NumPy, CuPy, tensors of PyTorch or anything that ``numpy.asarray`` takes. ``num_batches_tracked`` may be
+            missing. Entries that are not the layer's are not read.
         strict : bool
             Whether missing and unexpected keys are errors.
         prefix : str
             Keys that do not start with it are ignored.
+        names : "torch", "keras", "flax", "chainer" or "onnx"
+            Whose names the keys have:
+
+            ======= ======== ======= ============= ================= =====================
+            torch   weight   bias    running_mean  running_var       num_batches_tracked
+            keras   gamma    beta    moving_mean   moving_variance   -
+            flax    scale    bias    mean          var               -
+            chainer gamma    beta    avg_mean      avg_var           N
+            onnx    scale    B       input_mean    input_var         -
+            ======= ======== ======= ============= ================= =====================
+
+            Where they are not torch's, vectors may have the shape (1, C, 1, 1) or the like: every axis but that of C is
+            1 long. A counter without a name is not there: the layer keeps its own.
+
+        Returns
+        -------
+        IncompatibleKeys
+            Lists of the missing and of the unexpected keys, in full; both are empty after a strict load.
 
         Raises
         ------
         KeyError
-            If keys are missing or unexpected. Says under which other prefix they are, if there is one.
+            If keys are missing or unexpected. Says under which other prefix or names they are, if they are.
         ValueError
             If shapes are wrong, or ``num_batches_tracked`` is not a whole number that an int64 holds, 0 or more; also
-            when not strict.
+            when not strict. If names are unknown.
         TypeError
             If this is not a mapping, or a value cannot be read or is not an array of real numbers. Nothing has been
             loaded then.
@@ -107,6 +175,7 @@ class Layer:
         >>> checkpoint |= {"encoder.bn1.running_mean": np.zeros(3), "encoder.bn1.running_var": np.ones(3)}
         >>> layer = BatchNorm2d(3, device="cpu")
         >>> layer.load_state_dict(checkpoint, prefix="encoder.bn1.")
+        IncompatibleKeys(missing_keys=[], unexpected_keys=[])
         >>> layer.weight
         array([2., 2., 2.], dtype=float32)
 
@@ -117,31 +186,71 @@ class Layer:
         checks.check_bool("strict", strict, f"; did you mean prefix={strict!r}?" if isinstance(strict, str) else "")
         checks.check_str("prefix", prefix)
         _state.check_mapping(state)
+        names_of(names)
+        loading = self._loading(state, _state.under(prefix, state.keys()), strict, prefix, names)
+        if loading.faults.types:
+            raise loading.faults.types[0]
+        error = _state.error_of([loading.faults])
+        if error is not None:
+            raise error
+        return write([(self, loading.values)], loading.keys)
+
+    def _loading(self, state: Mapping[Any, Any], keys: Sequence[Any], strict: bool, prefix: str, names: str) -> Loading:
+        """What a state has for this layer, read and checked, as copies on the layer's device; nothing is written yet.
+
+        The keys are those of the state that this layer should know.
+        """
+        theirs = names_of(names)
         # A layer with arrays goes by those that it has now: the user may have set one to None, or one in its place.
-        names = self._members if self.num_features is None else tuple(self._arrays())
-        keys = _state.under(prefix, state.keys())
-        own = {}
-        for name in names:
-            if prefix + name in keys:
-                dtype = getattr(getattr(self, name), "dtype", self._dtype_of(name))  # that of an array of the user's
-                own[name] = _state.as_array(prefix + name, _state.read(state, prefix + name), dtype)
-        unexpected = [key for key in keys if key not in [prefix + name for name in names]]
+        arrays = self._arrays()
+        own = self._members if self.num_features is None else tuple(arrays)
+        wanted = {name: prefix + theirs[name] for name in own if name in theirs}
+        given: dict[str, Any] = {}
+        types: list[TypeError] = []
+        for name, key in wanted.items():
+            if key in keys:
+                dtype = getattr(arrays.get(name), "dtype", self._dtype_of(name))
+                try:
+                    given[name] = _state.as_array(key, _state.read(state, key), dtype)
+                except TypeError as error:
+                    types.append(error)
+        incompatible = _state.IncompatibleKeys(
+            [key for name, key in wanted.items() if key not in keys and name != COUNTER],
+            [key for key in keys if key not in wanted.values()],
+        )
         features = self.num_features
         if features is None:
-            features = next((own[name].size for name in names if name in own and own[name].ndim == 1), None)
-        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(names, (features or 0,))
-        if _state.COUNTER in shapes:
-            shapes[_state.COUNTER] = ()
-        _state.check(state, own, unexpected, shapes, strict, prefix)
-        if features is None:  # nothing here tells a lazy layer its size
-            return
-        loaded = {
-            name: devices.transfer(own[name], self._dtype_of(name), self._device) for name in names if name in own
-        }
+            features = next((each.size for each in given.values() if is_vector(each.shape, names)), None)
+        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(wanted, (features or 0,))
+        if COUNTER in shapes:
+            shapes[COUNTER] = ()
+        for name, array in given.items():
+            if name != COUNTER and is_vector(array.shape, names) and array.size == features:
+                given[name] = array.reshape(features)
+        expected = _state.Expected(names, prefix, wanted, shapes)
+        faults = _state.faults_of(state, given, expected, incompatible, strict)._replace(types=types)
+        values: dict[str, Any] = {}
+        if _state.error_of([faults]) is None and features is not None:  # else nothing tells a lazy layer its size
+            values = self._values(given, features)
+        return Loading(values, incompatible, faults)
+
+    def _values(self, given: Mapping[str, Any], features: int) -> dict[str, Any]:
+        """What `write` is to write so that the layer holds these arrays, as copies on their devices.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If there is something in the place of an array of the layer that cannot be written to.
+        """
         if self.num_features is None:
-            self._allocate(features, loaded)
-        else:
-            self._fill(loaded)
+            copies = {name: devices.transfer(given[name], self._dtype_of(name), self._device) for name in given}
+            return self._made(features, copies) | {"num_features": features}
+        arrays = {name: getattr(self, name) for name in given}
+        for name, array in arrays.items():
+            check_target(name, array)
+        return {
+            name: devices.transfer(given[name], array.dtype, kinds.device_of(array)) for name, array in arrays.items()
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Unpickled CuPy arrays are on the current device: bring them to that of the layer."""
@@ -155,36 +264,84 @@ class Layer:
         """``"cpu"`` or ``"cuda:N"``."""
         return self._device
 
-    def to(self, device: str) -> Self:
-        """Move the layer's arrays to a device: new arrays, if it is another one. Returns the layer.
+    def to(self, device: str | None = None, dtype: npt.DTypeLike | None = None) -> Self:
+        """Move the layer's arrays to a device, and weight, bias and running statistics to a dtype.
+
+        Arrays that fit stay the same ones; others are replaced by new ones.
+
+        Parameters
+        ----------
+        device : "cpu", "cuda", "cuda:N" or None
+            None leaves them where they are.
+        dtype : dtype or None
+            float16, bfloat16, float32 or float64, which `dtype` of the layer then is; None leaves them as they are.
+            Numbers that are too large for it become inf.
+
+        Returns
+        -------
+        The layer.
 
         Raises
         ------
         ValueError, RuntimeError
             If the device is unknown, or is not there.
+        TypeError, ImportError
+            If the dtype is another one, or is ``"bfloat16"``, and ml_dtypes is missing. Nothing has changed then.
+
+        Examples
+        --------
+        >>> from cupybn import BatchNorm2d
+        >>> layer = BatchNorm2d(2, device="cpu")
+        >>> layer.to(dtype="float64").running_mean
+        array([0., 0.])
         """
-        target = devices.named_device(device)
-        if target != self._device:
-            moved = {name: devices.transfer(array, array.dtype, target) for name, array in self._arrays().items()}
-            vars(self).update(moved, _device=target)
+        given = _dtype_in_place_of(device)
+        if given:
+            raise ValueError(f"unknown device {kinds.show(device)}: to set the dtype, use to(dtype={given!r})")
+        target = None if device is None else devices.named_device(device)
+        cast = None if dtype is None else parameter_dtype(dtype)
+        moved: dict[str, Array] = {}
+        copies: dict[tuple[int, np.dtype[Any]], Array] = {}  # an array in two roles stays one
+        for name, array in self._arrays().items():
+            if kinds.kind(array) is None:
+                raise TypeError(f"expected {name} to be an array (got {kinds.describe(array)})")
+            there = kinds.device_of(array) if target is None else target
+            as_dtype = array.dtype if cast is None or name == COUNTER else cast
+            if (there, as_dtype) != (kinds.device_of(array), array.dtype):
+                key = id(array), as_dtype
+                if key not in copies:
+                    copies[key] = devices.transfer(array, as_dtype, there)
+                moved[name] = copies[key]
+        settings: dict[str, Any] = {} if target is None else {"_device": target}
+        vars(self).update(moved, **settings, **({} if cast is None else {"dtype": cast}))
         return self
+
+    def cpu(self) -> Self:
+        """Move the layer's arrays to the host, as ``to("cpu")``. Returns the layer."""
+        return self.to("cpu")
+
+    def cuda(self, index: int | None = None) -> Self:
+        """Move the layer's arrays to a CUDA device, the current one unless another is given. Returns the layer."""
+        return self.to("cuda" if index is None else f"cuda:{checks.as_int('index', index)}")
 
     def _arrays(self) -> dict[str, Array]:
         """The arrays that there are, in the order of the state dict."""
         return {name: getattr(self, name) for name in INITIAL if getattr(self, name) is not None}
 
-    def _allocate(self, num_features: int, values: Mapping[str, Array] | None = None) -> None:
-        """Take new arrays: those that are given, and others with what they start from."""
-        given = values or {}
-        arrays = {
-            name: given[name]
-            if name in given
+    def _made(self, num_features: int, values: Mapping[str, Array]) -> dict[str, Array]:
+        """All arrays that the layer has, for this number of features: those that are given, and new ones."""
+        return {
+            name: values[name]
+            if name in values
             else devices.full(
-                () if name == _state.COUNTER else (num_features,), INITIAL[name], self._dtype_of(name), self._device
+                () if name == COUNTER else (num_features,), INITIAL[name], self._dtype_of(name), self._device
             )
             for name in self._members
         }
-        vars(self).update(arrays, num_features=num_features)
+
+    def _allocate(self, num_features: int) -> None:
+        """Take new arrays, with what they start from."""
+        vars(self).update(self._made(num_features, {}), num_features=num_features)
 
     def _release(self) -> None:
         """Go back to having no arrays, as before `_allocate`."""
@@ -193,22 +350,27 @@ class Layer:
     def _fill(self, values: Mapping[str, Any]) -> None:
         """Write into the layer's arrays, all or none."""
         for name in values:
-            if kinds.kind(getattr(self, name)) is None:
-                raise TypeError(f"expected {name} to be an array (got {kinds.describe(getattr(self, name))})")
-            checks.check_writeable(name, getattr(self, name))
-        before: list[tuple[Array, Array]] = []
-        try:
-            for name, value in values.items():
-                array = getattr(self, name)
-                with devices.on_device_of(array):
-                    before.append((array, devices.copied(array)))
-                    array[...] = value
-        except BaseException:
-            for array, value in reversed(before):
-                with devices.on_device_of(array):
-                    array[...] = value
-            raise
+            check_target(name, getattr(self, name))
+        write([(self, values)], None)
 
     def _dtype_of(self, name: str) -> np.dtype[Any]:
         """Dtype of the array of a name, as the layer makes it."""
-        return np.dtype(np.int64) if name == _state.COUNTER else self.dtype
+        return np.dtype(np.int64) if name == COUNTER else self.dtype
+
+
+class Loading(NamedTuple):
+    """What a state has for a layer, before any of it is written."""
+
+    values: dict[str, Any]  # what `write` is to write
+    keys: IncompatibleKeys
+    faults: _state.Faults  # if there are any, there are no values
+
+
+def _dtype_in_place_of(device: Any) -> str:
+    """Name of the dtype that was given in the place of a device; an empty text if none was."""
+    if not isinstance(device, (str, type, np.dtype)) and type(device).__name__ != "dtype":  # PyTorch has such a class
+        return ""
+    with contextlib.suppress(Exception):
+        return parameter_dtype(device).name
+    name = str(device).removeprefix("torch.")
+    return name if name in FLOATS else ""

@@ -1,21 +1,23 @@
-"""Checks of the state dicts that layers load: keys, shapes and counts, with hints at what was probably meant."""
+"""Checks of the states that layers load: keys, shapes and counts, with hints at what was probably meant."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import PurePath
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from cupybn._arrays.dtypes import BITS_OF_BFLOAT16, is_float
 from cupybn._arrays.kinds import from_dlpack, kind, plain, show
+from cupybn.layers.names import COUNTER, NAMES, is_vector
+from cupybn.layers.tensors import is_tensor, of_tensor
 
-COUNTER = "num_batches_tracked"
-"""Name of the counter of batches, the only one of a layer's arrays that a state dict may leave out."""
 MOST_BATCHES = 2**63 - 1
 """Largest number that an int64 counter holds."""
 LOADERS = {
@@ -26,6 +28,10 @@ LOADERS = {
 """Calls that read a file into a mapping, by the suffix of the file."""
 NESTED = ("state_dict", "model_state_dict", "model")
 """Keys under which checkpoints of whole programs keep the state of the model."""
+
+
+class UnreadableError(Exception):
+    """A file that is damaged. `read` lets it pass: that is no fault of an entry."""
 
 
 def check_mapping(state: Any) -> None:
@@ -69,7 +75,7 @@ def read(state: Mapping[Any, Any], key: str) -> Any:
     """
     try:
         return state[key]
-    except MemoryError:
+    except (MemoryError, UnreadableError):
         raise
     except Exception as error:
         closed = isinstance(state, np.lib.npyio.NpzFile) and state.zip is None
@@ -79,7 +85,7 @@ def read(state: Mapping[Any, Any], key: str) -> Any:
 
 
 def as_array(key: str, value: Any, dtype: np.dtype[Any]) -> Any:
-    """Array to copy into one of this dtype: a CuPy array as it is, anything else as ``numpy.asarray`` makes it.
+    """Array to copy into one of this dtype: a CuPy array as it is, anything else as a NumPy array.
 
     NumPy's files keep the bits of bfloat16 without its name: they are taken for bfloat16 where this dtype is bfloat16.
 
@@ -91,7 +97,7 @@ def as_array(key: str, value: Any, dtype: np.dtype[Any]) -> Any:
     if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):
         raise TypeError(f"expected {key} to be an array of real numbers: masks are not supported, use .filled(...)")
     try:
-        array = plain(value) if kind(value) == "cupy" else np.asarray(value)
+        array = of_tensor(value) if is_tensor(value) else plain(value) if kind(value) == "cupy" else np.asarray(value)
     except Exception as error:  # objects raise errors of any class when NumPy asks them for an array
         given = f"{type(value).__qualname__}: {error}"
         raise TypeError(f"expected {key} to be an array of real numbers (got {given})") from error
@@ -109,52 +115,93 @@ def as_array(key: str, value: Any, dtype: np.dtype[Any]) -> Any:
     return array
 
 
-def check(
-    state: Mapping[Any, Any],
-    own: Mapping[str, Any],
-    unexpected: Sequence[Any],
-    shapes: Mapping[str, tuple[int, ...]],
-    strict: bool,
-    prefix: str,
-) -> None:
-    """Check the keys, the shapes and the counter of a state dict against those that a layer expects.
+class IncompatibleKeys(NamedTuple):
+    """Keys that a state dict and a layer do not share, as `BatchNorm2d.load_state_dict` returns them.
+
+    Attributes
+    ----------
+    missing_keys : list of str
+        Keys that the layer expects and the state has not, in full and in the names of the state. The number of batches
+        is not among them: a state may leave it out.
+    unexpected_keys : list
+        Keys under the layer's prefix that the layer does not know.
+
+    Examples
+    --------
+    >>> from cupybn import BatchNorm1d
+    >>> layer = BatchNorm1d(2, device="cpu")
+    >>> layer.load_state_dict({"weight": [1, 2], "bias": [3, 4], "scale": [5, 6]}, strict=False)
+    IncompatibleKeys(missing_keys=['running_mean', 'running_var'], unexpected_keys=['scale'])
+    """
+
+    missing_keys: list[str]
+    unexpected_keys: list[Any]
+
+
+class Expected(NamedTuple):
+    """What a layer expects of a state."""
+
+    framework: str  # one of `NAMES`, which the state is written in
+    prefix: str
+    keys: Mapping[str, str]  # full keys in the state, by the names that arrays have here
+    shapes: Mapping[str, tuple[int, ...]]  # shapes that arrays must have, by the same names
+
+
+class Faults(NamedTuple):
+    """What is wrong with a state."""
+
+    keys: list[str]
+    values: list[str]
+    types: list[TypeError]
+    hint: str
+
+    def text(self) -> str:
+        """All of it, in one line."""
+        return "; ".join([*self.keys, *self.values, *map(str, self.types)]) + self.hint
+
+
+def error_of(faults: Iterable[Faults]) -> Exception | None:
+    """The one error that names all that is wrong; None if nothing is."""
+    found = [each for each in faults if each.keys or each.values or each.types]
+    if not found:
+        return None
+    text = "; ".join(each.text() for each in found)
+    if any(each.keys for each in found):
+        return KeyError(text)
+    return ValueError(text) if any(each.values for each in found) else TypeError(text)
+
+
+def faults_of(
+    state: Mapping[Any, Any], given: Mapping[str, Any], expected: Expected, keys: IncompatibleKeys, strict: bool
+) -> Faults:
+    """What is wrong with the keys, the shapes and the counter of a state.
 
     Parameters
     ----------
     state : mapping
-        State dict as it was given. It is read only for a hint at what was meant.
-    own : mapping of names to arrays
-        Arrays of the state dict that the layer expects, by their names without prefix.
-    unexpected : sequence
-        Keys with the layer's prefix that the layer does not know.
-    shapes : mapping of names to shapes
-        Shapes of the arrays that the layer expects.
+        State as it was given. It is read only for a hint at what was meant.
+    given : mapping of names to arrays
+        Arrays of the state that the layer expects.
+    expected : Expected
+        What the layer expects.
+    keys : IncompatibleKeys
+        Keys that are missing and unexpected.
     strict : bool
-        Whether missing and unexpected keys are errors.
-    prefix : str
-        Prefix of the layer's keys.
-
-    Raises
-    ------
-    KeyError
-        If keys are missing or unexpected and `strict` is set. The message names wrong values as well.
-    ValueError
-        If only values are wrong.
+        Whether these are errors.
     """
     values = [
-        f"expected {prefix}{name} of shape {shape} (got {own[name].shape})"
-        for name, shape in shapes.items()
-        if name in own and own[name].shape != shape
+        f"expected {expected.keys[name]} of shape {shape} (got {given[name].shape})"
+        for name, shape in expected.shapes.items()
+        if name in given and given[name].shape != shape
     ]
-    if COUNTER in own and own[COUNTER].shape == ():
-        values += _wrong_count(prefix + COUNTER, own[COUNTER])
-    missing = [prefix + name for name in shapes if name not in own and name != COUNTER]
-    if strict and (missing or unexpected):
-        keys = [f"missing keys: {', '.join(missing)}"] if missing else []
-        keys += [f"unexpected keys: {', '.join(map(_name, unexpected))}"] if unexpected else []
-        raise KeyError("; ".join(keys + values) + (_meant(state, shapes, prefix) if missing else ""))
-    if values:
-        raise ValueError("; ".join(values))
+    if COUNTER in given and given[COUNTER].shape == ():
+        values += _wrong_count(expected.keys[COUNTER], given[COUNTER])
+    texts = []
+    if strict and keys.missing_keys:
+        texts.append(f"missing keys: {', '.join(keys.missing_keys)}")
+    if strict and keys.unexpected_keys:
+        texts.append(f"unexpected keys: {', '.join(map(_name, keys.unexpected_keys))}")
+    return Faults(texts, values, [], _meant(state, expected) if strict and keys.missing_keys else "")
 
 
 def _name(key: Any) -> str:
@@ -173,15 +220,18 @@ def _wrong_count(key: str, counter: Any) -> list[str]:
     return [f"expected {key} to be a number of batches, a whole one from 0 to 2**63 - 1 (got {value})"]
 
 
-def _meant(state: Mapping[Any, Any], shapes: Mapping[str, tuple[int, ...]], prefix: str) -> str:
-    """Hint at the prefix or key under which the state has what the layer expects. The end of a message."""
+def _meant(state: Mapping[Any, Any], expected: Expected) -> str:
+    """Hint at the prefix, names or key under which the state has what the layer expects. The end of a message."""
     texts = {key: None for key in state.keys() if isinstance(key, str)}  # noqa: SIM118 - it may only act like a mapping
-    names = [name for name in shapes if name != COUNTER]
-    prefixes = [key.removesuffix(names[0]) for key in texts if key.endswith(names[0])]
-    complete = [other for other in prefixes if other != prefix and all(other + name in texts for name in names)]
-    for other in sorted(complete, key=lambda other: -_alike(other, prefix)):
-        if set(under(other, texts)) <= {other + name for name in shapes} and _fits(state, other, names, shapes):
+    prefix, first = expected.prefix, NAMES[expected.framework][next(iter(expected.keys))]
+    others = [key.removesuffix(first) for key in texts if key.endswith(first) and key != prefix + first]
+    others.sort(key=lambda other: (not other.endswith(prefix), -_alike(other, prefix)))
+    for other in others:
+        if _would_load(state, texts, other, expected.framework, expected.shapes):
             return f"; did you mean prefix={other!r}?"
+    for framework in NAMES:
+        if framework != expected.framework and _would_load(state, texts, prefix, framework, expected.shapes):
+            return f"; did you mean names={framework!r}?"
     with contextlib.suppress(Exception):  # a value that cannot be read was not meant
         for key in NESTED:
             if key in texts and hasattr(state[key], "keys"):
@@ -193,14 +243,29 @@ def _meant(state: Mapping[Any, Any], shapes: Mapping[str, tuple[int, ...]], pref
 
 def _alike(prefix: str, other: str) -> int:
     """Number of components, from the last one on, that two prefixes share."""
-    pairs = zip(reversed(prefix.rstrip(".").split(".")), reversed(other.rstrip(".").split(".")), strict=False)
+    parts = (reversed(re.split("[./]", text.rstrip("./"))) for text in (prefix, other))
+    pairs = zip(*parts, strict=False)
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
-def _fits(state: Mapping[Any, Any], prefix: str, names: Sequence[str], shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether the vectors under a prefix have the layer's size or, if the layer has none yet, all the same size."""
+def _would_load(
+    state: Mapping[Any, Any],
+    texts: Iterable[str],
+    prefix: str,
+    framework: str,
+    shapes: Mapping[str, tuple[int, ...]],
+) -> bool:
+    """Whether a state has under this prefix, in the names of this framework, all that a layer expects and no more.
+
+    The vectors must have the layer's size or, if it has none yet, which counts as 0 here, all the same.
+    """
+    theirs = {name: prefix + NAMES[framework][name] for name in shapes if name in NAMES[framework]}
+    vectors = [key for name, key in theirs.items() if name != COUNTER]
+    there = under(prefix, texts)
+    if not set(vectors) <= set(there) <= set(theirs.values()):
+        return False
     with contextlib.suppress(Exception):  # a value that cannot be read does not fit
-        given = {tuple(np.shape(state[prefix + name])) for name in names}
-        wanted = shapes[names[0]]
-        return len(given) == 1 and (given == {wanted} or (wanted == (0,) and len(given.pop()) == 1))
+        given = [tuple(np.shape(state[key])) for key in vectors]
+        sizes = {math.prod(shape) for shape in given} | {math.prod(shapes[name]) for name in theirs if name != COUNTER}
+        return all(is_vector(shape, framework) for shape in given) and len(sizes - {0}) <= 1
     return False

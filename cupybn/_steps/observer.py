@@ -1,0 +1,99 @@
+"""Observers: the moments of all that a layer sees in training, added up while its running statistics stay as they are."""
+
+from __future__ import annotations
+
+import threading
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from cupybn._arrays.devices import empty, zeros_like
+from cupybn._steps.bundles import Affine, Epilogue, Moments, Running, Statistics
+
+Array = Any  # numpy.ndarray or cupy.ndarray
+
+
+class Observer:
+    """Moments of all batches that were added, as one: merged by their counts, on their device.
+
+    Rows, as `merge_moments` makes them, merge two by two, then these by twos, and so on: each value takes part in a
+    number of roundings that is the logarithm of the number of batches, and so many rows are kept.
+
+    Attributes
+    ----------
+    ops : module or None
+        The steps for the arrays that were added; None before there are any.
+    batches : 0-d int64 array
+        The number of batches that counted: those of two values or more for each channel.
+    """
+
+    ops: ModuleType | None = None
+    batches: Array
+
+    def __init__(self) -> None:
+        self._rows: list[Array] = []
+        self._added = 0
+        self._lock = threading.Lock()  # several threads may call a layer at a time
+
+    def add(self, ops: ModuleType, row: Array) -> None:
+        """Add a batch, whose moments are a row that `merge_moments` has made. All or nothing is added."""
+        with self._lock:
+            added, rows = self._added + 1, [*self._rows, row]
+            for _ in range((added & -added).bit_length() - 1):  # as often as 2 divides the number of rows
+                rows[-2:] = [_merged(ops, rows[-2:])]
+            batches = self.batches if self._added else _zero(row)
+            ops.bn_update_running(Moments.of_rows(row), Running(batches=batches))
+            self.ops, self.batches, self._rows, self._added = ops, batches, rows, added
+
+    def moments(self) -> Moments:
+        """Moments of all that was added, in one part."""
+        assert self.ops is not None
+        return Moments.of_rows(_merged(self.ops, self._rows))
+
+
+def _merged(ops: ModuleType, rows: list[Array]) -> Array:
+    """The row of all of these rows together."""
+    table = empty((len(rows), rows[0].shape[1]), rows[0])
+    for i, row in enumerate(rows):
+        table[i] = row[0]
+    merged: Array = ops.merge_moments(Moments.of_rows(table))
+    return merged
+
+
+def _zero(like: Array) -> Array:
+    """New 0-d int64 array of the kind of this one: 0."""
+    return zeros_like(empty((), like, np.int64))
+
+
+class Observed:
+    """The steps of one call in training, whose moments go to an observer. The running statistics do not move.
+
+    Parameters
+    ----------
+    ops : module
+        The steps for the arrays of the call.
+    observer : Observer
+    """
+
+    def __init__(self, ops: ModuleType, observer: Observer) -> None:
+        self._ops, self._observer = ops, observer
+        self.empty_mask, self.bn_backward = ops.empty_mask, ops.bn_backward
+
+    def bn_forward(
+        self,
+        x: Array,
+        affine: Affine,
+        running: Running,  # noqa: ARG002
+        epilogue: Epilogue,
+        out: Array,
+        keep: bool = True,
+        scratch: Array | None = None,
+    ) -> Statistics | None:
+        """Batch norm in training, as `numpy_ops.bn_forward`."""
+        row = self._ops.merge_moments(self._ops.bn_stats(x, None, scratch))
+        statistics: Statistics | None = self._ops.bn_normalize(
+            x, Moments.of_rows(row), affine, Running(), epilogue, out, keep
+        )
+        self._observer.add(self._ops, row)  # last: a call that raises is not added
+        return statistics

@@ -1,0 +1,57 @@
+"""Writing into the arrays of layers: all that is to be written, or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+from cupybn._arrays import devices, kinds
+from cupybn._calls import checks
+
+Array = Any  # numpy.ndarray or cupy.ndarray
+Layer = Any  # `cupybn.layers.layer.Layer`, whose module imports this one
+
+T = TypeVar("T")
+
+
+def check_target(name: str, array: Any) -> None:
+    """Check for an array that values can be written into. The name is for messages.
+
+    Raises
+    ------
+    TypeError
+        If this is no array of NumPy or CuPy.
+    ValueError
+        If it may not be written to.
+    """
+    if kinds.kind(array) is None:
+        raise TypeError(f"expected {name} to be an array (got {kinds.describe(array)})")
+    checks.check_writeable(name, array)
+
+
+def write(values: Sequence[tuple[Layer, Mapping[str, Any]]], result: T) -> T:
+    """Write values into the arrays of layers, by their names, and return the result that is given.
+
+    A layer without arrays takes the values as its attributes. An error or Ctrl-C, at whatever moment, leaves all layers
+    as they were. So that none can come after everything is written, callers do nothing more than return.
+    """
+    before: list[tuple[Array, Array]] = []
+    without = [layer for layer, _ in values if layer.num_features is None]
+    try:
+        for layer, given in values:
+            if layer in without:
+                layer.__dict__.update(given)
+                continue
+            for name, value in given.items():
+                array = getattr(layer, name)
+                with devices.on_device_of(array):
+                    before.append((array, devices.copied(array)))
+                    array[...] = value
+        return result
+    except BaseException:
+        for layer in without:
+            layer._release()
+        for array, value in reversed(before):
+            with devices.on_device_of(array):
+                array[...] = value
+        raise
