@@ -13,6 +13,7 @@ NAMES = {
     "_BatchNorm": "BatchNorm1d | BatchNorm2d | BatchNorm3d",
     "npt.DTypeLike": "DTypeLike",
     "BatchNormGrads": "~cupybn.functional.BatchNormGrads",
+    "IncompatibleKeys": "~cupybn.IncompatibleKeys",
     "VjpFn": "~cupybn.functional.VjpFn",
 }
 """Names in annotations, and what the page has in their place: what the reader can write, and links can find."""
