@@ -218,7 +218,7 @@ def resnet18(xp, monkeypatch):
 
 
 def test_resnet18_is_that_of_torchvision():
-    """Number of parameters, convolutions and their order, and the place of the largest feature maps' pooling."""
+    """The number of parameters, the convolutions in their order, and which blocks have a shortcut of their own."""
     resnet18 = importlib.import_module("resnet18")
     network = resnet18.make_network()
     assert sum(parameter.size for parameter in network.parameters()) == 11_689_512
