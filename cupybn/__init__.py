@@ -7,6 +7,7 @@ from cupybn.layers.batchnorm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from cupybn.layers.state import IncompatibleKeys
 from cupybn.layers.syncbatchnorm import SyncBatchNorm
 from cupybn.models.folding import fold_conv_bn, fold_linear_bn
+from cupybn.models.recalibration import update_bn
 
 __version__ = "0.1.0"
 __all__ = [
@@ -20,4 +21,5 @@ __all__ = [
     "fold_linear_bn",
     "functional",
     "no_stats_update",
+    "update_bn",
 ]
