@@ -6,7 +6,9 @@ from cupybn.functional import BatchNormGrads
 from cupybn.layers.batchnorm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from cupybn.layers.state import IncompatibleKeys
 from cupybn.layers.syncbatchnorm import SyncBatchNorm
+from cupybn.models.checkpoints import find_batch_norms, load_checkpoint, save_checkpoint
 from cupybn.models.folding import fold_conv_bn, fold_linear_bn
+from cupybn.models.recalibration import update_bn
 
 __version__ = "0.1.0"
 __all__ = [
@@ -16,8 +18,12 @@ __all__ = [
     "BatchNormGrads",
     "IncompatibleKeys",
     "SyncBatchNorm",
+    "find_batch_norms",
     "fold_conv_bn",
     "fold_linear_bn",
     "functional",
+    "load_checkpoint",
     "no_stats_update",
+    "save_checkpoint",
+    "update_bn",
 ]

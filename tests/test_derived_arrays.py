@@ -20,8 +20,8 @@ METHODS += ("reshape", "transpose", "ravel", "astype", "copy", "view", "fill", "
 
 
 @functools.cache
-def class_of_its_own(xp):
-    """A class derived from a module's array class; computing by its own rules is an error."""
+def class_of_its_own(xp, methods):
+    """A class derived from a module's array class; computing by its own rules, by these methods, is an error."""
 
     def refuse(name):
         def method(*_, **__):
@@ -29,14 +29,14 @@ def class_of_its_own(xp):
 
         return method
 
-    return type("Temperature", (xp.ndarray,), {"__module__": __name__} | {name: refuse(name) for name in METHODS})
+    return type("Temperature", (xp.ndarray,), {"__module__": __name__} | {name: refuse(name) for name in methods})
 
 
-def derived(xp, array):
+def derived(xp, array, methods=METHODS):
     """An array of a derived class that shares this array's memory."""
     if array is None:
         return None
-    cls = class_of_its_own(xp)
+    cls = class_of_its_own(xp, methods)
     if xp is np:
         return np.ndarray.view(array, cls)
     return cls(array.shape, array.dtype, array.data, array.strides)

@@ -1,4 +1,4 @@
-"""Observers: the moments of all that a layer sees in training, added up while its running statistics stay as they are."""
+"""Observers: they add up the moments of all that a layer sees in training, while its running statistics stay."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from cupybn._calls import checks
 from cupybn.layers import state as _state
 from cupybn.layers.names import COUNTER, is_vector, names_of
 from cupybn.layers.state import IncompatibleKeys
-from cupybn.layers.writing import check_target, write
+from cupybn.layers.writing import check_array, check_target, write
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -120,6 +120,8 @@ class Layer:
         arrays = {name: array for name, array in self._arrays().items() if name in theirs}
         if device is not None:
             target = devices.named_device(device)
+            for name, array in arrays.items():
+                check_array(name, array)
             arrays = {name: devices.transfer(array, array.dtype, target) for name, array in arrays.items()}
         return {prefix + theirs[name]: array for name, array in arrays.items()}
 
@@ -221,7 +223,7 @@ class Layer:
         features = self.num_features
         if features is None:
             features = next((each.size for each in given.values() if is_vector(each.shape, names)), None)
-        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(wanted, (features or 0,))
+        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(own, (features or 0,))
         if COUNTER in shapes:
             shapes[COUNTER] = ()
         for name, array in given.items():
@@ -231,11 +233,13 @@ class Layer:
         faults = _state.faults_of(state, given, expected, incompatible, strict)._replace(types=types)
         values: dict[str, Any] = {}
         if _state.error_of([faults]) is None and features is not None:  # else nothing tells a lazy layer its size
-            values = self._values(given, features)
+            values = self._values(given, features, prefix)
         return Loading(values, incompatible, faults)
 
-    def _values(self, given: Mapping[str, Any], features: int) -> dict[str, Any]:
+    def _values(self, given: Mapping[str, Any], features: int, prefix: str) -> dict[str, Any]:
         """What `write` is to write so that the layer holds these arrays, as copies on their devices.
+
+        The prefix is for messages.
 
         Raises
         ------
@@ -247,7 +251,7 @@ class Layer:
             return self._made(features, copies) | {"num_features": features}
         arrays = {name: getattr(self, name) for name in given}
         for name, array in arrays.items():
-            check_target(name, array)
+            check_target(prefix + name, array)
         return {
             name: devices.transfer(given[name], array.dtype, kinds.device_of(array)) for name, array in arrays.items()
         }
@@ -303,8 +307,7 @@ class Layer:
         moved: dict[str, Array] = {}
         copies: dict[tuple[int, np.dtype[Any]], Array] = {}  # an array in two roles stays one
         for name, array in self._arrays().items():
-            if kinds.kind(array) is None:
-                raise TypeError(f"expected {name} to be an array (got {kinds.describe(array)})")
+            check_array(name, array)
             there = kinds.device_of(array) if target is None else target
             as_dtype = array.dtype if cast is None or name == COUNTER else cast
             if (there, as_dtype) != (kinds.device_of(array), array.dtype):

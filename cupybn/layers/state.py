@@ -34,8 +34,8 @@ class UnreadableError(Exception):
     """A file that is damaged. `read` lets it pass: that is no fault of an entry."""
 
 
-def check_mapping(state: Any) -> None:
-    """Check for a mapping of names to arrays, or an object that acts like one.
+def check_mapping(state: Any, name: str = "state", alternative: str = "") -> None:
+    """Check for a mapping of names to arrays, or an object that acts like one. The rest is for messages.
 
     Raises
     ------
@@ -52,12 +52,13 @@ def check_mapping(state: Any) -> None:
         suffix = PurePath(str(getattr(state, "name", ""))).suffix
         way_out = f": load the file first, use {LOADERS.get(suffix, 'numpy.load(file)')}"
     elif kind(state) == "numpy" and state.shape == () and state.dtype == object:
-        way_out = ": use state.item()"
+        way_out = f": use {name}.item()"
     elif isinstance(state, (list, tuple)):
-        way_out = ": use dict(state), if these are pairs"
+        way_out = f": use dict({name}), if these are pairs"
     elif hasattr(state, "state_dict"):
-        way_out = ": use state.state_dict()"
-    raise TypeError(f"expected state to be a mapping of names to arrays (got {show(state)}){way_out}")
+        way_out = f": use {name}.state_dict()"
+    wanted = " ".join(filter(None, ["a mapping of names to arrays", alternative]))
+    raise TypeError(f"expected {name} to be {wanted} (got {show(state)}){way_out}")
 
 
 def under(prefix: str, keys: Iterable[Any]) -> list[Any]:
@@ -143,8 +144,8 @@ class Expected(NamedTuple):
 
     framework: str  # one of `NAMES`, which the state is written in
     prefix: str
-    keys: Mapping[str, str]  # full keys in the state, by the names that arrays have here
-    shapes: Mapping[str, tuple[int, ...]]  # shapes that arrays must have, by the same names
+    keys: Mapping[str, str]  # full keys in the state by the names of the layer's arrays, where the framework has one
+    shapes: Mapping[str, tuple[int, ...]]  # shapes of all of the layer's arrays, by their names
 
 
 class Faults(NamedTuple):
@@ -225,7 +226,7 @@ def _meant(state: Mapping[Any, Any], expected: Expected) -> str:
     texts = {key: None for key in state.keys() if isinstance(key, str)}  # noqa: SIM118 - it may only act like a mapping
     prefix, first = expected.prefix, NAMES[expected.framework][next(iter(expected.keys))]
     others = [key.removesuffix(first) for key in texts if key.endswith(first) and key != prefix + first]
-    others.sort(key=lambda other: (not other.endswith(prefix), -_alike(other, prefix)))
+    others.sort(key=lambda other: -math.inf if other.endswith(prefix) else -_alike(other, prefix))
     for other in others:
         if _would_load(state, texts, other, expected.framework, expected.shapes):
             return f"; did you mean prefix={other!r}?"

@@ -14,6 +14,18 @@ Layer = Any  # `cupybn.layers.layer.Layer`, whose module imports this one
 T = TypeVar("T")
 
 
+def check_array(name: str, array: Any) -> None:
+    """Check for an array of NumPy or CuPy in the place of one of a layer. The name is for messages.
+
+    Raises
+    ------
+    TypeError
+        If this is something else.
+    """
+    if kinds.kind(array) is None:
+        raise TypeError(f"expected {name} to be an array (got {kinds.describe(array)})")
+
+
 def check_target(name: str, array: Any) -> None:
     """Check for an array that values can be written into. The name is for messages.
 
@@ -24,8 +36,7 @@ def check_target(name: str, array: Any) -> None:
     ValueError
         If it may not be written to.
     """
-    if kinds.kind(array) is None:
-        raise TypeError(f"expected {name} to be an array (got {kinds.describe(array)})")
+    check_array(name, array)
     checks.check_writeable(name, array)
 
 

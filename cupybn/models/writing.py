@@ -1,0 +1,69 @@
+"""Checkpoint files, written beside their place and then renamed: nobody ever finds half a file under the name."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+
+Arrays = Mapping[str, npt.NDArray[Any]]
+
+
+def write_file(path: str | os.PathLike[Any], suffix: str, arrays: Arrays) -> None:
+    """Write arrays into a file of a format, in the place of the file that is there, or that a link there points to.
+
+    An error or Ctrl-C leaves that one as it was, and nothing beside it.
+    """
+    target = Path(os.path.realpath(os.fsdecode(path)))
+    beside = target.with_name(f".cupybn-{secrets.token_hex(8)}")
+    try:
+        try:
+            file = beside.open("xb")  # with the permissions of any new file
+        except OSError as error:  # about the path, which the user knows
+            raise OSError(error.errno, error.strerror, os.fsdecode(path)) from error
+        with file:
+            _WRITERS[suffix](file, arrays)
+        beside.replace(target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            beside.unlink()
+        raise
+
+
+def _npz(file: IO[bytes], arrays: Arrays) -> None:
+    """Write a file of NumPy, which has no bfloat16: float32 holds all its numbers."""
+    wide = {key: a.astype(np.float32) if a.dtype.name == "bfloat16" else a for key, a in arrays.items()}
+    np.savez(file, **wide)  # type: ignore[arg-type] # NumPy types its own flags in the place of names
+
+
+def _safetensors(file: IO[bytes], arrays: Arrays) -> None:
+    """Write a file of safetensors. Its format is called "pt", since the names are PyTorch's."""
+    from safetensors.numpy import save
+
+    file.write(save(dict(arrays), metadata={"format": "pt"}))
+
+
+def _tensors(file: IO[bytes], arrays: Arrays) -> None:
+    """Write a file of PyTorch: a dict of tensors."""
+    import torch
+
+    def tensor(array: npt.NDArray[Any]) -> Any:
+        if array.dtype.name == "bfloat16":
+            return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+        return torch.from_numpy(array)
+
+    torch.save({key: tensor(array) for key, array in arrays.items()}, file)
+
+
+_WRITERS: dict[str, Callable[[IO[bytes], Arrays], None]] = {
+    ".safetensors": _safetensors,
+    ".npz": _npz,
+    ".pt": _tensors,
+    ".pth": _tensors,
+}
