@@ -34,9 +34,7 @@ def links(text: str) -> list[str]:
 
 def with_included(page: Path) -> str:
     """The text of a page, with the files that it includes from beginning to end in the place of the directives."""
-    return INCLUDE.sub(
-        lambda found: found[0] if found[2] else with_included(page.parent / found[1]), page.read_text()
-    )
+    return INCLUDE.sub(lambda found: found[0] if found[2] else with_included(page.parent / found[1]), page.read_text())
 
 
 def names_from_nowhere(block: str) -> set[str]:

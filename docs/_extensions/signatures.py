@@ -10,7 +10,7 @@ from sphinx.application import Sphinx
 from sphinx.util.inspect import stringify_signature
 
 NAMES = {
-    "_BatchNorm": "BatchNorm1d | BatchNorm2d | BatchNorm3d",
+    "_BatchNorm": "Layer",
     "npt.DTypeLike": "DTypeLike",
     "BatchNormGrads": "~cupybn.functional.BatchNormGrads",
     "IncompatibleKeys": "~cupybn.IncompatibleKeys",
