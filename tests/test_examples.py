@@ -273,7 +273,7 @@ def test_photographs(resnet18):
 
 
 def test_what_is_timed(resnet18, device, rng, monkeypatch):
-    """Each pass of each layer counts once for its part, by a clock that ticks whenever it is read; medians are taken."""
+    """Each pass of each layer counts once for its part, by a clock that ticks when it is read; results are medians."""
     pytest.importorskip("tqdm")
     reads = 26 + 26 + 26 + 14  # in a round of the four passes; in the last of three it takes longer
     ticks = iter([*range(2 * reads), *range(0, 1000 * reads, 1000)])
@@ -355,6 +355,8 @@ def test_resnet18_prints_and_draws(small_resnet18, monkeypatch, capsys, tmp_path
     (axes,) = (axes for axes in figures[0].axes if axes.containers)
     drawn = np.array([[bar.get_width() for bar in bars] for bars in axes.containers])
     assert drawn.sum(axis=0) == pytest.approx([1, 1, 1, 0.5])
+    begins = np.array([[bar.get_x() for bar in bars] for bars in axes.containers])
+    assert begins == pytest.approx(drawn.cumsum(axis=0) - drawn)
     shown = {text.get_text() for text in axes.texts} - {""}
     assert shown == {"25%", "50%", "97%"}  # 3% has no room
 
