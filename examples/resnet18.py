@@ -57,10 +57,8 @@ def make_network():
 
 def fold(conv, norm):
     """Convolution and bias that take the place of a convolution and a batch norm in inference."""
-    affine = copy.copy(
-        norm
-    )  # has the arrays of norm, but not its ReLU: that cannot be folded, and comes behind the bias
-    affine.activation = None
+    affine = copy.copy(norm)  # a twin that shares the arrays of norm
+    affine.activation = None  # ReLU cannot be folded: it comes behind the bias
     folded, bias = copy.copy(conv), layers.Bias(norm.num_features, norm.activation)
     folded.weight, bias.bias = cupybn.fold_conv_bn(conv.weight, None, affine)
     return folded, bias

@@ -208,6 +208,19 @@ def test_losses_that_are_the_same_are_drawn(example, monkeypatch, tmp_path):
     assert "1e-8" in axes.get_ylabel()
 
 
+@pytest.mark.parametrize(("kernel", "stride", "padding"), [(2, 2, 0), (3, 2, 1), (3, 1, 1), (7, 2, 3)])
+def test_transposed_convolution(kernel, stride, padding, xp, rng, monkeypatch):
+    """Sums of y * conv_transpose2d(x) are those of conv2d(y) * x; without a size all that windows reach is there."""
+    monkeypatch.setattr(layers, "xp", xp)
+    weight = xp.asarray(rng.standard_normal((4, 3, kernel, kernel)))
+    x = xp.asarray(rng.standard_normal((2, 4, 5, 6)))
+    transposed = layers.conv_transpose2d(x, weight, stride, padding)
+    assert transposed.shape == (2, 3, *((n - 1) * stride + kernel - 2 * padding for n in (5, 6)))
+    y = xp.asarray(rng.standard_normal(transposed.shape))
+    expected = (layers.conv2d(y, weight, stride, padding)[0] * x).sum()
+    assert float((y * transposed).sum()) == pytest.approx(float(expected), rel=1e-12)
+
+
 @pytest.fixture
 def resnet18(xp, monkeypatch):
     """The example resnet18, on arrays of xp."""
@@ -218,7 +231,7 @@ def resnet18(xp, monkeypatch):
 
 
 def test_resnet18_is_that_of_torchvision():
-    """The number of parameters, the convolutions in their order, and which blocks have a shortcut of their own."""
+    """The number of parameters, the convolutions in their order, pooling, and which blocks have shortcuts."""
     resnet18 = importlib.import_module("resnet18")
     network = resnet18.make_network()
     assert sum(parameter.size for parameter in network.parameters()) == 11_689_512
@@ -229,6 +242,7 @@ def test_resnet18_is_that_of_torchvision():
     assert [(*c.weight.shape[::2], c.stride, c.padding) for c in convolutions] == expected
     shortcuts = [len(block.layers) == 5 for block in network.layers if isinstance(block, layers.ResidualBlock)]
     assert shortcuts == [False, False, True, False, True, False, True, False]
+    assert vars(network.layers[2]) == {"kernel": 3, "stride": 2, "padding": 1}
 
 
 def test_folding_changes_rounding_alone(resnet18, xp, device, rng):
@@ -259,20 +273,23 @@ def test_photographs(resnet18):
 
 
 def test_what_is_timed(resnet18, device, rng, monkeypatch):
-    """Each pass of each layer counts once for its part; with a clock that ticks whenever it is read a layer takes 1."""
+    """Each pass of each layer counts once for its part, by a clock that ticks when it is read; results are medians."""
     pytest.importorskip("tqdm")
-    ticks = iter(range(10**6))
+    reads = 26 + 26 + 26 + 14  # in a round of the four passes; in the last of three it takes longer
+    ticks = iter([*range(2 * reads), *range(0, 1000 * reads, 1000)])
     stopwatch = sys.modules["stopwatch"]
     monkeypatch.setattr(stopwatch, "now", lambda: next(ticks))
     monkeypatch.setattr(stopwatch, "seconds_between", lambda start, end: end - start)
     network = in_float64(residual_network(rng), device, rng)
     x, labels = (resnet18.xp.asarray(array) for array in (rng.standard_normal((4, 2, 32, 32)), np.arange(4)))
-    times = resnet18.measure(network, resnet18.fold_all(network), x, labels, repetitions=2)
-    # Of 6 layers that are timed the clock is read at both ends, and so it is for all of a pass.
+    times = resnet18.measure(network, resnet18.fold_all(network), x, labels, repetitions=3)
+    # For 6 layers of either kind the clock is read at both ends, and so it is for the whole pass.
     with_norms = {resnet18.NORM: 6, resnet18.CONVOLUTION: 6, resnet18.REST: 13}
     folded = {resnet18.NORM: 0, resnet18.CONVOLUTION: 6, resnet18.REST: 7}
     passes = (resnet18.FORWARD, resnet18.BACKWARD, resnet18.INFERENCE)
     assert times == {**dict.fromkeys(passes, with_norms), resnet18.FOLDED: folded}
+    assert next(ticks, None) is None
+    assert int(network.layers[1].num_batches_tracked) == 3  # inference has not been in training mode
 
 
 def test_the_stopwatch(resnet18):  # noqa: ARG001 - on arrays of either kind
@@ -338,6 +355,8 @@ def test_resnet18_prints_and_draws(small_resnet18, monkeypatch, capsys, tmp_path
     (axes,) = (axes for axes in figures[0].axes if axes.containers)
     drawn = np.array([[bar.get_width() for bar in bars] for bars in axes.containers])
     assert drawn.sum(axis=0) == pytest.approx([1, 1, 1, 0.5])
+    begins = np.array([[bar.get_x() for bar in bars] for bars in axes.containers])
+    assert begins == pytest.approx(drawn.cumsum(axis=0) - drawn)
     shown = {text.get_text() for text in axes.texts} - {""}
     assert shown == {"25%", "50%", "97%"}  # 3% has no room
 
