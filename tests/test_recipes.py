@@ -145,10 +145,11 @@ CASES = {
     "NHWC": Case((4, 5, 2, 3), (3,), (0, 1, 2), (True, 1), 1),
     "per activation": Case((4, 3, 2, 2), (3, 2, 2), (0,), (True, 0)),
     "five axes": Case((4, 3, 2, 2, 2), (3,), (0, 2, 3, 4), (True, 1)),
+    "five axes, NHWC": Case((4, 3, 2, 2, 2), (3,), (0, 2, 3, 4), (True, 1), 1),  # the layout is that of four axes alone
     "linear": Case((6, 3), (3,), (0,), (False, 0)),
     "linear, three axes": Case((4, 5, 3), (3,), (0, 1), (False, 0)),
 }
-DECAY, EPS = 0.75, 2e-5
+DECAY, EPS = 0.75, 0.5
 CLOSE = {"rtol": 3e-6, "atol": 3e-5}
 """Tolerance for float32, of values that are sums of terms up to 10: that of the contract is 3e-6 of the largest one."""
 
@@ -475,7 +476,9 @@ assert states[0] == states[1], "other weights or statistics on the other rank"
 layer.bias[...] = comm.rank
 for array in layer.state_dict().values(): comm.Bcast(array)
 assert not layer.bias.any()
-print("equal on rank", comm.rank)
+done = comm.gather((comm.rank, float(example.globs["x"][0, 0, 0, 0])))
+if comm.rank == 0:
+    print("ranks that are equal:", *sorted({rank for rank, _ in done}), "data that differ:", len({x for _, x in done}))
 """
 
 
@@ -488,7 +491,7 @@ def test_the_recipe_for_several_processes_on_two(tmp_path):
     process = start(2, "-m", "mpi4py", str(script), str(PAGES["several-processes"]))
     output = finish(process, 120)
     assert process.returncode == 0, output
-    assert sorted(re.findall(r"equal on rank (\d)", output)) == ["0", "1"], output
+    assert "ranks that are equal: 0 1 data that differ: 2" in output
 
 
 def test_blocks_of_text_are_python_or_one_command():
