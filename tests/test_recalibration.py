@@ -119,6 +119,8 @@ def test_rows_are_kept_by_twos():
     for added in range(1, 20):
         observer.add(numpy_ops, row)
         assert len(observer._rows) == added.bit_count()
+    for count in 0, 1, np.nan:  # calls of no or one value, and those of ranks that failed
+        observer.add(numpy_ops, np.array([[count, 5.0, 0.0]]))
     assert observer.batches == 19
     assert [array.item() for array in observer.moments()[:3]] == [38, 1, 57]
 

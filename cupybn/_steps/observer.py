@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from cupybn._arrays.devices import empty, zeros_like
+from cupybn._arrays.devices import empty, import_cupy, zeros_like
 from cupybn._steps.bundles import Affine, Epilogue, Moments, Running, Statistics
 
 Array = Any  # numpy.ndarray or cupy.ndarray
@@ -17,15 +17,16 @@ Array = Any  # numpy.ndarray or cupy.ndarray
 class Observer:
     """Moments of all batches that were added, as one: merged by their counts, on their device.
 
-    Rows, as `merge_moments` makes them, merge two by two, then these by twos, and so on: each value takes part in a
-    number of roundings that is the logarithm of the number of batches, and so many rows are kept.
+    A batch counts if it has two values or more for each channel; what another one has is left out. Rows, as
+    `merge_moments` makes them, merge two by two, then these by twos, and so on: each value takes part in a number of
+    roundings that is the logarithm of the number of batches, and so many rows are kept.
 
     Attributes
     ----------
     ops : module or None
         The steps for the arrays that were added; None before there are any.
     batches : 0-d int64 array
-        The number of batches that counted: those of two values or more for each channel.
+        The number of batches that counted.
     """
 
     ops: ModuleType | None = None
@@ -38,12 +39,14 @@ class Observer:
 
     def add(self, ops: ModuleType, row: Array) -> None:
         """Add a batch, whose moments are a row that `merge_moments` has made. All or nothing is added."""
+        counts = row[0, 0] > 1  # on a GPU the host does not wait to see it
+        row = choose(counts, row, zeros_like(row))
         with self._lock:
             added, rows = self._added + 1, [*self._rows, row]
             for _ in range((added & -added).bit_length() - 1):  # as often as 2 divides the number of rows
                 rows[-2:] = [_merged(ops, rows[-2:])]
-            batches = self.batches if self._added else _zero(row)
-            ops.bn_update_running(Moments.of_rows(row), Running(batches=batches))
+            batches = self.batches if self._added else zeros_like(empty((), row, np.int64))
+            batches += counts
             self.ops, self.batches, self._rows, self._added = ops, batches, rows, added
 
     def moments(self) -> Moments:
@@ -61,9 +64,14 @@ def _merged(ops: ModuleType, rows: list[Array]) -> Array:
     return merged
 
 
-def _zero(like: Array) -> Array:
-    """New 0-d int64 array of the kind of this one: 0."""
-    return zeros_like(empty((), like, np.int64))
+def choose(condition: Array, a: Array, b: Array) -> Array:
+    """Array with the values of `a` where the condition holds, else of `b`, which has the same shape and dtype.
+
+    They are taken as bits, since CuPy's ``where`` does not know all dtypes.
+    """
+    xp = np if isinstance(a, np.ndarray) else import_cupy()
+    word = f"u{a.itemsize}"
+    return xp.where(condition, a.view(word), b.view(word)).view(a.dtype)
 
 
 class Observed:

@@ -7,14 +7,12 @@ import importlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from cupybn._arrays.devices import import_cupy, on_device_of, zeros_like
+from cupybn._arrays.devices import on_device_of, zeros_like
 from cupybn._arrays.kinds import describe, device_of, plain, show
 from cupybn._calls import checks
 from cupybn._calls.overlap import Extent, may_overlap, overlapping
 from cupybn._steps.bundles import Running
-from cupybn._steps.observer import Observer
+from cupybn._steps.observer import Observer, choose
 from cupybn.layers.batchnorm import _BatchNorm, observers
 from cupybn.layers.writing import check_target, write
 
@@ -125,10 +123,10 @@ def update_bn(
 class _Seen(NamedTuple):
     """A layer that is recalibrated."""
 
-    name: str  # as messages call it
+    name: str  # its name in messages
     layer: _BatchNorm
     observer: Observer
-    before: dict[str, Any]  # attributes that it had
+    before: dict[str, Any]  # the attributes that it had
 
 
 def _leave(seen: list[_Seen]) -> None:
@@ -178,17 +176,7 @@ def _statistics(name: str, layer: _BatchNorm, observer: Observer) -> dict[str, A
         new["num_batches_tracked"] = observer.batches
         # Whether anything counted is known on the device alone: batches may have been empty on all ranks.
         counted = observer.batches > 0
-        return {buffer: _choose(counted, new[buffer], array) for buffer, array in arrays.items()}
-
-
-def _choose(condition: Array, a: Array, b: Array) -> Array:
-    """Array with the values of `a` where the condition holds, else of `b`, of one dtype.
-
-    They are taken as bits, since CuPy's ``where`` does not know all dtypes.
-    """
-    xp = np if isinstance(a, np.ndarray) else import_cupy()
-    word = f"u{a.itemsize}"
-    return xp.where(condition, a.view(word), b.view(word)).view(a.dtype)
+        return {buffer: choose(counted, new[buffer], array) for buffer, array in arrays.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

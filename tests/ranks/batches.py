@@ -334,3 +334,30 @@ def test_shared_arrays(world):
     if sizes[world.rank]:
         share = world.share(x, sizes)
         assert bits(back.eval()(share)) == bits(layer.eval()(share))
+
+
+def test_recalibration(world):
+    """Running statistics become the moments of what all ranks have seen, however it is spread; empty batches do not
+    count.
+    """
+    layers = fill(world.layer(3), world.random), world.layer(None, activation="relu")
+    batches = [world.random.normal(1e3 * k, 1, (5 * world.size, 3, 5)).astype(np.float32) for k in range(3)]
+    spreads = world.uneven(), world.uneven(least=2), [0] * world.size
+    whole_batches = [x[: sum(sizes)] for x, sizes in zip(batches, spreads, strict=True)]
+    shares = [world.share(x, sizes) for x, sizes in zip(batches, spreads, strict=True)]
+    cupybn.update_bn(layers, shares, lambda x: layers[1].vjp(layers[0](x)))
+    seen = np.concatenate(whole_batches).transpose(1, 0, 2).reshape(3, -1).astype(np.float64)
+    np.testing.assert_allclose(to_numpy(layers[0].running_mean), seen.mean(1), rtol=1e-6)
+    np.testing.assert_allclose(to_numpy(layers[0].running_var), seen.var(1, ddof=1), rtol=1e-6)
+    assert layers[0].num_batches_tracked == layers[1].num_batches_tracked == 2
+    world.everywhere(*(array for layer in layers for array in arrays_of(layer)[2:]))
+
+    before = bits(*(array for layer in layers for array in arrays_of(layer)))
+    cupybn.update_bn(layers, shares[2:], lambda x: layers[1](layers[0](x)))  # on all ranks together, nothing is seen
+    assert bits(*(array for layer in layers for array in arrays_of(layer))) == before
+    if not world.host_sees:
+        return
+    failing = world.rank == 1
+    expected = (ValueError, "^expected at least 2D") if failing else (RuntimeError, "rank 1 raised ValueError")
+    with world.all_raise(*expected, *(array for layer in layers for array in arrays_of(layer))):
+        cupybn.update_bn(layers, [*shares[:2], shares[0]], lambda x: layers[0](x[:, 0, 0] if failing else x))
