@@ -24,7 +24,7 @@ from layers import to_numpy, xp
 from stopwatch import Stopwatch, timed
 
 CLASSES, BOUND = 1000, 1e-5
-SHOWN = 0.04  # smallest share that is written into its part of a bar: others have no room
+ROOM = 0.03  # width of a part, relative to the longest bar, in which its share can be written
 NORM, CONVOLUTION, REST = "batch norm", "convolution", "the rest"
 COLORS = {NORM: "tab:orange", CONVOLUTION: "#8ab6d6", REST: "0.85"}
 FORWARD, BACKWARD, INFERENCE, FOLDED = "training, forward", "training, backward", "inference", "inference, folded"
@@ -132,14 +132,15 @@ def report(times, x, folder):
     for n, photo in enumerate(to_numpy(x.transpose(0, 2, 3, 1))):
         panels[f"photo {n}"].imshow((photo + 1) / 2)
         panels[f"photo {n}"].set_axis_off()
-    axes, start = panels["bars"], np.zeros(len(times))
+    axes, ends = panels["bars"], np.zeros(len(times))
+    totals = np.array([sum(parts.values()) for parts in times.values()]) / unit
+    room = ROOM * totals.max()
     for part, color in COLORS.items():
         widths = np.array([parts[part] for parts in times.values()]) / unit
-        bars = axes.barh(list(times), widths, left=start, color=color, label=part)
-        shares = widths / [sum(parts.values()) / unit for parts in times.values()]
-        texts = [f"{share:.0%}" if share >= SHOWN else "" for share in shares]
-        axes.bar_label(bars, texts, label_type="center", fontsize=9)
-        start += widths
+        bars = axes.barh(list(times), widths, left=ends, color=color, label=part)
+        shares = [f"{w / total:.0%}" if w > room else "" for w, total in zip(widths, totals, strict=True)]
+        axes.bar_label(bars, shares, label_type="center", fontsize=8)
+        ends += widths
     axes.invert_yaxis()
     axes.set(xlabel="time (1: inference with batch norm)", title=f"ResNet-18 on two photographs, {xp.__name__} arrays")
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=len(COLORS), frameon=False)

@@ -103,6 +103,7 @@ ALTERNATIVES = {
     "device": ["cpu"],
     "ndims": [(3, 4), (2,)],
     "group": [None, object()],
+    "observer": [None, object()],
     "idle": [(object(), object())],
 }
 """Other values for the fields that are no arrays. 1 + 0j and 1.0 are equal to the values that they replace."""
@@ -326,12 +327,15 @@ def test_the_second_time_nothing_is_checked(xp, monkeypatch):
 
 
 def test_which_calls_have_tapes(xp):
-    """CuPy's alone, of dense arrays with elements, whose batch is not spread over ranks: these exchange messages."""
+    """CuPy's alone, of dense arrays with elements, whose batch is neither spread over ranks, which exchange messages,
+    nor observed.
+    """
     call, out, _ = bases(xp)["training"]
     assert (call.checked(out).tapes is not None) == (xp is cp)
     x, residual = call.input, call.epilogue.residual
     wide = xp.zeros((3, 4, 8), np.float32)[..., ::2]
     empty = x[:0].copy()
-    others = [{"group": object()}, {"input": wide}, {"residual": wide}, {"input": empty, "residual": empty}]
+    others = [{"group": object()}, {"observer": object()}]
+    others += [{"input": wide}, {"residual": wide}, {"input": empty, "residual": empty}]
     assert [replaced(call, **other).checked().tapes for other in others] == [None] * len(others)
     assert (replaced(call, input=x.copy(), residual=residual.copy()).checked().tapes is not None) == (xp is cp)

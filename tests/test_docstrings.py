@@ -49,8 +49,10 @@ def test_example(name):
 def test_what_users_call_has_examples():
     layers = [cupybn.BatchNorm1d, cupybn.BatchNorm2d, cupybn.BatchNorm3d, cupybn.SyncBatchNorm]
     functions = [getattr(cupybn.functional, name) for name in cupybn.functional.__all__ if name != "BatchNormGrads"]
-    methods = [cupybn.BatchNorm2d.vjp, cupybn.BatchNorm2d.load_state_dict, cupybn.SyncBatchNorm.from_batchnorm]
+    methods = [getattr(cupybn.BatchNorm2d, name) for name in ("vjp", "state_dict", "load_state_dict", "to")]
+    methods.append(cupybn.SyncBatchNorm.from_batchnorm)
     models = [cupybn.fold_conv_bn, cupybn.fold_linear_bn, cupybn.update_bn]
+    models += [cupybn.find_batch_norms, cupybn.load_checkpoint, cupybn.save_checkpoint, cupybn.IncompatibleKeys]
     for subject in [*layers, *functions, *methods, *models, cupybn.no_stats_update]:
         doc = inspect.getdoc(subject)
         assert "\nExamples\n--------\n>>> " in doc, subject

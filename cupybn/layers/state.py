@@ -34,6 +34,11 @@ class UnreadableError(Exception):
     """A file that is damaged. `read` lets it pass: that is no fault of an entry."""
 
 
+def is_mapping(value: object) -> bool:
+    """Whether this is a mapping, or acts like one, as groups of HDF5 files do."""
+    return hasattr(value, "keys") and hasattr(value, "__getitem__")
+
+
 def check_mapping(state: Any, name: str = "state", alternative: str = "") -> None:
     """Check for a mapping of names to arrays, or an object that acts like one. The rest is for messages.
 
@@ -42,7 +47,7 @@ def check_mapping(state: Any, name: str = "state", alternative: str = "") -> Non
     TypeError
         If this is something else. The message says how to make a mapping of it.
     """
-    if hasattr(state, "keys") and hasattr(state, "__getitem__"):
+    if is_mapping(state):
         return
     way_out = ""
     if isinstance(state, (str, bytes, os.PathLike)):
@@ -235,7 +240,7 @@ def _meant(state: Mapping[Any, Any], expected: Expected) -> str:
             return f"; did you mean names={framework!r}?"
     with contextlib.suppress(Exception):  # a value that cannot be read was not meant
         for key in NESTED:
-            if key in texts and hasattr(state[key], "keys"):
+            if key in texts and is_mapping(state[key]):
                 return f"; did you mean state[{key!r}]?"
     if any(isinstance(key, bytes) for key in state.keys()):  # noqa: SIM118
         return "; keys are to be str, not bytes: use key.decode()"

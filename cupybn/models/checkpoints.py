@@ -128,7 +128,8 @@ def load_checkpoint(source: Source, layers: Mapping[str, Layer], *, strict: bool
     expected = {prefix + name: prefix for prefix in layers for name in theirs}
     with opened(source) as entries:
         levels = _levels(entries)
-        state = next((level for level in levels if not expected.keys().isdisjoint(_texts(level))), levels[-1])
+        largest = max(levels, key=lambda level: len(_texts(level)))  # for what errors say, if nothing is found
+        state = next((level for level in levels if not expected.keys().isdisjoint(_texts(level))), largest)
         keys = _owned(state.keys(), expected, layers)
         loadings = [layer._loading(state, keys[prefix], strict, prefix, names) for prefix, layer in layers.items()]
         error = _state.error_of(loading.faults for loading in loadings)
@@ -199,7 +200,7 @@ def _checked(layers: Any) -> dict[str, Layer]:
     TypeError
         If they are something else.
     """
-    if not hasattr(layers, "keys") or not hasattr(layers, "__getitem__"):
+    if not _state.is_mapping(layers):
         way_out = ": use {prefix: layer}" if isinstance(layers, Layer) else ""
         raise TypeError(f"expected layers to be a mapping of prefixes to layers (got {kinds.show(layers)}){way_out}")
     checked = {prefix: layers[prefix] for prefix in layers.keys()}  # noqa: SIM118 - it may only act like a mapping
@@ -217,12 +218,8 @@ def _levels(entries: Mapping[Any, Any]) -> list[Mapping[Any, Any]]:
         texts = _texts(level)
         for key in _state.NESTED:
             with contextlib.suppress(Exception):  # a value that cannot be read is no mapping
-                inner = level[key] if key in texts else None
-                if (
-                    hasattr(inner, "keys")
-                    and hasattr(inner, "__getitem__")
-                    and all(inner is not each for each in levels)
-                ):
+                inner: Any = level[key] if key in texts else None
+                if _state.is_mapping(inner) and all(inner is not each for each in levels):
                     levels.append(inner)
     return levels
 

@@ -123,10 +123,10 @@ def update_bn(
 class _Seen(NamedTuple):
     """A layer that is recalibrated."""
 
-    name: str  # as messages call it
+    name: str  # its name in messages
     layer: _BatchNorm
     observer: Observer
-    before: dict[str, Any]  # attributes that it had
+    before: dict[str, Any]  # the attributes that it had
 
 
 def _leave(seen: list[_Seen]) -> None:

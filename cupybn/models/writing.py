@@ -23,16 +23,14 @@ def write_file(path: str | os.PathLike[Any], suffix: str, arrays: Arrays) -> Non
     target = Path(os.path.realpath(os.fsdecode(path)))
     beside = target.with_name(f".cupybn-{secrets.token_hex(8)}")
     try:
-        try:
-            file = beside.open("xb")  # with the permissions of any new file
-        except OSError as error:  # about the path, which the user knows
-            raise OSError(error.errno, error.strerror, os.fsdecode(path)) from error
-        with file:
+        with beside.open("xb") as file:  # with the permissions of any new file
             _WRITERS[suffix](file, arrays)
         beside.replace(target)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             beside.unlink()
+        if isinstance(error, OSError) and str(error.filename) == str(beside):  # a name that the user does not know
+            raise OSError(error.errno, error.strerror, os.fsdecode(path)) from error
         raise
 
 
