@@ -103,7 +103,7 @@ def report(ranks, losses, accuracies, folder):
 
 
 def main():
-    args = layers.options(__doc__, EPOCHS, "the picture", needed=("mpi4py",))
+    args = layers.options(__doc__, "the picture", needed=("mpi4py",), epochs=(EPOCHS, "passes over the data"))
     from mpi4py import MPI
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split

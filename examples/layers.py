@@ -32,8 +32,8 @@ class Layer:
 
     names = ()  # names of the parameters
 
-    def __call__(self, x):
-        return self.vjp(x)[0]
+    def __call__(self, x, **more):
+        return self.vjp(x, **more)[0]
 
     def train(self, mode=True):
         self.training = mode
@@ -54,10 +54,15 @@ class Layer:
 
 
 class Sequential(Layer):
-    """A layer that applies other layers one after the other."""
+    """A layer that applies other layers one after the other. Without any, its output is its input."""
 
     def __init__(self, *layers):
         self.layers = layers
+
+    def __call__(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
 
     def vjp(self, x):
         vjp_fns = []
@@ -73,6 +78,11 @@ class Sequential(Layer):
             return dy, *grads
 
         return x, vjp_fn
+
+    def leaves(self):
+        """Layers in it that have no other layers in them, in their order."""
+        for layer in self.layers:
+            yield from layer.leaves() if isinstance(layer, Sequential) else (layer,)
 
     def train(self, mode=True):
         for layer in self.layers:
@@ -90,11 +100,82 @@ class Sequential(Layer):
             layer.load_state_dict(state, prefix=f"{prefix}{i}.")
 
 
-class Conv2d(Layer):
-    """Convolution of (N, C, H, W) arrays as one matrix product; no bias, as batch norm brings its own.
+class ResidualBlock(Sequential):
+    """Residual block of conv1, norm1, conv2, norm2 and, unless the shortcut is x itself, a layer for that.
+
+    y = relu(norm2(conv2(relu(norm1(conv1(x))))) + shortcut(x)), of which norm2 does normalization, sum and ReLU in one
+    pass: both norms have ``activation="relu"``.
+    """
+
+    def __call__(self, x):
+        conv1, norm1, conv2, norm2, *shortcut = self.layers
+        return norm2(conv2(norm1(conv1(x))), residual=Sequential(*shortcut)(x))
+
+    def vjp(self, x):
+        conv1, norm1, conv2, norm2, *shortcut = self.layers
+        y, body_vjp = Sequential(conv1, norm1, conv2).vjp(x)
+        residual, shortcut_vjp = Sequential(*shortcut).vjp(x)
+        y, norm2_vjp = norm2.vjp(y, residual=residual)
+
+        def vjp_fn(dy):
+            dy, *dnorm2, dresidual = norm2_vjp(dy)
+            dx, *dbody = body_vjp(dy)
+            dx_of_shortcut, *dshortcut = shortcut_vjp(dresidual)
+            return dx + dx_of_shortcut, *dbody, *dnorm2, *dshortcut
+
+        return y, vjp_fn
+
+
+def pad(x, padding, value=0):
+    """The (N, H, W, C) view of an (N, C, H, W) array, with rows and columns of a value around each image."""
+    around = (padding, padding)
+    return xp.pad(x.transpose(0, 2, 3, 1), ((0, 0), around, around, (0, 0)), constant_values=value)
+
+
+def places(kernel, stride, H, W):
+    """Indices into padded images, one for each place of a window: the elements that H x W windows have there."""
+    down, right = ([slice(i, i + stride * n, stride) for i in range(kernel)] for n in (H, W))
+    return [(slice(None), i, j) for i in down for j in right]
+
+
+def conv2d(x, weight, stride=1, padding=0):
+    """Convolution of an (N, C, H, W) array as one matrix product, and the function from dy to dx and dweight.
 
     In memory the channels come last, as matrix products want them: the output is an NCHW view of NHWC memory.
     """
+    C_out, C, k, _ = weight.shape
+    H, W = ((size + 2 * padding - k) // stride + 1 for size in x.shape[2:])
+    padded = pad(x, padding)
+    columns = xp.stack([padded[place] for place in places(k, stride, H, W)], axis=3).reshape(-1, k * k * C)
+    y = columns @ weight.transpose(0, 2, 3, 1).reshape(C_out, k * k * C).T
+
+    def vjp_fn(dy):
+        dweight = columns.T @ dy.transpose(0, 2, 3, 1).reshape(-1, C_out)
+        dx = conv_transpose2d(dy, weight, stride, padding, x.shape[2:])
+        return dx, dweight.reshape(k, k, C, C_out).transpose(3, 2, 0, 1)
+
+    return y.reshape(-1, H, W, C_out).transpose(0, 3, 1, 2), vjp_fn
+
+
+def conv_transpose2d(x, weight, stride=1, padding=0, size=None):
+    """Transposed convolution: each pixel adds a window to the output, where it overlaps with those of others.
+
+    The weight is (C_in, C_out, k, k), and (H, W) of the output as small as windows allow unless a size says otherwise.
+    """
+    C_in, C, k, _ = weight.shape
+    N, _, H, W = x.shape
+    size = [(n - 1) * stride + k - 2 * padding for n in (H, W)] if size is None else size
+    columns = x.transpose(0, 2, 3, 1).reshape(-1, C_in) @ weight.transpose(0, 2, 3, 1).reshape(C_in, k * k * C)
+    columns = columns.reshape(N, H, W, k * k, C)
+    padded = xp.zeros((N, *(n + 2 * padding for n in size), C), columns.dtype)
+    for n, place in enumerate(places(k, stride, H, W)):
+        padded[place] += columns[:, :, :, n]
+    y = padded[:, padding : padding + size[0], padding : padding + size[1]]
+    return xp.ascontiguousarray(y).transpose(0, 3, 1, 2)
+
+
+class Conv2d(Layer):
+    """Convolution; no bias, as batch norm brings its own."""
 
     names = ("weight",)
 
@@ -104,42 +185,33 @@ class Conv2d(Layer):
         self.stride, self.padding = stride, kernel // 2
 
     def vjp(self, x):
-        s, p, (C_out, C, k, _) = self.stride, self.padding, self.weight.shape
-        padded = xp.pad(x.transpose(0, 2, 3, 1), ((0, 0), (p, p), (p, p), (0, 0)))
-        windows = xp.lib.stride_tricks.sliding_window_view(padded, (k, k), axis=(1, 2))[:, ::s, ::s]
-        N, H, W = windows.shape[:3]
-        columns = windows.transpose(0, 1, 2, 4, 5, 3).reshape(N * H * W, k * k * C)
-        weight = self.weight.transpose(2, 3, 1, 0).reshape(k * k * C, C_out)
-        y = (columns @ weight).reshape(N, H, W, C_out).transpose(0, 3, 1, 2)
-
-        def vjp_fn(dy):
-            dy = dy.transpose(0, 2, 3, 1).reshape(N * H * W, C_out)
-            dweight = (columns.T @ dy).reshape(k, k, C, C_out).transpose(3, 2, 0, 1)
-            dcolumns = (dy @ weight.T).reshape(N, H, W, k, k, C)
-            dpadded = xp.zeros_like(padded)
-            for i in range(k):  # each pixel's gradient is a sum over the k x k windows that the pixel was part of
-                for j in range(k):
-                    dpadded[:, i : i + s * H : s, j : j + s * W : s] += dcolumns[:, :, :, i, j]
-            dx = dpadded[:, p : p + x.shape[2], p : p + x.shape[3]]
-            return dx.transpose(0, 3, 1, 2), dweight
-
-        return y, vjp_fn
+        return conv2d(x, self.weight, self.stride, self.padding)
 
 
 class MaxPool2d(Layer):
-    """Maximum of every 2 x 2 pixels. Equal maxima share the gradient."""
+    """Maximum of every window of kernel x kernel pixels. Equal maxima share the gradient."""
+
+    def __init__(self, kernel=2, stride=2, padding=0):
+        self.kernel, self.stride, self.padding = kernel, stride, padding
 
     def vjp(self, x):
-        N, C, H, W = x.shape
-        blocks = x.reshape(N, C, H // 2, 2, W // 2, 2)
-        y = blocks.max(axis=(3, 5), keepdims=True)
+        p, (H_x, W_x) = self.padding, x.shape[2:]
+        H, W = ((size + 2 * p - self.kernel) // self.stride + 1 for size in x.shape[2:])
+        padded = pad(x, p, -xp.inf)
+        windows = places(self.kernel, self.stride, H, W)
+        y = padded[windows[0]]
+        for place in windows[1:]:
+            y = xp.maximum(y, padded[place])
 
         def vjp_fn(dy):
-            largest = (blocks == y).astype(x.dtype)
-            shares = largest / largest.sum(axis=(3, 5), keepdims=True)
-            return ((shares * dy.reshape(y.shape)).reshape(x.shape),)
+            largest = [(padded[place] == y).astype(dy.dtype) for place in windows]
+            shares = dy.transpose(0, 2, 3, 1) / sum(largest)
+            dpadded = xp.zeros_like(padded)
+            for place, is_largest in zip(windows, largest, strict=True):
+                dpadded[place] += shares * is_largest
+            return (dpadded[:, p : p + H_x, p : p + W_x].transpose(0, 3, 1, 2),)
 
-        return y.reshape(N, C, H // 2, W // 2), vjp_fn
+        return y.transpose(0, 3, 1, 2), vjp_fn
 
 
 class GlobalAveragePool(Layer):
@@ -174,8 +246,10 @@ class Bias(Layer):
 
     def vjp(self, x, residual=None):
         y = x + self.bias.reshape(-1, *[1] * (x.ndim - 2))
-        y = y if residual is None else y + residual
-        y = y if self.activation is None else xp.maximum(y, 0)
+        if residual is not None:
+            y += residual
+        if self.activation is not None:
+            xp.maximum(y, 0, out=y)
 
         def vjp_fn(dy):
             dx = dy if self.activation is None else dy * (y > 0)
@@ -229,14 +303,15 @@ def run(main):
         sys.exit(CLOSED_PIPE)
 
 
-def options(text, epochs=None, output=None, needed=()):
-    """Parse the options of an example: its text for `--help`, its number of epochs, and what it writes, for the help.
+def options(text, output=None, needed=(), **numbers):
+    """Parse the options of an example: its text for `--help`, what it writes, and its numbers, for the help.
 
-    Exits if a library is missing. Examples import libraries only after this, so that `--help` works without them.
+    A number has a default and a text: ``epochs=(3, "passes over the data")``. Exits if a library is missing. Examples
+    import libraries only after this, so that `--help` works without them.
     """
     parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
-    if epochs is not None:
-        parser.add_argument("--epochs", type=positive, default=epochs, help=f"passes over the data (default: {epochs})")
+    for name, (default, meaning) in numbers.items():
+        parser.add_argument(f"--{name}", type=positive, default=default, help=f"{meaning} (default: {default})")
     if output is not None:
         parser.add_argument("--output", type=Path, default="output", help=f"folder of {output} (default: output)")
     args = parser.parse_args()

@@ -18,22 +18,15 @@ BATCHES = 40  # passes in training mode, in which the running statistics settle,
 MODES = ("training mode", "eval mode after 1 batch", f"eval mode after {BATCHES} batches")
 
 
-class ResNetBlock(layers.Sequential):
-    """Residual block at half the height and width: relu(norm2(conv2(relu(norm1(conv1(x))))) + shortcut(x))."""
-
-    def __init__(self, rng, C_in, C_out):
-        super().__init__(
-            layers.Conv2d(rng, C_in, C_out, stride=2),
-            BatchNorm2d(C_out, activation="relu"),
-            layers.Conv2d(rng, C_out, C_out),
-            BatchNorm2d(C_out, activation="relu"),
-            layers.Sequential(layers.Conv2d(rng, C_in, C_out, kernel=1, stride=2), BatchNorm2d(C_out)),
-        )
-
-    def __call__(self, x):
-        """Output of the block."""
-        conv1, norm1, conv2, norm2, shortcut = self.layers
-        return norm2(conv2(norm1(conv1(x))), residual=shortcut(x))
+def resnet_block(rng, C_in, C_out):
+    """Residual block at half the height and width."""
+    return layers.ResidualBlock(
+        layers.Conv2d(rng, C_in, C_out, stride=2),
+        BatchNorm2d(C_out, activation="relu"),
+        layers.Conv2d(rng, C_out, C_out),
+        BatchNorm2d(C_out, activation="relu"),
+        layers.Sequential(layers.Conv2d(rng, C_in, C_out, kernel=1, stride=2), BatchNorm2d(C_out)),
+    )
 
 
 def vgg_block(rng, C_in, C_out):
@@ -80,7 +73,7 @@ def main():
 
     rng = np.random.default_rng(0)
     x = normalised[MODES[0]].transpose(0, 3, 1, 2)  # an NCHW view of the same memory, which the blocks keep
-    vgg, resnet = vgg_block(rng, 3, 16), ResNetBlock(rng, 16, 32)
+    vgg, resnet = vgg_block(rng, 3, 16), resnet_block(rng, 16, 32)
     head = layers.Sequential(layers.GlobalAveragePool(), layers.Linear(rng, 32, 10))
     features = {"VGG block": in_three_modes(vgg, x)}
     features["ResNet block"] = in_three_modes(resnet, features["VGG block"][MODES[0]])

@@ -18,27 +18,6 @@ from layers import xp
 EPOCHS, BATCH_SIZE, LEARNING_RATE, GOAL = 15, 64, 0.1, 0.98
 
 
-class ResidualBlock(layers.Sequential):
-    """Residual block: relu(norm2(conv2(relu(norm1(conv1(x))))) + x)."""
-
-    def vjp(self, x):
-        """Output, and the function from its gradient to the gradients of x and of the parameters."""
-        conv1, norm1, conv2, norm2 = self.layers
-        y, conv1_vjp = conv1.vjp(x)
-        y, norm1_vjp = norm1.vjp(y)
-        y, conv2_vjp = conv2.vjp(y)
-        y, norm2_vjp = norm2.vjp(y, residual=x)  # normalization, sum and ReLU in one pass
-
-        def vjp_fn(dy):
-            dy, *dnorm2, dx = norm2_vjp(dy)
-            dy, *dconv2 = conv2_vjp(dy)
-            dy, *dnorm1, _ = norm1_vjp(dy)
-            dy, *dconv1 = conv1_vjp(dy)
-            return dx + dy, *dconv1, *dnorm1, *dconv2, *dnorm2
-
-        return y, vjp_fn
-
-
 def make_network(norm):
     rng = np.random.default_rng(0)
 
@@ -47,7 +26,7 @@ def make_network(norm):
 
     return layers.Sequential(
         *conv_norm_relu(1, 32),
-        ResidualBlock(*conv_norm_relu(32, 32), *conv_norm_relu(32, 32)),
+        layers.ResidualBlock(*conv_norm_relu(32, 32), *conv_norm_relu(32, 32)),
         layers.MaxPool2d(),
         *conv_norm_relu(32, 64),
         layers.GlobalAveragePool(),
@@ -77,7 +56,7 @@ def train(name, network, x, labels, x_test, labels_test, epochs):
 
 
 def main():
-    args = layers.options(__doc__, EPOCHS, "the picture and the checkpoint")
+    args = layers.options(__doc__, "the picture and the checkpoint", epochs=(EPOCHS, "passes over the data"))
     from matplotlib.figure import Figure
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split

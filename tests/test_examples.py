@@ -1,4 +1,4 @@
-"""The layers of the examples have the right gradients, and every example tells what it takes."""
+"""The examples' layers have the right gradients, what the larger examples do is right, and each tells what it takes."""
 
 from __future__ import annotations
 
@@ -7,16 +7,21 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+import cupybn
 from cupybn import BatchNorm2d
 
 pytest.importorskip("threadpoolctl")
 ROOT = Path(__file__).parent.parent
-EXAMPLES = sorted(path.stem for path in (ROOT / "examples").glob("*.py") if path.stem != "layers")
+SHARED = ("layers", "stopwatch")  # modules that examples import
+EXAMPLES = sorted(path.stem for path in (ROOT / "examples").glob("*.py") if path.stem not in SHARED)
+NEEDED = {"distributed_digits": ["mpi4py"], "from_torch": ["safetensors"]}  # beside layers.NEEDED
 sys.path.append(str(ROOT / "examples"))
 layers = pytest.importorskip("layers")
 
@@ -44,7 +49,7 @@ def test_help(example, monkeypatch, capsys):
     assert status(example, ["--help"], monkeypatch) == 0
     out = capsys.readouterr().out
     assert example.__doc__ in out
-    assert "    pip install '.[examples]'\n" in out
+    assert re.search(r"^    pip install '\.\[examples\]'( torch)?$", out, re.MULTILINE)
     assert re.search(rf"^    (python|mpiexec -n 2 python -m mpi4py) examples/{example.__name__}.py$", out, re.MULTILINE)
 
 
@@ -52,11 +57,14 @@ def test_help(example, monkeypatch, capsys):
 def test_wrong_options(example, monkeypatch, capsys, tmp_path):
     """Wrong options print a line of usage, and a line that says what is wrong."""
     (tmp_path / "file").write_text("")
+    monkeypatch.setenv("COLUMNS", "200")  # the usage is one line
     wrong = [["--no-such-option"], ["positional"]]
     assert status(example, ["--help"], monkeypatch) == 0
     known = capsys.readouterr().out
-    if "--epochs" in known:
-        wrong += [[f"--epochs={epochs}"] for epochs in ("0", "-1", "1.5", "many", "", "1e3", "\u00b2")]
+    numbers = re.findall(r"(--\w+) [A-Z]+\s+[^(]+\(default: \d+\)", known)
+    assert len(numbers) == known.count("(default: ") - ("--output" in known)
+    for number in numbers:
+        wrong += [[f"{number}={text}"] for text in ("0", "-1", "1.5", "many", "", "1e3", "\u00b2")]
     if "--output" in known:
         wrong += [["--output", str(tmp_path / "file")], ["--output", str(tmp_path / "file" / "below")]]
     for arguments in wrong:
@@ -69,10 +77,10 @@ def test_wrong_options(example, monkeypatch, capsys, tmp_path):
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_without_the_extra(name, monkeypatch, capsys):
     """Help works without the packages of the extra; anything else ends with a line that says what is missing."""
-    needed = [*layers.NEEDED, *(["mpi4py"] if name == "distributed_digits" else [])]
+    needed = [*layers.NEEDED, *NEEDED.get(name, [])]
     for missing in needed:
         monkeypatch.setitem(sys.modules, missing, None)
-    for loaded in EXAMPLES:
+    for loaded in (*EXAMPLES, "stopwatch"):
         monkeypatch.delitem(sys.modules, loaded, raising=False)
     example = importlib.import_module(name)
     assert status(example, ["--help"], monkeypatch) == 0
@@ -107,10 +115,10 @@ def test_pictures_are_small():
         assert picture.stat().st_size < 100_000, picture
 
 
-def network(rng, device):
+def plain_network(rng):
     return layers.Sequential(
         layers.Conv2d(rng, 2, 3, stride=2),
-        BatchNorm2d(3, activation="relu", device=device, dtype=np.float64),
+        BatchNorm2d(3, activation="relu"),
         layers.Conv2d(rng, 3, 4),
         layers.Bias(4, activation="relu"),
         layers.MaxPool2d(),
@@ -119,14 +127,36 @@ def network(rng, device):
     )
 
 
-def test_gradients_are_the_slopes_of_the_loss(xp, device, rng, monkeypatch):
-    """Gradients agree with the slope of the loss along a random direction of x and all parameters, in float64."""
-    monkeypatch.setattr(layers, "xp", xp)
-    net = network(rng, device)
-    for layer in net.layers:
+def residual_network(rng, channels=2):
+    """A small network of the same layers as ResNet-18, with a block of either kind."""
+    resnet18 = importlib.import_module("resnet18")
+    return layers.Sequential(
+        *resnet18.conv_norm(rng, channels, 3, kernel=7, stride=2),
+        layers.MaxPool2d(kernel=3, stride=2, padding=1),
+        resnet18.basic_block(rng, 3, 3, stride=1),
+        resnet18.basic_block(rng, 3, 4, stride=2),
+        layers.GlobalAveragePool(),
+        layers.Linear(rng, 4, 5),
+    )
+
+
+def in_float64(network, device, rng):
+    """The network on a device, in float64. Weights and biases of batch norm become others than 1 and 0."""
+    for layer in network.leaves():
+        if isinstance(layer, BatchNorm2d):
+            layer.to(device, np.float64)
+            layer.weight[...], layer.bias[...] = layers.xp.asarray(rng.uniform(0.5, 2, (2, layer.num_features)))
         for name in getattr(layer, "names", ()):
             setattr(layer, name, getattr(layer, name).astype(np.float64))
-    x, labels = xp.asarray(rng.standard_normal((6, 2, 8, 8))), xp.asarray(rng.integers(0, 5, 6))
+    return network
+
+
+@pytest.mark.parametrize("network", [plain_network, residual_network])
+def test_gradients_are_the_slopes_of_the_loss(network, xp, device, rng, monkeypatch):
+    """Gradients agree with the slope of the loss along a random direction of x and all parameters, in float64."""
+    monkeypatch.setattr(layers, "xp", xp)
+    net = in_float64(network(rng), device, rng)
+    x, labels = xp.asarray(rng.standard_normal((6, 2, 16, 16))), xp.asarray(rng.integers(0, 5, 6))
 
     scores, vjp_fn = net.vjp(x)
     _, dscores = layers.softmax_cross_entropy(scores, labels)
@@ -134,6 +164,7 @@ def test_gradients_are_the_slopes_of_the_loss(xp, device, rng, monkeypatch):
     values = [x, *net.parameters()]
     assert [g.shape for g in grads] == [v.shape for v in values]
     directions = [xp.asarray(rng.standard_normal(v.shape)) for v in values]
+    assert abs(net(x) - scores).max() < 1e-12
 
     def loss(step):
         for value, direction in zip(values, directions, strict=True):
@@ -146,6 +177,19 @@ def test_gradients_are_the_slopes_of_the_loss(xp, device, rng, monkeypatch):
     slope = (loss(1e-6) - loss(-1e-6)) / 2e-6
     expected = sum((g * d).sum() for g, d in zip(grads, directions, strict=True))
     assert float(slope) == pytest.approx(float(expected), rel=1e-6)
+
+
+@pytest.mark.parametrize(("kernel", "stride", "padding"), [(2, 2, 0), (3, 2, 1), (3, 2, 0), (3, 1, 1)])
+def test_max_pool(kernel, stride, padding, xp, rng, monkeypatch):
+    """Padding is never the maximum, and where all is equal the whole gradient comes back."""
+    monkeypatch.setattr(layers, "xp", xp)
+    x, pool = rng.uniform(-2, -1, (2, 3, 8, 8)), layers.MaxPool2d(kernel, stride, padding)
+    y, vjp_fn = pool.vjp(xp.asarray(x))
+    padded = np.pad(x, [(0, 0), (0, 0), (padding, padding), (padding, padding)], constant_values=-np.inf)
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (kernel, kernel), axis=(2, 3))[:, :, ::stride, ::stride]
+    assert (layers.to_numpy(y) == windows.max(axis=(4, 5))).all()
+    y, vjp_fn = pool.vjp(xp.full((1, 1, 8, 8), -3.0))
+    assert float(vjp_fn(xp.ones_like(y))[0].sum()) == pytest.approx(y.size)
 
 
 @pytest.mark.parametrize("example", ["distributed_digits"], indirect=True)
@@ -163,3 +207,246 @@ def test_losses_that_are_the_same_are_drawn(example, monkeypatch, tmp_path):
     bottom, top = axes.get_ylim()
     assert bottom < drawn.min() < drawn.max() < top
     assert "1e-8" in axes.get_ylabel()
+
+
+@pytest.mark.parametrize(("kernel", "stride", "padding"), [(2, 2, 0), (3, 2, 1), (3, 1, 1), (7, 2, 3)])
+def test_transposed_convolution(kernel, stride, padding, xp, rng, monkeypatch):
+    """Sums of y * conv_transpose2d(x) are those of conv2d(y) * x; without a size all that windows reach is there."""
+    monkeypatch.setattr(layers, "xp", xp)
+    weight = xp.asarray(rng.standard_normal((4, 3, kernel, kernel)))
+    x = xp.asarray(rng.standard_normal((2, 4, 5, 6)))
+    transposed = layers.conv_transpose2d(x, weight, stride, padding)
+    assert transposed.shape == (2, 3, *((n - 1) * stride + kernel - 2 * padding for n in (5, 6)))
+    y = xp.asarray(rng.standard_normal(transposed.shape))
+    expected = (layers.conv2d(y, weight, stride, padding)[0] * x).sum()
+    assert float((y * transposed).sum()) == pytest.approx(float(expected), rel=1e-12)
+
+
+@pytest.fixture
+def resnet18(xp, monkeypatch):
+    """The example resnet18, on arrays of xp."""
+    module = importlib.import_module("resnet18")
+    for name in ("layers", "stopwatch", "resnet18"):
+        monkeypatch.setattr(sys.modules[name], "xp", xp)
+    return module
+
+
+def test_resnet18_is_that_of_torchvision():
+    """The number of parameters, the convolutions in their order, pooling, and which blocks have shortcuts."""
+    resnet18 = importlib.import_module("resnet18")
+    network = resnet18.make_network()
+    assert sum(parameter.size for parameter in network.parameters()) == 11_689_512
+    convolutions = [layer for layer in network.leaves() if isinstance(layer, layers.Conv2d)]
+    expected = [(64, 7, 2, 3), *[(64, 3, 1, 1)] * 4]
+    for C in (128, 256, 512):
+        expected += [(C, 3, 2, 1), (C, 3, 1, 1), (C, 1, 2, 0), (C, 3, 1, 1), (C, 3, 1, 1)]
+    assert [(*c.weight.shape[::2], c.stride, c.padding) for c in convolutions] == expected
+    shortcuts = [len(block.layers) == 5 for block in network.layers if isinstance(block, layers.ResidualBlock)]
+    assert shortcuts == [False, False, True, False, True, False, True, False]
+    assert vars(network.layers[2]) == {"kernel": 3, "stride": 2, "padding": 1}
+
+
+def test_folding_changes_rounding_alone(resnet18, xp, device, rng):
+    """A network with every batch norm folded has the same scores; the network that it was made of stays as it was."""
+    network = in_float64(residual_network(rng), device, rng)
+    batches = [xp.asarray(rng.standard_normal((4, 2, 32, 32))) for _ in range(2)]
+    norms = [layer for layer in network.leaves() if isinstance(layer, BatchNorm2d)]
+    cupybn.update_bn(norms, batches, network)
+    expected = network.eval()(batches[0])
+    folded = resnet18.fold_all(network)
+    assert not any(isinstance(layer, BatchNorm2d) for layer in folded.leaves())
+    assert resnet18.difference(folded(batches[0]), expected) < 1e-13
+    assert (network(batches[0]) == expected).all()
+    assert [norm.activation for norm in norms] == ["relu"] * 5 + [None]
+
+
+@pytest.mark.parametrize("device", ["cpu"])
+def test_photographs(resnet18):
+    """Squares are taken from the left to the right of the photographs, and their values are from -1 to 1."""
+    pytest.importorskip("sklearn")
+    pytest.importorskip("PIL")
+    left, middle, right = (resnet18.load(32, across) for across in (0, 0.5, 1))
+    assert (left.shape, left.dtype) == ((2, 3, 32, 32), np.float32)
+    assert -1 <= left.min() < -0.9 < 0.9 < left.max() <= 1
+    # A photograph is 640 x 427: 213 pixels to the right are 16 of 32.
+    assert np.corrcoef(left[..., 16:].ravel(), right[..., :16].ravel())[0, 1] > 0.98
+    assert (resnet18.load(32) == middle).all()
+
+
+def test_what_is_timed(resnet18, device, rng, monkeypatch):
+    """Each pass of each layer counts once for its part, by a clock that ticks when it is read; results are medians."""
+    pytest.importorskip("tqdm")
+    reads = 26 + 26 + 26 + 14  # in a round of the four passes; in the last of three it takes longer
+    ticks = iter([*range(2 * reads), *range(0, 1000 * reads, 1000)])
+    stopwatch = sys.modules["stopwatch"]
+    monkeypatch.setattr(stopwatch, "now", lambda: next(ticks))
+    monkeypatch.setattr(stopwatch, "seconds_between", lambda start, end: end - start)
+    network = in_float64(residual_network(rng), device, rng)
+    x, labels = (resnet18.xp.asarray(array) for array in (rng.standard_normal((4, 2, 32, 32)), np.arange(4)))
+    times = resnet18.measure(network, resnet18.fold_all(network), x, labels, repetitions=3)
+    # For 6 layers of either kind the clock is read at both ends, and so it is for the whole pass.
+    with_norms = {resnet18.NORM: 6, resnet18.CONVOLUTION: 6, resnet18.REST: 13}
+    folded = {resnet18.NORM: 0, resnet18.CONVOLUTION: 6, resnet18.REST: 7}
+    passes = (resnet18.FORWARD, resnet18.BACKWARD, resnet18.INFERENCE)
+    assert times == {**dict.fromkeys(passes, with_norms), resnet18.FOLDED: folded}
+    assert next(ticks, None) is None
+    assert int(network.layers[1].num_batches_tracked) == 3  # inference has not been in training mode
+
+
+def test_the_stopwatch(resnet18, xp, monkeypatch):  # noqa: ARG001 - the modules take arrays of xp
+    """Seconds add up by name until they are asked for, and what was timed returns what it returns."""
+    stopwatch = sys.modules["stopwatch"]
+    if xp is np:
+        ticks = iter([0, 1.5, 2, 2.25, 3, 4.5])
+        monkeypatch.setattr(stopwatch, "time", SimpleNamespace(process_time=lambda: next(ticks)))
+    else:
+        laps = iter([1500, 250, 1500])  # milliseconds
+        monkeypatch.setattr(xp.cuda, "get_elapsed_time", lambda *_: next(laps))
+    watch = stopwatch.Stopwatch()
+    assert [watch.run(name, abs, -1) for name in "aba"] == [1, 1, 1]
+    assert watch.seconds() == {"a": 3, "b": 0.25}
+    assert watch.seconds() == {}
+
+
+def run_main(example, arguments, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", [f"{example.__name__}.py", "--output", str(tmp_path), *arguments])
+    example.main()
+
+
+@pytest.fixture
+def small_resnet18(resnet18, device, rng, monkeypatch):
+    """The example with a small network in the place of ResNet-18."""
+    for package in layers.NEEDED:
+        pytest.importorskip(package)
+
+    def make_network():
+        network = residual_network(rng, channels=3)
+        for layer in network.leaves():
+            if isinstance(layer, BatchNorm2d):
+                layer.to(device)
+        return network
+
+    monkeypatch.setattr(resnet18, "make_network", make_network)
+    return resnet18
+
+
+def test_resnet18_prints_and_draws(small_resnet18, monkeypatch, capsys, tmp_path):
+    """The example prints how far scores are apart, and shares that add up; they are those of the picture, too."""
+    parts = {"batch norm": 0.5, "convolution": 1.0, "the rest": 0.5}
+    times = dict.fromkeys(("training, forward", "training, backward", "inference"), parts)
+    times["inference, folded"] = {"batch norm": 0.0, "convolution": 0.97, "the rest": 0.03}
+    asked, figures, save_picture = [], [], layers.save_picture
+
+    def measure(*arguments):
+        asked.append(arguments)
+        return times
+
+    def save(figure, *arguments, **settings):
+        figures.append(figure)
+        save_picture(figure, *arguments, **settings)
+
+    monkeypatch.setattr(small_resnet18, "measure", measure)
+    monkeypatch.setattr(layers, "save_picture", save)
+    run_main(small_resnet18, ["--size", "32", "--repetitions", "3"], monkeypatch, tmp_path)
+    out = capsys.readouterr().out
+    assert asked[0][-1] == 3
+    error = float(re.search(r"6 batch norms folded, from not folded +(\S+)", out)[1])
+    assert error < 1e-5
+    apart = [float(text) for text in re.findall(r"eval mode from training mode, after .* (\S+)$", out, re.MULTILINE)]
+    assert apart[1] < apart[0]
+    assert re.search(r"inference +25% +50% +25% +1\.00\n", out)
+    assert re.search(r"inference, folded +0% +97% +3% +0\.50\n", out)
+    assert (tmp_path / "resnet18.png").stat().st_size < 100_000
+    (axes,) = (axes for axes in figures[0].axes if axes.containers)
+    drawn = np.array([[bar.get_width() for bar in bars] for bars in axes.containers])
+    assert drawn.sum(axis=0) == pytest.approx([1, 1, 1, 0.5])
+    begins = np.array([[bar.get_x() for bar in bars] for bars in axes.containers])
+    assert begins == pytest.approx(drawn.cumsum(axis=0) - drawn)
+    shown = {text.get_text() for text in axes.texts} - {""}
+    assert shown == {"25%", "50%", "97%"}  # 3% has no room
+
+
+def test_resnet18_with_a_wrong_fold(small_resnet18, monkeypatch, tmp_path):
+    """A folded network with other scores is an error, at the end."""
+    fold = cupybn.fold_conv_bn
+
+    def wrong(*arguments):
+        weight, bias = fold(*arguments)
+        return weight, bias + 1e-3
+
+    monkeypatch.setattr(cupybn, "fold_conv_bn", wrong)
+    with pytest.raises(SystemExit, match="expected folding to change scores by 1e-05"):
+        run_main(small_resnet18, ["--size", "32", "--repetitions", "1"], monkeypatch, tmp_path)
+    assert (tmp_path / "resnet18.png").exists()
+
+
+@pytest.fixture
+def from_torch(xp, device, monkeypatch):
+    """The example from_torch, on arrays of xp."""
+    for package in ("torch", "safetensors", *layers.NEEDED):
+        pytest.importorskip(package)
+    module = importlib.import_module("from_torch")
+    for name in ("layers", "from_torch"):
+        monkeypatch.setattr(sys.modules[name], "xp", xp)
+    for norm in ("BatchNorm1d", "BatchNorm2d"):
+        monkeypatch.setattr(cupybn, norm, partial(getattr(cupybn, norm), device=device))
+    return module
+
+
+@pytest.mark.parametrize("name", ["first", "grouped", "transposed", "last"])
+def test_convolutions_are_those_of_torch(name, from_torch, xp, rng):
+    import torch
+
+    module = getattr(from_torch.torch_network(), name).conv.double()
+    x = rng.standard_normal((2, module.in_channels, 9, 7))
+    weight, bias = (None if p is None else xp.asarray(p.detach().numpy()) for p in (module.weight, module.bias))
+    settings = from_torch.CONVOLUTIONS[name][1]
+    y = from_torch.convolution(xp.asarray(x), weight, bias, name in from_torch.TRANSPOSED, **settings)
+    np.testing.assert_allclose(layers.to_numpy(y), module(torch.tensor(x)).detach().numpy(), rtol=0, atol=1e-13)
+
+
+def test_from_torch(from_torch, monkeypatch, capsys, tmp_path):
+    """Scores are PyTorch's, folded or not, from either file; and what is saved is what it had written."""
+    monkeypatch.setattr(from_torch, "STEPS", 2)
+    run_main(from_torch, [], monkeypatch, tmp_path)
+    out = capsys.readouterr().out
+    errors = [float(text) for text in re.findall(r"largest difference from PyTorch (\S+) of", out)]
+    assert len(errors) == 4
+    assert max(errors) < 1e-5
+    assert out.count("read by PyTorch: the same bits") == 2
+    names = ["digits.pt", "digits.safetensors", "norms.pt", "norms.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
+@pytest.mark.parametrize("function", ["fold_conv_bn", "fold_linear_bn", "load_checkpoint", "save_checkpoint"])
+@pytest.mark.parametrize("device", ["cpu"])
+def test_from_torch_tells_what_is_wrong(function, from_torch, monkeypatch, tmp_path):
+    """Each function of the library that gives something else than it should ends the example with an error."""
+    original = getattr(cupybn, function)
+
+    def wrong(first, *others, **settings):
+        if function.startswith("fold"):
+            weight, bias = original(first, *others, **settings)
+            return weight, bias + 1e-2
+        (norms,) = others
+        if function == "load_checkpoint":
+            original(first, norms)
+        norms["grouped.bn."].running_mean += 1e-2
+        return original(first, norms) if function == "save_checkpoint" else None
+
+    monkeypatch.setattr(cupybn, function, wrong)
+    monkeypatch.setattr(from_torch, "STEPS", 2)
+    with pytest.raises(SystemExit, match=r"expected (a difference of 1e-05 or less|PyTorch to read from)"):
+        run_main(from_torch, [], monkeypatch, tmp_path)
+
+
+def test_from_torch_without_torch(monkeypatch, capsys, tmp_path):
+    """Without PyTorch the example ends well, with a line that says why it did nothing."""
+    for package in ("safetensors", *layers.NEEDED):
+        pytest.importorskip(package)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    run_main(importlib.import_module("from_torch"), [], monkeypatch, tmp_path)
+    out, _ = capsys.readouterr()
+    assert out.startswith("skipped: ")
+    assert out.endswith("pip install torch\n")
+    assert not list(tmp_path.iterdir())

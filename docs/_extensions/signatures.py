@@ -10,9 +10,10 @@ from sphinx.application import Sphinx
 from sphinx.util.inspect import stringify_signature
 
 NAMES = {
-    "_BatchNorm": "BatchNorm1d | BatchNorm2d | BatchNorm3d",
+    "_BatchNorm": "Layer",
     "npt.DTypeLike": "DTypeLike",
     "BatchNormGrads": "~cupybn.functional.BatchNormGrads",
+    "IncompatibleKeys": "~cupybn.IncompatibleKeys",
     "VjpFn": "~cupybn.functional.VjpFn",
 }
 """Names in annotations, and what the page has in their place: what the reader can write, and links can find."""
