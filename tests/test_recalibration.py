@@ -543,7 +543,7 @@ def test_interrupts(xp, rng, make, device, monkeypatch, progress):
     parts = ("models", "_steps/observer.py", "layers/writing.py", "layers/batchnorm.py")
     monkeypatch.setattr("tests.test_interrupts.LIBRARY", tuple(str(package / part) for part in parts))
     batches = [xp.asarray(x) for x in samples(rng, (3,))[::2]]
-    at, step, more = 1, 1 if device == "cpu" and not progress else 13, True
+    at, step, more = 1, 1 if device == "cpu" and not progress else 23, True
     while more:
         layers = make(), cupybn.BatchNorm1d(None, device=device).eval()
         before = everything(*layers)
