@@ -132,9 +132,9 @@ def test_the_drop_in_has_the_parameters_of_cupy_13(drop_in):
 class Case(NamedTuple):
     """A way in which `cupyx.cudnn` could be called."""
 
-    shape: tuple[int, ...]  # of x
-    vectors: tuple[int, ...]  # shape of gamma and the others
-    axes: tuple[int, ...]  # that share statistics
+    shape: tuple[int, ...]  # x
+    vectors: tuple[int, ...]  # gamma and the others
+    axes: tuple[int, ...]  # axes that share statistics
     settings: tuple[bool, int]  # is_for_conv2d, cudnn_mode
     layout: int = 0  # d_layout
 
@@ -212,6 +212,18 @@ def test_the_drop_in_writes_statistics_where_it_is_told(drop_in, xp, rng):
         assert to_numpy(ours).tobytes() == to_numpy(theirs).astype(np.float32).tobytes()
 
 
+def test_what_the_drop_in_does_otherwise(drop_in, xp, rng):
+    """Dtypes of statistics and gradients, and the memory order, are those that the recipe says."""
+    x = xp.asarray(rng.normal(2, 3, (4, 5, 2, 3)).astype(np.float16)).transpose(0, 3, 1, 2)
+    vectors = [xp.ones(3, np.float32) for _ in range(4)]
+    settings = True, drop_in.CUDNN_BATCHNORM_SPATIAL, False
+    y, mean, inv_std = drop_in.batch_normalization_forward_training(x, *vectors, None, None, 1e-5, 0.9, *settings)
+    gx, *grads = drop_in.batch_normalization_backward(x, vectors[0], y, mean, inv_std, 1e-5, *settings)
+    assert y.strides == gx.strides == x.strides
+    assert [array.dtype.name for array in (y, gx, mean, inv_std)] == ["float16"] * 2 + ["float64"] * 2
+    assert [grad.dtype.name for grad in grads] == ["float32"] * 2
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # cuDNN Frontend
 
@@ -244,12 +256,12 @@ class Framework(NamedTuple):
     """A framework's batch norm, as its code has it."""
 
     recipe: str
-    names: tuple[str, str, str, str]  # of weight, bias, running mean and running variance
-    defaults: tuple[str, ...]  # as the recipe says them
+    names: tuple[str, str, str, str]  # weight, bias, running mean and running variance
+    defaults: tuple[str, ...]  # what the recipe is to say
     kept: float  # weight of the old running statistics
     eps: float
     axis: int
-    ddof: int  # of the running variance
+    ddof: int  # running variance: 0 is biased
 
 
 FRAMEWORKS = {
@@ -406,10 +418,12 @@ def test_blocks_for_pytorch(monkeypatch, tmp_path):
         assert to_numpy(array).tobytes() == state[f"1.{name}"].numpy().tobytes()
     exec(tensors, found)
     x, y, tensor = found["x"], found["y"], found["tensor"]
-    assert tensor.data_ptr() == y.ctypes.data
+    assert (np.from_dlpack(x.detach()).ctypes.data, tensor.data_ptr()) == (x.data_ptr(), y.ctypes.data)
     assert torch.equal(tensor, torch.nn.BatchNorm2d(8)(x))  # x is constant: all of it is 0 in both
     with pytest.raises((BufferError, RuntimeError)):
         np.from_dlpack(x)  # as it is part of a graph of autograd
+    with pytest.raises((BufferError, RuntimeError)):
+        np.from_dlpack(torch.ones(2, dtype=torch.bfloat16))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
