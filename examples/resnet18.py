@@ -2,8 +2,8 @@
 
 The architecture is torchvision's. The weights are random, but fixed by a seed, and the scores of its classes mean
 nothing. ReLU and the sums of the residual blocks are fused into batch norm. `update_bn` settles the running statistics
-on crops of the photographs, and `fold_conv_bn` takes batch norm into the convolutions, which leaves the scores as they
-were, to 1e-5 of the largest one.
+on crops of the photographs and on their mirror images, and `fold_conv_bn` takes batch norm into the convolutions, which
+leaves the scores as they were, to 1e-5 of the largest one.
 
 Then it measures where the time goes: on a CPU that of all threads. Look at shares, not at seconds: the convolution is
 the plain one of layers.py. Where batch norm is folded, ReLU and sums have passes of their own, counted as the rest.
@@ -166,7 +166,8 @@ def main():
 
     early = difference(network.eval()(x), trained)
     norms = [layer for layer in network.leaves() if isinstance(layer, BatchNorm2d)]
-    cupybn.update_bn(norms, [load(args.size, across) for across in (0, 0.25, 0.5, 0.75, 1)], network)
+    crops = [load(args.size, across) for across in (0, 0.25, 0.5, 0.75, 1)]
+    cupybn.update_bn(norms, crops + [crop[..., ::-1] for crop in crops], network)
     scores = network(x)
     print("Largest difference of scores, relative to the largest score")
     print(f"  eval mode from training mode, after 1 batch    {early:.1e}")
