@@ -28,7 +28,7 @@ def anchors(text: str) -> set[str]:
 
 
 def links(text: str) -> list[str]:
-    """Where links and images lead."""
+    """Targets of links and images."""
     return re.findall(r"\]\(([^)\s]+)\)", FENCES.sub("", text))
 
 

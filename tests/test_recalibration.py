@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import builtins
 import copy
 import importlib
 import inspect
+import sys
 import threading
 import warnings
 from pathlib import Path
@@ -102,7 +102,7 @@ def test_large_means(xp, rng, make, vectors, mean):
 
 def test_many_batches(rng):
     """Errors do not grow with the number of batches, nor does it matter how these are cut."""
-    x = rng.normal(1e6, 1, (3000, 2)).astype(np.float32)
+    x = rng.normal(1e6, 1, (1200, 2)).astype(np.float32)
     for cut in (2, 3, 1000):
         layer = cupybn.BatchNorm1d(2, device="cpu", dtype=np.float64)
         cuts = [x[i : i + cut] for i in range(0, len(x), cut)]
@@ -543,7 +543,7 @@ def test_interrupts(xp, rng, make, device, monkeypatch, progress):
     parts = ("models", "_steps/observer.py", "layers/writing.py", "layers/batchnorm.py")
     monkeypatch.setattr("tests.test_interrupts.LIBRARY", tuple(str(package / part) for part in parts))
     batches = [xp.asarray(x) for x in samples(rng, (3,))[::2]]
-    at, step, more = 1, 1 if device == "cpu" and not progress else 13, True
+    at, step, more = 1, 1 if device == "cpu" and not progress else 23, True
     while more:
         layers = make(), cupybn.BatchNorm1d(None, device=device).eval()
         before = everything(*layers)
@@ -711,14 +711,7 @@ def test_the_bar_is_closed_after_an_error(capsys):
 def test_without_tqdm(monkeypatch):
     """Nothing runs where the progress bar cannot be shown."""
     layer, called = cupybn.BatchNorm1d(1, device="cpu"), []
-    original = builtins.__import__
-
-    def failing(name, *arguments):
-        if name == "tqdm":
-            raise ModuleNotFoundError("No module named 'tqdm'")
-        return original(name, *arguments)
-
-    monkeypatch.setattr("importlib.import_module", failing)
+    monkeypatch.setitem(sys.modules, "tqdm", None)  # which Python takes for a module that cannot be imported
     message = "progress=True needs tqdm: `pip install '.[cli]'`, in a clone of cupybn, installs it"
     with pytest.raises(ImportError, match=exactly(message)):
         cupybn.update_bn([layer], [1], called.append, progress=True)
