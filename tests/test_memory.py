@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 
 import cupybn.functional as F
+from cupybn._steps.tiles import SHORT
 
+BUFFER = 8 * SHORT
+"""Bytes of a buffer of NumPy's iterators, which NumPy before 2.3 allocates anew."""
 SHAPES = [((8, 64, 56, 56), 1), ((8, 1024, 14, 14), 1), ((8, 512, 7, 7), 1), ((8, 28, 28, 256), 3), ((4096, 256), 1)]
 SHAPES += [((2, 3, 300, 301), 1), ((16, 128, 2000), 1), ((100_003, 5), 1)]
 
@@ -33,10 +36,10 @@ def test_temporaries(shape, axis, threads, rng, monkeypatch):
     vectors = [np.ones(shape[axis], np.float32) for _ in range(4)]
     for training in True, False:
         forward = allocated(lambda t=training: F.batch_norm(x, *vectors, t, channel_axis=axis))
-        assert forward <= 1.25 * x.nbytes, f"{forward / x.nbytes:.2f} times the input, the output included"
+        assert forward <= 1.25 * x.nbytes + BUFFER, f"{forward / x.nbytes:.2f} times the input, the output included"
         vjp_fn = F.batch_norm_vjp(x, *vectors, training, channel_axis=axis)[1]
         backward = allocated(lambda f=vjp_fn: f(x))
-        assert backward <= 1.25 * x.nbytes, f"{backward / x.nbytes:.2f} times the input, its gradient included"
+        assert backward <= 1.25 * x.nbytes + BUFFER, f"{backward / x.nbytes:.2f} times the input, its gradient included"
 
 
 def test_an_output_of_ones_own(rng):
