@@ -114,6 +114,14 @@ def test_what_is_no_vector_is_not_found(rng, value):
     assert find_batch_norms(state) == {"bn2.": 3}
 
 
+def test_a_closed_file_is_no_empty_one(rng, tmp_path):
+    np.savez(tmp_path / "model.npz", **a_state(rng, ["bn1."]))
+    with np.load(tmp_path / "model.npz") as file:
+        assert find_batch_norms(file) == {"bn1.": 3}
+    with pytest.raises(TypeError, match=r"expected bn1.running_mean .* \(got a closed file\)"):
+        find_batch_norms(file)
+
+
 def test_finding_reads_running_statistics_alone(rng):
     state = a_state(rng, ["bn1."]) | {"fc.weight": object()}
     assert find_batch_norms(Selective(state, ["bn1.running_mean", "bn1.running_var"])) == {"bn1.": 3}
@@ -563,7 +571,7 @@ def test_any_state_loads_everything_or_nothing():
 
 
 def test_files_are_read_entry_by_entry(rng, tmp_path, monkeypatch):
-    """Of a file only those entries are read that are the layers', and none to find them."""
+    """Only those entries of a file are read that are the layers', and none to find them."""
     read = []
     for reader in reading._Npz, reading._Safetensors:
         original = reader.__getitem__

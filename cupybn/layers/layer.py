@@ -144,10 +144,10 @@ class Layer:
 
             ======= ======== ======= ============= ================= =====================
             torch   weight   bias    running_mean  running_var       num_batches_tracked
-            keras   gamma    beta    moving_mean   moving_variance   -
-            flax    scale    bias    mean          var               -
+            keras   gamma    beta    moving_mean   moving_variance   none
+            flax    scale    bias    mean          var               none
             chainer gamma    beta    avg_mean      avg_var           N
-            onnx    scale    B       input_mean    input_var         -
+            onnx    scale    B       input_mean    input_var         none
             ======= ======== ======= ============= ================= =====================
 
             Where they are not torch's, vectors may have the shape (1, C, 1, 1) or the like: every axis but that of C is

@@ -256,7 +256,7 @@ def _alike(prefix: str, other: str) -> int:
 
 def _would_load(
     state: Mapping[Any, Any],
-    texts: Iterable[str],
+    texts: Mapping[str, Any],
     prefix: str,
     framework: str,
     shapes: Mapping[str, tuple[int, ...]],
@@ -267,8 +267,7 @@ def _would_load(
     """
     theirs = {name: prefix + NAMES[framework][name] for name in shapes if name in NAMES[framework]}
     vectors = [key for name, key in theirs.items() if name != COUNTER]
-    there = under(prefix, texts)
-    if not set(vectors) <= set(there) <= set(theirs.values()):
+    if not all(key in texts for key in vectors) or not set(under(prefix, texts)) <= set(theirs.values()):
         return False
     with contextlib.suppress(Exception):  # a value that cannot be read does not fit
         given = [tuple(np.shape(state[key])) for key in vectors]

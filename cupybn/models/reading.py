@@ -13,7 +13,7 @@ from typing import IO, Any
 import numpy as np
 
 from cupybn._arrays.dtypes import bfloat16_of
-from cupybn.layers.state import UnreadableError, check_mapping
+from cupybn.layers.state import UnreadableError, check_mapping, read
 from cupybn.models.formats import format_of
 
 Shape = tuple[int, ...]
@@ -48,11 +48,22 @@ def opened(source: Any) -> Iterator[Mapping[Any, Any]]:
 
 
 def shape_of(entries: Mapping[Any, Any], key: Any) -> Shape | None:
-    """Shape of an entry, which of a file is not read for that; None if it has none."""
+    """Shape of an entry, which of a file is not read for that; None if it has none.
+
+    Raises
+    ------
+    TypeError
+        If it cannot be read.
+    """
     if isinstance(entries, Entries):
         return entries.shape(key)
+    return _shape(read(entries, key))
+
+
+def _shape(value: Any) -> Shape | None:
+    """Shape of a value; None if it has none."""
     with contextlib.suppress(Exception):  # objects raise errors of any class
-        return tuple(np.shape(entries[key]))
+        return tuple(np.shape(value))
     return None
 
 
@@ -69,8 +80,8 @@ class Entries(Mapping[str, Any]):
         return len(self._places)
 
     @abstractmethod
-    def shape(self, key: str) -> Shape:
-        """Shape of an entry, without its elements."""
+    def shape(self, key: str) -> Shape | None:
+        """Shape of an entry, without its elements; None if it has none."""
 
 
 class _Npz(Entries):
@@ -157,8 +168,8 @@ class _Tensors(Entries):
     def __getitem__(self, key: str) -> Any:
         return self._places[key]
 
-    def shape(self, key: str) -> Shape:
-        return tuple(np.shape(self._places[key]))
+    def shape(self, key: str) -> Shape | None:
+        return _shape(self._places[key])
 
 
 _READERS: dict[str, Callable[[str, IO[bytes]], Entries]] = {
@@ -177,7 +188,8 @@ def _damage() -> Iterator[None]:
     except (MemoryError, UnreadableError):
         raise
     except Exception as error:  # libraries raise errors of many classes, Python's for ZIP archives among them
-        lines = [line.strip() for line in str(error).splitlines()]
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         # PyTorch advises how to execute what is pickled: nothing that anyone should do for a state dict.
-        words = " ".join(line for line in lines if line and "weights_only" not in line and "\x1b" not in line)
-        raise UnreadableError(f"{type(error).__qualname__}: {words}") from error
+        words = [line for line in lines if "weights_only" not in line and "\x1b" not in line]
+        words = words or [line.partition(". ")[0] for line in lines[:1]]
+        raise UnreadableError(f"{type(error).__qualname__}: {' '.join(words)}") from error

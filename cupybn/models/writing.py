@@ -36,6 +36,9 @@ def write_file(path: str | os.PathLike[Any], suffix: str, arrays: Arrays) -> Non
 
 def _npz(file: IO[bytes], arrays: Arrays) -> None:
     """Write a file of NumPy, which has no bfloat16: float32 holds all its numbers."""
+    cut = [key for key in arrays if "\0" in key]
+    if cut:
+        raise ValueError(f"expected keys without '\\0', at which .npz files end names (got {cut[0]!r})")
     wide = {key: a.astype(np.float32) if a.dtype.name == "bfloat16" else a for key, a in arrays.items()}
     np.savez(file, **wide)  # type: ignore[arg-type] # NumPy types its own flags in the place of names
 
