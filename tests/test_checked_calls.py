@@ -142,13 +142,15 @@ def bases(xp):
     whole = Call(x, Affine(weight, bias, 1.0), running, Epilogue(x.copy(), "relu"), True, 1, Caller("cuda:7"))
     no_buffers = replaced(whole, mean=None, var=None, batches=None)
     one_value = replaced(whole, input=x[:1, :, :1].copy(), residual=None, group=object())
+    no_counter = replaced(whole, batches=xp.zeros((), np.int32))  # none that could be moved
     return {
         "training": Made(whole, x.copy()),
         "eval": Made(whole._replace(training=False), x.copy()),
         "eps = 0 in eval": Made(replaced(whole, training=False, eps=0.0)),
         "no buffers": Made(no_buffers),
         "one value": Made(one_value),
-        "no update": Made(replaced(whole, batches=xp.zeros((), np.int32)), moves_statistics=False),
+        "no update": Made(no_counter, moves_statistics=False),
+        "observed": Made(replaced(no_counter, observer=object())),
     }
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import builtins
 import copy
 import importlib
 import inspect
+import sys
 import threading
 import warnings
 from pathlib import Path
@@ -73,7 +73,7 @@ def check_statistics(layer, arrays, axis=1, batches=5):
     np.testing.assert_array_less(
         abs(to_numpy(layer.running_var).astype(np.longdouble) - var), (1e-6 + half) * var + 1e-300
     )
-    assert layer.num_batches_tracked == batches
+    assert to_numpy(layer.num_batches_tracked) == batches
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -102,7 +102,7 @@ def test_large_means(xp, rng, make, vectors, mean):
 
 def test_many_batches(rng):
     """Errors do not grow with the number of batches, nor does it matter how these are cut."""
-    x = rng.normal(1e6, 1, (3000, 2)).astype(np.float32)
+    x = rng.normal(1e6, 1, (1200, 2)).astype(np.float32)
     for cut in (2, 3, 1000):
         layer = cupybn.BatchNorm1d(2, device="cpu", dtype=np.float64)
         cuts = [x[i : i + cut] for i in range(0, len(x), cut)]
@@ -384,6 +384,22 @@ def test_threads_may_call_a_layer_at_a_time(rng):
     assert layer.num_batches_tracked == 200
 
 
+def test_an_observer_takes_one_batch_at_a_time():
+    """Batches of several threads merge one after the other."""
+    observer, locked = Observer(), []
+
+    class Steps:
+        @staticmethod
+        def merge_moments(moments):
+            locked.append(observer._lock.locked())
+            return numpy_ops.merge_moments(moments)
+
+    for _ in range(4):
+        observer.add(Steps, np.array([[2.0, 1.0, 3.0]]))
+    assert locked == [True] * 3
+    assert not observer._lock.locked()
+
+
 def test_the_steps_take_what_others_take():
     ours, theirs = (inspect.signature(ops.bn_forward).parameters.values() for ops in (Observed, numpy_ops))
     assert [(p.name, p.default) for p in [*ours][1:]] == [(p.name, p.default) for p in theirs]
@@ -480,6 +496,46 @@ def test_errors_change_nothing(xp, rng, make, device, monkeypatch, place):
     check_statistics(layers[0], [to_numpy(x) for x in batches])
 
 
+def test_frozen_layers_take_inputs_of_their_channels_alone(xp, make):
+    """Channels are counted where a layer has no parameters, and its running statistics are not in use, too."""
+    layer = make(affine=False)
+    layer.track_running_stats = False
+    before = everything(layer)
+    with pytest.raises(ValueError, match=exactly("expected 3 channels (num_features) on axis 1, got 4")):
+        cupybn.update_bn([layer], [xp.zeros((2, 4), np.float32)], layer)
+    assert everything(layer) == before
+
+
+def test_a_model_that_takes_buffers_away(xp, rng, make):
+    layer, x = make(), xp.asarray(samples(rng, (3,))[0])
+    before = everything(layer)
+
+    def model(x):
+        layer(x)
+        layer.running_mean = None
+
+    message = "expected layers[0] to have running statistics (got a BatchNorm1d without)"
+    with pytest.raises(ValueError, match=exactly(message)):
+        cupybn.update_bn([layer], [x], model)
+    assert everything(layer) == before
+
+
+def test_a_layer_on_another_device(rng):
+    """Everything happens on the device of the layer, whichever is the current one."""
+    if not hasattr(cupy, "emulator"):
+        pytest.skip("needs two devices")
+    batches = samples(rng, (3,))
+    with cupy.emulator.pretend(cupy.emulator.H200, cupy.emulator.H200):
+        with cupy.cuda.Device(1):
+            arrays = [cupy.asarray(x) for x in batches]
+        layers = cupybn.BatchNorm1d(3, device="cuda:1"), cupybn.BatchNorm1d(3, device="cpu")
+        with cupy.emulator.record() as launches:
+            cupybn.update_bn(layers, arrays, lambda x: layers[1](x.get()) if x is arrays[0] else layers[0](x))
+        assert {launch.device for launch in launches} == {1}
+        check_statistics(layers[0], batches[1:], batches=4)
+        check_statistics(layers[1], batches[:1], batches=1)
+
+
 @pytest.mark.parametrize("progress", [False, True])
 def test_interrupts(xp, rng, make, device, monkeypatch, progress):
     """Ctrl-C at any line of this part of the library leaves everything as it was."""
@@ -487,7 +543,7 @@ def test_interrupts(xp, rng, make, device, monkeypatch, progress):
     parts = ("models", "_steps/observer.py", "layers/writing.py", "layers/batchnorm.py")
     monkeypatch.setattr("tests.test_interrupts.LIBRARY", tuple(str(package / part) for part in parts))
     batches = [xp.asarray(x) for x in samples(rng, (3,))[::2]]
-    at, step, more = 1, 1 if device == "cpu" and not progress else 13, True
+    at, step, more = 1, 1 if device == "cpu" and not progress else 23, True
     while more:
         layers = make(), cupybn.BatchNorm1d(None, device=device).eval()
         before = everything(*layers)
@@ -655,14 +711,7 @@ def test_the_bar_is_closed_after_an_error(capsys):
 def test_without_tqdm(monkeypatch):
     """Nothing runs where the progress bar cannot be shown."""
     layer, called = cupybn.BatchNorm1d(1, device="cpu"), []
-    original = builtins.__import__
-
-    def failing(name, *arguments):
-        if name == "tqdm":
-            raise ModuleNotFoundError("No module named 'tqdm'")
-        return original(name, *arguments)
-
-    monkeypatch.setattr("importlib.import_module", failing)
+    monkeypatch.setitem(sys.modules, "tqdm", None)  # which Python takes for a module that cannot be imported
     message = "progress=True needs tqdm: `pip install '.[cli]'`, in a clone of cupybn, installs it"
     with pytest.raises(ImportError, match=exactly(message)):
         cupybn.update_bn([layer], [1], called.append, progress=True)

@@ -58,10 +58,10 @@ def update_bn(
     ImportError
         If there is to be a progress bar, and tqdm is missing.
 
-    Whatever is raised, Ctrl-C included, by `forward` and `batches` as well: the layers are as they were.
-
     Notes
     -----
+    Whatever is raised, Ctrl-C included, by `forward` and `batches` as well: the layers are as they were.
+
     Calls in eval mode, within `no_stats_update` and of empty inputs do not count. ``num_batches_tracked`` becomes the
     number of calls that did; a layer that has seen none keeps what it had. A layer whose statistics are frozen
     (``track_running_stats`` set to False) gets new ones all the same.
@@ -123,10 +123,10 @@ def update_bn(
 class _Seen(NamedTuple):
     """A layer that is recalibrated."""
 
-    name: str  # its name in messages
+    name: str  # name of the layer in messages
     layer: _BatchNorm
     observer: Observer
-    before: dict[str, Any]  # the attributes that it had
+    before: dict[str, Any]  # attributes that the layer had
 
 
 def _leave(seen: list[_Seen]) -> None:
