@@ -267,6 +267,15 @@ def test_all_versions_of_the_files_of_numpy(rng, tmp_path, version):
     assert find_batch_norms(tmp_path / "model.npz") == {"bn.": 3}
 
 
+def test_files_of_torch_are_mapped_into_memory(two, rng, tmp_path, monkeypatch):
+    """Files of PyTorch are mapped, so that only the layers' tensors come from the disk."""
+    torch = need(".pt")
+    path, load, calls = write(tmp_path / "model.pt", a_state(rng, two)), torch.load, []
+    monkeypatch.setattr(torch, "load", lambda path, **kwargs: calls.append(kwargs) or load(path, **kwargs))
+    load_checkpoint(path, two)
+    assert calls == [{"map_location": "cpu", "weights_only": True, "mmap": True}]
+
+
 def test_files_of_older_versions_of_torch(two, rng, tmp_path):
     torch = pytest.importorskip("torch")
     state = {key: torch.from_numpy(np.array(array)) for key, array in a_state(rng, two).items()}

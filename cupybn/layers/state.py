@@ -236,7 +236,7 @@ def _meant(state: Mapping[Any, Any], expected: Expected) -> str:
         if _would_load(state, texts, other, expected.framework, expected.shapes):
             return f"; did you mean prefix={other!r}?"
     for framework in NAMES:
-        if framework != expected.framework and _would_load(state, texts, prefix, framework, expected.shapes):
+        if _would_load(state, texts, prefix, framework, expected.shapes):
             return f"; did you mean names={framework!r}?"
     with contextlib.suppress(Exception):  # a value that cannot be read was not meant
         for key in NESTED:
