@@ -322,8 +322,9 @@ WRONG = [
     wrong(TypeError, "expected layer to be a batch norm layer of cupybn (got NoneType)", layer="missing"),
     wrong(
         ValueError,
-        "the activation is not folded: expected a layer without one (got activation='relu'): set layer.activation to "
-        "None, and apply it to what the folded weight and bias give",
+        "the activation is not folded: expected a layer without one (got activation='relu'): use twin = "
+        "copy.copy(layer), which shares its arrays, with twin.activation = None, and apply the activation to what the "
+        "folded weight and bias give",
         layer={"activation": "relu"},
     ),
     wrong(

@@ -35,7 +35,8 @@ def fold_conv_bn(
     bias : (O,) array or None
         None stands for 0. Of any of the dtypes, and on the weight's device.
     layer : batch norm layer with running statistics
-        Of O channels, without an activation, and on the weight's device.
+        Of O channels, without an activation, and on the weight's device. A ``copy.copy`` of a layer shares its arrays:
+        the activation of such a twin can be set to None.
     transpose : bool
         Whether the convolution is a transposed one.
     groups : int
@@ -170,8 +171,9 @@ def _check_layer(layer: _BatchNorm, weight: Array) -> int:
         raise TypeError(f"expected layer to be a batch norm layer of cupybn (got {describe(layer)}){way_out}")
     if layer.activation is not None:
         raise ValueError(
-            f"the activation is not folded: expected a layer without one (got activation={layer.activation!r}): set "
-            "layer.activation to None, and apply it to what the folded weight and bias give"
+            f"the activation is not folded: expected a layer without one (got activation={layer.activation!r}): use "
+            "twin = copy.copy(layer), which shares its arrays, with twin.activation = None, and apply the activation "
+            "to what the folded weight and bias give"
         )
     name = type(layer).__qualname__
     if layer.num_features is None:
