@@ -38,11 +38,12 @@ MOST_OF_KERNELS, MOST_OF_FUNCTIONS = 12, 8
 """Largest numbers of parameters that a kernel and a function may have."""
 AS_IN_TORCH = {
     "functional.batch_norm",
+    "functional.batch_norm_backward",
     "functional.batch_norm_vjp",
     "layers.batchnorm._BatchNorm.__init__",
     "layers.syncbatchnorm.SyncBatchNorm.__init__",
 }
-"""Functions for users that may have more parameters, since PyTorch's have them."""
+"""Functions for users that may have more parameters, since PyTorch's have them; the way back takes what the way forward does."""
 
 KERNEL_NAMES = kernel_names()
 

@@ -22,8 +22,8 @@ MOST_BATCHES = 2**63 - 1
 """Largest number that an int64 counter holds."""
 LOADERS = {
     ".safetensors": "safetensors.numpy.load_file(path)",
-    ".pt": "torch.load(path, map_location='cpu')",
-    ".pth": "torch.load(path, map_location='cpu')",
+    ".pt": "torch.load(path, map_location='cpu', weights_only=True)",
+    ".pth": "torch.load(path, map_location='cpu', weights_only=True)",
 }
 """Calls that read a file into a mapping, by the suffix of the file."""
 NESTED = ("state_dict", "model_state_dict", "model")
