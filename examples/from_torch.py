@@ -1,4 +1,4 @@
-"""From PyTorch and back: a trained network's checkpoint, run without PyTorch, folded, and saved for PyTorch to read.
+"""A network that PyTorch has trained: its checkpoint, run without PyTorch, folded, and saved for PyTorch to read.
 
 PyTorch trains a small network on handwritten digits: four convolutions, of which one is grouped and one transposed, and
 a hidden linear layer, each with batch norm and ReLU. Its state dict is saved as .safetensors and as .pt.

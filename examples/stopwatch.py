@@ -1,4 +1,4 @@
-"""Where the time of a network goes: a stopwatch for the passes of its layers, on NumPy and CuPy arrays."""
+"""A stopwatch for the passes of a network's layers, on NumPy and CuPy arrays: where its time goes."""
 
 import copy
 import time

@@ -43,7 +43,7 @@ AS_IN_TORCH = {
     "layers.batchnorm._BatchNorm.__init__",
     "layers.syncbatchnorm.SyncBatchNorm.__init__",
 }
-"""Functions for users that may have more parameters, since PyTorch's have them; the way back takes what the way forward does."""
+"""Functions for users that may have more parameters, since PyTorch's have them; the way back takes the same."""
 
 KERNEL_NAMES = kernel_names()
 

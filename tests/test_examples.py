@@ -441,7 +441,7 @@ def test_from_torch_tells_what_is_wrong(function, from_torch, monkeypatch, tmp_p
 
 
 def test_from_torch_without_torch(monkeypatch, capsys, tmp_path):
-    """Without PyTorch the example ends well, with a line that says why it did nothing."""
+    """The example ends well without PyTorch, with a line that says why it did nothing."""
     for package in ("safetensors", *layers.NEEDED):
         pytest.importorskip(package)
     monkeypatch.setitem(sys.modules, "torch", None)

@@ -464,7 +464,10 @@ def named(name):
     [
         ("bn.npz", "(got 'bn.npz'): load the file first, use numpy.load(path)"),
         (b"bn", "(got b'bn'): load the file first, use numpy.load(path)"),
-        (PurePosixPath("a.b/bn.pt"), "load the file first, use torch.load(path, map_location='cpu', weights_only=True)"),
+        (
+            PurePosixPath("a.b/bn.pt"),
+            "load the file first, use torch.load(path, map_location='cpu', weights_only=True)",
+        ),
         ("x.safetensors", "(got 'x.safetensors'): load the file first, use safetensors.numpy.load_file(path)"),
         ([("weight", np.ones(3))], "(got list): use dict(state), if these are pairs"),
         (np.array({"weight": np.ones(3)}, dtype=object), "(got NumPy array): use state.item()"),
