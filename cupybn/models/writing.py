@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import secrets
 from collections.abc import Callable, Mapping
@@ -50,15 +51,19 @@ def _safetensors(file: IO[bytes], arrays: Arrays) -> None:
 
 
 def _tensors(file: IO[bytes], arrays: Arrays) -> None:
-    """Write a file of PyTorch: a dict of tensors."""
-    torch = import_module("torch")
+    """Write a file of PyTorch: a dict of tensors.
+
+    It is made in memory, since PyTorch hides why it could not write: a full disk, or Ctrl-C.
+    """
+    torch, made = import_module("torch"), io.BytesIO()
 
     def tensor(array: npt.NDArray[Any]) -> Any:
         if array.dtype.name == "bfloat16":
             return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
         return torch.from_numpy(array)
 
-    torch.save({key: tensor(array) for key, array in arrays.items()}, file)
+    torch.save({key: tensor(array) for key, array in arrays.items()}, made)
+    file.write(made.getbuffer())
 
 
 _WRITERS: dict[str, Callable[[IO[bytes], Arrays], None]] = {
