@@ -24,9 +24,13 @@ def write(path, state):
     if path.suffix == ".npz":
         np.savez(path, **state)
     elif path.suffix == ".safetensors":
+        from safetensors import SafetensorError
         from safetensors.numpy import save_file
 
-        save_file(state, path)
+        try:
+            save_file(state, path)
+        except SafetensorError as error:  # older versions have fewer dtypes
+            pytest.skip(str(error))
     else:
         torch = pytest.importorskip("torch")
         torch.save({key: torch.from_numpy(np.array(array)) for key, array in state.items()}, path)

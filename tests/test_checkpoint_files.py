@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import pickle
 import re
@@ -492,6 +493,38 @@ def test_a_write_that_fails(rng, tmp_path, monkeypatch, suffix, error, there):
         assert not there or path.read_bytes() == b"old"
     save_checkpoint(path, layers)
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    assert len(find_batch_norms(path)) == 3
+
+
+class Full(io.FileIO):
+    """A file on a disk that is full from some write on."""
+
+    writes = 0
+
+    def write(self, data):
+        Full.writes -= 1
+        if Full.writes < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return super().write(data)
+
+
+@suffixes
+def test_a_disk_that_is_full(rng, tmp_path, monkeypatch, suffix):
+    need(suffix)
+    path, layers = tmp_path / f"model{suffix}", filled(rng, "cpu")
+    path.write_bytes(b"old")
+    monkeypatch.setattr(Path, "open", lambda path, mode: Full(path, mode))
+    for most in range(200):
+        Full.writes = most
+        try:
+            save_checkpoint(path, layers)
+        except OSError as error:
+            assert error.errno == errno.ENOSPC  # noqa: PT017 - it may also succeed
+            assert path.read_bytes() == b"old"
+            assert list(tmp_path.iterdir()) == [path]
+        else:
+            break
+    assert most > 0
     assert len(find_batch_norms(path)) == 3
 
 

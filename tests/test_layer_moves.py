@@ -284,6 +284,29 @@ def test_an_index_that_is_not_there(device, rng):
     unchanged(layer, lambda: layer.cuda(-1), ValueError)
 
 
+def test_to_another_gpu(rng):
+    """A layer moves from one GPU to another, whichever is the current one, and so do copies of its state."""
+    cupy = pytest.importorskip("cupy")
+    emulator = getattr(cupy, "emulator", None)
+    if emulator is None:
+        pytest.skip("needs two GPUs")
+    with emulator.pretend(emulator.H200, emulator.T4):
+        layer = filled(rng, device="cuda:0")
+        _, before = held(layer)
+        copies = layer.state_dict(device="cuda:1")
+        assert {array.device.id for array in copies.values()} == {1}
+        assert bits(*copies.values()) == before
+        with cupy.cuda.Device(1):
+            assert layer.cuda().device == "cuda:1"
+            assert layer.to("cuda:0").device == "cuda:0"
+        layer.to("cuda:1", np.float64)
+        assert {array.device.id for array in layer.state_dict().values()} == {1}
+        assert layer.weight.dtype == np.float64
+        layer.load_state_dict(copies)
+        assert bits(*layer.to(dtype=np.float32).state_dict().values()) == before
+        assert cupy.cuda.runtime.getDevice() == 0
+
+
 def test_an_array_that_is_elsewhere_is_brought_back(device, rng):
     cupy = pytest.importorskip("cupy")
     layer = filled(rng, device=device)

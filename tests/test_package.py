@@ -158,6 +158,7 @@ class Mine(BatchNorm2d):
 assert_type(Mine(3).train(), Mine)
 assert_type(Mine(3).eval(), Mine)
 assert_type(Mine(3).to("cpu"), Mine)
+assert_type(Mine(3).to(dtype="float16").cpu().cuda(0), Mine)
 assert_type(SyncBatchNorm(3).train(False).eval().to("cpu"), SyncBatchNorm)
 """
 

@@ -1,9 +1,12 @@
-"""Formats of checkpoint files, by their suffix, and the packages that they need."""
+"""Formats of checkpoint files, by their suffix, and the packages that they need.
+
+These are imported by their names, when a file is read or written: who checks types need not have them.
+"""
 
 from __future__ import annotations
 
-import importlib
 import os
+from importlib import import_module
 from pathlib import PurePath
 from typing import Any
 
@@ -33,7 +36,7 @@ def format_of(path: str | os.PathLike[Any]) -> str:
     package = PACKAGES[suffix]
     if package is not None:
         try:
-            importlib.import_module(package)
+            import_module(package)
         except ImportError as error:
             raise ImportError(f"{suffix} files need {package}: {_INSTALL[package]}") from error
     return suffix

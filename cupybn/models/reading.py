@@ -8,6 +8,7 @@ import os
 import zipfile
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from importlib import import_module
 from typing import IO, Any
 
 import numpy as np
@@ -121,9 +122,7 @@ class _Safetensors(Entries):
     """
 
     def __init__(self, path: str, file: IO[bytes]) -> None:
-        from safetensors import safe_open
-
-        with safe_open(path, framework="numpy"):
+        with import_module("safetensors").safe_open(path, framework="numpy"):
             pass
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
@@ -157,10 +156,8 @@ class _Tensors(Entries):
     """Whatever ``torch.save`` has written, tensors on the host. They are read from the file as they are used."""
 
     def __init__(self, path: str, file: IO[bytes]) -> None:
-        import torch
-
         in_zip = file.read(4) == b"PK\3\4"  # older files cannot be mapped into memory
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=in_zip)
+        loaded = import_module("torch").load(path, map_location="cpu", weights_only=True, mmap=in_zip)
         if not isinstance(loaded, Mapping):
             raise UnreadableError(f"it holds no mapping of names to tensors (got {type(loaded).__qualname__})")
         self._places = loaded

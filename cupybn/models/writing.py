@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import secrets
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import IO, Any
 
@@ -39,27 +41,29 @@ def _npz(file: IO[bytes], arrays: Arrays) -> None:
     cut = [key for key in arrays if "\0" in key]
     if cut:
         raise ValueError(f"expected keys without '\\0', at which .npz files end names (got {cut[0]!r})")
-    wide = {key: a.astype(np.float32) if a.dtype.name == "bfloat16" else a for key, a in arrays.items()}
-    np.savez(file, **wide)  # type: ignore[arg-type] # NumPy types its own flags in the place of names
+    wide: dict[str, Any] = {key: a.astype(np.float32) if a.dtype.name == "bfloat16" else a for key, a in arrays.items()}
+    np.savez(file, **wide)
 
 
 def _safetensors(file: IO[bytes], arrays: Arrays) -> None:
     """Write a file of safetensors. Its format is called "pt", since the names are PyTorch's."""
-    from safetensors.numpy import save
-
-    file.write(save(dict(arrays), metadata={"format": "pt"}))
+    file.write(import_module("safetensors.numpy").save(dict(arrays), metadata={"format": "pt"}))
 
 
 def _tensors(file: IO[bytes], arrays: Arrays) -> None:
-    """Write a file of PyTorch: a dict of tensors."""
-    import torch
+    """Write a file of PyTorch: a dict of tensors.
+
+    It is made in memory, since PyTorch hides why it could not write: a full disk, or Ctrl-C.
+    """
+    torch, made = import_module("torch"), io.BytesIO()
 
     def tensor(array: npt.NDArray[Any]) -> Any:
         if array.dtype.name == "bfloat16":
             return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
         return torch.from_numpy(array)
 
-    torch.save({key: tensor(array) for key, array in arrays.items()}, file)
+    torch.save({key: tensor(array) for key, array in arrays.items()}, made)
+    file.write(made.getbuffer())
 
 
 _WRITERS: dict[str, Callable[[IO[bytes], Arrays], None]] = {
