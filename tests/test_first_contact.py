@@ -287,7 +287,7 @@ def test_time_is_over_for_all_that_a_process_has_started():
 
 def test_a_process_that_is_asked_first_has_its_last_words():
     code = "import time\ntry: time.sleep(1e6)\nexcept KeyboardInterrupt: print('so far')"
-    done = run_limited([sys.executable, "-c", code], 2, ask_first=True)
+    done = run_limited([sys.executable, "-c", code], 5, ask_first=True)  # time enough for Python to start, also if busy
     assert (done.timed_out, done.output) == (True, "so far\n")
 
 
