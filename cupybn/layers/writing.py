@@ -54,7 +54,7 @@ def write(values: Sequence[tuple[Layer, Mapping[str, Any]]], result: T) -> T:
                 layer.__dict__.update(given)
                 continue
             for name, value in given.items():
-                array = getattr(layer, name)
+                array = kinds.plain(getattr(layer, name))
                 with devices.on_device_of(array):
                     before.append((array, devices.copied(array)))
                     array[...] = value
