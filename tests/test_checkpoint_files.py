@@ -277,6 +277,34 @@ def test_files_of_torch_are_mapped_into_memory(two, rng, tmp_path, monkeypatch):
     assert calls == [{"map_location": "cpu", "weights_only": True, "mmap": True}]
 
 
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA])
+def test_a_file_of_torch_that_was_compressed(two, rng, tmp_path, method):
+    """An archive that another program has written anew, compressed, is read as what it was, or not at all."""
+    state = a_state(rng, two)
+    path = write(tmp_path / "model.pt", state)
+    with zipfile.ZipFile(path) as file:
+        members = {name: file.read(name) for name in file.namelist()}
+    with zipfile.ZipFile(path, "w", method) as file:
+        for name, data in members.items():
+            file.writestr(name, data)
+    if method == zipfile.ZIP_LZMA:  # which PyTorch does not know
+        assert "cannot be read as a .pt file: " in fails(path, two, ValueError)
+        return
+    load_checkpoint(path, two)
+    assert bits(two["bn1."].weight, two["net.bn2."].bias) == bits(state["bn1.weight"], state["net.bn2.bias"])
+
+
+@suffixes
+@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="names of files are Unicode there")
+def test_names_that_are_no_unicode(rng, tmp_path, suffix):
+    need(suffix)
+    path, layers = os.fsdecode(os.fsencode(tmp_path) + b"/\xff" + suffix.encode()), filled(rng, "cpu")
+    save_checkpoint(path, layers)
+    again = {prefix: BatchNorm2d(None, device="cpu") for prefix in layers}
+    load_checkpoint(path, again)
+    assert held(again) == held(layers)
+
+
 def test_files_of_older_versions_of_torch(two, rng, tmp_path):
     torch = pytest.importorskip("torch")
     state = {key: torch.from_numpy(np.array(array)) for key, array in a_state(rng, two).items()}
@@ -385,6 +413,28 @@ def test_damage_that_is_found_late(device, rng, tmp_path):
         assert "cannot be read as a .npz file: " in fails(path, two, ValueError)
 
 
+@pytest.mark.parametrize(
+    ("header", "words"),
+    [
+        (b"(1000000000000000,)}", "0 bytes are too few for shape (1000000000000000,) and dtype float32"),
+        (b"(4,)}" + b" " * 20000, "Header info length ("),
+        (b"(-1,)}", "negative dimensions"),
+        (b"(4.0,)}", "shape is not valid"),
+        (b"__import__('os').abort()}", "malformed node or string"),
+    ],
+    ids=["huge", "long", "negative", "float", "call"],
+)
+def test_headers_of_arrays(two, rng, tmp_path, header, words):
+    """No header makes NumPy ask for more memory than there are bytes, and no words advise to load what is pickled."""
+    path = write(tmp_path / "model.npz", a_state(rng, two, **{"bn1.weight": None}))
+    header = b"{'descr': '<f4', 'fortran_order': False, 'shape': " + header
+    with zipfile.ZipFile(path, "a") as file:
+        file.writestr("bn1.weight.npy", b"\x93NUMPY\2\0" + len(header).to_bytes(4, "little") + header)
+    message = fails(path, two, ValueError)
+    assert message.startswith(f"{path} cannot be read as a .npz file: ValueError: {words}")
+    assert "allow_pickle" not in message
+
+
 def test_files_that_hold_something_else(two, tmp_path):
     np.save(tmp_path / "array.npy", np.ones(3))
     (tmp_path / "array.npy").rename(tmp_path / "array.npz")
@@ -398,10 +448,16 @@ def test_files_that_hold_something_else(two, tmp_path):
         message = fails(tmp_path / "script.pt", two, ValueError)
     assert "cannot be read as a .pt file: RuntimeError: Cannot use" in message
     assert "TorchScript" in message
-    torch.save(torch.nn.BatchNorm2d(3), tmp_path / "module.pt")
-    message = fails(tmp_path / "module.pt", two, ValueError)
-    assert "UnpicklingError: WeightsUnpickler error: Unsupported global: GLOBAL torch.nn.modules.batchnorm" in message
-    assert "weights_only" not in message
+    for nest in (lambda value: value), (lambda value: {"epoch": 3, "model": value}):
+        torch.save(nest(torch.nn.BatchNorm2d(3)), tmp_path / "module.pt")
+        message = fails(tmp_path / "module.pt", two, ValueError)
+        assert "UnpicklingError: WeightsUnpickler error: Unsupported global: GLOBAL torch.nn.modules.batch" in message
+        assert message.endswith(
+            " was not an allowed global by default: objects of such classes are not loaded, save model.state_dict() "
+            "alone"
+        )
+        assert "weights_only" not in message
+        assert "safe_globals" not in message
 
 
 @pytest.mark.parametrize(
@@ -649,8 +705,9 @@ def test_layers_without_arrays_are_not_saved(rng, tmp_path, device):
 
 @pytest.mark.parametrize("path", [3, None, b"model.npz", {"a": 1}], ids=str)
 def test_what_is_no_path(rng, path):
-    with pytest.raises(TypeError, match="expected path to be a str or a path"):
+    with pytest.raises(TypeError, match="expected path to be a str or a path") as raised:
         save_checkpoint(path, filled(rng, "cpu"))
+    assert str(raised.value).endswith(": use os.fsdecode(path)") == isinstance(path, bytes)
 
 
 def test_what_is_no_array_is_not_saved(rng, tmp_path):

@@ -122,6 +122,26 @@ def test_a_closed_file_is_no_empty_one(rng, tmp_path):
         find_batch_norms(file)
 
 
+class Listed:
+    """Something that acts like a mapping, with a key that has no hash."""
+
+    def __init__(self, state):
+        self.state = state
+
+    def keys(self):
+        yield from ([], *self.state)
+
+    def __getitem__(self, key):
+        return self.state[key]
+
+
+def test_keys_without_a_hash(rng):
+    state, layer = a_state(rng, ["bn1."]), BatchNorm1d(3, device="cpu")
+    assert find_batch_norms(Listed(state)) == {"bn1.": 3}
+    load_checkpoint(Listed(state), {"bn1.": layer})
+    assert_hold({"bn1.": layer}, state)
+
+
 def test_finding_reads_running_statistics_alone(rng):
     state = a_state(rng, ["bn1."]) | {"fc.weight": object()}
     assert find_batch_norms(Selective(state, ["bn1.running_mean", "bn1.running_var"])) == {"bn1.": 3}
@@ -339,6 +359,17 @@ def test_an_array_of_a_layer_that_cannot_be_written(rng):
     assert "expected bn2.bias to be writeable" in fails(the_state_of(rng, layers), layers, ValueError)
     layers["bn2."].bias = [1, 2, 3]
     assert "expected bn2.bias to be an array (got list)" in fails(the_state_of(rng, layers), layers, TypeError)
+    layers["bn1."].weight.flags.writeable = False
+    layers["bn1."].running_var = np.ones((3, 3))
+    state = the_state_of(rng, layers, **{"bn2.running_mean": None})
+    message = fails(state, layers, KeyError)
+    for words in [
+        "expected bn1.weight to be writeable",
+        "expected bn1.running_var of the layer to have the shape (3,) (got (3, 3))",
+        "missing keys: bn2.running_mean",
+        "expected bn2.bias to be an array (got list)",
+    ]:
+        assert words in message
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -494,6 +525,29 @@ def test_what_are_no_layers(rng, tmp_path, layers, message):
     assert list(tmp_path.iterdir()) == []
 
 
+class Unreadable(dict):
+    """A mapping whose values cannot be read."""
+
+    def __getitem__(self, key):
+        raise RuntimeError(key)
+
+
+def test_arguments_in_the_wrong_order(rng, tmp_path):
+    layers = {"bn1.": BatchNorm1d(3, device="cpu")}
+    end = r": layers are the second argument$"
+    for source in a_state(rng, layers), tmp_path / "model.npz", "model.pt":
+        with pytest.raises(TypeError, match=f"expected layers.* to be a .*{end}"):
+            load_checkpoint(layers, source)
+        with pytest.raises(TypeError, match=f"expected path to be a str or a path .got dict.{end}"):
+            cupybn.save_checkpoint(layers, source)
+    for other in {}, a_state(rng, layers), Unreadable(a=3):
+        with pytest.raises(TypeError, match=r"layers \(got 'bn1.'\)$"):
+            load_checkpoint(other, "bn1.")
+        with pytest.raises(TypeError, match=r"expected path to be a str or a path \(got \w+\)$|\(got {.*}\)$"):
+            cupybn.save_checkpoint(other, layers)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_layer_in_the_place_of_layers(rng):
     with pytest.raises(TypeError, match=r": use \{prefix: layer\}$"):
         load_checkpoint(a_state(rng, [""]), BatchNorm1d(3, device="cpu"))
@@ -590,7 +644,7 @@ def test_files_are_read_entry_by_entry(rng, tmp_path, monkeypatch):
             reader, "__getitem__", lambda self, key, original=original: (read.append(key), original(self, key))[1]
         )
     layers = {"bn1.": BatchNorm1d(3, device="cpu"), "bn2.": BatchNorm1d(None, device="cpu")}
-    state = the_state_of(rng, layers) | a_state(rng, ["bn3."])
+    state = the_state_of(rng, layers) | a_state(rng, ["bn3."]) | {"model": np.ones(3, np.float32)}
     for suffix in ".npz", ".safetensors":
         path = write(tmp_path / f"model{suffix}", state)
         read.clear()

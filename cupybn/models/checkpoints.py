@@ -18,7 +18,7 @@ from cupybn.layers.layer import Layer
 from cupybn.layers.names import names_of
 from cupybn.layers.writing import write
 from cupybn.models.formats import format_of
-from cupybn.models.reading import opened, shape_of
+from cupybn.models.reading import Entries, opened, shape_of
 from cupybn.models.writing import write_file
 
 Source = Mapping[str, Any] | str | os.PathLike[Any]
@@ -64,9 +64,9 @@ def find_batch_norms(source: Source) -> dict[str, int]:
 def _batch_norms(entries: Mapping[Any, Any]) -> dict[str, int]:
     """Prefixes and numbers of channels of the batch norm layers of a state dict."""
     found = {}
-    keys = dict.fromkeys(entries.keys())
+    keys = dict.fromkeys(_texts(entries))
     for key in keys:
-        match = re.fullmatch(r"(|.*\W)running_mean", key, re.DOTALL) if isinstance(key, str) else None
+        match = re.fullmatch(r"(|.*\W)running_mean", key, re.DOTALL)
         if match and f"{match[1]}running_var" in keys:
             shape = shape_of(entries, key)
             if shape is not None and len(shape) == 1 and shape == shape_of(entries, f"{match[1]}running_var"):
@@ -120,7 +120,7 @@ def load_checkpoint(source: Source, layers: Mapping[str, Layer], *, strict: bool
     """
     checks.check_bool("strict", strict)
     theirs = names_of(names).values()
-    layers = _checked(layers)
+    layers = _checked(layers, source)
     twice = {id(layer): prefix for prefix, layer in reversed(layers.items())}
     for prefix, layer in layers.items():
         if twice[id(layer)] != prefix:
@@ -176,7 +176,8 @@ def save_checkpoint(path: str | os.PathLike[Any], layers: Mapping[str, Layer]) -
     array([1., 1., 1., 1.], dtype=float32)
     """
     if not isinstance(path, (str, os.PathLike)):
-        raise TypeError(f"expected path to be a str or a path (got {kinds.show(path)})")
+        way_out = ": use os.fsdecode(path)" if isinstance(path, bytes) else _swapped(path)
+        raise TypeError(f"expected path to be a str or a path (got {kinds.show(path)}){way_out}")
     suffix = format_of(path)
     layers = _checked(layers)
     lazy = [prefix for prefix, layer in layers.items() if layer.num_features is None and layer._members]
@@ -192,8 +193,8 @@ def _native(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return np.array(array, array.dtype.newbyteorder("="), order="C")
 
 
-def _checked(layers: Any) -> dict[str, Layer]:
-    """The layers by their prefixes.
+def _checked(layers: Any, source: Any = None) -> dict[str, Layer]:
+    """The layers by their prefixes. The argument before them is for messages.
 
     Raises
     ------
@@ -201,21 +202,30 @@ def _checked(layers: Any) -> dict[str, Layer]:
         If they are something else.
     """
     if not _state.is_mapping(layers):
-        way_out = ": use {prefix: layer}" if isinstance(layers, Layer) else ""
+        way_out = ": use {prefix: layer}" if isinstance(layers, Layer) else _swapped(source)
         raise TypeError(f"expected layers to be a mapping of prefixes to layers (got {kinds.show(layers)}){way_out}")
     checked = {prefix: layers[prefix] for prefix in layers.keys()}  # noqa: SIM118 - it may only act like a mapping
     for prefix, layer in checked.items():
         checks.check_str("prefix", prefix)
         if not isinstance(layer, Layer):
-            raise TypeError(f"expected layers[{prefix!r}] to be a batch norm layer (got {kinds.describe(layer)})")
+            given = kinds.describe(layer)
+            raise TypeError(f"expected layers[{prefix!r}] to be a batch norm layer (got {given}){_swapped(source)}")
     return checked
+
+
+def _swapped(first: Any) -> str:
+    """Hint at layers in the place of the first argument. The end of a message."""
+    with contextlib.suppress(Exception):  # it may be anything
+        if isinstance(first[next(iter(first.keys()))], Layer):
+            return ": layers are the second argument"
+    return ""
 
 
 def _levels(entries: Mapping[Any, Any]) -> list[Mapping[Any, Any]]:
     """A checkpoint, and the mappings that it has under the names of ``NESTED``, one in another."""
     levels = [entries]
     for level in levels:  # which grows
-        texts = _texts(level)
+        texts = _texts(level) if not isinstance(level, Entries) or level.nested else ()
         for key in _state.NESTED:
             with contextlib.suppress(Exception):  # a value that cannot be read is no mapping
                 inner: Any = level[key] if key in texts else None
