@@ -300,8 +300,12 @@ def test_names_that_are_no_unicode(rng, tmp_path, suffix):
     need(suffix)
     path, layers = os.fsdecode(os.fsencode(tmp_path) + b"/\xff" + suffix.encode()), filled(rng, "cpu")
     save_checkpoint(path, layers)
-    again = {prefix: BatchNorm2d(None, device="cpu") for prefix in layers}
-    load_checkpoint(path, again)
+    again, message = {prefix: BatchNorm2d(None, device="cpu") for prefix in layers}, ""
+    try:
+        load_checkpoint(path, again)
+    except ValueError as error:
+        message = ascii(error)  # what runs tests in several processes cannot send the name itself
+    assert not message
     assert held(again) == held(layers)
 
 
