@@ -714,6 +714,27 @@ def test_what_is_no_path(rng, path):
     assert str(raised.value).endswith(": use os.fsdecode(path)") == isinstance(path, bytes)
 
 
+@suffixes
+@pytest.mark.parametrize("dtype", [object, "U3", "c8", "M8[s]", "g", "V2", ml_dtypes.float8_e5m2], ids=str)
+def test_dtypes_that_are_not_saved(rng, tmp_path, suffix, dtype):
+    """What no format holds is not saved, least of all as a pickle."""
+    need(suffix)
+    layers = filled(rng, "cpu")
+    layers["bn1."].bias = np.zeros(5, dtype)
+    message = (
+        rf"expected bn1.bias to be an array of integers or float16, .* \(got dtype {re.escape(str(np.dtype(dtype)))}\)"
+    )
+    if np.dtype(dtype) == np.float64:
+        pytest.skip("long double is float64 on this machine")
+    with pytest.raises(TypeError, match=message):
+        save_checkpoint(tmp_path / f"model{suffix}", layers)
+    assert list(tmp_path.iterdir()) == []
+    for taken in np.int32, ">f4", bool:
+        layers["bn1."].bias = np.ones(5, taken)
+        save_checkpoint(tmp_path / f"model{suffix}", layers)
+        load_checkpoint(tmp_path / f"model{suffix}", {"bn1.": BatchNorm2d(5, device="cpu")})
+
+
 def test_what_is_no_array_is_not_saved(rng, tmp_path):
     layers = filled(rng, "cpu")
     layers["bn1."].bias = [1.0] * 5

@@ -190,6 +190,27 @@ def test_a_checkpoint_within_itself():
     assert "missing keys" in fails(endless, {"bn1.": BatchNorm1d(3, device="cpu")}, KeyError)
 
 
+class Endless:
+    """Something that acts like a mapping which holds itself, as a new object each time."""
+
+    made = 0
+
+    def keys(self):
+        return ["model", "state_dict"]
+
+    def __getitem__(self, key):
+        Endless.made += 1
+        if Endless.made > 5000:
+            raise KeyError(key)
+        return Endless()
+
+
+def test_a_checkpoint_without_an_end():
+    assert find_batch_norms(Endless()) == {}
+    assert "missing keys" in fails(Endless(), {"bn1.": BatchNorm1d(3, device="cpu")}, KeyError)
+    assert Endless.made < 1000
+
+
 def test_a_source_that_makes_what_it_is_asked_for(rng):
     """A source is asked for nothing that is not among its keys, which a defaultdict would make."""
     state = collections.defaultdict(dict, a_state(rng, ["bn1."]))

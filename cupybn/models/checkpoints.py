@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -12,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cupybn._arrays import kinds
+from cupybn._arrays.dtypes import FLOATS, is_float
 from cupybn._calls import checks
 from cupybn.layers import state as _state
 from cupybn.layers.layer import Layer
@@ -22,6 +24,9 @@ from cupybn.models.reading import Entries, opened, shape_of
 from cupybn.models.writing import write_file
 
 Source = Mapping[str, Any] | str | os.PathLike[Any]
+
+MOST_LEVELS = 64
+"""Number of levels of a checkpoint that are looked into: a group of HDF5 may hold itself, as a new object each time."""
 
 
 def find_batch_norms(source: Source) -> dict[str, int]:
@@ -157,7 +162,8 @@ def save_checkpoint(path: str | os.PathLike[Any], layers: Mapping[str, Layer]) -
     ValueError
         If the suffix is unknown, or a layer has no arrays yet.
     TypeError
-        If the path is none, or layers is not a mapping of prefixes to layers.
+        If the path is none, layers is not a mapping of prefixes to layers, or something else than an array of numbers
+        has been put in the place of a layer's.
     ImportError
         If the package for this format, safetensors or PyTorch, is missing.
     OSError
@@ -184,12 +190,20 @@ def save_checkpoint(path: str | os.PathLike[Any], layers: Mapping[str, Layer]) -
     if lazy:
         raise ValueError(f"expected layers with arrays (got none yet for {', '.join(map(repr, lazy))})")
     states = [layer.state_dict(prefix, device="cpu") for prefix, layer in layers.items()]
-    arrays = {key: _native(array) for state in states for key, array in state.items()}
+    arrays = {key: _native(key, array) for state in states for key, array in state.items()}
     write_file(path, suffix, arrays)
 
 
-def _native(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Contiguous copy in the byte order of this machine, which all formats take."""
+def _native(key: str, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Contiguous copy in the byte order of this machine, which all formats take. The key is for messages.
+
+    Raises
+    ------
+    TypeError
+        If its dtype is another one than integers and batch norm's: NumPy would pickle objects.
+    """
+    if array.dtype.kind not in "iub" and not is_float(array.dtype):
+        raise TypeError(f"expected {key} to be an array of integers or {', '.join(FLOATS)} (got dtype {array.dtype})")
     return np.array(array, array.dtype.newbyteorder("="), order="C")
 
 
@@ -224,7 +238,7 @@ def _swapped(first: Any) -> str:
 def _levels(entries: Mapping[Any, Any]) -> list[Mapping[Any, Any]]:
     """A checkpoint, and the mappings that it has under the names of ``NESTED``, one in another."""
     levels = [entries]
-    for level in levels:  # which grows
+    for level in itertools.islice(levels, MOST_LEVELS):  # which grows
         texts = _texts(level) if not isinstance(level, Entries) or level.nested else ()
         for key in _state.NESTED:
             with contextlib.suppress(Exception):  # a value that cannot be read is no mapping
