@@ -7,7 +7,7 @@ import itertools
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
@@ -234,8 +234,7 @@ def _meant(state: Mapping[Any, Any], expected: Expected) -> str:
     texts = {key: None for key in state.keys() if isinstance(key, str)}  # noqa: SIM118 - it may only act like a mapping
     prefix, first = expected.prefix, NAMES[expected.framework][next(iter(expected.keys))]
     others = [key.removesuffix(first) for key in texts if key.endswith(first) and key != prefix + first]
-    others.sort(key=lambda other: -math.inf if other.endswith(prefix) else -_alike(other, prefix))
-    for other in others:
+    for other in _likely_first(others, prefix):
         if _would_load(state, texts, other, expected.framework, expected.shapes):
             return f"; did you mean prefix={other!r}?"
     for framework in NAMES:
@@ -248,6 +247,14 @@ def _meant(state: Mapping[Any, Any], expected: Expected) -> str:
     if any(isinstance(key, bytes) for key in state.keys()):  # noqa: SIM118
         return "; keys are to be str, not bytes: use key.decode()"
     return ""
+
+
+def _likely_first(others: list[str], prefix: str) -> Iterator[str]:
+    """Prefixes that end like this one, and then the others, those first that share the most components with it."""
+    yield from (other for other in others if other.endswith(prefix))
+    yield from sorted(
+        (other for other in others if not other.endswith(prefix)), key=lambda other: -_alike(other, prefix)
+    )
 
 
 def _alike(prefix: str, other: str) -> int:

@@ -256,11 +256,13 @@ def _texts(entries: Mapping[Any, Any]) -> list[str]:
 def _owned(keys: Iterable[Any], expected: Mapping[str, str], layers: Iterable[str]) -> dict[str, list[Any]]:
     """Keys that belong to each layer, by its prefix: to the layer that expects them, else to the longest prefix."""
     owned: dict[str, list[Any]] = {prefix: [] for prefix in layers}
-    longest_first = sorted(owned, key=len, reverse=True)
+    longest_first = sorted({len(prefix) for prefix in owned}, reverse=True)
     for key in keys:
-        owner = expected.get(key) if isinstance(key, str) else None
-        if owner is None:
-            owner = next((prefix for prefix in longest_first if _state.under(prefix, [key])), None)
+        if not isinstance(key, str):  # which only an empty prefix has under it, as in `load_state_dict`
+            owner = "" if "" in owned else None
+        else:
+            begins = (key[:n] for n in longest_first if key[:n] in owned)
+            owner = expected[key] if key in expected else next(begins, None)
         if owner is not None:
             owned[owner].append(key)
     return owned
