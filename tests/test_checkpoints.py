@@ -190,6 +190,19 @@ def test_a_checkpoint_within_itself():
     assert "missing keys" in fails(endless, {"bn1.": BatchNorm1d(3, device="cpu")}, KeyError)
 
 
+def test_hints_do_not_lead_where_was_looked(rng):
+    """Errors speak of the level that is most like a state, never of one that has been looked into."""
+    state, layers = a_state(rng, ["module.bn1."]), {"bn1.": BatchNorm1d(3, device="cpu")}
+    training = {key: {} for key in ["args", "epoch", "optimizer", "scheduler", "best", "loss", "seed"]}
+    assert fails(training | {"model": state}, layers, KeyError).endswith("; did you mean prefix='module.bn1.'?")
+    for inner in state, {}:
+        message = fails({"model": {"state_dict": {"net": inner}}}, layers, KeyError)
+        assert message == "missing keys: bn1.weight, bn1.bias, bn1.running_mean, bn1.running_var"
+    keras = {"bn1." + name: np.ones(3) for name in ("gamma", "beta", "moving_mean", "moving_variance")}
+    message = fails({"state_dict": keras, "model": {"lr": 0.1}}, layers, KeyError)
+    assert message.endswith("; did you mean names='keras'?")
+
+
 class Endless:
     """Something that acts like a mapping which holds itself, as a new object each time."""
 

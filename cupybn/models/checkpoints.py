@@ -133,8 +133,9 @@ def load_checkpoint(source: Source, layers: Mapping[str, Layer], *, strict: bool
     expected = {prefix + name: prefix for prefix in layers for name in theirs}
     with opened(source) as entries:
         levels = _levels(entries)
-        largest = max(levels, key=lambda level: len(_texts(level)))  # for what errors say, if nothing is found
-        state = next((level for level in levels if not expected.keys().isdisjoint(_texts(level))), largest)
+        state = next((level for level in levels if not expected.keys().isdisjoint(_texts(level))), None)
+        if state is None:  # then errors speak of the level that is most like a state, of several the innermost
+            state = max(reversed(levels), key=lambda level: _likeness(level, tuple(theirs)))
         keys = _owned(state.keys(), expected, layers)
         loadings = [layer._loading(state, keys[prefix], strict, prefix, names) for prefix, layer in layers.items()]
         error = _state.error_of(loading.faults for loading in loadings)
@@ -251,6 +252,12 @@ def _levels(entries: Mapping[Any, Any]) -> list[Mapping[Any, Any]]:
 def _texts(entries: Mapping[Any, Any]) -> list[str]:
     """Keys that are texts."""
     return [key for key in entries.keys() if isinstance(key, str)]  # noqa: SIM118 - it may only act like a mapping
+
+
+def _likeness(entries: Mapping[Any, Any], names: tuple[str, ...]) -> tuple[int, int]:
+    """How much a mapping is like the state of a model: how many keys end with one of these names, and how many not."""
+    ends = [key.endswith(names) for key in _texts(entries)]
+    return sum(ends), len(ends)
 
 
 def _owned(keys: Iterable[Any], expected: Mapping[str, str], layers: Iterable[str]) -> dict[str, list[Any]]:
