@@ -10,6 +10,7 @@ import pickle
 import re
 import stat
 import sys
+import tarfile
 import warnings
 import zipfile
 from pathlib import Path
@@ -356,6 +357,22 @@ def test_no_pickle_is_executed(two, rng, tmp_path):
     assert (tmp_path / "executed").exists()
 
 
+def test_a_file_of_the_first_versions_of_torch_is_not_opened(two, tmp_path, monkeypatch):
+    """PyTorch up to 2.5 extracts and executes what a .tar file says, with ``weights_only=True`` as well."""
+    torch = need(".pt")
+    with tarfile.open(tmp_path / "model.pt", "w") as file:
+        for name in "sys_info", "pickle", "storages", "tensors":
+            member, data = tarfile.TarInfo(name), pickle.dumps(Evil(tmp_path / "executed"))
+            member.size = len(data)
+            file.addfile(member, io.BytesIO(data))
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("PyTorch was to load it"))
+    message = fails(tmp_path / "model.pt", two, ValueError)
+    assert message.endswith(
+        "cannot be read as a .pt file: it is a .tar file, as PyTorch wrote them before version 0.1.10"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
+
+
 def test_objects_of_others_are_ignored(two, rng, tmp_path):
     evil, state = Evil(tmp_path / "executed"), a_state(rng, two)
     np.savez(tmp_path / "array.npz", **state | {"note": np.array([evil], dtype=object)})
@@ -386,6 +403,7 @@ def test_damaged_files(two, rng, tmp_path, suffix, damage):
     path.write_bytes(damage(path.read_bytes()))
     message = fails(path, two, ValueError)
     assert message.startswith(f"{path} cannot be read as a {suffix} file: ")
+    assert "a .tar file" not in message
     assert len(message) > len(f"{path} cannot be read as a {suffix} file: ") + 3
     if (suffix, damage) != (".npz", DAMAGE["beginning missing"]):  # where running statistics are whole
         files = open_files()

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import tarfile
 import zipfile
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -165,6 +166,12 @@ class _Tensors(Entries):
     nested = True
 
     def __init__(self, path: str, file: IO[bytes]) -> None:
+        begins = file.read(512)
+        file.seek(0)
+        if any(begins) and tarfile.is_tarfile(file):  # which takes zeros for an empty one
+            # Some versions of PyTorch extract and execute what such a file says, whatever they are told.
+            raise UnreadableError("it is a .tar file, as PyTorch wrote them before version 0.1.10")
+        file.seek(0)
         mapped = _may_be_mapped(path, file)
         loaded = import_module("torch").load(path, map_location="cpu", weights_only=True, mmap=mapped)
         if not isinstance(loaded, Mapping):
