@@ -10,6 +10,7 @@ import pickle
 import re
 import stat
 import sys
+import tarfile
 import warnings
 import zipfile
 from pathlib import Path
@@ -198,19 +199,21 @@ def test_entries_that_numpy_has_not(two, rng, tmp_path):
     tensors = {key: torch.from_numpy(np.array(array)) for key, array in state.items()}
     tensors |= {"fp8": torch.ones(4).to(torch.float8_e4m3fn), "flags": torch.ones(3) > 0, "b": torch.ones(1).bfloat16()}
     tensors |= {
-        "z": torch.ones(2).to(torch.complex64),
         "half": torch.ones(2).half(),
         "odd": torch.ones(3).to(torch.uint8),
     }
     tensors["bn1.bias"] = tensors["bn1.bias"].bfloat16()
-    safetensors.save_file(tensors, tmp_path / "model.safetensors")
+    complex64 = {"z": torch.ones(2).to(torch.complex64)}
+    known = torch.complex64 in getattr(safetensors, "_SIZE", [torch.complex64])  # of the first versions it is not
+    safetensors.save_file(tensors | complex64 if known else tensors, tmp_path / "model.safetensors")
+    tensors |= complex64
     torch.save(tensors | {"sparse": torch.ones(3).to_sparse(), "epoch": 3, "note": "text"}, tmp_path / "model.pt")
     for path in tmp_path.iterdir():
         load_checkpoint(path, two)
         assert bits(two["net.bn2."].weight) == bits(state["net.bn2.weight"])
         np.testing.assert_array_equal(to_numpy(two["bn1."].bias), tensors["bn1.bias"].float().numpy())
         assert find_batch_norms(path) == {"bn1.": 3, "net.bn2.": 3}
-    tensors["bn1.bias"] = torch.ones(3).to(torch.float8_e5m2)
+    tensors |= {"z": torch.ones(2), "bn1.bias": torch.ones(3).to(torch.float8_e5m2)}
     safetensors.save_file(tensors, tmp_path / "model.safetensors")
     torch.save(tensors, tmp_path / "model.pt")
     for path in tmp_path.iterdir():
@@ -277,6 +280,38 @@ def test_files_of_torch_are_mapped_into_memory(two, rng, tmp_path, monkeypatch):
     assert calls == [{"map_location": "cpu", "weights_only": True, "mmap": True}]
 
 
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA])
+def test_a_file_of_torch_that_was_compressed(two, rng, tmp_path, method):
+    """An archive that another program has written anew, compressed, is read as what it was, or not at all."""
+    state = a_state(rng, two)
+    path = write(tmp_path / "model.pt", state)
+    with zipfile.ZipFile(path) as file:
+        members = {name: file.read(name) for name in file.namelist()}
+    with zipfile.ZipFile(path, "w", method) as file:
+        for name, data in members.items():
+            file.writestr(name, data)
+    if method == zipfile.ZIP_LZMA:  # which PyTorch does not know
+        assert "cannot be read as a .pt file: " in fails(path, two, ValueError)
+        return
+    load_checkpoint(path, two)
+    assert bits(two["bn1."].weight, two["net.bn2."].bias) == bits(state["bn1.weight"], state["net.bn2.bias"])
+
+
+@suffixes
+@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="names of files are Unicode there")
+def test_names_that_are_no_unicode(rng, tmp_path, suffix):
+    need(suffix)
+    path, layers = os.fsdecode(os.fsencode(tmp_path) + b"/\xff" + suffix.encode()), filled(rng, "cpu")
+    save_checkpoint(path, layers)
+    again, message = {prefix: BatchNorm2d(None, device="cpu") for prefix in layers}, ""
+    try:
+        load_checkpoint(path, again)
+    except ValueError as error:
+        message = ascii(error)  # what runs tests in several processes cannot send the name itself
+    assert not message
+    assert held(again) == held(layers)
+
+
 def test_files_of_older_versions_of_torch(two, rng, tmp_path):
     torch = pytest.importorskip("torch")
     state = {key: torch.from_numpy(np.array(array)) for key, array in a_state(rng, two).items()}
@@ -324,6 +359,22 @@ def test_no_pickle_is_executed(two, rng, tmp_path):
     assert (tmp_path / "executed").exists()
 
 
+def test_a_file_of_the_first_versions_of_torch_is_not_opened(two, tmp_path, monkeypatch):
+    """PyTorch up to 2.5 extracts and executes what a .tar file says, with ``weights_only=True`` as well."""
+    torch = need(".pt")
+    with tarfile.open(tmp_path / "model.pt", "w") as file:
+        for name in "sys_info", "pickle", "storages", "tensors":
+            member, data = tarfile.TarInfo(name), pickle.dumps(Evil(tmp_path / "executed"))
+            member.size = len(data)
+            file.addfile(member, io.BytesIO(data))
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("PyTorch was to load it"))
+    message = fails(tmp_path / "model.pt", two, ValueError)
+    assert message.endswith(
+        "cannot be read as a .pt file: it is a .tar file, as PyTorch wrote them before version 0.1.10"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
+
+
 def test_objects_of_others_are_ignored(two, rng, tmp_path):
     evil, state = Evil(tmp_path / "executed"), a_state(rng, two)
     np.savez(tmp_path / "array.npz", **state | {"note": np.array([evil], dtype=object)})
@@ -354,6 +405,7 @@ def test_damaged_files(two, rng, tmp_path, suffix, damage):
     path.write_bytes(damage(path.read_bytes()))
     message = fails(path, two, ValueError)
     assert message.startswith(f"{path} cannot be read as a {suffix} file: ")
+    assert "a .tar file" not in message
     assert len(message) > len(f"{path} cannot be read as a {suffix} file: ") + 3
     if (suffix, damage) != (".npz", DAMAGE["beginning missing"]):  # where running statistics are whole
         files = open_files()
@@ -385,6 +437,28 @@ def test_damage_that_is_found_late(device, rng, tmp_path):
         assert "cannot be read as a .npz file: " in fails(path, two, ValueError)
 
 
+@pytest.mark.parametrize(
+    ("header", "words"),
+    [
+        (b"(1000000000000000,)}", "0 bytes are too few for shape (1000000000000000,) and dtype float32"),
+        (b"(4,)}" + b" " * 20000, "Header info length ("),
+        (b"(-1,)}", "negative dimensions"),
+        (b"(4.0,)}", "shape is not valid"),
+        (b"__import__('os').abort()}", "malformed node or string"),
+    ],
+    ids=["huge", "long", "negative", "float", "call"],
+)
+def test_headers_of_arrays(two, rng, tmp_path, header, words):
+    """No header makes NumPy ask for more memory than there are bytes, and no words advise to load what is pickled."""
+    path = write(tmp_path / "model.npz", a_state(rng, two, **{"bn1.weight": None}))
+    header = b"{'descr': '<f4', 'fortran_order': False, 'shape': " + header
+    with zipfile.ZipFile(path, "a") as file:
+        file.writestr("bn1.weight.npy", b"\x93NUMPY\2\0" + len(header).to_bytes(4, "little") + header)
+    message = fails(path, two, ValueError)
+    assert message.startswith(f"{path} cannot be read as a .npz file: ValueError: {words}")
+    assert "allow_pickle" not in message
+
+
 def test_files_that_hold_something_else(two, tmp_path):
     np.save(tmp_path / "array.npy", np.ones(3))
     (tmp_path / "array.npy").rename(tmp_path / "array.npz")
@@ -398,10 +472,16 @@ def test_files_that_hold_something_else(two, tmp_path):
         message = fails(tmp_path / "script.pt", two, ValueError)
     assert "cannot be read as a .pt file: RuntimeError: Cannot use" in message
     assert "TorchScript" in message
-    torch.save(torch.nn.BatchNorm2d(3), tmp_path / "module.pt")
-    message = fails(tmp_path / "module.pt", two, ValueError)
-    assert "UnpicklingError: WeightsUnpickler error: Unsupported global: GLOBAL torch.nn.modules.batchnorm" in message
-    assert "weights_only" not in message
+    for nest in (lambda value: value), (lambda value: {"epoch": 3, "model": value}):
+        torch.save(nest(torch.nn.BatchNorm2d(3)), tmp_path / "module.pt")
+        message = fails(tmp_path / "module.pt", two, ValueError)
+        assert "UnpicklingError: WeightsUnpickler error: Unsupported global: GLOBAL torch.nn.modules.batch" in message
+        assert message.endswith(
+            " was not an allowed global by default: objects of such classes are not loaded, save model.state_dict() "
+            "alone"
+        )
+        assert "weights_only" not in message
+        assert "safe_globals" not in message
 
 
 @pytest.mark.parametrize(
@@ -649,8 +729,30 @@ def test_layers_without_arrays_are_not_saved(rng, tmp_path, device):
 
 @pytest.mark.parametrize("path", [3, None, b"model.npz", {"a": 1}], ids=str)
 def test_what_is_no_path(rng, path):
-    with pytest.raises(TypeError, match="expected path to be a str or a path"):
+    with pytest.raises(TypeError, match="expected path to be a str or a path") as raised:
         save_checkpoint(path, filled(rng, "cpu"))
+    assert str(raised.value).endswith(": use os.fsdecode(path)") == isinstance(path, bytes)
+
+
+@suffixes
+@pytest.mark.parametrize("dtype", [object, "U3", "c8", "M8[s]", "g", "V2", ml_dtypes.float8_e5m2], ids=str)
+def test_dtypes_that_are_not_saved(rng, tmp_path, suffix, dtype):
+    """What no format holds is not saved, least of all as a pickle."""
+    need(suffix)
+    layers = filled(rng, "cpu")
+    layers["bn1."].bias = np.zeros(5, dtype)
+    message = (
+        rf"expected bn1.bias to be an array of integers or float16, .* \(got dtype {re.escape(str(np.dtype(dtype)))}\)"
+    )
+    if np.dtype(dtype) == np.float64:
+        pytest.skip("long double is float64 on this machine")
+    with pytest.raises(TypeError, match=message):
+        save_checkpoint(tmp_path / f"model{suffix}", layers)
+    assert list(tmp_path.iterdir()) == []
+    for taken in np.int32, ">f4", bool:
+        layers["bn1."].bias = np.ones(5, taken)
+        save_checkpoint(tmp_path / f"model{suffix}", layers)
+        load_checkpoint(tmp_path / f"model{suffix}", {"bn1.": BatchNorm2d(5, device="cpu")})
 
 
 def test_what_is_no_array_is_not_saved(rng, tmp_path):

@@ -11,7 +11,7 @@ import pytest
 
 import cupybn
 from cupybn import BatchNorm1d, BatchNorm2d, SyncBatchNorm, find_batch_norms, load_checkpoint
-from cupybn._arrays import devices
+from cupybn._arrays import devices, kinds
 from cupybn.models import reading
 from tests.checkpoint_files import NAMES, SUFFIXES, a_state, assert_unchanged, keys_of, need, several, snapshot, write
 from tests.reference import bits, to_numpy
@@ -122,6 +122,26 @@ def test_a_closed_file_is_no_empty_one(rng, tmp_path):
         find_batch_norms(file)
 
 
+class Listed:
+    """Something that acts like a mapping, with a key that has no hash."""
+
+    def __init__(self, state):
+        self.state = state
+
+    def keys(self):
+        yield from ([], *self.state)
+
+    def __getitem__(self, key):
+        return self.state[key]
+
+
+def test_keys_without_a_hash(rng):
+    state, layer = a_state(rng, ["bn1."]), BatchNorm1d(3, device="cpu")
+    assert find_batch_norms(Listed(state)) == {"bn1.": 3}
+    load_checkpoint(Listed(state), {"bn1.": layer})
+    assert_hold({"bn1.": layer}, state)
+
+
 def test_finding_reads_running_statistics_alone(rng):
     state = a_state(rng, ["bn1."]) | {"fc.weight": object()}
     assert find_batch_norms(Selective(state, ["bn1.running_mean", "bn1.running_var"])) == {"bn1.": 3}
@@ -168,6 +188,40 @@ def test_a_checkpoint_within_itself():
     endless["model"] = {"state_dict": endless}
     assert find_batch_norms(endless) == {}
     assert "missing keys" in fails(endless, {"bn1.": BatchNorm1d(3, device="cpu")}, KeyError)
+
+
+def test_hints_do_not_lead_where_was_looked(rng):
+    """Errors speak of the level that is most like a state, never of one that has been looked into."""
+    state, layers = a_state(rng, ["module.bn1."]), {"bn1.": BatchNorm1d(3, device="cpu")}
+    training = {key: {} for key in ["args", "epoch", "optimizer", "scheduler", "best", "loss", "seed"]}
+    assert fails(training | {"model": state}, layers, KeyError).endswith("; did you mean prefix='module.bn1.'?")
+    for inner in state, {}:
+        message = fails({"model": {"state_dict": {"net": inner}}}, layers, KeyError)
+        assert message == "missing keys: bn1.weight, bn1.bias, bn1.running_mean, bn1.running_var"
+    keras = {"bn1." + name: np.ones(3) for name in ("gamma", "beta", "moving_mean", "moving_variance")}
+    message = fails({"state_dict": keras, "model": {"lr": 0.1}}, layers, KeyError)
+    assert message.endswith("; did you mean names='keras'?")
+
+
+class Endless:
+    """Something that acts like a mapping which holds itself, as a new object each time."""
+
+    made = 0
+
+    def keys(self):
+        return ["model", "state_dict"]
+
+    def __getitem__(self, key):
+        Endless.made += 1
+        if Endless.made > 5000:
+            raise KeyError(key)
+        return Endless()
+
+
+def test_a_checkpoint_without_an_end():
+    assert find_batch_norms(Endless()) == {}
+    assert "missing keys" in fails(Endless(), {"bn1.": BatchNorm1d(3, device="cpu")}, KeyError)
+    assert Endless.made < 1000
 
 
 def test_a_source_that_makes_what_it_is_asked_for(rng):
@@ -339,6 +393,17 @@ def test_an_array_of_a_layer_that_cannot_be_written(rng):
     assert "expected bn2.bias to be writeable" in fails(the_state_of(rng, layers), layers, ValueError)
     layers["bn2."].bias = [1, 2, 3]
     assert "expected bn2.bias to be an array (got list)" in fails(the_state_of(rng, layers), layers, TypeError)
+    layers["bn1."].weight.flags.writeable = False
+    layers["bn1."].running_var = np.ones((3, 3))
+    state = the_state_of(rng, layers, **{"bn2.running_mean": None})
+    message = fails(state, layers, KeyError)
+    for words in [
+        "expected bn1.weight to be writeable",
+        "expected bn1.running_var of the layer to have the shape (3,) (got (3, 3))",
+        "missing keys: bn2.running_mean",
+        "expected bn2.bias to be an array (got list)",
+    ]:
+        assert words in message
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -379,7 +444,7 @@ def test_an_error_at_any_write(device, rng, monkeypatch, error):
 
 
 class Refusing(np.ndarray):
-    """An array that is written to, and then raises, once."""
+    """An array that is written to, and then raises, once: as long as the library writes through its own class."""
 
     error: type[BaseException] | None = None
 
@@ -392,7 +457,8 @@ class Refusing(np.ndarray):
 
 @pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt, ValueError])
 @pytest.mark.parametrize("last", NAMES)
-def test_an_error_while_an_array_is_written(rng, error, last):
+def test_an_error_while_an_array_is_written(rng, monkeypatch, error, last):
+    monkeypatch.setattr(kinds, "plain", lambda array: array)
     layers = several("cpu")
     state, layer = the_state_of(rng, layers), layers["block.0.bn2."]
     setattr(layer, last, getattr(layer, last).view(Refusing))
@@ -438,13 +504,13 @@ def test_an_interrupt_at_any_line(device, rng):
     assert_hold(layers, state)
 
 
-def test_layers_that_share_arrays(rng):
+def test_layers_that_share_arrays(rng, monkeypatch):
     layer = BatchNorm1d(3, device="cpu")
     layers = {"a.": layer, "b.": SyncBatchNorm.from_batchnorm(layer)}
     state = the_state_of(rng, layers)
     load_checkpoint(state, layers)
     assert_hold({"b.": layer}, state)
-    before = snapshot(layers)
+    monkeypatch.setattr(kinds, "plain", lambda array: array)
     layer.running_var = layer.running_var.view(Refusing)
     layers["b."].running_var = layer.running_var
     before = snapshot(layers)
@@ -490,6 +556,29 @@ def test_what_are_no_layers(rng, tmp_path, layers, message):
         load_checkpoint(a_state(rng, ["bn1."]), layers)
     with pytest.raises(TypeError, match=re.escape(message)):
         cupybn.save_checkpoint(tmp_path / "model.npz", layers)
+    assert list(tmp_path.iterdir()) == []
+
+
+class Unreadable(dict):
+    """A mapping whose values cannot be read."""
+
+    def __getitem__(self, key):
+        raise RuntimeError(key)
+
+
+def test_arguments_in_the_wrong_order(rng, tmp_path):
+    layers = {"bn1.": BatchNorm1d(3, device="cpu")}
+    end = r": layers are the second argument$"
+    for source in a_state(rng, layers), tmp_path / "model.npz", "model.pt":
+        with pytest.raises(TypeError, match=f"expected layers.* to be a .*{end}"):
+            load_checkpoint(layers, source)
+        with pytest.raises(TypeError, match=f"expected path to be a str or a path .got dict.{end}"):
+            cupybn.save_checkpoint(layers, source)
+    for other in {}, a_state(rng, layers), Unreadable(a=3):
+        with pytest.raises(TypeError, match=r"layers \(got 'bn1.'\)$"):
+            load_checkpoint(other, "bn1.")
+        with pytest.raises(TypeError, match=r"expected path to be a str or a path \(got \w+\)$|\(got {.*}\)$"):
+            cupybn.save_checkpoint(other, layers)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -589,7 +678,7 @@ def test_files_are_read_entry_by_entry(rng, tmp_path, monkeypatch):
             reader, "__getitem__", lambda self, key, original=original: (read.append(key), original(self, key))[1]
         )
     layers = {"bn1.": BatchNorm1d(3, device="cpu"), "bn2.": BatchNorm1d(None, device="cpu")}
-    state = the_state_of(rng, layers) | a_state(rng, ["bn3."])
+    state = the_state_of(rng, layers) | a_state(rng, ["bn3."]) | {"model": np.ones(3, np.float32)}
     for suffix in ".npz", ".safetensors":
         path = write(tmp_path / f"model{suffix}", state)
         read.clear()

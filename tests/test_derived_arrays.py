@@ -101,6 +101,26 @@ def test_layers_that_hold_them(xp, device, rng):
     assert bits(layer(x), *memory.values()) == bits(plain(x), *plain.state_dict().values())
 
 
+def test_layers_that_hold_them_load_and_move(xp, device, rng):
+    """What is loaded and reset is written into the memory itself, and copies are plain."""
+    layer, source = (BatchNorm1d(3, device=device) for _ in range(2))
+    source(arguments(xp, rng, SHAPE)["input"])
+    for name in VECTORS:
+        setattr(layer, name, xp.arange(6, dtype=np.float32)[::2])
+    memory = layer.state_dict()
+    for name, array in memory.items():
+        setattr(layer, name, derived(xp, array))
+    layer.load_state_dict(source.state_dict())
+    assert bits(*memory.values()) == bits(*source.state_dict().values())
+    copies = layer.state_dict(device="cpu")
+    assert {type(array) for array in copies.values()} == {np.ndarray}
+    assert bits(*copies.values()) == bits(*memory.values())
+    layer.reset_parameters()
+    assert bits(*memory.values()) == bits(*BatchNorm1d(3, device="cpu").state_dict().values())
+    layer.to(dtype=np.float64)
+    assert {type(getattr(layer, name)) for name in VECTORS} == {xp.ndarray}
+
+
 def test_state_dicts_that_hold_them(xp, device, rng):
     source, layer = (BatchNorm1d(3, device=device) for _ in range(2))
     source(arguments(xp, rng, SHAPE)["input"])

@@ -399,6 +399,9 @@ def test_devices():
             mix()
     assert y.copy().device.id == 0
     assert cupy.array(y).device.id == 0
+    assert cupy.array(y[::2], order="C").device.id == 0
+    with pytest.raises(NotImplementedError, match="non-contiguous array between devices"):
+        cupy.array(y[::2])
     assert copy.deepcopy(y).device.id == 1
     assert (y.get() == 1).all()
     with pytest.raises(CUDARuntimeError, match="invalid device ordinal"):

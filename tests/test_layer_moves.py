@@ -307,6 +307,24 @@ def test_to_another_gpu(rng):
         assert cupy.cuda.runtime.getDevice() == 0
 
 
+def test_views_go_to_another_gpu(rng):
+    """Views that are not contiguous, which CuPy copies between GPUs only if it may put them in order."""
+    cupy = pytest.importorskip("cupy")
+    emulator = getattr(cupy, "emulator", None)
+    if emulator is None:
+        pytest.skip("needs two GPUs")
+    with emulator.pretend(emulator.H200, emulator.T4):
+        layer, other = filled(rng, device="cuda:0"), BatchNorm1d(3, device="cuda:1")
+        for step, name in enumerate(ARRAYS[:4], -2):
+            setattr(layer, name, cupy.asarray(rng.random(9).astype(np.float32))[:: step or 3][:3])
+        _, before = held(layer)
+        other.load_state_dict(layer.state_dict())
+        assert bits(*other.state_dict().values()) == before
+        assert bits(*layer.state_dict(device="cuda:1").values()) == before
+        assert bits(*layer.to("cuda:1").state_dict().values()) == before
+        assert {array.device.id for array in layer.state_dict().values()} == {1}
+
+
 def test_an_array_that_is_elsewhere_is_brought_back(device, rng):
     cupy = pytest.importorskip("cupy")
     layer = filled(rng, device=device)

@@ -562,6 +562,39 @@ def test_counters_that_are_no_counts(device, rng, value, features, strict):
     assert layer.num_features is features
 
 
+def test_a_counter_of_too_many_digits(rng):
+    """Python makes no text of an int of so many digits."""
+    message = fails(BatchNorm1d(3, device="cpu"), a_state(rng, num_batches_tracked=10**5000), ValueError)
+    assert message.endswith("a whole one from 0 to 2**63 - 1 (got int)")
+
+
+@pytest.mark.parametrize("shape", [(3, 2), (), (1, 3)], ids=str)
+def test_a_state_that_tells_a_lazy_layer_no_size(device, rng, shape):
+    layer = BatchNorm1d(None, device=device)
+    message = fails(layer, a_state(rng) | dict.fromkeys(ARRAYS[:4], np.ones(shape)), ValueError)
+    assert message == "; ".join(f"expected {name} of shape (C,) (got {shape})" for name in ARRAYS[:4])
+
+
+def test_a_hint_at_a_prefix_for_a_layer_of_no_features(rng):
+    layer = BatchNorm1d(0, device="cpu")
+    state = a_state(rng, prefix="a.")
+    assert "did you mean" not in fails(layer, state, KeyError)
+    state |= {key: value[:0] for key, value in a_state(rng, prefix="b.").items() if value.shape}
+    assert "; did you mean prefix='b.'?" in fails(layer, state, KeyError)
+
+
+@pytest.mark.parametrize("shape", [(5,), (3, 1), (2, 3), (1,), ()], ids=str)
+def test_an_array_of_the_layer_of_another_shape(xp, device, rng, shape):
+    """No state is broadcast into an array that has taken the place of a layer's."""
+    layer = BatchNorm1d(3, device=device)
+    layer.weight = xp.ones(shape, np.float32)
+    message = fails(layer, a_state(rng, prefix="bn."), ValueError, prefix="bn.")
+    assert message == f"expected bn.weight of the layer to have the shape (3,) (got {shape})"
+    layer = BatchNorm1d(3, device=device)
+    layer.num_batches_tracked = xp.zeros(3, np.int64)
+    assert "expected num_batches_tracked of the layer to have the shape ()" in fails(layer, a_state(rng), ValueError)
+
+
 @pytest.mark.parametrize("value", [-5, -1, np.nan, 1e30, 2.7])
 def test_counters_on_a_device_that_are_no_counts(xp, device, rng, value):
     for here in "cpu", device:

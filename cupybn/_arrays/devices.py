@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cupybn._arrays.kinds import kind, show
+from cupybn._arrays.kinds import kind, plain, show
 
 _KNOWN = "'cpu', 'cuda', 'cuda:0', 'cuda:1', ..."
 """Names of devices, for error messages."""
@@ -154,9 +154,10 @@ def full(shape: tuple[int, ...], value: float, dtype: np.dtype[Any], device: str
 
 def transfer(array: Any, dtype: np.dtype[Any], device: str) -> Any:
     """Copy, on a device and with a dtype, of a CuPy array or anything that ``numpy.asarray`` takes."""
+    array = plain(array)
     if kind(array) == "cupy" and device != "cpu":
         with import_cupy().cuda.Device(_index(device)):
-            return import_cupy().array(array, dtype)
+            return import_cupy().array(array, dtype, order="C")  # CuPy brings a view from another GPU in no other order
     with np.errstate(all="ignore"):  # numbers too large for the dtype become inf, without a warning
         host = np.asarray(array.get() if kind(array) == "cupy" else array).astype(dtype)
     if device == "cpu":

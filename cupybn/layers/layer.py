@@ -223,7 +223,7 @@ class Layer:
         features = self.num_features
         if features is None:
             features = next((each.size for each in given.values() if is_vector(each.shape, names)), None)
-        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(own, (features or 0,))
+        shapes: dict[str, tuple[int | None, ...]] = dict.fromkeys(own, (features,))
         if COUNTER in shapes:
             shapes[COUNTER] = ()
         for name, array in given.items():
@@ -231,27 +231,24 @@ class Layer:
                 given[name] = array.reshape(features)
         expected = _state.Expected(names, prefix, wanted, shapes)
         faults = _state.faults_of(state, given, expected, incompatible, strict)._replace(types=types)
+        for name in given if self.num_features is not None else ():
+            try:
+                check_target(prefix + name, arrays[name], shapes[name])
+            except TypeError as error:
+                faults.types.append(error)
+            except ValueError as error:
+                faults.values.append(str(error))
         values: dict[str, Any] = {}
         if _state.error_of([faults]) is None and features is not None:  # else nothing tells a lazy layer its size
-            values = self._values(given, features, prefix)
+            values = self._values(given, features)
         return Loading(values, incompatible, faults)
 
-    def _values(self, given: Mapping[str, Any], features: int, prefix: str) -> dict[str, Any]:
-        """What `write` is to write so that the layer holds these arrays, as copies on their devices.
-
-        The prefix is for messages.
-
-        Raises
-        ------
-        TypeError, ValueError
-            If there is something in the place of an array of the layer that cannot be written to.
-        """
+    def _values(self, given: Mapping[str, Any], features: int) -> dict[str, Any]:
+        """What `write` is to write so that the layer holds these arrays, as copies on their devices."""
         if self.num_features is None:
             copies = {name: devices.transfer(given[name], self._dtype_of(name), self._device) for name in given}
             return self._made(features, copies) | {"num_features": features}
         arrays = {name: getattr(self, name) for name in given}
-        for name, array in arrays.items():
-            check_target(prefix + name, array)
         return {
             name: devices.transfer(given[name], array.dtype, kinds.device_of(array)) for name, array in arrays.items()
         }

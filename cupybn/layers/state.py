@@ -7,7 +7,7 @@ import itertools
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
@@ -50,7 +50,9 @@ def check_mapping(state: Any, name: str = "state", alternative: str = "") -> Non
     if is_mapping(state):
         return
     way_out = ""
-    if isinstance(state, (str, bytes, os.PathLike)):
+    if alternative and isinstance(state, bytes):
+        way_out = f": use os.fsdecode({name})"
+    elif isinstance(state, (str, bytes, os.PathLike)):
         suffix = PurePath(os.fsdecode(state)).suffix
         way_out = f": load the file first, use {LOADERS.get(suffix, 'numpy.load(path)')}"
     elif hasattr(state, "read"):
@@ -150,7 +152,7 @@ class Expected(NamedTuple):
     framework: str  # one of `NAMES`, which the state is written in
     prefix: str
     keys: Mapping[str, str]  # full keys in the state by the names of the layer's arrays, where the framework has one
-    shapes: Mapping[str, tuple[int, ...]]  # shapes of all of the layer's arrays, by their names
+    shapes: Mapping[str, tuple[int | None, ...]]  # shapes of all of the layer's arrays; None is any number of channels
 
 
 class Faults(NamedTuple):
@@ -196,7 +198,7 @@ def faults_of(
         Whether these are errors.
     """
     values = [
-        f"expected {expected.keys[name]} of shape {shape} (got {given[name].shape})"
+        f"expected {expected.keys[name]} of shape {'(C,)' if None in shape else shape} (got {given[name].shape})"
         for name, shape in expected.shapes.items()
         if name in given and given[name].shape != shape
     ]
@@ -223,7 +225,8 @@ def _wrong_count(key: str, counter: Any) -> list[str]:
     value = (counter.get() if kind(counter) == "cupy" else counter).item()
     if 0 <= value <= MOST_BATCHES and value == int(value):
         return []
-    return [f"expected {key} to be a number of batches, a whole one from 0 to 2**63 - 1 (got {value})"]
+    given = show(value) if isinstance(value, int) else value  # Python makes no text of an int of too many digits
+    return [f"expected {key} to be a number of batches, a whole one from 0 to 2**63 - 1 (got {given})"]
 
 
 def _meant(state: Mapping[Any, Any], expected: Expected) -> str:
@@ -231,8 +234,7 @@ def _meant(state: Mapping[Any, Any], expected: Expected) -> str:
     texts = {key: None for key in state.keys() if isinstance(key, str)}  # noqa: SIM118 - it may only act like a mapping
     prefix, first = expected.prefix, NAMES[expected.framework][next(iter(expected.keys))]
     others = [key.removesuffix(first) for key in texts if key.endswith(first) and key != prefix + first]
-    others.sort(key=lambda other: -math.inf if other.endswith(prefix) else -_alike(other, prefix))
-    for other in others:
+    for other in _likely_first(others, prefix):
         if _would_load(state, texts, other, expected.framework, expected.shapes):
             return f"; did you mean prefix={other!r}?"
     for framework in NAMES:
@@ -247,6 +249,14 @@ def _meant(state: Mapping[Any, Any], expected: Expected) -> str:
     return ""
 
 
+def _likely_first(others: list[str], prefix: str) -> Iterator[str]:
+    """Prefixes that end like this one, and then the others, those first that share the most components with it."""
+    yield from (other for other in others if other.endswith(prefix))
+    yield from sorted(
+        (other for other in others if not other.endswith(prefix)), key=lambda other: -_alike(other, prefix)
+    )
+
+
 def _alike(prefix: str, other: str) -> int:
     """Number of components, from the last one on, that two prefixes share."""
     parts = (reversed(re.split("[./]", text.rstrip("./"))) for text in (prefix, other))
@@ -259,11 +269,11 @@ def _would_load(
     texts: Mapping[str, Any],
     prefix: str,
     framework: str,
-    shapes: Mapping[str, tuple[int, ...]],
+    shapes: Mapping[str, tuple[int | None, ...]],
 ) -> bool:
     """Whether a state has under this prefix, in the names of this framework, all that a layer expects and no more.
 
-    The vectors must have the layer's size or, if it has none yet, which counts as 0 here, all the same.
+    The vectors must have the layer's size or, if it has none yet, all the same.
     """
     theirs = {name: prefix + NAMES[framework][name] for name in shapes if name in NAMES[framework]}
     vectors = [key for name, key in theirs.items() if name != COUNTER]
@@ -271,6 +281,6 @@ def _would_load(
         return False
     with contextlib.suppress(Exception):  # a value that cannot be read does not fit
         given = [tuple(np.shape(state[key])) for key in vectors]
-        sizes = {math.prod(shape) for shape in given} | {math.prod(shapes[name]) for name in theirs if name != COUNTER}
-        return all(is_vector(shape, framework) for shape in given) and len(sizes - {0}) <= 1
+        sizes = {math.prod(shape) for shape in given} | {shapes[name][0] for name in theirs if name != COUNTER}
+        return all(is_vector(shape, framework) for shape in given) and len(sizes - {None}) <= 1
     return False

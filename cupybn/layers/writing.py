@@ -26,18 +26,22 @@ def check_array(name: str, array: Any) -> None:
         raise TypeError(f"expected {name} to be an array (got {kinds.describe(array)})")
 
 
-def check_target(name: str, array: Any) -> None:
-    """Check for an array that values can be written into. The name is for messages.
+def check_target(name: str, array: Any, shape: tuple[int | None, ...] | None = None) -> None:
+    """Check for an array that values, or those of an array of this shape, can be written into.
+
+    The name is for messages.
 
     Raises
     ------
     TypeError
         If this is no array of NumPy or CuPy.
     ValueError
-        If it may not be written to.
+        If it may not be written to, or has another shape.
     """
     check_array(name, array)
     checks.check_writeable(name, array)
+    if shape is not None and array.shape != shape:
+        raise ValueError(f"expected {name} of the layer to have the shape {shape} (got {array.shape})")
 
 
 def write(values: Sequence[tuple[Layer, Mapping[str, Any]]], result: T) -> T:
@@ -54,7 +58,7 @@ def write(values: Sequence[tuple[Layer, Mapping[str, Any]]], result: T) -> T:
                 layer.__dict__.update(given)
                 continue
             for name, value in given.items():
-                array = getattr(layer, name)
+                array = kinds.plain(getattr(layer, name))
                 with devices.on_device_of(array):
                     before.append((array, devices.copied(array)))
                     array[...] = value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -12,16 +13,20 @@ import numpy as np
 import numpy.typing as npt
 
 from cupybn._arrays import kinds
+from cupybn._arrays.dtypes import FLOATS, is_float
 from cupybn._calls import checks
 from cupybn.layers import state as _state
 from cupybn.layers.layer import Layer
 from cupybn.layers.names import names_of
 from cupybn.layers.writing import write
 from cupybn.models.formats import format_of
-from cupybn.models.reading import opened, shape_of
+from cupybn.models.reading import Entries, opened, shape_of
 from cupybn.models.writing import write_file
 
 Source = Mapping[str, Any] | str | os.PathLike[Any]
+
+MOST_LEVELS = 64
+"""Number of levels of a checkpoint that are looked into: a group of HDF5 may hold itself, as a new object each time."""
 
 
 def find_batch_norms(source: Source) -> dict[str, int]:
@@ -64,9 +69,9 @@ def find_batch_norms(source: Source) -> dict[str, int]:
 def _batch_norms(entries: Mapping[Any, Any]) -> dict[str, int]:
     """Prefixes and numbers of channels of the batch norm layers of a state dict."""
     found = {}
-    keys = dict.fromkeys(entries.keys())
+    keys = dict.fromkeys(_texts(entries))
     for key in keys:
-        match = re.fullmatch(r"(|.*\W)running_mean", key, re.DOTALL) if isinstance(key, str) else None
+        match = re.fullmatch(r"(|.*\W)running_mean", key, re.DOTALL)
         if match and f"{match[1]}running_var" in keys:
             shape = shape_of(entries, key)
             if shape is not None and len(shape) == 1 and shape == shape_of(entries, f"{match[1]}running_var"):
@@ -120,7 +125,7 @@ def load_checkpoint(source: Source, layers: Mapping[str, Layer], *, strict: bool
     """
     checks.check_bool("strict", strict)
     theirs = names_of(names).values()
-    layers = _checked(layers)
+    layers = _checked(layers, source)
     twice = {id(layer): prefix for prefix, layer in reversed(layers.items())}
     for prefix, layer in layers.items():
         if twice[id(layer)] != prefix:
@@ -128,8 +133,9 @@ def load_checkpoint(source: Source, layers: Mapping[str, Layer], *, strict: bool
     expected = {prefix + name: prefix for prefix in layers for name in theirs}
     with opened(source) as entries:
         levels = _levels(entries)
-        largest = max(levels, key=lambda level: len(_texts(level)))  # for what errors say, if nothing is found
-        state = next((level for level in levels if not expected.keys().isdisjoint(_texts(level))), largest)
+        state = next((level for level in levels if not expected.keys().isdisjoint(_texts(level))), None)
+        if state is None:  # then errors speak of the level that is most like a state, of several the innermost
+            state = max(reversed(levels), key=lambda level: _likeness(level, tuple(theirs)))
         keys = _owned(state.keys(), expected, layers)
         loadings = [layer._loading(state, keys[prefix], strict, prefix, names) for prefix, layer in layers.items()]
         error = _state.error_of(loading.faults for loading in loadings)
@@ -157,7 +163,8 @@ def save_checkpoint(path: str | os.PathLike[Any], layers: Mapping[str, Layer]) -
     ValueError
         If the suffix is unknown, or a layer has no arrays yet.
     TypeError
-        If the path is none, or layers is not a mapping of prefixes to layers.
+        If the path is none, layers is not a mapping of prefixes to layers, or something else than an array of numbers
+        has been put in the place of a layer's.
     ImportError
         If the package for this format, safetensors or PyTorch, is missing.
     OSError
@@ -176,24 +183,33 @@ def save_checkpoint(path: str | os.PathLike[Any], layers: Mapping[str, Layer]) -
     array([1., 1., 1., 1.], dtype=float32)
     """
     if not isinstance(path, (str, os.PathLike)):
-        raise TypeError(f"expected path to be a str or a path (got {kinds.show(path)})")
+        way_out = ": use os.fsdecode(path)" if isinstance(path, bytes) else _swapped(path)
+        raise TypeError(f"expected path to be a str or a path (got {kinds.show(path)}){way_out}")
     suffix = format_of(path)
     layers = _checked(layers)
     lazy = [prefix for prefix, layer in layers.items() if layer.num_features is None and layer._members]
     if lazy:
         raise ValueError(f"expected layers with arrays (got none yet for {', '.join(map(repr, lazy))})")
     states = [layer.state_dict(prefix, device="cpu") for prefix, layer in layers.items()]
-    arrays = {key: _native(array) for state in states for key, array in state.items()}
+    arrays = {key: _native(key, array) for state in states for key, array in state.items()}
     write_file(path, suffix, arrays)
 
 
-def _native(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Contiguous copy in the byte order of this machine, which all formats take."""
+def _native(key: str, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Contiguous copy in the byte order of this machine, which all formats take. The key is for messages.
+
+    Raises
+    ------
+    TypeError
+        If its dtype is another one than integers and batch norm's: NumPy would pickle objects.
+    """
+    if array.dtype.kind not in "iub" and not is_float(array.dtype):
+        raise TypeError(f"expected {key} to be an array of integers or {', '.join(FLOATS)} (got dtype {array.dtype})")
     return np.array(array, array.dtype.newbyteorder("="), order="C")
 
 
-def _checked(layers: Any) -> dict[str, Layer]:
-    """The layers by their prefixes.
+def _checked(layers: Any, source: Any = None) -> dict[str, Layer]:
+    """The layers by their prefixes. The argument before them is for messages.
 
     Raises
     ------
@@ -201,21 +217,30 @@ def _checked(layers: Any) -> dict[str, Layer]:
         If they are something else.
     """
     if not _state.is_mapping(layers):
-        way_out = ": use {prefix: layer}" if isinstance(layers, Layer) else ""
+        way_out = ": use {prefix: layer}" if isinstance(layers, Layer) else _swapped(source)
         raise TypeError(f"expected layers to be a mapping of prefixes to layers (got {kinds.show(layers)}){way_out}")
     checked = {prefix: layers[prefix] for prefix in layers.keys()}  # noqa: SIM118 - it may only act like a mapping
     for prefix, layer in checked.items():
         checks.check_str("prefix", prefix)
         if not isinstance(layer, Layer):
-            raise TypeError(f"expected layers[{prefix!r}] to be a batch norm layer (got {kinds.describe(layer)})")
+            given = kinds.describe(layer)
+            raise TypeError(f"expected layers[{prefix!r}] to be a batch norm layer (got {given}){_swapped(source)}")
     return checked
+
+
+def _swapped(first: Any) -> str:
+    """Hint at layers in the place of the first argument. The end of a message."""
+    with contextlib.suppress(Exception):  # it may be anything
+        if isinstance(first[next(iter(first.keys()))], Layer):
+            return ": layers are the second argument"
+    return ""
 
 
 def _levels(entries: Mapping[Any, Any]) -> list[Mapping[Any, Any]]:
     """A checkpoint, and the mappings that it has under the names of ``NESTED``, one in another."""
     levels = [entries]
-    for level in levels:  # which grows
-        texts = _texts(level)
+    for level in itertools.islice(levels, MOST_LEVELS):  # which grows
+        texts = _texts(level) if not isinstance(level, Entries) or level.nested else ()
         for key in _state.NESTED:
             with contextlib.suppress(Exception):  # a value that cannot be read is no mapping
                 inner: Any = level[key] if key in texts else None
@@ -229,14 +254,22 @@ def _texts(entries: Mapping[Any, Any]) -> list[str]:
     return [key for key in entries.keys() if isinstance(key, str)]  # noqa: SIM118 - it may only act like a mapping
 
 
+def _likeness(entries: Mapping[Any, Any], names: tuple[str, ...]) -> tuple[int, int]:
+    """How much a mapping is like the state of a model: how many keys end with one of these names, and how many not."""
+    ends = [key.endswith(names) for key in _texts(entries)]
+    return sum(ends), len(ends)
+
+
 def _owned(keys: Iterable[Any], expected: Mapping[str, str], layers: Iterable[str]) -> dict[str, list[Any]]:
     """Keys that belong to each layer, by its prefix: to the layer that expects them, else to the longest prefix."""
     owned: dict[str, list[Any]] = {prefix: [] for prefix in layers}
-    longest_first = sorted(owned, key=len, reverse=True)
+    longest_first = sorted({len(prefix) for prefix in owned}, reverse=True)
     for key in keys:
-        owner = expected.get(key) if isinstance(key, str) else None
-        if owner is None:
-            owner = next((prefix for prefix in longest_first if _state.under(prefix, [key])), None)
+        if not isinstance(key, str):  # which only an empty prefix has under it, as in `load_state_dict`
+            owner = "" if "" in owned else None
+        else:
+            begins = (key[:n] for n in longest_first if key[:n] in owned)
+            owner = expected[key] if key in expected else next(begins, None)
         if owner is not None:
             owned[owner].append(key)
     return owned

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
+import re
+import tarfile
 import zipfile
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -73,6 +76,8 @@ class Entries(Mapping[str, Any]):
 
     _places: Mapping[str, Any]
     """Places of the entries in the file, by their names."""
+    nested = False
+    """Whether an entry may be a mapping itself."""
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
@@ -96,7 +101,10 @@ class _Npz(Entries):
     def __getitem__(self, key: str) -> Any:
         name = self._places[key]
         with _damage(), self._zip.open(name) as member:
-            _, dtype = _npy_header(member)
+            shape, dtype = _npy_header(member)
+            rest = self._zip.getinfo(name).file_size - member.tell()
+            if math.prod(shape) * dtype.itemsize > rest and not dtype.hasobject:  # or NumPy asks for all that memory
+                raise ValueError(f"{rest} bytes are too few for shape {shape} and dtype {dtype}")
         if dtype.hasobject:
             raise ValueError("an array of objects, which are pickled: none is loaded, as with allow_pickle=False")
         with _damage(), self._zip.open(name) as member:
@@ -155,9 +163,17 @@ _SAFETENSORS = {"BOOL": "?", "BF16": "<u2"} | {
 class _Tensors(Entries):
     """Whatever ``torch.save`` has written, tensors on the host. They are read from the file as they are used."""
 
+    nested = True
+
     def __init__(self, path: str, file: IO[bytes]) -> None:
-        in_zip = file.read(4) == b"PK\3\4"  # older files cannot be mapped into memory
-        loaded = import_module("torch").load(path, map_location="cpu", weights_only=True, mmap=in_zip)
+        begins = file.read(512)
+        file.seek(0)
+        if any(begins) and tarfile.is_tarfile(file):  # which takes zeros for an empty one
+            # Some versions of PyTorch extract and execute what such a file says, whatever they are told.
+            raise UnreadableError("it is a .tar file, as PyTorch wrote them before version 0.1.10")
+        file.seek(0)
+        mapped = _may_be_mapped(path, file)
+        loaded = import_module("torch").load(path, map_location="cpu", weights_only=True, mmap=mapped)
         if not isinstance(loaded, Mapping):
             raise UnreadableError(f"it holds no mapping of names to tensors (got {type(loaded).__qualname__})")
         self._places = loaded
@@ -167,6 +183,22 @@ class _Tensors(Entries):
 
     def shape(self, key: str) -> Shape | None:
         return _shape(self._places[key])
+
+
+def _may_be_mapped(path: str, file: IO[bytes]) -> bool:
+    """Whether PyTorch reads a file right if it maps it into memory.
+
+    Older files cannot be mapped, nor names that are no Unicode. Of an archive that another program has compressed the
+    compressed bytes would be taken for the elements.
+    """
+    if file.read(4) != b"PK\3\4":
+        return False
+    try:
+        path.encode()
+        with zipfile.ZipFile(file) as archive:
+            return all(member.compress_type == zipfile.ZIP_STORED for member in archive.infolist())
+    except Exception:  # Python's own of many classes: PyTorch is to say what is wrong
+        return False
 
 
 _READERS: dict[str, Callable[[str, IO[bytes]], Entries]] = {
@@ -185,8 +217,16 @@ def _damage() -> Iterator[None]:
     except (MemoryError, UnreadableError):
         raise
     except Exception as error:  # libraries raise errors of many classes, Python's for ZIP archives among them
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        # PyTorch advises how to execute what is pickled: nothing that anyone should do for a state dict.
-        words = [line for line in lines if "weights_only" not in line and "\x1b" not in line]
-        words = words or [line.partition(". ")[0] for line in lines[:1]]
-        raise UnreadableError(f"{type(error).__qualname__}: {' '.join(words)}") from error
+        raise UnreadableError(f"{type(error).__qualname__}: {_words(str(error))}") from error
+
+
+def _words(message: str) -> str:
+    """What a library says of a file, but for its advice how to execute what is pickled: nobody should for a state."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    words = [line for line in lines if "weights_only" not in line and "\x1b" not in line]
+    words = words or [line.partition(". ")[0] for line in lines[:1]]
+    sentences = [sentence for line in words for sentence in re.split(r"(?<=\.)\s+", line)]
+    text = " ".join(s for s in sentences if "Please use `torch" not in s and "allow_pickle" not in s)
+    if "Unsupported global" in text:  # PyTorch's words for an object of another class than its tensors
+        text = f"{text.rstrip('.')}: objects of such classes are not loaded, save model.state_dict() alone"
+    return text

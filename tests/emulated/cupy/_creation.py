@@ -147,7 +147,7 @@ def _from_device(obj: Any, dtype: DType, copy: bool | None, order: str) -> Any:
     dtype = obj.dtype if dtype is None else _dtypes.supported(dtype)
     if not copy:
         return obj.astype(dtype, order, copy=False)
-    here = obj if obj._allocation.device == cupy.cuda.runtime.getDevice() else obj.copy("K")
+    here = obj if obj._allocation.device == cupy.cuda.runtime.getDevice() else obj.copy(order)
     return here.astype(dtype, order)
 
 
