@@ -727,6 +727,29 @@ def test_one_at_a_time(xp, rng, make):
     check_statistics(layer, [to_numpy(x) for x in batches for _ in range(3)], batches=3 * len(SIZES))
 
 
+def test_one_that_is_too_early_undoes_nothing(xp, rng, make):
+    """What happens to a layer that another recalibration is in the midst of, as in another thread, stays."""
+    layer, x = make().eval(), xp.asarray(samples(rng, (3,))[0])
+
+    class Batches:
+        def __iter__(self):
+            layer.running_mean.fill(99)
+            layer.momentum = 0.25
+            return iter([x])
+
+    def model(x):
+        layer(x)
+        with pytest.raises(RuntimeError, match="in the midst of another update_bn"):
+            cupybn.update_bn([layer], Batches(), layer)
+        seen.append((layer.training, layer.momentum, *to_numpy(layer.running_mean)))
+
+    seen = []
+    cupybn.update_bn([layer], [x], model)
+    assert seen == [(True, 0.25, 99, 99, 99)]
+    assert layer.momentum == 0.1
+    check_statistics(layer, [to_numpy(x)], batches=1)
+
+
 def wrong(error, message, **given):
     return pytest.param(error, message, given, id=message[:60])
 

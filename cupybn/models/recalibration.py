@@ -101,30 +101,29 @@ def update_bn(
         iterator = iter(batches)
     except TypeError as error:
         raise TypeError(f"expected batches to be an iterable (got {show(batches)})") from error
+    before: list[_Before] = []
     try:
-        try:
-            for name, layer, observer, *_ in seen:
-                if observers.setdefault(id(layer), observer) is not observer:
-                    raise RuntimeError(f"{name} is in the midst of another update_bn: call one after the other")
-                layer.training = True
-            count = 0
-            with _shown(iterator, batches, bar) as shown:
-                for batch in shown:
-                    forward(batch)
-                    count += 1
-            if count == 0:
-                raise ValueError("expected one batch or more (got none): has an iterator been used up?")
-        finally:
-            _leave(seen)
-        write([(layer, _statistics(name, layer, observer)) for name, layer, observer, *_ in seen], None)
+        for name, layer, observer in seen:
+            if observers.setdefault(id(layer), observer) is not observer:
+                raise RuntimeError(f"{name} is in the midst of another update_bn: call one after the other")
+        before = [_Before.of(layer) for _, layer, _ in seen]
+        for _, layer, _ in seen:
+            layer.training = True
+        count = 0
+        with _shown(iterator, batches, bar) as shown:
+            for batch in shown:
+                forward(batch)
+                count += 1
+        if count == 0:
+            raise ValueError("expected one batch or more (got none): has an iterator been used up?")
+        for each in before:
+            each.restore_settings()
+        write([(layer, _statistics(name, layer, observer)) for name, layer, observer in seen], None)
+        _release(seen)
     except BaseException:
-        _leave(seen)  # again, as Ctrl-C may have come in the midst of it
-        for _, layer, _, before, _ in seen:
-            vars(layer).update(before)
-        for array, values in (copy for each in seen for copy in each.copies):
-            # The error that is on its way matters more than one of a device that takes no more work.
-            with contextlib.suppress(Exception), on_device_of(array):
-                array[...] = values
+        _release(seen)  # again, as Ctrl-C may have come in the midst of it
+        for each in before:
+            each.restore()
         raise
 
 
@@ -134,23 +133,40 @@ class _Seen(NamedTuple):
     name: str  # name of the layer in messages
     layer: _BatchNorm
     observer: Observer
-    before: dict[str, Any]  # attributes that the layer had
+
+
+class _Before(NamedTuple):
+    """A layer before it is recalibrated."""
+
+    layer: _BatchNorm
+    attributes: dict[str, Any]
     copies: list[tuple[Array, Array]]  # running statistics and counter, and what they held
 
     @classmethod
-    def of(cls, name: str, layer: _BatchNorm) -> _Seen:
-        """A layer as it is now. What `forward` writes into its running statistics can be undone."""
+    def of(cls, layer: _BatchNorm) -> _Before:
+        """A layer as it is now, with copies of what `forward` might write to."""
         copies = []
         for array in _buffers(layer).values():
             with on_device_of(array):
                 copies.append((array, copied(array)))
-        return cls(name, layer, Observer(), {**vars(layer)}, copies)
+        return cls(layer, {**vars(layer)}, copies)
+
+    def restore_settings(self) -> None:
+        """Give the layer the mode and settings that it had."""
+        vars(self.layer).update({name: self.attributes[name] for name in SETTINGS if name in self.attributes})
+
+    def restore(self) -> None:
+        """Give the layer all that it had, statistics included."""
+        vars(self.layer).update(self.attributes)
+        for array, values in self.copies:
+            # The error that is on its way matters more than one of a device that takes no more work.
+            with contextlib.suppress(Exception), on_device_of(array):
+                array[...] = values
 
 
-def _leave(seen: list[_Seen]) -> None:
-    """Let the layers be observed no longer, and with the modes and settings that they had."""
-    for _, layer, observer, before, _ in seen:
-        vars(layer).update({setting: before[setting] for setting in SETTINGS if setting in before})
+def _release(seen: list[_Seen]) -> None:
+    """Let the layers be observed no longer."""
+    for _, layer, observer in seen:
         if observers.get(id(layer)) is observer:
             del observers[id(layer)]
 
@@ -217,8 +233,7 @@ def _checked(layers: Iterable[_BatchNorm]) -> list[_Seen]:
         if not isinstance(layer, _BatchNorm):
             raise TypeError(f"expected layers[{i}] to be a batch norm layer of cupybn (got {show(layer)})")
         _check_buffers(f"layers[{i}]", layer)
-        if id(layer) not in seen:
-            seen[id(layer)] = _Seen.of(f"layers[{i}]", layer)
+        seen.setdefault(id(layer), _Seen(f"layers[{i}]", layer, Observer()))
     if not seen:
         raise ValueError("expected one layer or more (got none): has an iterator been used up?")
     _check_separate([*seen.values()])
@@ -249,13 +264,13 @@ def _buffers(layer: _BatchNorm) -> dict[str, Array]:
 def _check_separate(seen: list[_Seen]) -> None:
     """Check that no two layers share a buffer: each would overwrite what the other has seen."""
     by_device: dict[str, list[Array]] = {}
-    for _, layer, *_ in seen:
+    for _, layer, _ in seen:
         for array in _buffers(layer).values():
             by_device.setdefault(device_of(array), []).append(array)
     if not any(may_overlap(arrays, map(Extent.of, arrays)) for arrays in by_device.values()):
         return
-    for i, (name, layer, *_) in enumerate(seen):
-        for other, other_layer, *_ in seen[:i]:
+    for i, (name, layer, _) in enumerate(seen):
+        for other, other_layer, _ in seen[:i]:
             others = {(other, buffer): array for buffer, array in _buffers(other_layer).items()}
             shared = overlapping(_buffers(layer), others)
             if shared:
