@@ -72,7 +72,8 @@ def update_bn(
     Until all is done, the running statistics stay what they were, on the device, and nothing waits for the host.
     Batches merge as the blocks of a GPU do (Chan, Golub and LeVeque, 1979), by twos. CUDA graphs that are launched by
     `forward` call no layer, and so nothing is seen of them; a call that is captured in one is an error. Where `forward`
-    uses several streams, those that call the same layer wait for each other, and the current one for all in the end.
+    uses several streams, let those that call the same layer wait for each other, and in the end the current one for
+    all of them.
 
     The ranks of a `SyncBatchNorm` call this function together, each with its parts of the same number of batches; a
     part may be empty.
