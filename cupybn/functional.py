@@ -118,6 +118,13 @@ class VjpFn:
         with on_device_of(saved.input):
             return backward(saved, grad_output if same_form else saved.checked.layout.conform(plain(grad_output)))
 
+    def __copy__(self) -> VjpFn:
+        """Return this one: it is pure, and a copy of a function is the function itself."""
+        return self
+
+    def __deepcopy__(self, memo: object) -> VjpFn:
+        return self
+
     @property
     def mean(self) -> Array:
         """Mean of each channel that the call normalised with: a new (C,) float64 array."""

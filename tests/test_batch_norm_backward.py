@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 
 import ml_dtypes
@@ -100,6 +101,14 @@ def test_statistics_are_copies(xp, rng):
         assert vjp_fn.mean.flags.c_contiguous
         if xp is np:
             assert vjp_fn.mean.base is None
+
+
+def test_copies_of_a_vjp_fn_are_itself(xp, rng):
+    """Copies are made as of any function: whoever copies a structure that holds one has it there, too."""
+    call, _ = make(xp, rng, FORMS["NCHW"])
+    _, vjp_fn = F.batch_norm_vjp(**call, training=True)
+    assert copy.deepcopy({"vjp_fn": [vjp_fn]})["vjp_fn"][0] is vjp_fn
+    assert copy.copy(vjp_fn) is vjp_fn
 
 
 def test_statistics_of_a_layer(xp, device, rng):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib
 import inspect
@@ -496,6 +497,142 @@ def test_errors_change_nothing(xp, rng, make, device, monkeypatch, place):
     check_statistics(layers[0], [to_numpy(x) for x in batches])
 
 
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda layer: layer.reset_running_stats(),
+        lambda layer: layer.load_state_dict({name: np.full(3, 9) for name in BUFFERS[:2]}, strict=False),
+        lambda layer: copy.copy(layer)(layer.weight * layer.running_var[:, None]),
+        lambda layer: layer.running_var.fill(np.nan),
+        lambda layer: layer.num_batches_tracked.fill(-1),
+    ],
+    ids=["reset", "load", "another layer", "fill", "counter"],
+)
+def test_what_a_model_writes_into_buffers_is_undone(xp, rng, make, act):
+    """An error restores the statistics, whoever has written to them; without one they are the new ones."""
+    layer, x = make(), xp.asarray(samples(rng, (3,))[0])
+    before = everything(layer)
+
+    def model(x):
+        layer(x)
+        act(layer)
+        if fails:
+            raise BrokenError
+
+    fails = True
+    with pytest.raises(BrokenError):
+        cupybn.update_bn([layer], [x], model)
+    assert everything(layer) == before
+    fails = False
+    cupybn.update_bn([layer], [x, x], model)
+    check_statistics(layer, [to_numpy(x)] * 2, batches=2)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_settings_that_a_model_sets_are_set_back(xp, rng, make, fails):
+    layer, x = make(momentum=None).eval(), xp.asarray(samples(rng, (3,))[0])
+    before = vars(layer).copy()
+
+    def model(x):
+        layer.train()
+        layer.momentum, layer.track_running_stats = 0.5, False
+        layer(x)
+        if fails:
+            raise BrokenError
+
+    with pytest.raises(BrokenError) if fails else contextlib.nullcontext():
+        cupybn.update_bn([layer], [x], model)
+    assert vars(layer) == before
+
+
+def test_the_error_of_a_model_is_the_one_that_is_raised(xp, rng, make):
+    """Whether or not all that it did can be undone."""
+    layer, x = make(), xp.asarray(samples(rng, (3,))[0])
+
+    def model(x):
+        layer(x)
+        if xp is np:
+            layer.running_mean.flags.writeable = False
+        layer.num_batches_tracked.fill(0)
+        raise BrokenError
+
+    with pytest.raises(BrokenError):
+        cupybn.update_bn([layer], [x], model)
+    assert layer.num_batches_tracked == 7
+
+
+def test_a_model_that_changes_channels_or_device(xp, rng, make):
+    """What a layer has seen is of one size and on one device, that of its buffers."""
+    layer, x = make(affine=False), xp.asarray(samples(rng, (3,))[0])
+    before = everything(layer)
+
+    def resize(x):
+        layer(x)
+        layer.running_mean, layer.running_var = xp.zeros(2, np.float32), xp.ones(2, np.float32)
+        layer(x[:, :2])
+
+    message = "expected input with 3 channels, as the batches of this update_bn before (got 2)"
+    with pytest.raises(ValueError, match=exactly(message)):
+        cupybn.update_bn([layer], [x], resize)
+    assert everything(layer) == before
+
+    def resize_later(x):
+        layer(x)
+        layer.running_var = xp.ones(2, np.float32)
+
+    message = "expected layers[0].running_var with 3 channels, as the batches of this update_bn before (got 2)"
+    with pytest.raises(ValueError, match=exactly(message)):
+        cupybn.update_bn([layer], [x], resize_later)
+    assert everything(layer) == before
+
+    here, there = ("cpu", "cuda:0") if xp is np else ("cuda:0", "cpu")
+
+    def move(x):
+        layer(x)
+        layer.to(there)
+
+    def move_and_call(x):
+        move(x)
+        layer(cupy.asarray(x) if xp is np else x.get())
+
+    for model, name in (move, "layers[0].running_mean"), (move_and_call, "input"):
+        message = f"expected {name} on {here}, as the batches of this update_bn before (got one on {there})"
+        with pytest.raises(TypeError, match=exactly(message)):
+            cupybn.update_bn([layer], [x], model)
+        assert everything(layer) == before
+
+
+def test_graphs_are_not_captured(rng, make, device):
+    """What a graph does at its launches is not seen: a layer that is captured would have wrong statistics."""
+    if device == "cpu":
+        pytest.skip("CUDA graphs")
+    layer, batches, graphs = make(), [cupy.asarray(x) for x in samples(rng, (3,))], []
+    stream = cupy.cuda.Stream(non_blocking=True)
+    before = everything(layer)
+    with cupybn.no_stats_update():
+        layer(batches[0])  # compiles the kernels
+
+    def capture(x):
+        with stream:
+            stream.begin_capture()
+            try:
+                layer(x)
+            finally:
+                graphs.append(stream.end_capture())
+
+    with pytest.raises(RuntimeError, match="expected the layers of update_bn to be called without a CUDA graph"):
+        cupybn.update_bn([layer], batches, capture)
+    assert everything(layer) == before
+
+    def without_statistics(x):
+        with cupybn.no_stats_update():
+            capture(x)
+        layer(x)
+
+    cupybn.update_bn([layer], batches, without_statistics)
+    check_statistics(layer, [x.get() for x in batches])
+
+
 def test_frozen_layers_take_inputs_of_their_channels_alone(xp, make):
     """Channels are counted where a layer has no parameters, and its running statistics are not in use, too."""
     layer = make(affine=False)
@@ -560,6 +697,19 @@ def test_interrupts(xp, rng, make, device, monkeypatch, progress):
     check_statistics(layers[0], [to_numpy(x) for x in batches], batches=len(batches))
 
 
+@pytest.mark.parametrize("track", [True, False])
+def test_batches_of_one_value(xp, make, track):
+    """The mode is not the caller's choice here, and so no message recommends another one."""
+    layer = make().eval()
+    layer.track_running_stats = track
+    message = (
+        "Expected more than 1 value per channel when training, got input size (1, 3); leave this batch out of "
+        "update_bn, or join it with another one"
+    )
+    with pytest.raises(ValueError, match=exactly(message)):
+        cupybn.update_bn([layer], [xp.ones((1, 3), np.float32)], layer)
+
+
 def test_one_at_a_time(xp, rng, make):
     """A layer is in one recalibration at a time, in whichever thread; another layer may be in one within it."""
     layer, other, batches = make(), make(), [xp.asarray(x) for x in samples(rng, (3,))]
@@ -575,6 +725,29 @@ def test_one_at_a_time(xp, rng, make):
 
     cupybn.update_bn([layer], batches, model)
     check_statistics(layer, [to_numpy(x) for x in batches for _ in range(3)], batches=3 * len(SIZES))
+
+
+def test_one_that_is_too_early_undoes_nothing(xp, rng, make):
+    """What happens to a layer that another recalibration is in the midst of, as in another thread, stays."""
+    layer, x = make().eval(), xp.asarray(samples(rng, (3,))[0])
+
+    class Batches:
+        def __iter__(self):
+            layer.running_mean.fill(99)
+            layer.momentum = 0.25
+            return iter([x])
+
+    def model(x):
+        layer(x)
+        with pytest.raises(RuntimeError, match="in the midst of another update_bn"):
+            cupybn.update_bn([layer], Batches(), layer)
+        seen.append((layer.training, layer.momentum, *to_numpy(layer.running_mean)))
+
+    seen = []
+    cupybn.update_bn([layer], [x], model)
+    assert seen == [(True, 0.25, 99, 99, 99)]
+    assert layer.momentum == 0.1
+    check_statistics(layer, [to_numpy(x)], batches=1)
 
 
 def wrong(error, message, **given):

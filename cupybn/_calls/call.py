@@ -155,6 +155,8 @@ class Call(NamedTuple):
 
     def _way_to_eval(self) -> str:
         """Advice for the end of a message: eval mode, where the call comes from a layer with running statistics."""
+        if self.layer is not None and self.layer.observer is not None:  # its mode is not the caller's choice
+            return "; leave this batch out of update_bn, or join it with another one"
         has_buffers = self.running.mean is not None or self.running.batches is not None
         return "; did you mean layer.eval()?" if self.layer is not None and has_buffers else ""
 

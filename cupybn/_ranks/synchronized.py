@@ -47,6 +47,8 @@ class Synchronized:
     ) -> Statistics | None:
         """Batch norm in training, as `numpy_ops.bn_forward`. x may be empty, or have one value for each channel."""
         ops, C = self._ops, x.shape[1]
+        if self._observer is not None:
+            self._observer.check(x)  # first: the other ranks are to hear of an error
         if C == 0:
             row = empty((1, 1), x, np.float64)
             row.fill(0)

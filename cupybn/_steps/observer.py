@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from cupybn._arrays.devices import empty, import_cupy, zeros_like
+from cupybn._arrays.kinds import device_of
 from cupybn._steps.bundles import Affine, Epilogue, Moments, Running, Statistics
 
 Array = Any  # numpy.ndarray or cupy.ndarray
@@ -36,6 +37,29 @@ class Observer:
         self._rows: list[Array] = []
         self._added = 0
         self._lock = threading.Lock()  # several threads may call a layer at a time
+
+    def check(self, x: Array) -> None:
+        """Check that a batch, an (N, C, L) array, can be added. To be called before anything is done with it."""
+        if not isinstance(x, np.ndarray) and import_cupy().cuda.get_current_stream().is_capturing():
+            raise RuntimeError(
+                "expected the layers of update_bn to be called without a CUDA graph, whose launches it does not see "
+                "(got a call that is captured in one)"
+            )
+        self.check_fits("input", x, x.shape[1])
+
+    def check_fits(self, name: str, array: Array, channels: int) -> None:
+        """Check that an array for so many channels goes with the batches that were added. The name is for messages."""
+        if not self._added:
+            return
+        device, expected = device_of(self._rows[0]), self._rows[0].shape[1] // 2
+        if device_of(array) != device:
+            raise TypeError(
+                f"expected {name} on {device}, as the batches of this update_bn before (got one on {device_of(array)})"
+            )
+        if channels != expected:
+            raise ValueError(
+                f"expected {name} with {expected} channels, as the batches of this update_bn before (got {channels})"
+            )
 
     def add(self, ops: ModuleType, row: Array) -> None:
         """Add a batch, whose moments are a row that `merge_moments` has made. All or nothing is added."""
@@ -99,6 +123,7 @@ class Observed:
         scratch: Array | None = None,
     ) -> Statistics | None:
         """Batch norm in training, as `numpy_ops.bn_forward`."""
+        self._observer.check(x)
         row = self._ops.merge_moments(self._ops.bn_stats(x, None, scratch))
         statistics: Statistics | None = self._ops.bn_normalize(
             x, Moments.of_rows(row), affine, Running(), epilogue, out, keep

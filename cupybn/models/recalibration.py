@@ -7,7 +7,7 @@ import importlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
-from cupybn._arrays.devices import on_device_of, zeros_like
+from cupybn._arrays.devices import copied, on_device_of, zeros_like
 from cupybn._arrays.kinds import describe, device_of, plain, show
 from cupybn._calls import checks
 from cupybn._calls.overlap import Extent, may_overlap, overlapping
@@ -20,6 +20,8 @@ Array = Any  # numpy.ndarray or cupy.ndarray
 
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 """Names of the arrays that are computed anew."""
+SETTINGS = ("training", "momentum", "track_running_stats")
+"""Names of the settings that decide what a call does with running statistics."""
 
 
 def update_bn(
@@ -38,7 +40,8 @@ def update_bn(
     Parameters
     ----------
     layers : iterable of batch norm layers
-        Each is in training mode until the last batch is done, and then in the mode that it was in.
+        Each is in training mode until the last batch is done, and then in the mode that it was in. Where `forward`
+        sets ``momentum`` or ``track_running_stats``, these, too, are what they were.
     batches : iterable
         Taken one by one.
     forward : callable
@@ -54,7 +57,7 @@ def update_bn(
     ValueError
         If there are no layers or no batches, a layer has no running statistics, or two layers share theirs.
     RuntimeError
-        If a layer is in the midst of another `update_bn`.
+        If a layer is in the midst of another `update_bn`, or a call of it is captured in a CUDA graph.
     ImportError
         If there is to be a progress bar, and tqdm is missing.
 
@@ -68,7 +71,9 @@ def update_bn(
 
     Until all is done, the running statistics stay what they were, on the device, and nothing waits for the host.
     Batches merge as the blocks of a GPU do (Chan, Golub and LeVeque, 1979), by twos. CUDA graphs that are launched by
-    `forward` call no layer, and so nothing is seen of them.
+    `forward` call no layer, and so nothing is seen of them; a call that is captured in one is an error. Where `forward`
+    uses several streams, let those that call the same layer wait for each other, and in the end the current one for
+    all of them.
 
     The ranks of a `SyncBatchNorm` call this function together, each with its parts of the same number of batches; a
     part may be empty.
@@ -97,26 +102,29 @@ def update_bn(
         iterator = iter(batches)
     except TypeError as error:
         raise TypeError(f"expected batches to be an iterable (got {show(batches)})") from error
+    before: list[_Before] = []
     try:
-        try:
-            for name, layer, observer, _ in seen:
-                if observers.setdefault(id(layer), observer) is not observer:
-                    raise RuntimeError(f"{name} is in the midst of another update_bn: call one after the other")
-                layer.training = True
-            count = 0
-            with _shown(iterator, batches, bar) as shown:
-                for batch in shown:
-                    forward(batch)
-                    count += 1
-            if count == 0:
-                raise ValueError("expected one batch or more (got none): has an iterator been used up?")
-        finally:
-            _leave(seen)
-        write([(layer, _statistics(name, layer, observer)) for name, layer, observer, _ in seen], None)
+        for name, layer, observer in seen:
+            if observers.setdefault(id(layer), observer) is not observer:
+                raise RuntimeError(f"{name} is in the midst of another update_bn: call one after the other")
+        before = [_Before.of(layer) for _, layer, _ in seen]
+        for _, layer, _ in seen:
+            layer.training = True
+        count = 0
+        with _shown(iterator, batches, bar) as shown:
+            for batch in shown:
+                forward(batch)
+                count += 1
+        if count == 0:
+            raise ValueError("expected one batch or more (got none): has an iterator been used up?")
+        for each in before:
+            each.restore_settings()
+        write([(layer, _statistics(name, layer, observer)) for name, layer, observer in seen], None)
+        _release(seen)
     except BaseException:
-        _leave(seen)  # again, as Ctrl-C may have come in the midst of it
-        for _, layer, _, before in seen:
-            vars(layer).update(before)
+        _release(seen)  # again, as Ctrl-C may have come in the midst of it
+        for each in before:
+            each.restore()
         raise
 
 
@@ -126,13 +134,40 @@ class _Seen(NamedTuple):
     name: str  # name of the layer in messages
     layer: _BatchNorm
     observer: Observer
-    before: dict[str, Any]  # attributes that the layer had
 
 
-def _leave(seen: list[_Seen]) -> None:
-    """Let the layers be observed no longer, and in the modes that they were in."""
-    for _, layer, observer, before in seen:
-        layer.training = before["training"]
+class _Before(NamedTuple):
+    """A layer before it is recalibrated."""
+
+    layer: _BatchNorm
+    attributes: dict[str, Any]
+    copies: list[tuple[Array, Array]]  # running statistics and counter, and what they held
+
+    @classmethod
+    def of(cls, layer: _BatchNorm) -> _Before:
+        """A layer as it is now, with copies of what `forward` might write to."""
+        copies = []
+        for array in _buffers(layer).values():
+            with on_device_of(array):
+                copies.append((array, copied(array)))
+        return cls(layer, {**vars(layer)}, copies)
+
+    def restore_settings(self) -> None:
+        """Give the layer the mode and settings that it had."""
+        vars(self.layer).update({name: self.attributes[name] for name in SETTINGS if name in self.attributes})
+
+    def restore(self) -> None:
+        """Give the layer all that it had, statistics included."""
+        vars(self.layer).update(self.attributes)
+        for array, values in self.copies:
+            # The error that is on its way matters more than one of a device that takes no more work.
+            with contextlib.suppress(Exception), on_device_of(array):
+                array[...] = values
+
+
+def _release(seen: list[_Seen]) -> None:
+    """Let the layers be observed no longer."""
+    for _, layer, observer in seen:
         if observers.get(id(layer)) is observer:
             del observers[id(layer)]
 
@@ -168,7 +203,7 @@ def _statistics(name: str, layer: _BatchNorm, observer: Observer) -> dict[str, A
     """New values of a layer's running statistics and counter, by name; none if it has seen nothing."""
     if observer.ops is None:
         return {}
-    _check_buffers(name, layer)  # again, as they may be new
+    _check_buffers(name, layer, observer)  # again, as they may be new
     arrays = {buffer: plain(array) for buffer, array in _buffers(layer).items()}
     with on_device_of(observer.batches):
         new = {buffer: zeros_like(array) for buffer, array in arrays.items()}
@@ -199,20 +234,25 @@ def _checked(layers: Iterable[_BatchNorm]) -> list[_Seen]:
         if not isinstance(layer, _BatchNorm):
             raise TypeError(f"expected layers[{i}] to be a batch norm layer of cupybn (got {show(layer)})")
         _check_buffers(f"layers[{i}]", layer)
-        seen.setdefault(id(layer), _Seen(f"layers[{i}]", layer, Observer(), {**vars(layer)}))
+        seen.setdefault(id(layer), _Seen(f"layers[{i}]", layer, Observer()))
     if not seen:
         raise ValueError("expected one layer or more (got none): has an iterator been used up?")
     _check_separate([*seen.values()])
     return [*seen.values()]
 
 
-def _check_buffers(name: str, layer: _BatchNorm) -> None:
-    """Check for a layer with running statistics that may be written to, or one that will make them."""
+def _check_buffers(name: str, layer: _BatchNorm, observer: Observer | None = None) -> None:
+    """Check for a layer with running statistics that may be written to, or one that will make them.
+
+    They must fit what the observer has seen, if one is given.
+    """
     lazy = layer.num_features is None
     if any(buffer not in layer._members if lazy else getattr(layer, buffer) is None for buffer in BUFFERS[:2]):
         raise ValueError(f"expected {name} to have running statistics (got a {type(layer).__qualname__} without)")
     for buffer, array in _buffers(layer).items():
         check_target(f"{name}.{buffer}", array)
+        if observer is not None and buffer in BUFFERS[:2]:
+            observer.check_fits(f"{name}.{buffer}", array, array.size)
     if layer.num_batches_tracked is not None:
         checks.check_counter(layer.num_batches_tracked, layer.running_mean)
 
@@ -225,13 +265,13 @@ def _buffers(layer: _BatchNorm) -> dict[str, Array]:
 def _check_separate(seen: list[_Seen]) -> None:
     """Check that no two layers share a buffer: each would overwrite what the other has seen."""
     by_device: dict[str, list[Array]] = {}
-    for _, layer, _, _ in seen:
+    for _, layer, _ in seen:
         for array in _buffers(layer).values():
             by_device.setdefault(device_of(array), []).append(array)
     if not any(may_overlap(arrays, map(Extent.of, arrays)) for arrays in by_device.values()):
         return
-    for i, (name, layer, _, _) in enumerate(seen):
-        for other, other_layer, _, _ in seen[:i]:
+    for i, (name, layer, _) in enumerate(seen):
+        for other, other_layer, _ in seen[:i]:
             others = {(other, buffer): array for buffer, array in _buffers(other_layer).items()}
             shared = overlapping(_buffers(layer), others)
             if shared:

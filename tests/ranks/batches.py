@@ -364,3 +364,17 @@ def test_recalibration(world):
     expected = (ValueError, "^expected at least 2D") if failing else (RuntimeError, "rank 1 raised ValueError")
     with world.all_raise(*expected, *(array for layer in layers for array in arrays_of(layer))):
         cupybn.update_bn(layers, shares, lambda x: layers[0](x[:, 0, 0] if failing and x is shares[2] else x))
+
+    resized = world.layer(3, affine=False)
+
+    def resize(x):
+        resized(x)
+        if failing:
+            resized.running_mean, resized.running_var = resized.running_mean[:2], resized.running_var[:2]
+        resized(x[:, :2] if failing else x)
+
+    expected = (
+        (ValueError, "^expected input with 3 channels") if failing else (RuntimeError, "rank 1 raised ValueError")
+    )
+    with world.all_raise(*expected, *arrays_of(resized)):
+        cupybn.update_bn([resized], shares, resize)
