@@ -401,6 +401,7 @@ def test_files_that_hold_something_else(two, tmp_path):
     torch.save(torch.nn.BatchNorm2d(3), tmp_path / "module.pt")
     message = fails(tmp_path / "module.pt", two, ValueError)
     assert "UnpicklingError: WeightsUnpickler error: Unsupported global: GLOBAL torch.nn.modules.batchnorm" in message
+    assert message.endswith("was not an allowed global by default: use torch.save(model.state_dict(), path)")
     assert "weights_only" not in message
 
 

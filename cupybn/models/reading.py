@@ -189,4 +189,6 @@ def _damage() -> Iterator[None]:
         # PyTorch advises how to execute what is pickled: nothing that anyone should do for a state dict.
         words = [line for line in lines if "weights_only" not in line and "\x1b" not in line]
         words = words or [line.partition(". ")[0] for line in lines[:1]]
-        raise UnreadableError(f"{type(error).__qualname__}: {' '.join(words)}") from error
+        text, _, advice = " ".join(words).partition(" Please use `torch.")
+        text = f"{text.removesuffix('.')}: use torch.save(model.state_dict(), path)" if advice else text
+        raise UnreadableError(f"{type(error).__qualname__}: {text}") from error
