@@ -1,6 +1,6 @@
 """Batch norm as one writes it by hand with array functions: float32 in, plain formulas, and a new array for each step.
 
-The forward pass is the one that the README of cupybn shows. Shapes are kept (``keepdims``), so that all vectors are
+The forward pass is the one that docs/start.md shows. Shapes are kept (``keepdims``), so that all vectors are
 arrays with the axes of the input: those that come in are brought into this form by `along`.
 """
 

@@ -24,7 +24,7 @@ from layers import to_numpy, xp
 from stopwatch import Stopwatch, timed
 
 CLASSES, BOUND = 1000, 1e-5
-ROOM = 0.03  # width of a part, relative to the longest bar, in which its share can be written
+ROOM = 0.04  # width of a part, relative to the longest bar, in which its share can be written
 NORM, CONVOLUTION, REST = "batch norm", "convolution", "the rest"
 COLORS = {NORM: "tab:orange", CONVOLUTION: "#8ab6d6", REST: "0.85"}
 FORWARD, BACKWARD, INFERENCE, FOLDED = "training, forward", "training, backward", "inference", "inference, folded"

@@ -89,7 +89,7 @@ def test_a_recipe_prints_the_same_of_cupy_arrays(name):
 def test_no_code_goes_unnoticed():
     """Code that no doctest runs is that which tests below run, or that of other libraries, in blocks of text."""
     plain = {name for name, text in TEXTS.items() if any(">>> " not in block for block in blocks(text, "python"))}
-    assert plain == {"cupy-cudnn-drop-in", "from-pytorch"}
+    assert plain == {"cupy-cudnn-drop-in", "from-pytorch", "pytorch-checkpoints"}
     assert {name for name, text in TEXTS.items() if blocks(text, "text")} == {
         "from-keras-and-flax",
         "from-onnx",
@@ -405,17 +405,10 @@ def test_chainers_mean_over_batches():
     np.testing.assert_allclose([layer.running_mean[0], layer.running_var[0]], [mean, var], rtol=1e-6)
 
 
-def test_blocks_for_pytorch(monkeypatch, tmp_path):
+def test_tensors_become_arrays():
     torch = pytest.importorskip("torch")
-    pytest.importorskip("safetensors")
-    monkeypatch.chdir(tmp_path)
-    checkpoints, tensors = (block for block in blocks(TEXTS["from-pytorch"], "python") if ">>> " not in block)
+    (tensors,) = (block for block in blocks(TEXTS["from-pytorch"], "python") if ">>> " not in block)
     found = {}
-    exec(checkpoints, found)
-    assert found["channels"] == {"1.": 8}
-    state, norm = found["model"].state_dict(), found["norms"]["1."]
-    for name, array in norm.state_dict().items():
-        assert to_numpy(array).tobytes() == state[f"1.{name}"].numpy().tobytes()
     exec(tensors, found)
     x, y, tensor = found["x"], found["y"], found["tensor"]
     assert (np.from_dlpack(x.detach()).ctypes.data, tensor.data_ptr()) == (x.data_ptr(), y.ctypes.data)
@@ -424,6 +417,51 @@ def test_blocks_for_pytorch(monkeypatch, tmp_path):
         np.from_dlpack(x)  # as it is part of a graph of autograd
     with pytest.raises((BufferError, RuntimeError)):
         np.from_dlpack(torch.ones(2, dtype=torch.bfloat16))
+
+
+def test_a_checkpoint_of_pytorch(monkeypatch, tmp_path, rng):
+    torch = pytest.importorskip("torch")
+    monkeypatch.chdir(tmp_path)
+    load, put_back, fold = blocks(TEXTS["pytorch-checkpoints"], "python")
+    found = {}
+    exec(load, found)
+    model, norms = found["model"], found["norms"]
+    assert found["channels"] == {"1.": 8, "5.": 4}
+    assert "BatchNorm2d(number)" in TEXTS["pytorch-checkpoints"]
+    for prefix, norm in norms.items():
+        theirs = model[int(prefix[0])]
+        assert (type(norm).__name__, norm.eps, norm.training) == (type(theirs).__name__, theirs.eps, False)
+        for array in norm.state_dict().values():
+            array[...] = rng.integers(1, 9, array.shape)  # trained
+    before = model.state_dict()
+    exec(put_back, found)
+    trained = torch.load("trained.pt", weights_only=True)
+    assert trained["epoch"] == 3
+    assert list(trained["state_dict"]) == list(before)
+    assert torch.equal(trained["state_dict"]["4.weight"], before["4.weight"])
+    assert trained["state_dict"]["5.running_mean"].numpy().tobytes() == norms["5."].running_mean.tobytes()
+    x = torch.from_numpy(rng.normal(size=(2, 3, 5, 5)).astype(np.float32))
+    y = model.eval()(x)
+    exec(fold, found)
+    assert isinstance(model[1], torch.nn.Identity)
+    torch.testing.assert_close(model(x), y, rtol=1e-5, atol=1e-5)
+
+
+def test_norms_of_safetensors_are_put_back(monkeypatch, tmp_path):
+    """The line of the recipe, with the functions for NumPy arrays."""
+    numpy_files = pytest.importorskip("safetensors.numpy")
+    monkeypatch.chdir(tmp_path)
+    (line,) = re.findall(r"`(save_file\(.*\))`", TEXTS["pytorch-checkpoints"])
+    norm = BatchNorm2d(2, device="cpu")
+    whole = {"conv.weight": np.ones((2, 3, 1, 1), np.float32), **norm.state_dict("bn.")}
+    numpy_files.save_file(whole, "model.safetensors")
+    norm.bias += 1
+    cupybn.save_checkpoint("norms.safetensors", {"bn.": norm})
+    exec(line, vars(numpy_files).copy())
+    trained = numpy_files.load_file("trained.safetensors")
+    assert trained.keys() == whole.keys()
+    assert trained["bn.bias"].tolist() == [1, 1]
+    assert trained["conv.weight"].tolist() == whole["conv.weight"].tolist()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -56,16 +56,20 @@ class _BatchNorm(Layer):
     dtype : dtype or None
         Of weight, bias and running statistics; None is float32, also for inputs of 16 bits.
     bias : bool
+        Whether a layer that has a weight has a bias, too.
     channel_axis : int
         The axis of C, counted from either end; -1 for channels-last data.
     activation : None or "relu"
+        What the output goes through, in the same pass over memory.
 
     Attributes
     ----------
     weight, bias, running_mean, running_var : (C,) arrays or None
         Start at 1, 0, 0 and 1. Updated in place, never replaced but by `to`.
     num_batches_tracked : 0-d int64 array or None
+        How many batches the running statistics have followed.
     training : bool
+        The mode, which `train` and `eval` set. New layers are in training mode.
 
     Raises
     ------

@@ -33,6 +33,8 @@ def find_batch_norms(source: Source) -> dict[str, int]:
     """Prefixes and numbers of channels of the batch norm layers that a checkpoint holds, in its order.
 
     A layer is where there are vectors ``running_mean`` and ``running_var`` of one length. Other entries are not read.
+    Which rank a layer's inputs have (`BatchNorm1d`, `BatchNorm2d` or `BatchNorm3d`), its eps and its momentum are in no
+    checkpoint: they are in the code of the model.
 
     Parameters
     ----------
@@ -82,7 +84,8 @@ def _batch_norms(entries: Mapping[Any, Any]) -> dict[str, int]:
 def load_checkpoint(source: Source, layers: Mapping[str, Layer], *, strict: bool = True, names: str = "torch") -> None:
     """Load the states of many layers from a checkpoint: all of them, or none.
 
-    Entries under no layer's prefix are ignored, and not read where the format allows that.
+    Entries under no layer's prefix are ignored, and not read where the format allows that. Layers stay in the mode that
+    they are in: new ones are in training mode, and ``layer.eval()`` is what inference needs.
 
     Parameters
     ----------
@@ -147,8 +150,9 @@ def load_checkpoint(source: Source, layers: Mapping[str, Layer], *, strict: bool
 def save_checkpoint(path: str | os.PathLike[Any], layers: Mapping[str, Layer]) -> None:
     """Save the states of many layers in a file, which `load_checkpoint` and, but for ``.npz``, PyTorch read.
 
-    There is never half a file under the name: it is written beside, and then renamed. Its permissions are those of any
-    new file. Arrays on a GPU are copied to the host.
+    The file has these layers alone: what else a model has is put beside them with the library that wrote it. There is
+    never half a file under the name: it is written beside, and then renamed. Its permissions are those of any new file.
+    Arrays on a GPU are copied to the host.
 
     Parameters
     ----------
