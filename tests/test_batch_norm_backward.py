@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import weakref
 
 import ml_dtypes
 import numpy as np
@@ -100,6 +101,13 @@ def test_statistics_are_copies(xp, rng):
         assert vjp_fn.mean.flags.c_contiguous
         if xp is np:
             assert vjp_fn.mean.base is None
+
+
+def test_a_function_that_goes_back_may_be_referred_to_weakly(xp, rng):
+    """As functions may, in which form it would be expected."""
+    call, _ = make(xp, rng, FORMS["(N, C)"])
+    _, vjp_fn = F.batch_norm_vjp(**call, training=True)
+    assert weakref.ref(vjp_fn)() is vjp_fn
 
 
 def test_statistics_of_a_layer(xp, device, rng):
