@@ -400,6 +400,25 @@ def test_an_observer_takes_one_batch_at_a_time():
     assert not observer._lock.locked()
 
 
+def test_a_batch_that_cannot_be_merged_is_not_added():
+    """A model may catch an error and go on, here as well."""
+    observer, row = Observer(), np.array([[2.0, 1.0, 3.0]])
+
+    class Steps:
+        @staticmethod
+        def merge_moments(_):
+            raise MemoryError
+
+    observer.add(numpy_ops, row)
+    with pytest.raises(MemoryError):
+        observer.add(Steps, 10 * row)
+    assert observer.ops is numpy_ops
+    assert observer.batches == 1
+    assert [array.item() for array in observer.moments()[:3]] == [2, 1, 3]
+    observer.add(numpy_ops, row)
+    assert [array.item() for array in observer.moments()[:3]] == [4, 1, 6]
+
+
 def test_the_steps_take_what_others_take():
     ours, theirs = (inspect.signature(ops.bn_forward).parameters.values() for ops in (Observed, numpy_ops))
     assert [(p.name, p.default) for p in [*ours][1:]] == [(p.name, p.default) for p in theirs]
