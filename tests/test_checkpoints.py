@@ -161,6 +161,9 @@ def test_the_outer_state_comes_first(rng):
     load_checkpoint(outer | {"model": inner}, {"bn1.": layer})
     assert_hold({"bn1.": layer}, outer)
     load_checkpoint({"bn9.weight": 1, "model": outer}, {"bn1.": layer})
+    several = {"model": inner, "model_state_dict": inner, "state_dict": outer}
+    assert find_batch_norms(several) == {"bn1.": 3}
+    load_checkpoint(several, {"bn1.": layer})
 
 
 def test_a_checkpoint_within_itself():
