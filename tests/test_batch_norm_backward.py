@@ -213,6 +213,19 @@ def test_inputs_that_are_not_dense_and_classes_derived(xp, rng):
         assert type(grads.input) is np.ndarray
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_statistics_that_may_not_be_written_to(xp, rng, training):
+    """They are read alone, in training as well, where those of a forward pass would move."""
+    call, dy = make(xp, rng, FORMS["(N, C)"])
+    mean = call["running_mean"]
+    expected = F.batch_norm_backward(dy, call["input"], mean, mean.copy(), training=training)
+    assert bits(F.batch_norm_backward(dy, call["input"], mean, mean, training=training).input) == bits(expected.input)
+    if xp is np:
+        mean.flags.writeable = False
+        grads = F.batch_norm_backward(dy, call["input"], mean, mean.copy(), training=training)
+        assert bits(grads.input) == bits(expected.input)
+
+
 def test_gradients_by_finite_differences(rng):
     """The gradients are the slopes of a loss whose statistics are those of the batch, or constants."""
     x, dy, w = rng.normal(size=(6, 2)), rng.normal(size=(6, 2)), rng.normal(size=2)

@@ -391,6 +391,11 @@ def test_damage_that_is_found_late(device, rng, tmp_path):
         data[at : at + len(header)] = header
         path.write_bytes(data)
         assert "cannot be read as a .npz file: " in fails(path, two, ValueError)
+    at = data.index(b"\x93NUMPY", data.index(b"net.bn2.running_mean.npy"))
+    data[at] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=re.escape(f"{path} cannot be read as a .npz file: ")):
+        find_batch_norms(path)
 
 
 @suffixes

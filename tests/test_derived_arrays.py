@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -72,6 +73,21 @@ def test_functions(xp, rng, training, dense, activation):
     assert F.batch_norm(**own, out=own_out) is own_out
     assert bits(out) == bits(F.batch_norm(**plain))
     assert type(F.batch_norm(**own)) is xp.ndarray
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_the_way_back_from_statistics(xp, rng, training, activation):
+    """With an eps that is no float, too."""
+    given = arguments(xp, rng, SHAPE)
+    dy = xp.asarray(rng.normal(size=SHAPE).astype(np.float32))
+    names = "input", "running_mean", "running_var", "weight", "bias"
+    arrays = [dy, *(given[name] for name in names)]
+    grads = F.batch_norm_backward(*arrays, training=training, eps=0.125, activation=activation)
+    own = [derived(xp, array) for array in arrays]
+    own_grads = F.batch_norm_backward(*own, training=training, eps=Fraction(1, 8), activation=activation)
+    assert {type(array) for array in own_grads[:3]} == {xp.ndarray}
+    assert bits(*own_grads) == bits(*grads)
 
 
 def test_moments(xp, rng):

@@ -291,6 +291,21 @@ def test_what_does_not_count(xp, rng, make):
     assert evaluated.training
 
 
+def test_a_layer_whose_calls_do_not_count_keeps_what_it_had(xp, make):
+    """Only the device knows of a batch of several ranks that has one value for each channel, or none."""
+    layer = make()
+    before = bits(*layer.state_dict().values())
+    ops = importlib.import_module(f"cupybn._steps.{'numpy' if xp is np else 'cupy'}_ops")
+
+    def model(count):
+        observers[id(layer)].add(ops, xp.array([[count, 5, 5, 5, 0, 0, 0]], np.float64))
+
+    cupybn.update_bn([layer], [0, 1], model)
+    assert bits(*layer.state_dict().values()) == before
+    cupybn.update_bn([layer], [xp.zeros((0, 3), np.float32)], layer)  # a batch without samples is one
+    assert bits(*layer.state_dict().values()) == before
+
+
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("track", [True, False])
