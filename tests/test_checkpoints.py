@@ -455,6 +455,13 @@ def test_layers_that_share_arrays(rng):
     with pytest.raises(KeyboardInterrupt):
         load_checkpoint(the_state_of(rng, layers), layers)
     assert_unchanged(layers, before)
+    layer.running_var = layers["b."].running_var = np.ones(3, np.float32)
+    layers["b."].num_batches_tracked = layer.num_batches_tracked.view(Refusing)  # after all others, written twice then
+    before = snapshot(layers)
+    Refusing.error = KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        load_checkpoint(the_state_of(rng, layers), layers)
+    assert_unchanged(layers, before)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -373,6 +373,25 @@ def test_tables_of_names_and_defaults(names):
     assert f'names="{names}"' in text
 
 
+@pytest.mark.parametrize(("names", "column"), [("keras", 1), ("flax", 2)])
+def test_each_name_stands_beside_ours(names, column):
+    for ours, theirs in zip(("weight", "bias", "running_mean", "running_var"), FRAMEWORKS[names].names, strict=True):
+        (row,) = [row for row in rows("from-keras-and-flax") if row[-1].partition(",")[0] == f"`{ours}`"]
+        assert row[column].partition(",")[0] == f"`{theirs}`"
+
+
+def test_axes_of_chainer_and_cudnn(drop_in):
+    """The axis of channels is the one that Chainer's leave out, and that of the layout of cuDNN."""
+    (row,) = [row for row in rows("from-chainer") if row[0].startswith("`axis=(0, ")]
+    axes, ours = (re.findall(r"axis=(\(.*?\)|-?\d)`", cell) for cell in row)
+    for theirs, axis in zip(axes, ours, strict=True):
+        assert sorted([*ast.literal_eval(theirs), int(axis) % 4]) == [0, 1, 2, 3]
+    (row,) = [row for row in rows("from-cupy-cudnn") if "CUDNN_TENSOR_NHWC" in row[1]]
+    axes = [int(axis) for axis in re.findall(r"`channel_axis=(-?\d)`", row[1])]
+    spatial = drop_in.CUDNN_BATCHNORM_SPATIAL
+    assert axes == [drop_in.with_channels(np.ones((1, 1, 1, 1)), True, spatial, layout)[1] for layout in (0, 1)]
+
+
 def test_lines_that_save_arrays_of_keras_and_flax(monkeypatch, tmp_path):
     """The keys are those that the recipe loads. What Keras and Flax hand out is made up."""
 

@@ -124,6 +124,28 @@ def on_device(device, *shapes, dtype=np.float32):
 
 
 @pytest.mark.usefixtures("devices")
+def test_a_load_that_fails_is_undone_where_the_arrays_are(rng, monkeypatch):
+    layer, write, devices = cupybn.BatchNorm1d(3, device="cuda:1"), cp.ndarray.__setitem__, []
+    refusing, before = [layer.running_var], [to_numpy(array) for array in layer.state_dict().values()]
+
+    def setitem(array, key, value):
+        devices.append((cp.cuda.Device().id, array.device.id))
+        write(array, key, value)
+        if refusing and array is refusing[0]:
+            refusing.clear()
+            raise MemoryError
+
+    monkeypatch.setattr(cp.ndarray, "__setitem__", setitem)
+    names = "weight", "bias", "running_mean", "running_var"
+    with pytest.raises(MemoryError):
+        layer.load_state_dict(dict(zip(names, rng.uniform(2, 3, (4, 3)), strict=True)))
+    monkeypatch.undo()
+    assert set(devices) == {(1, 1)}  # the current one, and that of the array
+    for array, then in zip(layer.state_dict().values(), before, strict=True):
+        np.testing.assert_array_equal(to_numpy(array), then)
+
+
+@pytest.mark.usefixtures("devices")
 def test_statistics_and_folded_weights_are_where_the_arrays_are(rng):
     """Also where that is not the current device."""
     x, weight = (rng.standard_normal(shape).astype(np.float32) for shape in ((4, 3, 5), (3, 2, 4)))
