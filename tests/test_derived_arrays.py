@@ -120,10 +120,10 @@ def test_layers_that_hold_them(xp, device, rng):
 def test_state_dicts_that_hold_them(xp, device, rng):
     source, layer = (BatchNorm1d(3, device=device) for _ in range(2))
     source(arguments(xp, rng, SHAPE)["input"])
-    plain = type("Plain", (xp.ndarray,), {})
+    plain = type("Plain", (np.ndarray,), {})  # NumPy asks its arrays by the rules of their classes
     state = {}
     for name, array in source.state_dict().items():
-        state[name] = array.view(plain) if xp is np else plain(array.shape, array.dtype, array.data, array.strides)
+        state[name] = array.view(plain) if xp is np else derived(xp, array)
     layer.load_state_dict(state)
     assert bits(*layer.state_dict().values()) == bits(*source.state_dict().values())
     assert {type(array) for array in layer.state_dict().values()} == {xp.ndarray}
