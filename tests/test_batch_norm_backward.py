@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import weakref
 
 import ml_dtypes
 import numpy as np
@@ -111,6 +112,13 @@ def test_copies_of_a_vjp_fn_are_itself(xp, rng):
     assert copy.copy(vjp_fn) is vjp_fn
 
 
+def test_a_function_that_goes_back_may_be_referred_to_weakly(xp, rng):
+    """As functions may, in which form it would be expected."""
+    call, _ = make(xp, rng, FORMS["(N, C)"])
+    _, vjp_fn = F.batch_norm_vjp(**call, training=True)
+    assert weakref.ref(vjp_fn)() is vjp_fn
+
+
 def test_statistics_of_a_layer(xp, device, rng):
     layer = BatchNorm2d(5, activation="relu", device=device)
     x = make(xp, rng, FORMS["NHWC"])[0]["input"]
@@ -212,6 +220,19 @@ def test_inputs_that_are_not_dense_and_classes_derived(xp, rng):
         grads = F.batch_norm_backward(*derived, *given.values())
         assert bits(*grads) == expected
         assert type(grads.input) is np.ndarray
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_statistics_that_may_not_be_written_to(xp, rng, training):
+    """They are read alone, in training as well, where those of a forward pass would move."""
+    call, dy = make(xp, rng, FORMS["(N, C)"])
+    mean = call["running_mean"]
+    expected = F.batch_norm_backward(dy, call["input"], mean, mean.copy(), training=training)
+    assert bits(F.batch_norm_backward(dy, call["input"], mean, mean, training=training).input) == bits(expected.input)
+    if xp is np:
+        mean.flags.writeable = False
+        grads = F.batch_norm_backward(dy, call["input"], mean, mean.copy(), training=training)
+        assert bits(grads.input) == bits(expected.input)
 
 
 def test_gradients_by_finite_differences(rng):

@@ -323,6 +323,7 @@ def test_train_and_eval_return_the_layer(device):
     assert layer.training is True
     assert layer.train(False) is layer
     assert layer.training is False
+    assert layer.train(np.True_).training is True
 
 
 @pytest.mark.parametrize("track", [True, False])

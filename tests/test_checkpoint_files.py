@@ -220,6 +220,14 @@ def test_entries_that_numpy_has_not(two, rng, tmp_path):
         assert fails(path, two, TypeError).startswith("expected bn1.bias to be an array of real numbers (got ")
 
 
+@suffixes
+def test_entries_of_bools_and_whole_numbers(two, rng, tmp_path, suffix):
+    vectors = {"bn1.weight": np.array([True, False, True]), "net.bn2.bias": np.array([200, 1, 2], np.uint8)}
+    load_checkpoint(write(tmp_path / f"model{suffix}", a_state(rng, two, **vectors)), two)
+    assert to_numpy(two["bn1."].weight).tolist() == [1, 0, 1]
+    assert to_numpy(two["net.bn2."].bias).tolist() == [200, 1, 2]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_bfloat16_without_ml_dtypes(rng, tmp_path, monkeypatch, dtype):
     torch = pytest.importorskip("torch")
@@ -435,6 +443,31 @@ def test_damage_that_is_found_late(device, rng, tmp_path):
         data[at : at + len(header)] = header
         path.write_bytes(data)
         assert "cannot be read as a .npz file: " in fails(path, two, ValueError)
+    at = data.index(b"\x93NUMPY", data.index(b"net.bn2.running_mean.npy"))
+    data[at] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=re.escape(f"{path} cannot be read as a .npz file: ")):
+        find_batch_norms(path)
+
+
+@suffixes
+def test_a_lack_of_memory_is_no_damage(two, rng, tmp_path, monkeypatch, suffix):
+    path = write(tmp_path / f"model{suffix}", a_state(rng, two))
+    reads = {".npz": (np.lib.format, "read_array"), ".safetensors": (np, "frombuffer")}
+    module, name = reads[suffix] if suffix in reads else (need(suffix), "load")
+
+    def failing(*_, **__):
+        raise MemoryError("no memory")
+
+    monkeypatch.setattr(module, name, failing)
+    assert fails(path, two, MemoryError) == "no memory"
+
+
+def test_the_cause_of_damage_is_the_error_of_the_library(tmp_path):
+    (tmp_path / "model.npz").write_text("text")
+    with pytest.raises(ValueError, match="cannot be read") as raised:
+        find_batch_norms(tmp_path / "model.npz")
+    assert type(raised.value.__cause__) is zipfile.BadZipFile
 
 
 @pytest.mark.parametrize(
@@ -465,7 +498,8 @@ def test_files_that_hold_something_else(two, tmp_path):
     assert "cannot be read as a .npz file: BadZipFile: " in fails(tmp_path / "array.npz", two, ValueError)
     torch = pytest.importorskip("torch")
     torch.save([1, 2], tmp_path / "list.pt")
-    assert fails(tmp_path / "list.pt", two, ValueError).endswith("it holds no mapping of names to tensors (got list)")
+    message = fails(tmp_path / "list.pt", two, ValueError)
+    assert message.endswith("cannot be read as a .pt file: it holds no mapping of names to tensors (got list)")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what torch calls deprecated, and of the words with which it refuses
         torch.jit.save(torch.jit.script(torch.nn.BatchNorm2d(3)), tmp_path / "script.pt")

@@ -181,6 +181,9 @@ def test_the_outer_state_comes_first(rng):
     load_checkpoint(outer | {"model": inner}, {"bn1.": layer})
     assert_hold({"bn1.": layer}, outer)
     load_checkpoint({"bn9.weight": 1, "model": outer}, {"bn1.": layer})
+    several = {"model": inner, "model_state_dict": inner, "state_dict": outer}
+    assert find_batch_norms(several) == {"bn1.": 3}
+    load_checkpoint(several, {"bn1.": layer})
 
 
 def test_a_checkpoint_within_itself():
@@ -513,6 +516,13 @@ def test_layers_that_share_arrays(rng, monkeypatch):
     monkeypatch.setattr(kinds, "plain", lambda array: array)
     layer.running_var = layer.running_var.view(Refusing)
     layers["b."].running_var = layer.running_var
+    before = snapshot(layers)
+    Refusing.error = KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        load_checkpoint(the_state_of(rng, layers), layers)
+    assert_unchanged(layers, before)
+    layer.running_var = layers["b."].running_var = np.ones(3, np.float32)
+    layers["b."].num_batches_tracked = layer.num_batches_tracked.view(Refusing)  # after all others, written twice then
     before = snapshot(layers)
     Refusing.error = KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt):

@@ -301,6 +301,8 @@ def test_info_as_json_has_the_same_keys_everywhere(gpu, monkeypatch, capsys):
     assert known["cupybn"] == cupybn.__version__
     assert known["kernels"] == len(kernel_names())
     assert known["ml_dtypes"] is None
+    for name in "mpi4py", "safetensors":
+        assert known[name] == getattr(info.optional(name), "__version__", None)
     assert known["cupy_missing"] == (None if gpu else "told so")
     assert (known["cupy"] is not None) == gpu
     if gpu:

@@ -383,8 +383,11 @@ def test_errors(xp, error, message, weight, bias, fold, layer, options):
             setattr(norm, name, None if array is None else xp.asarray(array))
     weight, bias = array_of(xp, weight, (6, 2, 3)), array_of(xp, bias, (6,))
     function = cupybn.fold_linear_bn if fold == "linear" else cupybn.fold_conv_bn
-    with pytest.raises(error, match=exactly(message)):
-        function(weight, bias, norm, **options)
+    for mode in True, False:  # of which errors depend as little as what is folded
+        if norm is not None:
+            norm.train(mode)
+        with pytest.raises(error, match=exactly(message)):
+            function(weight, bias, norm, **options)
 
 
 def test_arrays_on_other_devices(rng):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 
@@ -39,6 +41,27 @@ def test_frozen_statistics_are_not_reset(device, xp, rng):
     layer.track_running_stats = True
     layer.reset_running_stats()
     assert held(layer, *STATISTICS) == held(fresh, *STATISTICS)
+
+
+@pytest.mark.parametrize("name", ["bias", "running_var"])
+def test_a_reset_that_fails_changes_nothing(rng, name):
+    layer = moved("cpu", np, rng)
+    before = held(layer, "weight", "bias", *STATISTICS)
+    getattr(layer, name).flags.writeable = False
+    with pytest.raises(ValueError, match=name):
+        layer.reset_parameters()
+    assert held(layer, "weight", "bias", *STATISTICS) == before
+
+
+def test_a_list_in_the_place_of_an_array(device, xp, rng):
+    """It is no array that could be written to, but may be copied."""
+    layer = moved(device, xp, rng)
+    layer.running_var = [1.0, 1.0, 1.0]
+    before = held(layer, "running_mean")
+    with pytest.raises(TypeError, match="expected running_var to be an array"):
+        layer.reset_running_stats()
+    assert held(layer, "running_mean") == before
+    assert copy.deepcopy(layer).running_var == layer.running_var
 
 
 def test_statistics_that_were_never_tracked_are_not_made(device, xp, rng):

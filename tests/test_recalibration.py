@@ -292,6 +292,21 @@ def test_what_does_not_count(xp, rng, make):
     assert evaluated.training
 
 
+def test_a_layer_whose_calls_do_not_count_keeps_what_it_had(xp, make):
+    """Only the device knows of a batch of several ranks that has one value for each channel, or none."""
+    layer = make()
+    before = bits(*layer.state_dict().values())
+    ops = importlib.import_module(f"cupybn._steps.{'numpy' if xp is np else 'cupy'}_ops")
+
+    def model(count):
+        observers[id(layer)].add(ops, xp.array([[count, 5, 5, 5, 0, 0, 0]], np.float64))
+
+    cupybn.update_bn([layer], [0, 1], model)
+    assert bits(*layer.state_dict().values()) == before
+    cupybn.update_bn([layer], [xp.zeros((0, 3), np.float32)], layer)  # a batch without samples is one
+    assert bits(*layer.state_dict().values()) == before
+
+
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("track", [True, False])
@@ -399,6 +414,25 @@ def test_an_observer_takes_one_batch_at_a_time():
         observer.add(Steps, np.array([[2.0, 1.0, 3.0]]))
     assert locked == [True] * 3
     assert not observer._lock.locked()
+
+
+def test_a_batch_that_cannot_be_merged_is_not_added():
+    """A model may catch an error and go on, here as well."""
+    observer, row = Observer(), np.array([[2.0, 1.0, 3.0]])
+
+    class Steps:
+        @staticmethod
+        def merge_moments(_):
+            raise MemoryError
+
+    observer.add(numpy_ops, row)
+    with pytest.raises(MemoryError):
+        observer.add(Steps, 10 * row)
+    assert observer.ops is numpy_ops
+    assert observer.batches == 1
+    assert [array.item() for array in observer.moments()[:3]] == [2, 1, 3]
+    observer.add(numpy_ops, row)
+    assert [array.item() for array in observer.moments()[:3]] == [4, 1, 6]
 
 
 def test_the_steps_take_what_others_take():

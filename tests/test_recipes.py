@@ -224,6 +224,46 @@ def test_what_the_drop_in_does_otherwise(drop_in, xp, rng):
     assert [grad.dtype.name for grad in grads] == ["float32"] * 2
 
 
+def calls(name, function):
+    """Calls of a function in the tables of a recipe."""
+    return re.findall(rf"`(F\.{function}\(.*?\))`", "".join(map(str, rows(name))))
+
+
+def test_calls_in_the_table_are_those_of_cudnn(rng):
+    x, gy = rng.normal(2, 3, (2, 4, 3, 5, 2)).astype(np.float32)
+    gamma, beta, running_mean, running_var = rng.uniform(0.5, 1.5, (4, 3)).astype(np.float32)
+    known = {"F": cupybn.functional, "decay": DECAY, "eps": EPS}
+    known |= {"x": x, "gy": gy, "gamma": gamma, "beta": beta, "running_mean": running_mean, "running_var": running_var}
+    y, mean, inv_std, var, *expected = cudnn_reference(x, gy, gamma, beta, (0, 2, 3))
+    moved = [DECAY * old + (1 - DECAY) * new.ravel() for old, new in ((running_mean, mean), (running_var, var))]
+
+    (forward,) = calls("from-cupy-cudnn", "batch_norm_vjp")
+    ours, vjp_fn = eval(forward, known)
+    np.testing.assert_allclose(ours, y, **CLOSE)
+    np.testing.assert_allclose([running_mean, running_var], moved, **CLOSE)
+    known |= {"vjp_fn": vjp_fn, "mean": vjp_fn.mean, "var": vjp_fn.var}
+    (code,) = re.findall(r"`(\(vjp_fn\.var .*?)`", TEXTS["from-cupy-cudnn"])
+    np.testing.assert_allclose(eval(code, known), inv_std.ravel(), **CLOSE)
+    (inference,) = calls("from-cupy-cudnn", "batch_norm")
+    np.testing.assert_allclose(eval(inference, known), y, **CLOSE)
+    (backward,) = calls("from-cupy-cudnn", "batch_norm_backward")
+    for grads in eval(backward, known), eval("vjp_fn(gy)", known):
+        for grad, theirs in zip(grads, expected, strict=False):
+            np.testing.assert_allclose(grad, theirs.reshape(grad.shape), **CLOSE)
+
+
+def test_calls_in_the_table_are_those_of_chainer(rng):
+    x = (rng.normal(2, 3, (4, 3, 5)) / 500).astype(np.float32)  # small numbers, so that eps matters
+    gamma, beta, m, v = rng.uniform(0.5, 1.5, (4, 3)).astype(np.float32)
+    v *= 1e-5
+    statistics = [(x.mean((0, 2), np.float64), x.astype(np.float64).var((0, 2))), (m.copy(), v.copy())]
+    found = calls("from-chainer", "batch_norm")
+    for call, (mean, var) in zip(found[::-1], statistics[::-1], strict=True):  # in training last, when m and v move
+        expected = (x - mean[:, None]) / np.sqrt(var[:, None] + FRAMEWORKS["chainer"].eps) * gamma[:, None]
+        ours = eval(call, {"F": cupybn.functional, "x": x, "m": m, "v": v, "gamma": gamma, "beta": beta})
+        np.testing.assert_allclose(ours, expected + beta[:, None], rtol=1e-5, atol=1e-5 * abs(expected).max())
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # cuDNN Frontend
 
@@ -331,6 +371,25 @@ def test_tables_of_names_and_defaults(names):
         assert f"`{default}`" in cells
     assert f"{1 - framework.kept:.2g}" in "".join(re.findall(r"`momentum=\S+`|give [\d.]+", cells))
     assert f'names="{names}"' in text
+
+
+@pytest.mark.parametrize(("names", "column"), [("keras", 1), ("flax", 2)])
+def test_each_name_stands_beside_ours(names, column):
+    for ours, theirs in zip(("weight", "bias", "running_mean", "running_var"), FRAMEWORKS[names].names, strict=True):
+        (row,) = [row for row in rows("from-keras-and-flax") if row[-1].partition(",")[0] == f"`{ours}`"]
+        assert row[column].partition(",")[0] == f"`{theirs}`"
+
+
+def test_axes_of_chainer_and_cudnn(drop_in):
+    """The axis of channels is the one that Chainer's leave out, and that of the layout of cuDNN."""
+    (row,) = [row for row in rows("from-chainer") if row[0].startswith("`axis=(0, ")]
+    axes, ours = (re.findall(r"axis=(\(.*?\)|-?\d)`", cell) for cell in row)
+    for theirs, axis in zip(axes, ours, strict=True):
+        assert sorted([*ast.literal_eval(theirs), int(axis) % 4]) == [0, 1, 2, 3]
+    (row,) = [row for row in rows("from-cupy-cudnn") if "CUDNN_TENSOR_NHWC" in row[1]]
+    axes = [int(axis) for axis in re.findall(r"`channel_axis=(-?\d)`", row[1])]
+    spatial = drop_in.CUDNN_BATCHNORM_SPATIAL
+    assert axes == [drop_in.with_channels(np.ones((1, 1, 1, 1)), True, spatial, layout)[1] for layout in (0, 1)]
 
 
 def test_lines_that_save_arrays_of_keras_and_flax(monkeypatch, tmp_path):

@@ -124,6 +124,47 @@ def on_device(device, *shapes, dtype=np.float32):
 
 
 @pytest.mark.usefixtures("devices")
+def test_a_load_that_fails_is_undone_where_the_arrays_are(rng, monkeypatch):
+    layer, write, devices = cupybn.BatchNorm1d(3, device="cuda:1"), cp.ndarray.__setitem__, []
+    refusing, before = [layer.running_var], [to_numpy(array) for array in layer.state_dict().values()]
+
+    def setitem(array, key, value):
+        devices.append((cp.cuda.Device().id, array.device.id))
+        write(array, key, value)
+        if refusing and array is refusing[0]:
+            refusing.clear()
+            raise MemoryError
+
+    monkeypatch.setattr(cp.ndarray, "__setitem__", setitem)
+    names = "weight", "bias", "running_mean", "running_var"
+    with pytest.raises(MemoryError):
+        layer.load_state_dict(dict(zip(names, rng.uniform(2, 3, (4, 3)), strict=True)))
+    monkeypatch.undo()
+    assert set(devices) == {(1, 1)}  # the current one, and that of the array
+    for array, then in zip(layer.state_dict().values(), before, strict=True):
+        np.testing.assert_array_equal(to_numpy(array), then)
+
+
+@pytest.mark.usefixtures("devices")
+def test_statistics_and_folded_weights_are_where_the_arrays_are(rng):
+    """Also where that is not the current device."""
+    x, weight = (rng.standard_normal(shape).astype(np.float32) for shape in ((4, 3, 5), (3, 2, 4)))
+    results = []
+    for device in "cuda:1", "cpu":
+        layer = cupybn.BatchNorm1d(3, device=device)
+        with cp.cuda.Device(1):
+            given = [array if device == "cpu" else cp.asarray(array) for array in (x, weight)]
+        _, vjp_fn = layer.vjp(given[0])
+        statistics = vjp_fn.mean, vjp_fn.var
+        grads = F.batch_norm_backward(given[0], given[0], *statistics, layer.weight, layer.bias)
+        folded = cupybn.fold_conv_bn(given[1], layer.bias, layer)
+        results.append([*statistics, *grads[:3], *folded])
+    assert {array.device.id for array in results[0]} == {1}
+    for ours, expected in zip(*results, strict=True):
+        np.testing.assert_allclose(to_numpy(ours), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("devices")
 @pytest.mark.parametrize(
     "name", ["running_mean", "running_var", "weight", "bias", "residual", "out", "num_batches_tracked", "grad_output"]
 )

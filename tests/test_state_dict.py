@@ -266,6 +266,16 @@ def test_wrong_shapes_count_when_keys_are_missing_and_not_strict(device):
     assert str((4,)) in message
 
 
+def test_no_other_prefix_when_not_strict(device, rng):
+    """Who allows keys to be missing is not asked whether others were meant, nor are others read for that."""
+    state = {"weight": np.ones(4)} | a_state(rng, prefix="bn.")
+    message = fails(BatchNorm1d(3, device=device), state, ValueError, strict=False)
+    assert message == "expected weight of shape (3,) (got (4,))"
+    selective = Selective(a_state(rng, prefix="bn."), state)
+    BatchNorm1d(3, device=device).load_state_dict(selective, strict=False)
+    assert selective.readable == set(state)
+
+
 def test_bad_keys_and_bad_shapes_stand_in_one_key_error(device, rng):
     state = a_state(rng, weight=None, gamma=np.ones(3), bias=np.ones(5), running_mean=np.ones((1, 3)))
     message = fails(BatchNorm1d(3, device=device), state, KeyError)

@@ -131,6 +131,12 @@ def test_counts_of_chainer(xp, device, rng, count):
         assert "expected N " in fails(layer, state | {"N": wrong}, ValueError, names="chainer")
 
 
+def test_a_counter_has_no_axes_of_one(device, rng):
+    state, _ = a_state(rng, "chainer", shape=(1,))
+    message = fails(BatchNorm1d(1, device=device), state | {"N": np.ones((1, 1))}, ValueError, names="chainer")
+    assert message == "expected N of shape () (got (1, 1))"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Shapes
 
@@ -159,7 +165,7 @@ def test_a_single_channel(device, rng, names, features):
 @foreign
 @pytest.mark.parametrize(
     ("features", "shape"),
-    [(3, (1, 4, 1, 1)), (3, ()), (1, ()), (6, (2, 3)), (6, (1, 2, 3, 1)), (3, (0,)), (3, (1, 1))],
+    [(3, (1, 4, 1, 1)), (3, ()), (1, ()), (6, (2, 3)), (6, (1, 2, 3, 1)), (3, (0,)), (3, (1, 1)), (0, (0, 3))],
     ids=str,
 )
 @pytest.mark.parametrize("strict", [True, False])

@@ -387,6 +387,20 @@ def test_no_channels_send_nothing_on_the_way_back(xp, device, activation):
     assert len(engine.messages) == sent > 0
 
 
+@pytest.mark.parametrize(("axis", "shape"), [(1, (4, 3, 5)), (-1, (4, 5, 3))])
+def test_a_rank_that_raises_on_the_way_back_sends_as_much_as_others(xp, device, axis, shape):
+    engine = Alone()
+    x = xp.ones(shape)
+    _, vjp_fn = SyncBatchNorm(3, channel_axis=axis, device=device, comm=engine).vjp(x)
+    engine.messages.clear()
+    vjp_fn(x)
+    with pytest.raises(TypeError, match="grad_output"):
+        vjp_fn("no array")
+    first, second, text = engine.messages
+    assert first == second == ("sum", 6, 1)
+    assert text[0] == "texts"
+
+
 def test_layers_with_a_communicator_are_copied_without_it():
     class Uncopyable(Alone):
         def __deepcopy__(self, memo):
