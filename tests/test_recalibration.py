@@ -706,6 +706,16 @@ def test_a_layer_on_another_device(rng):
         check_statistics(layers[0], batches[1:], batches=4)
         check_statistics(layers[1], batches[:1], batches=1)
 
+        def failing(x):
+            layers[0](x)
+            layers[0].reset_running_stats()
+            raise BrokenError
+
+        before = everything(*layers)
+        with pytest.raises(BrokenError):
+            cupybn.update_bn(layers, arrays, failing)
+        assert everything(*layers) == before
+
 
 @pytest.mark.parametrize("progress", [False, True])
 def test_interrupts(xp, rng, make, device, monkeypatch, progress):
