@@ -113,7 +113,7 @@ def test_copies_of_a_vjp_fn_are_itself(xp, rng):
 
 
 def test_a_function_that_goes_back_may_be_referred_to_weakly(xp, rng):
-    """As functions may, in which form it would be expected."""
+    """A weak reference can be made, as of any function."""
     call, _ = make(xp, rng, FORMS["(N, C)"])
     _, vjp_fn = F.batch_norm_vjp(**call, training=True)
     assert weakref.ref(vjp_fn)() is vjp_fn
@@ -224,7 +224,7 @@ def test_inputs_that_are_not_dense_and_classes_derived(xp, rng):
 
 @pytest.mark.parametrize("training", [True, False])
 def test_statistics_that_may_not_be_written_to(xp, rng, training):
-    """They are read alone, in training as well, where those of a forward pass would move."""
+    """Statistics are only read, in training as well, where those of a forward pass would move."""
     call, dy = make(xp, rng, FORMS["(N, C)"])
     mean = call["running_mean"]
     expected = F.batch_norm_backward(dy, call["input"], mean, mean.copy(), training=training)

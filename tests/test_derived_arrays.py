@@ -78,7 +78,7 @@ def test_functions(xp, rng, training, dense, activation):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("activation", [None, "relu"])
 def test_the_way_back_from_statistics(xp, rng, training, activation):
-    """With an eps that is no float, too."""
+    """Gradients are the same and plain arrays, with an eps that is no float, too."""
     given = arguments(xp, rng, SHAPE)
     dy = xp.asarray(rng.normal(size=SHAPE).astype(np.float32))
     names = "input", "running_mean", "running_var", "weight", "bias"

@@ -54,7 +54,7 @@ def test_a_reset_that_fails_changes_nothing(rng, name):
 
 
 def test_a_list_in_the_place_of_an_array(device, xp, rng):
-    """It is no array that could be written to, but may be copied."""
+    """A list is no array that could be written to, but may be copied."""
     layer = moved(device, xp, rng)
     layer.running_var = [1.0, 1.0, 1.0]
     before = held(layer, "running_mean")

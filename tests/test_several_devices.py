@@ -147,7 +147,7 @@ def test_a_load_that_fails_is_undone_where_the_arrays_are(rng, monkeypatch):
 
 @pytest.mark.usefixtures("devices")
 def test_statistics_and_folded_weights_are_where_the_arrays_are(rng):
-    """Also where that is not the current device."""
+    """Results are on the device of what was given, also where that is not the current one."""
     x, weight = (rng.standard_normal(shape).astype(np.float32) for shape in ((4, 3, 5), (3, 2, 4)))
     results = []
     for device in "cuda:1", "cpu":

@@ -267,7 +267,7 @@ def test_wrong_shapes_count_when_keys_are_missing_and_not_strict(device):
 
 
 def test_no_other_prefix_when_not_strict(device, rng):
-    """Who allows keys to be missing is not asked whether others were meant, nor are others read for that."""
+    """A caller who allows keys to be missing is not asked whether others were meant, nor are others read for that."""
     state = {"weight": np.ones(4)} | a_state(rng, prefix="bn.")
     message = fails(BatchNorm1d(3, device=device), state, ValueError, strict=False)
     assert message == "expected weight of shape (3,) (got (4,))"
