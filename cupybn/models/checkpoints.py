@@ -259,7 +259,7 @@ def _texts(entries: Mapping[Any, Any]) -> list[str]:
 
 
 def _likeness(entries: Mapping[Any, Any], names: tuple[str, ...]) -> tuple[int, int]:
-    """How much a mapping is like the state of a model: how many keys end with one of these names, and how many not."""
+    """Numbers of keys that end with one of these names, and of all keys: how much a mapping is like a state."""
     ends = [key.endswith(names) for key in _texts(entries)]
     return sum(ends), len(ends)
 
