@@ -288,6 +288,14 @@ WRONG = [
     ),
     wrong(
         ValueError,
+        "expected weight with 6 output channels, as layer has, in the layout (I, O / groups, ...) (got 8, in shape "
+        "(6, 4, 3)); did you mean transpose=False?",
+        (6, 4, 3),
+        transpose=True,
+        groups=2,
+    ),
+    wrong(
+        ValueError,
         "expected weight with 6 output channels, as layer has, in the layout (I, O / groups, ...) (got 2, in shape "
         "(9, 2, 3)); did you mean groups=3?",
         (9, 2, 3),
@@ -341,6 +349,11 @@ WRONG = [
     ),
     wrong(ValueError, "batch_norm eps must be non-negative, but got -1.0", layer={"eps": -1.0}),
     wrong(ValueError, "layer.bias should contain 6 elements not 5", layer={"of the user": ("bias", np.ones(5, "f4"))}),
+    wrong(
+        ValueError,
+        "layer.running_var should contain 6 elements not 5",
+        layer={"of the user": ("running_var", np.ones(5, "f4"))},
+    ),
     wrong(
         ValueError,
         "expected layer.running_var of shape (C,) (got (6, 1))",

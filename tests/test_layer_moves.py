@@ -254,6 +254,7 @@ def test_an_error_half_way_changes_nothing(device, rng, monkeypatch, error):
 def test_cpu_and_cuda(device, rng):
     cupy = pytest.importorskip("cupy")
     layer = filled(rng, device=device)
+    layer.bias = layer.bias.astype(np.float64)  # a dtype of the user's own stays
     _, before = held(layer)
     for move, there, module in [
         (lambda: layer.cuda(), "cuda:0", cupy),

@@ -713,7 +713,7 @@ def test_a_state_within_a_checkpoint(device, rng, name):
 
 
 def test_keys_of_bytes(device, rng):
-    state = {key.encode(): value for key, value in a_state(rng).items()}
+    state = {key.encode(): value for key, value in a_state(rng).items()} | {"epoch": 1}
     for prefix in "", "bn.":
         message = fails(BatchNorm1d(3, device=device), state, KeyError, prefix=prefix)
         assert "keys are to be str, not bytes: use key.decode()" in message
