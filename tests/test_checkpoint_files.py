@@ -702,6 +702,19 @@ def test_names_that_an_archive_would_cut(rng, tmp_path):
     assert find_batch_norms(tmp_path / "model.npz") == {"z.bn2.": 3, "": 1, "/../ü\n.": 5}
 
 
+def test_two_files_of_a_folder_at_the_same_time(rng, tmp_path, monkeypatch):
+    layers, original = filled(rng, "cpu"), writing._WRITERS[".npz"]
+
+    def write_another_first(file, arrays):
+        monkeypatch.setitem(writing._WRITERS, ".npz", original)
+        save_checkpoint(tmp_path / "other.npz", layers)
+        original(file, arrays)
+
+    monkeypatch.setitem(writing._WRITERS, ".npz", write_another_first)
+    save_checkpoint(tmp_path / "model.npz", layers)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.npz", "other.npz"]
+
+
 def test_a_link_stays_one(rng, tmp_path):
     (tmp_path / "real").mkdir()
     real, link, layers = tmp_path / "real" / "model.npz", tmp_path / "link.npz", filled(rng, "cpu")
