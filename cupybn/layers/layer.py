@@ -188,7 +188,6 @@ class Layer:
         checks.check_bool("strict", strict, f"; did you mean prefix={strict!r}?" if isinstance(strict, str) else "")
         checks.check_str("prefix", prefix)
         _state.check_mapping(state)
-        names_of(names)
         loading = self._loading(state, _state.under(prefix, state.keys()), strict, prefix, names)
         if loading.faults.types:
             raise loading.faults.types[0]
