@@ -8,6 +8,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -285,9 +286,16 @@ def test_time_is_over_for_all_that_a_process_has_started():
         time.sleep(0.02)
 
 
-def test_a_process_that_is_asked_first_has_its_last_words():
+@pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN], ids=["as usual", "in the background"])
+def test_a_process_that_is_asked_first_has_its_last_words(handler):
+    """A process heeds SIGINT even where this one ignores it, as jobs in the background of a shell do."""
     code = "import time\ntry: time.sleep(1e6)\nexcept KeyboardInterrupt: print('so far')"
-    done = run_limited([sys.executable, "-c", code], 5, ask_first=True)  # time enough for Python to start, also if busy
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        done = run_limited([sys.executable, "-c", code], 2, ask_first=True)
+        assert signal.getsignal(signal.SIGINT) is handler
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert (done.timed_out, done.output) == (True, "so far\n")
 
 

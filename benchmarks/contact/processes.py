@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,15 +59,16 @@ class LimitedProcess:
         self._output = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `wait`
         self._began = time.monotonic()
         self._end = self._began + max(1.0, seconds)
-        self._process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env={**variables(), **(environment or {})},
-            stdin=subprocess.DEVNULL,
-            stdout=self._output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        with _heeding_interrupts():
+            self._process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env={**variables(), **(environment or {})},
+                stdin=subprocess.DEVNULL,
+                stdout=self._output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
 
     def is_over(self) -> bool:
         """Whether the process has ended, or its time is over."""
@@ -97,6 +98,19 @@ class LimitedProcess:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
+
+
+@contextlib.contextmanager
+def _heeding_interrupts() -> Iterator[None]:
+    """Context in which processes start that SIGINT ends. Those of a job in the background of a shell would ignore it."""
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def run_limited(
