@@ -102,7 +102,7 @@ class LimitedProcess:
 
 @contextlib.contextmanager
 def _heeding_interrupts() -> Iterator[None]:
-    """Context in which processes start that SIGINT ends. Those of a job in the background of a shell would ignore it."""
+    """Context in which processes start that heed SIGINT, which a job in the background of a shell ignores."""
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         yield
         return
