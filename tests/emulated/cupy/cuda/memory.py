@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from cupy._memory import ALIGNMENT, Allocation, MemoryPointer, usage
 from cupy.cuda import runtime
 from cupy.cuda._capture import check, status_of_unsafe_call
 
-__all__ = ["MemoryPointer", "MemoryPool", "alloc", "get_allocator", "set_allocator", "using_allocator"]
+__all__ = ["MemoryPointer", "MemoryPool", "alloc", "get_allocator", "set_allocator"]
 
 Allocator = Callable[[int], MemoryPointer]
 
@@ -57,26 +56,24 @@ _inside = threading.local()
 
 def get_allocator() -> Allocator:
     """The function that allocates the memory of arrays."""
-    return getattr(_inside, "allocator", None) or _allocator
+    return _get_thread_local_allocator() or _allocator
 
 
 def set_allocator(allocator: Allocator | None = None) -> None:
     """Set the function that allocates memory, which takes a number of bytes; None is the default pool."""
     global _allocator
-    if getattr(_inside, "allocator", None) is not None:
+    if _get_thread_local_allocator() is not None:
         raise ValueError("Can't change the global allocator inside `using_allocator` context manager")
     _allocator = _pool.malloc if allocator is None else allocator
 
 
-@contextlib.contextmanager
-def using_allocator(allocator: Allocator | None = None) -> Iterator[None]:
-    """A context in which this thread allocates memory by this function; None is the default pool."""
-    before = getattr(_inside, "allocator", None)
-    _inside.allocator = _pool.malloc if allocator is None else allocator
-    try:
-        yield
-    finally:
-        _inside.allocator = before
+def _get_thread_local_allocator() -> Allocator | None:
+    """The allocator of the context that this thread is in, if it is in one."""
+    return getattr(_inside, "allocator", None)
+
+
+def _set_thread_local_allocator(allocator: Allocator | None) -> None:
+    _inside.allocator = allocator
 
 
 def alloc(size: int) -> MemoryPointer:
