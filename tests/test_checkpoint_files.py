@@ -23,6 +23,7 @@ from cupybn import BatchNorm1d, BatchNorm2d, find_batch_norms, load_checkpoint, 
 from cupybn.models import writing
 from tests.checkpoint_files import NAMES, SUFFIXES, a_state, assert_unchanged, keys_of, need, several, snapshot, write
 from tests.reference import DTYPES, bits, to_numpy
+from tests.test_interrupts import interrupted
 
 suffixes = pytest.mark.parametrize("suffix", SUFFIXES)
 
@@ -646,29 +647,11 @@ def test_a_disk_that_is_full(rng, tmp_path, monkeypatch, suffix):
 def test_an_interrupt_at_any_line(rng, tmp_path):
     """Ctrl-C at any line of the library while it saves: the old file is whole or the new one, and nothing beside it."""
     path, layers = tmp_path / "model.npz", filled(rng, "cpu")
-    library, at, done = str(Path(writing.__file__).parent), 0, False
-    while not done:
-        at, lines = at + 1, 0
+    library, at, more = str(Path(writing.__file__).parent), 0, True
+    while more:
+        at += 1
         path.write_bytes(b"old")
-
-        def trace(frame, event, _):
-            nonlocal lines
-            if not frame.f_code.co_filename.startswith(library):
-                return None
-            lines += event == "line"
-            if event == "line" and lines == at:  # noqa: B023 - called before the loop goes on
-                raise KeyboardInterrupt
-            return trace
-
-        outside = sys.gettrace()
-        sys.settrace(trace)
-        try:
-            save_checkpoint(path, layers)
-            done = True
-        except KeyboardInterrupt:
-            pass
-        finally:
-            sys.settrace(outside)
+        more = interrupted(lambda: save_checkpoint(path, layers), at, library)
         files = list(tmp_path.iterdir())
         assert len(files) == 1, f"at line {at}: {files}"
         assert path.read_bytes() == b"old" or len(find_batch_norms(path)) == 3

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import re
-import sys
 
 import numpy as np
 import pytest
@@ -15,6 +14,7 @@ from cupybn._arrays import devices, kinds
 from cupybn.models import reading
 from tests.checkpoint_files import NAMES, SUFFIXES, a_state, assert_unchanged, keys_of, need, several, snapshot, write
 from tests.reference import bits, to_numpy
+from tests.test_interrupts import interrupted
 
 
 def the_state_of(rng, layers, **changes):
@@ -478,30 +478,13 @@ def test_an_error_while_an_array_is_written(rng, monkeypatch, error, last):
 def test_an_interrupt_at_any_line(device, rng):
     """Ctrl-C at any line of the library leaves all layers as they were, or it comes after the load."""
     state = the_state_of(rng, several(device))
-    library, at, done = cupybn.__path__[0], 0, False
-    while not done:
-        at, layers, lines = at + 1, several(device), 0
+    at, more = 0, True
+    while more:
+        at, layers = at + 1, several(device)
         before = snapshot(layers)
-
-        def trace(frame, event, _):
-            nonlocal lines
-            if not frame.f_code.co_filename.startswith(library):
-                return None
-            lines += event == "line"
-            if event == "line" and lines == at:  # noqa: B023 - called before the loop goes on
-                raise KeyboardInterrupt
-            return trace
-
-        outside = sys.gettrace()
-        sys.settrace(trace)
-        try:
-            load_checkpoint(state, layers)
-            done = True
-        except KeyboardInterrupt:
-            sys.settrace(outside)
+        more = interrupted(lambda layers=layers: load_checkpoint(state, layers), at)
+        if more:
             assert_unchanged(layers, before)
-        finally:
-            sys.settrace(outside)
         at += at // 40  # the first lines check each key; near the end all of them matter less than their kinds
     assert at > 100
     assert_hold(layers, state)

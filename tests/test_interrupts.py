@@ -17,13 +17,16 @@ LIBRARY = str(Path(cupybn.__file__).parent)
 NAMES = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
-def interrupted(call, at):
-    """Whether Ctrl-C, which comes at a given line that the library executes, came before the call was done."""
+def interrupted(call, at, library=LIBRARY):
+    """Whether Ctrl-C, which comes at a given line that the library executes, came before the call was done.
+
+    The library is the beginning of its files' paths, or a tuple of several.
+    """
     lines = 0
 
     def trace(frame, event, _):
         nonlocal lines
-        if not frame.f_code.co_filename.startswith(LIBRARY):
+        if not frame.f_code.co_filename.startswith(library):
             return None
         if event == "line":
             lines += 1

@@ -718,11 +718,11 @@ def test_a_layer_on_another_device(rng):
 
 
 @pytest.mark.parametrize("progress", [False, True])
-def test_interrupts(xp, rng, make, device, monkeypatch, progress):
+def test_interrupts(xp, rng, make, device, progress):
     """Ctrl-C at any line of this part of the library leaves everything as it was."""
     package = Path(cupybn.__file__).parent
     parts = ("models", "_steps/observer.py", "layers/writing.py", "layers/batchnorm.py")
-    monkeypatch.setattr("tests.test_interrupts.LIBRARY", tuple(str(package / part) for part in parts))
+    library = tuple(str(package / part) for part in parts)
     batches = [xp.asarray(x) for x in samples(rng, (3,))[::2]]
     at, step, more = 1, 1 if device == "cpu" and not progress else 23, True
     while more:
@@ -732,7 +732,7 @@ def test_interrupts(xp, rng, make, device, monkeypatch, progress):
         def act(layers=layers):
             cupybn.update_bn(layers, batches, lambda x: layers[1](layers[0](x)), progress=progress)
 
-        more = interrupted(act, at)
+        more = interrupted(act, at, library)
         assert observers == {}, f"at line {at}"
         if more:
             assert everything(*layers) == before, f"at line {at}"

@@ -30,8 +30,8 @@ def assert_holds(layer, state, prefix=""):
         np.testing.assert_array_equal(to_numpy(array), np.asarray(state[prefix + name]).astype(array.dtype))
 
 
-def fails(layer, state, error, **kwargs):
-    """Check that loading a state raises and changes nothing. Returns the message."""
+def refusal(layer, state, error, **kwargs):
+    """Check that loading a state raises and changes nothing. Returns the error."""
     own = layer.state_dict()
     before = bits(*own.values())
     with pytest.raises(error) as raised:
@@ -41,7 +41,12 @@ def fails(layer, state, error, **kwargs):
     after = layer.state_dict()
     assert list(after) == list(own)
     assert all(after[name] is array for name, array in own.items())
-    return str(raised.value)
+    return raised.value
+
+
+def fails(layer, state, error, **kwargs):
+    """Check that loading a state raises and changes nothing. Returns the message."""
+    return str(refusal(layer, state, error, **kwargs))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -63,7 +63,8 @@ def update_bn(
 
     Notes
     -----
-    Whatever is raised, Ctrl-C included, by `forward` and `batches` as well: the layers are as they were.
+    Whatever is raised, Ctrl-C included, by `forward` and `batches` as well: statistics, counters, modes and settings of
+    the layers are as they were. Weights that `forward` has changed are not.
 
     Calls in eval mode, within `no_stats_update` and of empty inputs do not count. ``num_batches_tracked`` becomes the
     number of calls that did; a layer that has seen none keeps what it had. A layer whose statistics are frozen
