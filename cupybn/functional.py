@@ -162,7 +162,7 @@ def batch_norm(
     ----------
     input : array of rank >= 2, float16, bfloat16, float32 or float64
         NumPy or CuPy; all arrays of a call are of one kind and on one device. Those of derived classes are arrays like
-        others, but for masked arrays and matrices; what is returned is of NumPy's or CuPy's own class.
+        others, but for noted arrays and matrices; what is returned is of NumPy's or CuPy's own class.
     running_mean, running_var : (C,) arrays or None
         Updated in place in training: running = (1 - momentum) * running + momentum * batch, with the unbiased variance.
         Used as they are otherwise.
@@ -425,7 +425,7 @@ class Saved(NamedTuple):
     input: Array  # dense
     pairs: Array  # statistics, as `Statistics` has them
     affine: Affine
-    epilogue: Epilogue  # activation and mask: the mask has all that the way back needs of the residual
+    epilogue: Epilogue  # activation and passed: the record has all that the way back needs of the residual
 
 
 def _forward(call: Call, out: Array | None, for_vjp: bool) -> tuple[Array, Saved | None]:
@@ -442,7 +442,7 @@ def _forward(call: Call, out: Array | None, for_vjp: bool) -> tuple[Array, Saved
             if results is None:
                 with tapes.recorder(particulars) as recorder:
                     results = recorder.results = _forward_steps(ops, call, out, checked, for_vjp)
-            made, pairs, mask = results
+            made, pairs, passed = results
             output = out if made is None else layout.back(made)
         else:
             tapes = None
@@ -451,7 +451,7 @@ def _forward(call: Call, out: Array | None, for_vjp: bool) -> tuple[Array, Saved
             call, write_back = call.without_overlap(checked, for_vjp)
             call = call.conformed(checked)
             with unheard():
-                made, pairs, mask = _forward_steps(ops, call, out if direct else None, checked, for_vjp)
+                made, pairs, passed = _forward_steps(ops, call, out if direct else None, checked, for_vjp)
             output = out if made is None else layout.back(made)
             if out is not None and not direct:
                 write_back.append((out, output))  # the last: it is right, whatever it shares with the buffers
@@ -459,12 +459,12 @@ def _forward(call: Call, out: Array | None, for_vjp: bool) -> tuple[Array, Saved
                 write_at_once(write_back)
     if not for_vjp:
         return output, None
-    way_back = Epilogue(None, call.epilogue.activation, mask)
+    way_back = Epilogue(None, call.epilogue.activation, passed)
     return output, Saved(ops, checked, tapes, call.input, pairs, call.affine, way_back)
 
 
 def _forward_steps(ops: Any, call: Call, out: Array | None, checked: Checked, for_vjp: bool) -> list[Array | None]:
-    """New output, in the order of memory, if there is no `out`; statistics, as `Statistics.pairs`, and mask, if any."""
+    """New output, in the order of memory, if there is no `out`; `Statistics.pairs` and a record of ReLU, if any."""
     layout = checked.layout
     made = layout.empty(call.input) if out is None else None
     if ops is None:
@@ -472,14 +472,15 @@ def _forward_steps(ops: Any, call: Call, out: Array | None, checked: Checked, fo
     residual, activation, _ = call.epilogue
     x, residual = layout.view(call.input), layout.view(residual)
     y = layout.view(out) if made is None else made.reshape(layout.shape)
-    mask = ops.empty_mask(x, residual, y) if for_vjp and residual is not None and activation is not None else None
-    affine, running, epilogue = call.affine, call.running_for_steps(checked.moves), Epilogue(residual, activation, mask)
+    passed = ops.empty_passed(x, residual, y) if for_vjp and residual is not None and activation is not None else None
+    affine, running = call.affine, call.running_for_steps(checked.moves)
+    epilogue = Epilogue(residual, activation, passed)
     if call.training:
         scratch = y if out is None else None  # `out` may be the input or the residual, which are still read
         statistics = ops.bn_forward(x, affine, running, epilogue, y, for_vjp, scratch)
     else:
         statistics = ops.bn_normalize(x, None, affine, running, epilogue, y, for_vjp)
-    return [made, None if statistics is None else statistics.pairs, mask]
+    return [made, None if statistics is None else statistics.pairs, passed]
 
 
 def _statistics_of_nothing(call: Call, channels: int) -> Statistics:
@@ -499,9 +500,9 @@ def backward(saved: Saved, grad_output: Array) -> BatchNormGrads:
         with unheard():
             results = _backward_steps(saved, grad_output)
     else:
-        (weight, bias, eps), mask = affine, epilogue.mask
-        packs = None if mask is None else mask.size
-        particulars = particulars_of(("back", packs), (grad_output, input), (pairs, mask, weight, bias), (eps, 0.0))
+        (weight, bias, eps), passed = affine, epilogue.passed
+        packs = None if passed is None else passed.size
+        particulars = particulars_of(("back", packs), (grad_output, input), (pairs, passed, weight, bias), (eps, 0.0))
         results = tapes.play(particulars)
         if results is None:
             with tapes.recorder(particulars) as recorder:
@@ -510,19 +511,19 @@ def backward(saved: Saved, grad_output: Array) -> BatchNormGrads:
     layout = checked.layout
     if dresidual is not None:
         dresidual = layout.back(dresidual)
-    elif checked.has_residual:  # through a sum a gradient goes as it is, where no ReLU has masked it
+    elif checked.has_residual:  # through a sum a gradient goes as it is, where no ReLU has noted it
         dresidual = grad_output
     return BatchNormGrads(layout.back(dx), dweight, dbias, dresidual)
 
 
 def _backward_steps(saved: Saved, grad_output: Array) -> list[Array | None]:
-    """Gradients of input, residual if ReLU has masked it, weight and bias: new arrays, in the order of memory."""
+    """Gradients of input, residual if ReLU has noted it, weight and bias: new arrays, in the order of memory."""
     ops, checked, _, input, pairs, affine, epilogue = saved
     layout, training = checked.layout, checked.training
-    mask = epilogue.mask
-    alignment = input.nbytes // mask.size if mask is not None and mask.size else 1  # bytes of a pack of the mask
+    passed = epilogue.passed
+    alignment = input.nbytes // passed.size if passed is not None and passed.size else 1  # bytes of a pack
     dx = layout.empty(input, alignment)
-    dresidual = None if mask is None else layout.empty(input, alignment)
+    dresidual = None if passed is None else layout.empty(input, alignment)
     new = zeros_like if ops is None else empty_like  # without elements no step is there to fill them, and sums are 0
     weight, bias, _ = affine
     dweight, dbias = None if weight is None else new(weight), None if bias is None else new(bias)

@@ -28,7 +28,7 @@ struct Running {
 struct Epilogue {
     const data_t* residual;      // [N, C, L] or null; added in the way forward
     Activation activation;
-    mask_t* mask;                // [N, C, L / WIDTH] or null; gets where ReLU passes, for the way back
+    passed_t* passed;            // [N, C, L / WIDTH] or null; gets where ReLU passes, for the way back
 };
 
 // Count, mean and sum of squared deviations of each channel, in P parts that are still to be merged.

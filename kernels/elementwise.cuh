@@ -50,15 +50,15 @@ struct Flags {
     bool residual, relu;
 };
 
-// The output of a pack. Bit e of mask becomes whether ReLU passes element e.
+// The output of a pack. Bit e of passed becomes whether ReLU passes element e.
 template <bool WIDE, class Channels>
 DEVICE raw_t normalize(const raw_t& x, const raw_t& residual, const Flags& flags, const Channels& channels,
-                       unsigned& mask) {
+                       unsigned& passed) {
     acc_t in[WIDTH], added[WIDTH];
     typename Arithmetic<WIDE>::type y[WIDTH];
     unpack(x, in);
     if (flags.residual) unpack(residual, added);
-    mask = 0;
+    passed = 0;
 #pragma unroll
     for (int e = 0; e < WIDTH; e++) {
         if (WIDE && channels.is_wide(e)) {
@@ -70,7 +70,7 @@ DEVICE raw_t normalize(const raw_t& x, const raw_t& residual, const Flags& flags
             if (flags.residual) value += added[e];
             y[e] = value;
         }
-        mask |= (unsigned)(y[e] > 0) << e;
+        passed |= (unsigned)(y[e] > 0) << e;
         if (flags.relu) y[e] = y[e] > 0 || y[e] != y[e] ? y[e] : 0;  // NaN passes
     }
     return pack(y);
@@ -80,11 +80,11 @@ DEVICE raw_t normalize(const raw_t& x, const raw_t& residual, const Flags& flags
 // Backward
 
 // How the way back knows what ReLU passed. OPEN: there was no ReLU; INPUT: by the sign of the output, worked out once
-// more from the input; MASK: by the mask.
-enum Gate { OPEN, INPUT, MASK };
+// more from the input; RECORD: by the record that the way forward has left.
+enum Gate { OPEN, INPUT, RECORD };
 
 DEVICE Gate gate_of(const Epilogue& epilogue) {
-    return epilogue.activation == NONE ? OPEN : epilogue.mask ? MASK : INPUT;
+    return epilogue.activation == NONE ? OPEN : epilogue.passed ? RECORD : INPUT;
 }
 
 // Calls body with the gate of an epilogue, which the compiler knows.
@@ -96,17 +96,17 @@ DEVICE void with_gate(const Epilogue& epilogue, Body body) {
     else if (gate == INPUT)
         body(Known<Gate, INPUT>());
     else
-        body(Known<Gate, MASK>());
+        body(Known<Gate, RECORD>());
 }
 
 // Sets dy to 0 where ReLU stopped it: what the residual gets. It is never 0 * dy, as dy may be inf. bits are the pack's
-// bits of the mask.
+// bits of the record.
 template <bool WIDE, class Channels>
 DEVICE void stop(acc_t (&dy)[WIDTH], const acc_t (&x)[WIDTH], Gate gate, unsigned bits, const Channels& channels) {
     if (gate == OPEN) return;
 #pragma unroll
     for (int e = 0; e < WIDTH; e++) {
-        const bool passes = gate == MASK ? bits >> e & 1
+        const bool passes = gate == RECORD ? bits >> e & 1
                             : WIDE && channels.is_wide(e) ? affine<double>(x[e], channels.wide(e)) > 0
                                                           : affine(x[e], channels.usual(e)) > 0;
         if (!passes) dy[e] = 0;

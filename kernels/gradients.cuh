@@ -9,10 +9,10 @@
 // What ReLU passed of the packs of a thread: the gate is the same for all of them.
 struct Passed {
     Gate gate;
-    const mask_t* mask;
+    const passed_t* record;
 
-    // The mask's bits of the pack at this place.
-    DEVICE unsigned bits(index_t at) const { return gate == MASK ? mask[at / WIDTH] : 0; }
+    // The record's bits of the pack at this place.
+    DEVICE unsigned bits(index_t at) const { return gate == RECORD ? record[at / WIDTH] : 0; }
 };
 
 // Turns the sums that sum_all has taken into sum(dy) and sum(dy * xhat): without PRODUCT_SCALE, and about the mean
@@ -48,13 +48,13 @@ DEVICE void input_gradients(const Source& dy, const Source& x, Packs packs, cons
 template <class Source, class Packs, class Channels>
 DEVICE void input_gradients_all(const Source& dy, const Source& x, const Packs& packs, const Epilogue& epilogue,
                                 bool constant, const Channels& channels, const Gradients& gradients) {
-    const mask_t* const mask = epilogue.mask;
+    const passed_t* const record = epilogue.passed;
     if (sizeof(acc_t) < 8 && channels.any_wide)
-        input_gradients<true, 1>(dy, x, packs, {gate_of(epilogue), mask}, constant, channels, gradients);
+        input_gradients<true, 1>(dy, x, packs, {gate_of(epilogue), record}, constant, channels, gradients);
     else
         with_gate(epilogue, [&](auto gate) {
             with_flag(constant, [&](auto unchanging) {
-                input_gradients<false, Packs::PAIRS>(dy, x, packs, {gate, mask}, unchanging, channels, gradients);
+                input_gradients<false, Packs::PAIRS>(dy, x, packs, {gate, record}, unchanging, channels, gradients);
             });
         });
 }

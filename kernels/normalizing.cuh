@@ -24,7 +24,7 @@ DEVICE void normalize_packs(const Source& x, Packs packs, const Epilogue& epilog
         each<AT_ONCE>(full, count, [&](int u) {
             unsigned bits;
             store(out + at[u], normalize<WIDE>(raw[u], added[u], flags, channels, bits));
-            if (flags.residual && flags.relu && epilogue.mask) epilogue.mask[at[u] / WIDTH] = (mask_t)bits;
+            if (flags.residual && flags.relu && epilogue.passed) epilogue.passed[at[u] / WIDTH] = (passed_t)bits;
         });
     });
 }

@@ -86,7 +86,7 @@ class Back(NamedTuple):
     x: Any
     statistics: Statistics
     affine: Affine
-    epilogue: Epilogue  # the activation and the mask alone
+    epilogue: Epilogue  # the activation and the record alone
 
 
 def ways_back(arrays, out=None, y=None):
@@ -101,11 +101,11 @@ def ways_back(arrays, out=None, y=None):
 
 
 def _way_back(ops, dy, x, affine, running, epilogue, out):
-    """The arguments of the way back, after a way forward that has written the mask if there is one."""
+    """The arguments of the way back, after a way forward that has written the record if there is one."""
     residual, activation, _ = epilogue
-    mask = None if residual is None or activation is None else ops.empty_mask(x, residual, out)
-    statistics = ops.bn_normalize(x, None, affine, running, epilogue._replace(mask=mask), out)
-    return Back(dy, x, statistics, affine, Epilogue(None, activation, mask))
+    passed = None if residual is None or activation is None else ops.empty_passed(x, residual, out)
+    statistics = ops.bn_normalize(x, None, affine, running, epilogue._replace(passed=passed), out)
+    return Back(dy, x, statistics, affine, Epilogue(None, activation, passed))
 
 
 def forget_plans():

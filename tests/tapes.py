@@ -114,10 +114,10 @@ FORMS = {
     "backwards, eval": {"step": -1} | EVAL,
     "eps of NumPy": {"eps": np.float32(1e-3)},
     "misaligned input": {"offsets": (1, 0, 0)} | RELU,
-    "misaligned input, no mask": {"offsets": (1, 0, 0)},
+    "misaligned input, no record": {"offsets": (1, 0, 0)},
     "misaligned residual": {"offsets": (0, 1, 0)} | RELU,
     "misaligned gradient": {"offsets": (0, 0, 1)},
-    "misaligned gradient, mask": {"offsets": (0, 0, 1), "taped_back": False} | RELU,  # it is copied
+    "misaligned gradient, record": {"offsets": (0, 0, 1), "taped_back": False} | RELU,  # it is copied
     "half a pack": {"offsets": (2, 2, 2)} | RELU,
     "misaligned, eval": {"offsets": (1, 2, 3)} | EVAL,
     "out": OUT,

@@ -29,7 +29,7 @@ def cases():
 
 on_cases = pytest.mark.parametrize(("shape", "dtype", "offset"), list(cases()))
 in_turns = pytest.mark.parametrize("role", ["x", "residual", "out"])
-masked_or_not = pytest.mark.parametrize("masked", [False, True], ids=["", "mask"])
+masked_or_not = pytest.mark.parametrize("noted", [False, True], ids=["", "passed"])
 
 
 class Shifted(Arrays):
@@ -47,70 +47,70 @@ class Shifted(Arrays):
             assert (array.data.ptr % 16 != 0) == (role in self.roles)
             yield array
 
-    def back(self, mask):
-        """The arguments that all steps of the way back begin with; without a mask ReLU is recomputed."""
+    def back(self, passed):
+        """The arguments that all steps of the way back begin with; without a record ReLU is recomputed."""
         statistics, affine = to_device(self.statistics), to_device(self.affine)
-        return Back(*self.get("dy", "x"), statistics, affine, Epilogue(None, "relu", mask))
+        return Back(*self.get("dy", "x"), statistics, affine, Epilogue(None, "relu", passed))
 
 
-def forward(arrays, masked, step):
-    """Output and mask of a step, which is called with x, the affine and the epilogue, and the output."""
+def forward(arrays, noted, step):
+    """Output and passed of a step, which is called with x, the affine and the epilogue, and the output."""
     x, residual, out = arrays.get("x", "residual", "out")
-    mask = cupy_ops.empty_mask(x, residual, out) if masked else None
-    if "mask" in arrays.roles:
-        mask = cp.empty(mask.size + arrays.offset * x.itemsize, mask.dtype)[-mask.size :].reshape(mask.shape)
-    step(x, to_device(arrays.affine), Epilogue(residual, "relu" if masked else None, mask), out)
-    return out, mask
+    passed = cupy_ops.empty_passed(x, residual, out) if noted else None
+    if "passed" in arrays.roles:
+        passed = cp.empty(passed.size + arrays.offset * x.itemsize, passed.dtype)[-passed.size :].reshape(passed.shape)
+    step(x, to_device(arrays.affine), Epilogue(residual, "relu" if noted else None, passed), out)
+    return out, passed
 
 
-def normalize(arrays, masked):
-    """Output and mask from running statistics: what each element gets depends on nothing else."""
+def normalize(arrays, noted):
+    """Output and passed from running statistics: what each element gets depends on nothing else."""
     running = to_device(arrays.running)
     return forward(
-        arrays, masked, lambda x, affine, epilogue, out: cupy_ops.bn_normalize(x, None, affine, running, epilogue, out)
+        arrays, noted, lambda x, affine, epilogue, out: cupy_ops.bn_normalize(x, None, affine, running, epilogue, out)
     )
 
 
-def backward_input(arrays, inv_count, mask=None):
-    """Gradients of input and residual, with the mask of a way forward or without one."""
+def backward_input(arrays, inv_count, passed=None):
+    """Gradients of input and residual, with the record of a way forward or without one."""
     gradients = Gradients(*arrays.get("dx", "dresidual"))
     C = arrays.x.shape[1]
     sums = Sums(cp.arange(C, dtype=np.float64)[None], cp.ones((1, C)))
-    cupy_ops.bn_backward_input(*arrays.back(mask), sums, inv_count, gradients)
+    cupy_ops.bn_backward_input(*arrays.back(passed), sums, inv_count, gradients)
     return gradients[:2]
 
 
 @masked_or_not
 @in_turns
 @on_cases
-def test_bn_normalize(shape, dtype, offset, role, masked):
-    expected, _ = normalize(Shifted(shape, dtype, offset), masked)
-    out, mask = normalize(Shifted(shape, dtype, offset, role), masked)
+def test_bn_normalize(shape, dtype, offset, role, noted):
+    expected, _ = normalize(Shifted(shape, dtype, offset), noted)
+    out, passed = normalize(Shifted(shape, dtype, offset, role), noted)
     assert bits(out) == bits(expected)
-    if masked:
+    if noted:
         width = math.gcd(offset, shape[2] if shape[2] > 1 else shape[1])
-        assert mask.dtype == (np.uint8 if width > 1 else np.bool_)
-        assert mask.size == out.size // width
+        assert passed.dtype == (np.uint8 if width > 1 else np.bool_)
+        assert passed.size == out.size // width
 
 
-@pytest.mark.parametrize("role", ["dy", "x", "dx", "dresidual", "mask"])
+@pytest.mark.parametrize("role", ["dy", "x", "dx", "dresidual", "passed"])
 @on_cases
 def test_bn_backward_input(shape, dtype, offset, role):
-    """A mask of packs is of a way forward whose arrays were aligned, as gradients are: dy alone can be otherwise."""
+    """A record of packs is of a way forward whose arrays were aligned, as gradients are: dy alone can be otherwise."""
     aligned, shifted = Shifted(shape, dtype, offset), Shifted(shape, dtype, offset, role)
-    masks = [normalize(arrays, masked=True)[1] for arrays in (aligned, shifted if role == "mask" else aligned)]
+    records = [normalize(arrays, noted=True)[1] for arrays in (aligned, shifted if role == "passed" else aligned)]
     for inv_count in 0.0, 0.01:
-        for expected, ours in [(None, None), masks] if role in ("dy", "mask") else [(None, None)]:
+        for expected, ours in [(None, None), records] if role in ("dy", "passed") else [(None, None)]:
             results = backward_input(aligned, inv_count, expected), backward_input(shifted, inv_count, ours)
             assert bits(*results[0]) == bits(*results[1])
 
 
 @on_cases
 def test_bn_backward_reduce(shape, dtype, offset):
-    """The step by itself, as where the batch is spread over ranks: the way forward, whose mask it has, was aligned."""
+    """The step alone, as where the batch is spread over ranks: the way forward, which made its record, was aligned."""
     aligned, shifted = Shifted(shape, dtype, offset), Shifted(shape, dtype, offset, "dy")
-    mask = normalize(aligned, masked=True)[1]
-    ours, expected = (cupy_ops.bn_backward_reduce(*arrays.back(mask)) for arrays in (shifted, aligned))
+    passed = normalize(aligned, noted=True)[1]
+    ours, expected = (cupy_ops.bn_backward_reduce(*arrays.back(passed)) for arrays in (shifted, aligned))
     assert bits(*ours) == bits(*expected)
 
 
@@ -118,34 +118,34 @@ def test_bn_backward_reduce(shape, dtype, offset):
 @in_turns
 @on_cases
 @pytest.mark.usefixtures("either")
-def test_bn_forward(shape, dtype, offset, role, masked):
+def test_bn_forward(shape, dtype, offset, role, noted):
     arrays = Shifted(shape, dtype, offset, role)
 
     def step(x, affine, epilogue, out):
         cupy_ops.bn_forward(x, affine, Running(), epilogue, out)
 
-    (out, _), (expected, _) = forward(arrays, masked, step), forward(Shifted(shape, dtype, offset), masked, step)
+    (out, _), (expected, _) = forward(arrays, noted, step), forward(Shifted(shape, dtype, offset), noted, step)
     arrays.close(out, to_numpy(expected), 1 + np.abs(arrays.affine.weight[:, None]), 16)
 
 
 @pytest.mark.parametrize(
-    ("role", "masked"),
+    ("role", "noted"),
     [
         *((name, False) for name in ("dy", "x", "dx", "dresidual")),
-        *((name, True) for name in ("dy", "mask", "residual")),
+        *((name, True) for name in ("dy", "passed", "residual")),
     ],
 )
 @on_cases
 @pytest.mark.usefixtures("either")
-def test_bn_backward(shape, dtype, offset, role, masked):
-    """Sums add in another order, of packs of another width: with a mask, those of the way forward that made it."""
+def test_bn_backward(shape, dtype, offset, role, noted):
+    """Sums add in another order, of packs of another width: with a record, those of the way forward that made it."""
 
     def backward(*roles):
         arrays = Shifted(shape, dtype, offset, *roles)
-        before = Shifted(shape, dtype, offset, *({"mask", "residual"} & {*roles}))
-        mask = normalize(before, masked=True)[1] if masked else None
+        before = Shifted(shape, dtype, offset, *({"passed", "residual"} & {*roles}))
+        passed = normalize(before, noted=True)[1] if noted else None
         gradients = Gradients(*arrays.get("dx", "dresidual"), *cp.empty((2, shape[1])))
-        cupy_ops.bn_backward(*arrays.back(mask), shape[1] / arrays.x.size, gradients)
+        cupy_ops.bn_backward(*arrays.back(passed), shape[1] / arrays.x.size, gradients)
         return arrays, gradients
 
     (_, expected), (arrays, ours) = backward(), backward(role)

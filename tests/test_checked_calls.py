@@ -25,7 +25,7 @@ FIELDS = [(name, inner) for name in Call._fields for inner in (BUNDLES[name]._fi
 """Names of the fields of a call, each with a field of a bundle or None."""
 ARRAYS = {"input", "mean", "var", "weight", "bias", "residual", "batches"}
 """Names of the fields that are arrays."""
-NO_DIFFERENCE = {"momentum", "mask", "device", "idle"}
+NO_DIFFERENCE = {"momentum", "passed", "device", "idle"}
 """Fields of which no value is wrong here: they are checked before, are not the caller's, or tell how to say what is
 wrong."""
 
@@ -84,7 +84,7 @@ def array_alternatives(array):
     yield "list", array.tolist()
     if isinstance(array, np.ndarray):
         yield "read-only", read_only(array)
-        yield "masked", np.ma.MaskedArray(array)
+        yield "noted", np.ma.MaskedArray(array)
         yield "kind", cp.asarray(array)
     else:
         yield "kind", array.get()
@@ -99,7 +99,7 @@ ALTERNATIVES = {
     "eps": [0.0, -1.0, 1 + 0j, float("nan"), "1", None],
     "activation": ["gelu", ["relu"]],
     "channel_axis": [2, -3, 4, 1.0, None],
-    "mask": [object()],
+    "passed": [object()],
     "device": ["cpu"],
     "ndims": [(3, 4), (2,)],
     "group": [None, object()],

@@ -69,30 +69,30 @@ def test_the_same_launches_and_bits_without_an_update(momentum):
     ids=str,
 )
 def test_packs_as_wide_as_rows_and_memory_allow(shape, offset, width, nbytes):
-    """The mask has a byte for each pack, and is bool where packs are single elements."""
+    """The record has a byte for each pack, and is bool where packs are single elements."""
     x = cp.empty(np.prod(shape) + offset, np.float32)[offset:].reshape(shape)
     plan = plans.choose_resident("bn_forward", x)
     assert f"-DWIDTH={width}" in plan.kernel.options
-    mask = cupy_ops.empty_mask(x, x, x)
-    assert mask.dtype == (np.uint8 if width > 1 else np.bool_)
-    assert mask.shape == ((mask.size,) if width > 1 else shape)
-    assert mask.nbytes == nbytes
+    passed = cupy_ops.empty_passed(x, x, x)
+    assert passed.dtype == (np.uint8 if width > 1 else np.bool_)
+    assert passed.shape == ((passed.size,) if width > 1 else shape)
+    assert passed.nbytes == nbytes
 
 
 def test_a_mask_decides_on_packs():
-    """Packs of the way back are those that the mask was made of; only dy may have to be copied for it."""
+    """Packs of the way back are those that the record was made of; only dy may have to be copied for it."""
     x, dy, whole = (cp.zeros(61, np.float32)[offset:][:60].reshape(2, 3, 10) for offset in (0, 1, 0))
-    mask = cupy_ops.empty_mask(x, x, x)
-    assert plans.width_of(x) == plans.width_of(x, dy, mask=mask) == 2
+    passed = cupy_ops.empty_passed(x, x, x)
+    assert plans.width_of(x) == plans.width_of(x, dy, passed=passed) == 2
     assert plans.width_of(x, dy) == 1
-    assert cupy_ops._beside(mask, x, whole) is whole
+    assert cupy_ops._beside(passed, x, whole) is whole
     assert cupy_ops._beside(None, x, dy) is dy
-    copied = cupy_ops._beside(mask, x, dy)
+    copied = cupy_ops._beside(passed, x, dy)
     assert copied is not dy
     assert copied.data.ptr % 8 == 0
-    narrow = cupy_ops.empty_mask(dy, x, x)
+    narrow = cupy_ops.empty_passed(dy, x, x)
     assert narrow.dtype == np.bool_
-    assert plans.width_of(x, dy, mask=narrow) == 1
+    assert plans.width_of(x, dy, passed=narrow) == 1
     assert cupy_ops._beside(narrow, x, dy) is dy
 
 
@@ -111,7 +111,7 @@ def test_sums_of_the_way_back_read_two_arrays(step, arrays):
 @pytest.mark.usefixtures("either")
 @pytest.mark.parametrize("training", [True, False])
 def test_without_a_way_back_the_output_alone_is_written(training):
-    """Neither statistics nor a mask are written."""
+    """Neither statistics nor a record are written."""
     x = cp.arange(48, dtype=np.float32).reshape(4, 3, 4)
     buffers = (None, None) if training else (cp.zeros(3), cp.ones(3))
     with emulator.record() as made:

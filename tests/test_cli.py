@@ -466,13 +466,13 @@ def test_check_sees_a_wrong_mask(step, monkeypatch, capsys):
     def wrong(*args):
         result = right(*args)
         (epilogue,) = (argument for argument in args if isinstance(argument, Epilogue))
-        if epilogue.mask is not None:
-            epilogue.mask[...] = True
+        if epilogue.passed is not None:
+            epilogue.passed[...] = True
         return result
 
     monkeypatch.setattr(check, "cuda_missing", lambda: "told so")
     monkeypatch.setattr(numpy_ops, step, wrong)
-    assert f"{step}, (N, C, L) = (6, 5, 49), float32, training, relu, residual: mask" in failing_check(capsys)
+    assert f"{step}, (N, C, L) = (6, 5, 49), float32, training, relu, residual: record" in failing_check(capsys)
 
 
 def broken(*_):
@@ -514,11 +514,11 @@ def test_bundles_come_to_a_side_and_back(side):
     """All arrays of an unaligned case are unaligned; values that are no arrays stay as they are."""
     given = Epilogue(np.arange(6, dtype=np.float32).reshape(1, 2, 3), "relu")
     there = side.put_all(given, offset=1)
-    assert (type(there), there.activation, there.mask) == (Epilogue, "relu", None)
+    assert (type(there), there.activation, there.passed) == (Epilogue, "relu", None)
     if side is sides.KERNELS:
         assert there.residual.data.ptr % 16 == 4
     back = side.host_all(there)
-    assert (type(back), back.activation, back.mask) == (Epilogue, "relu", None)
+    assert (type(back), back.activation, back.passed) == (Epilogue, "relu", None)
     np.testing.assert_array_equal(back.residual, given.residual)
     back.residual[...] = 7
     assert given.residual.max() == 5

@@ -32,7 +32,7 @@ OVER_CHANNELS = {
     "merge_sums": ["row"],
 }
 """The steps that know no layout, and what they return."""
-ALLOCATORS = {"empty_mask"}
+ALLOCATORS = {"empty_passed"}
 """Functions beside the steps, which allocate and launch nothing."""
 MOST_OF_KERNELS, MOST_OF_FUNCTIONS = 12, 8
 """Largest numbers of parameters that a kernel and a function may have."""
@@ -64,15 +64,15 @@ TYPES = {
     "Vector": "Vector",
     "Doubles": "double*",
     "Counter": "long long*",
-    "Mask": "mask_t*",
+    "Passed": "passed_t*",
     "Activation": "Activation",
     "float": "double",
     "int": "long long",
 }
 """Types of the fields of structs in CUDA, by the types of the same fields in Python."""
 WITHOUT_SHAPE = {"Activation", "double", "long long"}
-SHAPE_OF_MASKS = ("N", "C", "L / WIDTH")
-"""Shape of masks in the header. Python's text does not say it: masks of `numpy_ops.empty_mask` have another one."""
+SHAPE_OF_PASSED = ("N", "C", "L / WIDTH")
+"""Shape of records in the header. Python's text does not say it: those of `numpy_ops.empty_passed` have another one."""
 SIZES = {"ChannelsFirst": "channels_first/packs.cuh", "ChannelsLast": "channels_last/columns.cuh"}
 
 
@@ -131,7 +131,7 @@ def differences(ours, theirs):
             found.append(f"{bundle} has {names[0]} and {names[1]}")
             continue
         for python, cuda in zip(ours[bundle], theirs[bundle], strict=True):
-            shape = SHAPE_OF_MASKS if python.type == "mask_t*" else python.shape
+            shape = SHAPE_OF_PASSED if python.type == "passed_t*" else python.shape
             if python._replace(shape=shape) != cuda:
                 found.append(f"{bundle}.{cuda.name} is {python} and {cuda}")
             if (cuda.shape is None) != (cuda.type in WITHOUT_SHAPE):

@@ -635,7 +635,7 @@ def test_a_fresh_layer_in_eval_is_nearly_the_identity(xp, device, view):
     ("shape", "dtype"), [((20001, 10), np.float16), ((30001, 9), np.float64), ((8, 5, 3), np.float16)], ids=str
 )
 def test_the_way_back_changes_no_bits_of_the_output(xp, rng, shape, dtype):
-    """A call with a way back gives the same output bits, also in long rows without whole packs, whose mask is set by
+    """A call with a way back gives the same output bits, also in long rows without whole packs, whose passed is set by
     element.
     """
     x, residual = (xp.asarray(rng.normal(size=shape).astype(dtype)) for _ in range(2))

@@ -530,7 +530,7 @@ RESNET50 = {  # C and the side of a plane
     (64, 112), (64, 56), (256, 56), (128, 56), (128, 28), (512, 28), (256, 28), (256, 14), (1024, 14), (512, 14),
     (512, 7), (2048, 7),
 }  # fmt: skip
-TRAFFIC = [  # residual, activation, passes forward and backward, a mask byte for each pack apart
+TRAFFIC = [  # residual, activation, passes forward and backward, a record byte for each pack apart
     (False, None, 2, 3),
     (False, "relu", 2, 3),
     (True, "relu", 3, 4),
@@ -567,13 +567,13 @@ def test_launches_and_traffic_on_chip(rng, C, side, dtype, axis, monkeypatch):
     assert width == plans.width_of(x.reshape(N, few, L))
     for has_residual, activation, forward, backward in TRAFFIC:
         options = {"residual": residual if has_residual else None, "activation": activation, "channel_axis": axis}
-        mask = has_residual / (width * dtype.itemsize)
+        passed = has_residual / (width * dtype.itemsize)
         _, vjp_fn = check_traffic(
-            ON_CHIP[:1], forward + mask, rel, x.nbytes,
+            ON_CHIP[:1], forward + passed, rel, x.nbytes,
             lambda options=options: F.batch_norm_vjp(x, None, None, weight, bias, True, **options),
         )  # fmt: skip
         if whole["bn_backward"]:
-            check_traffic(ON_CHIP[1:], backward + mask, rel, x.nbytes, lambda f=vjp_fn: f(x))
+            check_traffic(ON_CHIP[1:], backward + passed, rel, x.nbytes, lambda f=vjp_fn: f(x))
     clusters = {step: plans.resident_plan(step, (N, few, L), dtype, width, 0) for step in ON_CHIP}
     for step in ON_CHIP:
         if whole[step]:
@@ -584,19 +584,19 @@ def test_launches_and_traffic_on_chip(rng, C, side, dtype, axis, monkeypatch):
 @pytest.mark.usefixtures("fresh_plans")
 @pytest.mark.parametrize("dtype", DTYPES[::2], ids=lambda dtype: dtype.name)
 def test_traffic_of_channels_last_on_chip(rng, dtype):
-    """A few hundred rows fit both ways: 3 passes back as well, and the mask is read once."""
+    """A few hundred rows fit both ways: 3 passes back as well, and the record is read once."""
     C = 64 // dtype.itemsize  # a tile
     x, residual, dy = cp.asarray(rng.standard_normal((3, 200, C)).astype(dtype))
     vectors = [cp.ones(C, np.float32) for _ in range(2)]
     rel = C * (2 * 8 + 4 * 4) / x.nbytes
     for has_residual, activation, forward, backward in TRAFFIC:
         options = {"residual": residual if has_residual else None, "activation": activation}
-        mask = has_residual / 16
+        passed = has_residual / 16
         _, vjp_fn = check_traffic(
-            ON_CHIP[:1], forward + mask, rel, x.nbytes,
+            ON_CHIP[:1], forward + passed, rel, x.nbytes,
             lambda options=options: F.batch_norm_vjp(x, None, None, *vectors, True, **options),
         )  # fmt: skip
-        check_traffic(ON_CHIP[1:], backward + mask, rel / 3, x.nbytes, lambda f=vjp_fn: f(dy))
+        check_traffic(ON_CHIP[1:], backward + passed, rel / 3, x.nbytes, lambda f=vjp_fn: f(dy))
 
 
 @only_emulated

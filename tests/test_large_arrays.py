@@ -140,7 +140,7 @@ class Large:
         self.out, dx, dresidual = (self.empty() for _ in range(3))
         self.width = width_of(shape, dtype, offset)
         assert self.width == plans.width_of(self.x, residual, self.out, self.dy, dx, dresidual)
-        self.epilogue = Epilogue(residual, "relu", self.empty_mask())
+        self.epilogue = Epilogue(residual, "relu", self.empty_passed())
         C = shape[1]
         self.gradients = Gradients(dx, dresidual, cp.zeros(C), cp.zeros(C))
         weight, bias, running_mean, running_var = rng.standard_normal((4, C)).astype(np.float32)
@@ -153,16 +153,16 @@ class Large:
         """An array of the input's shape."""
         return sparse(self.shape, self.dtype, self.ranges, self.offset)
 
-    def empty_mask(self):
-        """The mask that `cupy_ops.empty_mask` makes."""
+    def empty_passed(self):
+        """The record that `cupy_ops.empty_passed` makes."""
         if self.width == 1:
             return sparse(self.shape, np.bool_, self.ranges)
         parts = [(begin // self.width, -(-end // self.width)) for begin, end in self.ranges]
         return sparse((np.prod(self.shape) // self.width,), np.uint8, parts)
 
     def back(self):
-        """The arguments that all steps of the way back begin with, and a mask that lets some elements pass."""
-        fill(self.epilogue.mask, lambda size: np.random.default_rng(1).integers(0, 2**self.width, size))
+        """The arguments that all steps of the way back begin with, and a record that lets some elements pass."""
+        fill(self.epilogue.passed, lambda size: np.random.default_rng(1).integers(0, 2**self.width, size))
         statistics, affine = to_device(self.statistics), to_device(self.affine)
         return Back(self.dy, self.x, statistics, affine, self.epilogue._replace(residual=None))
 
@@ -235,9 +235,9 @@ def shares_of(shape, dtype, offset, share, tile):
             yield share_of_columns(*of_step, tile, step == "bn_normalize")
 
 
-def way_back(host, mask):
+def way_back(host, passed):
     """The arguments that all steps of the way back begin with, on the host."""
-    return Back(host.dy, host.x, host.statistics, host.affine, Epilogue(None, "relu", mask))
+    return Back(host.dy, host.x, host.statistics, host.affine, Epilogue(None, "relu", passed))
 
 
 @pytest.mark.usefixtures("many_shares")
@@ -258,7 +258,7 @@ def test_streamed(rng, case):
         statistics = cupy_ops.bn_normalize(large.x, moments, affine, running, large.epilogue, large.out)
     expected = numpy_ops.bn_normalize(host.x, host.moments, host.affine, host.running, host.epilogue, host.out)
     check(large.out, of_maps, host.out)
-    np.testing.assert_array_equal(passes(large, of_maps), host.epilogue.mask)
+    np.testing.assert_array_equal(passes(large, of_maps), host.epilogue.passed)
     check_vectors(running[:2], large.running[:2], of_maps, host.running[:2])
     for ours, theirs in zip(statistics, expected, strict=True):
         if of_maps.owns:
@@ -313,7 +313,7 @@ def test_bn_forward(on_chip):
 
 
 def test_bn_backward(on_chip):
-    """The mask is one that bn_normalize might have left."""
+    """The record is one that bn_normalize might have left."""
     large, host, share = on_chip("bn_backward")
     count = host.x.size / share.channels.size
     with emulator.run_only(share.block):
@@ -326,11 +326,11 @@ def test_bn_backward(on_chip):
 
 
 def passes(large, share):
-    """Truth values that say where the mask lets the elements of a share pass."""
-    mask, width = large.epilogue.mask, large.width
+    """Truth values that say where the record lets the elements of a share pass."""
+    passed, width = large.epilogue.passed, large.width
     if width == 1:
-        return share.of(mask)
-    return (mask._host[share.places // width] >> share.places % width & 1).astype(bool)
+        return share.of(passed)
+    return (passed._host[share.places // width] >> share.places % width & 1).astype(bool)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -586,10 +586,10 @@ def test_a_mask_of_packs_has_bytes_and_one_of_elements_is_bool(width, dtype, oth
         "sizes": geometry.ChannelsFirst(1, 1, 8, 8 // width),
     }
 
-    def masked(dtype):
+    def noted(dtype):
         return arguments | {"epilogue": real_bundles.Epilogue(None, "relu", cp.zeros(8 // width, dtype))}
 
-    loaded.launch((1, 1, 1), 128, masked(dtype))
-    message = rf"epilogue.mask: expected a C-contiguous array of {np.dtype(dtype)} \(got .*{np.dtype(other)}"
+    loaded.launch((1, 1, 1), 128, noted(dtype))
+    message = rf"epilogue.passed: expected a C-contiguous array of {np.dtype(dtype)} \(got .*{np.dtype(other)}"
     with pytest.raises(TypeError, match=message):
-        loaded.launch((1, 1, 1), 128, masked(other))
+        loaded.launch((1, 1, 1), 128, noted(other))

@@ -194,7 +194,7 @@ def test_bn_backward_reduce_and_bn_backward_input(x, dy, residual, affine, activ
     running = None if running is None else tuple(np.full(C, v) for v in running)
     statistics = statistics_of(x) if running is None else Statistics.of(*running)
     expected = textbook(x, affine, running=running, residual=residual, relu=activation == "relu", dy=dy)
-    epilogue = Epilogue(residual, activation, ops.empty_mask(x, residual, x))
+    epilogue = Epilogue(residual, activation, ops.empty_passed(x, residual, x))
     ops.bn_normalize(x, None, affine, Running(statistics.mean, statistics.var), epilogue, np.empty_like(x))
     epilogue = epilogue._replace(residual=None)
     sums = ops.bn_backward_reduce(dy, x, statistics, affine, epilogue)
@@ -263,16 +263,16 @@ def test_all_ways_to_the_same_bits(otherwise, activation, dtype, x, dy, residual
         results = []
         for training in True, False:
             running = Running(np.linspace(-1, 1, C), np.linspace(0, 2, C), 0.1)
-            mask, out = ops.empty_mask(x, residual, x), np.empty_like(x)
-            epilogue = Epilogue(residual, activation, mask if activation else None)
+            passed, out = ops.empty_passed(x, residual, x), np.empty_like(x)
+            epilogue = Epilogue(residual, activation, passed if activation else None)
             if training:
                 statistics = ops.bn_forward(x, affine, running, epilogue, out)
             else:
                 statistics = ops.bn_normalize(x, None, affine, running, epilogue, out)
             gradients = empty_gradients(x, affine)
-            back = Epilogue(None, activation, epilogue.mask)
+            back = Epilogue(None, activation, epilogue.passed)
             ops.bn_backward(dy, x, statistics, affine, back, C / x.size * training, gradients, gradients.dx)
-            results += [out, mask if activation else out, *statistics, *running[:2], *gradients]
+            results += [out, passed if activation else out, *statistics, *running[:2], *gradients]
         return bits(*results)
 
     expected = everything()
@@ -280,14 +280,14 @@ def test_all_ways_to_the_same_bits(otherwise, activation, dtype, x, dy, residual
     assert everything() == expected
 
 
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("noted", [False, True])
 @pytest.mark.parametrize("activation", [None, "relu"])
-def test_what_bn_backward_keeps_between_its_steps_changes_no_bit(activation, masked, x, dy, affine, rng):
+def test_what_bn_backward_keeps_between_its_steps_changes_no_bit(activation, noted, x, dy, affine, rng):
     """The scratch memory has x - center in it: of all channels but those that need float64."""
     dy[:, 0] *= np.float32(1e-38)
     x[:, 1] *= np.float32(1e20)
-    mask = rng.random(x.shape) < 0.5 if masked else None
-    epilogue, count = Epilogue(None, activation, mask), x.size // x.shape[1]
+    passed = rng.random(x.shape) < 0.5 if noted else None
+    epilogue, count = Epilogue(None, activation, passed), x.size // x.shape[1]
     statistics = statistics_of(x)
     results = []
     for scratch in None, np.empty_like(x), "dx":
@@ -388,12 +388,12 @@ def test_numbers_within_a_size_for_sure():
 def test_bn_forward_and_bn_backward_are_their_steps(x, dy, residual, affine, activation):
     C = x.shape[1]
     ours, theirs = (Running(np.full(C, 0.5), np.full(C, 2.0), None, np.array(3)) for _ in range(2))
-    ours_last, theirs_last = (Epilogue(residual, activation, ops.empty_mask(x, residual, x)) for _ in range(2))
+    ours_last, theirs_last = (Epilogue(residual, activation, ops.empty_passed(x, residual, x)) for _ in range(2))
     out, y = (np.empty_like(x) for _ in range(2))
     fused = ops.bn_forward(x, affine, ours, ours_last, out)
     moments = ops.bn_stats(x, theirs.batches)
     ops.bn_normalize(x, moments, affine, theirs, theirs_last, y)
-    for a, b in (ours.mean, theirs.mean), (ours.var, theirs.var), (ours_last.mask, theirs_last.mask), (out, y):
+    for a, b in (ours.mean, theirs.mean), (ours.var, theirs.var), (ours_last.passed, theirs_last.passed), (out, y):
         np.testing.assert_array_equal(a, b)
     assert ours.batches == theirs.batches == 4
 

@@ -45,8 +45,8 @@ def looks(monkeypatch):
 
 
 def test_what_cannot_be_told_is_tried_once(plays, looks):
-    """A gradient that is copied, as the mask has wider packs, is in no array of the call."""
-    form = FORMS["misaligned gradient, mask"]
+    """A gradient that is copied, as the record has wider packs, is in no array of the call."""
+    form = FORMS["misaligned gradient, record"]
     with without_tapes():
         expected = act(form, 1, True)
     looks.clear()

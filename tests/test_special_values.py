@@ -95,7 +95,7 @@ def test_nan_of_16_bits_in_the_input(way, rng, shape, dtype, payload):
 # What ReLU stops
 
 
-@pytest.mark.parametrize("has_residual", [False, True], ids=["recomputed", "mask"])
+@pytest.mark.parametrize("has_residual", [False, True], ids=["recomputed", "record"])
 @on_dtypes
 @on_shapes
 def test_relu_stops_at_exactly_zero_whatever_comes_back(way, rng, shape, dtype, has_residual, var):
@@ -131,7 +131,7 @@ def test_relu_stops_at_exactly_zero_whatever_comes_back(way, rng, shape, dtype, 
     same(dweight, ((g * (x.astype(np.float64) - 1)).sum((0, 2)) / np.sqrt(var)).astype(np.float32))
 
 
-@pytest.mark.parametrize("has_residual", [False, True], ids=["recomputed", "mask"])
+@pytest.mark.parametrize("has_residual", [False, True], ids=["recomputed", "record"])
 @on_dtypes
 @on_shapes
 def test_relu_stops_a_constant_channel_in_training(way, rng, shape, dtype, has_residual):

@@ -379,7 +379,7 @@ def test_no_channels_send_nothing_on_the_way_back(xp, device, activation):
     engine = Alone()
     layer = SyncBatchNorm(0, device=device, comm=engine, activation=activation)
     x = xp.ones((4, 0))
-    y, vjp_fn = layer.vjp(x, residual=x)  # with ReLU, the way back needs a mask
+    y, vjp_fn = layer.vjp(x, residual=x)  # with ReLU, the way back needs a record
     sent = len(engine.messages)
     assert vjp_fn.mean.shape == vjp_fn.var.shape == (0,)
     assert vjp_fn(y).input.shape == (4, 0)

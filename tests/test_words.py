@@ -16,7 +16,7 @@ cp = pytest.importorskip("cupy")
 STRUCTS = {
     "Affine": [("weight", VECTOR), ("bias", VECTOR), ("eps", "f8")],
     "Running": [("mean", VECTOR), ("var", VECTOR), ("momentum", "f8"), ("batches", "u8")],
-    "Epilogue": [("residual", "u8"), ("activation", "i8"), ("mask", "u8")],
+    "Epilogue": [("residual", "u8"), ("activation", "i8"), ("passed", "u8")],
     "Moments": [("count", "u8"), ("mean", "u8"), ("m2", "u8"), ("batches", "u8")],
     "Statistics": [("pairs", "u8")],
     "Sums": [("dy", "u8"), ("dy_xhat", "u8")],
@@ -55,7 +55,7 @@ def test_words_of_every_kernel(name):
     """Values land where the fields of a struct with the kernel's parameters are, one behind the other."""
     dtype = np.dtype(np.float32)
     pointees = {
-        "data_t*": dtype, "double*": np.dtype(np.float64), "long long*": np.dtype(np.int64), "mask_t*": np.dtype(bool)
+        "data_t*": dtype, "double*": np.dtype(np.float64), "long long*": np.dtype(np.int64), "passed_t*": np.dtype(bool)
     }  # fmt: skip
     signature = sources.signature(name)
     whole = np.dtype([(parameter.name, field_of(parameter)) for parameter in signature])

@@ -17,8 +17,8 @@ from tests.reference import HALF_ULP
 SUMS = ("bn_stats", "bn_backward_reduce")
 ON_CHIP = ("bn_forward", "bn_backward")
 STEPS = (*SUMS, "bn_normalize", "bn_backward_input", *ON_CHIP)
-VARIANTS = {"plain": (None, False), "relu": ("relu", False), "mask": ("relu", True)}
-"""Variants of the steps: the activation, and whether there is a residual. With one, the way back reads a mask."""
+VARIANTS = {"plain": (None, False), "relu": ("relu", False), "record": ("relu", True)}
+"""Variants of the steps: the activation, and whether there is a residual. With one, the way back reads a record."""
 EPS = 1e-5
 PARTS = 4
 """Parts of the moments and sums that steps merge."""
@@ -82,9 +82,9 @@ class Arrays:
         affine = Affine(self._repeat(self._weight), self._repeat(self._bias), EPS)
         if "backward" not in step:
             residual = self._repeat(self._residual) if self._has_residual else None
-            mask = cupy_ops.empty_mask(x, residual, out) if self._has_residual else None
+            passed = cupy_ops.empty_passed(x, residual, out) if self._has_residual else None
             running = Running(cupy.zeros(C, np.float32), cupy.ones(C, np.float32), 0.1, cupy.zeros((), np.int64))
-            epilogue = Epilogue(residual, self._activation, mask)
+            epilogue = Epilogue(residual, self._activation, passed)
             if step == "bn_forward":
                 cupy_ops.bn_forward(x, affine, running, epilogue, out)
             else:
@@ -93,11 +93,11 @@ class Arrays:
                 cupy_ops.bn_normalize(x, moments, affine, running, epilogue, out)
             return {"out": out}
         dy = self._repeat(self._dy)
-        mask = cupy_ops.empty_mask(x, dy, out) if self._has_residual else None
-        if mask is not None:
-            mask.fill(np.iinfo(np.uint8).max if mask.dtype == np.uint8 else True)
+        passed = cupy_ops.empty_passed(x, dy, out) if self._has_residual else None
+        if passed is not None:
+            passed.fill(np.iinfo(np.uint8).max if passed.dtype == np.uint8 else True)
         statistics = Statistics.of(self._repeat(self._mean), self._repeat(self._var))
-        epilogue = Epilogue(None, self._activation, mask)
+        epilogue = Epilogue(None, self._activation, passed)
         if step == "bn_backward_reduce":
             return cupy_ops.bn_backward_reduce(dy, x, statistics, affine, epilogue)._asdict()
         dresidual = cupy.empty_like(x) if self._has_residual else None
@@ -117,7 +117,7 @@ class Arrays:
     # The expected results
 
     def _passed(self) -> Array:
-        """The elements of dy that the activation lets pass, else 0; the mask of these cases lets all of them pass."""
+        """The elements of dy that the activation lets pass, else 0; the record of these cases lets all of them pass."""
         dy = self._dy.astype(np.float64)
         return np.where(self._y > 0, dy, 0) if self.case.variant == "relu" else dy
 

@@ -16,7 +16,7 @@ What the kernels issue for each 16 bytes of one array: warp instructions times 3
 diverged warp included. Counted without a GPU, by executing the machine code of `sm_{architecture}` on NumPy; what it
 wrote was compared with float64. Written by `benchmarks/instructions`, whose README says how, and what it cannot see.
 
-`plain` is without activation, `relu` with it (the way back works the sign out anew), `mask` with a residual and ReLU. A
+`plain` is without activation, `relu` with it (the way back works the sign out anew), `record` with a residual too. A
 line through two counts tells what `each` 16 bytes more cost, `fp64` of it, and what each warp issues `once`. In the
 larger count a thread had so many `packs` of 16 bytes; what each of them cost there, all in all, is the `total`, by
 pipeline: `fma` (IMAD too, also where it moves), `alu`, `fp64` (conversions from and to 64 bits too), `xu`, `lsu`; the

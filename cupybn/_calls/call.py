@@ -187,7 +187,7 @@ class Call(NamedTuple):
         """Call with the same arguments, but with these arrays in the place of those of their names."""
         weight, bias, eps = self.affine
         mean, var, momentum, batches = self.running
-        residual, activation, mask = self.epilogue
+        residual, activation, passed = self.epilogue
         return self._replace(
             input=arrays.get("input", self.input),
             affine=Affine(arrays.get("weight", weight), arrays.get("bias", bias), eps),
@@ -197,7 +197,7 @@ class Call(NamedTuple):
                 momentum,
                 arrays.get("num_batches_tracked", batches),
             ),
-            epilogue=Epilogue(arrays.get("residual", residual), activation, mask),
+            epilogue=Epilogue(arrays.get("residual", residual), activation, passed),
         )
 
     def conformed(self, checked: Checked) -> Call:

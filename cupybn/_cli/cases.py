@@ -53,8 +53,8 @@ class Case:
         self.sums = Sums(*rng.standard_normal((2, 1, C)) * self.count)
 
     @property
-    def masked(self) -> bool:
-        """Whether the way back needs a mask that the way forward writes."""
+    def noted(self) -> bool:
+        """Whether the way back needs a record that the way forward writes."""
         return self.has_residual and self.epilogue.activation is not None
 
     @property

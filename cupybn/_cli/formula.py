@@ -14,8 +14,8 @@ from cupybn._steps.bundles import (
     Doubles,
     Epilogue,
     Gradients,
-    Mask,
     Moments,
+    Passed,
     Running,
     Statistics,
     Sums,
@@ -60,8 +60,8 @@ def bn_update_running(moments: Moments, running: Running) -> None:
         running.batches[...] += 1
 
 
-def empty_mask(x: Tensor, residual: Tensor, out: Tensor) -> Mask:  # noqa: ARG001
-    """A mask with a truth value for each element, whose values are not set."""
+def empty_passed(x: Tensor, residual: Tensor, out: Tensor) -> Passed:  # noqa: ARG001
+    """A record with a truth value for each element, whose values are not set."""
     return np.empty(x.shape, bool)
 
 
@@ -79,8 +79,8 @@ def bn_normalize(
     y = _preactivation(x, statistics, affine)
     if epilogue.residual is not None:
         y += epilogue.residual.astype(np.float64)
-    if epilogue.mask is not None:
-        epilogue.mask[...] = y > 0
+    if epilogue.passed is not None:
+        epilogue.passed[...] = y > 0
     out[...] = np.maximum(y, 0) if epilogue.activation == "relu" else y
     return statistics
 
@@ -161,5 +161,5 @@ def _passed(dy: Tensor, x: Tensor, statistics: Statistics, affine: Affine, epilo
     dy = dy.astype(np.float64)
     if epilogue.activation is None:
         return dy
-    passed = _preactivation(x, statistics, affine) > 0 if epilogue.mask is None else epilogue.mask
+    passed = _preactivation(x, statistics, affine) > 0 if epilogue.passed is None else epilogue.passed
     return np.where(passed, dy, 0)

@@ -26,7 +26,7 @@ class Operation:
 
     @property
     def passes(self) -> float:
-        """Least memory traffic in sizes of x: x, y; x, dy, dx; a residual or its gradient; the mask of ReLU."""
+        """Least memory traffic in sizes of x: x, y; x, dy, dx; a residual or its gradient; the record of ReLU."""
         return 2 + self.backward + (1 + 1 / 16) * self.residual
 
 

@@ -121,11 +121,11 @@ class _Forward:
         self.x, self.out = side.put(case.x, case.offset), side.out(case.x, case.offset)
         self.affine, self.running = side.put_all(case.affine), side.put_all(case.running)
         epilogue = side.put_all(case.epilogue, case.offset)
-        mask = side.ops.empty_mask(self.x, epilogue.residual, self.out) if case.masked else None
-        self.epilogue = epilogue._replace(mask=mask)
+        passed = side.ops.empty_passed(self.x, epilogue.residual, self.out) if case.noted else None
+        self.epilogue = epilogue._replace(passed=passed)
 
     def results(self, statistics: Statistics, used: Statistics, exact: bool) -> Results:
-        """All results of the step. The mask is opaque: the elements of dy that come through on the way back show it."""
+        """All results of the step. The record is opaque: what comes through of dy on the way back shows it."""
         case, side = self.case, self.side
         mean, var = side.host(statistics.pairs).T
         std = np.sqrt(used.var)
@@ -139,20 +139,20 @@ class _Forward:
         }
         if self.running.batches is not None:
             results["num_batches_tracked"] = Result(side.host(self.running.batches), 0, 0)
-        if self.epilogue.mask is not None:
+        if self.epilogue.passed is not None:
             gradients = _empty_gradients(case, side)
             dy, x, given, affine, _ = _backward(case, side)
             epilogue = self.epilogue._replace(residual=None)
             side.ops.bn_backward_input(dy, x, given, affine, epilogue, side.put_all(case.sums), 0.0, gradients)
             clear = np.abs(case.before_activation(used)) > NEAR / 10
-            results["mask"] = Result(np.where(clear, side.host(gradients.dresidual), 0), 0, 0)
+            results["record"] = Result(np.where(clear, side.host(gradients.dresidual), 0), 0, 0)
         return results
 
 
 def _backward(case: Case, side: Side) -> tuple[Tensor, Tensor, Statistics, Affine, Epilogue]:
-    """The arguments that the steps of the way back begin with; the way forward has written the mask."""
+    """The arguments that the steps of the way back begin with; the way forward has written the record."""
     forward = _Forward(case, side)
-    if case.masked:
+    if case.noted:
         running = side.put_all(Running(case.statistics.mean, case.statistics.var))
         side.ops.bn_normalize(forward.x, None, forward.affine, running, forward.epilogue, forward.out)
     dy, statistics = side.put(case.dy, case.offset), side.put_all(case.statistics)
@@ -162,7 +162,7 @@ def _backward(case: Case, side: Side) -> tuple[Tensor, Tensor, Statistics, Affin
 def _empty_gradients(case: Case, side: Side) -> Gradients:
     """The arrays that a step of the way back writes to."""
     dx, dresidual = (side.out(case.x, case.offset) for _ in range(2))
-    return Gradients(dx, dresidual if case.masked else None, side.out(case.weight), side.out(case.bias))
+    return Gradients(dx, dresidual if case.noted else None, side.out(case.weight), side.out(case.bias))
 
 
 def _gradient_results(case: Case, gradients: Gradients, sums: Sums | None) -> Results:

@@ -33,7 +33,7 @@ class Synchronized:
     def __init__(self, ops: ModuleType, group: Group, observer: Observer | None = None) -> None:
         self._ops, self._group, self._observer = ops, group, observer
         self._count: Array  # (1,) array, the number of values for each channel on all ranks
-        self.empty_mask = ops.empty_mask
+        self.empty_passed = ops.empty_passed
 
     def bn_forward(
         self,

@@ -20,8 +20,8 @@ Doubles = Any
 """Contiguous float64 array; ``double*`` in kernels."""
 Counter = Any
 """Array without axes, int64; ``long long*`` in kernels."""
-Mask = Any
-"""Array of `empty_mask`; ``mask_t*`` in kernels."""
+Passed = Any
+"""Record of ReLU, made by `empty_passed`; ``passed_t*`` in kernels."""
 Activation = str | None
 """One of `ACTIVATIONS`; its number in kernels."""
 
@@ -51,7 +51,7 @@ class Epilogue(NamedTuple):
 
     residual: Tensor | None = None  # (N, C, L); added in the way forward
     activation: Activation = None
-    mask: Mask | None = None  # made by `empty_mask`: the way forward notes in it where ReLU passes, for the way back
+    passed: Passed | None = None  # record of where ReLU passes, which the way forward makes for the way back
 
 
 class Moments(NamedTuple):

@@ -77,7 +77,7 @@ def bn_normalize(
     keep: bool = True,
 ) -> Statistics | None:
     """See `numpy_ops.bn_normalize`."""
-    plan = plans.choose("bn_normalize", x, out, epilogue.residual, mask=epilogue.mask)
+    plan = plans.choose("bn_normalize", x, out, epilogue.residual, passed=epilogue.passed)
     statistics = _empty_statistics(x) if keep else None
     plan.launch(
         x=x,
@@ -103,7 +103,8 @@ def bn_forward(
 ) -> Statistics | None:
     """See `numpy_ops.bn_forward`: one launch where a channel stays on chip, else two."""
     cumulative = running.momentum is None  # all blocks would have to read the counter before one of them moves it
-    plan = None if cumulative else plans.choose_resident("bn_forward", x, out, epilogue.residual, mask=epilogue.mask)
+    residual, _, passed = epilogue
+    plan = None if cumulative else plans.choose_resident("bn_forward", x, out, residual, passed=passed)
     if plan is None:
         moments = bn_stats(x, running.batches if cumulative else None, scratch)
         return bn_normalize(x, moments, affine, running, epilogue, out, keep)
@@ -112,8 +113,8 @@ def bn_forward(
     return statistics
 
 
-def empty_mask(x: Array, residual: Array, out: Array) -> Array:
-    """A mask of where ReLU passes: a byte for each pack, bool where packs are single elements."""
+def empty_passed(x: Array, residual: Array, out: Array) -> Array:
+    """A record of where ReLU passes: a byte for each pack, bool where packs are single elements."""
     width = plans.width_of(x, residual, out)
     return _empty(x.shape, np.bool_) if width == 1 else _empty((x.size // width,), np.uint8)
 
@@ -127,8 +128,8 @@ def bn_backward_reduce(
     scratch: Array | None = None,  # noqa: ARG001
 ) -> Sums:
     """See `numpy_ops.bn_backward_reduce`; the sums are in parts, and no scratch is needed."""
-    dy = _beside(epilogue.mask, x, dy)
-    plan = plans.choose("bn_backward_reduce", x, dy, mask=epilogue.mask)
+    dy = _beside(epilogue.passed, x, dy)
+    plan = plans.choose("bn_backward_reduce", x, dy, passed=epilogue.passed)
     both = _empty((2, plan.geometry.parts, x.shape[1]))
     sums = Sums(both[0], both[1])
     plan.launch(dy=dy, x=x, statistics=statistics, affine=affine, epilogue=epilogue, sums=sums)
@@ -156,8 +157,8 @@ def bn_backward_input(
     gradients: Gradients,
 ) -> None:
     """See `numpy_ops.bn_backward_input`."""
-    dy = _beside(epilogue.mask, x, dy)
-    plan = plans.choose("bn_backward_input", x, dy, gradients.dx, gradients.dresidual, mask=epilogue.mask)
+    dy = _beside(epilogue.passed, x, dy)
+    plan = plans.choose("bn_backward_input", x, dy, gradients.dx, gradients.dresidual, passed=epilogue.passed)
     plan.launch(
         dy=dy,
         x=x,
@@ -182,8 +183,8 @@ def bn_backward(
     scratch: Array | None = None,
 ) -> None:
     """See `numpy_ops.bn_backward`: one launch where a channel of dy and x stays on chip, else two."""
-    dy = _beside(epilogue.mask, x, dy)
-    plan = plans.choose_resident("bn_backward", x, dy, gradients.dx, gradients.dresidual, mask=epilogue.mask)
+    dy = _beside(epilogue.passed, x, dy)
+    plan = plans.choose_resident("bn_backward", x, dy, gradients.dx, gradients.dresidual, passed=epilogue.passed)
     if plan is None:
         sums = bn_backward_reduce(dy, x, statistics, affine, epilogue, scratch)
         bn_backward_input(dy, x, statistics, affine, epilogue, sums, inv_count, gradients)
@@ -210,9 +211,9 @@ def _over_channels(step: str, dtype: np.dtype[Any], C: int, **arguments: Any) ->
     loaded.launch(geometry.grid, geometry.threads, {**arguments, "C": C})
 
 
-def _beside(mask: Array | None, x: Array, dy: Array) -> Array:
-    """The gradient dy; an aligned copy of it if the packs of the mask want one."""
-    if mask is None or dy.data.ptr % (plans.width_of(x, mask=mask) * dy.dtype.itemsize) == 0:
+def _beside(passed: Array | None, x: Array, dy: Array) -> Array:
+    """The gradient dy; an aligned copy of it if the packs of the record want one."""
+    if passed is None or dy.data.ptr % (plans.width_of(x, passed=passed) * dy.dtype.itemsize) == 0:
         return dy
     return dy.copy()
 

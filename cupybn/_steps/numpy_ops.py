@@ -240,7 +240,7 @@ def bn_normalize(
     running : Running
         Without arrays in training, where they are not to be moved.
     epilogue : Epilogue
-        Its mask gets where ReLU passes.
+        Its passed gets where ReLU passes.
     keep : bool
         Whether the statistics are wanted, for a way back.
 
@@ -274,25 +274,25 @@ def _channels_of_batch(
 
 def _normalize(x: Array, channels: _Channels, epilogue: Epilogue, out: Array) -> None:
     """`bn_normalize` with the statistics of these channels."""
-    residual, activation, mask = epilogue
+    residual, activation, passed = epilogue
     out_is_free = residual is None or not np.may_share_memory(out, residual)  # to compute in, before residual is read
 
     def core(
-        x: Array, residual: Array | None, out: Array, mask: Array | None, center: Array, shift: Array, scale: Array
+        x: Array, residual: Array | None, out: Array, passed: Array | None, center: Array, shift: Array, scale: Array
     ) -> None:
         dtype = center.dtype
         y = out if out_is_free and out.dtype == dtype else np.empty(x.shape, dtype)
         np.subtract(x, center, out=y, dtype=dtype)
         _preactivation(y, shift, scale, residual, out=y)
-        if mask is not None:
-            np.greater(y, 0, out=mask)
+        if passed is not None:
+            np.greater(y, 0, out=passed)
         if activation == "relu":
             row = y.shape[1:] if y.shape[2] == 1 else y.shape[2:]
             np.maximum(y, np.zeros(row, dtype), out=y)  # with a scalar NumPy takes three times as long
         if y is not out:
             np.copyto(out, y, casting="unsafe")
 
-    arrays = [x, residual, out, mask]
+    arrays = [x, residual, out, passed]
     for some, dtype in channels.precisions():
         temporaries = not out_is_free or out.dtype != dtype or activation is not None
         tile_map(core, _of_channels(arrays, some), channels.factors(some, dtype), temporaries)
@@ -322,8 +322,8 @@ def bn_forward(
     return statistics
 
 
-def empty_mask(x: Array, residual: Array, out: Array) -> Array:  # noqa: ARG001
-    """A mask of where ReLU passes, one bool for each element of x, for a way back that need not know the residual."""
+def empty_passed(x: Array, residual: Array, out: Array) -> Array:  # noqa: ARG001
+    """A record of where ReLU passes, one bool for each element of x, for a way back that need not know the residual."""
     return np.empty(x.shape, np.bool_)
 
 
@@ -356,9 +356,9 @@ def bn_backward_reduce(
     dy, x : (N, C, L) arrays
     statistics : Statistics
     affine : Affine
-        Decides what ReLU passed, where there is no mask.
+        Decides what ReLU passed, where there is no record.
     epilogue : Epilogue
-        Activation, and the mask that `bn_normalize` has filled, or None.
+        Activation, and the record that `bn_normalize` has filled, or None.
     scratch : array of the same shape, or None
         Memory to work in; it is used if its dtype is that of the arithmetic.
     """
@@ -372,21 +372,21 @@ def _gradient_sums(
 ) -> tuple[Array, Array]:
     """sum(dy) and sum(dy * xhat): see `bn_backward_reduce`. Leaves x - center in the scratch memory."""
     dtype, activation = channels.dtype, epilogue.activation
-    gated = activation is not None and epilogue.mask is None
+    gated = activation is not None and epilogue.passed is None
     factors = channels.factors(slice(None), dtype)[: 3 if gated else 1]
 
     def products(
-        dy: Array, x: Array, mask: Array | None, scratch: Array | None, center: Array, *affine: Array
+        dy: Array, x: Array, passed: Array | None, scratch: Array | None, center: Array, *affine: Array
     ) -> Terms:
         d = np.subtract(x, center, out=scratch, dtype=dtype)
-        g = _passed(dy.astype(dtype, copy=False), d, mask, affine, activation)
+        g = _passed(dy.astype(dtype, copy=False), d, passed, affine, activation)
         return [(g,), (g, d)]
 
     def any_product(*tile: Any) -> Terms:
         (g,), (_, d) = products(*tile)
         return [((g != 0) & (d != 0),)]
 
-    arrays = [dy, x, epilogue.mask, scratch]
+    arrays = [dy, x, epilogue.passed, scratch]
     sum_dy, sum_dy_d = tile_sums(products, arrays, factors, scratch is None or activation is not None)
     # Products too small for float32 are lost in part: that matters in sums that are no larger than this.
     least = _count(x) * _TINY / 8
@@ -410,16 +410,16 @@ def _gradient_sums(
 def _gradient_sums_in_float64(
     arrays: Sequence[Array | None], channels: _Channels, activation: Activation, numbers: Array, dtype: npt.DTypeLike
 ) -> tuple[Array, Array]:
-    """sum(dy) and sum(dy * (x - center)) of the channels of these numbers, from dy, x and mask.
+    """sum(dy) and sum(dy * (x - center)) of the channels of these numbers, from dy, x and passed.
 
     The dtype is that in which ReLU decides.
     """
     sum_dy, sum_dy_d = np.zeros((2, len(numbers)))
     factors = channels.factors(numbers, dtype)
-    for some, (g, values, mask) in gather(numbers, arrays):
+    for some, (g, values, passed) in gather(numbers, arrays):
         center, *affine = factors[:, some, None]
         d = np.subtract(values, center, dtype=dtype)
-        g = _passed(g.astype(dtype, copy=False), d, mask, affine, activation)
+        g = _passed(g.astype(dtype, copy=False), d, passed, affine, activation)
         g, d = g.astype(np.float64), values.astype(np.float64) - channels.center[numbers[some], None]
         sum_dy[some] += g.sum(axis=1)
         sum_dy_d[some] += np.vecdot(g, d)
@@ -471,7 +471,7 @@ def bn_backward_input(
     statistics : Statistics
     affine : Affine
     epilogue : Epilogue
-        Activation, and the mask that `bn_normalize` has filled, or None.
+        Activation, and the record that `bn_normalize` has filled, or None.
     sums : Sums
         Of the whole batch. None only if nothing needs them: in eval mode without weight and bias.
     inv_count : float
@@ -511,7 +511,7 @@ def _input_gradient(
         dy: Array,
         x: Array,
         d: Array | None,
-        mask: Array | None,
+        passed: Array | None,
         dx: Array,
         dresidual: Array | None,
         *columns: Any,
@@ -521,7 +521,7 @@ def _input_gradient(
         out = dx if dx.dtype == scale.dtype else np.empty(x.shape, scale.dtype)
         if d is None and with_center:
             d = np.subtract(x, columns[0], out=out, dtype=out.dtype)
-        g = _passed(dy.astype(out.dtype, copy=False), d, mask, columns[1:3], activation)
+        g = _passed(dy.astype(out.dtype, copy=False), d, passed, columns[1:3], activation)
         if dresidual is not None:
             np.copyto(dresidual, g, casting="unsafe")
         if slopes is not None:
@@ -536,7 +536,7 @@ def _input_gradient(
         if out is not dx:
             np.copyto(dx, out, casting="unsafe")
 
-    gated = activation is not None and epilogue.mask is None
+    gated = activation is not None and epilogue.passed is None
     for some, dtype in channels.precisions(slopes):
         at_hand = deviations if dtype == channels.dtype else None
         with_center = gated or (slopes is not None and at_hand is None)
@@ -546,7 +546,7 @@ def _input_gradient(
             vectors = slopes[:3, some].astype(dtype)
             if with_center:
                 vectors = np.concatenate([channels.factors(some, dtype)[:2], vectors])
-        arrays = _of_channels([dy, x, at_hand, epilogue.mask, dx, dresidual], some)
+        arrays = _of_channels([dy, x, at_hand, epilogue.passed, dx, dresidual], some)
         tile_map(core, arrays, vectors, temporaries=activation is not None or dx.dtype != dtype)
 
 
@@ -569,19 +569,19 @@ def bn_backward(
     _input_gradient(dy, x, channels, epilogue, (sum_dy, sum_dy_xhat), inv_count, gradients, deviations)
 
 
-def _passed(dy: Array, d: Array | None, mask: Array | None, affine: Sequence[Array], activation: Activation) -> Array:
+def _passed(dy: Array, d: Array | None, passed: Array | None, affine: Sequence[Array], activation: Activation) -> Array:
     """dy in the dtype of the arithmetic, 0 where ReLU stopped it: never 0 * dy, dy may be inf."""
     if activation != "relu":
         return dy
-    if mask is None:
+    if passed is None:
         assert d is not None
         shift, scale = affine
         y = _preactivation(d, shift, scale, None)
-        mask = y > 0
+        passed = y > 0
     else:
         y = np.empty(dy.shape, dy.dtype)
     word = np.dtype(f"i{dy.itemsize}")
-    bits = np.negative(mask.view(np.int8))  # 0 or all bits set
+    bits = np.negative(passed.view(np.int8))  # 0 or all bits set
     np.bitwise_and(dy.view(word), bits, out=y.view(word), dtype=word)
     return y
 
@@ -759,9 +759,9 @@ def _of_channels(arrays: list[Array | None], some: slice) -> list[Array | None]:
     return arrays if some == slice(None) else [None if a is None else a[:, some] for a in arrays]
 
 
-def _runs(mask: Array) -> list[slice]:
-    """The ranges over which `mask` is true."""
-    if not mask.any():
+def _runs(flags: Array) -> list[slice]:
+    """The ranges over which `flags` is true."""
+    if not flags.any():
         return []
-    edges = np.flatnonzero(np.diff(mask, prepend=False, append=False))
+    edges = np.flatnonzero(np.diff(flags, prepend=False, append=False))
     return [slice(start, stop) for start, stop in zip(edges[::2], edges[1::2], strict=True)]

@@ -110,7 +110,7 @@ class Observed:
 
     def __init__(self, ops: ModuleType, observer: Observer) -> None:
         self._ops, self._observer = ops, observer
-        self.empty_mask, self.bn_backward = ops.empty_mask, ops.bn_backward
+        self.empty_passed, self.bn_backward = ops.empty_passed, ops.bn_backward
 
     def bn_forward(
         self,

@@ -44,24 +44,24 @@ class Plan(NamedTuple):
         self.kernel.launch(geometry.grid, geometry.threads, arguments, geometry.shared)
 
 
-def choose(step: str, x: Array, *others: Array | None, mask: Array | None = None) -> Plan:
+def choose(step: str, x: Array, *others: Array | None, passed: Array | None = None) -> Plan:
     """The launch of a step that is streamed, for these arrays: x, and others that are read or written in packs."""
     multiprocessors = None if step in SUMS else properties_of(x.data.device_id).multiprocessors
-    return streamed_plan(step, x.shape, x.dtype, width_of(x, *others, mask=mask), multiprocessors)
+    return streamed_plan(step, x.shape, x.dtype, width_of(x, *others, passed=passed), multiprocessors)
 
 
-def choose_resident(step: str, x: Array, *others: Array | None, mask: Array | None = None) -> Plan | None:
+def choose_resident(step: str, x: Array, *others: Array | None, passed: Array | None = None) -> Plan | None:
     """The launch of a step that keeps channels on chip; None where these do not fit, or had better be read twice."""
-    return resident_plan(step, x.shape, x.dtype, width_of(x, *others, mask=mask), x.data.device_id)
+    return resident_plan(step, x.shape, x.dtype, width_of(x, *others, passed=passed), x.data.device_id)
 
 
-def width_of(x: Array, *others: Array | None, mask: Array | None = None) -> int:
-    """Elements of a pack: the widest that divides a row and fits all addresses, or what a mask was made for.
+def width_of(x: Array, *others: Array | None, passed: Array | None = None) -> int:
+    """Elements of a pack: the widest that divides a row and fits all addresses, or what a record was made for.
 
-    A mask has a byte for each pack.
+    A record has a byte for each pack.
     """
-    if mask is not None:
-        return int(x.size) // int(mask.size)
+    if passed is not None:
+        return int(x.size) // int(passed.size)
     _, C, L = x.shape
     itemsize, row = x.dtype.itemsize, L if L > 1 else C
     together: int = PACK | row * itemsize | x.data.ptr  # without channels all but PACK is 0

@@ -12,7 +12,7 @@ extern "C" __global__ void CLUSTER REGISTERS(96) bn_backward(
     const data_t* x,                         // [N, C, L]
     Statistics statistics,
     Affine affine,
-    Epilogue epilogue,                       // its mask is read
+    Epilogue epilogue,                       // what ReLU passed is read
     double inv_count,                        // 1 / count in training; 0: the statistics are constants
     // outputs
     Gradients gradients,

@@ -13,7 +13,7 @@ extern "C" __global__ void REGISTERS(80) bn_backward_input(
     const data_t* x,                         // [N, C, L]
     Statistics statistics,
     Affine affine,
-    Epilogue epilogue,                       // its mask is read
+    Epilogue epilogue,                       // what ReLU passed is read
     Sums sums,                               // or null: not needed
     double inv_count,                        // 1 / count in training; 0: the statistics are constants
     // outputs

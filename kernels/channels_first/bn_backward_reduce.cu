@@ -9,7 +9,7 @@ extern "C" __global__ void REGISTERS(80) bn_backward_reduce(
     const data_t* x,                         // [N, C, L]
     Statistics statistics,
     Affine affine,
-    Epilogue epilogue,                       // its mask is read
+    Epilogue epilogue,                       // what ReLU passed is read
     // outputs
     Sums sums,
     // sizes

@@ -13,7 +13,7 @@ extern "C" __global__ void CLUSTER REGISTERS(96) bn_forward(
     const data_t* x,                         // [N, C, L]
     Affine affine,
     Running running,                         // moved; there is a momentum
-    Epilogue epilogue,                       // its mask is written
+    Epilogue epilogue,                       // what ReLU passed is written
     // outputs
     data_t* out,                             // [N, C, L]; may be x or the residual
     Statistics statistics,                   // or null

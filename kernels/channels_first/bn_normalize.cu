@@ -14,7 +14,7 @@ extern "C" __global__ void REGISTERS(INDEX_BITS == 64 || WIDTH < 4 ? 80 : 72) bn
     Moments moments,                         // or null: normalise with the running statistics
     Affine affine,
     Running running,                         // moved in training
-    Epilogue epilogue,                       // its mask is written
+    Epilogue epilogue,                       // what ReLU passed is written
     // outputs
     data_t* out,                             // [N, C, L]; may be x or the residual
     Statistics statistics,                   // or null

@@ -60,8 +60,8 @@ DEVICE void sum_all(const Source& dy, const Source& x, const Packs& packs, const
     bool all_held = false;
     if (sizeof(acc_t) == 8 || !channel.any_wide)
         with_gate(epilogue, [&](auto gate) {
-            all_held = sum_packs<acc_t, false, SUMMED>(dy, x, packs, {gate, epilogue.mask}, channel, sums);
+            all_held = sum_packs<acc_t, false, SUMMED>(dy, x, packs, {gate, epilogue.passed}, channel, sums);
         });
     if (sizeof(acc_t) < 8 && !all_held)
-        sum_packs<double, true, 1>(dy, x, packs, {gate_of(epilogue), epilogue.mask}, channel, sums);
+        sum_packs<double, true, 1>(dy, x, packs, {gate_of(epilogue), epilogue.passed}, channel, sums);
 }

@@ -11,7 +11,7 @@ extern "C" __global__ void REGISTERS(128) bn_backward(
     const data_t* x,                         // [M, C]
     Statistics statistics,
     Affine affine,
-    Epilogue epilogue,                       // its mask is read
+    Epilogue epilogue,                       // what ReLU passed is read
     double inv_count,                        // 1 / count in training; 0: the statistics are constants
     // outputs
     Gradients gradients,

@@ -15,7 +15,7 @@ extern "C" __global__ void REGISTERS(INDEX_BITS == 64 || SPILLS ? 128 : 80) bn_b
     const data_t* x,                         // [M, C]
     Statistics statistics,
     Affine affine,
-    Epilogue epilogue,                       // its mask is read
+    Epilogue epilogue,                       // what ReLU passed is read
     Sums sums,                               // or null: not needed
     double inv_count,                        // 1 / count in training; 0: the statistics are constants
     // outputs

@@ -12,7 +12,7 @@ extern "C" __global__ void REGISTERS(128) bn_forward(
     const data_t* x,                         // [M, C]
     Affine affine,
     Running running,                         // moved; there is a momentum
-    Epilogue epilogue,                       // its mask is written
+    Epilogue epilogue,                       // what ReLU passed is written
     // outputs
     data_t* out,                             // [M, C]; may be x or the residual
     Statistics statistics,                   // or null

@@ -13,7 +13,7 @@ extern "C" __global__ void REGISTERS(INDEX_BITS == 32 ? 80 : 128) bn_normalize(
     Moments moments,                         // or null: normalise with the running statistics
     Affine affine,
     Running running,                         // moved in training
-    Epilogue epilogue,                       // its mask is written
+    Epilogue epilogue,                       // what ReLU passed is written
     // outputs
     data_t* out,                             // [M, C]; may be x or the residual
     Statistics statistics,                   // or null

@@ -83,7 +83,7 @@ DEVICE void sum_exactly(const Source& dy, const Source& x, Packs packs, const Pa
 template <class Source>
 DEVICE void sum_all(const Source& dy, const Source& x, const Packs& packs, const Epilogue& epilogue,
                     const OwnChannels& channels, ColumnSums& sums) {
-    const Passed passed = {gate_of(epilogue), epilogue.mask};
+    const Passed passed = {gate_of(epilogue), epilogue.passed};
     unsigned missed = 0;
     if (sizeof(acc_t) < 8 && channels.any_wide)
         missed = sum_packs<true, 1>(dy, x, packs, passed, channels, sums);
@@ -93,7 +93,7 @@ DEVICE void sum_all(const Source& dy, const Source& x, const Packs& packs, const
             // want registers as well.
             constexpr bool OPENED = decltype(gate)::value == OPEN;
             constexpr int FEW = (Source::FAR ? 4 : 2) / (OPENED ? 1 : 2);
-            missed = sum_packs<false, WIDTH == 8 ? FEW : ROWS>(dy, x, packs, {gate, epilogue.mask}, channels, sums);
+            missed = sum_packs<false, WIDTH == 8 ? FEW : ROWS>(dy, x, packs, {gate, epilogue.passed}, channels, sums);
         });
     if constexpr (sizeof(acc_t) < 8) {
         if (!missed && !channels.any_wide) return;
