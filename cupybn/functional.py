@@ -469,7 +469,7 @@ def _forward_steps(ops: Any, call: Call, out: Array | None, checked: Checked, fo
     made = layout.empty(call.input) if out is None else None
     if ops is None:
         return [made, _statistics_of_nothing(call, layout.shape[1]).pairs if for_vjp else None, None]
-    residual, activation, _ = call.epilogue
+    residual, activation, _, _ = call.epilogue
     x, residual = layout.view(call.input), layout.view(residual)
     y = layout.view(out) if made is None else made.reshape(layout.shape)
     passed = ops.empty_passed(x, residual, y) if for_vjp and residual is not None and activation is not None else None

@@ -22,13 +22,15 @@ struct Running {
     Vector var;                  // [C] or null
     double momentum;             // weight of the new batch, or null, which is NaN and stands for 1 / (batches + 1)
     long long* batches;          // [] or null; num_batches_tracked
+    long long skip_nonfinite;    // whether a batch leaves them alone that is not finite, rounded to their dtypes
 };
 
-// Last part of the output: a value becomes activation(value + residual).
+// Last part of the output: a value becomes activation(value + residual), and 0 where a mask leaves it out.
 struct Epilogue {
     const data_t* residual;      // [N, C, L] or null; added in the way forward
     Activation activation;
     passed_t* passed;            // [N, C, L / WIDTH] or null; gets where ReLU passes, for the way back
+    const bool* mask;            // [N, L] or null; what it leaves out is in no sum, and gradients are 0 there
 };
 
 // Count, mean and sum of squared deviations of each channel, in P parts that are still to be merged.
@@ -42,6 +44,7 @@ struct Moments {
 // Mean and biased variance of each channel: copies, so that what used them stays right.
 struct Statistics {
     double* pairs;               // [C, 2]; mean and variance of a channel side by side
+    double* count_left;          // [1] or null; values of each channel that a mask has left
 };
 
 // Sums over the whole batch for the gradients, in P parts that are still to be added.

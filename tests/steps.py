@@ -102,7 +102,7 @@ def ways_back(arrays, out=None, y=None):
 
 def _way_back(ops, dy, x, affine, running, epilogue, out):
     """The arguments of the way back, after a way forward that has written the record if there is one."""
-    residual, activation, _ = epilogue
+    residual, activation, _, _ = epilogue
     passed = None if residual is None or activation is None else ops.empty_passed(x, residual, out)
     statistics = ops.bn_normalize(x, None, affine, running, epilogue._replace(passed=passed), out)
     return Back(dy, x, statistics, affine, Epilogue(None, activation, passed))

@@ -97,10 +97,14 @@ def cuda_missing() -> str:
     return ""
 
 
+def module_of(array: Any) -> ModuleType:
+    """The module, NumPy or CuPy, that an array is of."""
+    return np if isinstance(array, np.ndarray) else import_cupy()
+
+
 def empty(shape: tuple[int, ...], like: Any, dtype: npt.DTypeLike | None = None) -> Any:
     """New array, uninitialised, of the kind of ``like`` and on the current device; of its dtype if none is given."""
-    xp = np if isinstance(like, np.ndarray) else import_cupy()
-    return xp.empty(shape, like.dtype if dtype is None else dtype)
+    return module_of(like).empty(shape, like.dtype if dtype is None else dtype)
 
 
 def empty_like(vector: Any) -> Any:

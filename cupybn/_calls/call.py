@@ -86,8 +86,8 @@ class Call(NamedTuple):
         and forms stand apart, and all in a row: a call of a function less for each array.
         """
         weight, bias, eps = self.affine
-        mean, var, _, batches = self.running
-        residual, activation, _ = self.epilogue
+        mean, var, _, batches, _ = self.running
+        residual, activation, _, _ = self.epilogue
         layer = self.layer
         form = _numpy_form if isinstance(self.input, np.ndarray) else _cupy_form
         return (
@@ -175,7 +175,7 @@ class Call(NamedTuple):
         The counter of batches counts as one in calls that move it: others do not even read it.
         """
         weight, bias, _ = self.affine
-        mean, var, _, batches = self.running
+        mean, var, _, batches, _ = self.running
         return self.input, self.epilogue.residual, weight, bias, mean, var, batches if with_counter else None
 
     def settled(self) -> Call:
@@ -186,8 +186,8 @@ class Call(NamedTuple):
     def _with_arrays(self, arrays: dict[str, Array]) -> Call:
         """Call with the same arguments, but with these arrays in the place of those of their names."""
         weight, bias, eps = self.affine
-        mean, var, momentum, batches = self.running
-        residual, activation, passed = self.epilogue
+        mean, var, momentum, batches, _ = self.running
+        residual, activation, passed, mask = self.epilogue
         return self._replace(
             input=arrays.get("input", self.input),
             affine=Affine(arrays.get("weight", weight), arrays.get("bias", bias), eps),
@@ -197,7 +197,7 @@ class Call(NamedTuple):
                 momentum,
                 arrays.get("num_batches_tracked", batches),
             ),
-            epilogue=Epilogue(arrays.get("residual", residual), activation, passed),
+            epilogue=Epilogue(arrays.get("residual", residual), activation, passed, mask),
         )
 
     def conformed(self, checked: Checked) -> Call:
@@ -215,7 +215,7 @@ class Call(NamedTuple):
         Where there are running statistics that stay as they are (`no_stats_update`), the momentum is given all the
         same: the choice of launches depends on it, so that the same kernels run with and without an update.
         """
-        mean, var, momentum, _ = self.running
+        mean, var, momentum, _, _ = self.running
         if not self.training:
             return Running(mean, var, momentum)
         if moves:
@@ -265,7 +265,7 @@ class Call(NamedTuple):
         if out is not None and not checked.direct:
             return None
         weight, bias, eps = self.affine
-        mean, var, momentum, batches = self.running
+        mean, var, momentum, batches, _ = self.running
         tensors = self.input, self.epilogue.residual, out
         vectors = weight, bias, mean, var, batches if checked.moves else None
         numbers = eps, NAN if momentum is None else momentum

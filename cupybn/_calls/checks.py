@@ -35,7 +35,13 @@ def check_array(name: str, array: Any, like: Any = None, other: str = "input") -
     if not is_float(array.dtype):
         way_out = f": use {_new_out(like)}" if name == "out" else _to_float(name, array.dtype)
         raise TypeError(f"expected {name} of dtype {', '.join(FLOATS)} (got {array.dtype.name}){way_out}")
-    if like is not None and device_of(array) != device_of(like):
+    if like is not None:
+        _check_beside(name, array, like, other)
+
+
+def _check_beside(name: str, array: Any, like: Any, other: str) -> None:
+    """Check for an array on the device of ``like``, which is named as ``other``."""
+    if device_of(array) != device_of(like):
         ways = [_to_device(name, array, like), _to_device(other, like, array)]
         ways = [_new_out(like)] if name == "out" else sorted(ways, key=lambda way: "asnumpy" in way)  # to a GPU first
         raise TypeError(
@@ -126,6 +132,28 @@ def _to_shape(name: str, array: Any, input: Any) -> str:
         if np.broadcast_shapes(array.shape, input.shape) == input.shape:
             return f": use {kind(input)}.broadcast_to({name}, {input.shape})"
     return ""
+
+
+def check_mask(mask: Any, input: Any, axes: Sequence[int]) -> None:
+    """Check for a bool array on the input's device that broadcasts to the input's shape without its channel axes."""
+    if kind(mask) is None:
+        listed = isinstance(mask, (list, tuple))
+        way_out = f": use {kind(input)}.asarray(mask, bool)" if listed else ""
+        raise TypeError(f"expected mask to be a NumPy or CuPy array of bool (got {describe(mask)}){way_out}")
+    if mask.dtype != np.bool_:
+        raise TypeError(f"expected mask of dtype bool, True for data (got {mask.dtype}): use mask.astype(bool)")
+    _check_beside("mask", mask, input, "input")
+    shape = tuple(n for axis, n in enumerate(input.shape) if axis not in axes)
+    with contextlib.suppress(ValueError):
+        if np.broadcast_shapes(mask.shape, shape) == shape:
+            return
+    whole = len(axes) == 1 and mask.ndim == input.ndim and mask.shape[axes[0]] == 1
+    way_out = f": use mask.squeeze({axes[0]})" if whole else ""
+    without = f"axis {axes[0]}" if len(axes) == 1 else f"axes {tuple(axes)}"
+    raise ValueError(
+        f"expected mask of shape {shape}, the input's without {without}, or one that broadcasts to it "
+        f"(got {mask.shape}){way_out}"
+    )
 
 
 def check_writeable(name: str, array: Any) -> None:

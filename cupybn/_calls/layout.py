@@ -6,7 +6,7 @@ import functools
 import math
 from typing import Any, NamedTuple
 
-from cupybn._arrays.devices import empty
+from cupybn._arrays.devices import copied, empty, module_of
 from cupybn._arrays.kinds import kind
 
 Array = Any  # numpy.ndarray or cupy.ndarray
@@ -26,6 +26,7 @@ class Layout(NamedTuple):
     axes: tuple[int, ...]  # numbers of the axes in the order of memory, slowest first
     sizes: tuple[int, ...]  # sizes of these axes, in the same order
     shape: tuple[int, int, int]  # N, C, L
+    channel_axis: int  # number of the channel axis
 
     @classmethod
     def of(cls, array: Array, channel_axis: int) -> Layout:
@@ -38,7 +39,7 @@ class Layout(NamedTuple):
             axes.insert(0, channel_axis)
         sizes = tuple(array.shape[i] for i in axes)
         c = axes.index(channel_axis)
-        return cls(tuple(axes), sizes, (math.prod(sizes[:c]), sizes[c], math.prod(sizes[c + 1 :])))
+        return cls(tuple(axes), sizes, (math.prod(sizes[:c]), sizes[c], math.prod(sizes[c + 1 :])), channel_axis)
 
     def matches(self, array: Array) -> bool:
         """Whether an array is dense and has this layout, which was made of an array of the same shape."""
@@ -59,6 +60,18 @@ class Layout(NamedTuple):
         if array is None:
             return None
         return self._in_order(array).reshape(self.shape)
+
+    def view_mask(self, mask: Array) -> Array:
+        """A mask as a contiguous (N, L) array: a view of it, or a copy where it is not dense or in another order.
+
+        It broadcasts to the shape that arrays of this layout have without their channel axis.
+        """
+        c = self.channel_axis
+        order = [i - (i > c) for i in self.axes if i != c]
+        shape = [n for i, n in sorted(zip(self.axes, self.sizes, strict=True)) if i != c]
+        N, _, L = self.shape
+        ordered = module_of(mask).broadcast_to(mask, shape).transpose(order)
+        return (ordered if ordered.flags.c_contiguous else copied(ordered)).reshape(N, L)
 
     def empty(self, like: Array, alignment: int = 1) -> Array:
         """New array, uninitialised, of the kind and dtype of the given one, with its axes in the order of memory.

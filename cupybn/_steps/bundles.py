@@ -20,6 +20,8 @@ Doubles = Any
 """Contiguous float64 array; ``double*`` in kernels."""
 Counter = Any
 """Array without axes, int64; ``long long*`` in kernels."""
+Mask = Any
+"""Contiguous bool array: True where there is data; ``bool*`` in kernels."""
 Passed = Any
 """Record of ReLU, made by `empty_passed`; ``passed_t*`` in kernels."""
 Activation = str | None
@@ -44,14 +46,16 @@ class Running(NamedTuple):
     var: Vector | None = None  # (C,)
     momentum: float | None = 0.0  # weight of the new batch; None stands for 1 / (batches + 1): the mean over all
     batches: Counter | None = None  # (); num_batches_tracked
+    skip_nonfinite: bool = False  # whether a batch leaves them alone that is not finite, rounded to their dtypes
 
 
 class Epilogue(NamedTuple):
-    """Last part of the output: a value becomes activation(value + residual)."""
+    """Last part of the output: a value becomes activation(value + residual), and 0 where a mask leaves it out."""
 
     residual: Tensor | None = None  # (N, C, L); added in the way forward
     activation: Activation = None
     passed: Passed | None = None  # record of where ReLU passes, which the way forward makes for the way back
+    mask: Mask | None = None  # (N, L); what it leaves out is in no sum, and gradients are 0 there
 
 
 class Moments(NamedTuple):
@@ -76,6 +80,7 @@ class Statistics(NamedTuple):
     """Mean and biased variance of each channel: copies, so that what used them stays right."""
 
     pairs: Doubles  # (C, 2); mean and variance of a channel side by side
+    count_left: Doubles | None = None  # (1,); values of each channel that a mask has left; None without a mask
 
     @classmethod
     def of(cls, mean: Any, var: Any) -> Statistics:

@@ -103,7 +103,7 @@ def bn_forward(
 ) -> Statistics | None:
     """See `numpy_ops.bn_forward`: one launch where a channel stays on chip, else two."""
     cumulative = running.momentum is None  # all blocks would have to read the counter before one of them moves it
-    residual, _, passed = epilogue
+    residual, _, passed, _ = epilogue
     plan = None if cumulative else plans.choose_resident("bn_forward", x, out, residual, passed=passed)
     if plan is None:
         moments = bn_stats(x, running.batches if cumulative else None, scratch)

@@ -5,6 +5,9 @@ float32 for data of 16 or 32 bits, float64 for float64 and for channels near the
 Each step hands a function, its core, to `tiles`, which applies it to the arrays tile by tile, on threads. What travels
 together is a bundle (`bundles`).
 
+A mask leaves some positions of all channels, and what it leaves out is as if it were not there. So a step with a mask
+is the step on the positions that are left, an array of their own of shape (P, C, 1), and outputs are 0 everywhere else.
+
 The mean is never rounded to one float32: with ``center`` the mean so rounded and ``rest = mean - center``,
 
     (x - mean) * scale + bias  =  (x - center) * scale + (bias - rest * scale)
@@ -16,14 +19,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 import numpy.typing as npt
 
 from cupybn._arrays.devices import write_at_once
 from cupybn._arrays.dtypes import accumulation_dtype
-from cupybn._steps.bundles import Activation, Affine, Epilogue, Gradients, Moments, Running, Statistics, Sums
+from cupybn._steps.bundles import Activation, Affine, Epilogue, Gradients, Mask, Moments, Running, Statistics, Sums
 from cupybn._steps.tiles import Terms, gather, numpy_settings, tile_map, tile_sums
 
 Array = npt.NDArray[Any]
@@ -40,7 +43,7 @@ SAMPLES = 16
 
 
 @numpy_settings
-def bn_stats(x: Array, batches: Array | None = None, scratch: Array | None = None) -> Moments:
+def bn_stats(x: Array, batches: Array | None = None, scratch: Array | None = None, mask: Mask | None = None) -> Moments:
     """Count, mean and sum of squared deviations of each channel, in one part.
 
         mean = center + sum(d) / count,   m2 = sum(d * d) - sum(d)^2 / count,   d = x - center
@@ -56,8 +59,12 @@ def bn_stats(x: Array, batches: Array | None = None, scratch: Array | None = Non
         The counter of batches: copied into the moments.
     scratch : array of the same shape as x, or None
         Memory to work in; it is used if its dtype is that of the arithmetic.
+    mask : (N, L) array or None
+        It may leave nothing: all moments are 0 then.
     """
-    mean, m2 = _mean_and_m2(x, scratch)
+    if mask is not None:
+        x, scratch = _left(x, mask), None
+    mean, m2 = _mean_and_m2(x, scratch) if _count(x) > 0 else np.zeros((2, x.shape[1]))
     return Moments(np.array([float(_count(x))]), mean[None], m2[None], None if batches is None else batches.copy())
 
 
@@ -82,9 +89,15 @@ def merge_moments(moments: Moments) -> Array:
 
 @numpy_settings
 def mean_and_var(moments: Moments, dtype: npt.DTypeLike) -> tuple[Array, Array]:
-    """Mean and biased variance of each channel, rounded to a dtype."""
-    batch = Moments.of_rows(merge_moments(moments))
-    return batch.mean[0].astype(dtype), (batch.m2[0] / batch.count).astype(dtype)
+    """Mean and biased variance of each channel, rounded to a dtype; NaN where there are no values."""
+    mean, var = _mean_and_var(Moments.of_rows(merge_moments(moments)))
+    return mean.astype(dtype), var.astype(dtype)
+
+
+def _mean_and_var(batch: Moments) -> tuple[Array, Array]:
+    """Mean and biased variance of moments in one part."""
+    var: Array = batch.m2[0] / batch.count
+    return np.where(batch.count > 0, batch.mean[0], np.nan), var
 
 
 def _count(x: Array) -> int:
@@ -175,21 +188,32 @@ def _moments_in_float64(x: Array, channels: Array) -> tuple[Array, Array]:
 
 
 @numpy_settings
-def bn_update_running(moments: Moments, running: Running) -> None:
+def bn_update_running(
+    moments: Moments | None, running: Running, statistics: Statistics | None = None, count: float = 0.0
+) -> None:
     """running = (1 - momentum) * running + momentum * batch, in place, with the unbiased variance of the batch.
 
     ``momentum=None`` stands for 1 / (batches + 1), the mean over all batches. Here batches is the copy of the counter
     in the moments; one below 0, which cannot be a count, is taken for 0. The counter itself is among the running
     statistics, and goes up by one. A batch of less than two values for each channel, whose unbiased variance is not
-    defined, changes nothing.
+    defined, changes nothing. With ``skip_nonfinite`` neither does one that has a mean or an unbiased variance which is
+    not finite in the dtype of its running statistic, in whatever channel.
 
     Parameters
     ----------
-    moments : Moments
-        Of the batch, in one part.
+    moments : Moments or None
+        Of the batch, in one part. None: they are worked out from the statistics.
     running : Running
+    statistics : Statistics or None
+        Of the batch, where there are no moments.
+    count : float
+        Number of values of each channel, where there are no moments.
     """
-    _update_running(float(moments.count[0]), moments.mean[0], moments.m2[0], moments.batches, running)
+    if moments is None:
+        assert statistics is not None
+        _update_running(count, statistics.mean, statistics.var * count, running.batches, running)
+    else:
+        _update_running(float(moments.count[0]), moments.mean[0], moments.m2[0], moments.batches, running)
 
 
 def _update_running(count: float, mean: Array, m2: Array, batches: Array | None, running: Running) -> None:
@@ -204,10 +228,12 @@ def _update_running(count: float, mean: Array, m2: Array, batches: Array | None,
     if running.mean is not None:
         assert running.var is not None
         moved, batch = np.empty((2, 2, len(mean)))
-        moved[0], moved[1] = running.mean, running.var
-        moved *= 1 - momentum
         batch[0] = mean
         np.divide(m2, count - 1, out=batch[1])
+        if running.skip_nonfinite and not finite_in(batch, running.mean.dtype, running.var.dtype):
+            return
+        moved[0], moved[1] = running.mean, running.var
+        moved *= 1 - momentum
         batch *= momentum
         moved += batch
         written = [
@@ -217,6 +243,13 @@ def _update_running(count: float, mean: Array, m2: Array, batches: Array | None,
     if running.batches is not None:
         written.append((running.batches, running.batches + 1))
     write_at_once(written)
+
+
+def finite_in(batch: Array, mean_dtype: npt.DTypeLike, var_dtype: npt.DTypeLike) -> bool:
+    """Whether mean and variance of all channels, the rows of a batch, are finite when rounded to these dtypes."""
+    return all(
+        bool(np.isfinite(row.astype(dtype)).all()) for row, dtype in zip(batch, (mean_dtype, var_dtype), strict=True)
+    )
 
 
 @numpy_settings
@@ -255,12 +288,13 @@ def bn_normalize(
         _normalize(x, _remembered(x.dtype, running.mean, running.var, affine), epilogue, out)
         return statistics
     batch = Moments.of_rows(merge_moments(moments), moments.batches)
-    mean, m2 = batch.mean[0], batch.m2[0]
-    channels, statistics = _channels_of_batch(x.dtype, mean, m2 / batch.count, affine, keep)
+    channels, statistics = _channels_of_batch(x.dtype, *_mean_and_var(batch), affine, keep)
     _normalize(x, channels, epilogue, out)
     if running.mean is not None:
-        _update_running(float(batch.count[0]), mean, m2, batch.batches, running)
-    return statistics
+        _update_running(float(batch.count[0]), batch.mean[0], batch.m2[0], batch.batches, running)
+    if statistics is None or epilogue.mask is None:
+        return statistics
+    return statistics._replace(count_left=batch.count.copy())
 
 
 def _channels_of_batch(
@@ -274,7 +308,14 @@ def _channels_of_batch(
 
 def _normalize(x: Array, channels: _Channels, epilogue: Epilogue, out: Array) -> None:
     """`bn_normalize` with the statistics of these channels."""
-    residual, activation, passed = epilogue
+    residual, activation, passed, mask = epilogue
+    if mask is not None:
+        left = _left(x, mask)
+        y, ys = np.empty_like(left), None if passed is None else np.empty(left.shape, np.bool_)
+        if left.size > 0:
+            _normalize(left, channels, Epilogue(_left(residual, mask), activation, ys), y)
+        _put_back([(out, y), (passed, ys)], mask)
+        return
     out_is_free = residual is None or not np.may_share_memory(out, residual)  # to compute in, before residual is read
 
     def core(
@@ -309,6 +350,9 @@ def bn_forward(
     scratch: Array | None = None,
 ) -> Statistics | None:
     """`bn_stats`, then `bn_normalize`: batch norm in training."""
+    if epilogue.mask is not None:
+        moments = bn_stats(x, running.batches, None, epilogue.mask)
+        return bn_normalize(x, moments, affine, running, epilogue, out, keep)
     mean, m2 = _mean_and_m2(x, scratch)
     # As `merge_moments` leaves a single part: NaN where the mean is infinite, and 0 without a sign.
     zero = mean - mean
@@ -322,7 +366,7 @@ def bn_forward(
     return statistics
 
 
-def empty_passed(x: Array, residual: Array, out: Array) -> Array:  # noqa: ARG001
+def empty_passed(x: Array, residual: Array, out: Array, mask: Mask | None = None) -> Array:  # noqa: ARG001
     """A record of where ReLU passes, one bool for each element of x, for a way back that need not know the residual."""
     return np.empty(x.shape, np.bool_)
 
@@ -334,6 +378,34 @@ def _preactivation(d: Array, shift: Array, scale: Array, residual: Array | None,
     if residual is not None:
         np.add(y, residual, out=y, dtype=y.dtype)
     return y
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Masks
+
+
+@overload
+def _left(array: Array, mask: Mask) -> Array: ...
+@overload
+def _left(array: None, mask: Mask) -> None: ...
+def _left(array: Array | None, mask: Mask) -> Array | None:
+    """The positions of an (N, C, L) array that a mask leaves, as a (P, C, 1) array; None for None."""
+    return None if array is None else array.swapaxes(1, 2)[mask][..., None]
+
+
+def _put_back(pairs: Sequence[tuple[Array | None, Array | None]], mask: Mask) -> None:
+    """Write arrays like those of `_left` to their positions in (N, C, L) arrays, and 0 to all others.
+
+    Parameters
+    ----------
+    pairs : sequence of pairs (array, positions), or (None, None)
+    mask : (N, L) array
+    """
+    for array, left in pairs:
+        if array is not None:
+            assert left is not None
+            array[...] = 0
+            array.swapaxes(1, 2)[mask] = left[..., 0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -358,11 +430,17 @@ def bn_backward_reduce(
     affine : Affine
         Decides what ReLU passed, where there is no record.
     epilogue : Epilogue
-        Activation, and the record that `bn_normalize` has filled, or None.
+        Activation, the record that `bn_normalize` has filled, or None, and the mask of the way forward, or None.
     scratch : array of the same shape, or None
         Memory to work in; it is used if its dtype is that of the arithmetic.
     """
     channels = _remembered(x.dtype, statistics.mean, statistics.var, affine)
+    mask = epilogue.mask
+    if mask is not None:
+        dy, x, scratch = _left(dy, mask), _left(x, mask), None
+        epilogue = epilogue._replace(passed=_left(epilogue.passed, mask))
+    if x.size == 0:
+        return Sums(*np.zeros((2, 1, x.shape[1])))
     sum_dy, sum_dy_xhat = _gradient_sums(dy, x, channels, epilogue, _usable(scratch, channels.dtype))
     return Sums(sum_dy[None], sum_dy_xhat[None])
 
@@ -471,17 +549,28 @@ def bn_backward_input(
     statistics : Statistics
     affine : Affine
     epilogue : Epilogue
-        Activation, and the record that `bn_normalize` has filled, or None.
+        Activation, the record that `bn_normalize` has filled, or None, and the mask of the way forward, or None.
     sums : Sums
         Of the whole batch. None only if nothing needs them: in eval mode without weight and bias.
     inv_count : float
-        1 / count in training, 0 in eval mode, whose statistics do not depend on x.
+        1 / count in training, 0 in eval mode, whose statistics do not depend on x. Where the statistics know how many
+        values a mask has left, it is divided by that number as well.
     gradients : Gradients
         Get all of these.
     """
     channels = _remembered(x.dtype, statistics.mean, statistics.var, affine)
     added_up = None if sums is None else (sums.dy.sum(axis=0), sums.dy_xhat.sum(axis=0))
+    if statistics.count_left is not None:
+        inv_count /= max(float(statistics.count_left[0]), 1.0)
+    mask, written = epilogue.mask, gradients
+    if mask is not None:
+        left = _left(x, mask)
+        dresidual = None if written.dresidual is None else np.empty_like(left)
+        gradients = written._replace(dx=np.empty_like(left), dresidual=dresidual)
+        dy, x, epilogue = _left(dy, mask), left, epilogue._replace(passed=_left(epilogue.passed, mask))
     _input_gradient(dy, x, channels, epilogue, added_up, inv_count, gradients, None)
+    if mask is not None:
+        _put_back([(written.dx, gradients.dx), (written.dresidual, gradients.dresidual)], mask)
 
 
 def _input_gradient(
@@ -506,6 +595,8 @@ def _input_gradient(
             dweight[...] = sum_dy_xhat
         if dbias is not None:
             dbias[...] = sum_dy
+    if x.size == 0:
+        return
 
     def core(
         dy: Array,
@@ -562,6 +653,10 @@ def bn_backward(
     scratch: Array | None = None,
 ) -> None:
     """`bn_backward_reduce`, then `bn_backward_input`: all gradients."""
+    if epilogue.mask is not None:
+        sums = bn_backward_reduce(dy, x, statistics, affine, epilogue)
+        bn_backward_input(dy, x, statistics, affine, epilogue, sums, inv_count, gradients)
+        return
     channels = _remembered(x.dtype, statistics.mean, statistics.var, affine)
     deviations = _usable(scratch, channels.dtype)
     sum_dy, sum_dy_xhat = _gradient_sums(dy, x, channels, epilogue, deviations)

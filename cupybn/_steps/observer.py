@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from cupybn._arrays.devices import empty, import_cupy, zeros_like
+from cupybn._arrays.devices import empty, import_cupy, module_of, zeros_like
 from cupybn._arrays.kinds import device_of
 from cupybn._steps.bundles import Affine, Epilogue, Moments, Running, Statistics
 
@@ -93,9 +93,8 @@ def choose(condition: Array, a: Array, b: Array) -> Array:
 
     They are taken as bits, since CuPy's ``where`` does not know all dtypes.
     """
-    xp = np if isinstance(a, np.ndarray) else import_cupy()
     word = f"u{a.itemsize}"
-    return xp.where(condition, a.view(word), b.view(word)).view(a.dtype)
+    return module_of(a).where(condition, a.view(word), b.view(word)).view(a.dtype)
 
 
 class Observed:
