@@ -37,10 +37,11 @@ def check(stats, values, dtype=np.float32, axes=(1,), ddof=0):
     n = values.size // int(channels)
     var = var * n / (n - ddof)
     std = np.sqrt(var)
-    assert stats.mean.dtype == stats.var().dtype == stats.count.dtype.type(0) + np.float64(0)
+    assert stats.mean.dtype == stats.var().dtype == stats.std().dtype == np.float64
+    assert stats.count.dtype == np.int64
     assert stats.mean.shape == stats.var().shape == stats.std().shape == mean.shape
     # A chunk's mean is rounded once, and with it the squares of its distance.
-    roundings, relative = (2.0**-51, 2.0**-51 * (1 + abs(mean) / std)) if dtype == np.float64 else (1e-7, 1e-6)
+    roundings, relative = (2.0**-50, 2.0**-51 * (4 + abs(mean) / std)) if dtype == np.float64 else (1e-7, 1e-6)
     assert np.all(abs(to_numpy(stats.mean) - mean) <= roundings * std + 2.0**-52 * abs(mean))
     assert np.all(abs(to_numpy(stats.var(ddof)) - var) <= relative * var)
     assert np.all(abs(to_numpy(stats.std(ddof)) - std) <= relative * std)
@@ -108,10 +109,9 @@ def test_errors_do_not_grow(rng):
     assert abs(stats.var() - var) <= 1e-10 * var
 
 
-@pytest.mark.parametrize("chunks", [3000])
-def test_many_updates(rng, chunks):
-    x = rng.normal(1e6, 1, (chunks, 2, 1)).astype(np.float32)
-    check(stream(np, x), x.reshape(chunks, 2))
+def test_many_updates(rng):
+    x = rng.normal(1e6, 1, (3000, 1, 2)).astype(np.float32)
+    check(stream(np, x), x.reshape(3000, 2))
 
 
 def test_many_updates_on_a_device(rng):
@@ -293,7 +293,7 @@ def test_repr(xp, device):
     assert repr(stats) == f"StreamingMoments(channel_axis=(2, -2), channels=(2, 3), count=4, device={device!r})"
 
 
-def test_kinds_of_results(xp, device):
+def test_kinds_of_results(xp):
     stats = stream(xp, [np.ones((4, 3), np.float32)])
     for result in stats.mean, stats.var(), stats.std(), stats.count:
         assert isinstance(result, xp.ndarray)
@@ -402,8 +402,8 @@ def test_launches(rng):
         assert counts == [[*update, "mean_and_var", "merge_moments"]] * 5
 
 
-def test_a_layer_of_recorded_calls_does_not_hear_of_it(rng):
-    """Launches in the midst of a call that is recorded, as of a hook, do not get onto its tape."""
+def test_calls_that_are_recorded_do_not_hear_of_it():
+    """Launches in the midst of a call that is recorded, as those of a hook, do not get onto its tape."""
     if not EMULATED:
         pytest.skip("hooks into the stand-in")
     from cupybn._steps.launcher import Hearing
@@ -458,7 +458,7 @@ def test_wrong_chunks(xp, device):
             "expected mask of shape (2, 4), the input's without axis 1, or one that broadcasts to it (got (2, 3))",
             lambda: stats.update(ones((2, 3, 4)), mask=xp.ones((2, 3), bool)),
         ),
-        (TypeError, "expected other to be a StreamingMoments (got None)", lambda: stats.merge(None)),
+        (TypeError, "expected other to be a StreamingMoments (got int)", lambda: stats.merge(3)),
         (
             ValueError,
             "expected other with 3 channels, as what was added before (got 2 channels)",
@@ -503,7 +503,7 @@ def test_interrupts(rng):
             act(done)
             for at in itertools.count(1):
                 stats = copy.copy(first)
-                more = interrupted(lambda stats=stats: act(stats), at, library)
+                more = interrupted(functools.partial(act, stats), at, library)
                 assert state(stats) in ((before, state(done)) if more else (state(done),)), f"at line {at}"
                 if not more:
                     break
@@ -513,8 +513,8 @@ def test_interrupts(rng):
 def test_graphs_are_not_captured(rng):
     """Each launch of a graph would add to what there was when it was captured."""
     stats, other = (StreamingMoments().update(cupy.ones((3, 2), np.float32)) for _ in range(2))
-    x, before = cupy.asarray(rng.normal(0, 1, (3, 2))), state(stats)
-    stats.update(x).update(x, cupy.ones(3, bool))  # compiles the kernels
+    x = cupy.asarray(rng.normal(0, 1, (3, 2)))
+    stats.update(x)  # compiles the kernels
     before = state(stats)
     for act in lambda: stats.update(x), lambda: stats.merge(other), lambda: stats + other:
         with cupy.cuda.Stream(non_blocking=True) as stream:
@@ -538,7 +538,7 @@ def test_several_devices(rng):
         stats = StreamingMoments()
         with cupy.emulator.record() as launches:
             for array in there:
-                stats.update(array, cupy.ones((), bool) if False else None)
+                stats.update(array)
             both = stats + stats
             results = stats.mean, stats.var(), stats.std(), stats.count, both.mean
         assert {launch.device for launch in launches} == {1}
