@@ -76,7 +76,7 @@ def test_one_axis_of_a_tuple_is_that_axis(xp, rng):
 
 
 def test_a_statistic_for_each_element(xp, rng):
-    """Where all axes are channel axes each element is its own mean, whatever the rank, and its variance is 0."""
+    """Each element is its own mean, and has variance 0, where all axes are channel axes, whatever the rank."""
     x = data(rng)
     for i in range(1, 5):
         some = x.reshape(-1, *SHAPE[5 - i :]) if i > 1 else x.ravel()
@@ -306,7 +306,7 @@ def test_wrong_arguments(xp, error, message, given):
 
 
 def test_no_values(xp):
-    """There is no moment of an array without elements, unlike of one whose elements a mask leaves out."""
+    """An array without elements has no moments, and raises, unlike one whose elements a mask leaves out."""
     for shape, axes in [((0, 3), 1), ((2, 0), 1), ((2, 0, 3), (0, 2)), ((0,), (0,))]:
         for mask in None, xp.ones((), bool):
             message = f"expected an input that is not empty (got shape {shape})"
