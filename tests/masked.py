@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
-
 import numpy as np
-import pytest
 
-from cupybn._steps import cupy_ops
 from tests.reference import ROUNDINGS, arguments, assert_close, expect, in_order, to_numpy
 
 GRADS = ("dx", "dweight", "dbias", "dresidual")
 """Names of gradients in the reference, in the order of `BatchNormGrads`."""
-
-
-def skip_without_kernels(device):
-    """Skip a test on a device whose kernels do not know masks."""
-    if device != "cpu" and "mask" not in inspect.signature(cupy_ops.bn_stats).parameters:
-        pytest.skip("no kernels for masks")
 
 
 def mask_of(xp, rng, shape, channel_axis=1, share=0.6):

@@ -16,7 +16,6 @@ from tests.masked import (
     left,
     mask_of,
     masked_arguments,
-    skip_without_kernels,
     spoilt,
     whole,
 )
@@ -29,13 +28,6 @@ SHAPE = (4, 3, 2, 4)
 
 BAD = np.nan, np.inf, -np.inf, 3e38
 """What may be masked out."""
-
-
-@pytest.fixture(autouse=True)
-def kernels(request):
-    """Tests on a device are skipped as long as its kernels know no masks."""
-    if "device" in request.fixturenames:
-        skip_without_kernels(request.getfixturevalue("device"))
 
 
 def run(arguments, dy):
