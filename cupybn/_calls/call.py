@@ -230,15 +230,16 @@ class Call(NamedTuple):
     def running_for_steps(self, moves: bool) -> Running:
         """Running statistics as the steps take them: only with arrays that are read or moved.
 
-        Where there are running statistics that stay as they are (`no_stats_update`), the momentum is given all the
-        same: the choice of launches depends on it, so that the same kernels run with and without an update.
+        Where there are running statistics that stay as they are (`no_stats_update`), momentum and skip_nonfinite are
+        given all the same: the choice of launches depends on them, so that the same kernels run with and without an
+        update.
         """
-        mean, var, momentum, _, _ = self.running
+        mean, var, momentum, _, skip_nonfinite = self.running
         if not self.training:
             return Running(mean, var, momentum)
         if moves:
             return self.running
-        return Running() if mean is None else Running(momentum=momentum)
+        return Running() if mean is None else Running(momentum=momentum, skip_nonfinite=skip_nonfinite)
 
     def _shared(self, checked: Checked, for_vjp: bool) -> list[str]:
         """Names of the arrays that share memory with a buffer which this call moves, or a later one may."""
