@@ -235,8 +235,8 @@ def batch_norm(
     call = Call(
         input,
         Affine(weight, bias, eps),
-        Running(running_mean, running_var, checks.as_float("momentum", momentum), skip_nonfinite=skip_nonfinite),
-        Epilogue(residual, activation, mask=mask),
+        Running(running_mean, running_var, checks.as_float("momentum", momentum), None, skip_nonfinite),
+        Epilogue(residual, activation, None, mask),
         training,
         channel_axis,
     )
@@ -297,8 +297,8 @@ def batch_norm_vjp(
     call = Call(
         input,
         Affine(weight, bias, eps),
-        Running(running_mean, running_var, checks.as_float("momentum", momentum), skip_nonfinite=skip_nonfinite),
-        Epilogue(residual, activation, mask=mask),
+        Running(running_mean, running_var, checks.as_float("momentum", momentum), None, skip_nonfinite),
+        Epilogue(residual, activation, None, mask),
         training,
         channel_axis,
     )

@@ -109,7 +109,7 @@ class Call(NamedTuple):
             None if batches is None or self.training is False else form_of(batches),
             None if out is None else form(out),
             None if mask is None else (type(mask), form(mask)),
-            (skip_nonfinite, type(skip_nonfinite)),
+            False if skip_nonfinite is False else (type(skip_nonfinite), skip_nonfinite),
             self.training,
             type(self.training),
             eps,
