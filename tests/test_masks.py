@@ -10,6 +10,9 @@ import pytest
 import cupybn
 import cupybn.functional as F
 from cupybn import BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm
+from cupybn._arrays.devices import copied
+from cupybn._calls import layout as _layout
+from cupybn._calls.layout import Layout
 from tests.masked import (
     check_masked,
     compressed,
@@ -279,6 +282,32 @@ def test_tensors_that_are_not_dense(xp, rng, what):
     for gradient in dy, dy[..., ::-1].copy()[..., ::-1]:
         other_y, other_grads = run(given | {what: wide[..., ::2]}, gradient)
         assert bits(other_y, *other_grads) == bits(y, *grads)
+
+
+COPIED = {
+    "broadcasts": lambda xp, mask: xp.asarray(to_numpy(mask)[:, :1]),
+    "another order": lambda _, mask: in_order(mask, (2, 0, 1)),
+    "in the memory of a buffer": lambda _, mask: mask,
+}
+
+
+@pytest.mark.parametrize(("how", "form"), COPIED.items(), ids=COPIED)
+def test_one_copy_at_most(xp, rng, monkeypatch, how, form):
+    """A mask that must be copied is copied once: the way back, too, reads this copy."""
+    shape, order = (4, 8, 2, 4), (0, 3, 2, 1)
+    given, dy = masked_arguments(xp, rng, shape, order=order)
+    mask = form(xp, given["mask"])
+    if how == "in the memory of a buffer":
+        given["running_mean"] = xp.zeros(8, np.float32)
+        mask = given["running_mean"].view(np.bool_).reshape(4, 4, 2).transpose(0, 2, 1)
+        mask[...] = given["mask"]
+    copies, original = [], Layout.copy_mask
+    monkeypatch.setattr(Layout, "copy_mask", lambda *given: copies.append(original(*given)) or copies[-1])
+    monkeypatch.setattr(_layout, "copied", lambda array: pytest.fail("copied again") if copies else copied(array))
+    _, vjp_fn = F.batch_norm_vjp(**given | {"mask": mask, "training": True})
+    for _ in range(2):
+        vjp_fn(dy)
+    assert len(copies) == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -682,3 +711,37 @@ def test_recalibration(xp, device, rng):
     np.testing.assert_allclose(to_numpy(layer.running_mean), together.mean(0), rtol=1e-7)
     np.testing.assert_allclose(to_numpy(layer.running_var), together.var(0, ddof=1), rtol=1e-6)
     assert layer.num_batches_tracked == 3
+
+
+def test_on_another_device(rng):
+    """A mask is read and copied on the device of the input, whichever is the current one."""
+    cp = pytest.importorskip("cupy")
+    emulator = getattr(cp, "emulator", None)
+    with emulator.pretend(emulator.H200, emulator.H200) if emulator else contextlib.nullcontext():
+        if cp.cuda.runtime.getDeviceCount() < 2:
+            pytest.skip("needs two devices")
+        given, dy = masked_arguments(np, rng, SHAPE)
+        given |= {"training": True, "skip_nonfinite": True, "activation": "relu"}
+        for mask in given["mask"], given["mask"][:1], given["mask"].transpose(0, 2, 1).copy().transpose(0, 2, 1):
+            results = []
+            for number in 0, 1:
+                with cp.cuda.Device(number):
+                    there = {name: to_device(cp, value) for name, value in (given | {"mask": mask}).items()}
+                    gradient = cp.asarray(dy)
+                for _ in range(2):
+                    y, vjp_fn = F.batch_norm_vjp(**there)
+                    arrays = [y, *vjp_fn(gradient)]
+                    assert {array.device.id for array in arrays} == {number}
+                results.append(bits(*arrays, there["running_mean"]))
+            assert results[0] == results[1]
+        layer = BatchNorm2d(3, device="cuda:1", skip_nonfinite=True)
+        cupybn.update_bn([layer], [there["input"]], lambda x: layer(x, mask=there["mask"]))
+        assert to_numpy(layer.num_batches_tracked) == 1
+
+
+def to_device(cp, value):
+    """An array of NumPy's on the current device, in the order of memory that it has; other values as they are."""
+    if not isinstance(value, np.ndarray):
+        return value
+    order = sorted(range(value.ndim), key=lambda axis: -value.strides[axis])
+    return cp.asarray(value.transpose(order)).transpose(np.argsort(order).tolist())

@@ -199,8 +199,9 @@ def test_what_is_no_bool(xp, device, rng, text, value):
                 with pytest.raises(TypeError, match=message):
                     function(x, *running, training=training, skip_nonfinite=value)
             for call in layer, layer.vjp:
-                with pytest.raises(TypeError, match=message):
-                    call(x)
+                for layer.track_running_stats in False, True:
+                    with pytest.raises(TypeError, match=message):
+                        call(x)
             assert bits(*running) + state(layer) == before
     with pytest.raises(TypeError, match=message):
         BatchNorm1d(3, device=device, skip_nonfinite=value)
