@@ -262,7 +262,7 @@ def test_what_broadcasts(xp, rng, shape, order, training):
 
 @BOTH_MODES
 def test_a_mask_that_leaves_everything(xp, rng, training):
-    """As good as none: to the bit in eval mode, within the bounds in training."""
+    """Results are those without a mask: to the bit in eval mode, within the bounds in training."""
     given, dy = masked_arguments(xp, rng, SHAPE, nan=False)
     given |= {"training": training, "activation": "relu", "momentum": 0.0, "mask": xp.ones((4, 2, 4), bool)}
     y, grads = run(given, dy)
@@ -468,7 +468,7 @@ def test_wrong_masks(xp, device, rng, training):
 
 
 def test_a_good_mask_is_not_mistaken_for_a_wrong_one(xp, rng):
-    """After a call that was right, calls that differ in the mask alone are checked for themselves."""
+    """Calls that differ from a right one in the mask alone are checked for themselves."""
     given = arguments(xp, rng, (4, 3, 5)) | {"training": True}
     mask = mask_of(xp, rng, (4, 3, 5))
     F.batch_norm(**given, mask=mask)
@@ -584,7 +584,7 @@ def test_tensors_over_the_mask(xp):
 @BOTH_MODES
 @pytest.mark.parametrize("epilogue", EPILOGUES.values(), ids=EPILOGUES)
 def test_going_back_is_pure(xp, rng, epilogue, training):
-    """It may be called again and changes nothing: neither its arguments nor what other calls move matters."""
+    """A `vjp_fn` may be called again and changes nothing; what other calls move does not matter to it."""
     given, dy = masked_arguments(xp, rng, SHAPE)
     given |= epilogue | {"training": training}
     _, vjp_fn = F.batch_norm_vjp(**given)
@@ -605,7 +605,7 @@ def test_going_back_is_pure(xp, rng, epilogue, training):
 
 @BOTH_MODES
 def test_the_mask_is_held_by_reference(xp, rng, training):
-    """As the input is: no copy is made of a mask that lies in memory as the input does."""
+    """No copy is made of a mask that lies in memory as the input does."""
     given, dy = masked_arguments(xp, rng, SHAPE, nan=False)
     given |= {"training": training}
     _, vjp_fn = F.batch_norm_vjp(**given)

@@ -45,7 +45,7 @@ def state(layer):
 
 @pytest.mark.parametrize("bad", [None, *BAD])
 def test_a_batch_that_is_not_finite(way, rng, bad):
-    """It moves nothing, in no channel; outputs and gradients are those without skipping, to the bit."""
+    """No channel moves; outputs and gradients are those without skipping, to the bit."""
     x, dy = batch(way, rng, bad), batch(way, rng)
     found = []
     for skip in False, True:
@@ -167,7 +167,7 @@ def test_arrays_that_share_memory(xp, rng):
 
 
 def test_nothing_to_move(xp, rng):
-    """In eval mode, and without buffers, the setting does not matter."""
+    """The setting does not matter in eval mode, and without buffers."""
     x = batch(xp, rng, np.inf)
     running = buffers(xp)
     before = bits(*running)
@@ -182,7 +182,7 @@ WRONG = {"None": None, "1": 1, "0": 0, "1.0": 1.0, "'no'": "no", "list": [True]}
 
 @pytest.mark.parametrize(("text", "value"), WRONG.items(), ids=WRONG)
 def test_what_is_no_bool(xp, device, rng, text, value):
-    """It is an error in both modes that changes nothing, also right after a call with True or False."""
+    """Anything else is an error in both modes that changes nothing, also right after a call with True or False."""
     shown = text if text != "list" else repr(value)
     message = exactly(f"expected skip_nonfinite to be a bool (got {shown})")
     x, running = batch(xp, rng), buffers(xp)
@@ -393,7 +393,7 @@ def test_recalibration_with_nothing_that_counts(xp, device, rng):
 
 
 def test_recalibration_gives_the_setting_back(rng):
-    """Where a pass sets it, it is what it was in the end; and it is read at every call."""
+    """A setting that a pass changes is what it was in the end; and it is read at every call."""
     layer = BatchNorm1d(3, device="cpu")
 
     def forward(x):

@@ -187,10 +187,7 @@ class Call(NamedTuple):
         return self.input, residual, mask, weight, bias, mean, var, batches if with_counter else None
 
     def settled(self) -> Call:
-        """Call with the same arguments, whose arrays are seen as of NumPy's or CuPy's own class.
-
-        And eps as a float of Python's, skip_nonfinite as its bool.
-        """
+        """Call with the same arguments, seen as arrays of NumPy's or CuPy's own class and numbers of Python's."""
         arrays = {name: plain(array) for name, array in self.arrays(with_counter=True).items()}
         affine = self.affine._replace(eps=float(self.affine.eps))
         running = self.running._replace(skip_nonfinite=bool(self.running.skip_nonfinite))
@@ -308,7 +305,7 @@ class Checked(NamedTuple):
     moves: bool  # whether the call moves running statistics
     training: bool
     has_residual: bool
-    settled: bool  # whether all arrays are of NumPy's or CuPy's own class, and eps and skip_nonfinite of Python's
+    settled: bool  # whether all arrays are of NumPy's or CuPy's own class, and eps and skip_nonfinite Python's
     dense: bool  # whether input, residual and mask have the layout
     direct: bool  # whether `out` has it
     extents: dict[str, Extent]  # extents of the arrays that the call reads, moves or writes, by name

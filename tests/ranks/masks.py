@@ -54,7 +54,7 @@ def check_masked_step(world, layer, tensors, mask, sizes, given=None):
 
 
 def test_masks(world):
-    """On all ranks, on some of them alone, and with a rank that has none of its positions left, or no samples."""
+    """Masks on all ranks, on some of them alone, and with a rank that has no position left, or no samples."""
     for sizes in [3] * world.size, world.uneven():
         tensors = whole(world, (3, 8), sizes)
         for given in None, {0}, set(range(1, world.size)):
