@@ -20,7 +20,7 @@ Array = Any  # numpy.ndarray or cupy.ndarray
 
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 """Names of the arrays that are computed anew."""
-SETTINGS = ("training", "momentum", "track_running_stats")
+SETTINGS = ("training", "momentum", "track_running_stats", "skip_nonfinite")
 """Names of the settings that decide what a call does with running statistics."""
 
 
@@ -41,7 +41,7 @@ def update_bn(
     ----------
     layers : iterable of batch norm layers
         Each is in training mode until the last batch is done, and then in the mode that it was in. Where `forward`
-        sets ``momentum`` or ``track_running_stats``, these, too, are what they were.
+        sets ``momentum``, ``track_running_stats`` or ``skip_nonfinite``, these, too, are what they were.
     batches : iterable
         Taken one by one.
     forward : callable
@@ -66,7 +66,8 @@ def update_bn(
     Whatever is raised, Ctrl-C included, by `forward` and `batches` as well: statistics, counters, modes and settings of
     the layers are as they were. Weights that `forward` has changed are not.
 
-    Calls in eval mode, within `no_stats_update` and of empty inputs do not count. ``num_batches_tracked`` becomes the
+    Calls in eval mode, within `no_stats_update` and of empty inputs do not count, nor do those of which a mask leaves
+    less than two values for each channel, or that ``skip_nonfinite`` leaves out. ``num_batches_tracked`` becomes the
     number of calls that did; a layer that has seen none keeps what it had. A layer whose statistics are frozen
     (``track_running_stats`` set to False) gets new ones all the same.
 
