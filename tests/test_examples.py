@@ -555,7 +555,7 @@ def test_image_stack_tells_what_is_wrong(fault, message, image_stack, monkeypatc
     if fault in ("taken", "limit") and not sys.modules["memory"].STATUS.exists():
         pytest.skip("Linux alone limits memory")
     if fault == "xarray":
-        monkeypatch.setattr(image_stack, "find_spec", lambda name: name in ("dask", "xarray"))
+        monkeypatch.setattr(image_stack, "find_spec", lambda name: None if name == "distributed" else name)
     monkeypatch.setattr(*faulty_image_stack(image_stack, monkeypatch)[fault])
     frames, limit = ("100", "1") if fault == "limit" else ("10", "64")
     with pytest.raises(SystemExit, match=message):
