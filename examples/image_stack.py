@@ -96,7 +96,7 @@ def create(path, shape, dtype):
     if path.suffix == ".zarr":
         import zarr
 
-        return zarr.create_array(path, shape=shape, dtype=dtype, chunks=(CHUNK, *shape[1:]))
+        return zarr.open_array(path, mode="w", shape=shape, dtype=dtype, chunks=(CHUNK, *shape[1:]))
     return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
 
 
@@ -349,10 +349,13 @@ def compare(args, folder):
             sys.exit("expected the limit of memory to hold")
 
     memory = {name: MemoryLimit(limit, hard) for name in ("statistics", "normalization")}
-    with memory["statistics"]:
-        total, everything, course = in_chunks(path, args.device, memory["statistics"])
-    with memory["normalization"]:
-        result = normalize_in_chunks(path, target, total.mean, total.var(), args.device, memory["normalization"])
+    try:
+        with memory["statistics"] as limited:
+            total, everything, course = in_chunks(path, args.device, limited)
+        with memory["normalization"] as limited:
+            result = normalize_in_chunks(path, target, total.mean, total.var(), args.device, limited)
+    except MemoryError:
+        sys.exit(f"{CHUNK} frames and what they become do not fit into {args.limit} MB: give a larger --limit")
     ways = {f"StreamingMoments, {len(course['running var'])} chunks": total}
     if found("Dask", "dask", "distributed"):
         ways[f"Dask, {WORKERS} processes"] = with_dask(path, args.device)

@@ -465,7 +465,7 @@ def image_stack(xp, monkeypatch):
         pytest.importorskip(package)
     module = importlib.import_module("image_stack")
     monkeypatch.setattr(layers, "xp", xp)
-    for name, value in {"SIZE": 32, "CHUNK": 3, "find_spec": lambda name: None}.items():  # noqa: ARG005
+    for name, value in {"SIZE": 32, "CHUNK": 4, "find_spec": lambda name: None}.items():  # noqa: ARG005
         monkeypatch.setattr(module, name, value)
     return module
 
@@ -492,9 +492,9 @@ def test_image_stack(image_stack, xp, monkeypatch, capsys, tmp_path):
     out = capsys.readouterr().out
     stack, mask = whole_stack(image_stack)
     expected = stack[mask].var(axis=0)
-    for name in ("exact, from sums of integers", "StreamingMoments, 4 chunks"):
+    for name in ("exact, from sums of integers", "StreamingMoments, 3 chunks"):
         np.testing.assert_allclose(numbers(out, name), expected, rtol=1e-6)
-    chunks = [stack[i : i + 3][mask[i : i + 3]].var(axis=0) for i in range(0, 10, 3)]
+    chunks = [stack[i : i + 4][mask[i : i + 4]].var(axis=0) for i in range(0, 10, 4)]
     np.testing.assert_allclose(numbers(out, "mean of the chunks' variances"), np.mean(chunks, axis=0), rtol=1e-5)
     np.testing.assert_allclose(numbers(out, "without the mask"), stack.var(axis=(0, 1, 2)), rtol=1e-6)
     assert numbers(out, "mean").tolist() == [0, 0, 0]
@@ -518,9 +518,48 @@ def test_image_stack_every_way(image_stack, monkeypatch, capsys, tmp_path):
     out = capsys.readouterr().out
     assert "uint16, .zarr" in out
     stack, mask = whole_stack(image_stack)
-    for name in ("StreamingMoments, 4 chunks", "Dask, 2 processes", "xarray, frame by frame"):
+    for name in ("StreamingMoments, 3 chunks", "Dask, 2 processes", "xarray, frame by frame"):
         np.testing.assert_allclose(numbers(out, name), stack[mask].var(axis=0), rtol=1e-6)
     assert [path.name for path in tmp_path.iterdir()] == ["image_stack.png"]
+
+
+@pytest.mark.parametrize("device", ["cpu"])
+def test_which_pixels_are_usable(image_stack):
+    """Those in the field of view, most of the frame, where no channel is stuck; it is dark elsewhere."""
+    stack, mask = whole_stack(image_stack)
+    stuck = (stack == image_stack.STUCK).any(axis=3)
+    assert stuck.any(axis=0).sum() == stuck[0].sum() > 0
+    field = image_stack.field_of_view(32)
+    assert field[16, 1]
+    assert not field[[0, 0, -1, -1], [0, -1, 0, -1]].any()
+    assert 0.7 < field.mean() < 0.8
+    assert (mask == (field & ~stuck)).all()
+    assert stack[~field & ~stuck].max() < image_stack.OFFSET * 1.5 < stack[1:][mask[1:]].min()
+
+
+@pytest.mark.parametrize("device", ["cpu"])
+def test_blocks_that_xarray_normalizes_are_compared(image_stack, tmp_path):
+    for package in ("dask", "xarray"):
+        pytest.importorskip(package)
+    _, var = image_stack.write_stack(tmp_path / "stack.npy", 10)
+    np.save(tmp_path / "zeros.npy", np.zeros((10, 3, 32, 32), np.float32))
+    total, distance = image_stack.with_xarray(tmp_path / "stack.npy", tmp_path / "zeros.npy", "cpu")
+    stack, mask = whole_stack(image_stack)
+    largest = abs((stack - total.mean) / np.sqrt(var))[mask].max()
+    assert distance == pytest.approx(largest, rel=1e-5)
+
+
+@pytest.mark.parametrize("device", ["cpu"])
+def test_a_chunk_that_does_not_fit(image_stack, monkeypatch, tmp_path):
+    """A limit that is too small for a chunk ends with a line that says so, and the limit that was there is back."""
+    memory = sys.modules["memory"]
+    if not memory.STATUS.exists():
+        pytest.skip("Linux alone limits memory")
+    monkeypatch.setattr(cupybn.StreamingMoments, "update", lambda *_: np.ones(10**9))
+    with pytest.raises(SystemExit, match="4 frames and what they become do not fit into 64 MB: give a larger --limit"):
+        run_main(image_stack, [*SMALL_STACK, "--device", "cpu"], monkeypatch, tmp_path)
+    assert np.ones(10**8, np.uint8).all()
+    assert not list(tmp_path.iterdir())
 
 
 def faulty_image_stack(image_stack, monkeypatch):
@@ -576,6 +615,8 @@ def test_memory_limit():
         limit.look()
     assert limit.peaks[0] > 40 * 2**20 * 0.9
     assert len(limit.peaks) == 2
+    if os.access("/proc/self/clear_refs", os.W_OK):
+        assert limit.peaks[1] < limit.peaks[0] / 2
     assert resource.getrlimit(resource.RLIMIT_DATA) == before
     np.ones(128 * 2**20, np.uint8)
 
