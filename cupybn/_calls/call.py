@@ -109,7 +109,7 @@ class Call(NamedTuple):
             None if batches is None or self.training is False else form_of(batches),
             None if out is None else form(out),
             None if mask is None else (type(mask), form(mask)),
-            (skip_nonfinite, type(skip_nonfinite)),
+            False if skip_nonfinite is False else (type(skip_nonfinite), skip_nonfinite),
             self.training,
             type(self.training),
             eps,
@@ -187,10 +187,7 @@ class Call(NamedTuple):
         return self.input, residual, mask, weight, bias, mean, var, batches if with_counter else None
 
     def settled(self) -> Call:
-        """Call with the same arguments, whose arrays are seen as of NumPy's or CuPy's own class.
-
-        And eps as a float of Python's, skip_nonfinite as its bool.
-        """
+        """Call with the same arguments, seen as arrays of NumPy's or CuPy's own class and numbers of Python's."""
         arrays = {name: plain(array) for name, array in self.arrays(with_counter=True).items()}
         affine = self.affine._replace(eps=float(self.affine.eps))
         running = self.running._replace(skip_nonfinite=bool(self.running.skip_nonfinite))
@@ -230,15 +227,16 @@ class Call(NamedTuple):
     def running_for_steps(self, moves: bool) -> Running:
         """Running statistics as the steps take them: only with arrays that are read or moved.
 
-        Where there are running statistics that stay as they are (`no_stats_update`), the momentum is given all the
-        same: the choice of launches depends on it, so that the same kernels run with and without an update.
+        Where there are running statistics that stay as they are (`no_stats_update`), momentum and skip_nonfinite are
+        given all the same: the choice of launches depends on them, so that the same kernels run with and without an
+        update.
         """
-        mean, var, momentum, _, _ = self.running
+        mean, var, momentum, _, skip_nonfinite = self.running
         if not self.training:
             return Running(mean, var, momentum)
         if moves:
             return self.running
-        return Running() if mean is None else Running(momentum=momentum)
+        return Running() if mean is None else Running(momentum=momentum, skip_nonfinite=skip_nonfinite)
 
     def _shared(self, checked: Checked, for_vjp: bool) -> list[str]:
         """Names of the arrays that share memory with a buffer which this call moves, or a later one may."""
@@ -307,7 +305,7 @@ class Checked(NamedTuple):
     moves: bool  # whether the call moves running statistics
     training: bool
     has_residual: bool
-    settled: bool  # whether all arrays are of NumPy's or CuPy's own class, and eps and skip_nonfinite of Python's
+    settled: bool  # whether all arrays are of NumPy's or CuPy's own class, and eps and skip_nonfinite Python's
     dense: bool  # whether input, residual and mask have the layout
     direct: bool  # whether `out` has it
     extents: dict[str, Extent]  # extents of the arrays that the call reads, moves or writes, by name

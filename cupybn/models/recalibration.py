@@ -72,7 +72,7 @@ def update_bn(
     (``track_running_stats`` set to False) gets new ones all the same.
 
     Until all is done, the running statistics stay what they were, on the device, and nothing waits for the host.
-    Batches merge as the blocks of a GPU do (Chan, Golub and LeVeque, 1979), by twos. CUDA graphs that are launched by
+    Batches merge as the blocks of a GPU do (Chan, Golub and LeVeque, 1979). CUDA graphs that are launched by
     `forward` call no layer, and so nothing is seen of them; a call that is captured in one is an error. Where `forward`
     uses several streams, let those that call the same layer wait for each other, and in the end the current one for
     all of them.
