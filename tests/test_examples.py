@@ -510,7 +510,7 @@ def test_image_stack(image_stack, xp, monkeypatch, capsys, tmp_path):
 
 @pytest.mark.parametrize("device", ["cpu"])
 def test_image_stack_every_way(image_stack, monkeypatch, capsys, tmp_path):
-    """From Zarr, in processes of Dask and through xarray the moments are the same."""
+    """Moments are the same from Zarr, in processes of Dask and through xarray."""
     for package in ("dask", "distributed", "xarray", "zarr"):
         pytest.importorskip(package)
     monkeypatch.setattr(image_stack, "find_spec", lambda name: name)
@@ -525,7 +525,7 @@ def test_image_stack_every_way(image_stack, monkeypatch, capsys, tmp_path):
 
 @pytest.mark.parametrize("device", ["cpu"])
 def test_which_pixels_are_usable(image_stack):
-    """Those in the field of view, most of the frame, where no channel is stuck; it is dark elsewhere."""
+    """Pixels are usable in the field of view, most of the frame, where no channel is stuck; it is dark elsewhere."""
     stack, mask = whole_stack(image_stack)
     stuck = (stack == image_stack.STUCK).any(axis=3)
     assert stuck.any(axis=0).sum() == stuck[0].sum() > 0
@@ -693,7 +693,7 @@ def test_gradients_of_padded_sequences(masks, padded_sequences, xp, rng):
 
 @pytest.mark.parametrize("masks", MASKS)
 def test_which_scores_depend_on_padding(masks, padded_sequences, xp, rng):
-    """Without a mask in eval mode, too; with one in the mean alone in training mode; and with masks in neither."""
+    """Scores depend on it in both modes without a mask, in training mode with one in the mean, with masks in neither."""
     network = padded_sequences.Network(getattr(padded_sequences, masks), 0)
     for norm in network.norms:
         norm.bias[...] = 0.5  # so that padding that is not masked out is not 0 behind a norm
