@@ -693,7 +693,7 @@ def test_gradients_of_padded_sequences(masks, padded_sequences, xp, rng):
 
 @pytest.mark.parametrize("masks", MASKS)
 def test_which_scores_depend_on_padding(masks, padded_sequences, xp, rng):
-    """Scores depend on it in both modes without a mask, in training mode with one in the mean, with masks in neither."""
+    """Scores depend on it in both modes without a mask; in training mode with one in the mean; else in none."""
     network = padded_sequences.Network(getattr(padded_sequences, masks), 0)
     for norm in network.norms:
         norm.bias[...] = 0.5  # so that padding that is not masked out is not 0 behind a norm
