@@ -460,7 +460,7 @@ def test_check_sees_a_wrong_kernel(step, monkeypatch, capsys):
 
 @pytest.mark.usefixtures("one_shape")
 @pytest.mark.parametrize("step", ["bn_normalize", "bn_forward"])
-def test_check_sees_a_wrong_mask(step, monkeypatch, capsys):
+def test_check_sees_a_wrong_record(step, monkeypatch, capsys):
     right = getattr(numpy_ops, step)
 
     def wrong(*args):

@@ -25,15 +25,16 @@ class Variant(NamedTuple):
     training: bool = True
     activation: str | None = None
     has_residual: bool = False
+    masked: bool = False
 
 
 class Case:
-    """Random arguments of all steps, on the host."""
+    """Random arguments of all steps, on the host. They are finite: `given` hides what a mask leaves out."""
 
     def __init__(self, shape: tuple[int, int, int], dtype: np.dtype[Any], offset: int, variant: Variant) -> None:
         rng = np.random.default_rng(0)
         self.shape, self.dtype, self.offset = shape, dtype, offset
-        self.training, activation, self.has_residual = variant
+        self.training, activation, self.has_residual, masked = variant
         C = shape[1]
         self.weight = (rng.uniform(0.5, 1.5, C) * rng.choice([-1, 1], C)).astype(np.float32)
         self.bias, mean = rng.standard_normal((2, C)).astype(np.float32)
@@ -46,11 +47,23 @@ class Case:
         self.dy = rng.standard_normal(shape).astype(dtype)
         self.epilogue = Epilogue(rng.standard_normal(shape).astype(dtype) if self.has_residual else None, activation)
         self._keep_away_from_zero()
-        self.count = self.x.size / C
+        self.mask = _some_of(rng, shape) if masked else None
+        self.epilogue = self.epilogue._replace(mask=self.mask)
+        self.count = self.x.size / C if self.mask is None else float(np.count_nonzero(self.mask))
         self.inv_count = 1 / self.count if self.training else 0.0
         parts = rng.integers(2, 9, 3).astype(np.float64)
         self.moments = Moments(parts, *rng.uniform(1, 2, (2, 3, C)))
         self.sums = Sums(*rng.standard_normal((2, 1, C)) * self.count)
+
+    def given(self, array: Array) -> Array:
+        """An (N, C, L) array as steps are given it: what a mask leaves out is NaN."""
+        return array if self.mask is None else np.where(self.mask[:, None], array, np.nan).astype(array.dtype)
+
+    def statistics_given(self) -> tuple[Statistics, float]:
+        """The statistics as steps of the way back are given them, and 1 / count: under a mask the count is theirs."""
+        if self.mask is None or not self.training:
+            return self.statistics, self.inv_count
+        return self.statistics._replace(count_left=np.array([self.count])), 1.0
 
     @property
     def noted(self) -> bool:
@@ -78,7 +91,7 @@ class Case:
 
     def batch_statistics(self) -> Statistics:
         """Mean and variance of x, in float64."""
-        return Statistics.of(*formula.mean_and_var(formula.bn_stats(self.x), np.float64))
+        return Statistics.of(*formula.mean_and_var(formula.bn_stats(self.x, mask=self.mask), np.float64))
 
     def terms(self, statistics: Statistics) -> Array:
         """The size of the terms that each output is a sum of."""
@@ -104,3 +117,10 @@ class Case:
         else:
             step = (4 * NEAR * np.sqrt(self.statistics.var + EPS) / self.weight)[:, None]
             self.x = np.where(near, self.x.astype(np.float64) + step, self.x.astype(np.float64)).astype(self.dtype)
+
+
+def _some_of(rng: np.random.Generator, shape: tuple[int, int, int]) -> npt.NDArray[np.bool_]:
+    """A mask that leaves most positions of an array, and not less than two."""
+    mask = rng.random((shape[0], shape[2])) < 0.8
+    mask.flat[:2] = True
+    return mask

@@ -1,9 +1,9 @@
 """Compare every kernel with its NumPy mirror, on this machine's GPU.
 
-Every dtype, aligned and unaligned memory, training and eval mode, with and without residual and ReLU, shapes of both
-memory layouts. A number of the table is the largest error, as a share of what is allowed. Without a GPU the mirrors are
-compared with a plain formula instead. The exit status is 1 if anything is off by more than it may be, or if there was
-nothing to check.
+Every dtype, aligned and unaligned memory, training and eval mode, with and without residual, ReLU and masks, shapes of
+both memory layouts. A number of the table is the largest error, as a share of what is allowed. Without a GPU the
+mirrors are compared with a plain formula instead. The exit status is 1 if anything is off by more than it may be, or if
+there was nothing to check.
 """
 
 from __future__ import annotations
@@ -61,11 +61,12 @@ class Job(NamedTuple):
 
     def describe(self) -> str:
         """Text for this call in the list of errors or misses."""
-        training, activation, has_residual = self.variant
+        training, activation, has_residual, masked = self.variant
         words = [
             "training" if training else "eval",
             activation or "no activation",
             *(["residual"] if has_residual else []),
+            *(["masked"] if masked else []),
             *(["unaligned"] if self.offset else []),
         ]
         return f"{self.row}, (N, C, L) = {self.shape}, {self.dtype.name}, {', '.join(words)}"

@@ -14,6 +14,7 @@ from cupybn._steps.bundles import (
     Doubles,
     Epilogue,
     Gradients,
+    Mask,
     Moments,
     Passed,
     Running,
@@ -24,12 +25,12 @@ from cupybn._steps.bundles import (
 )
 
 
-def bn_stats(x: Tensor, batches: Counter | None = None) -> Moments:
+def bn_stats(x: Tensor, batches: Counter | None = None, mask: Mask | None = None) -> Moments:
     """Count, mean and sum of squared deviations of each channel."""
     x = x.astype(np.float64)
-    count = np.array([x.size / x.shape[1]])
-    mean = _total(x) / count
-    m2 = _total((x - _column(mean)) ** 2)
+    count = np.array([x.size / x.shape[1] if mask is None else float(np.count_nonzero(mask))])
+    mean = _total(_left(x, mask)) / count
+    m2 = _total(_left((x - _column(mean)) ** 2, mask))
     return Moments(count, mean[None], m2[None], None if batches is None else batches.copy())
 
 
@@ -48,11 +49,13 @@ def merge_moments(moments: Moments) -> Doubles:
 
 
 def bn_update_running(moments: Moments, running: Running) -> None:
-    """running = (1 - momentum) * running + momentum * batch, and a batch more."""
+    """running = (1 - momentum) * running + momentum * batch, and a batch more; nothing for means that are not finite."""
     assert running.mean is not None
     assert running.var is not None
     assert running.momentum is not None
     count = moments.count.sum()
+    if running.skip_nonfinite and not np.isfinite(moments.mean).all():
+        return
     mean, var = mean_and_var(moments, np.float64)
     for vector, new in (running.mean, mean), (running.var, var * count / (count - 1)):
         vector[...] = (1 - running.momentum) * vector + running.momentum * new
@@ -60,7 +63,7 @@ def bn_update_running(moments: Moments, running: Running) -> None:
         running.batches[...] += 1
 
 
-def empty_passed(x: Tensor, residual: Tensor, out: Tensor) -> Passed:  # noqa: ARG001
+def empty_passed(x: Tensor, residual: Tensor, out: Tensor, mask: Mask | None = None) -> Passed:  # noqa: ARG001
     """A record with a truth value for each element, whose values are not set."""
     return np.empty(x.shape, bool)
 
@@ -75,25 +78,27 @@ def bn_normalize(
         statistics = Statistics.of(running.mean.astype(np.float64), running.var.astype(np.float64))
     else:
         statistics = Statistics.of(*mean_and_var(moments, np.float64))
+        if epilogue.mask is not None:
+            statistics = statistics._replace(count_left=moments.count.sum()[None])
         bn_update_running(moments, running)
     y = _preactivation(x, statistics, affine)
     if epilogue.residual is not None:
         y += epilogue.residual.astype(np.float64)
     if epilogue.passed is not None:
-        epilogue.passed[...] = y > 0
-    out[...] = np.maximum(y, 0) if epilogue.activation == "relu" else y
+        epilogue.passed[...] = _left(y, epilogue.mask) > 0
+    out[...] = _left(np.maximum(y, 0) if epilogue.activation == "relu" else y, epilogue.mask)
     return statistics
 
 
 def bn_forward(x: Tensor, affine: Affine, running: Running, epilogue: Epilogue, out: Tensor) -> Statistics:
     """`bn_stats` and `bn_normalize`, one after the other."""
-    return bn_normalize(x, bn_stats(x), affine, running, epilogue, out)
+    return bn_normalize(x, bn_stats(x, mask=epilogue.mask), affine, running, epilogue, out)
 
 
 def bn_backward_reduce(dy: Tensor, x: Tensor, statistics: Statistics, affine: Affine, epilogue: Epilogue) -> Sums:
     """sum(dy) and sum(dy * xhat), where activation passed dy."""
     g = _passed(dy, x, statistics, affine, epilogue)
-    return Sums(_total(g)[None], _total(g * _xhat(x, statistics, affine))[None])
+    return Sums(_total(g)[None], _total(g * _left(_xhat(x, statistics, affine), epilogue.mask))[None])
 
 
 def merge_sums(sums: Sums, count: Doubles, dweight: Vector, dbias: Vector) -> Doubles:
@@ -115,8 +120,11 @@ def bn_backward_input(
     """(dy - sum(dy) / count - xhat * sum(dy * xhat) / count) * rstd * weight, where activation passed dy."""
     g = _passed(dy, x, statistics, affine, epilogue)
     sum_dy, sum_dy_xhat = sums.dy.sum(axis=0), sums.dy_xhat.sum(axis=0)
+    if statistics.count_left is not None:
+        inv_count = inv_count / statistics.count_left[0]
     terms = g - inv_count * (_column(sum_dy) + _xhat(x, statistics, affine) * _column(sum_dy_xhat))
-    gradients.dx[...] = terms * _column(affine.weight / np.sqrt(statistics.var + affine.eps))
+    dx = terms * _column(affine.weight / np.sqrt(statistics.var + affine.eps))
+    gradients.dx[...] = _left(dx, epilogue.mask)
     if gradients.dresidual is not None:
         gradients.dresidual[...] = g
     assert gradients.dweight is not None
@@ -138,6 +146,11 @@ def bn_backward(
     bn_backward_input(dy, x, statistics, affine, epilogue, sums, inv_count, gradients)
 
 
+def _left(x: Tensor, mask: Mask | None) -> Tensor:
+    """The elements that a mask leaves, 0 for the others."""
+    return x if mask is None else np.where(mask[:, None], x, 0)
+
+
 def _total(x: Tensor) -> Doubles:
     """The sum of each channel, along memory: only there does NumPy add pairwise."""
     return np.ascontiguousarray(x.transpose(1, 0, 2)).reshape(x.shape[1], -1).sum(axis=1)
@@ -157,8 +170,8 @@ def _preactivation(x: Tensor, statistics: Statistics, affine: Affine) -> Doubles
 
 
 def _passed(dy: Tensor, x: Tensor, statistics: Statistics, affine: Affine, epilogue: Epilogue) -> Doubles:
-    """The elements of dy that activation passed, 0 for the others."""
-    dy = dy.astype(np.float64)
+    """The elements of dy that activation passed and a mask has left, 0 for the others."""
+    dy = _left(dy.astype(np.float64), epilogue.mask)
     if epilogue.activation is None:
         return dy
     passed = _preactivation(x, statistics, affine) > 0 if epilogue.passed is None else epilogue.passed

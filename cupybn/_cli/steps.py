@@ -16,7 +16,9 @@ from cupybn._steps.bundles import Affine, Epilogue, Gradients, Moments, Running,
 
 def bn_stats(case: Case, side: Side) -> Results:
     """The parts merge to the mean and the squared deviations of the whole, which is what a user sees of them."""
-    parts = side.host_all(side.ops.bn_stats(side.put(case.x, case.offset), side.put(np.array(5))))
+    x, counter = side.put(case.given(case.x), case.offset), side.put(np.array(5))
+    mask = None if case.mask is None else side.put(case.mask, case.offset)
+    parts = side.host_all(side.ops.bn_stats(x, counter, mask=mask))
     count, mean, m2, _ = Moments.of_rows(numpy_ops.merge_moments(parts))
     std = np.sqrt(m2 / count)
     return {
@@ -48,12 +50,16 @@ def merge_moments(case: Case, side: Side) -> Results:
 
 
 def bn_update_running(case: Case, side: Side) -> Results:
-    """Running statistics and counter, from moments in one part."""
-    moments = side.put_all(Moments(*(field[:1] for field in case.moments[:3])))
+    """Running statistics and counter, from moments in one part; and where these are not finite, and are skipped."""
+    moments = Moments(*(field[:1].copy() for field in case.moments[:3]))
     running = side.put_all(Running(case.statistics.mean, case.statistics.var, MOMENTUM, np.array(2)))
-    side.ops.bn_update_running(moments, running)
+    side.ops.bn_update_running(side.put_all(moments), running)
     mean, var = side.host(running.mean), side.host(running.var)
+    moments.mean[0, -1] = np.inf
+    skipping = running._replace(skip_nonfinite=True)
+    side.ops.bn_update_running(side.put_all(moments), skipping)
     return {
+        "skipped": Result(np.abs(side.host(skipping.mean) - mean) + np.abs(side.host(skipping.var) - var), 0, 0),
         "running_mean": Result(mean, 4 * HALF_ULP["float64"] / case.unit, np.abs(mean) + 2),
         "running_var": Result(var, 4 * HALF_ULP["float64"] / case.unit, var),
         "num_batches_tracked": Result(side.host(running.batches), 0, 0),
@@ -102,14 +108,16 @@ def merge_sums(case: Case, side: Side) -> Results:
 def bn_backward_input(case: Case, side: Side) -> Results:
     """The gradients, from the same statistics and sums."""
     gradients = _empty_gradients(case, side)
-    side.ops.bn_backward_input(*_backward(case, side), side.put_all(case.sums), case.inv_count, gradients)
+    _, inv_count = case.statistics_given()
+    side.ops.bn_backward_input(*_backward(case, side), side.put_all(case.sums), inv_count, gradients)
     return _gradient_results(case, side.host_all(gradients), case.sums)
 
 
 def bn_backward(case: Case, side: Side) -> Results:
     """The gradients, from the same statistics."""
     gradients = _empty_gradients(case, side)
-    side.ops.bn_backward(*_backward(case, side), case.inv_count, gradients)
+    _, inv_count = case.statistics_given()
+    side.ops.bn_backward(*_backward(case, side), inv_count, gradients)
     return _gradient_results(case, side.host_all(gradients), None)
 
 
@@ -118,10 +126,13 @@ class _Forward:
 
     def __init__(self, case: Case, side: Side) -> None:
         self.case, self.side = case, side
-        self.x, self.out = side.put(case.x, case.offset), side.out(case.x, case.offset)
+        self.x, self.out = side.put(case.given(case.x), case.offset), side.out(case.x, case.offset)
         self.affine, self.running = side.put_all(case.affine), side.put_all(case.running)
-        epilogue = side.put_all(case.epilogue, case.offset)
-        passed = side.ops.empty_passed(self.x, epilogue.residual, self.out) if case.noted else None
+        residual = case.epilogue.residual
+        given = case.epilogue._replace(residual=None if residual is None else case.given(residual))
+        epilogue = side.put_all(given, case.offset)
+        masks = () if epilogue.mask is None else (epilogue.mask,)
+        passed = side.ops.empty_passed(self.x, epilogue.residual, self.out, *masks) if case.noted else None
         self.epilogue = epilogue._replace(passed=passed)
 
     def results(self, statistics: Statistics, used: Statistics, exact: bool) -> Results:
@@ -143,6 +154,7 @@ class _Forward:
             gradients = _empty_gradients(case, side)
             dy, x, given, affine, _ = _backward(case, side)
             epilogue = self.epilogue._replace(residual=None)
+            given = given._replace(count_left=None)
             side.ops.bn_backward_input(dy, x, given, affine, epilogue, side.put_all(case.sums), 0.0, gradients)
             clear = np.abs(case.before_activation(used)) > NEAR / 10
             results["record"] = Result(np.where(clear, side.host(gradients.dresidual), 0), 0, 0)
@@ -155,7 +167,7 @@ def _backward(case: Case, side: Side) -> tuple[Tensor, Tensor, Statistics, Affin
     if case.noted:
         running = side.put_all(Running(case.statistics.mean, case.statistics.var))
         side.ops.bn_normalize(forward.x, None, forward.affine, running, forward.epilogue, forward.out)
-    dy, statistics = side.put(case.dy, case.offset), side.put_all(case.statistics)
+    dy, statistics = side.put(case.given(case.dy), case.offset), side.put_all(case.statistics_given()[0])
     return dy, forward.x, statistics, forward.affine, forward.epilogue._replace(residual=None)
 
 
@@ -193,16 +205,18 @@ class Step(NamedTuple):
 
 _FUSED = ((None, False), ("relu", False), (None, True), ("relu", True))
 _NO_RESIDUAL_ALONE = ((None, False), ("relu", False), ("relu", True))
-_FORWARD = tuple(Variant(True, *fused) for fused in _FUSED)
-_REDUCE = tuple(Variant(True, *fused) for fused in _NO_RESIDUAL_ALONE)
-_BACKWARD = tuple(Variant(training, *fused) for training in (True, False) for fused in _NO_RESIDUAL_ALONE)
+_MASKED = tuple(Variant(training, "relu", True, True) for training in (True, False))
+_FORWARD = *(Variant(True, *fused) for fused in _FUSED), _MASKED[0]
+_REDUCE = *(Variant(True, *fused) for fused in _NO_RESIDUAL_ALONE), _MASKED[0]
+_BACKWARD = *(Variant(training, *fused) for training in (True, False) for fused in _NO_RESIDUAL_ALONE), *_MASKED
+_NORMALIZE = *(Variant(training, *fused) for training in (True, False) for fused in _FUSED), *_MASKED
 
 STEPS = {
-    "bn_stats": Step(bn_stats, (Variant(),)),
+    "bn_stats": Step(bn_stats, (Variant(), Variant(masked=True))),
     "mean_and_var": Step(mean_and_var, (Variant(),)),
     "merge_moments": Step(merge_moments, (Variant(),)),
     "bn_update_running": Step(bn_update_running, (Variant(),)),
-    "bn_normalize": Step(bn_normalize, tuple(Variant(t, *fused) for t in (True, False) for fused in _FUSED)),
+    "bn_normalize": Step(bn_normalize, _NORMALIZE),
     "bn_forward": Step(bn_forward, _FORWARD),
     "bn_backward_reduce": Step(bn_backward_reduce, _REDUCE),
     "merge_sums": Step(merge_sums, (Variant(),)),

@@ -391,7 +391,12 @@ def _left(array: Array, mask: Mask) -> Array: ...
 def _left(array: None, mask: Mask) -> None: ...
 def _left(array: Array | None, mask: Mask) -> Array | None:
     """The positions of an (N, C, L) array that a mask leaves, as a (P, C, 1) array; None for None."""
-    return None if array is None else array.swapaxes(1, 2)[mask][..., None]
+    if array is None:
+        return None
+    N, C, L = array.shape
+    if L == 1:  # an index that is a mask takes several times as long
+        return array.reshape(N, C).take(np.flatnonzero(mask), 0)[..., None]
+    return array.swapaxes(1, 2)[mask][..., None]
 
 
 def _put_back(pairs: Sequence[tuple[Array | None, Array | None]], mask: Mask) -> None:
