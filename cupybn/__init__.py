@@ -9,6 +9,7 @@ from cupybn.layers.syncbatchnorm import SyncBatchNorm
 from cupybn.models.checkpoints import find_batch_norms, load_checkpoint, save_checkpoint
 from cupybn.models.folding import fold_conv_bn, fold_linear_bn
 from cupybn.models.recalibration import update_bn
+from cupybn.statistics.streaming import StreamingMoments
 
 __version__ = "0.1.0"
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "BatchNorm3d",
     "BatchNormGrads",
     "IncompatibleKeys",
+    "StreamingMoments",
     "SyncBatchNorm",
     "find_batch_norms",
     "fold_conv_bn",

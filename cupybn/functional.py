@@ -40,23 +40,22 @@ and later ones play its launches without taking them again (`cupybn._steps.tape`
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from cupybn._arrays.devices import copied, empty, empty_like, on_device_of, write_at_once, zeros_like
-from cupybn._arrays.dtypes import accumulation_dtype
 from cupybn._arrays.kinds import plain
 from cupybn._calls import checks
 from cupybn._calls.call import Call, Checked, has_form
-from cupybn._calls.layout import Layout
 from cupybn._ranks.synchronized import Synchronized
-from cupybn._steps import cupy_ops, numpy_ops
+from cupybn._steps import cupy_ops
 from cupybn._steps.bundles import Affine, Epilogue, Gradients, Running, Statistics
 from cupybn._steps.launcher import unheard
 from cupybn._steps.observer import Observed
+from cupybn._steps.ops import ops_for
 from cupybn._steps.tape import Tapes, particulars_of
+from cupybn.statistics.moments import moments
 
 __all__ = ["BatchNormGrads", "VjpFn", "batch_norm", "batch_norm_backward", "batch_norm_vjp", "moments"]
 
@@ -361,44 +360,6 @@ def batch_norm_backward(
     return VjpFn(saved)(grad_output)
 
 
-def moments(input: Array, *, channel_axis: int = 1) -> tuple[Array, Array]:
-    """Mean and biased variance of each channel.
-
-    Parameters
-    ----------
-    input : array of rank >= 2, not empty
-    channel_axis : int
-
-    Returns
-    -------
-    mean, var : (C,) arrays, float64 for float64 input and float32 otherwise
-
-    Raises
-    ------
-    TypeError
-        If `input` is not an array of a kind and dtype of `batch_norm`.
-    ValueError
-        If `input` is empty, or its rank or `channel_axis` does not fit.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> import cupybn.functional as F
-    >>> photos = np.arange(24, dtype=np.float32).reshape(2, 2, 2, 3)  # (N, H, W, C)
-    >>> F.moments(photos, channel_axis=-1)
-    (array([10.5, 11.5, 12.5], dtype=float32), array([47.25, 47.25, 47.25], dtype=float32))
-    """
-    axis = checks.check_input(input, channel_axis)
-    if input.size == 0:
-        raise ValueError(f"expected an input that is not empty (got shape {input.shape})")
-    input = plain(input)
-    layout, ops = Layout.of(input, axis), ops_for(input)
-    with on_device_of(input), unheard():
-        parts = ops.bn_stats(layout.view(layout.conform(input)))
-        mean, var = ops.mean_and_var(parts, accumulation_dtype(input.dtype))
-    return mean, var
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The flow
 
@@ -553,8 +514,3 @@ def ops_for_call(call: Call) -> Any:
     if call.input.size == 0:
         return None
     return ops if layer is None or layer.observer is None else Observed(ops, layer.observer)
-
-
-def ops_for(array: Array) -> ModuleType:
-    """The module with the steps for arrays of this kind."""
-    return numpy_ops if isinstance(array, np.ndarray) else cupy_ops

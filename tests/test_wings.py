@@ -17,6 +17,7 @@ FLOORS = (
     ("models",),
     ("layers",),
     ("functional",),
+    ("statistics",),
     ("_calls",),
     ("_ranks",),
     ("_steps",),

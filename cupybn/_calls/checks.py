@@ -255,6 +255,12 @@ def as_float(name: str, value: Any) -> float:
         raise OverflowError(f"expected {name} to be a float (got a number beyond float64)") from None
 
 
+def check_timeout(timeout: float | None) -> None:
+    """Check for a number of seconds that a rank waits for the others, or None."""
+    if timeout is not None and not as_float("timeout", timeout) > 0:
+        raise ValueError(f"expected timeout > 0 or None (got {timeout})")
+
+
 def check_eps(eps: float, training: bool) -> None:
     """Check for an eps that is not negative and, in training, where a variance may be 0, not 0 either."""
     as_float("eps", eps)

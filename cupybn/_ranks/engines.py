@@ -26,6 +26,8 @@ Array = Any  # numpy.ndarray or cupy.ndarray
 Header = npt.NDArray[np.float64]
 """Few numbers on the host that a rank sends beside a row: see `Group`."""
 
+TIMEOUT = 20.0
+"""Seconds that a rank waits for the others, unless it is told otherwise."""
 TEXT = 256
 """Bytes of a text that ranks exchange. All texts have this length, so that they match; longer ones are cut."""
 

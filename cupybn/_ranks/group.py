@@ -68,10 +68,13 @@ class Group:
     Parameters
     ----------
     engine : Engine
+    name : str
+        What the ranks do together, for messages.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, name: str = "synchronized batch norm") -> None:
         self.engine = engine
+        self._name = name
         self._agreed: int | None = None  # number of channels that all ranks had when they last compared texts
         self._same_lengths = False  # whether rows are known to have one length in this call: step 1 is left out
         self._exchange = _Exchange.AHEAD
@@ -178,6 +181,42 @@ class Group:
         self._exchange = _Exchange.OVER
         return total
 
+    def texts(self, text: str) -> list[str]:
+        """Texts of all ranks, in their order: step 1 of a call whose ranks compare them by rules of their own.
+
+        A call in which they do not fit ends with `all_raise`.
+
+        Raises
+        ------
+        RuntimeError
+            If a rank has raised, or does not answer.
+        """
+        self._exchange = _Exchange.BEGUN
+        try:
+            texts = self.engine.texts(text)
+        except CapturingError:  # on all ranks, since all of them capture this call
+            self._exchange = _Exchange.RAISED
+            raise
+        failures = [f"rank {rank} raised {said[1:]}" for rank, said in enumerate(texts) if said.startswith(FAILED)]
+        if failures:
+            self._exchange = _Exchange.RAISED
+            raise RuntimeError(f"{self._name}: {'; '.join(failures)}")
+        return texts
+
+    def rows(self, row: Array) -> Array:
+        """Rows of all ranks, (ranks, n), which have one length, as their texts have shown: step 2 of such a call."""
+        rows, _ = self.engine.gather(row, np.zeros(1))
+        self._exchange = _Exchange.OVER
+        return rows
+
+    def over(self) -> None:
+        """Note that the ranks have nothing more to exchange in this call."""
+        self._exchange = _Exchange.OVER
+
+    def all_raise(self) -> None:
+        """Note that every rank is about to raise, by what all of them have been told."""
+        self._exchange = _Exchange.RAISED
+
     def _withdraw(self, text: str, forward: bool, channels: int | None, device: str) -> None:
         """Take this rank's part in the exchange that the others wait in, to say that it has failed, and then why."""
         if self._same_lengths:
@@ -196,16 +235,8 @@ class Group:
 
     def _compare(self, text: str) -> None:
         """Raise unless all ranks send the same text, and none of them a failure."""
-        try:
-            texts = self.engine.texts(text)
-        except CapturingError:  # on all ranks, since all of them capture this call
-            self._exchange = _Exchange.RAISED
-            raise
-        failures = [f"rank {rank} raised {said[1:]}" for rank, said in enumerate(texts) if said.startswith(FAILED)]
-        if failures:
-            self._exchange = _Exchange.RAISED
-            raise RuntimeError(f"synchronized batch norm: {'; '.join(failures)}")
+        texts = self.texts(text)
         if len(set(texts)) > 1:
             self._exchange = _Exchange.RAISED
             told = "; ".join(f"rank {rank} has {said}" for rank, said in enumerate(texts))
-            raise RuntimeError(f"synchronized batch norm: expected the same on all ranks ({told})")
+            raise RuntimeError(f"{self._name}: expected the same on all ranks ({told})")

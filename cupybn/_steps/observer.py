@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from cupybn._arrays.devices import empty, import_cupy, module_of, zeros_like
+from cupybn._arrays.devices import copied, empty, import_cupy, module_of, zeros_like
 from cupybn._arrays.kinds import device_of
 from cupybn._steps.bundles import Affine, Epilogue, Moments, Running, Statistics
+from cupybn._steps.totals import Total
 
 Array = Any  # numpy.ndarray or cupy.ndarray
 
@@ -18,9 +19,8 @@ Array = Any  # numpy.ndarray or cupy.ndarray
 class Observer:
     """Moments of all batches that were added, as one: merged by their counts, on their device.
 
-    A batch counts if it has two values or more for each channel; what another one has is left out. Rows, as
-    `merge_moments` makes them, merge two by two, then these by twos, and so on: each value takes part in a number of
-    roundings that is the logarithm of the number of batches, and so many rows are kept.
+    A batch counts if it has two values or more for each channel; what another one has is left out. What is kept has the
+    same size however many batches there are: see `Total`.
 
     Attributes
     ----------
@@ -34,8 +34,7 @@ class Observer:
     batches: Array
 
     def __init__(self) -> None:
-        self._rows: list[Array] = []
-        self._added = 0
+        self._total: Total | None = None
         self._lock = threading.Lock()  # several threads may call a layer at a time
 
     def check(self, x: Array) -> None:
@@ -49,9 +48,9 @@ class Observer:
 
     def check_fits(self, name: str, array: Array, channels: int) -> None:
         """Check that an array for so many channels goes with the batches that were added. The name is for messages."""
-        if not self._added:
+        if self._total is None:
             return
-        device, expected = device_of(self._rows[0]), self._rows[0].shape[1] // 2
+        device, expected = device_of(self._total.pivot), self._total.pivot.size
         if device_of(array) != device:
             raise TypeError(
                 f"expected {name} on {device}, as the batches of this update_bn before (got one on {device_of(array)})"
@@ -64,28 +63,17 @@ class Observer:
     def add(self, ops: ModuleType, row: Array) -> None:
         """Add a batch, whose moments are a row that `merge_moments` has made. All or nothing is added."""
         counts = row[0, 0] > 1  # on a GPU the host does not wait to see it
-        row = choose(counts, row, zeros_like(row))
+        total = Total.of(choose(counts, row, zeros_like(row)))
         with self._lock:
-            added, rows = self._added + 1, [*self._rows, row]
-            for _ in range((added & -added).bit_length() - 1):  # as often as 2 divides the number of rows
-                rows[-2:] = [_merged(ops, rows[-2:])]
-            batches = self.batches if self._added else zeros_like(empty((), row, np.int64))
+            total = total if self._total is None else self._total.plus(ops, total)
+            batches = zeros_like(empty((), row, np.int64)) if self._total is None else copied(self.batches)
             batches += counts
-            self.ops, self.batches, self._rows, self._added = ops, batches, rows, added
+            self.ops, self.batches, self._total = ops, batches, total
 
     def moments(self) -> Moments:
         """Moments of all that was added, in one part."""
-        assert self.ops is not None
-        return Moments.of_rows(_merged(self.ops, self._rows))
-
-
-def _merged(ops: ModuleType, rows: list[Array]) -> Array:
-    """The row of all of these rows together."""
-    table = empty((len(rows), rows[0].shape[1]), rows[0])
-    for i, row in enumerate(rows):
-        table[i] = row[0]
-    merged: Array = ops.merge_moments(Moments.of_rows(table))
-    return merged
+        assert self._total is not None
+        return self._total.moments()
 
 
 def choose(condition: Array, a: Array, b: Array) -> Array:

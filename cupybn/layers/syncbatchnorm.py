@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy.typing as npt
 
 from cupybn._calls import checks
-from cupybn._ranks.engines import engine_for
+from cupybn._ranks.engines import TIMEOUT, engine_for
 from cupybn._ranks.group import Group
 from cupybn.functional import BatchNormGrads, VjpFn
 from cupybn.layers.batchnorm import BatchNorm1d, BatchNorm2d, BatchNorm3d, _BatchNorm
@@ -19,9 +19,6 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 Array = Any  # numpy.ndarray or cupy.ndarray
-
-TIMEOUT = 20.0
-"""Seconds that a rank waits for the others."""
 
 
 class SyncBatchNorm(_BatchNorm):
@@ -207,7 +204,8 @@ class SyncBatchNorm(_BatchNorm):
 
     @timeout.setter
     def timeout(self, timeout: float | None) -> None:
-        self._timeout = _checked_timeout(timeout)
+        checks.check_timeout(timeout)
+        self._timeout = timeout
         if self._process_group is not None:
             self._process_group.engine.timeout = timeout
 
@@ -245,7 +243,7 @@ class SyncBatchNorm(_BatchNorm):
 
     def _connect(self, comm: Any, timeout: float | None) -> None:
         """Take a communicator, or leave all as it is and raise."""
-        timeout = _checked_timeout(timeout)
+        checks.check_timeout(timeout)
         engine = None if comm is None else engine_for(comm, timeout)
         group = Group(engine) if engine is not None and engine.size > 1 else None
         vars(self).update(_comm=comm, _process_group=group, _timeout=timeout, _left_out=False)
@@ -277,9 +275,3 @@ _OWN = ("_kind", "_comm", "_process_group", "_left_out", "_timeout")
 """Attributes that layers of one process do not have."""
 _KINDS: dict[int, type[_BatchNorm]] = {2: BatchNorm1d, 3: BatchNorm1d, 4: BatchNorm2d, 5: BatchNorm3d}
 """Layers of one process, by the rank of their inputs."""
-
-
-def _checked_timeout(timeout: float | None) -> float | None:
-    if timeout is not None and not checks.as_float("timeout", timeout) > 0:
-        raise ValueError(f"expected timeout > 0 or None (got {timeout})")
-    return timeout

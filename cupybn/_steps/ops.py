@@ -1,0 +1,17 @@
+"""The choice between the two modules with the steps."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from cupybn._steps import cupy_ops, numpy_ops
+
+Array = Any  # numpy.ndarray or cupy.ndarray
+
+
+def ops_for(array: Array) -> ModuleType:
+    """The module with the steps for arrays of this kind."""
+    return numpy_ops if isinstance(array, np.ndarray) else cupy_ops
