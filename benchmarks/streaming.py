@@ -34,7 +34,7 @@ from cpu_files import Measured, save, write
 from streaming_chunks import Case, Stream
 from turns import Checkout, add_options, answer, cell, commit, parse, progress, ratio, spread, take, trees
 
-ROUNDS, STARTS = 7, 3
+ROUNDS, STARTS = 5, 2
 TURN, SHORT_TURN = 0.1, 0.0
 """Seconds of a turn, at least."""
 ALONE = "chunks alone"
@@ -54,7 +54,7 @@ class Sizes(NamedTuple):
     sizes: list[float]  # MB of streams that are compared
 
 
-FULL = Sizes(streamed=256, chunk=16, chunks=[1, 4, 16, 64], sizes=[10, 40, 160, 640, 4000])
+FULL = Sizes(streamed=128, chunk=16, chunks=[1, 4, 16, 64], sizes=[10, 40, 160, 640, 4000])
 QUICK = Sizes(streamed=4, chunk=2, chunks=[1, 2], sizes=[2, 8])
 
 
