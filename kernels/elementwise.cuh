@@ -50,10 +50,11 @@ struct Flags {
     bool residual, relu;
 };
 
-// The output of a pack. Bit e of passed becomes whether ReLU passes element e.
+// The output of a pack, of which a mask leaves the elements whose bit of `left` is set. Bit e of passed becomes whether
+// ReLU passes element e.
 template <bool WIDE, class Channels>
 DEVICE raw_t normalize(const raw_t& x, const raw_t& residual, const Flags& flags, const Channels& channels,
-                       unsigned& passed) {
+                       unsigned left, unsigned& passed) {
     acc_t in[WIDTH], added[WIDTH];
     typename Arithmetic<WIDE>::type y[WIDTH];
     unpack(x, in);
@@ -70,6 +71,7 @@ DEVICE raw_t normalize(const raw_t& x, const raw_t& residual, const Flags& flags
             if (flags.residual) value += added[e];
             y[e] = value;
         }
+        if (!(left >> e & 1)) y[e] = 0;
         passed |= (unsigned)(y[e] > 0) << e;
         if (flags.relu) y[e] = y[e] > 0 || y[e] != y[e] ? y[e] : 0;  // NaN passes
     }
@@ -113,6 +115,17 @@ DEVICE void stop(acc_t (&dy)[WIDTH], const acc_t (&x)[WIDTH], Gate gate, unsigne
     }
 }
 
+// Leaves out what a mask leaves out of a pack: its dy becomes 0, and x, which may be NaN, adds nothing to a sum then.
+template <class Channels>
+DEVICE void leave_out(acc_t (&dy)[WIDTH], acc_t (&x)[WIDTH], unsigned left, const Channels& channels) {
+#pragma unroll
+    for (int e = 0; e < WIDTH; e++)
+        if (!(left >> e & 1)) {
+            dy[e] = 0;
+            x[e] = channels.usual(e).center;
+        }
+}
+
 // The input's gradient of an element; `constant` if the statistics do not depend on x.
 template <class A>
 DEVICE A input_gradient(A dy, A x, const Factors<A>& f, bool constant) {
@@ -122,19 +135,22 @@ DEVICE A input_gradient(A dy, A x, const Factors<A>& f, bool constant) {
 
 // The input's gradient of a pack. g becomes what the residual gets.
 template <bool WIDE, class Channels>
-DEVICE raw_t input_gradient(const raw_t& dy, const raw_t& x, Gate gate, unsigned bits, bool constant,
+DEVICE raw_t input_gradient(const raw_t& dy, const raw_t& x, Gate gate, unsigned bits, unsigned left, bool constant,
                             const Channels& channels, acc_t (&g)[WIDTH]) {
     acc_t in[WIDTH];
     typename Arithmetic<WIDE>::type dx[WIDTH];
     unpack(dy, g);
     unpack(x, in);
+    leave_out(g, in, left, channels);
     stop<WIDE>(g, in, gate, bits, channels);
 #pragma unroll
-    for (int e = 0; e < WIDTH; e++)
+    for (int e = 0; e < WIDTH; e++) {
         if (WIDE && channels.is_wide(e))
             dx[e] = input_gradient<double>(g[e], in[e], channels.wide(e), constant);
         else
             dx[e] = input_gradient(g[e], in[e], channels.usual(e), constant);
+        if (!(left >> e & 1)) dx[e] = 0;
+    }
     return pack(dx);
 }
 

@@ -16,7 +16,7 @@ extern "C" __global__ void REGISTERS(80) mean_and_var(
     if (c >= C) return;
     const ChannelMoments all = merge_parts(moments, 1, C, parts, c);
     if (threadIdx.x == 0) {
-        narrow(all.mean, mean[c]);
+        narrow(all.count > 0 ? all.mean : all.var(), mean[c]);  // NaN where there are no values
         narrow(all.var(), var[c]);
     }
 }

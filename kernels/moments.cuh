@@ -52,47 +52,72 @@ DEVICE bool held_squares(A m2) {
 }
 
 // A few values, summed in the dtype A: their mean, which is base + offset, and the sum of squares of deviations from
-// it. That the mean is rounded does no harm: about a center that is off by d, the squares of n values are n * d * d too
-// many.
+// it. That the mean is rounded does no harm to these: about a center that is off by d, the squares of n values are
+// n * d * d too many.
 template <class A>
 struct Chunk {
-    A base, offset, m2;
-    bool held;  // whether the dtype A held the squares
+    A base, sum, offset, m2;  // sum is that of deviations from base
+    bool held;                // whether the dtype A held the squares
+};
+
+// Which of the values of a chunk there are: the first `count`, all of them if full, which the compiler knows; or those
+// whose bit is set.
+template <class Full>
+struct FirstOnes {
+    static constexpr bool GAPS = false;
+    Full full;
+    int count;
+    DEVICE bool operator()(int i) const { return full || i < count; }
+};
+struct Chosen {
+    static constexpr bool GAPS = true;
+    No full;
+    int count;
+    unsigned bits;
+    DEVICE explicit Chosen(unsigned bits) : full(), count(__popc(bits)), bits(bits) {}
+    DEVICE bool operator()(int i) const { return bits >> i & 1; }
 };
 
 // Whether elements are added without a base: float32 holds the sum of some dozens of 16-bit elements exactly.
 constexpr bool ADDED_AS_THEY_ARE = sizeof(data_t) == 2;
 
-// The chunk of the first `count` of N values, all N if full, which the compiler knows; get(i) is value i. Several sums
-// go on side by side, so that each has few roundings.
-template <class A, int N, class Full, class Get>
-DEVICE Chunk<A> chunk_of(Full full, int count, Get get) {
+// The chunk of those of N values that there are, at least one; get(i) is value i. Several sums go on side by side, so
+// that each has few roundings.
+template <class A, int N, class There, class Get>
+DEVICE Chunk<A> chunk_of(const There& there, Get get) {
     constexpr int SUMS = N < 4 ? N : 4;
+    A first = (A)get(0);
+    if (There::GAPS)
+#pragma unroll
+        for (int i = N - 1; i >= 0; i--)
+            if (there(i)) first = (A)get(i);
     Chunk<A> chunk;
-    chunk.base = ADDED_AS_THEY_ARE && sizeof(A) < 8 ? 0 : (A)get(0);
+    chunk.base = ADDED_AS_THEY_ARE && sizeof(A) < 8 ? 0 : first;
     A d[N], sums[SUMS];
 #pragma unroll
     for (int i = 0; i < N; i++) {
         d[i] = (A)get(i) - chunk.base;
-        if (i < SUMS) sums[i] = full || i < count ? d[i] : 0;
-        else if (full || i < count) sums[i % SUMS] += d[i];
+        if (i < SUMS) sums[i] = there(i) ? d[i] : 0;
+        else if (there(i)) sums[i % SUMS] += d[i];
     }
-    chunk.offset = full ? sum_pairs(sums) * ((A)1 / N) : sum_pairs(sums) / (A)count;
+    chunk.sum = sum_pairs(sums);
+    chunk.offset = there.full ? chunk.sum * ((A)1 / N) : chunk.sum / (A)there.count;
 #pragma unroll
     for (int i = 0; i < N; i++) {
         const A deviation = d[i] - chunk.offset;
-        if (i < SUMS) sums[i] = full || i < count ? deviation * deviation : 0;
-        else if (full || i < count) sums[i % SUMS] += deviation * deviation;
+        if (i < SUMS) sums[i] = there(i) ? deviation * deviation : 0;
+        else if (there(i)) sums[i % SUMS] += deviation * deviation;
     }
     chunk.m2 = sum_pairs(sums);
     // The squares of float16 are never too large nor too small. For others 0 is right where all values are the same,
     // and only there.
     chunk.held = (sizeof(A) == 4 && IS_FLOAT16) || held_squares<A>(chunk.m2);
     if (!chunk.held && chunk.m2 == 0) {
+        const A away = There::GAPS ? first - chunk.base : d[0];
         chunk.held = true;
 #pragma unroll
         for (int i = 0; i < N; i++)
-            if (full || i < count) chunk.held = chunk.held && d[i] == d[0];
+            if (there(i)) chunk.held = chunk.held && d[i] == away;
     }
     return chunk;
 }
@@ -107,8 +132,8 @@ struct Total {
 
     DEVICE Total() {}
     DEVICE explicit Total(double pivot) : pivot(pivot), own{0, 0, 0} {}
-    template <class A>
-    DEVICE void add(double count, const Chunk<A>& chunk) {
+    template <class A, class Full>
+    DEVICE void add(Full, double count, const Chunk<A>& chunk) {
         own = merge(own, {count, (double)chunk.base + (double)chunk.offset, (double)chunk.m2});
     }
     DEVICE ChannelMoments moments(double) const { return own; }
@@ -122,11 +147,12 @@ struct Total<float> {
 
     DEVICE Total() {}
     DEVICE explicit Total(double pivot) : pivot(pivot), sum(0), squares(0) {}
-    template <class A>
-    DEVICE void add(double count, const Chunk<A>& chunk) {
+    // Adds `count` values. Where that is no power of two, the chunk's mean has one rounding more than their sum.
+    template <class A, class Full>
+    DEVICE void add(Full full, double count, const Chunk<A>& chunk) {
         const double away =
             ADDED_AS_THEY_ARE && sizeof(A) < 8 ? chunk.offset - pivot : (chunk.base - pivot) + chunk.offset;
-        const double part = count * away;
+        const double part = full ? count * away : count * (chunk.base - pivot) + chunk.sum;
         sum += part;
         squares += part * away + chunk.m2;
     }

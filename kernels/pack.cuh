@@ -27,7 +27,7 @@ struct Raw<2> {
     typedef unsigned short type;
 };
 typedef Raw<PACK_BYTES>::type raw_t;          // a pack as it lies in memory
-typedef unsigned char passed_t;               // the byte of a pack in a record of ReLU, which has a bit for each element
+typedef unsigned char passed_t;               // the byte of a pack in a record of ReLU: a bit for each element
 
 // A pack as 32-bit words, which stay in registers: indices are constants once loops are unrolled.
 struct Words {

@@ -2,13 +2,15 @@
 // Mirror: numpy_ops.bn_update_running
 #pragma once
 #include "channel.cuh"
+#include "mask.cuh"
 #include "moments.cuh"
 
-// Writes mean and variance of channel c where they are wanted.
+// Writes mean and variance of channel c where they are wanted. Both are NaN where a mask has left nothing of the batch.
 DEVICE void set_statistics(const Statistics& statistics, const ChannelMoments& batch, long long c) {
     if (!statistics.pairs) return;
-    statistics.pairs[2 * c] = batch.mean;
+    statistics.pairs[2 * c] = !MASKED || batch.count > 0 ? batch.mean : batch.var();
     statistics.pairs[2 * c + 1] = batch.var();
+    if (MASKED && c == 0 && statistics.count_left) *statistics.count_left = batch.count;
 }
 
 // The running statistics of one channel; kernels on chip read them early, as memory takes its time.

@@ -182,6 +182,23 @@ struct Vector {
         }
     }
 
+    // Whether a value is finite in the dtype of the vector.
+    DEVICE bool holds(double value) const {
+        double rounded = value;
+        if (dtype == FLOAT16) {
+            float16 half;
+            narrow(value, half);
+            rounded = widen(half);
+        } else if (dtype == BFLOAT16) {
+            bfloat16 half;
+            narrow(value, half);
+            rounded = widen(half);
+        } else if (dtype == FLOAT32) {
+            rounded = (float)value;
+        }
+        return rounded - rounded == 0;
+    }
+
     DEVICE void set(long long i, double value) const {
         char* at = data + i * stride;
         switch (dtype) {

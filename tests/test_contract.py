@@ -65,9 +65,11 @@ TYPES = {
     "Doubles": "double*",
     "Counter": "long long*",
     "Passed": "passed_t*",
+    "Mask": "bool*",
     "Activation": "Activation",
     "float": "double",
     "int": "long long",
+    "bool": "long long",
 }
 """Types of the fields of structs in CUDA, by the types of the same fields in Python."""
 WITHOUT_SHAPE = {"Activation", "double", "long long"}

@@ -15,10 +15,10 @@ cp = pytest.importorskip("cupy")
 
 STRUCTS = {
     "Affine": [("weight", VECTOR), ("bias", VECTOR), ("eps", "f8")],
-    "Running": [("mean", VECTOR), ("var", VECTOR), ("momentum", "f8"), ("batches", "u8")],
-    "Epilogue": [("residual", "u8"), ("activation", "i8"), ("passed", "u8")],
+    "Running": [("mean", VECTOR), ("var", VECTOR), ("momentum", "f8"), ("batches", "u8"), ("skip_nonfinite", "i8")],
+    "Epilogue": [("residual", "u8"), ("activation", "i8"), ("passed", "u8"), ("mask", "u8")],
     "Moments": [("count", "u8"), ("mean", "u8"), ("m2", "u8"), ("batches", "u8")],
-    "Statistics": [("pairs", "u8")],
+    "Statistics": [("pairs", "u8"), ("count_left", "u8")],
     "Sums": [("dy", "u8"), ("dy_xhat", "u8")],
     "Gradients": [("dx", "u8"), ("dresidual", "u8"), ("dweight", VECTOR), ("dbias", VECTOR)],
     "Vector": VECTOR,
@@ -55,7 +55,8 @@ def test_words_of_every_kernel(name):
     """Values land where the fields of a struct with the kernel's parameters are, one behind the other."""
     dtype = np.dtype(np.float32)
     pointees = {
-        "data_t*": dtype, "double*": np.dtype(np.float64), "long long*": np.dtype(np.int64), "passed_t*": np.dtype(bool)
+        "data_t*": dtype, "double*": np.dtype(np.float64), "long long*": np.dtype(np.int64), "bool*": np.dtype(bool),
+        "passed_t*": np.dtype(bool),
     }  # fmt: skip
     signature = sources.signature(name)
     whole = np.dtype([(parameter.name, field_of(parameter)) for parameter in signature])
@@ -106,7 +107,7 @@ def test_words_of_every_kernel(name):
 
 
 def test_numbers_of_a_tape_are_doubles_that_kernels_take():
-    """Each name in NUMBERS is that of a double of some kernel, where a number of 1 / channels' sizes is not."""
+    """Each name in NUMBERS is that of a double of some kernel; others depend on the form of a call alone."""
     declared = {}
     for name in sources.kernel_names():
         for parameter in sources.signature(name):
@@ -114,4 +115,4 @@ def test_numbers_of_a_tape_are_doubles_that_kernels_take():
                 full_name = f"{parameter.name}.{field.name}" if parameter.fields else field.name
                 if field.type == "double":
                     declared.setdefault(full_name, []).append(name)
-    assert {*declared} == {*NUMBERS, "inv_count"}  # the last one is one over the elements of a channel
+    assert {*declared} == {*NUMBERS, "count", "inv_count"}  # the last two are elements of a channel, and one over them

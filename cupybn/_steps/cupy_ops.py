@@ -14,22 +14,27 @@ import numpy.typing as npt
 
 from cupybn._arrays.devices import import_cupy
 from cupybn._steps import plans
-from cupybn._steps.bundles import Affine, Epilogue, Gradients, Moments, Running, Statistics, Sums
+from cupybn._steps.bundles import Affine, Epilogue, Gradients, Mask, Moments, Running, Statistics, Sums
 from cupybn._steps.geometry import WARP, Geometry, over_channels
 from cupybn._steps.launcher import kernel, listening
 
 Array = Any  # cupy.ndarray
 
 
-def bn_stats(x: Array, batches: Array | None = None, scratch: Array | None = None) -> Moments:  # noqa: ARG001
+def bn_stats(
+    x: Array,
+    batches: Array | None = None,
+    scratch: Array | None = None,  # noqa: ARG001
+    mask: Mask | None = None,
+) -> Moments:
     """See `numpy_ops.bn_stats`; the moments are in parts, and no scratch is needed."""
-    plan = plans.choose("bn_stats", x)
+    plan = plans.choose("bn_stats", x, mask=mask)
     parts, C = plan.geometry.parts, x.shape[1]
     numbers = _empty((parts * (1 + 2 * C),))
     mean_and_m2 = numbers[parts:].reshape(2, parts, C)
     before = None if batches is None else _empty((), batches.dtype)
     moments = Moments(numbers[:parts], mean_and_m2[0], mean_and_m2[1], before)
-    plan.launch(x=x, batches=batches, moments=moments)
+    plan.launch(x=x, batches=batches, mask=mask, moments=moments)
     return moments
 
 
@@ -59,11 +64,19 @@ def mean_and_var(moments: Moments, dtype: np.dtype[Any]) -> tuple[Array, Array]:
     return mean, var
 
 
-def bn_update_running(moments: Moments, running: Running) -> None:
+def bn_update_running(
+    moments: Moments | None, running: Running, statistics: Statistics | None = None, count: float = 0.0
+) -> None:
     """See `numpy_ops.bn_update_running`."""
     geometry = Geometry((1,))
-    arguments = {"moments": moments, "running": running, "C": moments.mean.shape[1]}
-    loaded = kernel("bn_update_running", **plans.macros_of(moments.mean.dtype, 1, 32, geometry))
+    arguments = {
+        "moments": moments,
+        "running": running,
+        "statistics": statistics,
+        "count": count,
+        "C": 0 if running.mean is None else running.mean.size,
+    }
+    loaded = kernel("bn_update_running", **plans.macros_of(np.dtype(np.float64), 1, 32, geometry))
     loaded.launch(geometry.grid, geometry.threads, arguments)
 
 
@@ -77,8 +90,8 @@ def bn_normalize(
     keep: bool = True,
 ) -> Statistics | None:
     """See `numpy_ops.bn_normalize`."""
-    plan = plans.choose("bn_normalize", x, out, epilogue.residual, passed=epilogue.passed)
-    statistics = _empty_statistics(x) if keep else None
+    plan = plans.choose("bn_normalize", x, out, epilogue.residual, passed=epilogue.passed, mask=epilogue.mask)
+    statistics = _empty_statistics(x, moments is not None and epilogue.mask is not None) if keep else None
     plan.launch(
         x=x,
         moments=moments,
@@ -101,21 +114,32 @@ def bn_forward(
     keep: bool = True,
     scratch: Array | None = None,
 ) -> Statistics | None:
-    """See `numpy_ops.bn_forward`: one launch where a channel stays on chip, else two."""
+    """See `numpy_ops.bn_forward`: one launch where a channel stays on chip, else two.
+
+    Whether a batch is finite is known when all channels are done: one more launch then moves the running statistics.
+    """
     cumulative = running.momentum is None  # all blocks would have to read the counter before one of them moves it
-    residual, _, passed, _ = epilogue
-    plan = None if cumulative else plans.choose_resident("bn_forward", x, out, residual, passed=passed)
+    moved = Running(momentum=running.momentum) if running.skip_nonfinite else running
+    residual, _, passed, mask = epilogue
+    plan = None
+    if not cumulative and mask is None:
+        plan = plans.choose_resident("bn_forward", x, out, residual, passed=passed)
     if plan is None:
-        moments = bn_stats(x, running.batches if cumulative else None, scratch)
-        return bn_normalize(x, moments, affine, running, epilogue, out, keep)
-    statistics = _empty_statistics(x) if keep else None
-    plan.launch(x=x, affine=affine, running=running, epilogue=epilogue, out=out, statistics=statistics)
-    return statistics
+        moments = bn_stats(x, running.batches if cumulative else None, scratch, mask)
+        statistics = bn_normalize(x, moments, affine, moved, epilogue, out, keep)
+        if moved is not running:
+            bn_update_running(Moments.of_rows(merge_moments(moments), moments.batches), running)
+        return statistics
+    statistics = _empty_statistics(x) if keep or moved is not running else None
+    plan.launch(x=x, affine=affine, running=moved, epilogue=epilogue, out=out, statistics=statistics)
+    if moved is not running:
+        bn_update_running(None, running, statistics, float(x.shape[0] * x.shape[2]))
+    return statistics if keep else None
 
 
-def empty_passed(x: Array, residual: Array, out: Array) -> Array:
+def empty_passed(x: Array, residual: Array, out: Array, mask: Mask | None = None) -> Array:
     """A record of where ReLU passes: a byte for each pack, bool where packs are single elements."""
-    width = plans.width_of(x, residual, out)
+    width = plans.width_of(x, residual, out, mask=mask)
     return _empty(x.shape, np.bool_) if width == 1 else _empty((x.size // width,), np.uint8)
 
 
@@ -129,7 +153,7 @@ def bn_backward_reduce(
 ) -> Sums:
     """See `numpy_ops.bn_backward_reduce`; the sums are in parts, and no scratch is needed."""
     dy = _beside(epilogue.passed, x, dy)
-    plan = plans.choose("bn_backward_reduce", x, dy, passed=epilogue.passed)
+    plan = plans.choose("bn_backward_reduce", x, dy, passed=epilogue.passed, mask=epilogue.mask)
     both = _empty((2, plan.geometry.parts, x.shape[1]))
     sums = Sums(both[0], both[1])
     plan.launch(dy=dy, x=x, statistics=statistics, affine=affine, epilogue=epilogue, sums=sums)
@@ -158,7 +182,8 @@ def bn_backward_input(
 ) -> None:
     """See `numpy_ops.bn_backward_input`."""
     dy = _beside(epilogue.passed, x, dy)
-    plan = plans.choose("bn_backward_input", x, dy, gradients.dx, gradients.dresidual, passed=epilogue.passed)
+    _, _, passed, mask = epilogue
+    plan = plans.choose("bn_backward_input", x, dy, gradients.dx, gradients.dresidual, passed=passed, mask=mask)
     plan.launch(
         dy=dy,
         x=x,
@@ -184,7 +209,10 @@ def bn_backward(
 ) -> None:
     """See `numpy_ops.bn_backward`: one launch where a channel of dy and x stays on chip, else two."""
     dy = _beside(epilogue.passed, x, dy)
-    plan = plans.choose_resident("bn_backward", x, dy, gradients.dx, gradients.dresidual, passed=epilogue.passed)
+    _, _, passed, mask = epilogue
+    plan = None
+    if mask is None:
+        plan = plans.choose_resident("bn_backward", x, dy, gradients.dx, gradients.dresidual, passed=passed)
     if plan is None:
         sums = bn_backward_reduce(dy, x, statistics, affine, epilogue, scratch)
         bn_backward_input(dy, x, statistics, affine, epilogue, sums, inv_count, gradients)
@@ -218,9 +246,9 @@ def _beside(passed: Array | None, x: Array, dy: Array) -> Array:
     return dy.copy()
 
 
-def _empty_statistics(x: Array) -> Statistics:
-    """Statistics of the channels of x, for a kernel to fill."""
-    return Statistics(_empty((x.shape[1], 2)))
+def _empty_statistics(x: Array, masked: bool = False) -> Statistics:
+    """Statistics of the channels of x, for a kernel to fill; those of a batch that is masked have a count."""
+    return Statistics(_empty((x.shape[1], 2)), _empty((1,)) if masked else None)
 
 
 def _empty(shape: tuple[int, ...], dtype: npt.DTypeLike = np.float64) -> Array:

@@ -230,7 +230,7 @@ def _update_running(count: float, mean: Array, m2: Array, batches: Array | None,
         moved, batch = np.empty((2, 2, len(mean)))
         batch[0] = mean
         np.divide(m2, count - 1, out=batch[1])
-        if running.skip_nonfinite and not finite_in(batch, running.mean.dtype, running.var.dtype):
+        if running.skip_nonfinite and not _finite_in(batch, running.mean.dtype, running.var.dtype):
             return
         moved[0], moved[1] = running.mean, running.var
         moved *= 1 - momentum
@@ -245,7 +245,7 @@ def _update_running(count: float, mean: Array, m2: Array, batches: Array | None,
     write_at_once(written)
 
 
-def finite_in(batch: Array, mean_dtype: npt.DTypeLike, var_dtype: npt.DTypeLike) -> bool:
+def _finite_in(batch: Array, mean_dtype: npt.DTypeLike, var_dtype: npt.DTypeLike) -> bool:
     """Whether mean and variance of all channels, the rows of a batch, are finite when rounded to these dtypes."""
     return all(
         bool(np.isfinite(row.astype(dtype)).all()) for row, dtype in zip(batch, (mean_dtype, var_dtype), strict=True)

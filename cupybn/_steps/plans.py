@@ -44,10 +44,11 @@ class Plan(NamedTuple):
         self.kernel.launch(geometry.grid, geometry.threads, arguments, geometry.shared)
 
 
-def choose(step: str, x: Array, *others: Array | None, passed: Array | None = None) -> Plan:
+def choose(step: str, x: Array, *others: Array | None, passed: Array | None = None, mask: Array | None = None) -> Plan:
     """The launch of a step that is streamed, for these arrays: x, and others that are read or written in packs."""
     multiprocessors = None if step in SUMS else properties_of(x.data.device_id).multiprocessors
-    return streamed_plan(step, x.shape, x.dtype, width_of(x, *others, passed=passed), multiprocessors)
+    width = width_of(x, *others, passed=passed, mask=mask)
+    return streamed_plan(step, x.shape, x.dtype, width, multiprocessors, mask is not None)
 
 
 def choose_resident(step: str, x: Array, *others: Array | None, passed: Array | None = None) -> Plan | None:
@@ -55,10 +56,10 @@ def choose_resident(step: str, x: Array, *others: Array | None, passed: Array | 
     return resident_plan(step, x.shape, x.dtype, width_of(x, *others, passed=passed), x.data.device_id)
 
 
-def width_of(x: Array, *others: Array | None, passed: Array | None = None) -> int:
+def width_of(x: Array, *others: Array | None, passed: Array | None = None, mask: Array | None = None) -> int:
     """Elements of a pack: the widest that divides a row and fits all addresses, or what a record was made for.
 
-    A record has a byte for each pack.
+    A record has a byte for each pack, and a mask, channels first, one for each element.
     """
     if passed is not None:
         return int(x.size) // int(passed.size)
@@ -67,12 +68,19 @@ def width_of(x: Array, *others: Array | None, passed: Array | None = None) -> in
     together: int = PACK | row * itemsize | x.data.ptr  # without channels all but PACK is 0
     for array in others:
         together |= 0 if array is None else array.data.ptr
+    if mask is not None and L > 1:
+        together |= mask.data.ptr * x.dtype.itemsize
     return (together & -together) // int(itemsize)  # its lowest bit: the largest power of two that divides them all
 
 
 @functools.lru_cache(maxsize=4096)
 def streamed_plan(
-    step: str, shape: tuple[int, int, int], dtype: np.dtype[Any], width: int, multiprocessors: int | None
+    step: str,
+    shape: tuple[int, int, int],
+    dtype: np.dtype[Any],
+    width: int,
+    multiprocessors: int | None,
+    masked: bool = False,
 ) -> Plan:
     """The plan of a step that is streamed. It is kept: programs ask for the same few again and again."""
     N, C, L = shape
@@ -82,7 +90,10 @@ def streamed_plan(
     else:
         layout = "channels_first"
         geometry = channels_first(N, C, L, dtype.itemsize, width, multiprocessors)
-    return Plan(kernel(f"{layout}/{step}", **macros_of(dtype, width, index_bits(shape, geometry), geometry)), geometry)
+    macros = macros_of(dtype, width, index_bits(shape, geometry), geometry)
+    if masked:
+        macros["MASKED"] = 1
+    return Plan(kernel(f"{layout}/{step}", **macros), geometry)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -97,7 +97,7 @@ def moments(
 def parts_of(ops: ModuleType, input: Array, axes: tuple[int, ...], mask: Array | None) -> Moments:
     """Moments of an array that is not empty, in the parts that `bn_stats` makes."""
     x, mask = view(input, axes, mask)
-    parts: Moments = ops.bn_stats(x) if mask is None else ops.bn_stats(x, mask=mask)
+    parts: Moments = ops.bn_stats(x, mask=mask)
     return parts
 
 

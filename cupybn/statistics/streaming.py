@@ -210,6 +210,7 @@ class StreamingMoments:
             if seen is None:
                 total, shape = total_of_ranks(group, None, ())
             else:
+                _check_not_captured(seen.total.row)
                 with on_device_of(seen.total.row), unheard():
                     total, shape = total_of_ranks(group, seen.total, seen.shape)
         new._seen = None if total is None else _Seen(shape, total)
@@ -314,6 +315,6 @@ def _check_not_captured(array: Array) -> None:
     """Check that work on this array is not being captured in a CUDA graph."""
     if not isinstance(array, np.ndarray) and import_cupy().cuda.get_current_stream().is_capturing():
         raise RuntimeError(
-            "expected StreamingMoments to be updated without a CUDA graph, whose launches would all add to what there "
-            "is now (got an update that is captured in one): use cupybn.functional.moments in graphs"
+            "expected a StreamingMoments to be used without a CUDA graph, whose launches would each begin with what "
+            "there is now (got a call that is captured in one): use cupybn.functional.moments there"
         )

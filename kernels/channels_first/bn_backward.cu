@@ -22,6 +22,7 @@ extern "C" __global__ void CLUSTER REGISTERS(96) bn_backward(
     const Place place(sizes);
     const long long c = place.c;
     const Packs packs(place, sizes);
+    const Left left(epilogue.mask, place);
     raw_t *const at_dy = kept(sizes, 0), *const at_x = kept(sizes, 1);
     const int group = stage<SUMMED>({at_dy, at_x}, {dy, x}, packs);
     const OnChip kept_dy = {at_dy, group}, kept_x = {at_x, group};
@@ -30,16 +31,16 @@ extern "C" __global__ void CLUSTER REGISTERS(96) bn_backward(
     __syncthreads();
 
     double sums[2];
-    sum_all(kept_dy, kept_x, packs, epilogue, OneChannel(channel), sums);
+    sum_all(kept_dy, kept_x, packs, left, epilogue, OneChannel(channel), sums);
     cluster_wait();  // all blocks have started
     team_sum(sums);
     cluster_sum(sums);
     if (member() == 0) {
-        finish_sums(sums, channel);
+        finish_sums(sums, channel, statistics);
         set_gradient(channel, sums, inv_count);
     }
     __syncthreads();
 
-    input_gradients_all(kept_dy, kept_x, packs, Epilogue(), inv_count == 0, OneChannel(channel), gradients);
+    input_gradients_all(kept_dy, kept_x, packs, left, Epilogue(), inv_count == 0, OneChannel(channel), gradients);
     if (place.owns()) set_vectors(gradients.dweight, gradients.dbias, sums, c);
 }

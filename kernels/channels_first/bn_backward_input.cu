@@ -29,10 +29,12 @@ extern "C" __global__ void REGISTERS(80) bn_backward_input(
     if (member() < WARP) add_parts(sums, parts, sizes.C, c, all);
     if (member() == 0) {
         channel = channel_of(statistics, affine, c);
-        set_gradient(channel, all, inv_count);
+        set_gradient(channel, all, over_left(inv_count, statistics));
     }
     __syncthreads();
 
-    input_gradients_all(InMemory{dy}, InMemory{x}, packs, epilogue, inv_count == 0, OneChannel(channel), gradients);
+    const Left left(epilogue.mask, place);
+    const OneChannel known(channel);
+    input_gradients_all(InMemory{dy}, InMemory{x}, packs, left, epilogue, inv_count == 0, known, gradients);
     if (place.owns()) set_vectors(gradients.dweight, gradients.dbias, all, c);
 }

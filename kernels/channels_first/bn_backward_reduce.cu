@@ -22,9 +22,10 @@ extern "C" __global__ void REGISTERS(80) bn_backward_reduce(
     __syncthreads();
 
     double own[2];
-    sum_all(InMemory{dy}, InMemory{x}, packs, epilogue, OneChannel(channel), own);
+    const Left left(epilogue.mask, place);
+    sum_all(InMemory{dy}, InMemory{x}, packs, left, epilogue, OneChannel(channel), own);
     team_sum(own);
     if (member() > 0 || place.idle) return;
-    finish_sums(own, channel);
+    finish_sums(own, channel, statistics);
     set_sums(sums, place.share * sizes.C + c, own);
 }

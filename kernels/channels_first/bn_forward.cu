@@ -23,6 +23,7 @@ extern "C" __global__ void CLUSTER REGISTERS(96) bn_forward(
     const Place place(sizes);
     const long long c = place.c;
     const Packs packs(place, sizes);
+    const Left left(epilogue.mask, place);
     raw_t* const own = kept(sizes);
     const OnChip source = {own, stage<CHUNK<acc_t>>({own}, {x}, packs)};
     struct OfTeam {
@@ -38,7 +39,7 @@ extern "C" __global__ void CLUSTER REGISTERS(96) bn_forward(
         if (running.mean) mine.running = read_running(running, c);
     }
 
-    Total<acc_t> total = total_of(source, packs, widen(x[c * sizes.L]));
+    Total<acc_t> total = total_of(source, packs, left, widen(x[c * sizes.L]));
     cluster_wait();  // all blocks have started
     gather(total);
     if (member() == 0) {
@@ -47,7 +48,7 @@ extern "C" __global__ void CLUSTER REGISTERS(96) bn_forward(
     }
     __syncthreads();
 
-    normalize_all(source, packs, epilogue, OneChannel(mine.channel), out);
+    normalize_all(source, packs, left, epilogue, OneChannel(mine.channel), out);
     if (!place.owns()) return;
     const ChannelMoments batch = mine.batch;
     set_statistics(statistics, batch, c);

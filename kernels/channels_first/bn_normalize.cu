@@ -37,8 +37,10 @@ extern "C" __global__ void REGISTERS(INDEX_BITS == 64 || WIDTH < 4 ? 80 : 72) bn
     }
     __syncthreads();
 
-    normalize_all(InMemory{x}, Packs(place, sizes), epilogue, OneChannel(channel), out);
+    const Left left(epilogue.mask, place);
+    normalize_all(InMemory{x}, Packs(place, sizes), left, epilogue, OneChannel(channel), out);
     if (!place.owns()) return;
     set_statistics(statistics, batch, c);
+    if (MASKED && !(batch.count > 1)) return;
     if (moments.count && running.mean) update_running(batch, read_running(running, c), running, moments.batches, c);
 }

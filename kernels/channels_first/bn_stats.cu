@@ -7,6 +7,7 @@
 extern "C" __global__ void REGISTERS(128) bn_stats(
     const data_t* x,                         // [N, C, L]
     const long long* batches,                // [] or null: a counter, copied into the moments
+    const bool* mask,                        // [N, L] or null
     // outputs
     Moments moments,
     // sizes
@@ -14,9 +15,12 @@ extern "C" __global__ void REGISTERS(128) bn_stats(
     const Place place(sizes);
     const long long c = place.c;
     const Packs packs(place, sizes);
-    Total<acc_t> total = total_of(InMemory{x}, packs, widen(x[c * sizes.L]));
+    const Left left(mask, place);
+    const Share share(x, packs, left, place, sizes);
+    Total<acc_t> total = total_of(InMemory{x}, packs, left, share.pivot);
     gather(total);
     if (member() > 0 || place.idle) return;
-    const double count = (double)((place.end - place.begin) * WIDTH);
-    set_moments(moments, place.share, sizes.C, c, total.moments(count), batches);
+    const bool some = !MASKED || share.count > 0;
+    const ChannelMoments own = some ? total.moments(share.count) : ChannelMoments{0, 0, 0};
+    set_moments(moments, place.share, sizes.C, c, own, batches);
 }

@@ -10,8 +10,8 @@ constexpr int SUMMED = PACK_BYTES < 8 ? 8 : 4;
 // sums[1] = PRODUCT_SCALE * sum(dy * (x - center) * rstd). WIDE is whether what ReLU passed is worked out in float64.
 // Returns whether the dtype A held the sums.
 template <class A, bool WIDE, int AT_ONCE, class Source>
-DEVICE bool sum_packs(const Source& dy, const Source& x, Packs packs, const Passed& passed, const OneChannel& channel,
-                      double (&sums)[2]) {
+DEVICE bool sum_packs(const Source& dy, const Source& x, Packs packs, const Left& left, const Passed& passed,
+                      const OneChannel& channel, double (&sums)[2]) {
     constexpr int SUMS = sizeof(A) == 8 ? 1 : WIDTH < 4 ? WIDTH : 4;  // side by side: few roundings for each
     const Factors<A> f(*channel.channel);
     const A rstd = f.rstd * (A)PRODUCT_SCALE;
@@ -23,7 +23,7 @@ DEVICE bool sum_packs(const Source& dy, const Source& x, Packs packs, const Pass
 #pragma unroll
         for (int first = 0; first < AT_ONCE; first += IN_FLIGHT) {
             raw_t raw_dy[IN_FLIGHT], raw_x[IN_FLIGHT];
-            unsigned bits[IN_FLIGHT];
+            unsigned bits[IN_FLIGHT], some[IN_FLIGHT];
 #pragma unroll
             for (int u = 0; u < IN_FLIGHT; u++)
                 if (full || first + u < count) {
@@ -31,6 +31,7 @@ DEVICE bool sum_packs(const Source& dy, const Source& x, Packs packs, const Pass
                     raw_dy[u] = dy.get(at, i + first + u);
                     raw_x[u] = x.get(at, i + first + u);
                     bits[u] = passed.bits(at);
+                    some[u] = left.bits(i + first + u);
                 }
 #pragma unroll
             for (int u = 0; u < IN_FLIGHT; u++)
@@ -38,6 +39,7 @@ DEVICE bool sum_packs(const Source& dy, const Source& x, Packs packs, const Pass
                     acc_t g[WIDTH], in[WIDTH];
                     unpack(raw_dy[u], g);
                     unpack(raw_x[u], in);
+                    leave_out(g, in, some[u], channel);
                     stop<WIDE>(g, in, passed.gate, bits[u], channel);
                     if (passed.gate != OPEN) dy.put(pack(g), i + first + u);
 #pragma unroll
@@ -55,13 +57,13 @@ DEVICE bool sum_packs(const Source& dy, const Source& x, Packs packs, const Pass
 
 // Takes the sums over a thread's packs, whatever is asked for: every choice is made here, once.
 template <class Source>
-DEVICE void sum_all(const Source& dy, const Source& x, const Packs& packs, const Epilogue& epilogue,
+DEVICE void sum_all(const Source& dy, const Source& x, const Packs& packs, const Left& left, const Epilogue& epilogue,
                     const OneChannel& channel, double (&sums)[2]) {
     bool all_held = false;
     if (sizeof(acc_t) == 8 || !channel.any_wide)
         with_gate(epilogue, [&](auto gate) {
-            all_held = sum_packs<acc_t, false, SUMMED>(dy, x, packs, {gate, epilogue.passed}, channel, sums);
+            all_held = sum_packs<acc_t, false, SUMMED>(dy, x, packs, left, {gate, epilogue.passed}, channel, sums);
         });
     if (sizeof(acc_t) < 8 && !all_held)
-        sum_packs<double, true, 1>(dy, x, packs, {gate_of(epilogue), epilogue.passed}, channel, sums);
+        sum_packs<double, true, 1>(dy, x, packs, left, {gate_of(epilogue), epilogue.passed}, channel, sums);
 }

@@ -9,6 +9,7 @@
 #pragma once
 #include "../batches.cuh"
 #include "../elementwise.cuh"
+#include "../mask.cuh"
 
 // The sizes that a kernel is given.
 struct ChannelsFirst {
@@ -78,6 +79,24 @@ class Packs {
         return own;
     }
 };
+
+// What is left of the packs of a thread: the mask has a byte for each element of a channel, in the order of its packs.
+struct LeftOfRows {
+    const bool* mask;
+    index_t first, step;  // the first element of the first pack, and elements from a pack to the next one
+
+    DEVICE LeftOfRows(const bool* mask, const Place& place)
+        : mask(mask), first((place.begin + member()) * WIDTH), step(TEAM * WIDTH) {}
+    DEVICE index_t at(int i) const { return first + i * step; }
+    DEVICE unsigned bits(int i) const { return bits_of<WIDTH>(mask + at(i)); }
+};
+#if MASKED
+typedef LeftOfRows Left;
+#else
+struct Left : Everything {
+    DEVICE Left(const bool*, const Place&) {}
+};
+#endif
 
 // Place of a thread's packs of an array in shared memory: the first one, which the others follow TEAM apart. Kernels
 // number the arrays that they keep there.

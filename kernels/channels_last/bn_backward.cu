@@ -20,6 +20,7 @@ extern "C" __global__ void REGISTERS(128) bn_backward(
     const Tile own(sizes);
     const long long c = own.channel();
     const Packs packs(own);
+    const Left left(epilogue.mask, own);
     raw_t *const at_dy = staging() + threadIdx.x, *const at_x = at_dy + sizes.tile * sizes.M;
     const int group = stage<ROWS>({at_dy, at_x}, {dy, x}, packs);
     const OnChip kept_dy = {at_dy, group}, kept_x = {at_x, group};
@@ -29,17 +30,17 @@ extern "C" __global__ void REGISTERS(128) bn_backward(
     {
         const OwnChannels before(own, lanes);
         ColumnSums of_thread;
-        sum_all(kept_dy, kept_x, packs, epilogue, before, of_thread);
+        sum_all(kept_dy, kept_x, packs, left, epilogue, before, of_thread);
         sum_tile(own, of_thread, sums);
     }
     if (own.looks_after()) {
         Channel channel = lanes.channels[threadIdx.x];
-        finish_sums(sums, channel);
+        finish_sums(sums, channel, statistics);
         set_gradient(channel, sums, inv_count);
         lanes.set(threadIdx.x, channel);
     }
     const OwnChannels after(own, lanes);
 
-    input_gradients_all(kept_dy, kept_x, packs, Epilogue(), inv_count == 0, after, gradients);
+    input_gradients_all(kept_dy, kept_x, packs, left, Epilogue(), inv_count == 0, after, gradients);
     if (own.looks_after()) set_vectors(gradients.dweight, gradients.dbias, sums, c);
 }

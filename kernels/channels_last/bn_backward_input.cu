@@ -31,11 +31,12 @@ extern "C" __global__ void REGISTERS(INDEX_BITS == 64 || SPILLS ? 128 : 80) bn_b
     double all[2] = {0, 0};
     if (sums.dy) add_parts(own, sums, parts, all);
     if (own.looks_after()) {
-        set_gradient(channel, all, inv_count);
+        set_gradient(channel, all, over_left(inv_count, statistics));
         lanes.set(threadIdx.x, channel);
     }
     const OwnChannels channels(own, lanes);
     if (own.owns()) set_vectors(gradients.dweight, gradients.dbias, all, c);
 
-    input_gradients_all(InMemory{dy}, InMemory{x}, Packs(own), epilogue, inv_count == 0, channels, gradients);
+    const Left left(epilogue.mask, own);
+    input_gradients_all(InMemory{dy}, InMemory{x}, Packs(own), left, epilogue, inv_count == 0, channels, gradients);
 }

@@ -22,9 +22,9 @@ extern "C" __global__ void REGISTERS(128) bn_backward_reduce(
 
     ColumnSums of_thread;
     double of_lane[2];
-    sum_all(InMemory{dy}, InMemory{x}, Packs(own), epilogue, channels, of_thread);
+    sum_all(InMemory{dy}, InMemory{x}, Packs(own), Left(epilogue.mask, own), epilogue, channels, of_thread);
     sum_tile(own, of_thread, of_lane);
     if (!own.looks_after()) return;
-    finish_sums(of_lane, lanes.channels[threadIdx.x]);
+    finish_sums(of_lane, lanes.channels[threadIdx.x], statistics);
     set_sums(sums, blockIdx.y * sizes.C + c, of_lane);
 }

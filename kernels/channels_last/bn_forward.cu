@@ -21,6 +21,7 @@ extern "C" __global__ void REGISTERS(128) bn_forward(
     const Tile own(sizes);
     const long long c = own.channel();
     const Packs packs(own);
+    const Left left(epilogue.mask, own);
     raw_t* const kept = staging() + threadIdx.x;
     const OnChip source = {kept, stage<CHUNK>({kept}, {x}, packs)};
     ChannelAffine given;
@@ -30,12 +31,12 @@ extern "C" __global__ void REGISTERS(128) bn_forward(
         if (running.mean) before[threadIdx.x] = read_running(running, c);
     }
 
-    const ChannelMoments batch = moments_of(own, source, packs, x);
+    const ChannelMoments batch = moments_of(own, source, packs, left, x);
     __shared__ Lanes lanes;
     if (own.looks_after()) lanes.set(threadIdx.x, make_channel(batch.mean, batch.var(), affine, given));
     const OwnChannels channels(own, lanes);
 
-    normalize_all(source, packs, epilogue, channels, out);
+    normalize_all(source, packs, left, epilogue, channels, out);
     if (!own.looks_after()) return;
     set_statistics(statistics, batch, c);
     if (running.mean) update_running(batch, before[threadIdx.x], running, nullptr, c);

@@ -33,8 +33,9 @@ extern "C" __global__ void REGISTERS(INDEX_BITS == 32 ? 80 : 128) bn_normalize(
     }
     const OwnChannels channels(own, lanes);
 
-    normalize_all(InMemory{x}, Packs(own), epilogue, channels, out);
+    normalize_all(InMemory{x}, Packs(own), Left(epilogue.mask, own), epilogue, channels, out);
     if (!own.owns()) return;
     set_statistics(statistics, batch, c);
+    if (MASKED && !(batch.count > 1)) return;
     if (moments.count && running.mean) update_running(batch, read_running(running, c), running, moments.batches, c);
 }

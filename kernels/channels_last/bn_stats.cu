@@ -7,11 +7,12 @@
 extern "C" __global__ void REGISTERS(128) bn_stats(
     const data_t* x,                         // [M, C]
     const long long* batches,                // [] or null: a counter, copied into the moments
+    const bool* mask,                        // [M] or null
     // outputs
     Moments moments,
     // sizes
     ChannelsLast sizes) {
     const Tile own(sizes, forwards());
-    const ChannelMoments of_rows = moments_of(own, InMemory{x}, Packs(own), x);
+    const ChannelMoments of_rows = moments_of(own, InMemory{x}, Packs(own), Left(mask, own), x);
     if (own.looks_after()) set_moments(moments, blockIdx.y, sizes.C, own.channel(), of_rows, batches);
 }

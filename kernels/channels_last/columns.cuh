@@ -13,6 +13,7 @@
 #pragma once
 #include "../batches.cuh"
 #include "../elementwise.cuh"
+#include "../mask.cuh"
 
 // Lanes of a tile at most: 128 bytes of a row, the most that memory hands out at a time.
 constexpr int MOST_LANES = 128 / sizeof(data_t);
@@ -87,6 +88,24 @@ class Packs {
         return own;
     }
 };
+
+// What is left of the packs of a thread: the mask has a byte for each row.
+struct LeftOfColumn {
+    const bool* mask;
+    index_t first, step;  // the first row of the thread, and rows from one to the next one
+
+    DEVICE LeftOfColumn(const bool* mask, const Tile& tile)
+        : mask(mask), first(tile.begin + tile.row), step(tile.step) {}
+    DEVICE index_t at(int i) const { return first + i * step; }
+    DEVICE unsigned bits(int i) const { return bits_of<1>(mask + at(i)) ? ~0u : 0; }
+};
+#if MASKED
+typedef LeftOfColumn Left;
+#else
+struct Left : Everything {
+    DEVICE Left(const bool*, const Tile&) {}
+};
+#endif
 
 // ---------------------------------------------------------------------------------------------------------------------
 // The channels of a tile

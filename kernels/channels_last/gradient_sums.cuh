@@ -12,7 +12,7 @@ typedef double ColumnSums[2 * WIDTH];             // sum(dy) of each channel of 
 // have PRODUCT_SCALE * sum(dy * (x - center) * rstd). WIDE is whether what ReLU passed is worked out in float64.
 // Returns a bit for each element whose sums the dtype of the arithmetic did not hold.
 template <bool WIDE, int AT_ONCE, class Source>
-DEVICE unsigned sum_packs(const Source& dy, const Source& x, Packs packs, const Passed& passed,
+DEVICE unsigned sum_packs(const Source& dy, const Source& x, Packs packs, const Left& left, const Passed& passed,
                           const OwnChannels& channels, ColumnSums& sums) {
     acc_t sum_dy[WIDTH] = {}, sum_dy_xhat[WIDTH] = {}, rstd[WIDTH];
 #pragma unroll
@@ -30,7 +30,7 @@ DEVICE unsigned sum_packs(const Source& dy, const Source& x, Packs packs, const 
     };
     as_they_come<AT_ONCE>(x, packs.count, [&](auto full, int i, int count) {
         raw_t raw_dy[AT_ONCE], raw_x[AT_ONCE];
-        unsigned bits[AT_ONCE];
+        unsigned bits[AT_ONCE], some[AT_ONCE];
 #pragma unroll
         for (int u = 0; u < AT_ONCE; u++) {
             const bool there = full || u < count;
@@ -38,12 +38,14 @@ DEVICE unsigned sum_packs(const Source& dy, const Source& x, Packs packs, const 
             raw_dy[u] = there ? dy.get(at, i + u) : raw_t();  // dy of 0 adds nothing, or NaN that float32 finds
             raw_x[u] = there ? x.get(at, i + u) : raw_x[0];
             bits[u] = there ? passed.bits(at) : 0;
+            some[u] = there ? left.bits(i + u) : ~0u;
         }
 #pragma unroll
         for (int u = 0; u < AT_ONCE; u++) {
             acc_t g[WIDTH], in[WIDTH];
             unpack(raw_dy[u], g);
             unpack(raw_x[u], in);
+            leave_out(g, in, some[u], channels);
             stop<WIDE>(g, in, passed.gate, bits[u], channels);
             if (passed.gate != OPEN && (full || u < count)) dy.put(pack(g), i + u);
 #pragma unroll
@@ -63,7 +65,7 @@ DEVICE unsigned sum_packs(const Source& dy, const Source& x, Packs packs, const 
 
 // Takes the sums of element e alone, in float64.
 template <class Source>
-DEVICE void sum_exactly(const Source& dy, const Source& x, Packs packs, const Passed& passed,
+DEVICE void sum_exactly(const Source& dy, const Source& x, Packs packs, const Left& left, const Passed& passed,
                         const OwnChannels& channels, int e, double& sum_dy, double& sum_dy_xhat) {
     const Factors<double> f = channels.wide(e);
     const double rstd = f.rstd * PRODUCT_SCALE;
@@ -74,6 +76,7 @@ DEVICE void sum_exactly(const Source& dy, const Source& x, Packs packs, const Pa
         acc_t g[WIDTH], in[WIDTH];
         unpack(dy.get(at, i), g);
         unpack(x.get(at, i), in);
+        leave_out(g, in, left.bits(i), channels);
         stop<true>(g, in, passed.gate, passed.bits(at), channels);
         add_products<double>(g[e], in[e], f, rstd, sum_dy, sum_dy_xhat);
     }
@@ -81,25 +84,26 @@ DEVICE void sum_exactly(const Source& dy, const Source& x, Packs packs, const Pa
 
 // Takes the sums over a thread's packs, whatever is asked for: every choice is made here, once.
 template <class Source>
-DEVICE void sum_all(const Source& dy, const Source& x, const Packs& packs, const Epilogue& epilogue,
+DEVICE void sum_all(const Source& dy, const Source& x, const Packs& packs, const Left& left, const Epilogue& epilogue,
                     const OwnChannels& channels, ColumnSums& sums) {
     const Passed passed = {gate_of(epilogue), epilogue.passed};
     unsigned missed = 0;
     if (sizeof(acc_t) < 8 && channels.any_wide)
-        missed = sum_packs<true, 1>(dy, x, packs, passed, channels, sums);
+        missed = sum_packs<true, 1>(dy, x, packs, left, passed, channels, sums);
     else
         with_gate(epilogue, [&](auto gate) {
             // Packs in flight, where they have many elements: more from memory, which is far; fewer with gates, which
             // want registers as well.
             constexpr bool OPENED = decltype(gate)::value == OPEN;
             constexpr int FEW = (Source::FAR ? 4 : 2) / (OPENED ? 1 : 2);
-            missed = sum_packs<false, WIDTH == 8 ? FEW : ROWS>(dy, x, packs, {gate, epilogue.passed}, channels, sums);
+            missed = sum_packs<false, WIDTH == 8 ? FEW : ROWS>(dy, x, packs, left, {gate, epilogue.passed}, channels,
+                                                               sums);
         });
     if constexpr (sizeof(acc_t) < 8) {
         if (!missed && !channels.any_wide) return;
 #pragma unroll
         for (int e = 0; e < WIDTH; e++)  // each channel by itself: no other one is touched
             if (missed >> e & 1 || (channels.any_wide && channels.is_wide(e)))
-                sum_exactly(dy, x, packs, passed, channels, e, sums[e], sums[WIDTH + e]);
+                sum_exactly(dy, x, packs, left, passed, channels, e, sums[e], sums[WIDTH + e]);
     }
 }

@@ -27,7 +27,7 @@ DEVICE void add_rows(const raw_t (&raw)[ROWS], int before, Column (&columns)[WID
 #pragma unroll
     for (int e = 0; e < WIDTH; e++) {
         const auto value = [&](int u) { return widen(Elements<data_t>::get(Words(raw[u]).w, e)); };
-        const Chunk<acc_t> rows = chunk_of<acc_t, ROWS>(Yes(), ROWS, value);
+        const Chunk<acc_t> rows = chunk_of<acc_t, ROWS>(FirstOnes<Yes>{Yes(), ROWS}, value);
         Column& column = columns[e];
         if (before == 0) column.base = ADDED_AS_THEY_ARE ? rows.offset : rows.base;
         const acc_t apart =
@@ -66,7 +66,8 @@ DEVICE unsigned add_all(const Source& x, Packs packs, const double* pivots, Tota
 #pragma unroll
         for (int e = 0; e < WIDTH; e++) {
             totals[e].pivot = ((const volatile double*)pivots)[e];  // no register is to hold it all the time
-            totals[e].add(rows, Chunk<double>{columns[e].base, columns[e].offset, columns[e].m2, true});
+            const Column& column = columns[e];
+            totals[e].add(Yes(), rows, Chunk<double>{column.base, 0, column.offset, column.m2, true});
             columns[e].offset = columns[e].m2 = 0;
         }
     };
@@ -100,26 +101,58 @@ DEVICE unsigned add_all(const Source& x, Packs packs, const double*, Total<doubl
             else unpack(raw_t(), values[u]);
 #pragma unroll
         for (int e = 0; e < WIDTH; e++)
-            totals[e].add(count, chunk_of<acc_t, CHUNK>(full, count, [&](int u) { return values[u][e]; }));
+            totals[e].add(full, count,
+                          chunk_of<acc_t, CHUNK>(FirstOnes<decltype(full)>{full, count},
+                                                 [&](int u) { return values[u][e]; }));
     });
     return 0;
 }
 
-// Makes the total of element e anew, over all packs of a thread in float64, about the same pivot.
+// Adds what a mask leaves of a thread's packs to the totals of its channels, which have these pivots. Returns a bit for
+// each element whose sums float32 did not hold.
+template <class Source, class T>
+DEVICE unsigned add_left(const Source& x, Packs packs, const Left& left, const double* pivots,
+                         Total<T> (&totals)[WIDTH]) {
+    unsigned missed = 0;
+    in_batches<CHUNK>(packs.count, [&](auto full, int i, int count) {
+        raw_t raw[CHUNK];
+        unsigned some = 0;
+#pragma unroll
+        for (int u = 0; u < CHUNK; u++) {
+            const bool there = full || u < count;
+            raw[u] = there ? x.get(packs.next(), i + u) : raw_t();
+            if (there) some |= (left.bits(i + u) & 1) << u;
+        }
+        if (!some) return;
+        const Chosen chosen(some);
+#pragma unroll
+        for (int e = 0; e < WIDTH; e++) {
+            const auto value = [&](int u) { return widen(Elements<data_t>::get(Words(raw[u]).w, e)); };
+            const Chunk<acc_t> rows = chunk_of<acc_t, CHUNK>(chosen, value);
+            totals[e].pivot = ((const volatile double*)pivots)[e];  // no register is to hold it all the time
+            totals[e].add(chosen.full, chosen.count, rows);
+            if (!rows.held) missed |= 1u << e;
+        }
+    });
+    return missed;
+}
+
+// Makes the total of element e anew, over what is left of a thread's packs in float64, about the same pivot.
 template <class Source>
-DEVICE void add_exactly(const Source& x, Packs packs, int e, double pivot, Total<float>& total) {
+DEVICE void add_exactly(const Source& x, Packs packs, const Left& left, int e, double pivot, Total<float>& total) {
     total = Total<float>(pivot);
 #pragma unroll 1
     for (int i = 0; i < packs.count; i++) {
         acc_t values[WIDTH];
         unpack(x.get(packs.next(), i), values);
+        if (!(left.bits(i) & 1)) continue;
         const double away = values[e] - pivot;
         total.sum += away;
         total.squares += away * away;
     }
 }
 template <class Source>
-DEVICE void add_exactly(const Source&, const Packs&, int, double, Total<double>&) {}
+DEVICE void add_exactly(const Source&, const Packs&, const Left&, int, double, Total<double>&) {}
 
 // The moments of lane q over all threads of the block, for thread q, from totals about the pivots of the lanes; `count`
 // is the number of rows. All threads call it.
@@ -160,21 +193,44 @@ DEVICE ChannelMoments gather(const Tile& tile, const Total<double> (&totals)[WID
     return {count, mean, sums[0]};
 }
 
-// The moments of lane q over the block's rows, for thread q. first_row is that of the array: its elements are the
-// pivots. All threads call it.
+// What a mask leaves of the block's rows. All threads call it, once in a kernel.
+DEVICE ShareLeft rows_left(const Tile& tile, const Packs& packs, const Left& left) {
+    int found = 0;
+    index_t first = 0;
+    for (int i = packs.count - 1; i >= 0 && tile.lane == 0; i--)  // threads of the same row would find the same
+        if (left.bits(i)) {
+            found++;
+            first = left.at(i);
+        }
+    return share_left(found, first);
+}
+
+// The moments of lane q over what is left of the block's rows, for thread q. first_row is that of the array: its
+// elements are the pivots or, under a mask, those of the first row that is left. All threads call it.
 template <class Source>
-DEVICE ChannelMoments moments_of(const Tile& tile, const Source& x, const Packs& packs, const data_t* first_row) {
-    const double count = (double)(tile.end - tile.begin);
+DEVICE ChannelMoments moments_of(const Tile& tile, const Source& x, const Packs& packs, const Left& left,
+                                 const data_t* first_row) {
+    double count = (double)(tile.end - tile.begin);
+    if constexpr (MASKED) {
+        const ShareLeft all = rows_left(tile, packs, left);
+        count = all.count;
+        first_row += (long long)all.first * tile.C;
+    }
     __shared__ double pivots[MOST_LANES];
     if (tile.looks_after()) pivots[threadIdx.x] = widen(first_row[tile.channel()]);
     __syncthreads();
     Total<acc_t> totals[WIDTH];
 #pragma unroll
     for (int e = 0; e < WIDTH; e++) totals[e] = Total<acc_t>(0);
-    const unsigned missed = add_all(x, packs, pivots + tile.known_lane(), totals);
+    unsigned missed;
+    if constexpr (MASKED)
+        missed = add_left(x, packs, left, pivots + tile.known_lane(), totals);
+    else
+        missed = add_all(x, packs, pivots + tile.known_lane(), totals);
     if (missed)
 #pragma unroll
         for (int e = 0; e < WIDTH; e++)  // each channel by itself: no other one is touched
-            if (missed >> e & 1) add_exactly(x, packs, e, pivots[tile.known_lane() + e], totals[e]);
-    return gather(tile, totals, pivots, count);
+            if (missed >> e & 1) add_exactly(x, packs, left, e, pivots[tile.known_lane() + e], totals[e]);
+    const ChannelMoments all = gather(tile, totals, pivots, count);
+    return !MASKED || count > 0 ? all : ChannelMoments{0, 0, 0};
 }

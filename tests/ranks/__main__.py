@@ -9,7 +9,7 @@ import warnings
 import pytest
 from mpi4py import MPI
 
-from tests.ranks import batches, faults
+from tests.ranks import batches, faults, moments
 from tests.ranks.world import worlds
 
 
@@ -17,7 +17,9 @@ def main() -> None:
     """Run all cases in all worlds."""
     warnings.simplefilter("error")
     comm = MPI.COMM_WORLD
-    cases = [case for module in (batches, faults) for name, case in vars(module).items() if name.startswith("test_")]
+    cases = [
+        case for module in (batches, faults, moments) for name, case in vars(module).items() if name.startswith("test_")
+    ]
     ran = 0
     for world in worlds(comm.Dup(), sys.argv[1:]):
         for case in cases:
