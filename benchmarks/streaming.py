@@ -10,7 +10,8 @@ in one process; a turn repeats a short stream for a tenth of a second. Chunks ar
 when it is asked for (`streaming_chunks.py`), and the time that this takes is measured chunk by chunk and taken off: of
 Dask, which has its chunks made on all of its threads at once, as much as each of these has spent. So NumPy, which has
 to go through the data twice, is not charged for reading it twice. Figures are medians of all rounds, with quartiles,
-and ratios are those of two turns of one round.
+and ratios are those of two turns of one round. Processor times, of all threads together, are there for machines that
+have something else to do.
 
 Errors are those of the worst channel, against moments that are known without rounding. Memory is the most that a
 process of its own has held while it streamed, beyond what it held before, when all libraries had been imported: the
@@ -27,6 +28,7 @@ import platform
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -111,20 +113,24 @@ def child(args: argparse.Namespace) -> None:
 
 
 def seconds(side: str, stream: Stream, least: float) -> dict[str, float]:
-    """Median seconds of a side for a stream, without those that making the chunks took, which are beside them."""
+    """Median seconds of a side for a stream, without those that making the chunks took, which are beside them.
+
+    Those of processors are of all threads together, and do not grow where other programs take turns with this one.
+    """
     from streaming_sides import SIDES, makers
 
-    net, making = [], []
+    turns: list[dict[str, float]] = []
     end = time.perf_counter() + least
-    while not net or time.perf_counter() < end:
+    while not turns or time.perf_counter() < end:
         stream.making.clear()
-        start = time.perf_counter()
+        start, used = time.perf_counter(), time.process_time()
         SIDES[side](stream)
-        elapsed = time.perf_counter() - start
-        making.append(sum(stream.making) / makers(side))
-        net.append(elapsed - making[-1])
-    counted = slice(len(net) > 1, None)  # the first one wakes threads
-    return {"seconds": float(np.median(net[counted])), "making": float(np.median(making[counted]))}
+        elapsed, used = time.perf_counter() - start, time.process_time() - used
+        making, used_for_making = map(sum, zip(*stream.making, strict=True))
+        making /= makers(side)
+        turns.append({"seconds": elapsed - making, "making": making, "processor": used - used_for_making})
+    counted = turns[len(turns) > 1 :]  # the first one wakes threads
+    return {name: median(turn[name] for turn in counted) for name in turns[0]}
 
 
 def memory(side: str, stream: Stream, idle: float | None) -> float | None:
@@ -194,7 +200,7 @@ def figures(case: Case, sides: Sequence[str], answers: list[list[Any]]) -> dict[
     """Figures of a case: GB/s of each side and of making the chunks, and the sides' times by ours."""
     here = answers[0]
     size = case.chunks * case.bytes_of_chunk / 1e9
-    times = {side: [turn[side]["seconds"] for turn in here] for side in sides}
+    times, used = ({side: [turn[side][what] for turn in here] for side in sides} for what in ("seconds", "processor"))
     ours = times[sides[0]]
     row: dict[str, Any] = {
         "shape": case.name,
@@ -203,6 +209,7 @@ def figures(case: Case, sides: Sequence[str], answers: list[list[Any]]) -> dict[
         "gigabytes_per_second": {side: spread([size / t for t in times[side]]) for side in sides},
         "made": spread([size / turn[sides[0]]["making"] for turn in here]),
         "ratio": {side: ratio(times[side], ours) for side in sides[1:]},
+        "processor_ratio": {side: ratio(used[side], used[sides[0]]) for side in sides[1:]},
     }
     if len(answers) > 1:
         row["to_the_other_checkout"] = ratio(ours, [turn[sides[0]]["seconds"] for turn in answers[1]])
@@ -225,6 +232,7 @@ def memories(sides: Sequence[str], cases: Sequence[Case], options: Sequence[str]
 def tables(results: dict[str, Any]) -> str:
     """All tables, in Markdown."""
     parts = ["time / cupybn's, median (quartiles)", *(times(results[key]) for key in ("kinds", "chunks", "sizes"))]
+    parts += ["processor time, of all threads together / cupybn's", processor_times(results["kinds"])]
     parts += ["error of the mean in stds, of the variance relative to itself, worst channel", errors(results["errors"])]
     parts += ["most MB beyond those of an idle process", memory_table(results["sizes"])]
     return "\n\n".join(parts)
@@ -254,6 +262,13 @@ def times(rows: Sequence[dict[str, Any]]) -> str:
         for row in rows
     ]
     return markdown(["chunks", "MB", "MB of a chunk", "GB/s made", "GB/s of cupybn", *sides, *there], cells)
+
+
+def processor_times(rows: Sequence[dict[str, Any]]) -> str:
+    """Processor times of all sides by ours."""
+    sides = list(rows[0]["processor_ratio"])
+    cells = [[what(row), *(cell(row["processor_ratio"][side]) for side in sides)] for row in rows]
+    return markdown(["chunks", *sides], cells)
 
 
 def errors(rows: Sequence[dict[str, Any]]) -> str:
@@ -358,7 +373,8 @@ def stream_long(gigabytes: float, sizes: Sizes) -> None:
                 print(f"{i * of_chunk / 1e9:8.2f} GB: at most {megabytes(held)} MB beyond an idle process", flush=True)
                 del marks[0]
     elapsed = time.perf_counter() - start
-    print(f"{elapsed:.1f} s, of which {sum(stream.making):.1f} s made the chunks, {stream.case.chunks} of them")
+    making, _ = map(sum, zip(*stream.making, strict=True))
+    print(f"{elapsed:.1f} s, of which {making:.1f} s made the chunks, {stream.case.chunks} of them")
     wrong = stream.exact.errors(statistics.mean, statistics.var())
     print(f"mean / std 1e6, worst channel: mean off by {wrong['mean']:.1e} std, variance by {wrong['var']:.1e}")
 

@@ -100,8 +100,8 @@ class Stream:
 
     def __init__(self, case: Case) -> None:
         self.case = case
-        self.making: list[float] = []
-        """Seconds that each chunk took to make."""
+        self.making: list[tuple[float, float]] = []
+        """Seconds that each chunk took to make, and how many of them its thread had a processor for."""
         rng = np.random.default_rng(0)
         steps = rng.standard_normal(case.shape, np.float32)
         np.rint(np.multiply(steps, case.steps, out=steps), out=steps)
@@ -118,9 +118,9 @@ class Stream:
 
     def chunk(self, i: int) -> Array:
         """The chunk of this number."""
-        start = time.perf_counter()
+        start, used = time.perf_counter(), time.thread_time()
         chunk: Array = np.add(self._block, np.float32(self._shift(i) / self.case.steps))
-        self.making.append(time.perf_counter() - start)
+        self.making.append((time.perf_counter() - start, time.thread_time() - used))
         return chunk
 
     def _shift(self, i: int) -> int:

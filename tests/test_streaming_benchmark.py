@@ -103,10 +103,14 @@ def test_the_figures_are_the_right_way_round():
     """A side's time by ours, bytes by seconds, and our time by that of the other checkout."""
     case = Case((64, 56, 56), 1, False, 1.0, size=32, chunk=16)
     size = case.chunks * case.bytes_of_chunk / 1e9
-    here = [{"a": {"seconds": t, "making": 1.0}, "b": {"seconds": 4 * t, "making": 1.0}} for t in (1, 2, 3)]
+    here = [
+        {"a": {"seconds": t, "making": 1, "processor": 2 * t}, "b": {"seconds": 4 * t, "making": 1, "processor": 6 * t}}
+        for t in (1, 2, 3)
+    ]
     there = [{"a": {"seconds": 2 * turn["a"]["seconds"]}} for turn in here]
     row = streaming.figures(case, ["a", "b"], [here, there])
     assert row["ratio"]["b"]["median"] == 4
+    assert row["processor_ratio"]["b"]["median"] == 3
     assert row["gigabytes_per_second"]["a"]["median"] == pytest.approx(size / 2)
     assert row["to_the_other_checkout"]["median"] == 0.5
     assert row["megabytes"] == pytest.approx(1e3 * size)
