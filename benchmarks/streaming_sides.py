@@ -55,7 +55,7 @@ def numpys(stream: Stream, dtype: npt.DTypeLike = np.float32) -> tuple[Array, Ar
 
 
 def numpys_in_float64(stream: Stream) -> tuple[Array, Array]:
-    """The same with the arithmetic in float64."""
+    """NumPy's with the arithmetic in float64."""
     return numpys(stream, np.float64)
 
 

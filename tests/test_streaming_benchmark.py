@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import cupybn
+from cupybn._steps import tiles
 from tests.benchmark_scripts import BENCHMARKS, ROOT, require
 
 require()
@@ -97,6 +98,24 @@ def test_all_sides_stream_the_same(side, sample, axis, masked, monkeypatch):
     assert max(wrong.values()) < 1e-5
     assert len(stream.making) == stream.case.chunks * (2 if "NumPy" in side else 1)
     assert "CUPYBN_NUM_THREADS" not in os.environ
+
+
+@pytest.mark.parametrize("before", [None, "3"])
+def test_one_thread_is_one(before, monkeypatch):
+    if before is None:
+        monkeypatch.delenv("CUPYBN_NUM_THREADS", raising=False)
+    else:
+        monkeypatch.setenv("CUPYBN_NUM_THREADS", before)
+    seen = []
+
+    class Watched(Stream):
+        def chunk(self, i):
+            seen.append(tiles.num_threads())
+            return super().chunk(i)
+
+    streaming_sides.on_one_thread(Watched(Case((6,), -1, False, 1.0, size=0.05, chunk=0.01)))
+    assert set(seen) == {1}
+    assert os.environ.get("CUPYBN_NUM_THREADS") == before
 
 
 def test_the_figures_are_the_right_way_round():
