@@ -56,7 +56,7 @@ class Sizes(NamedTuple):
     sizes: list[float]  # MB of streams that are compared
 
 
-FULL = Sizes(streamed=128, chunk=16, chunks=[1, 4, 16, 64], sizes=[10, 40, 160, 640, 4000])
+FULL = Sizes(streamed=128, chunk=16, chunks=[1, 2, 4, 16, 64], sizes=[10, 40, 160, 640, 4000])
 QUICK = Sizes(streamed=4, chunk=2, chunks=[1, 2], sizes=[2, 8])
 
 
@@ -193,7 +193,16 @@ def measure(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, A
     peaks = memories([ALONE, *sides[: 1 if args.short else None]], cases.sizes, options)
     for row, *of_sides in zip(results["sizes"], *peaks.values(), strict=True):
         row["memory"] = dict(zip(peaks, of_sides, strict=True))
-    return turns.facts, results
+    return turns.facts, rounded(results)
+
+
+def rounded(figures: Any) -> Any:
+    """Figures with four digits, all of them that there are in lists and dicts."""
+    if isinstance(figures, dict):
+        return {name: rounded(value) for name, value in figures.items()}
+    if isinstance(figures, list):
+        return [rounded(value) for value in figures]
+    return float(f"{figures:.4g}") if isinstance(figures, float) else figures
 
 
 def figures(case: Case, sides: Sequence[str], answers: list[list[Any]]) -> dict[str, Any]:
@@ -207,6 +216,7 @@ def figures(case: Case, sides: Sequence[str], answers: list[list[Any]]) -> dict[
         "megabytes": 1e3 * size,
         "chunk": case.bytes_of_chunk / 1e6,
         "gigabytes_per_second": {side: spread([size / t for t in times[side]]) for side in sides},
+        "gigabytes_per_processor_second": {side: spread([size / t for t in used[side]]) for side in sides},
         "made": spread([size / turn[sides[0]]["making"] for turn in here]),
         "ratio": {side: ratio(times[side], ours) for side in sides[1:]},
         "processor_ratio": {side: ratio(used[side], used[sides[0]]) for side in sides[1:]},
@@ -297,7 +307,7 @@ def megabytes(number: float | None) -> str:
 def plot(results: dict[str, Any], title: str, path: Path) -> None:
     """Draw throughput and memory by size, and the errors by mean / std."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import NullFormatter, NullLocator
+    from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
     figure = Figure(figsize=(13, 4.4), layout="constrained")
     speed, held, *wrong = figure.subplots(1, 4)
@@ -306,11 +316,12 @@ def plot(results: dict[str, Any], title: str, path: Path) -> None:
     x = [row["megabytes"] for row in rows]
     colors = {side: f"C{i}" for i, side in enumerate(sides)} | {ALONE: "0.5"}
     for side in sides:
-        of_side = [row["gigabytes_per_second"][side] for row in rows]
+        of_side = [row["gigabytes_per_processor_second"][side] for row in rows]
         middle, low, high = ([f[name] for f in of_side] for name in ("median", "low", "high"))
         speed.plot(x, middle, "o-", color=colors[side], markersize=4, label=side)
         speed.fill_between(x, low, high, color=colors[side], alpha=0.2, linewidth=0)
-    speed.set(xscale="log", yscale="log", xlabel="MB streamed", ylabel="GB/s (more is better)", title="throughput")
+    unit = "GB for each second of a processor"
+    speed.set(xscale="log", yscale="log", xlabel="MB streamed", ylabel=f"{unit} (more is better)", title="throughput")
     for side in rows[0]["memory"]:
         of_side = [row["memory"][side] for row in rows]
         if None not in of_side:
@@ -323,6 +334,7 @@ def plot(results: dict[str, Any], title: str, path: Path) -> None:
         axes.grid(which="both", alpha=0.2)
         axes.set_xticks(x, [f"{n:.0f}" for n in x])
         axes.xaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter(NullFormatter())
     figure.legend(*held.get_legend_handles_labels(), loc="outside lower center", ncols=len(colors) + 1, fontsize=8)
@@ -339,9 +351,8 @@ def bars(axes: Any, rows: Sequence[dict[str, Any]], moment: str, colors: dict[st
         at = np.arange(len(ratios)) + (i - (len(sides) - 1) / 2) * 0.8 / len(sides)
         axes.bar(at, [max(h, floor) for h in heights], 0.8 / len(sides), color=colors[side], label=side)
     unit = "stds" if moment == "mean" else "relative"
-    axes.set(
-        yscale="log", xlabel="mean / std", ylabel=f"error, {unit}", title=f"error of the {moment} (less is better)"
-    )
+    name = {"mean": "mean", "var": "variance"}[moment]
+    axes.set(yscale="log", xlabel="mean / std", ylabel=f"{unit} (less is better)", title=f"error of the {name}")
     axes.set_xticks(range(len(ratios)), [f"{r:g}" for r in ratios])
     axes.set_ylim(bottom=floor)
     axes.grid(axis="y", alpha=0.2)

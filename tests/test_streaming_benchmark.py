@@ -131,6 +131,7 @@ def test_the_figures_are_the_right_way_round():
     assert row["ratio"]["b"]["median"] == 4
     assert row["processor_ratio"]["b"]["median"] == 3
     assert row["gigabytes_per_second"]["a"]["median"] == pytest.approx(size / 2)
+    assert row["gigabytes_per_processor_second"]["b"]["median"] == pytest.approx(size / 12)
     assert row["to_the_other_checkout"]["median"] == 0.5
     assert row["megabytes"] == pytest.approx(1e3 * size)
 
