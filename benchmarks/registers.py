@@ -39,7 +39,7 @@ def row(instance: Instance, usages: list[Usage]) -> list[str]:
         if usage.spilled
     ]
     return [
-        instance.kernel,
+        instance.kernel + (", masked" if instance.masked else ""),
         instance.dtype,
         *(str(usage.registers) for usage in usages),
         str(max(usage.shared for usage in usages)),

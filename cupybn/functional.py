@@ -74,14 +74,14 @@ class BatchNormGrads(NamedTuple):
 class VjpFn:
     """Function from the gradient of a call's output to those of its arguments: what `batch_norm_vjp` returns.
 
-    Pure: it may be called again and changes nothing. It holds input, weight and bias by reference, and what it needs of
-    the residual and the statistics as a copy: it stays right when the running statistics move on.
+    Pure: it may be called again and changes nothing. It holds input, weight, bias and mask by reference, and what it
+    needs of the residual and the statistics as a copy: it stays right when the running statistics move on.
 
     Attributes
     ----------
     mean, var : (C,) float64 arrays
         Statistics that the call normalised with, var biased: those of the batch, or the running ones in eval mode. Each
-        access makes a new copy. NaN for a batch without elements.
+        access makes a new copy. NaN for a batch without elements, or of which a mask has left none.
 
     Examples
     --------
@@ -151,6 +151,8 @@ def batch_norm(
     activation: str | None = None,
     channel_axis: int = 1,
     out: Array | None = None,
+    mask: Array | None = None,
+    skip_nonfinite: bool = False,
 ) -> Array:
     """Batch normalization: activation(weight * (input - mean) / sqrt(var + eps) + bias + residual).
 
@@ -180,6 +182,13 @@ def batch_norm(
         The axis of C, counted from either end.
     out : array of the input's shape and dtype, or None
         Where the output goes, in any memory order. May be `input` or `residual`.
+    mask : bool array of the input's shape without the channel axis, or one that broadcasts to it, or None
+        True where there is data. What is masked out is as if it were not there, whatever input and residual hold there,
+        NaN too: it is in no statistic, and its output is 0. A batch of which less than two values for each channel are
+        left moves no running statistics.
+    skip_nonfinite : bool
+        Whether a batch leaves the running statistics alone if any channel's mean or unbiased variance is not finite in
+        the dtype of its buffer. Output and gradients do not depend on it.
 
     Returns
     -------
@@ -190,7 +199,7 @@ def batch_norm(
     ------
     TypeError
         If an argument is not an array of the right kind, device and dtype, momentum or eps not a number, channel_axis
-        not an integer, or training not a bool.
+        not an integer, or training or skip_nonfinite not a bool.
     ValueError
         If shapes do not match; if training with a single value per channel, whose unbiased variance is not defined; if
         eps is too small; if one running buffer comes without the other, or none when training is False; if the
@@ -212,12 +221,21 @@ def batch_norm(
            [1.22, 1.39]], dtype=float32)
     >>> running_mean, running_var
     (array([0.3, 3. ], dtype=float32), array([ 1.3, 70.9], dtype=float32))
+
+    Sequences of different length, padded to that of the longest:
+
+    >>> sequences = np.array([[[1, 2, 3]], [[5, 9, 9]]], np.float32)  # (N, C, L)
+    >>> mask = np.arange(3) < np.array([[3], [1]])  # (N, L); the second sequence has length 1
+    >>> F.batch_norm(sequences, None, None, training=True, mask=mask).round(2)
+    array([[[-1.18, -0.51,  0.17]],
+    <BLANKLINE>
+           [[ 1.52,  0.  ,  0.  ]]], dtype=float32)
     """
     call = Call(
         input,
         Affine(weight, bias, eps),
-        Running(running_mean, running_var, checks.as_float("momentum", momentum)),
-        Epilogue(residual, activation),
+        Running(running_mean, running_var, checks.as_float("momentum", momentum), None, skip_nonfinite),
+        Epilogue(residual, activation, None, mask),
         training,
         channel_axis,
     )
@@ -237,6 +255,8 @@ def batch_norm_vjp(
     residual: Array | None = None,
     activation: str | None = None,
     channel_axis: int = 1,
+    mask: Array | None = None,
+    skip_nonfinite: bool = False,
 ) -> tuple[Array, VjpFn]:
     """`batch_norm`, and the function that takes the gradient of its output to those of its arguments.
 
@@ -251,9 +271,10 @@ def batch_norm_vjp(
     vjp_fn : VjpFn
         ``vjp_fn(grad_output) -> BatchNormGrads(input, weight, bias, residual)``. The gradients of input and residual
         have the input's dtype and memory order, those of weight and bias their dtypes. Pure: it may be called again and
-        changes nothing. It holds input, weight and bias by reference, and what it needs of the residual and the
-        statistics as a copy: it stays right when the running statistics move on. ``vjp_fn.mean`` and ``vjp_fn.var`` are
-        the statistics that the call normalised with.
+        changes nothing. It holds input, weight, bias and mask by reference, and what it needs of the residual and the
+        statistics as a copy: it stays right when the running statistics move on. Where the mask leaves nothing, the
+        gradients of input and residual are 0, whatever grad_output holds. ``vjp_fn.mean`` and ``vjp_fn.var`` are the
+        statistics that the call normalised with.
 
     Raises
     ------
@@ -275,8 +296,8 @@ def batch_norm_vjp(
     call = Call(
         input,
         Affine(weight, bias, eps),
-        Running(running_mean, running_var, checks.as_float("momentum", momentum)),
-        Epilogue(residual, activation),
+        Running(running_mean, running_var, checks.as_float("momentum", momentum), None, skip_nonfinite),
+        Epilogue(residual, activation, None, mask),
         training,
         channel_axis,
     )
@@ -299,7 +320,7 @@ def batch_norm_backward(
     """The gradients of `batch_norm`, for code that keeps statistics from the forward pass instead of a function.
 
     The same bits as ``vjp_fn`` of `batch_norm_vjp` with the same arguments, given its ``vjp_fn.mean`` and
-    ``vjp_fn.var``. A call with a residual needs ``vjp_fn``.
+    ``vjp_fn.var``. A call with a residual or a mask needs ``vjp_fn``.
 
     Parameters
     ----------
@@ -386,7 +407,8 @@ class Saved(NamedTuple):
     input: Array  # dense
     pairs: Array  # statistics, as `Statistics` has them
     affine: Affine
-    epilogue: Epilogue  # activation and passed: the record has all that the way back needs of the residual
+    epilogue: Epilogue  # activation, passed and mask: the record has all that the way back needs of the residual
+    count_left: Array | None = None  # what `Statistics` has beside the pairs
 
 
 def _forward(call: Call, out: Array | None, for_vjp: bool) -> tuple[Array, Saved | None]:
@@ -403,16 +425,16 @@ def _forward(call: Call, out: Array | None, for_vjp: bool) -> tuple[Array, Saved
             if results is None:
                 with tapes.recorder(particulars) as recorder:
                     results = recorder.results = _forward_steps(ops, call, out, checked, for_vjp)
-            made, pairs, passed = results
+            made, pairs, passed, count_left = results
             output = out if made is None else layout.back(made)
         else:
             tapes = None
             # Steps write to `out` itself where that is safe; else to a new array, which is copied in the end.
-            direct = checked.direct and not call.vectors_overlap(out, checked)
+            direct = checked.direct and not call.overwritten(out, checked)
             call, write_back = call.without_overlap(checked, for_vjp)
             call = call.conformed(checked)
             with unheard():
-                made, pairs, passed = _forward_steps(ops, call, out if direct else None, checked, for_vjp)
+                made, pairs, passed, count_left = _forward_steps(ops, call, out if direct else None, checked, for_vjp)
             output = out if made is None else layout.back(made)
             if out is not None and not direct:
                 write_back.append((out, output))  # the last: it is right, whatever it shares with the buffers
@@ -420,28 +442,36 @@ def _forward(call: Call, out: Array | None, for_vjp: bool) -> tuple[Array, Saved
                 write_at_once(write_back)
     if not for_vjp:
         return output, None
-    way_back = Epilogue(None, call.epilogue.activation, passed)
-    return output, Saved(ops, checked, tapes, call.input, pairs, call.affine, way_back)
+    _, activation, _, mask = call.epilogue
+    way_back = Epilogue(None, activation, passed, mask)
+    return output, Saved(ops, checked, tapes, call.input, pairs, call.affine, way_back, count_left)
 
 
 def _forward_steps(ops: Any, call: Call, out: Array | None, checked: Checked, for_vjp: bool) -> list[Array | None]:
-    """New output, in the order of memory, if there is no `out`; `Statistics.pairs` and a record of ReLU, if any."""
+    """New output, in the order of memory, if there is no `out`; and what is saved for the way back, or None for each.
+
+    That is `Statistics.pairs`, the record of ReLU, and `Statistics.count_left`.
+    """
     layout = checked.layout
     made = layout.empty(call.input) if out is None else None
     if ops is None:
-        return [made, _statistics_of_nothing(call, layout.shape[1]).pairs if for_vjp else None, None]
-    residual, activation, _, _ = call.epilogue
+        return [made, _statistics_of_nothing(call, layout.shape[1]).pairs if for_vjp else None, None, None]
+    residual, activation, _, mask = call.epilogue
     x, residual = layout.view(call.input), layout.view(residual)
     y = layout.view(out) if made is None else made.reshape(layout.shape)
-    passed = ops.empty_passed(x, residual, y) if for_vjp and residual is not None and activation is not None else None
+    mask = None if mask is None else layout.view_mask(mask)
+    recorded = for_vjp and residual is not None and activation is not None
+    passed = ops.empty_passed(x, residual, y, mask) if recorded else None
     affine, running = call.affine, call.running_for_steps(checked.moves)
-    epilogue = Epilogue(residual, activation, passed)
+    epilogue = Epilogue(residual, activation, passed, mask)
     if call.training:
         scratch = y if out is None else None  # `out` may be the input or the residual, which are still read
         statistics = ops.bn_forward(x, affine, running, epilogue, y, for_vjp, scratch)
     else:
         statistics = ops.bn_normalize(x, None, affine, running, epilogue, y, for_vjp)
-    return [made, None if statistics is None else statistics.pairs, passed]
+    if statistics is None:
+        return [made, None, passed, None]
+    return [made, statistics.pairs, passed, statistics.count_left]
 
 
 def _statistics_of_nothing(call: Call, channels: int) -> Statistics:
@@ -455,15 +485,16 @@ def _statistics_of_nothing(call: Call, channels: int) -> Statistics:
 
 def backward(saved: Saved, grad_output: Array) -> BatchNormGrads:
     """The gradients of the arguments, from that of the output, which has the layout of the input."""
-    _, checked, tapes, input, pairs, affine, epilogue = saved
+    _, checked, tapes, input, pairs, affine, epilogue, count_left = saved
     results: list[Array | None] | None
     if tapes is None:
         with unheard():
             results = _backward_steps(saved, grad_output)
     else:
-        (weight, bias, eps), passed = affine, epilogue.passed
+        (weight, bias, eps), (_, _, passed, mask) = affine, epilogue
         packs = None if passed is None else passed.size
-        particulars = particulars_of(("back", packs), (grad_output, input), (pairs, passed, weight, bias), (eps, 0.0))
+        others = pairs, passed, weight, bias, count_left
+        particulars = particulars_of(("back", packs), (grad_output, input, mask), others, (eps, 0.0))
         results = tapes.play(particulars)
         if results is None:
             with tapes.recorder(particulars) as recorder:
@@ -472,19 +503,23 @@ def backward(saved: Saved, grad_output: Array) -> BatchNormGrads:
     layout = checked.layout
     if dresidual is not None:
         dresidual = layout.back(dresidual)
-    elif checked.has_residual:  # through a sum a gradient goes as it is, where no ReLU has noted it
+    elif checked.has_residual:  # through a sum a gradient goes as it is, where neither ReLU nor a mask stops it
         dresidual = grad_output
     return BatchNormGrads(layout.back(dx), dweight, dbias, dresidual)
 
 
 def _backward_steps(saved: Saved, grad_output: Array) -> list[Array | None]:
-    """Gradients of input, residual if ReLU has noted it, weight and bias: new arrays, in the order of memory."""
-    ops, checked, _, input, pairs, affine, epilogue = saved
+    """Gradients of input, residual, weight and bias: new arrays, in the order of memory.
+
+    That of the residual is there if ReLU or a mask stop it somewhere.
+    """
+    ops, checked, _, input, pairs, affine, epilogue, count_left = saved
     layout, training = checked.layout, checked.training
-    passed = epilogue.passed
+    _, _, passed, mask = epilogue
     alignment = input.nbytes // passed.size if passed is not None and passed.size else 1  # bytes of a pack
     dx = layout.empty(input, alignment)
-    dresidual = None if passed is None else layout.empty(input, alignment)
+    stopped = passed is not None or (mask is not None and checked.has_residual)
+    dresidual = layout.empty(input, alignment) if stopped else None
     new = zeros_like if ops is None else empty_like  # without elements no step is there to fill them, and sums are 0
     weight, bias, _ = affine
     dweight, dbias = None if weight is None else new(weight), None if bias is None else new(bias)
@@ -493,10 +528,15 @@ def _backward_steps(saved: Saved, grad_output: Array) -> list[Array | None]:
         return results
     dy, x, shape = layout.view(grad_output), layout.view(input), layout.shape
     gradients = Gradients(dx.reshape(shape), None if dresidual is None else dresidual.reshape(shape), dweight, dbias)
-    statistics = Statistics(pairs)
+    statistics = Statistics(pairs, count_left)
+    if mask is not None:
+        epilogue = epilogue._replace(mask=layout.view_mask(mask))
     if training or dweight is not None or dbias is not None:
-        # 1 / the number of values per channel; 0 stands for statistics that do not depend on x.
-        inv_count = shape[1] / input.size if training and input.size > 0 else 0.0
+        # 1 / the number of values per channel, or 1 where steps divide by what a mask has left; 0 stands for
+        # statistics that do not depend on x.
+        inv_count = 0.0
+        if training and input.size > 0:
+            inv_count = shape[1] / input.size if mask is None else 1.0
         ops.bn_backward(dy, x, statistics, affine, epilogue, inv_count, gradients, scratch=gradients.dx)
     else:
         ops.bn_backward_input(dy, x, statistics, affine, epilogue, None, 0.0, gradients)
@@ -510,7 +550,7 @@ def ops_for_call(call: Call) -> Any:
     """
     ops, layer = ops_for(call.input), call.layer
     if layer is not None and layer.group is not None:
-        return Synchronized(ops, layer.group, layer.observer)
+        return Synchronized(ops, layer.group, layer.observer, call.running)
     if call.input.size == 0:
         return None
-    return ops if layer is None or layer.observer is None else Observed(ops, layer.observer)
+    return ops if layer is None or layer.observer is None else Observed(ops, layer.observer, call.running)

@@ -21,15 +21,10 @@ struct Everything {
 // A bit for each of BYTES bytes from p on, whether it is not 0. They lie at a multiple of BYTES.
 template <int BYTES>
 DEVICE unsigned bits_of(const bool* p) {
-    unsigned word;
-    if constexpr (BYTES == 1)
-        word = *reinterpret_cast<const unsigned char*>(p);
-    else if constexpr (BYTES == 2)
-        word = *reinterpret_cast<const unsigned short*>(p);
-    else if constexpr (BYTES == 4)
-        word = *reinterpret_cast<const unsigned*>(p);
-    else
-        return bits_of<4>(p) | bits_of<4>(p + 4) << 4;
+    if constexpr (BYTES == 8) return bits_of<4>(p) | bits_of<4>(p + 4) << 4;
+    unsigned word = *reinterpret_cast<const unsigned char*>(p);
+    if constexpr (BYTES == 2) word = *reinterpret_cast<const unsigned short*>(p);
+    if constexpr (BYTES == 4) word = *reinterpret_cast<const unsigned*>(p);
     word |= word >> 4;  // the lowest bit of each byte becomes whether there is any in it
     word |= word >> 2;
     word |= word >> 1;

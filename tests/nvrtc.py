@@ -35,6 +35,8 @@ MEMORY = {
 }
 """The short list of instances to compile: bytes of a pack and bits of an index, with their dtypes. All but the first
 are compiled for one architecture alone."""
+MASKED = {(16, 32): ("float16", "float32"), (16, 64): ("bfloat16",)}
+"""The same of kernels that are compiled for masks."""
 _LIBRARY = "nvrtc64_*_0.dll" if sys.platform == "win32" else "libnvrtc.so.*"
 _CUPY_OPTIONS = ("--std=c++17", "-ftz=true", "--device-as-default-execution-space")
 """Options that CuPy passes for every kernel, beside its architecture. Without the last one, the compiler of CUDA 13.0
@@ -55,6 +57,7 @@ class Instance(NamedTuple):
     threads: int = THREADS
     team: int = 0  # threads of a team; 0 for kernels without teams
     cluster: int = 0  # blocks of a cluster; 0 for kernels without clusters
+    masked: bool = False  # whether the kernel is compiled for masks
 
     @property
     def pack_bytes(self) -> int:
@@ -67,7 +70,11 @@ class Instance(NamedTuple):
         dtype = np.dtype(getattr(ml_dtypes, self.dtype, self.dtype))
         geometry = Geometry((), {}, threads=self.threads, team=self.team)
         macros = macros_of(dtype, self.width, self.index_bits, geometry)
-        return launcher.Kernel(self.kernel, macros | ({"CLUSTER_BLOCKS": self.cluster} if self.cluster else {}))
+        if self.cluster:
+            macros["CLUSTER_BLOCKS"] = self.cluster
+        if self.masked:
+            macros["MASKED"] = 1
+        return launcher.Kernel(self.kernel, macros)
 
     @property
     def options(self) -> tuple[str, ...]:
@@ -98,25 +105,31 @@ def instances(kernel: str, architecture: int, everything: bool = False) -> list[
         return found
     fewest = min(i.threads for i in found)
     # Later clusters are larger, and replace earlier ones.
-    last = {(i.pack_bytes, i.index_bits, i.dtype): i for i in found if i.threads == fewest}
-    some = MEMORY if architecture == 90 else {(16, 32): FLOATS}
-    return [last[pack_bytes, bits, dtype] for (pack_bytes, bits), dtypes in some.items() for dtype in dtypes]
+    last = {(i.masked, i.pack_bytes, i.index_bits, i.dtype): i for i in found if i.threads == fewest}
+    masks = any(i.masked for i in found)
+    lists = {False: MEMORY if architecture == 90 else {(16, 32): FLOATS}, True: MASKED if masks else {}}
+    return [
+        last[masked, pack_bytes, bits, dtype]
+        for masked, some in lists.items()
+        for (pack_bytes, bits), dtypes in some.items()
+        for dtype in dtypes
+    ]
 
 
 def all_instances(architecture: int) -> Iterator[Instance]:
     """All instances that the library may ask a GPU for, every size of team, block and cluster; the most used ones
     first.
     """
-    for index_bits, pack_bytes in itertools.product((32, 64), PACK_BYTES):
+    for masked, index_bits, pack_bytes in itertools.product((False, True), (32, 64), PACK_BYTES):
         for kernel in sources.kernel_names():
             layout, _, step = kernel.rpartition("/")
             if not layout:  # the kernel works on vectors of one value per channel, not on packs
-                if (pack_bytes, index_bits) == (16, 32):  # such a kernel is listed once
+                if (masked, pack_bytes, index_bits) == (False, 16, 32):  # such a kernel is listed once
                     threads = THREADS if step == "bn_update_running" else WARP
                     yield from (Instance(kernel, dtype, 1, 32, threads) for dtype in ("float32", "float64"))
                 continue
             for dtype, (threads, team) in itertools.product(FLOATS, _teams(layout, step)):
-                if pack_bytes < itemsize(dtype):
+                if pack_bytes < itemsize(dtype) or (masked and step in ON_CHIP):
                     continue
                 clusters = (
                     (0,)
@@ -125,8 +138,9 @@ def all_instances(architecture: int) -> Iterator[Instance]:
                     if team in (0, threads)
                     else BLOCKS[:1]
                 )
+                width = pack_bytes // itemsize(dtype)
                 for cluster in clusters:
-                    yield Instance(kernel, dtype, pack_bytes // itemsize(dtype), index_bits, threads, team, cluster)
+                    yield Instance(kernel, dtype, width, index_bits, threads, team, cluster, masked)
 
 
 def _teams(layout: str, step: str) -> list[tuple[int, int]]:

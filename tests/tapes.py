@@ -73,10 +73,12 @@ class Form(NamedTuple):
     update: bool = True
     eps: Any = 1e-3
     offsets: tuple[int, int, int] = (0, 0, 0)  # elements of input, residual and gradient behind an aligned address
+    mask: int | str | None = None  # elements of the mask behind an aligned address, or "broadcasts"
+    skip_nonfinite: bool = False
     out: str | None = None
     layer: dict | None = None  # options of a layer that makes the call
-    taped: bool = True  # whether calls without a way back are played from the second one on
-    taped_back: bool = True
+    taped: bool = True  # whether calls are played from the second one on
+    taped_back: bool = True  # whether their ways back are
 
 
 NC, NHWC = {"shape": (6, 8)}, {"order": (0, 2, 3, 1)}
@@ -84,6 +86,7 @@ RELU = {"residual": True, "activation": "relu"}
 EVAL, LAYER = {"training": False}, {"layer": {}}
 DTYPES = np.float16, ml_dtypes.bfloat16, np.float32, np.float64
 OUT = {"out": "new"}
+MASK, SKIP = {"mask": 0}, {"skip_nonfinite": True}
 FORMS = {
     "training": {},
     "eval": EVAL,
@@ -136,6 +139,20 @@ FORMS = {
     "layer without buffers": {"layer": {"track_running_stats": False}} | RELU,
     "layer without affine": {"layer": {"affine": False}},
     "frozen layer": {"layer": {"frozen": True}},
+    "mask": MASK,
+    "mask, residual": MASK | {"residual": True},
+    "mask, residual, relu": MASK | RELU,
+    "mask, eval": MASK | EVAL | RELU,
+    "mask, channels last": MASK | NHWC | RELU,
+    "mask, out is the input": MASK | {"out": "input"},
+    "mask, layer, mean over all batches": MASK | {"layer": {"momentum": None}},
+    "misaligned mask": {"mask": 1} | RELU,
+    "mask that broadcasts": {"mask": "broadcasts", "taped": False, "taped_back": False} | RELU,
+    "skip what is not finite": SKIP,
+    "skip what is not finite, mask": SKIP | MASK,
+    "skip what is not finite, no update": SKIP | {"update": False},
+    "skip what is not finite, layer": {"layer": SKIP},
+    "skip what is not finite, mean over all batches": {"layer": SKIP | {"momentum": None}},
 }
 FORMS = {name: Form(**form) for name, form in FORMS.items()}
 CASES = {f"{name}, vjp": (form, True) for name, form in FORMS.items() if form.out is None}
@@ -162,7 +179,18 @@ def draw(form, seed):
     for name, dtype in zip(NAMES, dtypes, strict=True):
         if name in form.given:
             arrays[name] = spread(rng.uniform(0.5, 2, form.shape[1]).astype(dtype), form.step)
+    if form.mask is not None:
+        arrays["mask"] = mask_of(form, rng)
     return arrays, [placed(dy, form.order, offsets[2]) for dy in dys]
+
+
+def mask_of(form, rng):
+    """The mask of a call of a form."""
+    shape = form.shape[0], *form.shape[2:]
+    if form.mask == "broadcasts":
+        return cp.asarray(rng.random(shape[1:]) < 0.7)
+    axes = (0, 1, 2, 3) if form.order is None else form.order
+    return placed(rng.random(shape) < 0.7, [i - (i > 1) for i in axes if i != 1], form.mask)
 
 
 def out_of(form, arrays):
@@ -200,10 +228,11 @@ def act(form, seed, back, alone=True):
             layer = layer_of(form, arrays, momentum)
             with context:
                 run = layer.vjp if back else lambda *given: (layer(*given), None)
-                y, vjp_fn = run(arrays["input"], arrays.get("residual"))
+                y, vjp_fn = run(arrays["input"], arrays.get("residual"), arrays.get("mask"))
             held = layer.state_dict()
         else:
             rest = {"momentum": momentum, "training": form.training, "activation": form.activation, "eps": form.eps}
+            rest["skip_nonfinite"] = form.skip_nonfinite
             given = {"running_mean": None, "running_var": None} | arrays | rest
             with context:
                 y, vjp_fn = F.batch_norm_vjp(**given) if back else (F.batch_norm(**given, out=out), None)

@@ -296,7 +296,7 @@ def test_arguments_stay_readable(device):
     assert given.device == device
 
 
-def test_signature_is_that_of_torch_and_three_more():
+def test_signature_is_that_of_torch_and_four_more():
     for cls in (BatchNorm1d, BatchNorm2d, BatchNorm3d):
         parameters = inspect.signature(cls).parameters.values()
         assert [(p.name, p.default) for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD] == [
@@ -312,6 +312,7 @@ def test_signature_is_that_of_torch_and_three_more():
             ("bias", True),
             ("channel_axis", 1),
             ("activation", None),
+            ("skip_nonfinite", False),
         ]
 
 

@@ -23,7 +23,7 @@ BUNDLES = {"affine": Affine, "running": Running, "epilogue": Epilogue, "layer": 
 """Fields of a call that have fields of their own."""
 FIELDS = [(name, inner) for name in Call._fields for inner in (BUNDLES[name]._fields if name in BUNDLES else (None,))]
 """Names of the fields of a call, each with a field of a bundle or None."""
-ARRAYS = {"input", "mean", "var", "weight", "bias", "residual", "batches"}
+ARRAYS = {"input", "mean", "var", "weight", "bias", "residual", "batches", "mask"}
 """Names of the fields that are arrays."""
 NO_DIFFERENCE = {"momentum", "passed", "device", "idle"}
 """Fields of which no value is wrong here: they are checked before, are not the caller's, or tell how to say what is
@@ -100,6 +100,7 @@ ALTERNATIVES = {
     "activation": ["gelu", ["relu"]],
     "channel_axis": [2, -3, 4, 1.0, None],
     "passed": [object()],
+    "skip_nonfinite": [True, 0, np.False_, "no", None],
     "device": ["cpu"],
     "ndims": [(3, 4), (2,)],
     "group": [None, object()],
@@ -139,9 +140,10 @@ def bases(xp):
     x, vectors = xp.zeros((3, 4, 4), np.float32), [xp.ones(4, np.float32) for _ in range(4)]
     mean, var, weight, bias = vectors
     running = Running(mean, var, 0.1, xp.zeros((), np.int64))
-    whole = Call(x, Affine(weight, bias, 1.0), running, Epilogue(x.copy(), "relu"), True, 1, Caller("cuda:7"))
+    epilogue = Epilogue(x.copy(), "relu", mask=xp.ones((3, 4), np.bool_))
+    whole = Call(x, Affine(weight, bias, 1.0), running, epilogue, True, 1, Caller("cuda:7"))
     no_buffers = replaced(whole, mean=None, var=None, batches=None)
-    one_value = replaced(whole, input=x[:1, :, :1].copy(), residual=None, group=object())
+    one_value = replaced(whole, input=x[:1, :, :1].copy(), residual=None, mask=None, group=object())
     no_counter = replaced(whole, batches=xp.zeros((), np.int32))  # none that could be moved
     return {
         "training": Made(whole, x.copy()),
@@ -338,6 +340,7 @@ def test_which_calls_have_tapes(xp):
     wide = xp.zeros((3, 4, 8), np.float32)[..., ::2]
     empty = x[:0].copy()
     others = [{"group": object()}, {"observer": object()}]
-    others += [{"input": wide}, {"residual": wide}, {"input": empty, "residual": empty}]
+    others += [{"input": wide}, {"residual": wide}, {"input": empty, "residual": empty, "mask": None}]
+    others += [{"mask": mask} for mask in (other_order(call.epilogue.mask), xp.ones(4, np.bool_))]
     assert [replaced(call, **other).checked().tapes for other in others] == [None] * len(others)
     assert (replaced(call, input=x.copy(), residual=residual.copy()).checked().tapes is not None) == (xp is cp)

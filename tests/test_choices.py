@@ -23,6 +23,7 @@ if emulator is None:
         ({}, ["bn_forward"]),
         ({"momentum": None, "track_running_stats": False}, ["bn_forward"]),
         ({"momentum": None}, ["bn_stats", "bn_normalize"]),
+        ({"skip_nonfinite": True, "track_running_stats": False}, ["bn_forward"]),
     ],
     ids=str,
 )
@@ -38,17 +39,22 @@ def test_two_launches_only_where_a_counter_decides(options, launches):
     assert [launch.name for launch in made] == ["bn_forward"]
 
 
+@pytest.mark.parametrize("skip_nonfinite", [False, True])
 @pytest.mark.parametrize("momentum", [0.1, None])
-def test_the_same_launches_and_bits_without_an_update(momentum):
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_same_launches_and_bits_without_an_update(momentum, skip_nonfinite, masked):
     """A pass that only repeats another one, or warms up for a capture, compiles what is launched there."""
-    layer, x = (
-        cupybn.BatchNorm1d(3, momentum=momentum, device="cuda:0"),
+    layer, x, mask = (
+        cupybn.BatchNorm1d(3, momentum=momentum, device="cuda:0", skip_nonfinite=skip_nonfinite),
         cp.arange(60, dtype=np.float32).reshape(4, 3, 5),
+        cp.ones((4, 5), bool) if masked else None,
     )
     with emulator.record() as without, cupybn.no_stats_update():
-        expected = layer(x)
+        expected = layer(x, mask=mask)
+    before = bits(*layer.state_dict().values())
     with emulator.record() as made:
-        y = layer(x)
+        y = layer(x, mask=mask)
+    assert bits(*layer.state_dict().values()) != before
     assert [launch.name for launch in made] == [launch.name for launch in without]
     assert bits(y) == bits(expected)
 

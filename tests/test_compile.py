@@ -59,7 +59,8 @@ def promised_registers(instance, architecture):
     condition, _, numbers = text.rpartition(" ? ")
     if not condition:
         return int(text)
-    names = {"INDEX_BITS": instance.index_bits, "WIDTH": instance.width, "ARCHITECTURE": 10 * architecture}
+    names = {"INDEX_BITS": instance.index_bits, "WIDTH": instance.width, "MASKED": instance.masked}
+    names["ARCHITECTURE"] = 10 * architecture
     own = (sources.KERNELS / f"{instance.kernel}.cu").read_text()
     for name, value in [*re.findall(r"^constexpr bool (\w+) = (.+);", own, re.MULTILINE), ("chosen", condition)]:
         names[name] = eval(value.replace("||", "or").replace("&&", "and"), names)

@@ -54,7 +54,7 @@ WAYS_TO_ARRAYS = {
     "tensor on a GPU": (lambda: a_tensor(on=2), "(got Tensor): use cupy.from_dlpack({})"),
     "tensor on a broken device": (broken_tensor, "(got Tensor): use numpy.from_dlpack({})"),
     "tensor of a tape": (lambda: a_tensor(requires_grad=True), "(got Tensor): use numpy.from_dlpack({}.detach())"),
-    "masked": (lambda: np.ma.ones(SHAPE), "(got MaskedArray): masks are not supported, use {}.filled(...)"),
+    "masked": (lambda: np.ma.ones(SHAPE), "(got MaskedArray): use {}.filled(...)"),
     "interface of CUDA": (
         lambda: type("DeviceNDArray", (), {"__cuda_array_interface__": {}})(),
         "(got DeviceNDArray): use cupy.asarray({})",
@@ -79,6 +79,8 @@ def test_no_array(xp, rng, name, make, end):
     # A conversion would make a copy, and the call would fill that instead of the user's array.
     if name == "out" and "from_dlpack" not in end and "cupy.asarray" not in end:
         end = f"{end.partition(')')[0]}): use {xp.__name__}.empty_like(input)"
+    if name == "input" and "filled" in end:
+        end += ", and mask= to say where there is data"
     assert message == f"expected {name} to be a NumPy or CuPy array {end.format(name)}"
 
 

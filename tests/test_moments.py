@@ -240,6 +240,16 @@ def test_wrong_axes(xp, axes, error, message):
         cupybn.StreamingMoments(axes).update(x)
 
 
+@pytest.mark.parametrize(
+    ("axes", "error"),
+    [((), ValueError), ((1, 1), ValueError), ([1], TypeError), ((1, 2.0), TypeError), ("1", TypeError)],
+)
+def test_axes_that_are_wrong_for_every_array(axes, error):
+    """Objects do not wait for an array to say so."""
+    with pytest.raises(error, match=r"^expected channel_axis"):
+        cupybn.StreamingMoments(axes)
+
+
 def test_axes_of_an_array_without_any(xp):
     with pytest.raises(ValueError, match=exactly("expected channel_axis of an input with axes (got (0,))")):
         F.moments(xp.ones((), np.float32), channel_axis=(0,))

@@ -50,7 +50,7 @@ def compiled(name, architecture=90, dtype="float16", pack_bytes=16, usual=False)
         Whether to leave out the code for channels near the limits of float32.
     """
     every = nvrtc.instances(name, architecture, everything=True)
-    same = [i for i in every if (i.dtype, i.index_bits) == (dtype, 32)] or every
+    same = [i for i in every if (i.dtype, i.index_bits, i.masked) == (dtype, 32, False)] or every
     instance = [i for i in same if i.pack_bytes == pack_bytes or "/" not in name][-1]
     text = sources.source(name)
     if usual:

@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 
 import cupybn
+import cupybn.functional as F
 from cupybn import StreamingMoments
 from cupybn._ranks import group, totals
-from cupybn._steps import numpy_ops
+from cupybn._steps import cupy_ops, numpy_ops
 from cupybn._steps.totals import Total
 from cupybn.statistics import streaming
 from tests import test_group
@@ -139,6 +140,14 @@ def test_what_is_not_finite_stays_in_its_channel(xp, rng, bad, at):
     assert spoilt.count == 12
 
 
+@pytest.mark.filterwarnings("error")
+def test_values_that_only_just_are_numbers(xp):
+    """Distances beyond float64 are infinite, without a warning."""
+    stats = stream(xp, [np.array([[x, 1.0]]) for x in (1.5e308, -1.5e308, 1.0)])
+    assert not np.isfinite(to_numpy(stats.var())[0])
+    assert (to_numpy(stats.mean)[1], to_numpy(stats.var())[1]) == (1, 0)
+
+
 def test_the_same_chunks_give_the_same_bits(xp, rng):
     chunks = [rng.normal(1e3, 1, (n, 3, 2)).astype(np.float32) for n in (5, 1, 7)]
     assert state(stream(xp, chunks)) == state(stream(xp, chunks))
@@ -212,6 +221,8 @@ def test_masks(xp, rng):
         chunk.swapaxes(1, 2)[~np.broadcast_to(mask, (4, 5))] = np.nan
         stats.update(xp.asarray(chunk), xp.asarray(mask))
     rest = stats.update(xp.asarray(chunks[0][:0]))
+    first = StreamingMoments().update(xp.asarray(chunks[1]), xp.asarray(masks[1]))
+    assert bits(stats._seen.total.pivot) == bits(first.mean)  # the pivot is one of the values' own size
     left = [x.swapaxes(1, 2)[np.broadcast_to(mask, (4, 5))] for x, mask in zip(chunks, masks, strict=True)]
     check(rest, np.concatenate(left))
     two = StreamingMoments((2, 1)).update(xp.asarray(chunks[1][:2]), mask=xp.asarray([True, False]))
@@ -414,10 +425,20 @@ def test_calls_that_are_recorded_do_not_hear_of_it():
         def launched(self, *launch):
             raise AssertionError(launch)
 
-    x, stats = cupy.ones((3, 2), np.float32), StreamingMoments()
-    with Hearing(Listener()):
-        stats.update(x).update(x).merge(stats)
-        assert stats.mean.shape == (2,)
+    x, stats, listener = cupy.ones((3, 2), np.float32), StreamingMoments(), Listener()
+    acts = (
+        lambda: stats.update(x),
+        lambda: stats.update(x, cupy.ones((), bool)),
+        lambda: stats.merge(stats),
+        lambda: stats.mean,
+        lambda: stats.synchronize(Alone()),
+        lambda: F.moments(x),
+    )
+    for act in acts:
+        with Hearing(listener):
+            act()
+    with pytest.raises(AssertionError), Hearing(listener):
+        cupy_ops.bn_stats(x[..., None])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

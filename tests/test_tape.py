@@ -43,7 +43,7 @@ def test_bits_and_launches(either, plays, form, back):  # noqa: ARG001
         alike(act(form, seed, back), expected)
     forward, ways_back = 2, 3 * 3 - 1  # all but the first one
     if back:
-        assert len(plays) == forward + (ways_back if form.taped_back else 0)
+        assert len(plays) == (forward if form.taped else 0) + (ways_back if form.taped_back else 0)
     else:
         assert len(plays) == (forward if form.taped else 0)
 

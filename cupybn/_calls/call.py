@@ -26,8 +26,10 @@ VECTORS = ("weight", "bias", "running_mean", "running_var")
 """Names of the arrays with a value for each channel."""
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 """Names of the arrays that a call may move, which is to say update: the running statistics and their counter."""
-NAMES = ("input", "residual", *VECTORS, "num_batches_tracked")
+NAMES = ("input", "residual", "mask", *VECTORS, "num_batches_tracked")
 """Names of the arrays that a call reads or moves."""
+IN_USE = ("mask", *VECTORS)
+"""Names of the arrays that steps read until their output is written."""
 WriteBack = list[tuple[Array, Array]]
 """Arrays, and the values that they are to get when all steps are done."""
 
@@ -86,8 +88,8 @@ class Call(NamedTuple):
         and forms stand apart, and all in a row: a call of a function less for each array.
         """
         weight, bias, eps = self.affine
-        mean, var, _, batches, _ = self.running
-        residual, activation, _, _ = self.epilogue
+        mean, var, _, batches, skip_nonfinite = self.running
+        residual, activation, _, mask = self.epilogue
         layer = self.layer
         form = _numpy_form if isinstance(self.input, np.ndarray) else _cupy_form
         return (
@@ -106,6 +108,8 @@ class Call(NamedTuple):
             None if residual is None else form(residual),
             None if batches is None or self.training is False else form_of(batches),
             None if out is None else form(out),
+            None if mask is None else (type(mask), form(mask)),
+            False if skip_nonfinite is False else (type(skip_nonfinite), skip_nonfinite),
             self.training,
             type(self.training),
             eps,
@@ -129,6 +133,7 @@ class Call(NamedTuple):
         axis = checks.check_input(input, self.channel_axis, () if layer is None else layer.ndims)
         checks.check_activation(self.epilogue.activation)
         checks.check_bool("training", self.training)
+        checks.check_bool("skip_nonfinite", self.running.skip_nonfinite)
         checks.check_running(self.running, self.training)
         vectors = {
             "running_mean": self.running.mean,
@@ -143,6 +148,8 @@ class Call(NamedTuple):
         for name, array in ("residual", self.epilogue.residual), ("out", out):
             if array is not None:
                 checks.check_like(name, array, input)
+        if self.epilogue.mask is not None:
+            checks.check_mask(self.epilogue.mask, input, (axis,))
         written = {"out": out}
         if self.moves():
             if self.running.batches is not None:
@@ -176,17 +183,20 @@ class Call(NamedTuple):
         """
         weight, bias, _ = self.affine
         mean, var, _, batches, _ = self.running
-        return self.input, self.epilogue.residual, weight, bias, mean, var, batches if with_counter else None
+        residual, _, _, mask = self.epilogue
+        return self.input, residual, mask, weight, bias, mean, var, batches if with_counter else None
 
     def settled(self) -> Call:
-        """Call with the same arguments, whose arrays are seen as of NumPy's or CuPy's own class, and eps as a float."""
+        """Call with the same arguments, seen as arrays of NumPy's or CuPy's own class and numbers of Python's."""
         arrays = {name: plain(array) for name, array in self.arrays(with_counter=True).items()}
-        return self._replace(affine=self.affine._replace(eps=float(self.affine.eps)))._with_arrays(arrays)
+        affine = self.affine._replace(eps=float(self.affine.eps))
+        running = self.running._replace(skip_nonfinite=bool(self.running.skip_nonfinite))
+        return self._replace(affine=affine, running=running)._with_arrays(arrays)
 
     def _with_arrays(self, arrays: dict[str, Array]) -> Call:
         """Call with the same arguments, but with these arrays in the place of those of their names."""
         weight, bias, eps = self.affine
-        mean, var, momentum, batches, _ = self.running
+        mean, var, momentum, batches, skip_nonfinite = self.running
         residual, activation, passed, mask = self.epilogue
         return self._replace(
             input=arrays.get("input", self.input),
@@ -196,31 +206,37 @@ class Call(NamedTuple):
                 arrays.get("running_var", var),
                 momentum,
                 arrays.get("num_batches_tracked", batches),
+                skip_nonfinite,
             ),
-            epilogue=Epilogue(arrays.get("residual", residual), activation, passed, mask),
+            epilogue=Epilogue(arrays.get("residual", residual), activation, passed, arrays.get("mask", mask)),
         )
 
     def conformed(self, checked: Checked) -> Call:
-        """Call with the same arguments, but input and residual are copies where they are not dense."""
+        """Call with the same arguments, but input, residual and mask are copies where they have not the layout."""
         if checked.dense:
             return self
-        conform, residual = checked.layout.conform, self.epilogue.residual
+        layout, (residual, _, _, mask) = checked.layout, self.epilogue
         return self._with_arrays(
-            self.arrays(with_counter=True) | {"input": conform(self.input), "residual": conform(residual)}
+            {
+                "input": layout.conform(self.input),
+                "residual": layout.conform(residual),
+                "mask": layout.conform_mask(mask),
+            }
         )
 
     def running_for_steps(self, moves: bool) -> Running:
         """Running statistics as the steps take them: only with arrays that are read or moved.
 
-        Where there are running statistics that stay as they are (`no_stats_update`), the momentum is given all the
-        same: the choice of launches depends on it, so that the same kernels run with and without an update.
+        Where there are running statistics that stay as they are (`no_stats_update`), momentum and skip_nonfinite are
+        given all the same: the choice of launches depends on them, so that the same kernels run with and without an
+        update.
         """
-        mean, var, momentum, _, _ = self.running
+        mean, var, momentum, _, skip_nonfinite = self.running
         if not self.training:
             return Running(mean, var, momentum)
         if moves:
             return self.running
-        return Running() if mean is None else Running(momentum=momentum)
+        return Running() if mean is None else Running(momentum=momentum, skip_nonfinite=skip_nonfinite)
 
     def _shared(self, checked: Checked, for_vjp: bool) -> list[str]:
         """Names of the arrays that share memory with a buffer which this call moves, or a later one may."""
@@ -249,11 +265,8 @@ class Call(NamedTuple):
         if not shared:
             return self, []
         arrays, layout = self.arrays(with_counter=checked.moves), checked.layout
-        copies = {
-            name: layout.copy(arrays[name]) if name in ("input", "residual") else copied(arrays[name])
-            for name in shared
-            if checked.moves or name not in BUFFERS
-        }
+        ways = {"input": layout.copy, "residual": layout.copy, "mask": layout.copy_mask}
+        copies = {name: ways.get(name, copied)(arrays[name]) for name in shared if checked.moves or name not in BUFFERS}
         return self._with_arrays(copies), [(arrays[name], copies[name]) for name in BUFFERS if name in copies]
 
     def particulars(self, out: Array | None, checked: Checked, for_vjp: bool) -> Particulars | None:
@@ -266,7 +279,7 @@ class Call(NamedTuple):
             return None
         weight, bias, eps = self.affine
         mean, var, momentum, batches, _ = self.running
-        tensors = self.input, self.epilogue.residual, out
+        tensors = self.input, self.epilogue.residual, out, self.epilogue.mask
         vectors = weight, bias, mean, var, batches if checked.moves else None
         numbers = eps, NAN if momentum is None else momentum
         particulars = particulars_of((for_vjp, momentum is None), tensors, vectors, numbers)
@@ -274,15 +287,15 @@ class Call(NamedTuple):
         written = checked.moves or for_vjp or out is not None  # now, or by a later call
         idle = self.layer is not None and self.layer.idle
         doubtful = written and (idle or checked.spans.overlap(addresses))
-        if doubtful and (self._shared(checked, for_vjp) or (out is not None and self.vectors_overlap(out, checked))):
+        if doubtful and (self._shared(checked, for_vjp) or (out is not None and self.overwritten(out, checked))):
             return None
         return particulars
 
-    def vectors_overlap(self, out: Array, checked: Checked) -> bool:
-        """Whether an output shares memory with a vector of this call, which it would overwrite while it is in use."""
-        vectors = {name: array for name, array in self.arrays(with_counter=False).items() if name in VECTORS}
-        extents = [checked.extents[name] for name in ("out", *vectors)]
-        return may_overlap([out, *vectors.values()], extents) and bool(overlapping({"out": out}, vectors))
+    def overwritten(self, out: Array, checked: Checked) -> bool:
+        """Whether an output shares memory with a vector or the mask of this call, which are in use until the end."""
+        used = {name: array for name, array in self.arrays(with_counter=False).items() if name in IN_USE}
+        extents = [checked.extents[name] for name in ("out", *used)]
+        return may_overlap([out, *used.values()], extents) and bool(overlapping({"out": out}, used))
 
 
 class Checked(NamedTuple):
@@ -292,8 +305,8 @@ class Checked(NamedTuple):
     moves: bool  # whether the call moves running statistics
     training: bool
     has_residual: bool
-    settled: bool  # whether all arrays are of NumPy's or CuPy's own class, and eps is a float
-    dense: bool  # whether input and residual have the layout
+    settled: bool  # whether all arrays are of NumPy's or CuPy's own class, and eps and skip_nonfinite Python's
+    dense: bool  # whether input, residual and mask have the layout
     direct: bool  # whether `out` has it
     extents: dict[str, Extent]  # extents of the arrays that the call reads, moves or writes, by name
     spans: Spans  # beginnings and lengths of the same memory, in the order of `Call.particulars`
@@ -303,18 +316,20 @@ class Checked(NamedTuple):
     @classmethod
     def of(cls, call: Call, out: Array | None, axis: int) -> Checked:
         """Facts about a call that is right, with the number of its channel axis."""
-        layout, moves, residual = Layout.of(call.input, axis), call.moves(), call.epilogue.residual
+        layout, moves, (residual, _, _, mask) = Layout.of(call.input, axis), call.moves(), call.epilogue
         arrays = call.arrays(with_counter=moves)
         if out is not None:
             arrays["out"] = out
         classes: set[Any] = {type(array) for array in arrays.values()}
-        ordered = "input", "residual", "out", *VECTORS, "num_batches_tracked"  # as `particulars` has them
+        ordered = "input", "residual", "out", "mask", *VECTORS, "num_batches_tracked"  # as `particulars` has them
         extents = {name: Extent.of(arrays[name]) for name in ordered if name in arrays}
         dense = layout.matches(call.input) and (residual is None or layout.matches(residual))
+        dense = dense and (mask is None or layout.matches_mask(mask))
         # Not where ranks exchange messages between launches, an observer keeps what it is given, or arrays are copied.
         alone = call.layer is None or (call.layer.group is None and call.layer.observer is None)
         recorded = alone and dense and call.input.size > 0 and kind(call.input) == "cupy"
-        settled = not any(map(is_derived, classes)) and type(call.affine.eps) is float
+        numbers_settled = type(call.affine.eps) is float and type(call.running.skip_nonfinite) is bool
+        settled = numbers_settled and not any(map(is_derived, classes))
         direct = out is not None and layout.matches(out)
         return cls(
             layout,

@@ -64,7 +64,7 @@ def _to_array(name: str, given: Any, like: Any) -> str:
     if name == "out":  # the calls below make copies, and the output would be written to a copy
         return f": use {_new_out(like)}"
     if masked:
-        return f": masks are not supported, use {name}.filled(...)"
+        return f": use {name}.filled(...)" + (", and mask= to say where there is data" if name == "input" else "")
     if issubclass(cls, (list, tuple)) and kind(_first(given)) == "cupy":
         return f": use cupy.asarray({name})"
     known = issubclass(cls, (list, tuple, memoryview, BuiltinArray)) or hasattr(cls, "__array__")

@@ -66,12 +66,33 @@ class Layout(NamedTuple):
 
         It broadcasts to the shape that arrays of this layout have without their channel axis.
         """
-        c = self.channel_axis
-        order = [i - (i > c) for i in self.axes if i != c]
-        shape = [n for i, n in sorted(zip(self.axes, self.sizes, strict=True)) if i != c]
         N, _, L = self.shape
-        ordered = module_of(mask).broadcast_to(mask, shape).transpose(order)
+        ordered = self._mask_in_order(mask)
         return (ordered if ordered.flags.c_contiguous else copied(ordered)).reshape(N, L)
+
+    def matches_mask(self, mask: Array) -> bool:
+        """Whether `view_mask` makes a view of this mask."""
+        ordered: bool = self._mask_in_order(mask).flags.c_contiguous
+        return ordered
+
+    def conform_mask(self, mask: Array | None) -> Array | None:
+        """The mask itself if `view_mask` makes a view of it, else a copy; None for None."""
+        return mask if mask is None or self.matches_mask(mask) else self.copy_mask(mask)
+
+    def copy_mask(self, mask: Array) -> Array:
+        """Copy of a mask, of which `view_mask` makes a view."""
+        order = self._axes_of_masks()
+        return copied(self._mask_in_order(mask)).transpose([order.index(i) for i in range(len(order))])
+
+    def _axes_of_masks(self) -> list[int]:
+        """Axes of masks in the order of memory of this layout, numbered without the channel axis."""
+        c = self.channel_axis
+        return [i - (i > c) for i in self.axes if i != c]
+
+    def _mask_in_order(self, mask: Array) -> Array:
+        """A mask in the shape of this layout without the channel axis, with its axes in the order of memory."""
+        shape = [n for i, n in sorted(zip(self.axes, self.sizes, strict=True)) if i != self.channel_axis]
+        return module_of(mask).broadcast_to(mask, shape).transpose(self._axes_of_masks())
 
     def empty(self, like: Array, alignment: int = 1) -> Array:
         """New array, uninitialised, of the kind and dtype of the given one, with its axes in the order of memory.

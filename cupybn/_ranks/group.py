@@ -62,6 +62,9 @@ class Group:
                                   another message
         in step 4                 its error, in the next call            have gone on; raise in their next call
 
+    Where what ranks hold need not be alike (`cupybn._ranks.totals`), `texts` and `rows` are steps 1 and 2: the ranks
+    compare texts in every call, by rules of their own, and there is no step 3.
+
     With NCCL the host does not see headers. A rank that fails before step 2 then sends a row of NaN, and the other
     ranks go on with NaN.
 
@@ -208,10 +211,6 @@ class Group:
         rows, _ = self.engine.gather(row, np.zeros(1))
         self._exchange = _Exchange.OVER
         return rows
-
-    def over(self) -> None:
-        """Note that the ranks have nothing more to exchange in this call."""
-        self._exchange = _Exchange.OVER
 
     def all_raise(self) -> None:
         """Note that every rank is about to raise, by what all of them have been told."""

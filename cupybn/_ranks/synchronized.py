@@ -28,11 +28,15 @@ class Synchronized:
     group : Group
     observer : Observer or None
         Gets the moments of the whole batch.
+    observed : Running or None
+        Running statistics of the layer, where there is an observer.
     """
 
-    def __init__(self, ops: ModuleType, group: Group, observer: Observer | None = None) -> None:
-        self._ops, self._group, self._observer = ops, group, observer
-        self._count: Array  # (1,) array, the number of values for each channel on all ranks
+    def __init__(
+        self, ops: ModuleType, group: Group, observer: Observer | None = None, observed: Running | None = None
+    ) -> None:
+        self._ops, self._group, self._observer, self._observed = ops, group, observer, observed
+        self._count: Array  # (1,) array, the number of values for each channel that masks have left on all ranks
         self.empty_passed = ops.empty_passed
 
     def bn_forward(
@@ -54,7 +58,10 @@ class Synchronized:
             row.fill(0)
             self._group.gather(row, 0, x.dtype)  # the others may have some
             return Statistics(empty((0, 2), x, np.float64)) if keep else None
-        parts = ops.bn_stats(x, None, scratch) if x.size > 0 else Moments(*_no_parts(x, (0,), (0, C), (0, C)))
+        if x.size > 0:
+            parts = ops.bn_stats(x, None, scratch, epilogue.mask)
+        else:
+            parts = Moments(*_no_parts(x, (0,), (0, C), (0, C)))
         rows = self._group.gather(ops.merge_moments(parts), x.size // C, x.dtype)
         batches = running.batches if running.momentum is None else None
         row = ops.merge_moments(Moments.of_rows(rows))
@@ -68,7 +75,7 @@ class Synchronized:
         if running.mean is not None:  # not by bn_normalize: ranks without samples move theirs as well, to the same bits
             ops.bn_update_running(moments, running)
         if self._observer is not None:
-            self._observer.add(ops, row)
+            self._observer.add(ops, row, self._observed)
         return statistics
 
     def bn_backward(
@@ -94,7 +101,8 @@ class Synchronized:
         means = Sums.of_rows(self._group.sum(ops.merge_sums(sums, self._count, dweight, dbias)))
         if x.size > 0:
             written = Gradients(dx, dresidual)
-            ops.bn_backward_input(dy, x, statistics, affine, epilogue, means, 1.0, written)
+            whole = statistics._replace(count_left=None)  # means are divided by the count of all ranks already
+            ops.bn_backward_input(dy, x, whole, affine, epilogue, means, 1.0, written)
 
 
 def _no_parts(like: Array, *shapes: tuple[int, ...]) -> list[Array]:

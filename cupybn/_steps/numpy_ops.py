@@ -144,7 +144,8 @@ def _spread_out(shape: tuple[int, int, int]) -> tuple[slice, slice]:
 
 def _moments_about(center: Array, x: Array, dtype: npt.DTypeLike, scratch: Array | None = None) -> tuple[Array, Array]:
     """Mean and m2, from sums about a center. Rounding may leave an m2 just below 0."""
-    rounded = center.astype(dtype)
+    # Of 16-bit data, sums are exact about one of its numbers. About others all elements lose the same digits.
+    rounded = center.astype(x.dtype).astype(dtype)
     scratch = _usable(scratch, dtype)
 
     def core(x: Array, scratch: Array | None, center: Array) -> Terms:

@@ -19,8 +19,9 @@ Array = Any  # numpy.ndarray or cupy.ndarray
 class Observer:
     """Moments of all batches that were added, as one: merged by their counts, on their device.
 
-    A batch counts if it has two values or more for each channel; what another one has is left out. What is kept has the
-    same size however many batches there are: see `Total`.
+    A batch counts if it has two values or more for each channel, and would move the running statistics of its layer,
+    which may skip what is not finite; what another one has is left out. What is kept has the same size however many
+    batches there are: see `Total`.
 
     Attributes
     ----------
@@ -60,9 +61,13 @@ class Observer:
                 f"expected {name} with {expected} channels, as the batches of this update_bn before (got {channels})"
             )
 
-    def add(self, ops: ModuleType, row: Array) -> None:
-        """Add a batch, whose moments are a row that `merge_moments` has made. All or nothing is added."""
-        counts = row[0, 0] > 1  # on a GPU the host does not wait to see it
+    def add(self, ops: ModuleType, row: Array, running: Running | None = None) -> None:
+        """Add a batch, whose moments are a row that `merge_moments` has made. All or nothing is added.
+
+        The running statistics are those of the layer. They stay as they are, but their dtypes matter where they skip
+        what is not finite.
+        """
+        counts = _would_move(ops, row, running)  # on a GPU the host does not wait to see it
         total = Total.of(choose(counts, row, zeros_like(row)))
         with self._lock:
             total = total if self._total is None else self._total.plus(ops, total)
@@ -74,6 +79,16 @@ class Observer:
         """Moments of all that was added, in one part."""
         assert self._total is not None
         return self._total.moments()
+
+
+def _would_move(ops: ModuleType, row: Array, running: Running | None) -> Array:
+    """Whether a batch with this row of moments moves running statistics like these."""
+    if running is None or running.mean is None or not running.skip_nonfinite:
+        return row[0, 0] > 1
+    counter = zeros_like(empty((), row, np.int64))
+    others = Running(zeros_like(running.mean), zeros_like(running.var), 1.0, counter, True)
+    ops.bn_update_running(Moments.of_rows(row), others)
+    return counter > 0
 
 
 def choose(condition: Array, a: Array, b: Array) -> Array:
@@ -93,10 +108,12 @@ class Observed:
     ops : module
         The steps for the arrays of the call.
     observer : Observer
+    running : Running
+        Running statistics of the layer.
     """
 
-    def __init__(self, ops: ModuleType, observer: Observer) -> None:
-        self._ops, self._observer = ops, observer
+    def __init__(self, ops: ModuleType, observer: Observer, running: Running) -> None:
+        self._ops, self._observer, self._running = ops, observer, running
         self.empty_passed, self.bn_backward = ops.empty_passed, ops.bn_backward
 
     def bn_forward(
@@ -111,9 +128,9 @@ class Observed:
     ) -> Statistics | None:
         """Batch norm in training, as `numpy_ops.bn_forward`."""
         self._observer.check(x)
-        row = self._ops.merge_moments(self._ops.bn_stats(x, None, scratch))
+        row = self._ops.merge_moments(self._ops.bn_stats(x, None, scratch, epilogue.mask))
         statistics: Statistics | None = self._ops.bn_normalize(
             x, Moments.of_rows(row), affine, Running(), epilogue, out, keep
         )
-        self._observer.add(self._ops, row)  # last: a call that raises is not added
+        self._observer.add(self._ops, row, self._running)  # last: a call that raises is not added
         return statistics

@@ -62,7 +62,7 @@ SUMMANDS = 1 << 3
 MANY = 1 << 6
 """Positions (L) from which on sums go along the row of a channel, not down the lanes."""
 LINE = 1 << 9
-"""Neighbours in a row that may be added in float32: NumPy and BLAS keep several sums of them, so that each is short."""
+"""Neighbours in a row that may be added in float32: BLAS keeps several sums of them, so that each is short."""
 
 BUFFERED = 1 << 13
 """Elements up to which the size of NumPy's buffers makes no difference to the time of elementwise operations."""
@@ -190,10 +190,11 @@ class Lanes(NamedTuple):
         whole = n * self.repeat, self.channels, l * self.positions
         lines = *whole[:2], -1, count
         first = first.reshape(whole)[..., line].reshape(lines)
-        if second is None:
-            sums: Array = np.einsum("nckl->nck", first)
+        if second is None:  # BLAS keeps more sums side by side than NumPy's `sum`, in a fraction of the time
+            second = np.ones(count, first.dtype)
         else:
-            sums = np.vecdot(first, second.reshape(whole)[..., line].reshape(lines))
+            second = second.reshape(whole)[..., line].reshape(lines)
+        sums: Array = np.vecdot(first, second)
         return sums
 
 

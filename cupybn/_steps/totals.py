@@ -23,7 +23,6 @@ class Total(NamedTuple):
     pivot: Array  # (C,) float64
 
     @classmethod
-    @numpy_settings
     def of(cls, row: Array) -> Total:
         """Total of a single part, from the row that `merge_moments` has made."""
         pivot, row = copied(row[0, _means(row)]), copied(row)
@@ -40,7 +39,6 @@ class Total(NamedTuple):
         rows[1, means] += other.pivot - pivot
         return Total(ops.merge_moments(Moments.of_rows(rows)), pivot)
 
-    @numpy_settings
     def moments(self) -> Moments:
         """Moments of all values, in one part, with means as they are."""
         row = copied(self.row)

@@ -61,6 +61,9 @@ class _BatchNorm(Layer):
         The axis of C, counted from either end; -1 for channels-last data.
     activation : None or "relu"
         What the output goes through, in the same pass over memory.
+    skip_nonfinite : bool
+        Whether a batch leaves running statistics and counter alone if any channel's mean or unbiased variance is not
+        finite in their dtype. Read at every call.
 
     Attributes
     ----------
@@ -77,8 +80,8 @@ class _BatchNorm(Layer):
         If num_features is negative or beyond what an array can hold, no rank of the layer has the channel_axis, or the
         activation or the device is unknown.
     TypeError
-        If num_features or channel_axis is not an integer, eps or momentum not a number, affine, track_running_stats or
-        bias not a bool, or dtype not float16, bfloat16, float32 or float64.
+        If num_features or channel_axis is not an integer, eps or momentum not a number, affine, track_running_stats,
+        bias or skip_nonfinite not a bool, or dtype not float16, bfloat16, float32 or float64.
     RuntimeError
         If the device is not there.
     ImportError
@@ -118,13 +121,15 @@ class _BatchNorm(Layer):
         bias: bool = True,
         channel_axis: int = 1,
         activation: str | None = None,
+        skip_nonfinite: bool = False,
     ) -> None:
         if num_features is not None:
             num_features = checks.check_num_features(num_features)
         checks.as_float("eps", eps)
         if momentum is not None:
             checks.as_float("momentum", momentum)
-        for name, flag in ("affine", affine), ("track_running_stats", track_running_stats), ("bias", bias):
+        flags = {"affine": affine, "track_running_stats": track_running_stats, "bias": bias}
+        for name, flag in (flags | {"skip_nonfinite": skip_nonfinite}).items():
             checks.check_bool(name, flag)
         checks.as_int("channel_axis", channel_axis)
         if self._ndims:
@@ -140,13 +145,14 @@ class _BatchNorm(Layer):
         self.track_running_stats = track_running_stats
         self.channel_axis = channel_axis
         self.activation = activation
+        self.skip_nonfinite = skip_nonfinite
         if num_features is not None:
             self._allocate(num_features)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Calls
 
-    def forward(self, input: Array, residual: Array | None = None) -> Array:
+    def forward(self, input: Array, residual: Array | None = None, mask: Array | None = None) -> Array:
         """The output; in training mode the running statistics are updated.
 
         Parameters
@@ -155,6 +161,8 @@ class _BatchNorm(Layer):
             Of the layer's kind and on its device.
         residual : array of the input's shape and dtype, or None
             Added before the activation.
+        mask : bool array of the input's shape without the channel axis, or one that broadcasts to it, or None
+            True where there is data; what is masked out is as if it were not there, and its output is 0.
 
         Returns
         -------
@@ -163,15 +171,29 @@ class _BatchNorm(Layer):
         Raises
         ------
         TypeError, ValueError
-            As `cupybn.functional.batch_norm`, and if the rank is wrong, or ``training`` or ``track_running_stats`` has
-            been set to something else than a bool. The layer is as it was then.
+            As `cupybn.functional.batch_norm`, and if the rank is wrong, or ``training``, ``track_running_stats`` or
+            ``skip_nonfinite`` has been set to something else than a bool. The layer is as it was then.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from cupybn import BatchNorm1d
+        >>> sequences = np.array([[[1, 2, 3]], [[5, 9, 9]]], np.float32)  # (N, C, L)
+        >>> mask = np.arange(3) < np.array([[3], [1]])  # (N, L); the second sequence has length 1
+        >>> layer = BatchNorm1d(1, momentum=1.0, device="cpu")
+        >>> layer(sequences, mask=mask).round(2)
+        array([[[-1.18, -0.51,  0.17]],
+        <BLANKLINE>
+               [[ 1.52,  0.  ,  0.  ]]], dtype=float32)
+        >>> layer.running_mean  # of 1, 2, 3 and 5
+        array([2.75], dtype=float32)
         """
-        return self._run(functional.forward, input, residual)
+        return self._run(functional.forward, input, residual, mask)
 
-    def __call__(self, input: Array, residual: Array | None = None) -> Array:
-        return self.forward(input, residual)
+    def __call__(self, input: Array, residual: Array | None = None, mask: Array | None = None) -> Array:
+        return self.forward(input, residual, mask)
 
-    def vjp(self, input: Array, residual: Array | None = None) -> tuple[Array, VjpFn]:
+    def vjp(self, input: Array, residual: Array | None = None, mask: Array | None = None) -> tuple[Array, VjpFn]:
         """The output, as `forward`, and the function from the output's gradient to the others.
 
         Returns
@@ -196,29 +218,30 @@ class _BatchNorm(Layer):
         >>> layer.bias
         array([-0.2], dtype=float32)
         """
-        return self._run(functional.forward_vjp, input, residual)
+        return self._run(functional.forward_vjp, input, residual, mask)
 
-    def _run(self, run: Callable[[Call], T], input: Array, residual: Array | None) -> T:
+    def _run(self, run: Callable[[Call], T], input: Array, residual: Array | None, mask: Array | None) -> T:
         """The result of `functional.forward` or `functional.forward_vjp` for the call that this layer makes.
 
         A layer without features takes their number from the input, and has none again if the call fails.
         """
         if self.num_features is not None:
-            return run(self._call(input, residual))
+            return run(self._call(input, residual, mask))
         axis = checks.check_input(input, self.channel_axis, self._ndims)
         try:
             self._allocate(input.shape[axis])
-            return run(self._call(input, residual))
+            return run(self._call(input, residual, mask))
         except BaseException:
             self._release()
             raise
 
-    def _call(self, input: Array, residual: Array | None) -> Call:
+    def _call(self, input: Array, residual: Array | None, mask: Array | None) -> Call:
         """The call, with the statistics and the update that PyTorch chooses for these modes and flags."""
         checks.check_bool("training", self.training)
         checks.check_bool("track_running_stats", self.track_running_stats)
         momentum = None if self.momentum is None else checks.as_float("momentum", self.momentum)
-        running = Running(self.running_mean, self.running_var, momentum, self.num_batches_tracked)
+        skip_nonfinite = self.skip_nonfinite
+        running = Running(self.running_mean, self.running_var, momentum, self.num_batches_tracked, skip_nonfinite)
         observer = observers.get(id(self)) if observers and self.training and updates_stats() else None
         idle: tuple[Array, ...] = ()
         counted = momentum is not None or running.batches is not None
@@ -227,12 +250,12 @@ class _BatchNorm(Layer):
             # are complete is asked all the same, here; the counter stays for the advice that messages give.
             checks.check_running(running, training=True)
             idle = () if running.mean is None else running[:2]
-            running = Running(momentum=momentum, batches=running.batches)
+            running = Running(momentum=momentum, batches=running.batches, skip_nonfinite=skip_nonfinite)
         return Call(
             input,
             Affine(self.weight, self.bias, self.eps),
             running,
-            Epilogue(residual, self.activation),
+            Epilogue(residual, self.activation, None, mask),
             self.training or self.running_mean is None,
             self.channel_axis,
             Caller(self._device, self._ndims, idle, self._process_group if self.training else None, observer),
@@ -240,6 +263,10 @@ class _BatchNorm(Layer):
 
     # -----------------------------------------------------------------------------------------------------------------
     # State
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take the state of a copy or pickle; those of older versions have no `skip_nonfinite`."""
+        super().__setstate__({"skip_nonfinite": False} | state)
 
     def reset_running_stats(self) -> None:
         """Set running statistics and counter back to where they start, if the layer tracks them."""
@@ -260,6 +287,8 @@ class _BatchNorm(Layer):
             text += f", channel_axis={self.channel_axis}"
         if self.activation is not None:
             text += f", activation={self.activation!r}"
+        if self.skip_nonfinite:
+            text += f", skip_nonfinite={self.skip_nonfinite}"
         return text + ")"
 
 

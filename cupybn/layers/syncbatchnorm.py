@@ -28,8 +28,8 @@ class SyncBatchNorm(_BatchNorm):
 
     In training mode every rank calls the layer with its part of the batch, at the same time: mean and var are those of
     the whole batch, and the running statistics follow them, with the same bits on every rank if they start from the
-    same. Parts may differ in all but C and dtype; a rank may have one sample, or none. In eval mode nothing is
-    exchanged.
+    same. Parts may differ in all but C and dtype; a rank may have one sample, or none, and a mask or none. In eval mode
+    nothing is exchanged.
 
     Gradients of the input and the residual are those of a loss that is summed over all ranks: where it is a mean over
     the batch, each rank has its share of it. Every rank calls ``vjp_fn`` as often as the others. The gradients of
@@ -37,7 +37,9 @@ class SyncBatchNorm(_BatchNorm):
 
     Parameters
     ----------
-    num_features, eps, momentum, affine, track_running_stats, device, dtype, bias, channel_axis, activation
+    num_features, eps, momentum, affine, track_running_stats, device, dtype
+        As for `BatchNorm2d`.
+    bias, channel_axis, activation, skip_nonfinite
         As for `BatchNorm2d`.
     comm : communicator or None
         Of mpi4py, an NCCLBackend of `cupyx.distributed`, or a ``cupy.cuda.nccl.NcclCommunicator``; the last two for
@@ -116,6 +118,7 @@ class SyncBatchNorm(_BatchNorm):
         bias: bool = True,
         channel_axis: int = 1,
         activation: str | None = None,
+        skip_nonfinite: bool = False,
         comm: Any = None,
         timeout: float | None = TIMEOUT,
     ) -> None:
@@ -130,6 +133,7 @@ class SyncBatchNorm(_BatchNorm):
             bias=bias,
             channel_axis=channel_axis,
             activation=activation,
+            skip_nonfinite=skip_nonfinite,
         )
         self._kind: type[_BatchNorm] | None = None  # class of the layer that `to_batchnorm` makes
         self._connect(comm, timeout)
@@ -209,15 +213,15 @@ class SyncBatchNorm(_BatchNorm):
         if self._process_group is not None:
             self._process_group.engine.timeout = timeout
 
-    def forward(self, input: Array, residual: Array | None = None) -> Array:
-        """Return the output, as `BatchNorm2d.forward`; in training all ranks call it."""
+    def forward(self, input: Array, residual: Array | None = None, mask: Array | None = None) -> Array:
+        """Return the output, as `BatchNorm2d.forward`; in training all ranks call it, each with a mask or without."""
         with self._together(input):
-            return super().forward(input, residual)
+            return super().forward(input, residual, mask)
 
-    def vjp(self, input: Array, residual: Array | None = None) -> tuple[Array, VjpFn]:
+    def vjp(self, input: Array, residual: Array | None = None, mask: Array | None = None) -> tuple[Array, VjpFn]:
         """Return output and ``vjp_fn``, as `BatchNorm2d.vjp`; after training, all ranks call ``vjp_fn``."""
         with self._together(input) as group:
-            output, vjp_fn = super().vjp(input, residual)
+            output, vjp_fn = super().vjp(input, residual, mask)
         channels = input.shape[self.channel_axis]
         if group is None or channels == 0:  # which exchanges nothing on the way back
             return output, vjp_fn

@@ -20,7 +20,7 @@ Array = Any  # numpy.ndarray or cupy.ndarray
 
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 """Names of the arrays that are computed anew."""
-SETTINGS = ("training", "momentum", "track_running_stats")
+SETTINGS = ("training", "momentum", "track_running_stats", "skip_nonfinite")
 """Names of the settings that decide what a call does with running statistics."""
 
 
@@ -41,7 +41,7 @@ def update_bn(
     ----------
     layers : iterable of batch norm layers
         Each is in training mode until the last batch is done, and then in the mode that it was in. Where `forward`
-        sets ``momentum`` or ``track_running_stats``, these, too, are what they were.
+        sets ``momentum``, ``track_running_stats`` or ``skip_nonfinite``, these, too, are what they were.
     batches : iterable
         Taken one by one.
     forward : callable
@@ -66,12 +66,13 @@ def update_bn(
     Whatever is raised, Ctrl-C included, by `forward` and `batches` as well: statistics, counters, modes and settings of
     the layers are as they were. Weights that `forward` has changed are not.
 
-    Calls in eval mode, within `no_stats_update` and of empty inputs do not count. ``num_batches_tracked`` becomes the
+    Calls in eval mode, within `no_stats_update` and of empty inputs do not count, nor do those of which a mask leaves
+    less than two values for each channel, or that ``skip_nonfinite`` leaves out. ``num_batches_tracked`` becomes the
     number of calls that did; a layer that has seen none keeps what it had. A layer whose statistics are frozen
     (``track_running_stats`` set to False) gets new ones all the same.
 
     Until all is done, the running statistics stay what they were, on the device, and nothing waits for the host.
-    Batches merge as the blocks of a GPU do (Chan, Golub and LeVeque, 1979), by twos. CUDA graphs that are launched by
+    Batches merge as the blocks of a GPU do (Chan, Golub and LeVeque, 1979). CUDA graphs that are launched by
     `forward` call no layer, and so nothing is seen of them; a call that is captured in one is an error. Where `forward`
     uses several streams, let those that call the same layer wait for each other, and in the end the current one for
     all of them.

@@ -59,13 +59,10 @@ def sizes_along(input: Array, axes: Sequence[int]) -> tuple[int, ...]:
 
 def view(input: Array, axes: tuple[int, ...], mask: Array | None) -> tuple[Array, Array | None]:
     """An array as (N, C, L), with all channel axes as one, and its mask as (N, L): views of them, or else copies."""
-    input = plain(input)
-    axis = axes[0]
-    if len(axes) > 1:
-        others = [i for i in range(input.ndim) if i not in axes]
-        axis, sizes = len(others), sizes_along(input, others)
-        input = input.transpose([*others, *axes]).reshape(*sizes, math.prod(sizes_along(input, axes)))
-    layout = Layout.of(input, axis)
+    others = [i for i in range(input.ndim) if i not in axes]
+    sizes = *sizes_along(input, others), math.prod(sizes_along(input, axes))
+    input = plain(input).transpose([*others, *axes]).reshape(sizes)
+    layout = Layout.of(input, len(others))
     x = layout.view(layout.conform(input))
     return x, None if mask is None else layout.view_mask(plain(mask))
 

@@ -187,7 +187,7 @@ class StreamingMoments:
         ValueError
             On all ranks, if they have other channels, or if one has added nothing and the communicator is NCCL's.
         RuntimeError
-            If a rank has raised, or does not answer. It raises on all of them.
+            If a rank does not answer, or has raised before they exchanged anything: then it raises on all of them.
 
         Examples
         --------

@@ -8,7 +8,7 @@
 #include "../gradients.cuh"
 #include "../parts.cuh"
 
-extern "C" __global__ void REGISTERS(80) bn_backward_input(
+extern "C" __global__ void REGISTERS(INDEX_BITS == 64 && MASKED ? 128 : 80) bn_backward_input(
     const data_t* dy,                        // [N, C, L]
     const data_t* x,                         // [N, C, L]
     Statistics statistics,

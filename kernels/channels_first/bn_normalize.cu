@@ -9,7 +9,7 @@
 #include "../parts.cuh"
 #include "../running.cuh"
 
-extern "C" __global__ void REGISTERS(INDEX_BITS == 64 || WIDTH < 4 ? 80 : 72) bn_normalize(
+extern "C" __global__ void REGISTERS(INDEX_BITS == 64 || WIDTH < 4 || MASKED ? 80 : 72) bn_normalize(
     const data_t* x,                         // [N, C, L]
     Moments moments,                         // or null: normalise with the running statistics
     Affine affine,

@@ -10,7 +10,7 @@
 // Whether 80 registers for a thread, with which three blocks are on a multiprocessor, are too few for 32-bit indices.
 constexpr bool SPILLS = WIDTH == 8 && (ARCHITECTURE < 800 || ARCHITECTURE >= 1000);
 
-extern "C" __global__ void REGISTERS(INDEX_BITS == 64 || SPILLS ? 128 : 80) bn_backward_input(
+extern "C" __global__ void REGISTERS(INDEX_BITS == 64 || SPILLS || MASKED ? 128 : 80) bn_backward_input(
     const data_t* dy,                        // [M, C]
     const data_t* x,                         // [M, C]
     Statistics statistics,

@@ -8,7 +8,7 @@
 #include "../running.cuh"
 #include "parts.cuh"
 
-extern "C" __global__ void REGISTERS(INDEX_BITS == 32 ? 80 : 128) bn_normalize(
+extern "C" __global__ void REGISTERS(INDEX_BITS == 64 || MASKED ? 128 : 80) bn_normalize(
     const data_t* x,                         // [M, C]
     Moments moments,                         // or null: normalise with the running statistics
     Affine affine,

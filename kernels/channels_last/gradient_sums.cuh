@@ -92,10 +92,10 @@ DEVICE void sum_all(const Source& dy, const Source& x, const Packs& packs, const
         missed = sum_packs<true, 1>(dy, x, packs, left, passed, channels, sums);
     else
         with_gate(epilogue, [&](auto gate) {
-            // Packs in flight, where they have many elements: more from memory, which is far; fewer with gates, which
-            // want registers as well.
+            // Packs in flight, where they have many elements: more from memory, which is far; fewer with gates
+            // or masks, which want registers as well.
             constexpr bool OPENED = decltype(gate)::value == OPEN;
-            constexpr int FEW = (Source::FAR ? 4 : 2) / (OPENED ? 1 : 2);
+            constexpr int FEW = (Source::FAR && !MASKED ? 4 : 2) / (OPENED ? 1 : 2);
             missed = sum_packs<false, WIDTH == 8 ? FEW : ROWS>(dy, x, packs, left, {gate, epilogue.passed}, channels,
                                                                sums);
         });

@@ -9,7 +9,7 @@ import warnings
 import pytest
 from mpi4py import MPI
 
-from tests.ranks import batches, faults, moments
+from tests.ranks import batches, faults, masks, moments
 from tests.ranks.world import worlds
 
 
@@ -18,7 +18,10 @@ def main() -> None:
     warnings.simplefilter("error")
     comm = MPI.COMM_WORLD
     cases = [
-        case for module in (batches, faults, moments) for name, case in vars(module).items() if name.startswith("test_")
+        case
+        for module in (batches, masks, faults, moments)
+        for name, case in vars(module).items()
+        if name.startswith("test_")
     ]
     ran = 0
     for world in worlds(comm.Dup(), sys.argv[1:]):

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
+import pytest
 
 import cupybn
 from cupybn import StreamingMoments
+from cupybn._ranks import totals
+from tests.ranks.faults import raise_memory_error
 from tests.ranks.world import TIMEOUT
 from tests.reference import bits, to_numpy
 
@@ -140,3 +145,18 @@ def test_moments_beside_a_layer(world):
         check(world, new, np.concatenate([to_numpy(x)] * int(to_numpy(new.count) // 4)))
     with cupybn.no_stats_update():
         assert to_numpy(together(world, stats).count) == 8 * world.size
+
+
+def test_a_rank_that_raises_after_the_exchange_of_moments(world):
+    """Other ranks have gone on, and the next exchange is one of all ranks again."""
+    sizes = [2] * world.size
+    x = world.random.normal(1e3, 1, (sum(sizes), 3)).astype(np.float32)
+    stats = StreamingMoments().update(world.share(x, sizes))
+    before = held(stats)
+    with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
+        if world.rank == 1:
+            patch.setattr(totals, "_plus", raise_memory_error)
+            stack.enter_context(pytest.raises(MemoryError))
+        stats.synchronize(world.comm, timeout=TIMEOUT)
+    assert held(stats) == before
+    check(world, together(world, stats), x)
