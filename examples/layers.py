@@ -303,18 +303,27 @@ def run(main):
         sys.exit(CLOSED_PIPE)
 
 
-def options(text, output=None, needed=(), **numbers):
+def options(text, output=None, needed=(), device=False, switches=None, **numbers):
     """Parse the options of an example: its text for `--help`, what it writes, and its numbers, for the help.
 
-    A number has a default and a text: ``epochs=(3, "passes over the data")``. Exits if a library is missing. Examples
-    import libraries only after this, so that `--help` works without them.
+    A number has a default and a text: ``epochs=(3, "passes over the data")``. A switch has a text. With ``device=True``
+    there is an option for whose arrays are taken. Exits if a library is missing. Examples import libraries only after
+    this, so that `--help` works without them.
     """
     parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, (default, meaning) in numbers.items():
         parser.add_argument(f"--{name}", type=positive, default=default, help=f"{meaning} (default: {default})")
+    for name, meaning in (switches or {}).items():
+        parser.add_argument(f"--{name}", action="store_true", help=meaning)
+    if device:
+        default = "cpu" if xp is np else "cuda"
+        meaning = "NumPy or CuPy arrays; if not given: cuda where there is a GPU, else cpu"
+        parser.add_argument("--device", choices=("cpu", "cuda"), default=default, help=meaning)
     if output is not None:
         parser.add_argument("--output", type=Path, default="output", help=f"folder of {output} (default: output)")
     args = parser.parse_args()
+    if device and args.device == "cuda" and xp is np:
+        parser.error("argument --device: CuPy finds no GPU")
     missing = [name for name in (*NEEDED, *needed) if find_spec(name) is None]
     if missing:
         parser.exit(1, f"{parser.prog}: {', '.join(missing)} cannot be found: pip install '.[examples]'\n")

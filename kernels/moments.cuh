@@ -60,8 +60,7 @@ struct Chunk {
     bool held;                // whether the dtype A held the squares
 };
 
-// Which of the values of a chunk there are: the first `count`, all of them if full, which the compiler knows; or those
-// whose bit is set.
+// The values of a chunk that there are: the first `count`, all of them if full, which the compiler knows.
 template <class Full>
 struct FirstOnes {
     static constexpr bool GAPS = false;
@@ -69,6 +68,7 @@ struct FirstOnes {
     int count;
     DEVICE bool operator()(int i) const { return full || i < count; }
 };
+// The values of a chunk that a mask leaves: those whose bit is set.
 struct Chosen {
     static constexpr bool GAPS = true;
     No full;

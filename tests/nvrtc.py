@@ -36,7 +36,7 @@ MEMORY = {
 """The short list of instances to compile: bytes of a pack and bits of an index, with their dtypes. All but the first
 are compiled for one architecture alone."""
 MASKED = {(16, 32): ("float16", "float32"), (16, 64): ("bfloat16",)}
-"""The same of kernels that are compiled for masks."""
+"""Instances to compile of kernels for masks, on each architecture."""
 _LIBRARY = "nvrtc64_*_0.dll" if sys.platform == "win32" else "libnvrtc.so.*"
 _CUPY_OPTIONS = ("--std=c++17", "-ftz=true", "--device-as-default-execution-space")
 """Options that CuPy passes for every kernel, beside its architecture. Without the last one, the compiler of CUDA 13.0

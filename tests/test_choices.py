@@ -85,7 +85,7 @@ def test_packs_as_wide_as_rows_and_memory_allow(shape, offset, width, nbytes):
     assert passed.nbytes == nbytes
 
 
-def test_a_mask_decides_on_packs():
+def test_a_record_decides_on_packs():
     """Packs of the way back are those that the record was made of; only dy may have to be copied for it."""
     x, dy, whole = (cp.zeros(61, np.float32)[offset:][:60].reshape(2, 3, 10) for offset in (0, 1, 0))
     passed = cupy_ops.empty_passed(x, x, x)

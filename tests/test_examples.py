@@ -19,7 +19,7 @@ from cupybn import BatchNorm2d
 
 pytest.importorskip("threadpoolctl")
 ROOT = Path(__file__).parent.parent
-SHARED = ("layers", "stopwatch")  # modules that examples import
+SHARED = ("layers", "memory", "stopwatch")  # modules that examples import
 EXAMPLES = sorted(path.stem for path in (ROOT / "examples").glob("*.py") if path.stem not in SHARED)
 NEEDED = {"distributed_digits": ["mpi4py"], "from_torch": ["safetensors"]}  # beside layers.NEEDED
 sys.path.append(str(ROOT / "examples"))
@@ -65,6 +65,8 @@ def test_wrong_options(example, monkeypatch, capsys, tmp_path):
     assert len(numbers) == known.count("(default: ") - ("--output" in known)
     for number in numbers:
         wrong += [[f"{number}={text}"] for text in ("0", "-1", "1.5", "many", "", "1e3", "\u00b2")]
+    if "--device" in known:
+        wrong += [["--device", "gpu"]]
     if "--output" in known:
         wrong += [["--output", str(tmp_path / "file")], ["--output", str(tmp_path / "file" / "below")]]
     for arguments in wrong:
@@ -450,3 +452,293 @@ def test_from_torch_without_torch(monkeypatch, capsys, tmp_path):
     assert out.startswith("skipped: ")
     assert out.endswith("pip install torch\n")
     assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# image_stack
+
+
+@pytest.fixture
+def image_stack(xp, monkeypatch):
+    """The example with small frames, on arrays of xp, where no package beside those of the extra can be found."""
+    for package in layers.NEEDED:
+        pytest.importorskip(package)
+    module = importlib.import_module("image_stack")
+    monkeypatch.setattr(layers, "xp", xp)
+    for name, value in {"SIZE": 32, "CHUNK": 4, "find_spec": lambda name: None}.items():  # noqa: ARG005
+        monkeypatch.setattr(module, name, value)
+    return module
+
+
+SMALL_STACK = ("--frames", "10", "--limit", "64")
+
+
+def numbers(out, name):
+    """The three numbers of a row of the example's table."""
+    line = re.search(rf"^  {re.escape(name)} +(-?[\d,.]+) +(-?[\d,.]+) +(-?[\d,.]+)  ", out, re.MULTILINE)
+    return np.array([float(text.replace(",", "")) for text in line.groups()])
+
+
+def whole_stack(image_stack):
+    """The stack in memory, as float64, and its mask."""
+    stack = np.concatenate(list(image_stack.acquire(10)))
+    return stack.transpose(0, 2, 3, 1).astype(np.float64), image_stack.usable(stack)
+
+
+def test_image_stack(image_stack, xp, monkeypatch, capsys, tmp_path):
+    """Rows are those of the whole stack in float64. The picture alone is left, and what is missing is named."""
+    device = ("--device", "cpu" if xp is np else "cuda")
+    run_main(image_stack, [*SMALL_STACK, *device, "--zarr"], monkeypatch, tmp_path)
+    out = capsys.readouterr().out
+    stack, mask = whole_stack(image_stack)
+    expected = stack[mask].var(axis=0)
+    for name in ("exact, from sums of integers", "StreamingMoments, 3 chunks"):
+        np.testing.assert_allclose(numbers(out, name), expected, rtol=1e-6)
+    chunks = [stack[i : i + 4][mask[i : i + 4]].var(axis=0) for i in range(0, 10, 4)]
+    np.testing.assert_allclose(numbers(out, "mean of the chunks' variances"), np.mean(chunks, axis=0), rtol=1e-5)
+    np.testing.assert_allclose(numbers(out, "without the mask"), stack.var(axis=(0, 1, 2)), rtol=1e-6)
+    assert numbers(out, "mean").tolist() == [0, 0, 0]
+    assert numbers(out, "variance").tolist() == [1, 1, 1]
+    assert re.findall(r"^without (\w+).*: pip install (.*)$", out, re.MULTILINE) == [
+        ("Zarr", "zarr"),
+        ("Dask", "dask distributed"),
+        ("xarray", "dask xarray"),
+    ]
+    assert [path.name for path in tmp_path.iterdir()] == ["image_stack.png"]
+    assert (tmp_path / "image_stack.png").stat().st_size < 100_000
+
+
+@pytest.mark.parametrize("device", ["cpu"])
+def test_image_stack_every_way(image_stack, monkeypatch, capsys, tmp_path):
+    """Moments are the same from Zarr, in processes of Dask and through xarray."""
+    for package in ("dask", "distributed", "xarray", "zarr"):
+        pytest.importorskip(package)
+    monkeypatch.setattr(image_stack, "find_spec", lambda name: name)
+    run_main(image_stack, [*SMALL_STACK, "--device", "cpu", "--zarr"], monkeypatch, tmp_path)
+    out = capsys.readouterr().out
+    assert "uint16, .zarr" in out
+    stack, mask = whole_stack(image_stack)
+    for name in ("StreamingMoments, 3 chunks", "Dask, 2 processes", "xarray, frame by frame"):
+        np.testing.assert_allclose(numbers(out, name), stack[mask].var(axis=0), rtol=1e-6)
+    assert [path.name for path in tmp_path.iterdir()] == ["image_stack.png"]
+
+
+@pytest.mark.parametrize("device", ["cpu"])
+def test_which_pixels_are_usable(image_stack):
+    """Pixels are usable in the field of view, most of the frame, where no channel is stuck; it is dark elsewhere."""
+    stack, mask = whole_stack(image_stack)
+    stuck = (stack == image_stack.STUCK).any(axis=3)
+    assert stuck.any(axis=0).sum() == stuck[0].sum() > 0
+    field = image_stack.field_of_view(32)
+    assert field[16, 1]
+    assert not field[[0, 0, -1, -1], [0, -1, 0, -1]].any()
+    assert 0.7 < field.mean() < 0.8
+    assert (mask == (field & ~stuck)).all()
+    assert stack[~field & ~stuck].max() < image_stack.OFFSET * 1.5 < stack[1:][mask[1:]].min()
+
+
+@pytest.mark.parametrize("device", ["cpu"])
+def test_blocks_that_xarray_normalizes_are_compared(image_stack, tmp_path):
+    for package in ("dask", "xarray"):
+        pytest.importorskip(package)
+    _, var = image_stack.write_stack(tmp_path / "stack.npy", 10)
+    np.save(tmp_path / "zeros.npy", np.zeros((10, 3, 32, 32), np.float32))
+    total, distance = image_stack.with_xarray(tmp_path / "stack.npy", tmp_path / "zeros.npy", "cpu")
+    stack, mask = whole_stack(image_stack)
+    largest = abs((stack - total.mean) / np.sqrt(var))[mask].max()
+    assert distance == pytest.approx(largest, rel=1e-5)
+
+
+@pytest.mark.parametrize("device", ["cpu"])
+def test_a_chunk_that_does_not_fit(image_stack, monkeypatch, tmp_path):
+    """A limit that is too small for a chunk ends with a line that says so, and the limit that was there is back."""
+    memory = sys.modules["memory"]
+    if not memory.STATUS.exists():
+        pytest.skip("Linux alone limits memory")
+    monkeypatch.setattr(cupybn.StreamingMoments, "update", lambda *_: np.ones(10**9))
+    with pytest.raises(SystemExit, match="4 frames and what they become do not fit into 64 MB: give a larger --limit"):
+        run_main(image_stack, [*SMALL_STACK, "--device", "cpu"], monkeypatch, tmp_path)
+    assert np.ones(10**8, np.uint8).all()
+    assert not list(tmp_path.iterdir())
+
+
+def faulty_image_stack(image_stack, monkeypatch):
+    """What to replace by a fault in a part of the example or the library, by the error that it should lead to."""
+    update, batch_norm = cupybn.StreamingMoments.update, cupybn.functional.batch_norm
+    monkeypatch.setattr(image_stack, "draw", lambda *_: None)
+    return {
+        "moments": (cupybn.StreamingMoments, "update", lambda stats, x, mask=None: update(stats, x)),  # noqa: ARG005
+        "normalized": (cupybn.functional, "batch_norm", lambda *args, **more: batch_norm(*args, **more) * 1.001),
+        "xarray": (
+            image_stack,
+            "with_xarray",
+            lambda path, _, device: (image_stack.moments_of(0, 10, path, device), 1),
+        ),
+        "taken": (image_stack.MemoryLimit, "look", lambda limit: limit.peaks.append(10**9)),
+        "limit": (image_stack, "load_at_once", lambda _: None),
+    }
+
+
+@pytest.mark.parametrize("device", ["cpu"])
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("moments", "expected the moments of the whole stack to 1e-06"),
+        ("normalized", "expected a normalized stack of mean 0 and variance 1 to 1e-06"),
+        ("xarray", r"expected the same normalized stack from xarray to 1e-06 \(got 1e\+00\)"),
+        ("taken", "expected to take 64 MB at most"),
+        ("limit", "expected the limit of memory to hold"),
+    ],
+)
+def test_image_stack_tells_what_is_wrong(fault, message, image_stack, monkeypatch, tmp_path):
+    if fault in ("taken", "limit") and not sys.modules["memory"].STATUS.exists():
+        pytest.skip("Linux alone limits memory")
+    if fault == "xarray":
+        monkeypatch.setattr(image_stack, "find_spec", lambda name: None if name == "distributed" else name)
+    monkeypatch.setattr(*faulty_image_stack(image_stack, monkeypatch)[fault])
+    frames, limit = ("100", "1") if fault == "limit" else ("10", "64")
+    with pytest.raises(SystemExit, match=message):
+        run_main(image_stack, ["--frames", frames, "--limit", limit, "--device", "cpu"], monkeypatch, tmp_path)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux alone limits memory")
+def test_memory_limit():
+    """What goes beyond the limit is an error, the peaks are those of the block, and the limit ends with it."""
+    resource = pytest.importorskip("resource")
+    memory = importlib.import_module("memory")
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    with memory.MemoryLimit(64 * 2**20, hard=True) as limit:
+        with pytest.raises(MemoryError):
+            np.ones(128 * 2**20, np.uint8)
+        np.ones(40 * 2**20, np.uint8)
+        limit.look()
+        limit.look()
+    assert limit.peaks[0] > 40 * 2**20 * 0.9
+    assert len(limit.peaks) == 2
+    if os.access("/proc/self/clear_refs", os.W_OK):
+        assert limit.peaks[1] < limit.peaks[0] / 2
+    assert resource.getrlimit(resource.RLIMIT_DATA) == before
+    np.ones(128 * 2**20, np.uint8)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# padded_sequences
+
+
+@pytest.fixture
+def padded_sequences(xp, device, monkeypatch):
+    """The example with few and short lines, on arrays of xp."""
+    for package in layers.NEEDED:
+        pytest.importorskip(package)
+    module = importlib.import_module("padded_sequences")
+    for owner in (layers, module):
+        monkeypatch.setattr(owner, "xp", xp)
+    few = {"LINES": 16, "RENEWING": 16, "LONGEST": 12, "BATCH_SIZE": 8, "WIDTH": 4, "PADDING": (0, 5)}
+    for name, value in few.items():
+        monkeypatch.setattr(module, name, value)
+    network_of = module.Network
+
+    def make_network(masks, seed):
+        network = network_of(masks, seed)
+        for norm in network.norms:
+            norm.to(device)
+        return network
+
+    monkeypatch.setattr(module, "Network", make_network)
+    return module
+
+
+MASKS = ("NOWHERE", "MEAN", "EVERYWHERE")
+
+
+def codes_of_lines(rng, xp, longest=7):
+    """Codes of six lines of 3 to 7 characters."""
+    codes = rng.integers(1, 96, (6, longest))
+    for i, row in enumerate(codes):
+        row[3 + i % 5 :] = 0
+    return xp.asarray(codes)
+
+
+@pytest.mark.parametrize("masks", MASKS)
+def test_gradients_of_padded_sequences(masks, padded_sequences, xp, rng):
+    """Gradients are the slopes of the loss along a random direction of all parameters, in float64."""
+    network = padded_sequences.Network(getattr(padded_sequences, masks), 0)
+    for norm in network.norms:
+        norm.to(dtype=np.float64)
+        norm.weight[...], norm.bias[...] = xp.asarray(rng.uniform(0.5, 2, (2, norm.num_features)))
+    for layer in network.body:
+        for name in getattr(layer, "names", ()):
+            setattr(layer, name, getattr(layer, name).astype(np.float64))
+    codes, labels = codes_of_lines(rng, xp), xp.asarray(rng.integers(0, 3, 6))
+    scores, vjp_fn = network.vjp(codes)
+    grads = vjp_fn(layers.softmax_cross_entropy(scores, labels)[1])
+    values = network.parameters()
+    assert [grad.shape for grad in grads] == [value.shape for value in values]
+    assert not grads[0][0].any()  # the embedding of padding is not trained
+    directions = [xp.asarray(rng.standard_normal(value.shape)) for value in values]
+    directions[0][0] = 0
+
+    def loss(step):
+        for value, direction in zip(values, directions, strict=True):
+            value += step * direction
+        result = layers.softmax_cross_entropy(network(codes), labels)[0]
+        for value, direction in zip(values, directions, strict=True):
+            value -= step * direction
+        return float(result)
+
+    slope = (loss(1e-6) - loss(-1e-6)) / 2e-6
+    expected = sum(float((g * d).sum()) for g, d in zip(grads, directions, strict=True))
+    assert slope == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("masks", MASKS)
+def test_which_scores_depend_on_padding(masks, padded_sequences, xp, rng):
+    """Scores depend on it in both modes without a mask; in training mode with one in the mean; else in none."""
+    network = padded_sequences.Network(getattr(padded_sequences, masks), 0)
+    for norm in network.norms:
+        norm.bias[...] = 0.5  # so that padding that is not masked out is not 0 behind a norm
+    codes = codes_of_lines(rng, xp)
+    more = xp.pad(codes, ((0, 0), (0, 20)))
+    moved = [float(abs(network.train(mode)(more) - network.train(mode)(codes)).max()) for mode in (True, False)]
+    if masks == "EVERYWHERE":
+        assert max(moved) < 1e-5
+    else:
+        assert moved[0] > 0.05
+        assert moved[1] > 0.05 or masks == "MEAN"
+
+
+def test_lines_that_are_padded(padded_sequences, rng):
+    codes, labels = padded_sequences.load(rng)
+    assert codes.shape == (48, 12)
+    assert np.bincount(labels).tolist() == [16, 16, 16]
+    lengths = (codes > 0).sum(axis=1)
+    assert lengths.min() >= padded_sequences.SHORTEST
+    assert all(row[:length].all() for row, length in zip(codes, lengths, strict=True))  # padding is behind the line
+    short = codes[lengths < 12]
+    batch = layers.to_numpy(padded_sequences.padded(short, 3))
+    longest = (short > 0).sum(axis=1).max()
+    assert batch.shape == (len(short), longest + 3)
+    assert (batch[:, :longest] == short[:, :longest]).all()
+    assert not batch[:, longest:].any()
+    stub = "".join(chr(code + 31) for code in codes[labels == 1][0] if code)
+    assert any(stub in line for line in padded_sequences.lines_of(".pyi"))
+
+
+def test_padded_sequences(padded_sequences, monkeypatch, capsys, tmp_path):
+    run_main(padded_sequences, ["--epochs", "1", "--seeds", "1"], monkeypatch, tmp_path)
+    out = capsys.readouterr().out
+    rows = re.findall(r"^  (\w[\w, ]+\w) +[\d.]+ ± 0.0% +[\d.]+ ± 0.0% +(\S+)$", out, re.MULTILINE)
+    names = [padded_sequences.NOWHERE, padded_sequences.MEAN, padded_sequences.EVERYWHERE]
+    assert [name for name, _ in rows] == names * 2
+    moved = [float(text) for _, text in rows]
+    assert max(moved[2], moved[5]) < 1e-4 < min(moved[0], moved[3], moved[4])
+    assert (tmp_path / "padded_sequences.png").stat().st_size < 100_000
+
+
+@pytest.mark.parametrize("device", ["cpu"])
+def test_padded_sequences_with_a_mask_that_does_nothing(padded_sequences, monkeypatch, tmp_path):
+    """Batch norm that takes no notice of its mask ends the example with an error."""
+    vjp = cupybn.BatchNorm1d.vjp
+    monkeypatch.setattr(padded_sequences.BatchNorm1d, "vjp", lambda layer, x, mask=None: vjp(layer, x))  # noqa: ARG005
+    with pytest.raises(SystemExit, match="expected scores that do not depend on padding"):
+        run_main(padded_sequences, ["--epochs", "1", "--seeds", "1"], monkeypatch, tmp_path)

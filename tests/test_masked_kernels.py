@@ -88,7 +88,7 @@ def test_parts_that_have_nothing_left(rng, shape, left):
 @on_masks
 @on_cases
 def test_bn_normalize(rng, shape, dtype, left, training):
-    """In eval mode the bits of the mirror, and so those of the positions that are left by themselves."""
+    """Outputs have the bits of the mirror, and so in eval mode those of the positions that are left by themselves."""
     arrays = Masked(rng, shape, dtype, left, has_residual=True, activation="relu")
     moments = numpy_ops.bn_stats(arrays.x, None, None, arrays.mask) if training else None
     ours_running = to_device(arrays.running._replace(batches=np.array(3)))
@@ -230,7 +230,7 @@ def test_bn_update_running_skips_what_is_not_finite(dtype, value, which, given):
 @pytest.mark.parametrize("momentum", [0.25, None])
 @pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
 def test_a_finite_batch_moves_the_same_with_and_without_skipping(rng, shape, momentum, masked):
-    """On chip or streamed: outputs have the same bits, since the same kernels run, and buffers of float32 as well."""
+    """Outputs have the same bits on chip or streamed, since the same kernels run, and so have buffers of float32."""
     if masked and shape[2] > 1000:
         pytest.skip("as streamed as the others")
     arrays = Masked(rng, shape, np.float32, "most" if masked else "all")

@@ -294,12 +294,12 @@ COPIED = {
 @pytest.mark.parametrize(("how", "form"), COPIED.items(), ids=COPIED)
 def test_one_copy_at_most(xp, rng, monkeypatch, how, form):
     """A mask that must be copied is copied once: the way back, too, reads this copy."""
-    shape, order = (4, 8, 2, 4), (0, 3, 2, 1)
+    shape, order = (5, 5, 2, 2), (0, 3, 2, 1)
     given, dy = masked_arguments(xp, rng, shape, order=order)
     mask = form(xp, given["mask"])
     if how == "in the memory of a buffer":
-        given["running_mean"] = xp.zeros(8, np.float32)
-        mask = given["running_mean"].view(np.bool_).reshape(4, 4, 2).transpose(0, 2, 1)
+        given["running_mean"] = xp.zeros(5, np.float32)
+        mask = given["running_mean"].view(np.bool_).reshape(5, 2, 2).transpose(0, 2, 1)
         mask[...] = given["mask"]
     copies, original = [], Layout.copy_mask
     monkeypatch.setattr(Layout, "copy_mask", lambda *given: copies.append(original(*given)) or copies[-1])
@@ -399,34 +399,34 @@ def test_empty_inputs(xp, rng, shape, training):
 
 ARRAY = "expected mask to be a NumPy or CuPy array of bool"
 DTYPE = "expected mask of dtype bool, True for data"
-FITTING = "expected mask of shape (4, 5), the input's without axis 1, or one that broadcasts to it"
+FITTING = "expected mask of shape (4, 8), the input's without axis 1, or one that broadcasts to it"
 
 
 def wrong_masks(xp):
-    """What is wrong as a mask for an input of shape (4, 3, 5), by name: the mask, the error and the message."""
-    good = xp.ones((4, 5), bool)
+    """What is wrong as a mask for an input of shape (4, 3, 8), by name: the mask, the error and the message."""
+    good = xp.ones((4, 8), bool)
     return {
-        "list": ([[True] * 5] * 4, TypeError, f"{ARRAY} (got list): use {xp.__name__}.asarray(mask, bool)"),
+        "list": ([[True] * 8] * 4, TypeError, f"{ARRAY} (got list): use {xp.__name__}.asarray(mask, bool)"),
         "bool": (True, TypeError, f"{ARRAY} (got bool)"),
         "bool of NumPy": (np.True_, TypeError, f"{ARRAY} (got bool)"),
         "text": ("mask", TypeError, f"{ARRAY} (got str)"),
-        "noted": (np.ma.ones((4, 5), bool), TypeError, f"{ARRAY} (got MaskedArray)"),
+        "noted": (np.ma.ones((4, 8), bool), TypeError, f"{ARRAY} (got MaskedArray)"),
         "floats": (good.astype(np.float32), TypeError, f"{DTYPE} (got float32): use mask.astype(bool)"),
         "bytes": (good.view(np.uint8), TypeError, f"{DTYPE} (got uint8): use mask.astype(bool)"),
         "other kind": of_the_other_kind(xp),
-        "with channels": (xp.ones((4, 3, 5), bool), ValueError, f"{FITTING} (got (4, 3, 5))"),
-        "with one channel": (good[:, None], ValueError, f"{FITTING} (got (4, 1, 5)): use mask.squeeze(1)"),
-        "more axes": (good[None], ValueError, f"{FITTING} (got (1, 4, 5))"),
+        "with channels": (xp.ones((4, 3, 8), bool), ValueError, f"{FITTING} (got (4, 3, 8))"),
+        "with one channel": (good[:, None], ValueError, f"{FITTING} (got (4, 1, 8)): use mask.squeeze(1)"),
+        "more axes": (good[None], ValueError, f"{FITTING} (got (1, 4, 8))"),
         "samples alone": (good[:, 0], ValueError, f"{FITTING} (got (4,))"),
-        "too short": (good[:, 1:], ValueError, f"{FITTING} (got (4, 4))"),
-        "empty": (good[:0], ValueError, f"{FITTING} (got (0, 5))"),
+        "too short": (good[:, 1:], ValueError, f"{FITTING} (got (4, 7))"),
+        "empty": (good[:0], ValueError, f"{FITTING} (got (0, 8))"),
     }
 
 
 def of_the_other_kind(xp):
     """A mask of CuPy's for an input of NumPy's, or the other way round, as in `wrong_masks`."""
     numpy, cupy = "NumPy array", "CuPy array on cuda:0"
-    mask, (ours, theirs) = np.ones((4, 5), bool), (cupy, numpy)
+    mask, (ours, theirs) = np.ones((4, 8), bool), (cupy, numpy)
     ways = "cupy.asarray(mask) or cupy.asnumpy(input)"
     if xp is np:
         mask, (ours, theirs), ways = as_cupy(mask), (numpy, cupy), "cupy.asarray(input) or cupy.asnumpy(mask)"
@@ -443,8 +443,8 @@ def as_cupy(array):
 @BOTH_MODES
 def test_wrong_masks(xp, device, rng, training):
     """What is no mask for an input is an error of functions and layers, which changes nothing."""
-    given = arguments(xp, rng, (4, 3, 5)) | {"training": training}
-    out = xp.zeros((4, 3, 5), np.float32)
+    given = arguments(xp, rng, (4, 3, 8)) | {"training": training}
+    out = xp.zeros((4, 3, 8), np.float32)
     layer = BatchNorm1d(3, device=device, activation="relu").train(training)
     arrays = [value for value in given.values() if hasattr(value, "shape")] + [out, *layer.state_dict().values()]
     before = bits(*arrays)
@@ -469,8 +469,8 @@ def test_wrong_masks(xp, device, rng, training):
 
 def test_a_good_mask_is_not_mistaken_for_a_wrong_one(xp, rng):
     """Calls that differ from a right one in the mask alone are checked for themselves."""
-    given = arguments(xp, rng, (4, 3, 5)) | {"training": True}
-    mask = mask_of(xp, rng, (4, 3, 5))
+    given = arguments(xp, rng, (4, 3, 8)) | {"training": True}
+    mask = mask_of(xp, rng, (4, 3, 8))
     F.batch_norm(**given, mask=mask)
     for wrong, error, _ in wrong_masks(xp).values():
         with pytest.raises(error):
@@ -479,11 +479,11 @@ def test_a_good_mask_is_not_mistaken_for_a_wrong_one(xp, rng):
 
 
 def test_a_mask_is_keyword_only(xp, rng):
-    given = arguments(xp, rng, (4, 3, 5))
+    given = arguments(xp, rng, (4, 3, 8))
     positional = [given[name] for name in ("input", "running_mean", "running_var", "weight", "bias")]
     for function in F.batch_norm, F.batch_norm_vjp:
         with pytest.raises(TypeError, match="positional"):
-            function(*positional, False, 0.1, 1e-5, mask_of(xp, rng, (4, 3, 5)))
+            function(*positional, False, 0.1, 1e-5, mask_of(xp, rng, (4, 3, 8)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -527,16 +527,16 @@ def test_an_output_over_its_mask(xp, rng, offset, training):
 @pytest.mark.parametrize("order", [(0, 1, 2), (0, 2, 1)], ids=str)
 def test_a_buffer_over_the_mask(xp, rng, order):
     """A mask may be the memory of a running statistic, which this call moves, and later ones do: nothing follows."""
-    shape = (4, 3, 3)
+    shape = (3, 3, 4)
     given, dy = masked_arguments(xp, rng, shape, order=order)
     given |= {"training": True, "activation": "relu", "residual": None}
     numbers = given["mask"].reshape(-1).view(np.float32).copy()  # 12 bools, 3 numbers
     plain = given | {"running_mean": numbers.copy()}
     y, grads = run(plain, dy)
     expected = bits(plain["running_mean"])
-    for form in (lambda mask: mask), (lambda mask: mask.reshape(4, 3)[::-1]):
+    for form in (lambda mask: mask), (lambda mask: mask.reshape(3, 4)[::-1]):
         shared = numbers.copy()
-        mask = shared.view(np.bool_).reshape(4, 3)
+        mask = shared.view(np.bool_).reshape(3, 4)
         if form(mask) is not mask:
             mask[...] = given["mask"][::-1].copy()
             mask, start = mask[::-1], None
@@ -552,16 +552,16 @@ def test_a_buffer_over_the_mask(xp, rng, order):
 
 def test_idle_buffers_over_the_mask(xp, device, rng):
     """A mask in the memory of frozen statistics, which a later call moves: what goes back does not follow."""
-    given, dy = masked_arguments(xp, rng, (4, 3, 3))
+    given, dy = masked_arguments(xp, rng, (3, 3, 4))
     layer = BatchNorm1d(3, device=device, momentum=1.0)
     layer.running_mean = given["mask"].reshape(-1).view(np.float32).copy()
-    mask = layer.running_mean.view(np.bool_).reshape(4, 3)
+    mask = layer.running_mean.view(np.bool_).reshape(3, 4)
     layer.track_running_stats = False
     y, vjp_fn = layer.vjp(given["input"], mask=mask)
     expected = bits(*vjp_fn(dy))
     assert np.isfinite(to_numpy(y)).all()
     layer.track_running_stats = True
-    layer(xp.ones((4, 3, 3), np.float32))
+    layer(xp.ones((3, 3, 4), np.float32))
     assert bits(*vjp_fn(dy)) == expected
 
 

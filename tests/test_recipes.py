@@ -89,7 +89,7 @@ def test_a_recipe_prints_the_same_of_cupy_arrays(name):
 def test_no_code_goes_unnoticed():
     """Code that no doctest runs is that which tests below run, or that of other libraries, in blocks of text."""
     plain = {name for name, text in TEXTS.items() if any(">>> " not in block for block in blocks(text, "python"))}
-    assert plain == {"cupy-cudnn-drop-in", "from-pytorch", "pytorch-checkpoints"}
+    assert plain == {"cupy-cudnn-drop-in", "from-pytorch", "pytorch-checkpoints", "streaming-statistics"}
     assert {name for name, text in TEXTS.items() if blocks(text, "text")} == {
         "from-keras-and-flax",
         "from-onnx",
@@ -572,6 +572,21 @@ def test_replays_are_steps():
         assert to_numpy(ours).tobytes() == to_numpy(theirs).tobytes()
     assert to_numpy(found["y"]).tobytes() == to_numpy(y).tobytes()
     assert to_numpy(found["dx"]).tobytes() == to_numpy(dx).tobytes()
+
+
+@pytest.mark.parametrize("frames", [1, 5, 8])
+def test_moments_by_dask(frames, monkeypatch, rng):
+    """The tree of sums has the moments of all blocks, however many there are."""
+    array = pytest.importorskip("dask.array")
+    stack = rng.integers(0, 4096, (frames, 2, 4, 4)).astype(np.uint16)
+    monkeypatch.setattr(array, "from_zarr", lambda _: array.from_array(stack, chunks=(1, 2, 4, 4)))
+    (code,) = (block for block in blocks(TEXTS["streaming-statistics"], "python") if ">>> " not in block)
+    found = {}
+    exec(code, found)
+    total = found["total"]
+    assert int(total.count) == frames * 16
+    np.testing.assert_allclose(total.mean, stack.mean((0, 2, 3)), rtol=1e-6)
+    np.testing.assert_allclose(total.var(), stack.var((0, 2, 3)), rtol=1e-6)
 
 
 RANK = """

@@ -73,8 +73,8 @@ def state(stats):
 def test_any_split_gives_the_moments_of_the_whole(xp, rng, dtype, scale, cuts):
     if np.dtype(dtype).name == "float16" and scale == 1e6:
         scale = 3e4  # nearer to the largest number of this dtype
-    if xp is not np and len(cuts) > 10 and scale != 1e3:
-        pytest.skip("many launches of the stand-in, once for each dtype")
+    if xp is not np and len(cuts) > 10:
+        cuts = cuts[::8]  # the stand-in takes its time for a launch
     x = (rng.normal(scale, 1, (120, 3, 4)) * (1, 2, 0.5, 1)).astype(dtype)
     check(stream(xp, np.split(x, cuts)), x, dtype)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from cupybn._arrays.devices import copied, module_of
 from cupybn._steps.bundles import Moments
 from cupybn._steps.tiles import numpy_settings
@@ -44,6 +46,11 @@ class Total(NamedTuple):
         row = copied(self.row)
         row[0, _means(row)] += self.pivot
         return Moments.of_rows(row)
+
+    def var(self, ddof: float) -> Array:
+        """Sum of squared deviations of each channel, divided by count - ddof; NaN where that is nothing or less."""
+        left, m2 = self.row[0, :1] - ddof, self.row[0, _means(self.row).stop :]
+        return m2 / module_of(self.row).where(left > 0, left, np.nan)
 
 
 def _means(row: Array) -> slice:

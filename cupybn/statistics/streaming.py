@@ -257,10 +257,8 @@ class StreamingMoments:
         """
         ddof = checks.as_float("ddof", ddof)
         shape, total = self._some()
-        row = total.row
-        with on_device_of(row):
-            left = row[0, :1] - ddof
-            return (row[0, 1 + total.pivot.size :] / module_of(row).where(left > 0, left, np.nan)).reshape(shape)
+        with on_device_of(total.row):
+            return total.var(ddof).reshape(shape)
 
     def std(self, ddof: float = 0) -> Array:
         """Standard deviation of each channel: the square root of `var`, with the same arguments and errors."""
