@@ -214,7 +214,7 @@ def progress(items: Iterable[Any], unit: str) -> Iterator[Any]:
 
 def add_options(parser: argparse.ArgumentParser, rounds: int, starts: int) -> None:
     """Add the options that scripts have whose processes take turns."""
-    parser.add_argument("--short", action="store_true", help="as little as possible: does it run?")
+    parser.add_argument("--short", "--quick", action="store_true", help="as little as possible: does it run?")
     parser.add_argument("--rounds", type=int, default=rounds, help=f"turns of each checkout (default: {rounds})")
     parser.add_argument("--starts", type=int, default=starts, help=f"starts of the processes (default: {starts})")
     parser.add_argument("--against", type=Path, metavar="TREE", help="another checkout, which is measured in turns")

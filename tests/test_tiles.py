@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 import threading
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -133,6 +135,22 @@ def test_work_is_shared(monkeypatch):
     meeting = threading.Barrier(3, timeout=10)
     names = tiles.run(lambda _: (meeting.wait(), threading.current_thread().name)[1], [None] * 12, 3)
     assert len(set(names)) == 3
+
+
+def test_a_helper_that_comes_too_late_keeps_nothing(monkeypatch):
+    """The arrays of a call are free when it returns, although the pool has not got round to its helpers yet."""
+    go = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        monkeypatch.setattr(tiles, "_pool", lambda: pool)
+        pool.submit(go.wait, 10)
+        x = np.ones(1000)
+        alive = weakref.ref(x)
+        assert tiles.run(lambda i, x=x: x[i], range(4), 2) == [1, 1, 1, 1]
+        del x
+        try:
+            assert alive() is None
+        finally:
+            go.set()
 
 
 @pytest.mark.usefixtures("threads")

@@ -392,7 +392,8 @@ def run(task: Callable[[Any], Any], work: Sequence[Any], workers: int) -> list[A
 
     results: list[Any] = [None] * len(work)
     errors: list[BaseException] = []
-    queue = deque(enumerate(work))
+    # A helper that the pool gets round to too late finds nothing here, and so keeps no array of this call alive.
+    queue = deque((index, functools.partial(task, part)) for index, part in enumerate(work))
     changed = threading.Condition()
     in_work = 0
 
@@ -402,10 +403,10 @@ def run(task: Callable[[Any], Any], work: Sequence[Any], workers: int) -> list[A
             with changed:
                 if not queue:
                     return
-                index, part = queue.popleft()
+                index, call = queue.popleft()
                 in_work += 1
             try:
-                results[index] = task(part)
+                results[index] = call()
             except BaseException as error:
                 errors.append(error)
                 queue.clear()
