@@ -49,7 +49,7 @@ def merge_moments(moments: Moments) -> Doubles:
 
 
 def bn_update_running(moments: Moments, running: Running) -> None:
-    """running = (1 - momentum) * running + momentum * batch, and a batch more; nothing for means that are not finite."""
+    """running = (1 - momentum) * running + momentum * batch, and a batch more; nothing if means are not finite."""
     assert running.mean is not None
     assert running.var is not None
     assert running.momentum is not None
