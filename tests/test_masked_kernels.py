@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from cupybn._steps import cupy_ops, numpy_ops, plans
-from cupybn._steps.bundles import Affine, Epilogue, Moments, Running, Statistics
+from cupybn._steps.bundles import Affine, Epilogue, Gradients, Moments, Running, Statistics
 from tests.reference import to_numpy
 from tests.steps import Arrays, each_array, to_device, to_host
 
@@ -245,3 +245,30 @@ def test_a_finite_batch_moves_the_same_with_and_without_skipping(rng, shape, mom
     for plain, skipping in zip(*results, strict=True):
         np.testing.assert_array_equal(plain, skipping)
     assert int(running.batches) == 5
+
+
+@pytest.mark.skipif(not hasattr(cp, "emulator"), reason="a GPU does not count bytes")
+@pytest.mark.parametrize(("shape", "readers"), [((4, 64, 256), 64), ((1024, 64, 1), 16)], ids=str)
+def test_what_a_mask_adds_to_the_traffic(rng, shape, readers):
+    """A pass reads the mask once for each channel, or column of packs, and the sums of x before that once more.
+
+    These reads come from caches: memory hands the mask out once, N * L bytes.
+    """
+    arrays = Masked(rng, shape, np.float32, "all")
+    x, dy, out, mask = *arrays.on_device("x", "dy"), arrays.empty(), cp.asarray(arrays.mask)
+    affine, statistics = Affine(None, None, 1e-5), to_device(arrays.statistics)
+
+    def moved(marks):
+        with cp.emulator.record() as launches:
+            moments = cupy_ops.bn_stats(x, None, None, marks)
+            cupy_ops.bn_normalize(x, moments, affine, Running(), Epilogue(mask=marks), out, False)
+            sums = cupy_ops.bn_backward_reduce(dy, x, statistics, affine, Epilogue(mask=marks))
+            gradients = Gradients(out, None, None, None)
+            cupy_ops.bn_backward_input(dy, x, statistics, affine, Epilogue(mask=marks), sums, 1.0, gradients)
+        return [launch.bytes_read + launch.bytes_written for launch in launches]
+
+    more = [masked - plain for masked, plain in zip(moved(mask), moved(None), strict=True)]
+    once = arrays.mask.size * readers
+    scan = once if shape[2] > 1 else arrays.mask.size * len(range(0, shape[1], 32 // 4))
+    assert more[1:] == [once] * 3
+    assert more[0] == once + scan
