@@ -6,9 +6,10 @@
 #pragma once
 #include "packs.cuh"
 
-// Packs of a chunk, whose sums are taken in the dtype A: fewer in float64, as its registers are twice as many.
+// Packs of a chunk, whose sums are taken in the dtype A: fewer in float64, as its registers are twice as many, and where
+// masks and long indices want registers as well.
 template <class A>
-constexpr int CHUNK = (sizeof(A) == 8 ? 8 : sizeof(data_t) == 2 ? 32 : 16) / WIDTH;
+constexpr int CHUNK = (sizeof(A) == 8 ? 8 : sizeof(data_t) == 2 && !(MASKED && INDEX_BITS == 64) ? 32 : 16) / WIDTH;
 
 // Adds what is left of all packs of a thread to the total. Returns whether the dtype A held their sums.
 template <class A, class Source>
