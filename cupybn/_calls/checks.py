@@ -94,7 +94,7 @@ def _to_float(name: str, dtype: np.dtype[Any]) -> str:
         return f": use {name}.view(ml_dtypes.bfloat16)" if dtype == BITS_OF_BFLOAT16 else ""
     if name == "residual" and dtype.kind == "b":  # the second argument of a layer
         return "; did you mean mask=?"
-    if dtype.kind in "iu" and dtype.itemsize >= 4:
+    if name == "input" and dtype.kind in "iu" and dtype.itemsize >= 4:
         return f": use {name}.astype(np.float32), or np.float64 for numbers beyond 2**24"
     return f": use {name}.astype(np.float32)" if dtype.kind in "fiubOV" else ""  # ml_dtypes has dtypes of kind V
 
