@@ -9,11 +9,12 @@ numbers, which are those of exact sums of integers. The mean of the chunks' vari
 differ. On Linux this process limits its own memory meanwhile (with NumPy arrays and an .npy file), so that what does
 not stay small is an error. What needs a package that is missing is left out, and named.
 
-    pip install '.[examples]'
+    pip install '.[examples,dask]'
     python examples/image_stack.py
 """
 
 import pickle
+import shutil
 import sys
 import tempfile
 from fractions import Fraction
@@ -235,7 +236,7 @@ def found(what, *packages):
     """Whether packages can be found; if not, a line says what is left out."""
     missing = [name for name in packages if find_spec(name) is None]
     if missing:
-        print(f"without {what}: {', '.join(missing)} cannot be found: pip install {' '.join(missing)}")
+        print(f"without {what}: {', '.join(missing)} cannot be found: pip install '.[dask]'")
     return not missing
 
 
@@ -327,8 +328,19 @@ def main():
         limit=(LIMIT, "megabytes that this process may take"),
     )
     args.zarr = args.zarr and found("Zarr, as .npy", "zarr")
+    check_space(args.output, args.frames)
     with tempfile.TemporaryDirectory(dir=args.output, ignore_cleanup_errors=True) as folder:
         compare(args, Path(folder))
+
+
+def check_space(folder, count):
+    """Exit unless the disk has room for the stack and for what it becomes: writes to a mapped file would be fatal."""
+    needed, free = count * 3 * SIZE**2 * (2 + 4), shutil.disk_usage(folder).free  # uint16, and float32
+    if needed > free:
+        sys.exit(
+            f"{folder}: expected {needed / 1e6:.0f} MB to be free for the stack and what it becomes "
+            f"(got {free / 1e6:.0f} MB): give another --output, or fewer --frames"
+        )
 
 
 def compare(args, folder):

@@ -49,7 +49,7 @@ def test_help(example, monkeypatch, capsys):
     assert status(example, ["--help"], monkeypatch) == 0
     out = capsys.readouterr().out
     assert example.__doc__ in out
-    assert re.search(r"^    pip install '\.\[examples\]'( torch)?$", out, re.MULTILINE)
+    assert re.search(r"^    pip install '\.\[examples(,dask)?\]'( torch)?$", out, re.MULTILINE)
     assert re.search(rf"^    (python|mpiexec -n 2 python -m mpi4py) examples/{example.__name__}.py$", out, re.MULTILINE)
 
 
@@ -499,13 +499,26 @@ def test_image_stack(image_stack, xp, monkeypatch, capsys, tmp_path):
     np.testing.assert_allclose(numbers(out, "without the mask"), stack.var(axis=(0, 1, 2)), rtol=1e-6)
     assert numbers(out, "mean").tolist() == [0, 0, 0]
     assert numbers(out, "variance").tolist() == [1, 1, 1]
-    assert re.findall(r"^without (\w+).*: pip install (.*)$", out, re.MULTILINE) == [
+    assert re.findall(r"^without (\w+).*: (.*) cannot be found: pip install '\.\[dask\]'$", out, re.MULTILINE) == [
         ("Zarr", "zarr"),
-        ("Dask", "dask distributed"),
-        ("xarray", "dask xarray"),
+        ("Dask", "dask, distributed"),
+        ("xarray", "dask, xarray"),
     ]
     assert [path.name for path in tmp_path.iterdir()] == ["image_stack.png"]
     assert (tmp_path / "image_stack.png").stat().st_size < 100_000
+
+
+def test_image_stack_on_a_full_disk(image_stack, monkeypatch, tmp_path):
+    """A disk without room for it is told of before anything is written, and nothing is left there."""
+    needed = 10 * 3 * 32 * 32 * (2 + 4)
+    for free in needed - 1, needed:
+        monkeypatch.setattr(image_stack.shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+        monkeypatch.setattr(image_stack, "compare", lambda *_: sys.exit("goes on"))
+        monkeypatch.setattr(sys, "argv", ["image_stack.py", "--frames", "10", "--output", str(tmp_path)])
+        expected = "goes on" if free == needed else f"{tmp_path}: expected 0 MB to be free for the stack"
+        with pytest.raises(SystemExit, match=f"^{re.escape(expected)}"):
+            image_stack.main()
+        assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("device", ["cpu"])
