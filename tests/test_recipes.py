@@ -576,10 +576,10 @@ def test_replays_are_steps():
 
 @pytest.mark.parametrize("frames", [1, 5, 8])
 def test_moments_by_dask(frames, monkeypatch, rng):
-    """The tree of sums has the moments of all blocks, however many there are."""
+    """The sum has the moments of all blocks, however many there are, also where the channels were apart."""
     array = pytest.importorskip("dask.array")
     stack = rng.integers(0, 4096, (frames, 2, 4, 4)).astype(np.uint16)
-    monkeypatch.setattr(array, "from_zarr", lambda _: array.from_array(stack, chunks=(1, 2, 4, 4)))
+    monkeypatch.setattr(array, "from_zarr", lambda _: array.from_array(stack, chunks=(1, 1, 4, 2)))
     (code,) = (block for block in blocks(TEXTS["streaming-statistics"], "python") if ">>> " not in block)
     found = {}
     exec(code, found)
