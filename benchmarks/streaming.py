@@ -402,11 +402,13 @@ def main() -> None:
         child(args)
         return
     if args.long is not None:
+        if not 0 < args.long < float("inf"):
+            parser.error(f"argument --long: expected a number above 0 (got {args.long})")
         stream_long(args.long, QUICK if args.short else FULL)
         return
     for name, package in ("dask", "dask"), ("sklearn", "scikit-learn"):
         if importlib.util.find_spec(name) is None:
-            parser.error(f"{package} is missing: `pip install 'dask[array]' scikit-learn`")
+            parser.error(f"{package} is missing: `pip install '.[bench,dask,examples]'`")
     facts, results = measure(args)
     names = [f"cupybn {fact['version']} at {commit(Path(fact['package']).parent)}" for fact in facts]
     versions = ", ".join([names[0], *facts[0]["versions"]])

@@ -222,10 +222,17 @@ def add_options(parser: argparse.ArgumentParser, rounds: int, starts: int) -> No
 
 
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The options; with --short as little of everything as there can be."""
+    """The options; with --short as little of everything as there can be. Exits before a measurement that is lost."""
     args = parser.parse_args()
+    if min(args.rounds, args.starts) < 1:
+        parser.error(f"expected --rounds and --starts of 1 or more (got {args.rounds} and {args.starts})")
     if args.short:
         args.rounds, args.starts = SHORT_ROUNDS, 1
+    if args.output is not None and not args.child:
+        try:
+            args.output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            parser.error(f"argument --output: {error}")
     return args
 
 

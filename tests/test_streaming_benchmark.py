@@ -63,6 +63,31 @@ def test_as_much_as_one_has_time_for():
     assert float(lines[-1].rpartition(" ")[2]) < 1e-6
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--output", "{}/file"), "argument --output: "),
+        (("--output", "{}/file/folder"), "argument --output: "),
+        (("--starts", "0"), "expected --rounds and --starts of 1 or more (got 5 and 0)"),
+        (("--rounds", "-1"), "expected --rounds and --starts of 1 or more (got -1 and 2)"),
+        (("--long", "0"), "argument --long: expected a number above 0 (got 0.0)"),
+        (("--long", "nan"), "argument --long: expected a number above 0 (got nan)"),
+        (("--long", "inf"), "argument --long: expected a number above 0 (got inf)"),
+    ],
+    ids=str,
+)
+def test_wrong_options(options, message, monkeypatch, tmp_path, capsys):
+    """What cannot be is told of before anything is measured."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(sys, "argv", ["streaming.py", "--quick", *(option.format(tmp_path) for option in options)])
+    monkeypatch.setattr(streaming, "measure", None)
+    monkeypatch.setattr(streaming, "stream_long", None)
+    with pytest.raises(SystemExit) as caught:
+        streaming.main()
+    assert caught.value.code == 2
+    assert f"streaming.py: error: {message}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("ratio", [0.0, 1.0, 1e3, 1e6])
 @pytest.mark.parametrize(("sample", "axis"), SMALL)
 @pytest.mark.parametrize("masked", [False, True])
