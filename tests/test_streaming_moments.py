@@ -247,6 +247,17 @@ def test_masks_that_leave_nothing(xp):
         assert not to_numpy(some.var()).any()
 
 
+@pytest.mark.parametrize("value", [1.0, -1e160, 1e300])
+def test_masks_that_leave_nothing_change_nothing(xp, value):
+    x = xp.asarray(value * np.arange(1, 5, dtype=np.float64).reshape(2, 2))
+    stats = StreamingMoments().update(x[:1]).update(x[:1])
+    before = state(stats)
+    assert state(stats.update(x, xp.zeros(2, bool))) == before
+    nothing = StreamingMoments().update(x, xp.zeros(2, bool))
+    assert state(stats + nothing) == before
+    assert state(nothing + stats) == before
+
+
 def test_empty_chunks_change_nothing(xp, monkeypatch):
     """Empty chunks are checked, but allocate nothing, nor do they settle the channels."""
     stats = StreamingMoments()
