@@ -685,6 +685,20 @@ def fresh(xp):
             for name, one in (("weight", 1), ("bias", 0), ("running_mean", 0), ("running_var", 1))}  # fmt: skip
 
 
+def test_derived_layers_that_know_of_no_mask(xp, device, rng):
+    """A class with a `forward` of its own, which takes no mask, goes on to work without one."""
+
+    class Doubled(BatchNorm1d):
+        def forward(self, input, residual=None):
+            return super().forward(2 * input, residual)
+
+    x, mask = xp.asarray(rng.normal(0, 1, (4, 3)).astype(np.float32)), xp.ones(4, bool)
+    layer = Doubled(3, device=device)
+    assert bits(layer(x), layer(x, x)) == bits(*(BatchNorm1d(3, device=device)(2 * x, r) for r in (None, x)))
+    with pytest.raises(TypeError, match="forward"):
+        layer(x, mask=mask)
+
+
 def test_the_mean_over_all_batches(xp, device, rng):
     """Batches count each as one, however much of them a mask leaves."""
     layer = BatchNorm1d(3, momentum=None, device=device)
