@@ -50,8 +50,8 @@ def _check_beside(name: str, array: Any, like: Any, other: str) -> None:
         )
 
 
-def _to_array(name: str, given: Any, like: Any) -> str:
-    """Way out for an argument that is no array: how to make one of it. The end of a message."""
+def _to_array(name: str, given: Any, like: Any, dtype: str = "'float32'") -> str:
+    """Way out for an argument that is no array: how to make one of this dtype of it. The end of a message."""
     cls = type(given)
     masked = issubclass(cls, np.ma.MaskedArray)
     if not masked:  # the calls that are recommended here make arrays over the same memory
@@ -69,7 +69,7 @@ def _to_array(name: str, given: Any, like: Any) -> str:
         return f": use cupy.asarray({name})"
     known = issubclass(cls, (list, tuple, memoryview, BuiltinArray)) or hasattr(cls, "__array__")
     if known and not issubclass(cls, np.generic):  # a scalar would have no axes
-        return f": use numpy.asarray({name}, 'float32')"
+        return f": use numpy.asarray({name}, {dtype})"
     return ""
 
 
@@ -137,8 +137,12 @@ def _to_shape(name: str, array: Any, input: Any) -> str:
 def check_mask(mask: Any, input: Any, axes: Sequence[int]) -> None:
     """Check for a bool array on the input's device that broadcasts to the input's shape without its channel axes."""
     if kind(mask) is None:
-        listed = isinstance(mask, (list, tuple))
-        way_out = f": use {kind(input)}.asarray(mask, bool)" if listed else ""
+        if isinstance(mask, np.ma.MaskedArray):
+            way_out = ": use mask.filled(False)"
+        elif isinstance(mask, (list, tuple)) and kind(_first(mask)) is None:
+            way_out = f": use {kind(input)}.asarray(mask, bool)"
+        else:
+            way_out = _to_array("mask", mask, input, "bool")
         raise TypeError(f"expected mask to be a NumPy or CuPy array of bool (got {describe(mask)}){way_out}")
     if mask.dtype != np.bool_:
         raise TypeError(f"expected mask of dtype bool, True for data (got {mask.dtype}): use mask.astype(bool)")
