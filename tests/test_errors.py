@@ -519,7 +519,10 @@ def test_layer_with_a_weight_of_another_rank(xp, device, rng):
     layer = BatchNorm1d(3, device=device)
     layer.weight = xp.ones((3, 1), np.float32)
     fails_in_layer(
-        ValueError, layer, call(xp, rng)["input"], match=exactly("expected weight of shape (3,) (got (3, 1))")
+        ValueError,
+        layer,
+        call(xp, rng)["input"],
+        match=exactly("expected weight of shape (3,) (got (3, 1)): use weight.reshape(-1)"),
     )
 
 

@@ -400,6 +400,7 @@ def test_empty_inputs(xp, rng, shape, training):
 ARRAY = "expected mask to be a NumPy or CuPy array of bool"
 DTYPE = "expected mask of dtype bool, True for data"
 FITTING = "expected mask of shape (4, 8), the input's without axis 1, or one that broadcasts to it"
+ALIKE = ", as all channels share a mask"
 
 
 def wrong_masks(xp):
@@ -418,10 +419,10 @@ def wrong_masks(xp):
         "floats": (good.astype(np.float32), TypeError, f"{DTYPE} (got float32): use mask.astype(bool)"),
         "bytes": (good.view(np.uint8), TypeError, f"{DTYPE} (got uint8): use mask.astype(bool)"),
         "other kind": of_the_other_kind(xp),
-        "with channels": (xp.ones((4, 3, 8), bool), ValueError, f"{FITTING} (got (4, 3, 8))"),
+        "with channels": (xp.ones((4, 3, 8), bool), ValueError, f"{FITTING} (got (4, 3, 8)): use mask.all(1){ALIKE}"),
         "with one channel": (good[:, None], ValueError, f"{FITTING} (got (4, 1, 8)): use mask.squeeze(1)"),
         "more axes": (good[None], ValueError, f"{FITTING} (got (1, 4, 8))"),
-        "samples alone": (good[:, 0], ValueError, f"{FITTING} (got (4,))"),
+        "samples alone": (good[:, 0], ValueError, f"{FITTING} (got (4,)): use mask[..., None]"),
         "too short": (good[:, 1:], ValueError, f"{FITTING} (got (4, 7))"),
         "empty": (good[:0], ValueError, f"{FITTING} (got (0, 8))"),
     }

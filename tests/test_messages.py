@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import cupybn.functional as F
-from cupybn import BatchNorm1d, BatchNorm2d, SyncBatchNorm
+from cupybn import BatchNorm1d, BatchNorm2d, StreamingMoments, SyncBatchNorm
 from cupybn._arrays.kinds import show
 from cupybn._steps import tiles
 from tests.reference import arguments, bits
@@ -96,6 +96,19 @@ def test_no_array_of_torch(xp, rng):
     )
 
 
+def test_arrays_in_chunks(xp, rng):
+    """The way out for what may be larger than memory does not load it as a whole."""
+    stack = type("Array", (), {"__array__": None, "chunks": (1, 3, 5)})()
+    for call in F.moments, StreamingMoments().update, lambda x: F.batch_norm(x, None, None, training=True):
+        message = message_of(TypeError, call, stack)
+        assert message.endswith("(got Array): use numpy.asarray(input[i:j], 'float32'), a chunk at a time")
+    kwargs = arguments(xp, rng, SHAPE)
+    assert message_of(TypeError, F.batch_norm, **kwargs | {"weight": stack}).endswith("asarray(weight, 'float32')")
+    assert message_of(TypeError, F.moments, kwargs["input"], mask=stack).endswith(
+        "expected mask to be a NumPy or CuPy array of bool (got Array): use numpy.asarray(mask, bool)"
+    )
+
+
 def test_lists_of_arrays_on_a_gpu(rng):
     cupy = pytest.importorskip("cupy")
     x = arguments(cupy, rng, SHAPE)["input"]
@@ -133,6 +146,15 @@ def test_a_flag_in_the_place_of_an_array(xp, rng, name, value):
     assert "did you mean" not in message_of(TypeError, layer, kwargs["input"])
 
 
+def test_a_mask_in_the_place_of_the_residual(xp):
+    x, mask = xp.ones(SHAPE, np.float32), xp.ones((4, 5), bool)
+    layer = BatchNorm1d(3, device="cpu" if xp is np else "cuda:0")
+    for call in layer, layer.vjp, lambda x, mask: F.batch_norm(x, None, None, training=True, residual=mask):
+        message = message_of(TypeError, call, x, mask)
+        assert message.startswith("expected residual of dtype")
+        assert message.endswith("(got bool); did you mean mask=?")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Elements, shapes, devices
 
@@ -144,7 +166,9 @@ def test_a_flag_in_the_place_of_an_array(xp, rng, name, value):
         ("V4", ""),
         ("i1,i1", ""),
         ("U3", ""),
-        ("int64", ": use input.astype(np.float32)"),
+        ("int64", ": use input.astype(np.float32), or np.float64 for numbers beyond 2**24"),
+        ("uint32", ": use input.astype(np.float32), or np.float64 for numbers beyond 2**24"),
+        ("uint16", ": use input.astype(np.float32)"),
         ("uint8", ": use input.astype(np.float32)"),
         ("bool", ": use input.astype(np.float32)"),
         (ml_dtypes.float8_e4m3fn, ": use input.astype(np.float32)"),
@@ -159,6 +183,54 @@ def test_dtypes(dtype, end):
     dtype = np.dtype(dtype)
     message = message_of(TypeError, F.moments, np.ones(SHAPE, dtype))
     assert message == f"expected input of dtype float16, bfloat16, float32, float64 (got {dtype.name}){end}"
+
+
+@pytest.mark.parametrize(
+    ("axes", "shape", "end"),
+    [
+        (1, (4, 3, 5), "mask.all(1), as all channels share a mask"),
+        (1, (1, 3, 1), "mask.all(1), as all channels share a mask"),
+        (1, (4, 1, 5), "mask.squeeze(1)"),
+        (-1, (4, 3, 1), "mask.squeeze(2)"),
+        ((0, 1), (4, 3, 5), "mask.all((0, 1)), as all channels share a mask"),
+        ((2, 1), (4, 1, 1), "mask.squeeze((2, 1))"),
+        ((2, 1), (4, 1, 5), "mask.all((2, 1)), as all channels share a mask"),
+        (1, (4,), "mask[..., None]"),
+        (-1, (4,), "mask[..., None]"),
+        (1, (3, 5), None),
+        (1, (4, 2, 5), None),
+        (1, (4, 1, 3), None),
+        (1, (3,), None),
+    ],
+    ids=str,
+)
+def test_masks_of_another_shape(xp, axes, shape, end):
+    """What a message recommends is taken."""
+    x, mask = xp.ones(SHAPE, np.float32), xp.ones(shape, bool)
+    message = message_of(ValueError, F.moments, x, channel_axis=axes, mask=mask)
+    assert message.partition(f"(got {shape})")[2] == ("" if end is None else f": use {end}")
+    if end is not None:
+        F.moments(x, channel_axis=axes, mask=eval(end.partition(", as")[0], {"mask": mask}))
+
+
+def test_lengths_as_a_mask(xp):
+    module, lengths = xp.__name__, xp.asarray([5, 1, 2, 3])
+    for axis, L in (1, 5), (-1, 3):
+        message = message_of(TypeError, F.moments, xp.ones(SHAPE, np.float32), channel_axis=axis, mask=lengths)
+        way = f"{module}.arange({L}) < mask[:, None]"
+        assert message.endswith(f"(got int64): use {way} if these are lengths")
+    x = xp.ones((4, 3), np.float32)  # without steps
+    assert message_of(TypeError, F.moments, x, mask=lengths).endswith("(got int64): use mask.astype(bool)")
+
+
+def test_vectors_with_axes_for_broadcasting(xp):
+    """Vectors that broadcast against the input are one `reshape` away, which is a view as statistics in place need."""
+    x = xp.ones((2, 4, 5), np.float32)
+    mean, var = F.moments(x, keepdims=True)
+    for shape, end in ((1, 4, 1), ": use running_mean.reshape(-1)"), ((2, 2), ""), ((2, 4), ""), ((), ""):
+        message = message_of(ValueError, F.batch_norm, x, xp.ones(shape, np.float32), var)
+        assert message == f"expected running_mean of shape (4,) (got {shape}){end}"
+    F.batch_norm(x, mean.reshape(-1), var.reshape(-1))
 
 
 def test_what_is_not_like_input(xp, rng):

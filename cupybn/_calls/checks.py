@@ -69,6 +69,8 @@ def _to_array(name: str, given: Any, like: Any, dtype: str = "'float32'") -> str
         return f": use cupy.asarray({name})"
     known = issubclass(cls, (list, tuple, memoryview, BuiltinArray)) or hasattr(cls, "__array__")
     if known and not issubclass(cls, np.generic):  # a scalar would have no axes
+        if name == "input" and hasattr(cls, "chunks"):  # of Dask, Zarr, xarray, h5py: may be larger than memory
+            return f": use numpy.asarray({name}[i:j], {dtype}), a chunk at a time"
         return f": use numpy.asarray({name}, {dtype})"
     return ""
 
@@ -90,6 +92,10 @@ def _to_float(name: str, dtype: np.dtype[Any]) -> str:
         return f": use {name}.astype(np.float64)"
     if dtype.type is np.void:  # NumPy's files keep the bits of bfloat16, not its name
         return f": use {name}.view(ml_dtypes.bfloat16)" if dtype == BITS_OF_BFLOAT16 else ""
+    if name == "residual" and dtype.kind == "b":  # the second argument of a layer
+        return "; did you mean mask=?"
+    if name == "input" and dtype.kind in "iu" and dtype.itemsize >= 4:
+        return f": use {name}.astype(np.float32), or np.float64 for numbers beyond 2**24"
     return f": use {name}.astype(np.float32)" if dtype.kind in "fiubOV" else ""  # ml_dtypes has dtypes of kind V
 
 
@@ -128,14 +134,14 @@ def check_like(name: str, array: Any, input: Any) -> None:
 
 def _to_shape(name: str, array: Any, input: Any) -> str:
     """Way out for an array of another shape, if it broadcasts to the input's. The end of a message."""
-    with contextlib.suppress(ValueError):
-        if np.broadcast_shapes(array.shape, input.shape) == input.shape:
-            return f": use {kind(input)}.broadcast_to({name}, {input.shape})"
+    if _broadcasts(array.shape, input.shape):
+        return f": use {kind(input)}.broadcast_to({name}, {input.shape})"
     return ""
 
 
 def check_mask(mask: Any, input: Any, axes: Sequence[int]) -> None:
     """Check for a bool array on the input's device that broadcasts to the input's shape without its channel axes."""
+    shape = tuple(n for axis, n in enumerate(input.shape) if axis not in axes)
     if kind(mask) is None:
         if isinstance(mask, np.ma.MaskedArray):
             way_out = ": use mask.filled(False)"
@@ -145,19 +151,36 @@ def check_mask(mask: Any, input: Any, axes: Sequence[int]) -> None:
             way_out = _to_array("mask", mask, input, "bool")
         raise TypeError(f"expected mask to be a NumPy or CuPy array of bool (got {describe(mask)}){way_out}")
     if mask.dtype != np.bool_:
-        raise TypeError(f"expected mask of dtype bool, True for data (got {mask.dtype}): use mask.astype(bool)")
+        way_out = "mask.astype(bool)"
+        if mask.dtype.kind in "iu" and len(shape) == 2 and mask.shape == shape[:1]:
+            way_out = f"{kind(mask)}.arange({shape[1]}) < mask[:, None] if these are lengths"
+        raise TypeError(f"expected mask of dtype bool, True for data (got {mask.dtype}): use {way_out}")
     _check_beside("mask", mask, input, "input")
-    shape = tuple(n for axis, n in enumerate(input.shape) if axis not in axes)
+    if not _broadcasts(mask.shape, shape):
+        without = f"axis {axes[0]}" if len(axes) == 1 else f"axes {tuple(axes)}"
+        raise ValueError(
+            f"expected mask of shape {shape}, the input's without {without}, or one that broadcasts to it "
+            f"(got {mask.shape}){_to_mask(mask, input, axes, shape)}"
+        )
+
+
+def _to_mask(mask: Any, input: Any, axes: Sequence[int], shape: tuple[int, ...]) -> str:
+    """Way out for a mask that does not broadcast to this shape. The end of a message."""
+    along = axes[0] if len(axes) == 1 else tuple(axes)
+    if mask.ndim == input.ndim and _broadcasts(mask.shape, input.shape):
+        alike = all(mask.shape[axis] == 1 for axis in axes)
+        return f": use mask.squeeze({along})" if alike else f": use mask.all({along}), as all channels share a mask"
+    missing = len(shape) - mask.ndim
+    if missing > 0 and _broadcasts((*mask.shape, *missing * (1,)), shape):
+        return f": use mask[...{missing * ', None'}]"
+    return ""
+
+
+def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+    """Whether an array of one shape broadcasts to another one."""
     with contextlib.suppress(ValueError):
-        if np.broadcast_shapes(mask.shape, shape) == shape:
-            return
-    whole = len(axes) == 1 and mask.ndim == input.ndim and mask.shape[axes[0]] == 1
-    way_out = f": use mask.squeeze({axes[0]})" if whole else ""
-    without = f"axis {axes[0]}" if len(axes) == 1 else f"axes {tuple(axes)}"
-    raise ValueError(
-        f"expected mask of shape {shape}, the input's without {without}, or one that broadcasts to it "
-        f"(got {mask.shape}){way_out}"
-    )
+        return np.broadcast_shapes(shape, to) == to
+    return False
 
 
 def check_writeable(name: str, array: Any) -> None:
@@ -303,7 +326,9 @@ def check_vectors(input: Any, axis: int, vectors: Mapping[str, Any], layer_devic
     sizes = {vector.size for vector in vectors.values() if vector.ndim == 1}
     for name, vector in vectors.items():
         if vector.ndim != 1:
-            raise ValueError(f"expected {name} of shape ({channels},) (got {vector.shape})")
+            spread = vector.size == channels and channels in vector.shape  # the only axis that is not 1 long
+            way_out = f": use {name}.reshape(-1)" if spread else ""
+            raise ValueError(f"expected {name} of shape ({channels},) (got {vector.shape}){way_out}")
         if vector.size != channels:
             message = f"expected {vector.size} channels (num_features) on axis {axis}, got {channels}"
             if layer_device is None or len(sizes) > 1:
