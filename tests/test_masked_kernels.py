@@ -65,8 +65,8 @@ def test_bn_stats(rng, shape, dtype, left):
 @pytest.mark.parametrize("shape", [(2, 2, 20000), (20000, 2, 1)], ids=str)
 @pytest.mark.parametrize("left", ["few", "one", "none"])
 def test_parts_that_have_nothing_left(rng, shape, left):
-    """Several parts, some or all of which are empty; the values are far from 0, so that pivots have to be left ones, and
-    those of the channel itself.
+    """Several parts, some or all of which are empty; the values are far from 0 and from those of the other channel, so
+    that pivots have to be left ones of the channel itself.
     """
     arrays = Masked(rng, shape, np.float32, left)
     arrays.mask.reshape(-1)[arrays.mask.size // 4 : arrays.mask.size * 3 // 4] = False
