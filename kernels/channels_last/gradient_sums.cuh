@@ -38,7 +38,7 @@ DEVICE unsigned sum_packs(const Source& dy, const Source& x, Packs packs, const 
             raw_dy[u] = there ? dy.get(at, i + u) : raw_t();  // dy of 0 adds nothing, or NaN that float32 finds
             raw_x[u] = there ? x.get(at, i + u) : raw_x[0];
             bits[u] = there ? passed.bits(at) : 0;
-            some[u] = there || !MASKED ? left.bits(i + u) : 0;
+            some[u] = there || !MASKED ? left.bits(i + u) : 0;  // x of pack 0 may be NaN that is left out
         }
 #pragma unroll
         for (int u = 0; u < AT_ONCE; u++) {
