@@ -163,7 +163,7 @@ def batch_norm(
     ----------
     input : array of rank >= 2, float16, bfloat16, float32 or float64
         NumPy or CuPy; all arrays of a call are of one kind and on one device. Those of derived classes are arrays like
-        others, but for noted arrays and matrices; what is returned is of NumPy's or CuPy's own class.
+        others, but for masked arrays and matrices; what is returned is of NumPy's or CuPy's own class.
     running_mean, running_var : (C,) arrays or None
         Updated in place in training: running = (1 - momentum) * running + momentum * batch, with the unbiased variance.
         Used as they are otherwise.

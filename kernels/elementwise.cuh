@@ -115,17 +115,6 @@ DEVICE void stop(acc_t (&dy)[WIDTH], const acc_t (&x)[WIDTH], Gate gate, unsigne
     }
 }
 
-// Leaves out what a mask leaves out of a pack: its dy becomes 0, and x, which may be NaN, adds nothing to a sum then.
-template <class Channels>
-DEVICE void leave_out(acc_t (&dy)[WIDTH], acc_t (&x)[WIDTH], unsigned left, const Channels& channels) {
-#pragma unroll
-    for (int e = 0; e < WIDTH; e++)
-        if (!(left >> e & 1)) {
-            dy[e] = 0;
-            x[e] = channels.usual(e).center;
-        }
-}
-
 // The input's gradient of an element; `constant` if the statistics do not depend on x.
 template <class A>
 DEVICE A input_gradient(A dy, A x, const Factors<A>& f, bool constant) {
@@ -133,7 +122,8 @@ DEVICE A input_gradient(A dy, A x, const Factors<A>& f, bool constant) {
     return dx * f.scale;
 }
 
-// The input's gradient of a pack. g becomes what the residual gets.
+// The input's gradient of a pack, of which a mask leaves the elements whose bit of `left` is set. g becomes what the
+// residual gets.
 template <bool WIDE, class Channels>
 DEVICE raw_t input_gradient(const raw_t& dy, const raw_t& x, Gate gate, unsigned bits, unsigned left, bool constant,
                             const Channels& channels, acc_t (&g)[WIDTH]) {
@@ -141,7 +131,6 @@ DEVICE raw_t input_gradient(const raw_t& dy, const raw_t& x, Gate gate, unsigned
     typename Arithmetic<WIDE>::type dx[WIDTH];
     unpack(dy, g);
     unpack(x, in);
-    leave_out(g, in, left, channels);
     stop<WIDE>(g, in, gate, bits, channels);
 #pragma unroll
     for (int e = 0; e < WIDTH; e++) {
@@ -149,7 +138,7 @@ DEVICE raw_t input_gradient(const raw_t& dy, const raw_t& x, Gate gate, unsigned
             dx[e] = input_gradient<double>(g[e], in[e], channels.wide(e), constant);
         else
             dx[e] = input_gradient(g[e], in[e], channels.usual(e), constant);
-        if (!(left >> e & 1)) dx[e] = 0;
+        if (!(left >> e & 1)) dx[e] = g[e] = 0;
     }
     return pack(dx);
 }

@@ -17,10 +17,10 @@ struct Passed {
 };
 
 // Turns the sums that sum_all has taken into sum(dy) and sum(dy * xhat): without PRODUCT_SCALE, and about the mean
-// itself, not about the center. Where a mask has left nothing of the batch there is no mean, and the sums are 0.
-DEVICE void finish_sums(double (&sums)[2], const Channel& channel, const Statistics& statistics) {
+// itself, not about the center. Where a mask has left nothing they stay 0, whatever the channel is.
+DEVICE void finish_sums(double (&sums)[2], const Channel& channel) {
+    if (MASKED && sums[0] == 0 && sums[1] == 0) return;
     sums[1] = unscaled(sums[1]) - channel.rest * channel.rstd * sums[0];
-    if (MASKED && statistics.count_left && *statistics.count_left == 0) sums[0] = sums[1] = 0;
 }
 
 // inv_count, divided by the number of values that a mask has left of the batch, where only the device knows it.

@@ -154,7 +154,8 @@ struct Total<float> {
             ADDED_AS_THEY_ARE && sizeof(A) < 8 ? chunk.offset - pivot : (chunk.base - pivot) + chunk.offset;
         const double part = full ? count * away : count * (chunk.base - pivot) + chunk.sum;
         sum += part;
-        squares += part * away + chunk.m2;
+        // The mean about which m2 is taken is rounded: deviations from it add up to part - count * away, not to 0.
+        squares += (full ? part : part + (part - count * away)) * away + chunk.m2;
     }
     // The moments of all that were added, `count` values.
     DEVICE ChannelMoments moments(double count) const {

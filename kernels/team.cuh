@@ -24,7 +24,7 @@ DEVICE void lanes_sum(double (&values)[K]) {
 }
 
 // Makes each of K values its sum over the team. All threads of the block call it and get the sum, once in a kernel for
-// each K.
+// each K or with a barrier between two calls.
 template <int K>
 DEVICE void team_sum(double (&values)[K]) {
     lanes_sum<WARP>(values);

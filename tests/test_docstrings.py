@@ -51,7 +51,7 @@ def test_what_users_call_has_examples():
     functions = [getattr(cupybn.functional, name) for name in cupybn.functional.__all__ if name != "BatchNormGrads"]
     methods = [getattr(cupybn.BatchNorm2d, name) for name in ("vjp", "state_dict", "load_state_dict", "to")]
     methods.append(cupybn.SyncBatchNorm.from_batchnorm)
-    models = [cupybn.fold_conv_bn, cupybn.fold_linear_bn, cupybn.update_bn]
+    models = [cupybn.fold_conv_bn, cupybn.fold_linear_bn, cupybn.update_bn, cupybn.StreamingMoments]
     models += [cupybn.find_batch_norms, cupybn.load_checkpoint, cupybn.save_checkpoint, cupybn.IncompatibleKeys]
     for subject in [*layers, *functions, *methods, *models, cupybn.no_stats_update]:
         doc = inspect.getdoc(subject)

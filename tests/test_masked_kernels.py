@@ -65,10 +65,12 @@ def test_bn_stats(rng, shape, dtype, left):
 @pytest.mark.parametrize("shape", [(2, 2, 20000), (20000, 2, 1)], ids=str)
 @pytest.mark.parametrize("left", ["few", "one", "none"])
 def test_parts_that_have_nothing_left(rng, shape, left):
-    """Several parts, some or all of which are empty; the values are far from 0, so that pivots have to be left ones."""
+    """Several parts, some or all of which are empty; the values are far from 0 and from those of the other channel, so
+    that pivots have to be left ones of the channel itself.
+    """
     arrays = Masked(rng, shape, np.float32, left)
     arrays.mask.reshape(-1)[arrays.mask.size // 4 : arrays.mask.size * 3 // 4] = False
-    arrays.x[...] = np.where(arrays.mask[:, None], arrays.x * 1e-3 + 1e3, np.inf)
+    arrays.x[...] = np.where(arrays.mask[:, None], arrays.x * 1e-3 + [[-1e3], [1e3]], np.inf)
     x, mask = arrays.on_device("x", "mask")
     moments = cupy_ops.bn_stats(x, None, None, mask)
     assert moments.count.size > 1
@@ -156,11 +158,12 @@ def test_the_way_back(rng, shape, dtype, left, training, has_residual, activatio
 
 @pytest.mark.parametrize("offset", [1, 2, 3, 8])
 def test_masks_anywhere_in_memory(rng, offset):
-    """Packs are as wide as the address of the mask allows."""
+    """Packs are as wide as the address of the mask allows, and so are those of a record of ReLU."""
     arrays = Masked(rng, (4, 3, 16), np.float32)
     x = to_device(arrays.x)
     mask = to_device(arrays.mask, offset)
-    assert plans.width_of(x, mask=mask) == min(4, offset & -offset)
+    passed = cupy_ops.empty_passed(x, x, x, mask)
+    assert plans.width_of(x, mask=mask) == plans.width_of(x, passed=passed, mask=mask) == min(4, offset & -offset)
     ours = to_host(cupy_ops.merge_moments(cupy_ops.bn_stats(x, None, None, mask)))
     mirrored = numpy_ops.merge_moments(numpy_ops.bn_stats(arrays.x, None, None, arrays.mask))
     np.testing.assert_allclose(ours, mirrored, rtol=1e-6)
@@ -201,15 +204,52 @@ def test_channels_that_float32_is_too_narrow_for(rng, shape, size):
     np.testing.assert_allclose(*back, rtol=1e-4, atol=1e-4 / size)
 
 
+@pytest.mark.parametrize(
+    ("shape", "wide"), [((24, 2, 400), True), ((3000, 6, 1), True), ((3000, 6, 1), False)], ids=str
+)
+def test_numbers_that_are_left_out(rng, shape, wide):
+    """All results have the same bits as with NaN, which would also have float64 take over from float32: beside a
+    channel that float32 is too narrow for, and without one. Threads have several packs.
+    """
+    arrays = Masked(rng, shape, np.float32, has_residual=True, activation="relu")
+    if wide:
+        arrays.x[:, 1] *= np.float32(1e-30)
+        arrays.affine = arrays.affine._replace(eps=1e-62)
+    everything = arrays.x, arrays.dy, arrays.epilogue.residual
+    results = []
+    for value in np.nan, 5.0:
+        for array in everything:
+            array[arrays.out_of] = value
+        x, dy, affine, epilogue = arrays.on_device("x", "dy", "affine", "epilogue")
+        out, gradients = arrays.empty(), arrays.gradients()[1]
+        epilogue = epilogue._replace(passed=cupy_ops.empty_passed(x, epilogue.residual, out, epilogue.mask))
+        statistics = cupy_ops.bn_forward(x, affine, Running(), epilogue, out)
+        for activation, passed in ("relu", epilogue.passed), ("relu", None), (None, None):
+            back = Epilogue(None, activation, passed, epilogue.mask)
+            cupy_ops.bn_backward(dy, x, statistics, affine, back, 1.0, gradients)
+            results.append([to_numpy(a).copy() for a in (out, statistics.pairs, *gradients)])
+    for with_nan, with_numbers in zip(results[:3], results[3:], strict=True):
+        for array, other in zip(with_nan, with_numbers, strict=True):
+            np.testing.assert_array_equal(array, other)
+
+
+def test_the_count_of_a_single_channel(rng):
+    arrays = Masked(rng, (5, 1, 40), np.float32)
+    x, affine, epilogue = arrays.on_device("x", "affine", "epilogue")
+    statistics = cupy_ops.bn_forward(x, affine, Running(), epilogue, arrays.empty())
+    assert to_numpy(statistics.count_left) == arrays.mask.sum()
+
+
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 @pytest.mark.parametrize("value", [0.0, 1e5, 1e39, np.inf, np.nan], ids=str)
 @pytest.mark.parametrize("which", ["mean", "var"])
 @pytest.mark.parametrize("given", ["moments", "statistics"])
 def test_bn_update_running_skips_what_is_not_finite(dtype, value, which, given):
     """All channels stay where one is not finite in the dtype of its running statistic."""
-    count, C = 5.0, 300  # more channels than threads
+    count, C = 5.0, 300  # more channels than threads: a thread has its bad one first or last
+    channel = {"moments": 290, "statistics": 10}[given]
     mean, var = np.ones((2, C))
-    {"mean": mean, "var": var}[which][290] = value
+    {"mean": mean, "var": var}[which][channel] = value
     with np.errstate(over="ignore"):
         kept = bool(np.isfinite(np.array(value if which == "mean" else value * count / (count - 1)).astype(dtype)))
     for ops, where in (numpy_ops, lambda array: array), (cupy_ops, cp.asarray):
@@ -221,7 +261,7 @@ def test_bn_update_running_skips_what_is_not_finite(dtype, value, which, given):
             ops.bn_update_running(None, running, Statistics(where(np.stack([mean, var], axis=1))), count)
         assert int(running.batches) == 7 + kept
         moved = to_numpy(running.mean) != 3
-        assert moved[:290].all() == moved[291:].all() == kept
+        assert moved[:channel].all() == moved[channel + 1 :].all() == kept
         assert moved.any() == kept
         assert (to_numpy(running.var) != 3).any() == kept
 

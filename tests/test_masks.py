@@ -405,13 +405,17 @@ ALIKE = ", as all channels share a mask"
 
 def wrong_masks(xp):
     """What is wrong as a mask for an input of shape (4, 3, 8), by name: the mask, the error and the message."""
-    good = xp.ones((4, 8), bool)
+    good, host, listed = xp.ones((4, 8), bool), np.ones((4, 8), bool), ", bool" if xp is np else ""
     return {
         "list": ([[True] * 8] * 4, TypeError, f"{ARRAY} (got list): use {xp.__name__}.asarray(mask, bool)"),
         "bool": (True, TypeError, f"{ARRAY} (got bool)"),
         "bool of NumPy": (np.True_, TypeError, f"{ARRAY} (got bool)"),
         "text": ("mask", TypeError, f"{ARRAY} (got str)"),
-        "noted": (np.ma.ones((4, 8), bool), TypeError, f"{ARRAY} (got MaskedArray): use mask.filled(...)"),
+        "list of arrays": ([good[0]] * 4, TypeError, f"{ARRAY} (got list): use {xp.__name__}.asarray(mask{listed})"),
+        "noted": (np.ma.ones((4, 8), bool), TypeError, f"{ARRAY} (got MaskedArray): use mask.filled(False)"),
+        "matrix": (host.view(np.matrix), TypeError, f"{ARRAY} (got matrix): use numpy.asarray(mask)"),
+        "memory": (memoryview(host), TypeError, f"{ARRAY} (got memoryview): use numpy.asarray(mask, bool)"),
+        "tensor": (Tensor(host), TypeError, f"{ARRAY} (got Tensor): use numpy.from_dlpack(mask)"),
         "floats": (good.astype(np.float32), TypeError, f"{DTYPE} (got float32): use mask.astype(bool)"),
         "bytes": (good.view(np.uint8), TypeError, f"{DTYPE} (got uint8): use mask.astype(bool)"),
         "other kind": of_the_other_kind(xp),
@@ -422,6 +426,19 @@ def wrong_masks(xp):
         "too short": (good[:, 1:], ValueError, f"{FITTING} (got (4, 7))"),
         "empty": (good[:0], ValueError, f"{FITTING} (got (0, 8))"),
     }
+
+
+class Tensor:
+    """Array of another library that says by DLPack where it is."""
+
+    def __init__(self, host):
+        self._host = host
+
+    def __dlpack__(self, **settings):
+        return self._host.__dlpack__(**settings)
+
+    def __dlpack_device__(self):
+        return self._host.__dlpack_device__()
 
 
 def of_the_other_kind(xp):
@@ -667,6 +684,20 @@ def fresh(xp):
     """The arrays that a new layer with three features has."""
     return {name: (xp.ones if one else xp.zeros)(3, np.float32)
             for name, one in (("weight", 1), ("bias", 0), ("running_mean", 0), ("running_var", 1))}  # fmt: skip
+
+
+def test_derived_layers_that_know_of_no_mask(xp, device, rng):
+    """A class with a `forward` of its own, which takes no mask, goes on to work without one."""
+
+    class Doubled(BatchNorm1d):
+        def forward(self, input, residual=None):
+            return super().forward(2 * input, residual)
+
+    x, mask = xp.asarray(rng.normal(0, 1, (4, 3)).astype(np.float32)), xp.ones(4, bool)
+    layer = Doubled(3, device=device)
+    assert bits(layer(x), layer(x, x)) == bits(*(BatchNorm1d(3, device=device)(2 * x, r) for r in (None, x)))
+    with pytest.raises(TypeError, match="forward"):
+        layer(x, mask=mask)
 
 
 def test_the_mean_over_all_batches(xp, device, rng):

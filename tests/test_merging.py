@@ -62,6 +62,16 @@ def test_merge_moments_of_nothing(parts):
     np.testing.assert_array_equal(cupy_ops.merge_moments(nothing).get(), np.zeros((1, 1 + 2 * C)))
 
 
+@pytest.mark.parametrize("mean", [-1e300, 1e160, np.finfo(np.float64).max])
+def test_parts_without_values_are_left_out(mean):
+    """Parts without values have a mean of 0, whose distance from the others may have a square beyond float64."""
+    count = np.array([0.0, 3, 0, 2])
+    moments = Moments(count, np.where(count > 0, mean, 0)[:, None].repeat(C, 1), (count > 0)[:, None] * np.ones((4, C)))
+    expected = np.concatenate([[5], np.full(C, mean), np.full(C, 2)])[None]
+    np.testing.assert_array_equal(numpy_ops.merge_moments(moments), expected)
+    np.testing.assert_array_equal(cupy_ops.merge_moments(to_device(moments)).get(), expected)
+
+
 def test_merge_moments_of_one_mean_is_exact(rng):
     moments = moments_of(rng, 7)
     moments.mean[1:] = 0.1

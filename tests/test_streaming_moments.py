@@ -170,6 +170,25 @@ def test_ddof(xp, rng):
             stats.std(ddof)
 
 
+@pytest.mark.parametrize("scale", [1e-170, 1e200, 1.5e308])
+def test_settings_of_the_caller_play_no_part(xp, scale):
+    """What is beyond float64 is no error, and makes no noise, however NumPy is set."""
+    chunks = [xp.asarray(scale * np.array([[0.0, 1], [1, 1]])), xp.asarray(scale * np.array([[-1.0, 1], [0.5, -1]]))]
+    with np.errstate(all="ignore"):
+        expected = all_of(chunks)
+    with np.errstate(all="raise"):
+        assert all_of(chunks) == expected
+
+
+def all_of(chunks):
+    """The bits of all statistics of some chunks, and of their sum with itself."""
+    stats = StreamingMoments()
+    for chunk in chunks:
+        stats.update(chunk)
+    variances = [each.var(ddof) for each in (stats, stats + stats) for ddof in (0, -np.inf, 3.9999999999999996)]
+    return bits(stats.mean, stats.std(), *variances)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Chunks
 
@@ -245,6 +264,17 @@ def test_masks_that_leave_nothing(xp):
         assert some.count == 2
         assert bool((some.mean == 7).all())
         assert not to_numpy(some.var()).any()
+
+
+@pytest.mark.parametrize("value", [1.0, -1e160, 1e300])
+def test_masks_that_leave_nothing_change_nothing(xp, value):
+    x = xp.asarray(value * np.arange(1, 5, dtype=np.float64).reshape(2, 2))
+    stats = StreamingMoments().update(x[:1]).update(x[:1])
+    before = state(stats)
+    assert state(stats.update(x, xp.zeros(2, bool))) == before
+    nothing = StreamingMoments().update(x, xp.zeros(2, bool))
+    assert state(stats + nothing) == before
+    assert state(nothing + stats) == before
 
 
 def test_empty_chunks_change_nothing(xp, monkeypatch):
@@ -355,6 +385,11 @@ def test_derived_classes_stay_so(rng):
     for twin in copy.copy(stats), copy.deepcopy(stats), stats + StreamingMoments(), stats.synchronize(None):
         assert (type(twin), twin.name) == (Named, "mine")
     assert repr(stats).startswith("Named(")
+    stats.seen_on = ["monday"]
+    twin = copy.deepcopy(stats)
+    assert (state(twin), twin.seen_on) == (state(stats), stats.seen_on)
+    twin.seen_on.append("tuesday")
+    assert stats.seen_on == ["monday"]
 
 
 def test_threads_that_add_up(rng):

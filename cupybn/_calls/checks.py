@@ -51,7 +51,7 @@ def _check_beside(name: str, array: Any, like: Any, other: str) -> None:
 
 
 def _to_array(name: str, given: Any, like: Any, dtype: str = "'float32'") -> str:
-    """Way out for an argument that is no array: how to make one of it. The end of a message."""
+    """Way out for an argument that is no array: how to make one of this dtype of it. The end of a message."""
     cls = type(given)
     masked = issubclass(cls, np.ma.MaskedArray)
     if not masked:  # the calls that are recommended here make arrays over the same memory
@@ -143,8 +143,12 @@ def check_mask(mask: Any, input: Any, axes: Sequence[int]) -> None:
     """Check for a bool array on the input's device that broadcasts to the input's shape without its channel axes."""
     shape = tuple(n for axis, n in enumerate(input.shape) if axis not in axes)
     if kind(mask) is None:
-        listed = isinstance(mask, (list, tuple))
-        way_out = f": use {kind(input)}.asarray(mask, bool)" if listed else _to_array("mask", mask, input, "bool")
+        if isinstance(mask, np.ma.MaskedArray):
+            way_out = ": use mask.filled(False)"
+        elif isinstance(mask, (list, tuple)) and kind(_first(mask)) is None:
+            way_out = f": use {kind(input)}.asarray(mask, bool)"
+        else:
+            way_out = _to_array("mask", mask, input, "bool")
         raise TypeError(f"expected mask to be a NumPy or CuPy array of bool (got {describe(mask)}){way_out}")
     if mask.dtype != np.bool_:
         way_out = "mask.astype(bool)"

@@ -80,10 +80,12 @@ def merge_moments(moments: Moments) -> Array:
     count = moments.count.sum()
     if count == 0:
         return row
-    n, pivot = moments.count[:, None], moments.mean[np.argmax(moments.count > 0)]
-    mean = pivot + (n * (moments.mean - pivot)).sum(axis=0) / count
+    there = moments.count != 0
+    n, means, m2 = moments.count[there, None], moments.mean[there], moments.m2[there]
+    pivot = means[0]
+    mean = pivot + (n * (means - pivot)).sum(axis=0) / count
     row[0, 0], row[0, 1 : 1 + C] = count, mean
-    row[0, 1 + C :] = (moments.m2 + n * (moments.mean - mean) ** 2).sum(axis=0)
+    row[0, 1 + C :] = (m2 + n * (means - mean) ** 2).sum(axis=0)
     return row
 
 

@@ -41,12 +41,18 @@ class Total(NamedTuple):
         rows[1, means] += other.pivot - pivot
         return Total(ops.merge_moments(Moments.of_rows(rows)), pivot)
 
+    def __deepcopy__(self, memo: object) -> Total:
+        """Return this one, as it is never changed."""
+        return self
+
+    @numpy_settings
     def moments(self) -> Moments:
         """Moments of all values, in one part, with means as they are."""
         row = copied(self.row)
         row[0, _means(row)] += self.pivot
         return Moments.of_rows(row)
 
+    @numpy_settings
     def var(self, ddof: float) -> Array:
         """Sum of squared deviations of each channel, divided by count - ddof; NaN where that is nothing or less."""
         left, m2 = self.row[0, :1] - ddof, self.row[0, _means(self.row).stop :]

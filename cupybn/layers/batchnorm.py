@@ -191,6 +191,8 @@ class _BatchNorm(Layer):
         return self._run(functional.forward, input, residual, mask)
 
     def __call__(self, input: Array, residual: Array | None = None, mask: Array | None = None) -> Array:
+        if mask is None:  # derived classes may have a `forward` that takes none
+            return self.forward(input, residual)
         return self.forward(input, residual, mask)
 
     def vjp(self, input: Array, residual: Array | None = None, mask: Array | None = None) -> tuple[Array, VjpFn]:

@@ -108,5 +108,5 @@ def _as_dtype(dtype: npt.DTypeLike) -> np.dtype[Any]:
     except Exception:  # mostly TypeError, but NumPy parses texts and tuples, which raises errors of any class
         raise TypeError(f"expected dtype to be float32, float64 or None (got {show(dtype)})") from None
     if result not in (np.float32, np.float64):
-        raise TypeError(f"expected dtype to be float32, float64 or None (got {result.name})")
+        raise TypeError(f"expected dtype to be float32, float64 or None (got {result})")
     return result

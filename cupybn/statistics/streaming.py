@@ -274,9 +274,6 @@ class StreamingMoments:
         device = "" if self._seen is None else f", device={device_of(self._seen.total.row)!r}"
         return f"{type(self).__name__}(channel_axis={self._channel_axis}, {about}count={int(self.count)}{device})"
 
-    def __deepcopy__(self, memo: object) -> Self:
-        return copy.copy(self)  # which shares what is never changed
-
     def _some(self) -> _Seen:
         """What was added; raises if that is nothing."""
         if self._seen is None:

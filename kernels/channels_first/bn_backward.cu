@@ -36,7 +36,7 @@ extern "C" __global__ void CLUSTER REGISTERS(96) bn_backward(
     team_sum(sums);
     cluster_sum(sums);
     if (member() == 0) {
-        finish_sums(sums, channel, statistics);
+        finish_sums(sums, channel);
         set_gradient(channel, sums, inv_count);
     }
     __syncthreads();

@@ -26,6 +26,6 @@ extern "C" __global__ void REGISTERS(80) bn_backward_reduce(
     sum_all(InMemory{dy}, InMemory{x}, packs, left, epilogue, OneChannel(channel), own);
     team_sum(own);
     if (member() > 0 || place.idle) return;
-    finish_sums(own, channel, statistics);
+    finish_sums(own, channel);
     set_sums(sums, place.share * sizes.C + c, own);
 }

@@ -39,12 +39,12 @@ DEVICE bool sum_packs(const Source& dy, const Source& x, Packs packs, const Left
                     acc_t g[WIDTH], in[WIDTH];
                     unpack(raw_dy[u], g);
                     unpack(raw_x[u], in);
-                    leave_out(g, in, some[u], channel);
                     stop<WIDE>(g, in, passed.gate, bits[u], channel);
                     if (passed.gate != OPEN) dy.put(pack(g), i + first + u);
 #pragma unroll
                     for (int e = 0; e < WIDTH; e++)
-                        add_products<A>(g[e], in[e], f, rstd, sum_dy[e % SUMS], sum_dy_xhat[e % SUMS]);
+                        if (some[u] >> e & 1)  // of what a mask leaves out, x may be NaN
+                            add_products<A>(g[e], in[e], f, rstd, sum_dy[e % SUMS], sum_dy_xhat[e % SUMS]);
                 }
         }
         const A of_dy = sum_pairs(sum_dy), of_dy_xhat = sum_pairs(sum_dy_xhat);

@@ -35,7 +35,7 @@ extern "C" __global__ void REGISTERS(128) bn_backward(
     }
     if (own.looks_after()) {
         Channel channel = lanes.channels[threadIdx.x];
-        finish_sums(sums, channel, statistics);
+        finish_sums(sums, channel);
         set_gradient(channel, sums, inv_count);
         lanes.set(threadIdx.x, channel);
     }

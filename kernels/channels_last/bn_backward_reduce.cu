@@ -25,6 +25,6 @@ extern "C" __global__ void REGISTERS(128) bn_backward_reduce(
     sum_all(InMemory{dy}, InMemory{x}, Packs(own), Left(epilogue.mask, own), epilogue, channels, of_thread);
     sum_tile(own, of_thread, of_lane);
     if (!own.looks_after()) return;
-    finish_sums(of_lane, lanes.channels[threadIdx.x], statistics);
+    finish_sums(of_lane, lanes.channels[threadIdx.x]);
     set_sums(sums, blockIdx.y * sizes.C + c, of_lane);
 }

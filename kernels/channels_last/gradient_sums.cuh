@@ -38,19 +38,18 @@ DEVICE unsigned sum_packs(const Source& dy, const Source& x, Packs packs, const 
             raw_dy[u] = there ? dy.get(at, i + u) : raw_t();  // dy of 0 adds nothing, or NaN that float32 finds
             raw_x[u] = there ? x.get(at, i + u) : raw_x[0];
             bits[u] = there ? passed.bits(at) : 0;
-            some[u] = there ? left.bits(i + u) : ~0u;
+            some[u] = there || !MASKED ? left.bits(i + u) : 0;  // x of pack 0 may be NaN that is left out
         }
 #pragma unroll
         for (int u = 0; u < AT_ONCE; u++) {
             acc_t g[WIDTH], in[WIDTH];
             unpack(raw_dy[u], g);
             unpack(raw_x[u], in);
-            leave_out(g, in, some[u], channels);
             stop<WIDE>(g, in, passed.gate, bits[u], channels);
             if (passed.gate != OPEN && (full || u < count)) dy.put(pack(g), i + u);
 #pragma unroll
             for (int e = 0; e < WIDTH; e++)
-                if (full || u < count || sizeof(acc_t) < 8)
+                if ((full || u < count || sizeof(acc_t) < 8) && some[u] & 1)  // what is left out may be NaN
                     add_products<acc_t>(g[e], in[e], channels.usual(e), rstd[e], sum_dy[e], sum_dy_xhat[e]);
         }
         if (full && (i + AT_ONCE) % SUMMED == 0) flush();
@@ -76,7 +75,7 @@ DEVICE void sum_exactly(const Source& dy, const Source& x, Packs packs, const Le
         acc_t g[WIDTH], in[WIDTH];
         unpack(dy.get(at, i), g);
         unpack(x.get(at, i), in);
-        leave_out(g, in, left.bits(i), channels);
+        if (!(left.bits(i) & 1)) continue;
         stop<true>(g, in, passed.gate, passed.bits(at), channels);
         add_products<double>(g[e], in[e], f, rstd, sum_dy, sum_dy_xhat);
     }
