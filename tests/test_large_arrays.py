@@ -44,6 +44,11 @@ class Share(NamedTuple):
         ends = np.flatnonzero(np.diff(places) > 1) + 1
         return [(int(piece[0]), int(piece[-1]) + 1) for piece in np.split(places, ends)]
 
+    def positions(self, C, L):
+        """The places of its elements in a mask of an array with so many channels and rows so long, as (N, L)."""
+        n, l = np.divmod(self.places[:, 0] - self.channels[0] * L, C * L)
+        return n * L + l
+
     def of(self, array):
         """The elements of an array as (N, C, L)."""
         return array._host.reshape(-1)[self.places]
@@ -105,6 +110,11 @@ STREAMED = {  # shape, dtype, offset, share, tile
     "one column": ((2**30 + 2051, 2, 1), "float16", 0, LAST, 0),
     "columns that 32 bits are enough for": ((2080, 10**6, 1), "float16", 0, 0, LAST),
 }
+MASKED = {
+    "rows": ((1, 2, 2**31 + 99999), "float16", 0, LAST, None),
+    "columns": ((2**31 + 99999, 3, 1), "float16", 0, LAST, LAST),
+}
+"""Cases with masks that have more than 2^31 elements themselves."""
 ON_CHIP = {
     "rows of packs": ((3, 43692, 16384), "float16", 0),
     "odd rows, 2^34 elements": ((3, 349528, 16387), "float16", 0),
@@ -207,8 +217,8 @@ def many_shares(monkeypatch):
     """Grids have about as many blocks as there is room for, where there are few channels."""
     original = plans.streamed_plan
 
-    def plan(step, shape, dtype, width, multiprocessors):
-        kernel, geometry = original(step, shape, dtype, width, multiprocessors)
+    def plan(step, shape, dtype, width, multiprocessors, masked=False):
+        kernel, geometry = original(step, shape, dtype, width, multiprocessors, masked)
         assert f"-DINDEX_BITS={index_bits(shape)}" in kernel.options
         if shape[1] > 100:
             return plans.Plan(kernel, geometry)
@@ -235,9 +245,9 @@ def shares_of(shape, dtype, offset, share, tile):
             yield share_of_columns(*of_step, tile, step == "bn_normalize")
 
 
-def way_back(host, passed):
+def way_back(host, passed, mask=None):
     """The arguments that all steps of the way back begin with, on the host."""
-    return Back(host.dy, host.x, host.statistics, host.affine, Epilogue(None, "relu", passed))
+    return Back(host.dy, host.x, host.statistics, host.affine, Epilogue(None, "relu", passed, mask))
 
 
 @pytest.mark.usefixtures("many_shares")
@@ -260,9 +270,8 @@ def test_streamed(rng, case):
     check(large.out, of_maps, host.out)
     np.testing.assert_array_equal(passes(large, of_maps), host.epilogue.passed)
     check_vectors(running[:2], large.running[:2], of_maps, host.running[:2])
-    for ours, theirs in zip(statistics, expected, strict=True):
-        if of_maps.owns:
-            np.testing.assert_array_equal(to_numpy(ours[of_maps.channels]), theirs)
+    if of_maps.owns:
+        np.testing.assert_array_equal(to_numpy(statistics.pairs[of_maps.channels]), expected.pairs)
 
     back = large.back()
     with emulator.run_only(of_gradients.block):
@@ -277,6 +286,49 @@ def test_streamed(rng, case):
     check(large.gradients.dx, of_maps, host.gradients.dx)
     check(large.gradients.dresidual, of_maps, host.gradients.dresidual)
     check_vectors(large.gradients[2:], np.zeros((2, large.shape[1])), of_maps, host.gradients[2:])
+
+
+@pytest.mark.usefixtures("many_shares")
+@pytest.mark.parametrize("case", MASKED.values(), ids=MASKED)
+def test_masks(rng, case):
+    """Places in masks are beyond 2^31 as well."""
+    shares = of_sums, of_gradients, of_maps = list(shares_of(*case))
+    large = Large(rng, *case[:3], *shares)
+    N, C, L = large.shape
+    places = [share.positions(C, L) for share in shares]
+    assert all(some.min() > 2**31 for some in places)
+    ranges = [(int(some.min()), int(some.max()) + 1) for some in places]
+    mask = fill(sparse((N, L), np.bool_, ranges), lambda size: rng.random(size) < 0.4)
+    left_of_sums, left_of_gradients, left_of_maps = (mask._host.reshape(-1)[some] for some in places)
+
+    with emulator.run_only(of_sums.block):
+        parts = cupy_ops.bn_stats(large.x, None, None, mask)
+    expected = numpy_ops.bn_stats(of_sums.of(large.x), None, None, left_of_sums)
+    np.testing.assert_allclose(of_sums.sums(parts.mean), expected.mean[0], atol=8 * UNIT)
+    np.testing.assert_allclose(of_sums.sums(parts.m2), expected.m2[0], rtol=8 * UNIT)
+
+    host, moments, affine = large.on_host(of_maps), to_device(large.moments), to_device(large.affine)
+    with emulator.run_only(of_maps.block):
+        cupy_ops.bn_normalize(large.x, moments, affine, Running(), large.epilogue._replace(mask=mask), large.out)
+    epilogue = host.epilogue._replace(mask=left_of_maps)
+    numpy_ops.bn_normalize(host.x, host.moments, host.affine, Running(), epilogue, host.out)
+    check(large.out, of_maps, host.out)
+    np.testing.assert_array_equal(passes(large, of_maps), host.epilogue.passed)
+
+    back = large.back()
+    back = back._replace(epilogue=back.epilogue._replace(mask=mask))
+    with emulator.run_only(of_gradients.block):
+        sums = cupy_ops.bn_backward_reduce(*back)
+    theirs = way_back(large.on_host(of_gradients), passes(large, of_gradients), left_of_gradients)
+    for ours, summed in zip(sums, numpy_ops.bn_backward_reduce(*theirs), strict=True):
+        np.testing.assert_allclose(of_gradients.sums(ours), summed[0], atol=32 * UNIT * left_of_gradients.sum())
+
+    with emulator.run_only(of_maps.block):
+        cupy_ops.bn_backward_input(*back, to_device(large.sums), 0.25, large.gradients)
+    theirs = way_back(host, passes(large, of_maps), left_of_maps)
+    numpy_ops.bn_backward_input(*theirs, host.sums, 0.25, host.gradients)
+    check(large.gradients.dx, of_maps, host.gradients.dx)
+    check(large.gradients.dresidual, of_maps, host.gradients.dresidual)
 
 
 @pytest.fixture(params=ON_CHIP.values(), ids=ON_CHIP)

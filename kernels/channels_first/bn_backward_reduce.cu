@@ -4,7 +4,7 @@
 // Mirror: numpy_ops.bn_backward_reduce
 #include "gradient_sums.cuh"
 
-extern "C" __global__ void REGISTERS(80) bn_backward_reduce(
+extern "C" __global__ void REGISTERS(INDEX_BITS == 64 && MASKED ? 128 : 80) bn_backward_reduce(
     const data_t* dy,                        // [N, C, L]
     const data_t* x,                         // [N, C, L]
     Statistics statistics,
