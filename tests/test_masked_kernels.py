@@ -204,7 +204,6 @@ def test_channels_that_float32_is_too_narrow_for(rng, shape, size):
     np.testing.assert_allclose(*back, rtol=1e-4, atol=1e-4 / size)
 
 
-<<<<<<< HEAD
 @pytest.mark.parametrize(
     ("shape", "wide"), [((24, 2, 400), True), ((3000, 6, 1), True), ((3000, 6, 1), False)], ids=str
 )
@@ -239,7 +238,8 @@ def test_the_count_of_a_single_channel(rng):
     x, affine, epilogue = arrays.on_device("x", "affine", "epilogue")
     statistics = cupy_ops.bn_forward(x, affine, Running(), epilogue, arrays.empty())
     assert to_numpy(statistics.count_left) == arrays.mask.sum()
-=======
+
+
 @pytest.mark.parametrize(("mean", "var"), [(0, 0), (1e300, 1), (np.inf, 1), (np.nan, 1), (0, np.inf), (0, np.nan)])
 @pytest.mark.parametrize("shape", SHAPES[::2], ids=str)
 def test_nothing_left_adds_nothing_whatever_the_statistics(rng, shape, mean, var):
@@ -265,7 +265,6 @@ def test_16_bits_that_differ_in_their_last_place(rng, shape, masked):
     there = x.swapaxes(1, 2)[mask].astype(np.longdouble)
     assert np.all(abs(mean - there.mean(axis=0)) <= 1e-7 * there.std(axis=0))
     assert np.all(abs(var - there.var(axis=0)) <= 1e-6 * there.var(axis=0))
->>>>>>> rk
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
