@@ -181,9 +181,10 @@ def test_any_byte_but_zero_is_true(rng, shape):
 
 @pytest.mark.parametrize("shape", [(5, 3, 40), (3000, 6, 1)], ids=str)
 @pytest.mark.parametrize("size", [1e-30, 1e30], ids=["tiny", "huge"])
-def test_channels_that_float32_is_too_narrow_for(rng, shape, size):
+@pytest.mark.parametrize("fused", [False, True], ids=["", "residual, relu"])
+def test_channels_that_float32_is_too_narrow_for(rng, shape, size, fused):
     """What is left is added again in float64, without what is left out."""
-    arrays = Masked(rng, shape, np.float32)
+    arrays = Masked(rng, shape, np.float32, has_residual=fused, activation="relu" if fused else None)
     arrays.x *= np.float32(size)
     x, mask = arrays.on_device("x", "mask")
     mean, var = (to_numpy(v) for v in cupy_ops.mean_and_var(cupy_ops.bn_stats(x, None, None, mask), np.dtype("f8")))
@@ -195,10 +196,11 @@ def test_channels_that_float32_is_too_narrow_for(rng, shape, size):
     y = np.empty_like(arrays.x)
     back = []
     for ops, where, written in (cupy_ops, to_device, out), (numpy_ops, lambda value: value, y):
-        values, dy, marks = where(arrays.x), where(arrays.dy), where(arrays.mask)
-        statistics = ops.bn_forward(values, affine, Running(), Epilogue(mask=marks), written)
+        values, dy, epilogue = where(arrays.x), where(arrays.dy), where(arrays.epilogue)
+        passed = ops.empty_passed(values, epilogue.residual, written, epilogue.mask) if fused else None
+        statistics = ops.bn_forward(values, affine, Running(), epilogue._replace(passed=passed), written)
         gradients = where(arrays.gradients()[0])._replace(dweight=None, dbias=None)
-        ops.bn_backward(dy, values, statistics, affine, Epilogue(mask=marks), 1.0, gradients)
+        ops.bn_backward(dy, values, statistics, affine, epilogue._replace(residual=None, passed=passed), 1.0, gradients)
         back.append(to_numpy(gradients.dx))
     np.testing.assert_allclose(to_numpy(out), y, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(*back, rtol=1e-4, atol=1e-4 / size)
@@ -231,6 +233,17 @@ def test_numbers_that_are_left_out(rng, shape, wide):
     for with_nan, with_numbers in zip(results[:3], results[3:], strict=True):
         for array, other in zip(with_nan, with_numbers, strict=True):
             np.testing.assert_array_equal(array, other)
+
+
+@pytest.mark.parametrize("shape", [(5, 3, 40), (3000, 6, 1)], ids=str)
+def test_means_are_rounded_as_sums_are(rng, shape):
+    """Sums of small integers are exact in float32, and means with them, however many values of a chunk are left."""
+    arrays = Masked(rng, shape, np.float32)
+    arrays.x = rng.integers(-50, 50, shape).astype(np.float32)
+    x, mask = arrays.on_device("x", "mask")
+    mean, _ = cupy_ops.mean_and_var(cupy_ops.bn_stats(x, None, None, mask), np.dtype("f8"))
+    there = arrays.x.swapaxes(1, 2)[arrays.mask].astype(np.float64)
+    np.testing.assert_allclose(to_numpy(mean), there.mean(axis=0), rtol=0, atol=1e-14)
 
 
 def test_the_count_of_a_single_channel(rng):
