@@ -46,8 +46,8 @@ class Share(NamedTuple):
 
     def positions(self, C, L):
         """The places of its elements in a mask of an array with so many channels and rows so long, as (N, L)."""
-        n, in_row = np.divmod(self.places[:, 0] - self.channels[0] * L, C * L)
-        return n * L + in_row
+        rows, along = np.divmod(self.places[:, 0] - self.channels[0] * L, C * L)
+        return rows * L + along
 
     def of(self, array):
         """The elements of an array as (N, C, L)."""
