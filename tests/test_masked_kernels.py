@@ -179,7 +179,7 @@ def test_any_byte_but_zero_is_true(rng, shape):
     np.testing.assert_array_equal(*rows)
 
 
-@pytest.mark.parametrize("shape", SHAPES[::2], ids=str)
+@pytest.mark.parametrize("shape", [(5, 3, 40), (700, 6, 1)], ids=str)
 @pytest.mark.parametrize("size", [1e-30, 1e30], ids=["tiny", "huge"])
 @pytest.mark.parametrize("fused", [False, True], ids=["", "residual, relu"])
 def test_channels_that_float32_is_too_narrow_for(rng, shape, size, fused):
@@ -277,6 +277,9 @@ def test_bn_update_running_skips_what_is_not_finite(dtype, value, which, given):
         assert moved[:channel].all() == moved[channel + 1 :].all() == kept
         assert moved.any() == kept
         assert (to_numpy(running.var) != 3).any() == kept
+        if given == "moments":
+            ops.bn_update_running(moments, running._replace(skip_nonfinite=False))
+            assert int(running.batches) == 8 + kept
 
 
 @pytest.mark.parametrize("shape", [(6, 3, 5), (40, 3, 1), (2, 3, 300000)], ids=str)
