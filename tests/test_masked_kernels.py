@@ -281,7 +281,7 @@ def test_16_bits_that_differ_in_their_last_place(rng, shape, masked):
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
-@pytest.mark.parametrize("value", [0.0, 1e5, 1e39, np.inf, np.nan], ids=str)
+@pytest.mark.parametrize("value", [0.0, 6e4, 1e5, 1e39, np.inf, np.nan], ids=str)
 @pytest.mark.parametrize("which", ["mean", "var"])
 @pytest.mark.parametrize("given", ["moments", "statistics"])
 def test_bn_update_running_skips_what_is_not_finite(dtype, value, which, given):
