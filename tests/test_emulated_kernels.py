@@ -1109,7 +1109,7 @@ def bn_stats(text, x):
     kernel.raw = cupy.RawKernel(text, "bn_stats", kernel.options)
     moments = Moments(*(cupy.empty(shape) for shape in ((PARTS,), (PARTS, C), (PARTS, C))))
     sizes = ChannelsFirst(N, C, L, packs=-(-N * L // WIDTH // PARTS))
-    arguments = {"x": cupy.asarray(x), "batches": None, "moments": moments, "sizes": sizes}
+    arguments = {"x": cupy.asarray(x), "batches": None, "mask": None, "moments": moments, "sizes": sizes}
     kernel.launch((2, PARTS), THREADS, arguments)
     return [array.get() for array in moments[:3]]
 
@@ -1161,9 +1161,9 @@ def test_the_kernel_of_the_library_is_right(seeds):
         ("__shfl_xor_sync(ALL_LANES, ", "__shfl_xor_sync(0xffffu, "),
         ("moments.mean[part * C + c] =", "moments.mean[part * C + c + 1] ="),
         ("moments.m2[part * C + c] = own.m2;", ""),
-        ("else if (full || i < count) sums[i % SUMS] += d[i]", "else sums[i % SUMS] += d[i]"),
-        ("sum_pairs(sums) / (A)count", "sum_pairs(sums) / (A)N"),
-        ("squares += part * away + chunk.m2", "squares += chunk.m2"),
+        ("else if (there(i)) sums[i % SUMS] += d[i]", "else sums[i % SUMS] += d[i]"),
+        ("chunk.sum / (A)there.count", "chunk.sum / (A)N"),
+        ("(part - count * away)) * away + chunk.m2", "(part - count * away))"),
         ("squares - sum * off", "squares"),
         ("body(No(), i, packs - i)", "body(Yes(), i, AT_ONCE)"),
     ],

@@ -203,7 +203,8 @@ def test_kernels_look_at_each_launch(bundle, field):
     update = kernel("bn_update_running", **plans.macros_of(np.dtype(np.float64), 1, 32, Geometry((1,))))
     count, means, m2, mean, var = on_device(0, (1,), (1, 3), (1, 3), 3, 3, dtype=np.float64)
     (counter,) = on_device(0, (), dtype=np.int64)
-    arguments = {"moments": Moments(count, means, m2), "running": Running(mean, var, 0.1, counter), "C": 3}
+    moments, running = Moments(count, means, m2), Running(mean, var, 0.1, counter)
+    arguments = {"moments": moments, "running": running, "statistics": None, "count": 0.0, "C": 3}
     update.launch((1,), 256, arguments)
     array = getattr(arguments[bundle], field)
     (elsewhere,) = on_device(1, array.shape, dtype=array.dtype)
