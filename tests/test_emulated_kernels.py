@@ -1162,7 +1162,7 @@ def test_the_kernel_of_the_library_is_right(seeds):
         ("moments.mean[part * C + c] =", "moments.mean[part * C + c + 1] ="),
         ("moments.m2[part * C + c] = own.m2;", ""),
         ("else if (there(i)) sums[i % SUMS] += d[i]", "else sums[i % SUMS] += d[i]"),
-        ("chunk.sum / (A)there.count", "chunk.sum / (A)N"),
+        ("count * (chunk.base - pivot) + chunk.sum", "count * (chunk.base - pivot)"),
         ("(part - count * away)) * away + chunk.m2", "(part - count * away))"),
         ("squares - sum * off", "squares"),
         ("body(No(), i, packs - i)", "body(Yes(), i, AT_ONCE)"),
