@@ -39,7 +39,7 @@ def row(instance: Instance, usages: list[Usage]) -> list[str]:
         if usage.spilled
     ]
     return [
-        instance.kernel + (", masked" if instance.masked else ""),
+        instance.kernel,
         instance.dtype,
         *(str(usage.registers) for usage in usages),
         str(max(usage.shared for usage in usages)),
@@ -58,7 +58,7 @@ def main() -> None:
             i
             for kernel in sources.kernel_names()
             for i in nvrtc.instances(kernel, a)
-            if "/" not in kernel or (i.pack_bytes, i.index_bits) == (16, 32)
+            if "/" not in kernel or (i.pack_bytes, i.index_bits, i.masked) == (16, 32, False)
         ]
         for a in ARCHITECTURES
     ]

@@ -36,7 +36,8 @@ MEMORY = {
 """The short list of instances to compile: bytes of a pack and bits of an index, with their dtypes. All but the first
 are compiled for one architecture alone."""
 MASKED = {(16, 32): ("float16", "float32"), (16, 64): ("bfloat16",)}
-"""Instances to compile of kernels for masks, on each architecture."""
+"""Instances to compile of kernels for masks, for the architectures in MASKED_ON."""
+MASKED_ON = (90, 120)
 _LIBRARY = "nvrtc64_*_0.dll" if sys.platform == "win32" else "libnvrtc.so.*"
 _CUPY_OPTIONS = ("--std=c++17", "-ftz=true", "--device-as-default-execution-space")
 """Options that CuPy passes for every kernel, beside its architecture. Without the last one, the compiler of CUDA 13.0
@@ -106,7 +107,7 @@ def instances(kernel: str, architecture: int, everything: bool = False) -> list[
     fewest = min(i.threads for i in found)
     # Later clusters are larger, and replace earlier ones.
     last = {(i.masked, i.pack_bytes, i.index_bits, i.dtype): i for i in found if i.threads == fewest}
-    masks = any(i.masked for i in found)
+    masks = architecture in MASKED_ON and any(i.masked for i in found)
     lists = {False: MEMORY if architecture == 90 else {(16, 32): FLOATS}, True: MASKED if masks else {}}
     return [
         last[masked, pack_bytes, bits, dtype]
