@@ -276,7 +276,7 @@ def bn_normalize(
     running : Running
         Without arrays in training, where they are not to be moved.
     epilogue : Epilogue
-        Its passed gets where ReLU passes.
+        Its record gets where ReLU passes; where its mask leaves nothing, out is 0.
     keep : bool
         Whether the statistics are wanted, for a way back.
 
@@ -496,7 +496,7 @@ def _gradient_sums(
 def _gradient_sums_in_float64(
     arrays: Sequence[Array | None], channels: _Channels, activation: Activation, numbers: Array, dtype: npt.DTypeLike
 ) -> tuple[Array, Array]:
-    """sum(dy) and sum(dy * (x - center)) of the channels of these numbers, from dy, x and passed.
+    """sum(dy) and sum(dy * (x - center)) of the channels of these numbers, from dy, x and record.
 
     The dtype is that in which ReLU decides.
     """

@@ -26,8 +26,8 @@ class Total(NamedTuple):
 
     @classmethod
     def of(cls, row: Array) -> Total:
-        """Total of a single part, from the row that `merge_moments` has made."""
-        pivot, row = copied(row[0, _means(row)]), copied(row)
+        """Total of a single part, from the row that `merge_moments` has made. It takes the row for its own."""
+        pivot = copied(row[0, _means(row)])
         row[0, _means(row)] = 0
         return cls(row, pivot)
 
