@@ -36,15 +36,6 @@ struct Row {
     double mean_g, mean_g_xhat;
     bool wide;                 // whether float32 is too narrow: all is done in float64 then
 
-    DEVICE Row() {}
-    DEVICE Row(double mean, double var, double eps) : mean(mean), rstd(1 / sqrt(var + eps)), mean_g(0), mean_g_xhat(0) {
-        usual.center = (acc_t)mean;
-        usual.rstd = (acc_t)rstd;
-        const double rest = mean - usual.center;
-        usual.lost = rest - rest == 0 && rest != 0 ? (acc_t)__dmul_rn(-rest, rstd) : 0;  // 0 * inf is NaN
-        usual.mean_g = usual.mean_g_xhat = 0;
-        wide = rstd < 1e-15 || rstd > 1e15 || fabs(mean) > 1e30;
-    }
     // Notes the means that the way back needs.
     DEVICE void set_means(double g, double g_xhat) {
         mean_g = g;
@@ -59,3 +50,17 @@ struct Row {
         else return {mean, rstd, 0, mean_g, mean_g_xhat};
     }
 };
+
+// The row of this mean and variance.
+DEVICE Row make_row(double mean, double var, double eps) {
+    Row row;
+    row.mean = mean;
+    row.rstd = 1 / sqrt(var + eps);
+    const acc_t center = (acc_t)mean;
+    const double rest = mean - center;
+    const bool lost = rest - rest == 0 && rest != 0;  // else inf - inf, or 0 * inf, would be NaN
+    row.usual = {center, (acc_t)row.rstd, lost ? (acc_t)__dmul_rn(-rest, row.rstd) : 0, 0, 0};
+    row.mean_g = row.mean_g_xhat = 0;
+    row.wide = row.rstd < 1e-15 || row.rstd > 1e15 || fabs(mean) > 1e30;
+    return row;
+}

@@ -42,7 +42,7 @@ extern "C" __global__ void CLUSTER REGISTERS(128) norm_backward(
         const InMemory from_dy = {dy}, from_x = {x};
 #endif
         Row& known = rows[turn][team()];
-        if (member() == 0) known = Row(statistics.pairs[2 * row], statistics.pairs[2 * row + 1], affine.eps);
+        if (member() == 0) known = make_row(statistics.pairs[2 * row], statistics.pairs[2 * row + 1], affine.eps);
         __syncthreads();
         const RowElements elements = {parameters, &known, gate_of(epilogue), epilogue.passed, row * own.row_elements};
 

@@ -67,7 +67,7 @@ extern "C" __global__ void CLUSTER REGISTERS(96) norm_forward(
     if (member() == 0) {
         const ChannelMoments moments = sums.moments((double)own.row_elements);
         const double var = moments.var();
-        rows[team()] = Row(moments.mean, var, affine.eps);
+        rows[team()] = make_row(moments.mean, var, affine.eps);
         if (statistics.pairs && !idle && cluster_rank() == 0) {
             statistics.pairs[2 * row] = moments.mean;
             statistics.pairs[2 * row + 1] = var;
