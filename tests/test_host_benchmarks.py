@@ -314,7 +314,7 @@ def test_checkouts_take_turns(checkouts):
 
 
 def test_checkouts_take_turns_while_there_is_time(checkouts, capsys):
-    """Without any, each group has one round at the first start, and the last questions are asked."""
+    """Each group has one round at the first start where there is no time, and the last questions are asked."""
     script, log, trees = checkouts
     taken = turns.take(script, trees, [], lambda _: [["q"], ["r", "s"]], 9, 3, ["l"], minutes=0.0)
     assert log.read_text() == "Aq Bq Ar Br As Bs Al Bl "
