@@ -123,7 +123,7 @@ class Geometry(NamedTuple):
     """Launch of a kernel: its grid, its blocks, and the sizes that are passed to it."""
 
     grid: tuple[int, ...]
-    sizes: ChannelsFirst | ChannelsLast | None = None  # None for kernels without a layout
+    sizes: tuple[int, ...] | None = None  # a NamedTuple as the kernel takes it; None for kernels without a layout
     parts: int = 1  # shares of a channel, each of which leaves a part where the kernel sums
     threads: int = THREADS  # threads per block
     cluster: int = 1  # blocks per cluster

@@ -1,0 +1,65 @@
+"""The launches of the norms for CuPy arrays with the channels last: (N, A, C, 1), where A is more than 1."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+
+from cupybn._steps.geometry import PACK, Geometry
+from cupybn._steps.launcher import kernel
+from cupybn._steps.norm import Norm
+from cupybn._steps.norm_geometry import Samples, samples
+from cupybn._steps.plans import MOST_INT, Plan, macros_of, properties_of
+
+Array = Any  # cupy.ndarray
+
+KEPT = {"norm_forward": 1, "norm_backward": 2}
+"""The steps, and how many arrays each of them keeps on chip."""
+
+
+def width_of(x: Array, *others: Array | None, passed: Array | None = None) -> int:
+    """Elements of a pack: the widest that divides a row and fits all addresses, or what a record was made for."""
+    if passed is not None:
+        return int(x.size) // int(passed.size)
+    itemsize = int(x.dtype.itemsize)
+    together: int = PACK | x.shape[2] * itemsize | x.data.ptr
+    for array in others:
+        together |= 0 if array is None else array.data.ptr
+    return (together & -together) // itemsize  # its lowest bit: the largest power of two that divides them all
+
+
+def choose(step: str, x: Array, norm: Norm, *others: Array | None, passed: Array | None = None) -> Plan:
+    """The launch of a step for these arrays: x, and others that are read or written in packs.
+
+    Its geometry says in how many parts ``norm_backward`` leaves its sums.
+    """
+    width = width_of(x, *others, passed=passed)
+    return plan_of(step, x.shape, x.dtype, norm.groups, width, x.data.device_id)
+
+
+@functools.lru_cache(maxsize=4096)
+def plan_of(
+    step: str, shape: tuple[int, int, int, int], dtype: np.dtype[Any], groups: int, width: int, device_index: int
+) -> Plan:
+    """The plan of a step. It is kept: programs ask for the same few again and again."""
+    N, A, C, _ = shape
+    geometry = samples(N, A, C, groups, dtype.itemsize, width, KEPT[step], properties_of(device_index))
+    macros = macros_of(dtype, width, index_bits(shape, geometry), geometry)
+    assert isinstance(geometry.sizes, Samples)
+    several = geometry.sizes.span > geometry.sizes.tile * width
+    macros |= {
+        "CLUSTER_BLOCKS": geometry.cluster,
+        "ON_CHIP": int(geometry.shared > 0),
+        "SEVERAL_TILES": int(several),
+    }
+    return Plan(kernel(f"channels_last/{step}", **macros), geometry)
+
+
+def index_bits(shape: tuple[int, int, int, int], geometry: Geometry) -> int:
+    """Bits of the kernels' indices, which go beyond the end of an array by what a block's threads take at once."""
+    N, A, C, _ = shape
+    assert isinstance(geometry.sizes, Samples)
+    beyond = geometry.threads // geometry.sizes.tile
+    return 32 if (N * A + beyond) * C < MOST_INT else 64
