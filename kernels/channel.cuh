@@ -59,12 +59,12 @@ DEVICE void set_gradient(Channel& channel, const double (&sums)[2], double inv_c
     channel.wide = channel.wide || extreme(channel.slope) || extreme(channel.offset);
 }
 
-// Sets slope and offset from the means of weight * dy and of weight * dy * xhat over a row, whose channels have weights of
+// Sets slope and offset from the means of scale * dy and of scale * dy * xhat over a row, whose channels have scales of
 // their own and one mean and variance:
 //     dx = dy * scale - ((x - center) * slope + offset).
 DEVICE void set_row_gradient(Channel& channel, const double (&means)[2]) {
-    channel.slope = __dmul_rn(means[1] * channel.rstd, channel.rstd);
-    channel.offset = __dmul_rn(means[0], channel.rstd) - __dmul_rn(channel.slope, channel.rest);
+    channel.slope = means[1] * channel.rstd;
+    channel.offset = means[0] - __dmul_rn(channel.slope, channel.rest);
     channel.wide = channel.wide || extreme(channel.slope) || extreme(channel.offset);
 }
 

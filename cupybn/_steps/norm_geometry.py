@@ -57,21 +57,28 @@ class Share(NamedTuple):
     nbytes: int  # of one array; of whole tiles, with columns that are not there
 
 
+def is_wide(group: int, width: int, itemsize: int) -> bool:
+    """Whether groups of so many channels take several tiles: the least number of them that has whole packs."""
+    return math.lcm(group, width) // width > most_columns(width * itemsize)
+
+
+def most_columns(pack_bytes: int) -> int:
+    """Columns of a tile at most: a power of two."""
+    return min(MOST_TILE // pack_bytes, MOST_COLUMNS)
+
+
 def spans(C: int, group: int, itemsize: int, width: int) -> list[tuple[int, int]]:
     """Spans that a block may take, widest first, each in channels and with the columns of its tiles."""
     pack, unit = width * itemsize, math.lcm(group, width)
-    most = min(MOST_TILE // pack, MOST_COLUMNS)
-    packs = unit // width
+    packs, most = unit // width, most_columns(pack)
+    if is_wide(group, width, itemsize):
+        columns = (most, most // 2) if most * pack > LEAST_TILE else (most,)
+        return [(unit, min(columns, key=lambda n: (math.ceil(packs / n) * n, -n)))]
     found: list[tuple[int, int]] = []
-    if packs > most:
-        sizes = [n for n in (most, most // 2) if n * pack >= min(LEAST_TILE, most * pack)]
-        return [(unit, min(sizes, key=lambda n: (math.ceil(packs / n) * n, -n)))]
     for nbytes in SPANS:
-        units = max(1, min(nbytes // pack, MOST_COLUMNS) // packs)
-        span = min(units * unit, C)
-        columns = 1 << (span // width - 1).bit_length()
+        span = min(max(1, min(nbytes // pack, MOST_COLUMNS) // packs) * unit, C)
         if not found or found[-1][0] != span:
-            found.append((span, columns))
+            found.append((span, 1 << (span // width - 1).bit_length()))
     return found
 
 
@@ -84,9 +91,7 @@ def shares(N: int, A: int, C: int, group: int, itemsize: int, width: int, device
             yield Share(span, columns, blocks, rows, math.ceil(C / span), rows * row)
 
 
-def samples(
-    N: int, A: int, C: int, groups: int, itemsize: int, width: int, arrays: int, device: Device
-) -> Geometry:
+def samples(N: int, A: int, C: int, groups: int, itemsize: int, width: int, arrays: int, device: Device) -> Geometry:
     """Geometry of a norm's kernel: clusters (s, n) take span s of sample n, on chip where they have shared memory.
 
     Parameters

@@ -10,7 +10,7 @@ import numpy as np
 from cupybn._steps.geometry import PACK, Geometry
 from cupybn._steps.launcher import kernel
 from cupybn._steps.norm import Norm
-from cupybn._steps.norm_geometry import Samples, samples
+from cupybn._steps.norm_geometry import Samples, is_wide, samples
 from cupybn._steps.plans import MOST_INT, Plan, macros_of, properties_of
 
 Array = Any  # cupy.ndarray
@@ -19,15 +19,19 @@ KEPT = {"norm_forward": 1, "norm_backward": 2}
 """The steps, and how many arrays each of them keeps on chip."""
 
 
-def width_of(x: Array, *others: Array | None, passed: Array | None = None) -> int:
-    """Elements of a pack: the widest that divides a row and fits all addresses, or what a record was made for."""
+def width_of(x: Array, norm: Norm, *others: Array | None, passed: Array | None = None) -> int:
+    """Elements of a pack: the widest that divides a row and fits all addresses, or what a record was made for.
+
+    Where groups are wider than a tile, packs have half as many bytes: with whole ones the kernels take a single tile.
+    """
     if passed is not None:
         return int(x.size) // int(passed.size)
-    itemsize = int(x.dtype.itemsize)
-    together: int = PACK | x.shape[2] * itemsize | x.data.ptr
+    itemsize, C = int(x.dtype.itemsize), int(x.shape[2])
+    together: int = PACK | C * itemsize | x.data.ptr
     for array in others:
         together |= 0 if array is None else array.data.ptr
-    return (together & -together) // itemsize  # its lowest bit: the largest power of two that divides them all
+    nbytes: int = together & -together  # its lowest bit: the largest power of two that divides them all
+    return min(nbytes, PACK // 2 if is_wide(C // norm.groups, nbytes // itemsize, itemsize) else PACK) // itemsize
 
 
 def choose(step: str, x: Array, norm: Norm, *others: Array | None, passed: Array | None = None) -> Plan:
@@ -35,7 +39,7 @@ def choose(step: str, x: Array, norm: Norm, *others: Array | None, passed: Array
 
     Its geometry says in how many parts ``norm_backward`` leaves its sums.
     """
-    width = width_of(x, *others, passed=passed)
+    width = width_of(x, norm, *others, passed=passed)
     return plan_of(step, x.shape, x.dtype, norm.groups, width, x.data.device_id)
 
 
@@ -47,13 +51,7 @@ def plan_of(
     N, A, C, _ = shape
     geometry = samples(N, A, C, groups, dtype.itemsize, width, KEPT[step], properties_of(device_index))
     macros = macros_of(dtype, width, index_bits(shape, geometry), geometry)
-    assert isinstance(geometry.sizes, Samples)
-    several = geometry.sizes.span > geometry.sizes.tile * width
-    macros |= {
-        "CLUSTER_BLOCKS": geometry.cluster,
-        "ON_CHIP": int(geometry.shared > 0),
-        "SEVERAL_TILES": int(several),
-    }
+    macros |= {"CLUSTER_BLOCKS": geometry.cluster, "ON_CHIP": int(geometry.shared > 0)}
     return Plan(kernel(f"channels_last/{step}", **macros), geometry)
 
 

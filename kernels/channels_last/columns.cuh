@@ -15,11 +15,6 @@
 #include "../elementwise.cuh"
 #include "../mask.cuh"
 
-// Whether a block goes through several tiles, one after the other. It has fewer registers to spare then.
-#ifndef SEVERAL_TILES
-#define SEVERAL_TILES 0
-#endif
-
 // Lanes of a tile at most: 128 bytes of a row, the most that memory hands out at a time.
 constexpr int MOST_LANES = 128 / sizeof(data_t);
 constexpr int WARPS = THREADS / WARP;  // warps of a block

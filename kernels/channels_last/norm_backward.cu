@@ -3,30 +3,30 @@
 //
 // A block, or all blocks of a cluster, take a span of one sample: whole groups. On chip they keep dy and x in shared
 // memory, and each element is read once; else twice. Each block leaves its sums of the channels as a part. Those of the
-// span's lanes, each times its weight, are added up group by group, and then over the cluster.
+// span's lanes, each times its scale, are added up group by group, and then over the cluster.
 // Mirror: numpy_norms.norm_backward
 #include "gradient_sums.cuh"
 #include "samples.cuh"
 
-// The channel of this thread's lane, whose mean and variance are those of its row.
-DEVICE Channel channel_of_row(const Span& span, const Tile& tile, const Statistics& statistics, const Affine& affine,
-                              const ChannelAffine& given) {
-    const double* pair = statistics.pairs + 2 * (span.first_row() + span.group_of(tile.channel()));
-    return make_channel(pair[0], pair[1], affine, given);
+// Channel c, whose mean and variance are those of its row.
+DEVICE Channel channel_of_row(const Span& span, const Statistics& statistics, const Affine& affine, index_t c) {
+    const double* pair = statistics.pairs + 2 * (span.first_row() + span.group_of(c));
+    return make_channel(pair[0], pair[1], affine, read_affine(affine, c));
 }
 
-// Adds the sums of a tile's lanes, each times its weight, to those of their groups. Thread q has those of lane q. All
-// threads call it.
-DEVICE void add_lanes(const Span& span, const Tile& tile, double weight, const double (&lane)[2], double (*groups)[2]) {
-    __shared__ double weighted[2][MOST_LANES];
+// Adds the sums of a tile's lanes, each times the scale of its channel, to those of their groups. Thread q has those of
+// lane q. All threads call it.
+DEVICE void add_lanes(const Span& span, const Tile& tile, const Lanes& lanes, const double (&lane)[2],
+                      double (*groups)[2]) {
+    __shared__ double scaled[2][MOST_LANES];
     if (tile.looks_after())
 #pragma unroll
-        for (int k = 0; k < 2; k++) weighted[k][threadIdx.x] = weight * lane[k];
+        for (int k = 0; k < 2; k++) scaled[k][threadIdx.x] = lanes.channels[threadIdx.x].scale * lane[k];
     __syncthreads();
     const Gathering at(span, tile);
 #pragma unroll
     for (int k = 0; k < 2; k++) {
-        const double some = at.sum([&](int q) { return weighted[k][q]; });
+        const double some = at.sum([&](int q) { return scaled[k][q]; });
         if (at.keeps()) groups[at.group][k] = at.opens ? some : groups[at.group][k] + some;
     }
 }
@@ -56,9 +56,7 @@ extern "C" __global__ void CLUSTER REGISTERS(128) norm_backward(
         const Tile tile = span.tile(t);
         const Packs packs(tile);
         const index_t c = tile.channel();
-        const ChannelAffine given = read_affine(affine, c);
-        if (tile.looks_after())
-            lanes.set(threadIdx.x, channel_of_row(span, tile, statistics, affine, given));
+        if (tile.looks_after()) lanes.set(threadIdx.x, channel_of_row(span, statistics, affine, c));
         double of_lane[2] = {0, 0};
         {
             const OwnChannels channels(tile, lanes);
@@ -72,7 +70,7 @@ extern "C" __global__ void CLUSTER REGISTERS(128) norm_backward(
             const long long part = sample_of_block() * CLUSTER_BLOCKS + cluster_rank();
             if (sums.dy) set_sums(sums, part * sizes.C + c, of_lane);
         }
-        add_lanes(span, tile, given.weight, of_lane, groups);
+        add_lanes(span, tile, lanes, of_lane, groups);
     }
     show_cluster();
     const int g = threadIdx.x;
@@ -93,9 +91,8 @@ extern "C" __global__ void CLUSTER REGISTERS(128) norm_backward(
         const Packs packs(tile);
         if (tile.looks_after()) {
             const index_t c = tile.channel();
-            Channel channel = !SEVERAL_TILES
-                                  ? lanes.channels[threadIdx.x]
-                                  : channel_of_row(span, tile, statistics, affine, read_affine(affine, c));
+            Channel channel =
+                SEVERAL_TILES ? channel_of_row(span, statistics, affine, c) : lanes.channels[threadIdx.x];
             set_row_gradient(channel, means[span.group_of(c)]);
             lanes.set(threadIdx.x, channel);
         }

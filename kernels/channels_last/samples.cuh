@@ -12,6 +12,9 @@
 #define ON_CHIP 0
 #endif
 
+// Whether a span may have several tiles. Wide packs leave no registers for that: the host takes narrower ones then.
+constexpr bool SEVERAL_TILES = PACK_BYTES < 16;
+
 // The sizes that a kernel is given.
 struct Samples {
     long long N;

@@ -6,8 +6,8 @@
 #pragma once
 #include "columns.cuh"
 
-constexpr int CHUNK = SEVERAL_TILES ? 4 : 8;  // rows of a chunk
-constexpr int CHUNKS = 4;                     // chunks that merge in float32
+constexpr int CHUNK = 8;   // rows of a chunk
+constexpr int CHUNKS = 4;  // chunks that merge in float32
 
 // Some rows of a channel: their mean, which is base + offset, and the sum of squares of deviations from it.
 struct Column {
@@ -80,7 +80,7 @@ DEVICE unsigned add_all(const Source& x, Packs packs, const double* pivots, Tota
             add_rows<CHUNK>(raw, before, columns, missed);
             if (before == CHUNK * (CHUNKS - 1)) flush(CHUNK * CHUNKS);
         } else {  // in few pieces: each merge is rounded
-            if (CHUNK > 4) add_piece<4>(x, packs, i, count, columns, missed);
+            add_piece<4>(x, packs, i, count, columns, missed);
             add_piece<2>(x, packs, i, count, columns, missed);
             add_piece<1>(x, packs, i, count, columns, missed);
         }
