@@ -11,7 +11,6 @@ that fits on chip is kept there.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator
 from typing import NamedTuple

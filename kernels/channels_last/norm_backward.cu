@@ -55,8 +55,7 @@ extern "C" __global__ void CLUSTER REGISTERS(128) norm_backward(
         if (t > 0) __syncthreads();
         const Tile tile = span.tile(t);
         const Packs packs(tile);
-        const index_t c = tile.channel();
-        if (tile.looks_after()) lanes.set(threadIdx.x, channel_of_row(span, statistics, affine, c));
+        if (tile.looks_after()) lanes.set(threadIdx.x, channel_of_row(span, statistics, affine, tile.channel()));
         double of_lane[2] = {0, 0};
         {
             const OwnChannels channels(tile, lanes);
@@ -65,12 +64,13 @@ extern "C" __global__ void CLUSTER REGISTERS(128) norm_backward(
                     epilogue, channels, of_thread);
             sum_tile(tile, of_thread, of_lane);
         }
-        if (tile.looks_after()) {
+        const Tile same = span.tile(t);  // anew: none of it has to stay in registers
+        if (same.looks_after()) {
             finish_sums(of_lane, lanes.channels[threadIdx.x]);
             const long long part = sample_of_block() * CLUSTER_BLOCKS + cluster_rank();
-            if (sums.dy) set_sums(sums, part * sizes.C + c, of_lane);
+            if (sums.dy) set_sums(sums, part * sizes.C + same.channel(), of_lane);
         }
-        add_lanes(span, tile, lanes, of_lane, groups);
+        add_lanes(span, same, lanes, of_lane, groups);
     }
     show_cluster();
     const int g = threadIdx.x;

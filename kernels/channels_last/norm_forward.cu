@@ -20,7 +20,7 @@ DEVICE void add_lanes(const Span& span, const Tile& tile, const ChannelMoments& 
     }
     __syncthreads();
     const Gathering at(span, tile);
-    const double rows = (double)(tile.end - tile.begin), lanes = at.end - at.begin;
+    const double rows = (double)(span.end - span.begin), lanes = at.end - at.begin;
     const double pivot = means[min(at.begin, tile.lanes - 1)];
     const double mean = pivot + at.sum([&](int q) { return means[q] - pivot; }) / lanes;
     const double m2 = at.sum([&](int q) {
@@ -73,8 +73,9 @@ extern "C" __global__ void CLUSTER REGISTERS(128) norm_forward(
     for (int t = 0; t < span.tiles(); t++) {
         const Tile tile = span.tile(t);
         const Packs packs(tile);
-        const auto source = span.source<CHUNK>(t, packs, x);
-        add_lanes(span, tile, moments_of(tile, source, packs, Left(nullptr, tile), x + span.top * span.C), groups);
+        const ChannelMoments of_lane = moments_of(tile, span.source<CHUNK>(t, packs, x), packs, Left(nullptr, tile),
+                                                  x + span.top * span.C);
+        add_lanes(span, span.tile(t), of_lane, groups);  // the tile anew: none of it has to stay in registers
     }
     show_cluster();
     const int g = threadIdx.x;
