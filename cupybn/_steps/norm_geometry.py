@@ -15,9 +15,8 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from cupybn._steps import resident
 from cupybn._steps.geometry import MOST_COLUMNS, MOST_GRID_Y, Geometry, team_of
-from cupybn._steps.resident import BLOCKS_PER_MULTIPROCESSOR, CUDA_OWN, SMALL, Device
+from cupybn._steps.resident import BLOCKS, BLOCKS_PER_MULTIPROCESSOR, CUDA_OWN, SMALL, Device
 
 SPANS = 64, 32
 """Bytes of a row that a span covers where groups are no wider, the better choice first."""
@@ -29,7 +28,7 @@ THREADS = (64, 128, 256)
 """Threads that a block may have."""
 PACKS = 16
 """Packs of a tile per thread up to which a block has fewer threads."""
-OWN = 24 << 10
+OWN = 20 << 10
 """Bytes of shared memory that a kernel needs per block for its own variables, beside the arrays."""
 
 
@@ -81,11 +80,11 @@ def spans(C: int, group: int, itemsize: int, width: int) -> list[tuple[int, int]
     return found
 
 
-def shares(N: int, A: int, C: int, group: int, itemsize: int, width: int, device: Device) -> Iterator[Share]:
+def shares(A: int, C: int, group: int, itemsize: int, width: int, device: Device) -> Iterator[Share]:
     """What a block may take, the best choice first if there were blocks enough."""
     for span, columns in spans(C, group, itemsize, width):
         row = math.ceil(span / (columns * width)) * columns * width * itemsize
-        for blocks in resident.BLOCKS if device.clusters else resident.BLOCKS[:1]:
+        for blocks in BLOCKS if device.clusters else BLOCKS[:1]:
             rows = math.ceil(A / blocks)
             yield Share(span, columns, blocks, rows, math.ceil(C / span), rows * row)
 
@@ -98,7 +97,7 @@ def samples(N: int, A: int, C: int, groups: int, itemsize: int, width: int, arra
     arrays : int
         Number of arrays that are kept on chip: 1 forward (x), 2 backward (dy and x).
     """
-    found = list(shares(N, A, C, C // groups, itemsize, width, device))
+    found = list(shares(A, C, C // groups, itemsize, width, device))
     twice = device.shared_per_multiprocessor // BLOCKS_PER_MULTIPROCESSOR - CUDA_OWN
     limits = [most - OWN for most in (twice, device.shared_per_block)]
     fitting = next(filter(None, ([s for s in found if s.nbytes * arrays <= most] for most in limits)), [])
