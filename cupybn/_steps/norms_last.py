@@ -52,6 +52,12 @@ def backward(
     return sums
 
 
+def empty_passed(x: Array, norm: Norm, residual: Array, out: Array) -> Array:
+    """A record of where ReLU passes: a byte for each pack, bool where packs are single elements."""
+    width = width_of(x, norm, residual, out)
+    return _empty(x.shape, np.bool_) if width == 1 else _empty((x.size // width,), np.uint8)
+
+
 def width_of(x: Array, norm: Norm, *others: Array | None, passed: Array | None = None) -> int:
     """Elements of a pack: the widest that divides a row and fits all addresses, or what a record was made for.
 
