@@ -306,22 +306,17 @@ def test_all_blocks_of_a_cluster_have_the_same_statistics_and_sums(rng, take):
 
 @only_emulated
 @pytest.mark.parametrize("dtype", DTYPES[::2], ids=lambda dtype: dtype.name)
-@pytest.mark.parametrize("groups", [256, 32, 2])
+@pytest.mark.parametrize("groups", [64, 8, 1])
 @pytest.mark.parametrize(("way", "passes"), [("on chip", (2, 3)), ("streamed", (3, 5))])
 def test_traffic(rng, way, passes, groups, dtype, take):
-    """Passes over the tensor, of samples that fit on chip, or are streamed; a residual is one more."""
+    """Passes over the tensor, of samples that are kept on chip or streamed; a residual is one more."""
     take(way)
-    case = Case(rng, (1, 256, 256, groups), dtype, fused="record")
     for fused, more in ("relu", 0), ("record", 1):
-        case.activation = "relu"
-        if fused == "relu":
-            residual, case.residual = case.residual, None
-        else:
-            case.residual = residual
+        case = Case(rng, (1, 2048, 64, groups), dtype, fused=fused)
         with emulator.record() as launches:
-            out, statistics, passed = case.forward()
+            _, statistics, passed = case.forward()
             case.backward(to_host(statistics), passed, dresidual=bool(more))
-        moved = [launch.bytes_read + launch.bytes_written for launch in launches]
         assert [launch.name for launch in launches] == ["norm_forward", "norm_backward"]
-        for nbytes, expected in zip(moved, passes, strict=True):
-            assert nbytes / case.x.nbytes == pytest.approx(expected + more, rel=0.1)
+        for launch, expected in zip(launches, passes, strict=True):
+            moved = (launch.bytes_read + launch.bytes_written) / case.x.nbytes
+            assert moved == pytest.approx(expected + more, rel=0.05)
