@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -135,28 +136,45 @@ class Rows(NamedTuple):
         N, A, G, D, B = self
         return array.reshape(N, A, G, D, B)[piece.n, piece.a, piece.g, piece.d, piece.b].transpose(0, 2, 3, 1, 4)
 
-    def take(self, array: Array, piece: Piece, dtype: npt.DTypeLike) -> Array:
+    def take(self, array: Array, piece: Piece, dtype: npt.DTypeLike, memory: Memory, role: str) -> Array:
         """The piece of an array, contiguous and in this dtype, (rows, channels, positions): a view if it can be."""
         view = self.view(array, piece)
-        n, g, d, a, b = view.shape
-        return view.astype(dtype, order="C", copy=False).reshape(n * g, d, a * b)
+        if view.dtype != dtype or not view.flags.c_contiguous:
+            copy = memory.empty(role, view.shape, dtype)
+            copy[...] = view
+            view = copy
+        return view.reshape(-1, view.shape[2], view.shape[3] * view.shape[4])
 
-    def place(self, array: Array, piece: Piece, dtype: npt.DTypeLike) -> Array:
+    def place(self, array: Array, piece: Piece, dtype: npt.DTypeLike, memory: Memory, role: str) -> Array:
         """Memory to compute a piece of an array in, which `put` then puts there: the array's own, if it can be."""
-        if self.A == 1 and array.dtype == dtype:
-            return self.take(array, piece, dtype)
-        n, g, d, a, b = self.view(array, piece).shape
-        return np.empty((n * g, d, a * b), dtype)
+        view = self.view(array, piece)
+        if view.dtype != dtype or not view.flags.c_contiguous:
+            view = memory.empty(role, view.shape, dtype)
+        return view.reshape(-1, view.shape[2], view.shape[3] * view.shape[4])
 
     def put(self, array: Array, piece: Piece, values: Array) -> None:
         """Write a piece into an array, unless it has been computed there."""
-        if self.A == 1 and array.dtype == values.dtype and np.may_share_memory(array, values):
-            return
         view = self.view(array, piece)
-        np.copyto(view, values.reshape(view.shape), casting="unsafe")
+        if view.dtype != values.dtype or not np.may_share_memory(view, values):
+            np.copyto(view, values.reshape(view.shape), casting="unsafe")
 
 
-@functools.lru_cache(maxsize=64)
+class Memory:
+    """Arrays to work in: each thread has its own, one for each role, and uses it again for the next piece."""
+
+    def __init__(self) -> None:
+        self._of_thread = threading.local()
+
+    def empty(self, role: str, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
+        """An array, uninitialised, for a role that no other array has which is still needed."""
+        arrays, size = vars(self._of_thread), math.prod(shape) * np.dtype(dtype).itemsize
+        if role not in arrays or arrays[role].size < size:
+            arrays[role] = np.empty(size, np.uint8)
+        array: Array = arrays[role][:size].view(dtype).reshape(shape)
+        return array
+
+
+@functools.lru_cache(maxsize=16)
 def work_of(rows: Rows, bands: int) -> list[list[Piece]]:
     """`Rows.work`, kept for the next calls."""
     return rows.work(bands)
