@@ -20,7 +20,7 @@ import cupybn
 from cupybn._arrays.dtypes import FLOATS
 from cupybn._calls import checks
 from cupybn._ranks.synchronized import Synchronized
-from cupybn._steps import arguments, bundles, cupy_ops, geometry, numpy_ops, sources
+from cupybn._steps import arguments, bundles, cupy_dropout, cupy_ops, geometry, numpy_dropout, numpy_ops, sources
 from cupybn._steps.sources import KERNELS, kernel_names, signature
 
 LAYOUTS = ("channels_first", "channels_last")
@@ -34,6 +34,9 @@ RETURNED = {
     "mean_and_var": ["mean", "var"],
     "bn_update_running": [],
     "merge_sums": ["row"],
+    "dropout_draw": ["drawn"],
+    "dropout": [],
+    "dropout_channels": [],
 }
 """Arrays that steps return beside bundles, under the names that they have in kernels."""
 OVER_CHANNELS = ("merge_moments", "mean_and_var", "bn_update_running", "merge_sums")
@@ -61,7 +64,10 @@ class Pair(typing.NamedTuple):
     launchers: types.ModuleType
 
 
-PAIRS = (Pair(numpy_ops, cupy_ops),)
+PAIRS = (
+    Pair(numpy_ops, cupy_ops),
+    Pair(numpy_dropout, cupy_dropout),
+)
 BATCH_NORM = PAIRS[0]
 
 
@@ -106,6 +112,7 @@ TYPES = {
     "Counter": "long long*",
     "Passed": "passed_t*",
     "Mask": "bool*",
+    "Drawn": "unsigned long long*",
     "Activation": "Activation",
     "float": "double",
     "int": "long long",
