@@ -74,7 +74,8 @@ class Call(NamedTuple):
                 if len(_cache) >= MOST_CACHED:
                     _cache.clear()
                 _cache[key] = checked
-        self._check_generator()
+        if self.generator is not None:
+            self._check_generator(checked.device)
         return checked
 
     def _key(self, out: Array | None) -> Hashable:
@@ -113,28 +114,26 @@ class Call(NamedTuple):
             checks.check_writeable("out", out)
         return Checked.of(self, p, axis, out)
 
-    def _check_generator(self) -> None:
-        """Check for a generator on the device of the input, or None."""
-        generator, input = self.generator, self.input
-        if generator is None:
-            return
+    def _check_generator(self, device: str) -> None:
+        """Check for a generator on this device, which is that of the input."""
+        generator = self.generator
         if not isinstance(generator, Generator):
             way_out = ""
             if isinstance(generator, (int, np.integer)) and not isinstance(generator, bool):
                 way_out = f"; did you mean cupybn.Generator({generator})?"
             given = show(generator)
             raise TypeError(f"expected generator to be a cupybn.Generator or None (got {given}){way_out}")
-        if generator.device != device_of(input):
+        if generator.device != device:
             if self.of_layer:
-                checks.check_beside_layer(input, generator.state)
+                checks.check_beside_layer(self.input, generator.state)
             raise TypeError(
-                f"expected generator on {device_of(input)}, as input is (got one on {generator.device}): use "
-                f'generator.to("{device_of(input)}")'
+                f"expected generator on {device}, as input is (got one on {generator.device}): use "
+                f'generator.to("{device}")'
             )
 
-    def state(self) -> Array:
-        """State of the generator that this call draws from."""
-        return (defaults.of(device_of(self.input)) if self.generator is None else self.generator).state
+    def state(self, device: str) -> Array:
+        """State of the generator that this call draws from, with its input on this device."""
+        return (defaults.of(device) if self.generator is None else self.generator).state
 
 
 class Checked(NamedTuple):

@@ -10,8 +10,6 @@ Calls that are alike, on CuPy arrays, play the launches of the first one, as tho
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -471,14 +469,17 @@ def _forward(call: Call, out: Array | None) -> tuple[Array, Saved]:
             if written is not None:
                 write_at_once([(written, output)])
             return output if target is None else target, Saved(checked, None)
-        state, direct = call.state(), written if checked.direct else None
+        state, direct = call.state(checked.device), written if checked.direct else None
         made, drawn = _draw(checked, input, state, direct)
         if made is None:
             return target, Saved(checked, drawn)
         output = checked.layout.back(made)
         if written is not None:
-            with _put_back_if_it_fails(state):
+            try:
                 write_at_once([(written, output)])
+            except BaseException:
+                state[1:] -= 1
+                raise
     return output if target is None else target, Saved(checked, drawn)
 
 
@@ -500,20 +501,14 @@ def _draw_steps(checked: Checked, input: Array, state: Array, out: Array | None)
     """`_draw`, step by step."""
     layout, ops = checked.layout, _ops_for(input)
     made = layout.empty(input) if out is None else None
-    input = layout.conform(input)
-    drawn = ops.dropout_draw(state)
-    with _put_back_if_it_fails(state):
-        _drop(checked, drawn, input, out if made is None else layout.back(made))
-    return [made, drawn]
-
-
-@contextlib.contextmanager
-def _put_back_if_it_fails(state: Array) -> Iterator[None]:
-    """Context of a call that has drawn: if it raises, the number of calls is as it was."""
+    input, drawn = layout.conform(input), None
     try:
-        yield
+        drawn = ops.dropout_draw(state)
+        _drop(checked, drawn, input, out if made is None else layout.back(made))
+        return [made, drawn]
     except BaseException:
-        state[1:] -= 1
+        if drawn is not None:  # a call that raises leaves the generator as it was
+            state[1:] -= 1
         raise
 
 

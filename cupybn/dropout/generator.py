@@ -71,11 +71,10 @@ class Generator:
     True
     """
 
-    _state: Array
-
     def __init__(self, seed: int | None = None, device: str | None = None) -> None:
         seed = secrets.randbits(BITS) if seed is None else check_seed(seed)
-        self._state = _new_state(seed, devices.resolve_device(device))
+        target = devices.resolve_device(device)
+        self._state, self._device = _new_state(seed, target), target
 
     @property
     def state(self) -> Array:
@@ -85,7 +84,7 @@ class Generator:
     @property
     def device(self) -> str:
         """``"cpu"`` or ``"cuda:N"``."""
-        return device_of(self._state)
+        return self._device
 
     def manual_seed(self, seed: int) -> Self:
         """Begin with another seed, or anew with the same: the state becomes [seed, 0], in place.
@@ -121,13 +120,13 @@ class Generator:
         'cpu'
         """
         target = devices.named_device(device)
-        if target != self.device:
-            self._state = devices.transfer(self._state, self._state.dtype, target)
+        if target != self._device:
+            self._state, self._device = devices.transfer(self._state, self._state.dtype, target), target
         return self
 
     def __repr__(self) -> str:
         seed, calls = (int(number) for number in self._state)
-        return f"Generator(seed={seed}, calls={calls}, device={self.device!r})"
+        return f"Generator(seed={seed}, calls={calls}, device={self._device!r})"
 
     def __copy__(self) -> Self:
         """Copy that goes on by itself, as a deep copy does."""
@@ -138,12 +137,13 @@ class Generator:
     def __getstate__(self) -> dict[str, Any]:
         """Device and a copy of the state."""
         with devices.on_device_of(self._state):
-            return {"state": devices.copied(self._state), "device": self.device}
+            return {"state": devices.copied(self._state), "device": self._device}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Unpickled CuPy arrays are on the current device: bring that of the state to its own."""
         array, device = state["state"], devices.resolve_device(state["device"])
         self._state = array if device_of(array) == device else devices.transfer(array, array.dtype, device)
+        self._device = device
 
 
 def check_seed(seed: Any) -> int:
