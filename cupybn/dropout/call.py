@@ -38,7 +38,9 @@ class Channels(NamedTuple):
         """Channel axis in a batch, counted from the front; raises unless that is an axis beside that of the batch."""
         axis = checks.check_channel_axis(self.channel_axis, self.ndims[-1])
         if axis == BATCH_AXIS:
-            raise ValueError(f"expected channel_axis to be another axis than that of the batch, 0 (got {axis})")
+            raise ValueError(
+                f"expected channel_axis to be another axis than that of the batch, 0 (got {show(self.channel_axis)})"
+            )
         return axis
 
 
@@ -106,7 +108,9 @@ class Call(NamedTuple):
         checks.check_bool("inplace", self.inplace)
         if self.inplace:
             if out is not None:
-                raise ValueError("expected out=None with inplace=True, which writes to input: use one of them")
+                raise ValueError(
+                    "expected out=None with inplace=True, which writes to input (got both): use one of them"
+                )
             checks.check_writeable("input", input)
             out = input
         if out is not None:

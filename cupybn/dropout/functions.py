@@ -469,18 +469,16 @@ def _forward(call: Call, out: Array | None) -> tuple[Array, Saved]:
             if written is not None:
                 write_at_once([(written, output)])
             return output if target is None else target, Saved(checked, None)
-        state, direct = call.state(checked.device), written if checked.direct else None
-        made, drawn = _draw(checked, input, state, direct)
-        if made is None:
-            return target, Saved(checked, drawn)
-        output = checked.layout.back(made)
-        if written is not None:
-            try:
+        state, drawn = call.state(checked.device), None
+        try:
+            made, drawn = _draw(checked, input, state, written if checked.direct else None)
+            output = None if made is None else checked.layout.back(made)
+            if written is not None and output is not None:
                 write_at_once([(written, output)])
-            except BaseException:
-                state[1:] -= 1
-                raise
-    return output if target is None else target, Saved(checked, drawn)
+            return output if target is None else target, Saved(checked, drawn)
+        except BaseException:
+            _take_back(state, drawn)
+            raise
 
 
 def _draw(checked: Checked, input: Array, state: Array, out: Array | None) -> list[Array | None]:
@@ -507,9 +505,14 @@ def _draw_steps(checked: Checked, input: Array, state: Array, out: Array | None)
         _drop(checked, drawn, input, out if made is None else layout.back(made))
         return [made, drawn]
     except BaseException:
-        if drawn is not None:  # a call that raises leaves the generator as it was
-            state[1:] -= 1
+        _take_back(state, drawn)
         raise
+
+
+def _take_back(state: Array, drawn: Array | None) -> None:
+    """Leave the generator as it was before a call, which has raised, if that had drawn."""
+    if drawn is not None:
+        state[1:] -= 1
 
 
 def _backward(saved: Saved, grad_output: Array) -> Array:
