@@ -2,8 +2,10 @@
 
 from cupybn import functional
 from cupybn._calls.tracking import no_stats_update
-from cupybn.functional import BatchNormGrads
+from cupybn.dropout.generator import Generator, manual_seed
+from cupybn.functional import BatchNormGrads, DropoutGrads
 from cupybn.layers.batchnorm import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from cupybn.layers.dropout import Dropout, Dropout1d, Dropout2d, Dropout3d
 from cupybn.layers.state import IncompatibleKeys
 from cupybn.layers.syncbatchnorm import SyncBatchNorm
 from cupybn.models.checkpoints import find_batch_norms, load_checkpoint, save_checkpoint
@@ -17,6 +19,12 @@ __all__ = [
     "BatchNorm2d",
     "BatchNorm3d",
     "BatchNormGrads",
+    "Dropout",
+    "Dropout1d",
+    "Dropout2d",
+    "Dropout3d",
+    "DropoutGrads",
+    "Generator",
     "IncompatibleKeys",
     "StreamingMoments",
     "SyncBatchNorm",
@@ -25,6 +33,7 @@ __all__ = [
     "fold_linear_bn",
     "functional",
     "load_checkpoint",
+    "manual_seed",
     "no_stats_update",
     "save_checkpoint",
     "update_bn",

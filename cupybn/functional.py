@@ -55,9 +55,38 @@ from cupybn._steps.launcher import unheard
 from cupybn._steps.observer import Observed
 from cupybn._steps.ops import ops_for
 from cupybn._steps.tape import Tapes, particulars_of
+from cupybn.dropout.functions import (
+    DropoutGrads,
+    DropoutVjpFn,
+    dropout,
+    dropout1d,
+    dropout1d_vjp,
+    dropout2d,
+    dropout2d_vjp,
+    dropout3d,
+    dropout3d_vjp,
+    dropout_vjp,
+)
 from cupybn.statistics.moments import moments
 
-__all__ = ["BatchNormGrads", "VjpFn", "batch_norm", "batch_norm_backward", "batch_norm_vjp", "moments"]
+__all__ = [
+    "BatchNormGrads",
+    "DropoutGrads",
+    "DropoutVjpFn",
+    "VjpFn",
+    "batch_norm",
+    "batch_norm_backward",
+    "batch_norm_vjp",
+    "dropout",
+    "dropout1d",
+    "dropout1d_vjp",
+    "dropout2d",
+    "dropout2d_vjp",
+    "dropout3d",
+    "dropout3d_vjp",
+    "dropout_vjp",
+    "moments",
+]
 
 Array = Any  # numpy.ndarray or cupy.ndarray
 

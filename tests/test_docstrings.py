@@ -48,7 +48,9 @@ def test_example(name):
 
 def test_what_users_call_has_examples():
     layers = [cupybn.BatchNorm1d, cupybn.BatchNorm2d, cupybn.BatchNorm3d, cupybn.SyncBatchNorm]
-    functions = [getattr(cupybn.functional, name) for name in cupybn.functional.__all__ if name != "BatchNormGrads"]
+    layers += [cupybn.Dropout, cupybn.Dropout1d, cupybn.Dropout2d, cupybn.Dropout3d]
+    functions = [getattr(cupybn.functional, name) for name in cupybn.functional.__all__ if not name.endswith("Grads")]
+    functions += [cupybn.Generator, cupybn.Generator.manual_seed, cupybn.manual_seed]
     methods = [getattr(cupybn.BatchNorm2d, name) for name in ("vjp", "state_dict", "load_state_dict", "to")]
     methods.append(cupybn.SyncBatchNorm.from_batchnorm)
     models = [cupybn.fold_conv_bn, cupybn.fold_linear_bn, cupybn.update_bn, cupybn.StreamingMoments]
