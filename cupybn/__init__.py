@@ -1,9 +1,14 @@
-"""Batch normalization for CuPy and NumPy arrays: PyTorch's BatchNorm1d, 2d and 3d, and their functional form."""
+"""Normalization for CuPy and NumPy arrays: PyTorch's layers of batch, instance, group, layer and RMS norm, and their
+functional form.
+"""
 
 from cupybn import functional
 from cupybn._calls.tracking import no_stats_update
 from cupybn.functional import BatchNormGrads
 from cupybn.layers.batchnorm import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from cupybn.layers.groupnorm import GroupNorm
+from cupybn.layers.instancenorm import InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
+from cupybn.layers.layernorm import LayerNorm, RMSNorm
 from cupybn.layers.state import IncompatibleKeys
 from cupybn.layers.syncbatchnorm import SyncBatchNorm
 from cupybn.models.checkpoints import find_batch_norms, load_checkpoint, save_checkpoint
@@ -17,7 +22,13 @@ __all__ = [
     "BatchNorm2d",
     "BatchNorm3d",
     "BatchNormGrads",
+    "GroupNorm",
     "IncompatibleKeys",
+    "InstanceNorm1d",
+    "InstanceNorm2d",
+    "InstanceNorm3d",
+    "LayerNorm",
+    "RMSNorm",
     "StreamingMoments",
     "SyncBatchNorm",
     "find_batch_norms",

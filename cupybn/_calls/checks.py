@@ -341,7 +341,9 @@ def check_vectors(
     for name, vector in vectors.items():
         if layer_device is not None and kind(vector) is not None and device_of(vector) == layer_device:
             check_beside_layer(input, vector)
-        if layer_device is None and words.flag and isinstance(vector, (bool, np.bool_)):  # it stands in a vector's place
+        if (
+            layer_device is None and words.flag and isinstance(vector, (bool, np.bool_))
+        ):  # it stands in a vector's place
             given = f"{name} to be a NumPy or CuPy array (got {describe(vector)})"
             raise TypeError(f"expected {given}; did you mean {words.flag}={bool(vector)}?")
         check_array(name, vector, input)

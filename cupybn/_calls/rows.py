@@ -119,10 +119,8 @@ def as_normalized_shape(value: Any) -> tuple[int, ...]:
     TypeError
         If this is something else. Arrays are refused, too: their elements may be on a device.
     """
-    cls = type(value)
-    if cls is tuple and all(type(n) is int for n in value):
-        shape: tuple[int, ...] = value
-        return shape
+    if type(value) is tuple and {*map(type, value)} == {int}:
+        return value
     if isinstance(value, Sequence) and not isinstance(value, (str, bytes)) and kind(value) is None:
         return tuple(checks.as_int(f"normalized_shape[{i}]", n) for i, n in enumerate(value))
     if kind(value) is not None and value.ndim > 0:

@@ -26,9 +26,12 @@ class NormVjpFn(WayBack, Generic[Grads]):
     >>> import cupybn.functional as F
     >>> x = np.array([[0, 1, 5], [2, 2, 8]], np.float32)  # two rows
     >>> y, vjp_fn = F.rms_norm_vjp(x, 3)
-    >>> vjp_fn(np.array([[1, 0, 0], [0, 0, 0]], np.float32))
-    RMSNormGrads(input=array([[0.33968315, 0.        , 0.        ],
-           [0.        , 0.        , 0.        ]], dtype=float32), weight=None)
+    >>> grads = vjp_fn(np.array([[1, 0, 0], [0, 0, 1]], np.float32))  # of a loss that is y[0, 0] + y[1, 2]
+    >>> type(grads).__name__, grads.weight
+    ('RMSNormGrads', None)
+    >>> grads.input.round(3)
+    array([[ 0.34 ,  0.   ,  0.   ],
+           [-0.045, -0.045,  0.023]], dtype=float32)
     """
 
     __slots__ = ("_grads",)
