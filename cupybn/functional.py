@@ -31,7 +31,8 @@ from typing import Any, NamedTuple
 from cupybn._arrays.devices import copied, on_device_of
 from cupybn._calls import across, checks
 from cupybn._calls.call import Call
-from cupybn._calls.flow import Saved, WayBack, forward, forward_and_saved
+from cupybn._calls.flow import WayBack, forward, forward_and_saved
+from cupybn._calls.saved import Saved
 from cupybn._steps.bundles import Affine, Epilogue, Running, Statistics
 from cupybn.norms.group import GroupNormGrads, group_norm, group_norm_vjp
 from cupybn.norms.instance import InstanceNormGrads, instance_norm, instance_norm_vjp

@@ -70,7 +70,7 @@ def test_residual_and_out_are_like_the_input(xp, rng, case):
     for name in ("out", "residual") if case.by_channels else ("out",):
         for wrong, error in ((x[:1], ValueError), (x.astype(np.float64), TypeError), (other_kind(xp, x), TypeError)):
             for call in both(case, given, **{name: wrong}):
-                with pytest.raises(error, match=f"^expected {name} "):
+                with pytest.raises(error, match=rf"^expected {name} "):
                     call()
 
 
@@ -78,9 +78,9 @@ def test_out_is_written_to_as_a_whole(rng):
     x = rng.normal(size=(2, 4)).astype(np.float32)
     read_only = x.copy()
     read_only.flags.writeable = False
-    with pytest.raises(ValueError, match="^expected out to be writeable"):
+    with pytest.raises(ValueError, match=r"^expected out to be writeable"):
         F.layer_norm(x, 4, out=read_only)
-    with pytest.raises(ValueError, match="^expected out to have memory for each element"):
+    with pytest.raises(ValueError, match=r"^expected out to have memory for each element"):
         F.layer_norm(x, 4, out=np.lib.stride_tricks.as_strided(x.copy(), x.shape, (0, 4)))
 
 
@@ -144,10 +144,10 @@ def test_groups(xp):
         raises(ValueError, text, *both(Case("group_norm", n), {"input": x}), lambda n=n: GroupNorm(n, 4, device="cpu"))
     for n in 2.0, "2", True, (2,):
         for call in (*both(Case("group_norm", n), {"input": x}), lambda n=n: GroupNorm(n, 4, device="cpu")):
-            with pytest.raises(TypeError, match="^expected num_groups to be an int"):
+            with pytest.raises(TypeError, match=r"^expected num_groups to be an int"):
                 call()
     F.group_norm(x, 2)
-    with pytest.raises(TypeError, match="^expected num_groups to be an int"):  # also after one that is equal
+    with pytest.raises(TypeError, match=r"^expected num_groups to be an int"):  # also after one that is equal
         F.group_norm(x, 2.0)
 
 
@@ -169,17 +169,17 @@ def test_normalized_shape(xp, function):
     )
     raises(ValueError, text, *calls((), x), *calls([], x), lambda: layer((), device="cpu"))
     for shape in (-1,), (2, -3):
-        with pytest.raises(ValueError, match="^expected normalized_shape"):
+        with pytest.raises(ValueError, match=r"^expected normalized_shape"):
             layer(shape, device="cpu")
         for call in calls(shape, x):
-            with pytest.raises(ValueError, match="^expected normalized_shape"):
+            with pytest.raises(ValueError, match=r"^expected normalized_shape"):
                 call()
     for shape in 3.0, "3", None, (3.0,), ("3",), [[3]], True, {3}, np.array([3]), xp.ones(1):
         for call in (*calls(shape, x), lambda shape=shape: layer(shape, device="cpu")):
-            with pytest.raises(TypeError, match="^expected normalized_shape"):
+            with pytest.raises(TypeError, match=r"^expected normalized_shape"):
                 call()
     F.layer_norm(x, (3,))
-    with pytest.raises(TypeError, match="^expected normalized_shape"):  # also after one that is equal
+    with pytest.raises(TypeError, match=r"^expected normalized_shape"):  # also after one that is equal
         F.layer_norm(x, (3.0,))
 
 
@@ -203,7 +203,7 @@ def test_eps(xp, rng, case):
         raises(ValueError, text, *both(case, given, eps=eps))
     for eps in ("1", 1j, xp.ones(()), *(() if case.function == "rms_norm" else (None,))):
         for call in both(case, given, eps=eps):
-            with pytest.raises(TypeError, match="^expected eps to be a float"):
+            with pytest.raises(TypeError, match=r"^expected eps to be a float"):
                 call()
 
 
@@ -227,11 +227,11 @@ def test_running_statistics(xp):
         given = {"input": x, "running_mean": vector, "running_var": vector.copy()}
         for uses_input in True, False:
             for call in both(case, given, momentum=momentum, use_input_stats=uses_input):
-                with pytest.raises(TypeError, match="^expected momentum to be a float"):
+                with pytest.raises(TypeError, match=r"^expected momentum to be a float"):
                     call()
     for flag in 1, "no", None:
         for call in both(case, {"input": x}, use_input_stats=flag):
-            with pytest.raises(TypeError, match="^expected use_input_stats to be a bool"):
+            with pytest.raises(TypeError, match=r"^expected use_input_stats to be a bool"):
                 call()
 
 
@@ -268,7 +268,7 @@ def test_running_statistics_are_as_they_were(xp, rng, fault):
         "out": {"out": out[:1]},
         "one": {"input": given["input"][..., :1], "residual": None},
     }[fault]
-    with pytest.raises(ValueError, match="."):
+    with pytest.raises(ValueError, match=r"xpected|eps|activation|weight"):
         case(**{"out": None if fault == "one" else out} | given | wrong)
     assert bits(*arrays) == before
     assert bits(out) == before_out
@@ -298,8 +298,8 @@ def test_ranks_of_layers(xp, device, cls, ranks, text, features):
 def test_channels_of_layers(xp, device):
     x = xp.zeros((2, 5, 4), np.float32)
     text = (
-        "expected 4 channels ({}) on axis 1, got 5 (axis 1 of the input of shape (2, 5, 4) has 5, axis 2 has 4: did you "
-        "mean channel_axis=2?)"
+        "expected 4 channels ({}) on axis 1, got 5 (axis 1 of the input of shape (2, 5, 4) has 5, axis 2 has 4: did "
+        "you mean channel_axis=2?)"
     )
     raises(ValueError, text.format("num_features"), lambda: InstanceNorm1d(4, affine=True, device=device)(x))
     text = text.replace("5", "6")
@@ -320,7 +320,7 @@ def test_constructors(device):
     text = "num_channels (4) must be divisible by num_groups (3)"
     raises(ValueError, text, lambda: GroupNorm(3, 4, device=device))
     for n, error in (-1, ValueError), (4.0, TypeError), (None, TypeError):
-        with pytest.raises(error, match="^expected num_channels "):
+        with pytest.raises(error, match=r"^expected num_channels "):
             GroupNorm(2, n, device=device)
     for make in (
         lambda **given: GroupNorm(2, 4, **given),
@@ -331,24 +331,24 @@ def test_constructors(device):
         for eps in "1", 1j, None:
             if eps is None and isinstance(make(device=device), RMSNorm):
                 continue
-            with pytest.raises(TypeError, match="^expected eps to be a float"):
+            with pytest.raises(TypeError, match=r"^expected eps to be a float"):
                 make(device=device, eps=eps)
-        with pytest.raises(ValueError, match="^unknown device"):
+        with pytest.raises(ValueError, match=r"^unknown device"):
             make(device="tpu")
-        with pytest.raises(TypeError, match="^expected dtype to be one of"):
+        with pytest.raises(TypeError, match=r"^expected dtype to be one of"):
             make(device=device, dtype=np.int32)
     for cls in LayerNorm, RMSNorm:
-        with pytest.raises(TypeError, match="^expected elementwise_affine to be a bool"):
+        with pytest.raises(TypeError, match=r"^expected elementwise_affine to be a bool"):
             cls(4, elementwise_affine=1, device=device)
-    with pytest.raises(TypeError, match="^expected bias to be a bool"):
+    with pytest.raises(TypeError, match=r"^expected bias to be a bool"):
         LayerNorm(4, bias=1, device=device)
     for name in "affine", "bias":
-        with pytest.raises(TypeError, match=f"^expected {name} to be a bool"):
+        with pytest.raises(TypeError, match=rf"^expected {name} to be a bool"):
             GroupNorm(2, 4, device=device, **{name: 1})
     for make in (lambda **given: GroupNorm(2, 4, **given)), (lambda **given: InstanceNorm1d(4, **given)):
-        with pytest.raises(ValueError, match="^unknown activation"):
+        with pytest.raises(ValueError, match=r"^unknown activation"):
             make(device=device, activation="gelu")
-        with pytest.raises(TypeError, match="^expected channel_axis to be an int"):
+        with pytest.raises(TypeError, match=r"^expected channel_axis to be an int"):
             make(device=device, channel_axis=1.0)
     for axis in 0, -3, 3:
         with pytest.raises(ValueError, match="channel_axis"):

@@ -1,4 +1,4 @@
-"""The layers of instance, group, layer and RMS norm: what they hold, which statistics they use, their state and text."""
+"""The layers of instance, group, layer and RMS norm: what they hold, what they use, their state and text."""
 
 from __future__ import annotations
 
@@ -234,7 +234,7 @@ def test_one_running_buffer_without_the_other(xp, device, rng, name, training, t
     layer = InstanceNorm1d(4, track_running_stats=True, device=device).train(training)
     layer.track_running_stats = tracks
     setattr(layer, name, None)
-    with pytest.raises(ValueError, match="^running_mean and running_var must either both be None or neither be None$"):
+    with pytest.raises(ValueError, match=r"^running_mean and running_var must either both be None or neither be None$"):
         layer(draw(xp, rng))
 
 
@@ -242,7 +242,7 @@ def test_one_running_buffer_without_the_other(xp, device, rng, name, training, t
 def test_flags_are_bools(xp, device, rng, name):
     layer = InstanceNorm1d(4, device=device)
     setattr(layer, name, 1)
-    with pytest.raises(TypeError, match=f"^expected {name} to be a bool"):
+    with pytest.raises(TypeError, match=rf"^expected {name} to be a bool"):
         layer(draw(xp, rng))
 
 
@@ -478,7 +478,7 @@ def test_layers_without_arrays_have_nothing_to_save(tmp_path):
     path = tmp_path / "model.npz"
     cupybn.save_checkpoint(path, {"gn.": GroupNorm(2, 4, affine=False, device="cpu")})
     cupybn.load_checkpoint(path, {"gn.": GroupNorm(2, 4, affine=False, device="cpu")})
-    with pytest.raises(ValueError, match="^expected layers with arrays"):
+    with pytest.raises(ValueError, match=r"^expected layers with arrays"):
         cupybn.save_checkpoint(path, {"in.": InstanceNorm1d(None, affine=True, device="cpu")})
 
 

@@ -436,7 +436,7 @@ def test_a_gradient_that_is_not_like_the_input(xp, rng, case, fault):
         "kind": lambda: to_numpy(dy) if xp is not np else pytest.importorskip("cupy").asarray(dy),
         "class": lambda: dy.tolist(),
     }[fault]()
-    with pytest.raises(ValueError if fault == "shape" else TypeError, match="^expected grad_output "):
+    with pytest.raises(ValueError if fault == "shape" else TypeError, match=r"^expected grad_output "):
         vjp_fn(wrong)
 
 

@@ -80,8 +80,8 @@ class Rows(NamedTuple):
     def words(self) -> checks.Words:
         """What messages about vectors say of the function or layer."""
         flag = "use_input_stats" if self.function == "instance_norm" else None
-        count = "num_features" if self.num_groups is None else "num_channels"
-        return checks.Words(flag, count, 1 if self.batched else 0, 0 if self.batched else 1)
+        number = "num_features" if self.num_groups is None else "num_channels"
+        return checks.Words(flag, number, 1 if self.batched else 0, 0 if self.batched else 1)
 
     def layout(self, input: Array, axis: int) -> Layout:
         """Layout of an input with this channel axis, as the steps take it."""

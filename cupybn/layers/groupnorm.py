@@ -150,6 +150,7 @@ class GroupNorm(Layer):
         return forward(self._call(input, residual))
 
     def __call__(self, input: Array, residual: Array | None = None) -> Array:
+        """Return the output, as `forward`."""
         return self.forward(input, residual)
 
     def vjp(self, input: Array, residual: Array | None = None) -> tuple[Array, NormVjpFn[GroupNormGrads]]:

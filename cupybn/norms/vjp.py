@@ -49,8 +49,9 @@ class NormVjpFn(WayBack, Generic[Grads]):
             If grad_output is not an array of the input's kind, device, dtype and shape.
         """
         gradients = self.gradients(grad_output)
-        fields: tuple[str, ...] = self._grads._fields  # type: ignore[attr-defined]  # a named tuple
-        return self._grads(*gradients[: len(fields)])
+        named: Any = self._grads  # a class of named tuples
+        grads: Grads = named(*gradients[: len(named._fields)])
+        return grads
 
 
 def forward_vjp(call: Call, grads: type[Grads]) -> tuple[Array, NormVjpFn[Grads]]:
