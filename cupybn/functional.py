@@ -34,6 +34,18 @@ from cupybn._calls.call import Call
 from cupybn._calls.flow import WayBack, forward, forward_and_saved
 from cupybn._calls.saved import Saved
 from cupybn._steps.bundles import Affine, Epilogue, Running, Statistics
+from cupybn.dropout.functions import (
+    DropoutGrads,
+    DropoutVjpFn,
+    dropout,
+    dropout1d,
+    dropout1d_vjp,
+    dropout2d,
+    dropout2d_vjp,
+    dropout3d,
+    dropout3d_vjp,
+    dropout_vjp,
+)
 from cupybn.norms.group import GroupNormGrads, group_norm, group_norm_vjp
 from cupybn.norms.instance import InstanceNormGrads, instance_norm, instance_norm_vjp
 from cupybn.norms.layer import LayerNormGrads, RMSNormGrads, layer_norm, layer_norm_vjp, rms_norm, rms_norm_vjp
@@ -42,6 +54,8 @@ from cupybn.statistics.moments import moments
 
 __all__ = [
     "BatchNormGrads",
+    "DropoutGrads",
+    "DropoutVjpFn",
     "GroupNormGrads",
     "InstanceNormGrads",
     "LayerNormGrads",
@@ -51,6 +65,14 @@ __all__ = [
     "batch_norm",
     "batch_norm_backward",
     "batch_norm_vjp",
+    "dropout",
+    "dropout1d",
+    "dropout1d_vjp",
+    "dropout2d",
+    "dropout2d_vjp",
+    "dropout3d",
+    "dropout3d_vjp",
+    "dropout_vjp",
     "group_norm",
     "group_norm_vjp",
     "instance_norm",

@@ -17,7 +17,7 @@ FLOORS = (
     ("models",),
     ("layers",),
     ("functional",),
-    ("norms", "statistics"),
+    ("dropout", "norms", "statistics"),
     ("_calls",),
     ("_ranks",),
     ("_steps",),
