@@ -1,0 +1,303 @@
+// Channels first, in rows: the sums of the way back, over the packs of a thread, and the gradients of the row.
+#pragma once
+#include "../gradients.cuh"
+#include "rows.cuh"
+
+// Packs whose sums are taken in float32 before they go on in float64.
+constexpr int SUMMED = PACK_BYTES < 8 ? 8 : 4;
+
+// How the way back works out elements.
+struct RowElements {
+    Parameters parameters;
+    const Row* row;
+    Gate gate;
+    const passed_t* record;
+    index_t start;             // the first element of the row
+
+    // Calls body(e, dy, g, xhat) for each element of the pack that begins at this place, in this run: dy where
+    // activation passed it, else 0; g = weight * dy and xhat in the dtype A.
+    template <class A, class Body>
+    DEVICE void each(const raw_t& raw_dy, const raw_t& raw_x, index_t at, int run, const RowFactors<A>& factors,
+                     Body body) const {
+        acc_t weight[WIDTH];
+        parameters.weights(run, at - start, weight);
+        const unsigned bits = gate == OPEN ? ~0u : passed(raw_x, at, run, weight);
+        const Words of_dy(raw_dy), of_x(raw_x);
+#pragma unroll
+        for (int e = 0; e < WIDTH; e++) {
+            acc_t dy = widen(Elements<data_t>::get(of_dy.w, e));
+            if (gate != OPEN && !(bits >> e & 1)) dy = 0;  // never 0 * dy: it may be inf
+            body(e, dy, mul((A)dy, (A)weight[e]), factors.xhat((A)widen(Elements<data_t>::get(of_x.w, e))));
+        }
+    }
+
+  private:
+    // A bit for each element that ReLU passed, by the record or by the very value that the way forward saw.
+    DEVICE unsigned passed(const raw_t& raw_x, index_t at, int run, const acc_t (&weight)[WIDTH]) const {
+        if (gate == RECORD) return record[at / WIDTH];
+        acc_t bias[WIDTH], x[WIDTH];
+        unpack(raw_x, x);
+        parameters.biases(run, at - start, bias);
+        unsigned bits = 0;
+        if (sizeof(acc_t) < 8 && row->wide) {
+            const RowFactors<double> factors = row->factors<double>();
+#pragma unroll
+            for (int e = 0; e < WIDTH; e++)
+                bits |= (unsigned)(multiply_add(factors.xhat(x[e]), (double)weight[e], (double)bias[e]) > 0) << e;
+            return bits;
+        }
+#pragma unroll
+        for (int e = 0; e < WIDTH; e++)
+            bits |= (unsigned)(multiply_add(row->usual.xhat(x[e]), weight[e], bias[e]) > 0) << e;
+        return bits;
+    }
+};
+
+// Whether float32 may have lost some of the products in this sum, which are too small for it.
+DEVICE bool lost(float sum) { return sum != 0 && fabs(sum) < 1e-30f; }
+DEVICE bool lost(double) { return false; }
+
+// Takes two sums over the next `count` packs of a thread, from number `first` on, in the dtype A for each batch of
+// AT_ONCE packs: of g and g * xhat if ELEMENTWISE, else of dy and dy * xhat. Returns whether the dtype A held them.
+template <class A, int AT_ONCE, class Source>
+DEVICE bool sum_packs(const Source& dy, const Source& x, RowPacks& packs, int first, int count,
+                      const RowElements& elements, double (&sums)[2]) {
+    constexpr int SUMS = WIDTH < 4 ? WIDTH : 4;  // side by side: few roundings for each
+    const RowFactors<A> factors = elements.row->factors<A>();
+    bool all_held = true;
+    sums[0] = sums[1] = 0;
+    in_batches<AT_ONCE>(count, [&](auto full, int i, int there) {
+        constexpr int IN_FLIGHT = AT_ONCE < RowPacks::PAIRS ? AT_ONCE : RowPacks::PAIRS;
+        A of_g[SUMS] = {}, of_g_xhat[SUMS] = {};
+#pragma unroll
+        for (int next = 0; next < AT_ONCE; next += IN_FLIGHT) {
+            raw_t raw_dy[IN_FLIGHT], raw_x[IN_FLIGHT];
+            index_t at[IN_FLIGHT];
+            int run[IN_FLIGHT];
+            each<IN_FLIGHT>(full, max(there - next, 0), [&](int u) {
+                at[u] = packs.next();
+                run[u] = packs.run;
+                raw_dy[u] = dy.get(at[u], first + i + next + u);
+                raw_x[u] = x.get(at[u], first + i + next + u);
+            });
+            each<IN_FLIGHT>(full, max(there - next, 0), [&](int u) {
+                acc_t kept[WIDTH];
+                elements.each(raw_dy[u], raw_x[u], at[u], run[u], factors, [&](int e, acc_t dy, A g, A xhat) {
+                    kept[e] = dy;
+                    if (!ELEMENTWISE) g = (A)dy;
+                    of_g[e % SUMS] += g;
+                    of_g_xhat[e % SUMS] = multiply_add(g, xhat, of_g_xhat[e % SUMS]);
+                });
+                if (elements.gate != OPEN) dy.put(pack(kept), first + i + next + u);
+            });
+        }
+        const A sum = sum_pairs(of_g), product = sum_pairs(of_g_xhat);
+        all_held = all_held && held(sum) && held(product) && !lost(product);
+        sums[0] += sum;
+        sums[1] += product;
+    });
+    return all_held;
+}
+
+// As above, in the dtype of the arithmetic or, where that does not hold the sums, in float64.
+template <class Source>
+DEVICE void sum_packs(const Source& dy, const Source& x, RowPacks& packs, int first, int count,
+                      const RowElements& elements, double (&sums)[2]) {
+    const RowPacks before = packs;
+    if ((sizeof(acc_t) == 8 || !elements.row->wide) &&
+        sum_packs<acc_t, SUMMED>(dy, x, packs, first, count, elements, sums))
+        return;
+    if constexpr (sizeof(acc_t) < 8) {
+        packs = before;
+        sum_packs<double, 1>(dy, x, packs, first, count, elements, sums);
+    }
+}
+
+// The sums over all packs of a thread in a row whose elements each have a weight.
+template <class Source>
+DEVICE void sum_row(const Source& dy, const Source& x, RowPacks packs, const RowElements& elements,
+                    double (&sums)[2]) {
+    wait_but<0>();
+    sum_packs(dy, x, packs, 0, packs.count, elements, sums);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Sums of runs
+
+// The sums of a run by the warps of its squad, where that is larger than a warp: they lie behind the packs in shared
+// memory.
+DEVICE double* of_warps(const RowPlace& own, const Rows& sizes) {
+    const int warps = (int)sizes.squad / WARP;
+    double* const all = reinterpret_cast<double*>(staging() + (ON_CHIP ? 2 * TEAMS * own.slots * TEAM : 0));
+    return all + 2 * team() * warps * sizes.runs;
+}
+
+// Where the sums of the runs of a row go.
+struct RunSums {
+    Sums sums;               // or null
+    long long first;         // the place of the first run
+    bool idle;               // whether there is no such row
+
+    DEVICE void set(int run, const double (&of_run)[2]) const {
+        if (sums.dy && !idle) set_sums(sums, first + run, of_run);
+    }
+};
+
+// The sums of dy and of dy * xhat of each run of a row, which become a part; `sums` gets what this thread knows of their
+// sums over the row, each times the weight of its run.
+template <class Source>
+DEVICE void sum_runs(const Source& dy, const Source& x, RowPacks packs, const RowElements& elements,
+                     const RowPlace& own, const Rows& sizes, const RunSums& runs, double (&sums)[2]) {
+    wait_but<0>();
+    const int squad = (int)sizes.squad, warps = squad / WARP, turns = own.turns(sizes);
+    sums[0] = sums[1] = 0;
+    const auto add = [&](int run, const double (&of_run)[2]) {
+        acc_t weight[WIDTH];
+        elements.parameters.weights(run, 0, weight);
+        sums[0] += weight[0] * of_run[0];
+        sums[1] += weight[0] * of_run[1];
+        runs.set(run, of_run);
+    };
+    for (int t = 0; t < turns; t++) {
+        const int run = own.squad + t * own.squads;
+        const bool there = packs.count > 0 && t < own.runs;
+        double of_run[2] = {0, 0};
+        if (there) sum_packs(dy, x, packs, t * own.packs, own.packs, elements, of_run);
+        for (int distance = min(squad, WARP) / 2; distance > 0; distance /= 2)
+#pragma unroll
+            for (int k = 0; k < 2; k++) of_run[k] += __shfl_xor_sync(ALL_LANES, of_run[k], distance);
+        if (run >= sizes.runs) continue;
+        if (squad <= WARP) {
+            if (own.place == 0) add(run, of_run);
+        } else if (own.place % WARP == 0) {
+            double* const place = of_warps(own, sizes) + 2 * (run * warps + own.place / WARP);
+            place[0] = of_run[0];
+            place[1] = of_run[1];
+        }
+    }
+    if (squad <= WARP) return;
+    __syncthreads();
+    for (int run = member(); run < sizes.runs; run += TEAM) {
+        double of_run[2] = {0, 0};
+        for (int w = 0; w < warps; w++)
+#pragma unroll
+            for (int k = 0; k < 2; k++) of_run[k] += of_warps(own, sizes)[2 * (run * warps + w) + k];
+        add(run, of_run);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Sums of elements that each have a weight
+
+// The sums of dy and of dy * xhat over the rows of a team, of the elements of each of a thread's packs: in shared
+// memory, in pieces that one load or store moves. If not SUMS_ON_CHIP, there is a single row, and they go to their part
+// at once.
+class Columns {
+    static constexpr int EACH = 2 * WIDTH * sizeof(acc_t) < 16 ? 2 * WIDTH : 16 / sizeof(acc_t);  // sums in a piece
+    static constexpr int PIECES = 2 * WIDTH / EACH;
+
+  public:
+    struct __align__(EACH * sizeof(acc_t)) Piece {
+        acc_t values[EACH];
+    };
+
+  private:
+    Piece* all;        // those of the block
+    long long first;   // the place of the row's first element among the sums
+    Sums sums;         // or null
+    DEVICE Piece& piece(const RowPlace& own, int team, int i, int p) const {
+        return all[((team * own.slots + i) * PIECES + p) * TEAM + member()];
+    }
+
+  public:
+    DEVICE Columns(const RowPlace& own, const Rows& sizes, const Sums& sums, index_t channel)
+        : all(reinterpret_cast<Piece*>(staging() + (ON_CHIP ? 2 * TEAMS * own.slots * TEAM : 0))),
+          first(own.part * sizes.groups * own.row_elements + channel), sums(sums) {
+        if constexpr (ELEMENTWISE && SUMS_ON_CHIP)
+            for (int i = 0; sums.dy && i < own.packs; i++)
+#pragma unroll
+                for (int p = 0; p < PIECES; p++)
+#pragma unroll
+                    for (int k = 0; k < EACH; k++) piece(own, team(), i, p).values[k] = 0;
+    }
+    // Adds those of element e of pack i of the thread. Elements come in order: `sum` is the piece that they are in.
+    DEVICE void add(const RowPlace& own, int i, int e, index_t element, acc_t dy, acc_t dy_xhat, Piece& sum) const {
+        if (!ELEMENTWISE || !sums.dy) return;
+        if (SUMS_ON_CHIP) {
+            Piece& place = piece(own, team(), i, 2 * e / EACH);
+            if (2 * e % EACH == 0) sum = place;
+            sum.values[2 * e % EACH] += dy;
+            sum.values[2 * e % EACH + 1] += dy_xhat;
+            if ((2 * e + 2) % EACH == 0) place = sum;
+        } else {
+            set_sums(sums, first + element + e, {(double)dy, (double)dy_xhat});
+        }
+    }
+    // Adds up the sums of all teams, and writes them to the part of the block. All threads call it.
+    DEVICE void finish(const RowPlace& own, const Rows& sizes) const {
+        if (!ELEMENTWISE || !SUMS_ON_CHIP || !sums.dy) return;
+        __syncthreads();
+        for (int i = team(); i < own.packs; i += TEAMS) {
+            const index_t element = (own.begin + (index_t)i * (int)sizes.squad) * WIDTH;
+#pragma unroll
+            for (int e = 0; e < WIDTH; e++) {
+                double both[2] = {0, 0};
+                for (int t = 0; t < TEAMS; t++)
+#pragma unroll
+                    for (int k = 0; k < 2; k++)
+                        both[k] += piece(own, t, i, (2 * e + k) / EACH).values[(2 * e + k) % EACH];
+                set_sums(sums, first + element + e, both);
+            }
+        }
+    }
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Gradients of a row
+
+// Writes the gradients of a thread's packs in the dtype A. The gate is open where dy has been stopped on chip.
+template <class A, int AT_ONCE, class Source>
+DEVICE void write_packs(const Source& dy, const Source& x, RowPacks packs, const RowElements& elements,
+                        const RowFactors<A>& factors, const Gradients& gradients, const RowPlace& own,
+                        const Columns& columns) {
+    in_batches<AT_ONCE>(packs.count, [&](auto full, int i, int count) {
+        raw_t raw_dy[AT_ONCE], raw_x[AT_ONCE];
+        index_t at[AT_ONCE];
+        int run[AT_ONCE];
+        each<AT_ONCE>(full, count, [&](int u) {
+            at[u] = packs.next();
+            run[u] = packs.run;
+            raw_dy[u] = dy.get(at[u], i + u);
+            raw_x[u] = x.get(at[u], i + u);
+        });
+        each<AT_ONCE>(full, count, [&](int u) {
+            acc_t kept[WIDTH];
+            A dx[WIDTH];
+            Columns::Piece sum;
+            elements.each(raw_dy[u], raw_x[u], at[u], run[u], factors, [&](int e, acc_t dy, A g, A xhat) {
+                kept[e] = dy;
+                dx[e] = factors.input_gradient(g, xhat);
+                columns.add(own, i + u, e, at[u] - elements.start, dy, (acc_t)((A)dy * xhat), sum);
+            });
+            store(gradients.dx + at[u], pack(dx));
+            if (gradients.dresidual) store(gradients.dresidual + at[u], pack(kept));
+        });
+    });
+}
+
+// Packs whose gradients are worked out at a time: fewer where weights and long indices want registers as well.
+constexpr int WRITTEN = ELEMENTWISE && (WIDTH == 8 || INDEX_BITS == 64) ? 1 : RowPacks::PAIRS;
+
+// Writes the gradients of a thread's packs, given the means of g and g * xhat over the row.
+template <class Source>
+DEVICE void write_row(const Source& dy, const Source& x, const RowPacks& packs, RowElements elements,
+                      const double (&means)[2], const Gradients& gradients, const RowPlace& own,
+                      const Columns& columns) {
+    if (ON_CHIP) elements.gate = OPEN;
+    Row row = *elements.row;
+    row.set_means(means[0], means[1]);
+    if (sizeof(acc_t) < 8 && row.wide)
+        write_packs<double, 1>(dy, x, packs, elements, row.factors<double>(), gradients, own, columns);
+    else
+        write_packs<acc_t, WRITTEN>(dy, x, packs, elements, row.usual, gradients, own, columns);
+}
