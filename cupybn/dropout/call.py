@@ -30,6 +30,7 @@ class Channels(NamedTuple):
 
     def check(self, input: Any) -> int:
         """Channel axis of an input, counted from the front; raises unless it has one beside the batch axis."""
+        checks.check_array("input", input, masks=False)
         checks.check_input(input, 1, self.ndims)
         unbatched: bool = input.ndim < self.ndims[-1]
         return self.axis() - unbatched
@@ -100,7 +101,7 @@ class Call(NamedTuple):
         """Facts about the arguments, but for the generator, if all is well."""
         input, axis = self.input, None
         if self.channels is None:
-            checks.check_array("input", input)
+            checks.check_array("input", input, masks=False)
         else:
             axis = self.channels.check(input)
         p = check_p(self.p)

@@ -79,7 +79,6 @@ class Dropout(Layer):
         check_p(p)
         checks.check_bool("inplace", inplace)
         super().__init__((), device, np.dtype(np.float32))
-        self.num_features = None
         self.p = p
         self.inplace = inplace
         self.seed = seed
