@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -14,7 +16,7 @@ cp = pytest.importorskip("cupy")
 emulator = getattr(cp, "emulator", None)
 only_emulated = pytest.mark.skipif(emulator is None, reason="a GPU does not tell")
 
-from tests.steps import EPS, to_device, to_host  # noqa: E402 - imports CuPy
+from tests.steps import EPS, forget_plans, to_device, to_host  # noqa: E402 - imports CuPy
 
 SHAPES = {  # N, A, C, groups, and what is special
     "instance": (3, 70, 24, 24),
@@ -310,15 +312,19 @@ def test_all_blocks_of_a_cluster_have_the_same_statistics_and_sums(rng, take):
 
 
 @only_emulated
+@pytest.mark.usefixtures("fresh_plans")
 @pytest.mark.parametrize("dtype", DTYPES[::2], ids=lambda dtype: dtype.name)
 @pytest.mark.parametrize("groups", [64, 8, 1])
 @pytest.mark.parametrize(("way", "passes"), [("on chip", (2, 3)), ("streamed", (3, 5))])
 def test_traffic(rng, way, passes, groups, dtype, take, monkeypatch):
     """Passes over the tensor, of samples that are kept on chip or streamed; a residual is one more."""
     take(way)
-    if way == "streamed":
-        monkeypatch.undo()  # shares of a usual size: each block adds up the parts of its channels
+    if way == "streamed":  # shares of a usual size, on a device with room for few blocks: each adds up all parts
+        monkeypatch.undo()
         monkeypatch.setattr(norm_geometry, "BLOCKS", ())
+    monkeypatch.setattr(emulator, "devices", [replace(emulator.H200, multiprocessors=1)])
+    forget_plans()
+    norms_last.plans_of.cache_clear()
     for fused, more in ("relu", 0), ("record", 1):
         case = Case(rng, (1, 2048, 64, groups), dtype, fused=fused)
         with emulator.record() as launches:
@@ -328,4 +334,4 @@ def test_traffic(rng, way, passes, groups, dtype, take, monkeypatch):
             some = [launch for launch in launches if launch.name == step]
             assert len(some) == (1 if way == "on chip" else 2)
             moved = sum(launch.bytes_read + launch.bytes_written for launch in some) / case.x.nbytes
-            assert moved == pytest.approx(expected + more, rel=0.05)
+            assert moved == pytest.approx(expected + more, rel=0.1)
