@@ -189,7 +189,7 @@ class Work(NamedTuple):
         share = size * min(itemsize, 4) // (4 * SHARE)  # 16-bit data is worked on in 32 bits
         most = PIECE if size < SMALL else min(PIECE, share)
         of_sums = 16 * rows.G * rows.D
-        bands = min(BANDS, max(1, size * itemsize // (8 * of_sums))) if sums else rows.number
+        bands = min(BANDS, max(1, size * itemsize // (16 * of_sums))) if sums else rows.number
         return cls(rows.pieces(bands, most), bands, 1 if size <= SMALL else max(1, share // most))
 
 
