@@ -492,7 +492,7 @@ def test_a_wrong_number_of_threads_is_told(rng, monkeypatch):
         norm_forward(x, Norm(1), Affine(None, None, 1e-5), Epilogue(), np.empty_like(x))
 
 
-@pytest.mark.parametrize("size", [1, 60])
+@pytest.mark.parametrize("size", [2, 60])
 def test_pieces_of_any_size_change_little(size, case, rng):
     """What small pieces make of an array, which all ways of cutting have a part in, is what one piece makes of it."""
     shape, groups, centered = case

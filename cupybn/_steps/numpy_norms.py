@@ -26,7 +26,7 @@ from cupybn._steps.bundles import Affine, Epilogue, Gradients, Moments, Running,
 from cupybn._steps.narrow import FLOAT64, LARGE, LEAST_VARIANCE, SMALL_RSTD, extreme, let_through
 from cupybn._steps.norm import Norm
 from cupybn._steps.numpy_ops import merge_moments
-from cupybn._steps.rows import Memory, Piece, Rows, Work, channel_sums, row_sums, walk
+from cupybn._steps.rows import SQUARES, Memory, Piece, Rows, Work, channel_sums, row_sums, walk
 from cupybn._steps.tiles import numpy_settings, super_row
 
 Array = npt.NDArray[Any]
@@ -138,7 +138,7 @@ def _moments_in_its_dtype(values: Array, centered: bool, scratch: Array | None =
     center = (row_sums(values) / length).astype(values.dtype)
     d = np.subtract(values, center[:, None], out=scratch)
     off = row_sums(d) / length
-    var = np.maximum(row_sums(d, d) / length - off * off, 0)
+    var = np.maximum(row_sums(d, d, SQUARES) / length - off * off, 0)
     mean = center + off
     mean += mean - mean  # NaN where it is infinite
     return mean, var
