@@ -139,9 +139,7 @@ def _moments_in_its_dtype(values: Array, centered: bool, scratch: Array | None =
     d = np.subtract(values, center[:, None], out=scratch)
     off = row_sums(d) / length
     var = np.maximum(row_sums(d, d, SQUARES) / length - off * off, 0)
-    mean = center + off
-    mean += mean - mean  # NaN where it is infinite
-    return mean, var
+    return center + off, var  # NaN, where a value is infinite
 
 
 def _compute_output(
@@ -192,12 +190,7 @@ def norm_update_running(statistics: Statistics, running: Running, count: float) 
     batch = statistics.pairs.reshape(-1, old.shape[1], 2).mean(axis=0).T
     batch[1] *= count / (count - 1)
     mean, var = (1 - running.momentum) * old + running.momentum * batch
-    write_at_once(
-        [
-            (running.mean, mean.astype(running.mean.dtype)),
-            (running.var, var.astype(running.var.dtype)),
-        ]
-    )
+    write_at_once([(running.mean, mean.astype(running.mean.dtype)), (running.var, var.astype(running.var.dtype))])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -337,7 +330,7 @@ class _Backward(NamedTuple):
         return _Opened(piece, factors, values, g, d, normalization.weighted(g, piece))
 
     def _passed(self, piece: Piece, factors: _Factors, values: Array, scratch: Array) -> Array:
-        """Where ReLU let a piece pass, on record or as on the way forward."""
+        """A record of where ReLU let a piece pass: the one that there is, or as it is decided on the way forward."""
         normalization = self.normalization
         if self.epilogue.passed is not None:
             return normalization.rows.take(self.epilogue.passed, piece, np.bool_, normalization.memory, "passed")
@@ -530,7 +523,7 @@ class _Normalization(NamedTuple):
         return y
 
     def preactivation_in_float64(self, values: Array, piece: Piece, factors: _Factors, residual: Array | None) -> Array:
-        """The same value for wide rows, in float64; none, if no row is wide."""
+        """The value of `preactivation` for wide rows, in float64; an empty array, if no row is wide."""
         wide = factors.wide
         if wide is None:
             return np.empty(0)
