@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import secrets
+import os
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -72,7 +72,7 @@ class Generator:
     """
 
     def __init__(self, seed: int | None = None, device: str | None = None) -> None:
-        seed = secrets.randbits(BITS) if seed is None else check_seed(seed)
+        seed = int.from_bytes(os.urandom(BITS // 8), "little") if seed is None else check_seed(seed)
         target = devices.resolve_device(device)
         self._state, self._device = _new_state(seed, target), target
 
@@ -125,7 +125,8 @@ class Generator:
         return self
 
     def __repr__(self) -> str:
-        seed, calls = (int(number) for number in self._state)
+        with devices.on_device_of(self._state):
+            seed, calls = self._state.tolist()
         return f"Generator(seed={seed}, calls={calls}, device={self._device!r})"
 
     def __copy__(self) -> Self:
