@@ -322,7 +322,7 @@ def test_the_device_of_the_input_need_not_be_the_current_one(rng):
                 x = cp.asarray(host)
             with cp.cuda.Device(current):
                 explicit = Generator(SEED, device=f"cuda:{other}")
-                assert repr(explicit) == f"Generator(seed={SEED}, calls=0, device='cuda:{other}')"
+                assert repr(explicit) == f"Generator(device='cuda:{other}')"
                 assert state_of(explicit.manual_seed(SEED)) == [SEED, 0]
                 for function, generator in itertools.product((F.dropout_vjp, F.dropout1d_vjp), (explicit, None)):
                     with cp.emulator.record() as launches:

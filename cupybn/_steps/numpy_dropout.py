@@ -31,8 +31,7 @@ MULTIPLIERS = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 INCREMENTS = 0x9E3779B9, 0xBB67AE85
 """Numbers that the two halves of the key go up by from round to round."""
 TILE = 1 << 16
-"""Most elements or words of a tile, a multiple of WORDS. While they are made, words take a megabyte, and are to stay in a
-cache."""
+"""Most elements or words of a tile, a multiple of WORDS. What makes words of them takes a megabyte of a cache."""
 SMALL = 1 << 17
 """Elements up to which an array is worked on by one thread."""
 

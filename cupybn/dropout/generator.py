@@ -53,7 +53,8 @@ class Generator:
 
     Notes
     -----
-    Generators pickle and deep-copy, and copies go on by themselves. Printing one reads its state from the device.
+    Generators pickle and deep-copy, and copies go on by themselves. Their text has seed and calls where the host can
+    read them; it never waits for a GPU.
 
     Examples
     --------
@@ -125,9 +126,8 @@ class Generator:
         return self
 
     def __repr__(self) -> str:
-        with devices.on_device_of(self._state):
-            seed, calls = self._state.tolist()
-        return f"Generator(seed={seed}, calls={calls}, device={self._device!r})"
+        state = "seed={}, calls={}, ".format(*self._state) if self._device == "cpu" else ""
+        return f"Generator({state}device={self._device!r})"
 
     def __copy__(self) -> Self:
         """Copy that goes on by itself, as a deep copy does."""
