@@ -327,7 +327,7 @@ def test_launches_and_traffic(rng, axis, dtype, monkeypatch):
     On a device with one multiprocessor: each thread reads the two numbers, which is little if it takes many packs.
     """
     monkeypatch.setattr(emulator, "devices", [replace(emulator.T4, multiprocessors=1)])
-    x = cp.asarray(rng.standard_normal((5, 64, 28, 32)).astype(dtype))
+    x = cp.asarray(rng.standard_normal((6, 64, 28, 32)).astype(dtype))
     generator, options = cupybn.Generator(7, device="cuda:0"), {} if axis is None else {"channel_axis": axis}
     function = F.dropout_vjp if axis is None else F.dropout2d_vjp
     function(x, generator=generator, **options)
