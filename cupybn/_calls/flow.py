@@ -127,8 +127,13 @@ def backward(saved: Saved, grad_output: Array) -> Four:
     else:
         (weight, bias, eps), (_, _, passed, mask) = affine, epilogue
         packs = None if passed is None else passed.size
-        others = pairs, passed, weight, bias, count_left
-        particulars = particulars_of(("back", packs), (grad_output, input, mask), others, (eps, 0.0))
+        tensors: tuple[Array | None, ...] = grad_output, input, mask
+        others: tuple[Array | None, ...] = pairs, passed, count_left
+        if checked.norm is None:
+            others += weight, bias
+        else:  # whose kernels read weight and bias in packs, too
+            tensors += weight, bias
+        particulars = particulars_of(("back", packs), tensors, others, (eps, 0.0))
         results = tapes.play(particulars)
         if results is None:
             with tapes.recorder(particulars) as recorder:
