@@ -72,12 +72,12 @@ def _forward(call: Call, out: Array | None, for_vjp: bool) -> tuple[Array, Saved
             call, write_back = call.without_overlap(checked, for_vjp)
             call = call.conformed(checked)
             with unheard():
-                results = way.forward_steps(ops, call, out if direct else None, checked, for_vjp)
-            made, pairs, passed, count_left = results
+                target = out if direct else None
+                made, pairs, passed, count_left = way.forward_steps(ops, call, target, checked, for_vjp)
             output = out if made is None else layout.back(made)
-            if out is None:
+            if layout.order is not None and out is None:
                 output = layout.ordered(output)
-            elif not direct:
+            if out is not None and not direct:
                 write_back.append((out, output))  # the last: it is right, whatever it shares with the buffers
             if write_back and ops is not None:
                 write_at_once(write_back)
