@@ -23,7 +23,7 @@ from cupybn._cli.peers import cupybn_call, torch_call
 from cupybn._cli.problem import OPERATIONS, Problem, make_arrays
 from cupybn._cli.steps import STEPS
 from cupybn._cli.table import table
-from cupybn._steps import cupy_ops, numpy_ops
+from cupybn._steps import cupy_dropout, cupy_ops, numpy_dropout, numpy_ops
 from cupybn._steps.bundles import Epilogue
 from cupybn._steps.sources import kernel_names
 from tests.reference import bits
@@ -446,14 +446,16 @@ def spoiled(function):
 def test_check_sees_a_wrong_mirror(step, monkeypatch, capsys):
     """A check without a GPU names the step whose mirror is wrong."""
     monkeypatch.setattr(check, "cuda_missing", lambda: "told so")
-    monkeypatch.setattr(numpy_ops, step, spoiled(getattr(numpy_ops, step)))
+    ops = numpy_ops if hasattr(numpy_ops, step) else numpy_dropout
+    monkeypatch.setattr(ops, step, spoiled(getattr(ops, step)))
     assert f"  {step}, (N, C, L) = (6, 5, 49), float32, " in failing_check(capsys)
 
 
 @pytest.mark.usefixtures("one_shape")
 @pytest.mark.parametrize("step", STEPS)
 def test_check_sees_a_wrong_kernel(step, monkeypatch, capsys):
-    monkeypatch.setattr(cupy_ops, step, spoiled(getattr(cupy_ops, step)))
+    ops = cupy_ops if hasattr(cupy_ops, step) else cupy_dropout
+    monkeypatch.setattr(ops, step, spoiled(getattr(ops, step)))
     monkeypatch.setattr(check, "kernel_names", lambda: [n for n in kernel_names() if n.endswith(step)])
     assert f"{step}, (N, C, L) = " in failing_check(capsys)
 

@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from cupybn._arrays.devices import import_cupy
-from cupybn._cli import formula
+from cupybn._cli import dropout_formula, formula
 from cupybn._cli.cases import HALF_ULP, Case
-from cupybn._steps import cupy_ops, numpy_ops
+from cupybn._steps import cupy_dropout, cupy_ops, numpy_dropout, numpy_ops
 
 Array = npt.NDArray[Any]
 Bundle = TypeVar("Bundle", bound=tuple[Any, ...])
@@ -24,6 +24,8 @@ class Side:
 
     ops: Any
     name: str
+    dropout: Any
+    """Steps of dropout."""
 
     def put(self, array: Array, offset: int = 0) -> Any:
         """A copy for this side; on a device its memory begins some elements after an aligned address."""
@@ -58,9 +60,9 @@ def _each(bundle: Bundle, convert: Callable[[Any], Any]) -> Bundle:
 
 
 KERNELS, MIRRORS, FORMULA = (
-    Side(cupy_ops, "kernels"),
-    Side(numpy_ops, "mirrors"),
-    Side(formula, "formula"),
+    Side(cupy_ops, "kernels", cupy_dropout),
+    Side(numpy_ops, "mirrors", numpy_dropout),
+    Side(formula, "formula", dropout_formula),
 )
 
 

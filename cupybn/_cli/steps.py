@@ -9,6 +9,7 @@ import numpy as np
 
 from cupybn._cli import formula
 from cupybn._cli.cases import HALF_ULP, MOMENTUM, NEAR, Case, Variant
+from cupybn._cli.dropout_steps import dropout, dropout_channels, dropout_draw
 from cupybn._cli.sides import Result, Results, Side
 from cupybn._steps import numpy_ops
 from cupybn._steps.bundles import Affine, Epilogue, Gradients, Moments, Running, Statistics, Sums, Tensor
@@ -222,5 +223,8 @@ STEPS = {
     "merge_sums": Step(merge_sums, (Variant(),)),
     "bn_backward_input": Step(bn_backward_input, _BACKWARD),
     "bn_backward": Step(bn_backward, _BACKWARD),
+    "dropout_draw": Step(dropout_draw, (Variant(),)),
+    "dropout": Step(dropout, (Variant(),)),
+    "dropout_channels": Step(dropout_channels, (Variant(),)),
 }
 """The steps to check, by the name of kernel, mirror and launcher."""

@@ -26,7 +26,7 @@ from cupybn._steps.bundles import Affine, Epilogue, Gradients, Moments, Running,
 from cupybn._steps.narrow import FLOAT64, LARGE, LEAST_VARIANCE, SMALL_RSTD, extreme, let_through
 from cupybn._steps.norm import Norm
 from cupybn._steps.numpy_ops import merge_moments
-from cupybn._steps.rows import Memory, Piece, Rows, bands_of, channel_sums, row_sums, walk, work_of
+from cupybn._steps.rows import Memory, Piece, Rows, Work, channel_sums, row_sums, walk
 from cupybn._steps.tiles import numpy_settings, super_row
 
 Array = npt.NDArray[Any]
@@ -64,7 +64,7 @@ def norm_forward(
     """
     normalization = _Normalization.of(x, norm, affine)
     rows, memory = normalization.rows, normalization.memory
-    work = work_of(rows, bands_of(rows, x.itemsize, False))
+    work = Work.of(rows, x.itemsize, False)
     pairs = np.empty((rows.number, 2)) if keep or not rows.whole else None
     if not rows.whole:
         pairs = _moments_of_parts(x, normalization, work)
@@ -86,11 +86,11 @@ def norm_forward(
         _compute_output(values, piece, normalization, normalization.factors(piece, mean, var), epilogue, y)
         rows.put(out, piece, y)
 
-    walk(core, work, x.size)
+    walk(core, work)
     return Statistics(pairs) if keep and pairs is not None else None
 
 
-def _moments_of_parts(x: Array, normalization: _Normalization, work: list[list[Piece]]) -> Array:
+def _moments_of_parts(x: Array, normalization: _Normalization, work: Work) -> Array:
     """Mean and variance of rows that are cut, from those of their pieces, as pairs."""
     rows, memory = normalization.rows, normalization.memory
     parts = len(rows.parts())
@@ -104,7 +104,7 @@ def _moments_of_parts(x: Array, normalization: _Normalization, work: list[list[P
         moments[0, piece.part, rows.numbers(piece)] = mean
         moments[1, piece.part, rows.numbers(piece)] = var * of_row
 
-    walk(core, work, x.size)
+    walk(core, work)
     merged = Moments.of_rows(merge_moments(Moments(count, *moments)))
     return np.stack([merged.mean[0], merged.m2[0] / rows.length], 1)
 
@@ -240,9 +240,8 @@ def norm_backward(
     normalization = _Normalization.of(x, norm, affine)
     rows = normalization.rows
     back = _Backward(normalization, statistics.pairs, dy, x, epilogue, gradients)
-    bands = bands_of(rows, x.itemsize, keep)
-    work = work_of(rows, bands)
-    totals = np.zeros((bands if keep else 0, 2, x.shape[2]))
+    work = Work.of(rows, x.itemsize, keep)
+    totals = np.zeros((work.bands if keep else 0, 2, x.shape[2]))
     if rows.whole:
 
         def core(piece: Piece) -> None:
@@ -252,7 +251,7 @@ def norm_backward(
             if keep:
                 totals[piece.band][:, rows.channels(piece)] += added
 
-        walk(core, work, x.size)
+        walk(core, work)
     else:
         _backward_of_parts(back, work, totals)
     return Sums(totals[:, 0], totals[:, 1]) if keep else None
@@ -267,7 +266,7 @@ def norm_parameters(sums: Sums, dweight: Array | None, dbias: Array | None) -> N
         np.copyto(dbias, sums.dy.sum(axis=0), casting="unsafe")
 
 
-def _backward_of_parts(back: _Backward, work: list[list[Piece]], totals: Array) -> None:
+def _backward_of_parts(back: _Backward, work: Work, totals: Array) -> None:
     """The way back where rows are cut: the sums of all pieces first, and then the gradients of all pieces."""
     rows, parts = back.normalization.rows, back.normalization.rows.parts()
     wide = np.zeros((len(parts), rows.number), np.bool_)
@@ -280,7 +279,7 @@ def _backward_of_parts(back: _Backward, work: list[list[Piece]], totals: Array) 
         if doubtful is not None:
             wide[piece.part, rows.numbers(piece)] = doubtful
 
-    walk(sum_up, work, back.x.size)
+    walk(sum_up, work)
     of_channels = np.zeros((2, rows.number, rows.D if rows.along else 1))
     for sums, (d, _, _) in zip(sums_of, parts, strict=True):
         channels = d if rows.along else slice(None)
@@ -296,7 +295,7 @@ def _backward_of_parts(back: _Backward, work: list[list[Piece]], totals: Array) 
         if added is not None:
             totals[piece.band][:, rows.channels(piece)] += added
 
-    walk(finish, work, back.x.size)
+    walk(finish, work)
     if with_sums and rows.along:
         totals[0] += of_channels.reshape(2, rows.N, -1).sum(axis=1)
 

@@ -31,15 +31,14 @@ from cupybn._steps.tiles import (
     run,
     split,
     steps,
-    wanted_threads,
 )
 
 Array = npt.NDArray[Any]
 
 PIECE = 1 << 16
-"""Most elements of a piece: some arrays of this size stay in the cache of a core."""
-WORKING = 1 << 5
-"""Pieces in the array for each thread: what all threads have in work is then a fraction of the array."""
+"""Most elements of a piece: some arrays of this size stay in the cache of a core. Longer rows are cut."""
+SHARE = 1 << 5
+"""Pieces in an array that is not small, for each thread: what all threads have in work is then a fraction of it."""
 BANDS = 1 << 6
 """Most bands of rows with sums of their own."""
 
@@ -103,16 +102,17 @@ class Rows(NamedTuple):
         a = evenly(self.A, max(1, PIECE // (b * d)))
         return list(itertools.product(split(self.D, d), split(self.A, a), split(self.B, b)))
 
-    def work(self, bands: int) -> list[list[Piece]]:
-        """Pieces of the whole array, in lists: each list is work for one thread, and lies in one of so many bands."""
+    def pieces(self, bands: int, most: int) -> list[list[Piece]]:
+        """Pieces of the whole array, in lists: each list is work for one thread, and lies in one of so many bands.
+
+        No piece has more than so many elements, unless it is a single row that is not cut.
+        """
         everything = slice(0, self.D), slice(0, self.A), slice(0, self.B)
-        sample, rows = self.G * self.length, PIECE // self.length
-        if not self.whole:
-            ranges = [(slice(n, n + 1), slice(g, g + 1)) for n in range(self.N) for g in range(self.G)]
-        elif sample <= PIECE:
-            ranges = [(n, slice(0, self.G)) for n in split(self.N, evenly(self.N, PIECE // sample))]
+        sample = self.G * self.length
+        if self.whole and sample <= most:
+            ranges = [(n, slice(0, self.G)) for n in split(self.N, evenly(self.N, most // sample))]
         else:
-            some = split(self.G, evenly(self.G, rows))
+            some = split(self.G, evenly(self.G, max(1, most // self.length)) if self.whole else 1)
             ranges = [(slice(n, n + 1), g) for n in range(self.N) for g in some]
         shares = split(len(ranges), evenly(len(ranges), math.ceil(len(ranges) / bands)))
         parts = [everything] if self.whole else self.parts()
@@ -174,31 +174,35 @@ class Memory:
         return array
 
 
-@functools.lru_cache(maxsize=16)
-def work_of(rows: Rows, bands: int) -> list[list[Piece]]:
-    """`Rows.work`, kept for the next calls."""
-    return rows.work(bands)
+class Work(NamedTuple):
+    """The pieces of an array and how they are shared."""
+
+    pieces: list[list[Piece]]  # each list is work for one thread, in this order
+    bands: int  # bands of rows, which have sums of their own
+    threads: int  # most threads
+
+    @classmethod
+    @functools.lru_cache(maxsize=16)
+    def of(cls, rows: Rows, itemsize: int, sums: bool) -> Work:
+        """The work on these rows, whose sums of channels take memory, if there are any."""
+        size = rows.number * rows.length
+        share = size * min(itemsize, 4) // (4 * SHARE)  # 16-bit data is worked on in 32 bits
+        most = PIECE if size < SMALL else min(PIECE, share)
+        of_sums = 16 * rows.G * rows.D
+        bands = min(BANDS, max(1, size * itemsize // (8 * of_sums))) if sums else rows.number
+        return cls(rows.pieces(bands, most), bands, 1 if size <= SMALL else max(1, share // most))
 
 
-def bands_of(rows: Rows, itemsize: int, sums: bool) -> int:
-    """Number of bands: enough for all threads, but with sums of each channel in each they must not be many."""
-    if not sums:
-        return rows.number
-    channel = 16 * rows.G * rows.D
-    return max(1, min(BANDS, rows.number * rows.length * itemsize // (8 * channel)))
-
-
-def walk(core: Callable[[Piece], None], work: list[list[Piece]], size: int) -> None:
+def walk(core: Callable[[Piece], None], work: Work) -> None:
     """Call a core for all pieces, on threads: each writes where no other does, or adds to the sums of its band."""
-    if size <= SMALL:
-        wanted_threads()  # raises for a wrong setting, even if the array needs one thread only
+    threads = min(num_threads(), work.threads, len(work.pieces))  # raises for a wrong setting
     np.setbufsize(SHORT)
 
     def task(pieces: list[Piece]) -> None:
         for piece in pieces:
             core(piece)
 
-    run(task, work, 1 if size <= SMALL else min(num_threads(), len(work), max(1, size // (PIECE * WORKING))))
+    run(task, work.pieces, threads)
 
 
 def row_sums(first: Array, second: Array | None = None) -> Array:
