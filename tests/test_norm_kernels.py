@@ -104,9 +104,7 @@ class Case:
         terms = np.abs(weight) * (1 + np.abs(xhat)) + least
         for part in self.affine.bias, self.residual:
             if part is not None:
-                terms = terms + np.abs(
-                    part.astype(np.float64).reshape(-1, 1) if part.ndim == 1 else part.astype(np.float64)
-                )
+                terms = terms + np.abs(part.astype(np.float64).reshape(-1, 1) if part.ndim == 1 else part.astype(np.float64))
         assert_close(ours[0], y, self.dtype, terms)
         np.testing.assert_allclose(ours[1][:, 1], pairs[:, 1], rtol=2e-7)
         np.testing.assert_allclose(ours[1][:, 0], pairs[:, 0], atol=2e-7 * np.sqrt(pairs[:, 1]).max() + 1e-12)
