@@ -1,4 +1,4 @@
-"""Which of the norms within a sample a step computes: instance, group, layer and RMS norm are one thing.
+"""The choice among the norms within a sample: instance, group, layer and RMS norm are one thing.
 
 An array has C channels, in groups. A *row* is one group of one sample, all positions of its channels: what shares one
 mean and one variance. Instance norm has as many groups as channels. Layer and RMS norm have a single group, of which
