@@ -60,3 +60,10 @@ struct Gradients {
     Vector dweight;              // [C] or null
     Vector dbias;                // [C] or null
 };
+
+// What a call of dropout has drawn: an element is dropped where its word is below the threshold, or else scaled.
+struct Drops {
+    const unsigned long long* drawn;  // [2]; seed and number of the call
+    long long threshold;         // p * 2^32, rounded to an integer; may be 2^32 itself, which no word reaches
+    double scale;                // one over 1 - p; kernels round it to the dtype of the arithmetic
+};

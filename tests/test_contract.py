@@ -1,4 +1,7 @@
-"""One name, three places: kernels, mirrors and launchers agree in names, parameters and order, and on every bundle."""
+"""One name, three places: kernels, mirrors and launchers agree in names, parameters and order, and on every bundle.
+
+Mirrors and launchers come in pairs of modules, and each kernel belongs to one pair.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import ast
 import inspect
 import re
 import shutil
+import types
 import typing
 from pathlib import Path
 
@@ -16,7 +20,7 @@ import cupybn
 from cupybn._arrays.dtypes import FLOATS
 from cupybn._calls import checks
 from cupybn._ranks.synchronized import Synchronized
-from cupybn._steps import arguments, bundles, cupy_ops, geometry, numpy_ops, sources
+from cupybn._steps import arguments, bundles, cupy_dropout, cupy_ops, geometry, numpy_dropout, numpy_ops, sources
 from cupybn._steps.sources import KERNELS, kernel_names, signature
 
 LAYOUTS = ("channels_first", "channels_last")
@@ -25,13 +29,18 @@ HOST_ONLY = {"scratch", "dtype", "keep"}
 """Parameters of mirrors that no kernel has: memory to work in, what DATA_T says, and whether results are null."""
 RESULTS = {"Moments": "moments", "Statistics": "statistics", "Sums": "sums"}
 """Bundles that mirrors return, and the parameters of kernels that write them."""
-OVER_CHANNELS = {
+RETURNED = {
     "merge_moments": ["row"],
     "mean_and_var": ["mean", "var"],
     "bn_update_running": [],
     "merge_sums": ["row"],
+    "dropout_draw": ["drawn"],
+    "dropout": [],
+    "dropout_channels": [],
 }
-"""The steps that know no layout, and what they return."""
+"""Arrays that steps return beside bundles, under the names that they have in kernels."""
+OVER_CHANNELS = ("merge_moments", "mean_and_var", "bn_update_running", "merge_sums")
+"""The steps of batch norm that know no layout."""
 ALLOCATORS = {"empty_passed"}
 """Functions beside the steps, which allocate and launch nothing."""
 MOST_OF_KERNELS, MOST_OF_FUNCTIONS = 12, 8
@@ -48,12 +57,49 @@ AS_IN_TORCH = {
 KERNEL_NAMES = kernel_names()
 
 
+class Pair(typing.NamedTuple):
+    """A module of mirrors and the module of their launchers."""
+
+    mirrors: types.ModuleType
+    launchers: types.ModuleType
+
+
+PAIRS = (
+    Pair(numpy_ops, cupy_ops),
+    Pair(numpy_dropout, cupy_dropout),
+)
+BATCH_NORM = PAIRS[0]
+
+
 def stem(name):
     return name.rpartition("/")[2]
 
 
+def steps(module):
+    """The functions of a module that are steps, or allocate for them, by name: those that it defines for others."""
+    return {
+        name: function
+        for name, function in inspect.getmembers(module, inspect.isfunction)
+        if not name.startswith("_") and function.__module__ == module.__name__
+    }
+
+
+def pair_of(name, pairs=PAIRS):
+    """The one pair that a kernel belongs to: that whose mirrors have its name."""
+    (pair,) = (pair for pair in pairs if stem(name) in steps(pair.mirrors))
+    return pair
+
+
+def kernels_of(pair):
+    return [name for name in KERNEL_NAMES if pair_of(name) == pair]
+
+
 def mirror(name):
-    return getattr(numpy_ops, stem(name))
+    return getattr(pair_of(name).mirrors, stem(name))
+
+
+def launcher(name):
+    return getattr(pair_of(name).launchers, stem(name))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -66,6 +112,7 @@ TYPES = {
     "Counter": "long long*",
     "Passed": "passed_t*",
     "Mask": "bool*",
+    "Drawn": "unsigned long long*",
     "Activation": "Activation",
     "float": "double",
     "int": "long long",
@@ -292,26 +339,40 @@ def test_the_comparison_sees_a_bundle_of_one_side_alone():
 # Kernels, mirrors and launchers
 
 
-def test_every_step_has_a_kernel_for_each_layout():
-    assert sorted(KERNEL_NAMES) == sorted(
+def test_every_step_of_batch_norm_has_a_kernel_for_each_layout():
+    assert sorted(kernels_of(BATCH_NORM)) == sorted(
         [f"{layout}/{step}" for layout in LAYOUTS for step in STEPS] + [*OVER_CHANNELS]
     )
 
 
-def test_mirrors_and_launchers_are_the_same_functions():
-    def steps(module):
+def test_every_kernel_belongs_to_one_pair_and_every_step_to_one_module():
+    assert sorted(name for pair in PAIRS for name in kernels_of(pair)) == sorted(KERNEL_NAMES)
+    names = [name for pair in PAIRS for name in steps(pair.mirrors)]
+    assert sorted(names) == sorted({stem(name) for name in KERNEL_NAMES} | ALLOCATORS)
+    with pytest.raises(ValueError, match="unpack"):
+        pair_of("bn_stats", ())
+    with pytest.raises(ValueError, match="unpack"):
+        pair_of("bn_stats", (BATCH_NORM, Pair(numpy_ops, numpy_ops)))
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: pair.mirrors.__name__)
+def test_mirrors_and_launchers_are_the_same_functions(pair):
+    def parameters(module):
         return {
-            name: list(inspect.signature(function).parameters.values())
-            for name, function in inspect.getmembers(module, inspect.isfunction)
-            if not name.startswith("_") and function.__module__ == module.__name__
+            name: [(p.name, p.default) for p in inspect.signature(function).parameters.values()]
+            for name, function in steps(module).items()
         }
 
-    mirrors, launchers = steps(numpy_ops), steps(cupy_ops)
-    assert mirrors.keys() == launchers.keys()
-    assert mirrors.keys() == {stem(name) for name in KERNEL_NAMES} | ALLOCATORS
-    for name, parameters in mirrors.items():
-        ours = [(p.name, p.default) for p in launchers[name]]
-        assert ours == [(p.name, p.default) for p in parameters], name
+    mirrors = parameters(pair.mirrors)
+    assert mirrors == parameters(pair.launchers)
+    assert mirrors.keys() == {stem(name) for name in kernels_of(pair)} | (ALLOCATORS & mirrors.keys())
+
+
+def test_every_pair_of_modules_with_steps_is_held():
+    """Modules are named as `numpy_ops` and `cupy_ops` are, and a module without the other one would have no steps."""
+    folder = Path(inspect.getsourcefile(numpy_ops)).parent
+    found = {path.stem for kind in ("numpy", "cupy") for path in folder.glob(f"{kind}_*.py")}
+    assert found == {module.__name__.rpartition(".")[2] for pair in PAIRS for module in pair}
 
 
 @pytest.mark.parametrize("step", ["bn_forward", "bn_backward"])
@@ -329,7 +390,7 @@ def test_kernel_takes_what_its_mirror_takes_and_writes_what_it_returns(name):
     mirrored = inspect.signature(mirror(name))
     taken = [p for p in mirrored.parameters if p not in HOST_ONLY]
     returned = RESULTS.get(str(mirrored.return_annotation).removesuffix(" | None"))
-    expected = taken + OVER_CHANNELS.get(name, [returned] if returned else [])
+    expected = taken + RETURNED.get(name, [returned] if returned else [])
     assert [p.name for p in parameters if p.section != "sizes"] == expected
     outputs = [p.name for p in parameters if p.section == "outputs"]
     assert outputs == expected[len(expected) - len(outputs) :]
@@ -340,7 +401,7 @@ def test_a_bundle_is_the_same_one_in_a_kernel_its_mirror_and_its_launcher(name):
     """A bundle has the same name in all three, and where one takes None in its place, all do."""
     structs = {p.name: (p.type, p.nullable) for p in signature(name) if p.fields and p.section != "sizes"}
     kinds = fields_in_python(text_of(bundles)).keys()
-    for function in mirror(name), getattr(cupy_ops, stem(name)):
+    for function in mirror(name), launcher(name):
         found = {}
         for parameter in inspect.signature(function).parameters.values():
             kind, _, none = str(parameter.annotation).partition(" | ")
@@ -378,7 +439,7 @@ def test_source(name):
     assert text.count("__global__") == 1
     head = text.partition("\n\n")[0]
     assert head.startswith(f"// {stem(name)}: ")
-    assert f"// Mirror: numpy_ops.{stem(name)}\n" in text
+    assert f"// Mirror: {mirror(name).__module__.rpartition('.')[2]}.{stem(name)}\n" in text
     parameters = text[text.index("__global__") : text.index(") {", text.index("__global__"))]
     for line in re.findall(r"^    .*(?:\*|Vector) \w+,.*$", parameters, re.MULTILINE):
         assert re.search(r"// \[[\w, +]*( / WIDTH)?\]", line), line

@@ -21,6 +21,7 @@ STRUCTS = {
     "Statistics": [("pairs", "u8"), ("count_left", "u8")],
     "Sums": [("dy", "u8"), ("dy_xhat", "u8")],
     "Gradients": [("dx", "u8"), ("dresidual", "u8"), ("dweight", VECTOR), ("dbias", VECTOR)],
+    "Drops": [("drawn", "u8"), ("threshold", "i8"), ("scale", "f8")],
     "Vector": VECTOR,
     "ChannelsFirst": [(name, "i8") for name in ChannelsFirst._fields],
     "ChannelsLast": [(name, "i8") for name in ChannelsLast._fields],
@@ -56,7 +57,7 @@ def test_words_of_every_kernel(name):
     dtype = np.dtype(np.float32)
     pointees = {
         "data_t*": dtype, "double*": np.dtype(np.float64), "long long*": np.dtype(np.int64), "bool*": np.dtype(bool),
-        "passed_t*": np.dtype(bool),
+        "passed_t*": np.dtype(bool), "unsigned long long*": np.dtype(np.uint64),
     }  # fmt: skip
     signature = sources.signature(name)
     whole = np.dtype([(parameter.name, field_of(parameter)) for parameter in signature])
@@ -115,4 +116,5 @@ def test_numbers_of_a_tape_are_doubles_that_kernels_take():
                 full_name = f"{parameter.name}.{field.name}" if parameter.fields else field.name
                 if field.type == "double":
                     declared.setdefault(full_name, []).append(name)
-    assert {*declared} == {*NUMBERS, "count", "inv_count"}  # the last two are elements of a channel, and one over them
+    # Elements of a channel, one over them, and what dropout keeps is multiplied by: it depends on p alone.
+    assert {*declared} == {*NUMBERS, "count", "inv_count", "drops.scale"}

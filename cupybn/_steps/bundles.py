@@ -24,6 +24,8 @@ Mask = Any
 """Contiguous bool array: True where there is data; ``bool*`` in kernels."""
 Passed = Any
 """Record of ReLU, made by `empty_passed`; ``passed_t*`` in kernels."""
+Drawn = Any
+"""Contiguous uint64 array; ``unsigned long long*`` in kernels."""
 Activation = str | None
 """One of `ACTIVATIONS`; its number in kernels."""
 
@@ -120,3 +122,11 @@ class Gradients(NamedTuple):
     dresidual: Tensor | None = None  # (N, C, L)
     dweight: Vector | None = None  # (C,)
     dbias: Vector | None = None  # (C,)
+
+
+class Drops(NamedTuple):
+    """What a call of dropout has drawn: an element is dropped where its word is below the threshold, or else scaled."""
+
+    drawn: Drawn  # (2,); seed and number of the call
+    threshold: int  # p * 2^32, rounded to an integer; may be 2^32 itself, which no word reaches
+    scale: float  # one over 1 - p; steps round it to the dtype of the arithmetic

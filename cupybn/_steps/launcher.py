@@ -122,6 +122,7 @@ class Kernel:
             "data_t*": macros["DATA_T"],
             "double*": np.dtype(np.float64),
             "long long*": np.dtype(np.int64),
+            "unsigned long long*": np.dtype(np.uint64),
             "bool*": np.dtype(np.bool_),
             "passed_t*": np.dtype(np.uint8 if macros.get("WIDTH", 1) > 1 else np.bool_),
         }
