@@ -1,15 +1,12 @@
-"""The steps that `check` runs, by the name of kernel, mirror and launcher."""
+"""The steps of batch norm that `check` runs, by the name of kernel, mirror and launcher."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
 
 from cupybn._cli import formula
 from cupybn._cli.cases import HALF_ULP, MOMENTUM, NEAR, Case, Variant
-from cupybn._cli.sides import Result, Results, Side
+from cupybn._cli.sides import Result, Results, Side, Step
 from cupybn._steps import numpy_ops
 from cupybn._steps.bundles import Affine, Epilogue, Gradients, Moments, Running, Statistics, Sums, Tensor
 
@@ -194,13 +191,6 @@ def _gradient_results(case: Case, gradients: Gradients, sums: Sums | None) -> Re
     if gradients.dresidual is not None:
         results["dresidual"] = Result(gradients.dresidual, 0, 0, exact=True)
     return results
-
-
-class Step(NamedTuple):
-    """A step to check: the function that runs it on a side, and the variants to run it in."""
-
-    run: Callable[[Case, Side], Results]
-    variants: tuple[Variant, ...]
 
 
 _FUSED = ((None, False), ("relu", False), (None, True), ("relu", True))
