@@ -18,13 +18,12 @@ import cupybn
 from cupybn.__main__ import CLOSED_PIPE, COMMANDS, INTERRUPTED, main
 from cupybn._cli import bench, cases, check, extras, info, memory, sides
 from cupybn._cli import options as cli_options
+from cupybn._cli.checked import CHECKED
 from cupybn._cli.measure import AS_LITTLE_AS_POSSIBLE, COLD, CupyGraph, cold_sets, device_time, rotate, spread
 from cupybn._cli.peers import cupybn_call, torch_call
-from cupybn._cli.checked import CHECKED
-from cupybn._cli.plain import plain_call
-from cupybn._cli.problem import DROPPED, OPERATIONS, OPS, PASSES, Problem, make_arrays, problem_of
+from cupybn._cli.problem import OPERATIONS, Problem, make_arrays
 from cupybn._cli.table import table
-from cupybn._steps import cupy_ops, numpy_norms, numpy_ops
+from cupybn._steps import cupy_ops, numpy_norms
 from cupybn._steps.bundles import Epilogue
 from cupybn._steps.sources import kernel_names
 from tests.reference import bits
