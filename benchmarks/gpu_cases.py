@@ -53,11 +53,21 @@ class Member(NamedTuple):
     groups: int = 0
 
     @property
+    def name(self) -> str:
+        """The member's name in tables."""
+        return f"{self.op} {self.layout} {'x'.join(map(str, self.shape))} {self.dtype}"
+
+    @property
+    def operations(self) -> tuple[str, ...]:
+        """The names of the operations that are measured."""
+        return BOTH
+
+    @property
     def case(self) -> Case:
         """The member as a case."""
         axis = self.layout.index("C")
         problem = problem_of(self.op, self.shape, parameter_dtype(self.dtype), axis, self.groups)
-        return Case("family", self.layout, problem, BOTH, all_peers=False, op=self.op)
+        return Case("family", self.layout, problem, self.operations, all_peers=False, op=self.op)
 
 
 FAMILY = (

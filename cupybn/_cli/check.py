@@ -29,6 +29,8 @@ MOST_LISTED = 20
 """Most calls that are listed one by one under the table."""
 
 USAGE = "[options]"
+SHAPES = CHECKED["batch_norm"].shapes(quick=False)
+"""Shapes (N, C, L) of batch norm, by layout."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
