@@ -1,4 +1,4 @@
-"""Batch normalization as functions of arrays.
+"""Normalization as functions of arrays: batch norm, and the rest of the family.
 
 Training. Channels are on axis 1, unless `channel_axis` says otherwise; the running statistics follow the batch:
 
@@ -21,43 +21,45 @@ The way back, from the gradient of the output to those of the arguments:
 >>> vjp_fn(np.ones_like(y)).weight.round(2)  # of a loss that is the sum of the output
 array([0., 0.], dtype=float32)
 
-How a call goes, from top to bottom. `_forward` and `backward`, at the end of this file, are its two halves:
-
-    arguments   -> Call.checked              -> the layout, by which the input is seen as (N, C, L)
-    input       -> bn_forward in training    -> output, running statistics
-                   bn_normalize in eval mode -> output
-    grad_output -> bn_backward               -> gradients
-
-Such functions are steps. Each is there twice: `numpy_ops` computes, `cupy_ops` launches a kernel. What they take
-together is a bundle (`cupybn._steps.bundles`). bn_forward stands for bn_stats and then bn_normalize, bn_backward for
-bn_backward_reduce and then bn_backward_input. On a GPU these two are one launch where a channel fits on chip
-(`cupybn._steps.resident`); where the batch is spread over ranks, they exchange statistics or sums in between
-(`cupybn._ranks.synchronized`).
-
-Calls that are alike, on CuPy arrays, launch the same kernels. So the first one is recorded while it takes its steps,
-and later ones play its launches without taking them again (`cupybn._steps.tape`).
+How a call goes, from its arguments to the steps and back, is said in `cupybn._calls.flow`.
 """
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from cupybn._arrays.devices import copied, empty, empty_like, on_device_of, write_at_once, zeros_like
-from cupybn._arrays.kinds import plain
-from cupybn._calls import checks
-from cupybn._calls.call import Call, Checked, has_form
-from cupybn._ranks.synchronized import Synchronized
-from cupybn._steps import cupy_ops
-from cupybn._steps.bundles import Affine, Epilogue, Gradients, Running, Statistics
-from cupybn._steps.launcher import unheard
-from cupybn._steps.observer import Observed
-from cupybn._steps.ops import ops_for
-from cupybn._steps.tape import Tapes, particulars_of
+from cupybn._arrays.devices import copied, on_device_of
+from cupybn._calls import across, checks
+from cupybn._calls.call import Call
+from cupybn._calls.flow import Saved, WayBack, forward, forward_and_saved
+from cupybn._steps.bundles import Affine, Epilogue, Running, Statistics
+from cupybn.norms.group import GroupNormGrads, group_norm, group_norm_vjp
+from cupybn.norms.instance import InstanceNormGrads, instance_norm, instance_norm_vjp
+from cupybn.norms.layer import LayerNormGrads, RMSNormGrads, layer_norm, layer_norm_vjp, rms_norm, rms_norm_vjp
+from cupybn.norms.vjp import NormVjpFn
 from cupybn.statistics.moments import moments
 
-__all__ = ["BatchNormGrads", "VjpFn", "batch_norm", "batch_norm_backward", "batch_norm_vjp", "moments"]
+__all__ = [
+    "BatchNormGrads",
+    "GroupNormGrads",
+    "InstanceNormGrads",
+    "LayerNormGrads",
+    "NormVjpFn",
+    "RMSNormGrads",
+    "VjpFn",
+    "batch_norm",
+    "batch_norm_backward",
+    "batch_norm_vjp",
+    "group_norm",
+    "group_norm_vjp",
+    "instance_norm",
+    "instance_norm_vjp",
+    "layer_norm",
+    "layer_norm_vjp",
+    "moments",
+    "rms_norm",
+    "rms_norm_vjp",
+]
 
 Array = Any  # numpy.ndarray or cupy.ndarray
 
@@ -71,7 +73,7 @@ class BatchNormGrads(NamedTuple):
     residual: Array | None
 
 
-class VjpFn:
+class VjpFn(WayBack):
     """Function from the gradient of a call's output to those of its arguments: what `batch_norm_vjp` returns.
 
     Pure: it may be called again and changes nothing. It holds input, weight, bias and mask by reference, and what it
@@ -97,10 +99,7 @@ class VjpFn:
            [ 0.102,  0.   ]], dtype=float32)
     """
 
-    __slots__ = ("__weakref__", "_saved")
-
-    def __init__(self, saved: Saved) -> None:
-        self._saved = saved
+    __slots__ = ()
 
     def __call__(self, grad_output: Array) -> BatchNormGrads:
         """Gradients of the arguments.
@@ -110,19 +109,7 @@ class VjpFn:
         TypeError, ValueError
             If grad_output is not an array of the input's kind, device, dtype and shape.
         """
-        saved = self._saved
-        same_form = has_form(grad_output, saved.checked.form)
-        if not same_form:
-            checks.check_like("grad_output", grad_output, saved.input)
-        with on_device_of(saved.input):
-            return backward(saved, grad_output if same_form else saved.checked.layout.conform(plain(grad_output)))
-
-    def __copy__(self) -> VjpFn:
-        """Return this one: it is pure, and a copy of a function is the function itself."""
-        return self
-
-    def __deepcopy__(self, memo: object) -> VjpFn:
-        return self
+        return BatchNormGrads(*self.gradients(grad_output))
 
     @property
     def mean(self) -> Array:
@@ -377,180 +364,11 @@ def batch_norm_backward(
     with on_device_of(call.input):
         call = call.conformed(checked)
         pairs = Statistics.of(mean, var).pairs
-    saved = Saved(ops_for_call(call), checked, checked.tapes, call.input, pairs, call.affine, call.epilogue)
+    saved = Saved(across.ops_for_call(call), checked, checked.tapes, call.input, pairs, call.affine, call.epilogue)
     return VjpFn(saved)(grad_output)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The flow
-
-
-def forward(call: Call, out: Array | None = None) -> Array:
-    """The output of a call, which is `out` where that is given."""
-    output, _ = _forward(call, out, for_vjp=False)
-    return output if out is None else out  # the very array that was given, of whatever class it is
-
-
 def forward_vjp(call: Call) -> tuple[Array, VjpFn]:
-    """The output of a call, and the function that goes back."""
-    output, saved = _forward(call, None, for_vjp=True)
-    assert saved is not None
+    """The output of a call of batch norm, and the function that goes back."""
+    output, saved = forward_and_saved(call)
     return output, VjpFn(saved)
-
-
-class Saved(NamedTuple):
-    """Arrays and settings that the way back needs of the way forward."""
-
-    ops: Any  # steps as `ops_for_call` returns them
-    checked: Checked
-    tapes: Tapes | None  # launches of calls that are alike; None where this one has taken its steps for itself
-    input: Array  # dense
-    pairs: Array  # statistics, as `Statistics` has them
-    affine: Affine
-    epilogue: Epilogue  # activation, passed and mask: the record has all that the way back needs of the residual
-    count_left: Array | None = None  # what `Statistics` has beside the pairs
-
-
-def _forward(call: Call, out: Array | None, for_vjp: bool) -> tuple[Array, Saved | None]:
-    """The output and, if there will be a way back, what that needs."""
-    checked = call.checked(out)
-    if not checked.settled:
-        call, out = call.settled(), plain(out)
-    layout, tapes = checked.layout, checked.tapes
-    ops: Any = cupy_ops if tapes is not None else ops_for_call(call)
-    with on_device_of(call.input):
-        particulars = None if tapes is None else call.particulars(out, checked, for_vjp)
-        if tapes is not None and particulars is not None:
-            results = tapes.play(particulars)
-            if results is None:
-                with tapes.recorder(particulars) as recorder:
-                    results = recorder.results = _forward_steps(ops, call, out, checked, for_vjp)
-            made, pairs, passed, count_left = results
-            output = out if made is None else layout.back(made)
-        else:
-            tapes = None
-            # Steps write to `out` itself where that is safe; else to a new array, which is copied in the end.
-            direct = checked.direct and not call.overwritten(out, checked)
-            call, write_back = call.without_overlap(checked, for_vjp)
-            call = call.conformed(checked)
-            with unheard():
-                made, pairs, passed, count_left = _forward_steps(ops, call, out if direct else None, checked, for_vjp)
-            output = out if made is None else layout.back(made)
-            if out is not None and not direct:
-                write_back.append((out, output))  # the last: it is right, whatever it shares with the buffers
-            if write_back and ops is not None:
-                write_at_once(write_back)
-    if not for_vjp:
-        return output, None
-    _, activation, _, mask = call.epilogue
-    way_back = Epilogue(None, activation, passed, mask)
-    return output, Saved(ops, checked, tapes, call.input, pairs, call.affine, way_back, count_left)
-
-
-def _forward_steps(ops: Any, call: Call, out: Array | None, checked: Checked, for_vjp: bool) -> list[Array | None]:
-    """New output, in the order of memory, if there is no `out`; and what is saved for the way back, or None for each.
-
-    That is `Statistics.pairs`, the record of ReLU, and `Statistics.count_left`.
-    """
-    layout = checked.layout
-    made = layout.empty(call.input) if out is None else None
-    if ops is None:
-        return [made, _statistics_of_nothing(call, layout.shape[1]).pairs if for_vjp else None, None, None]
-    residual, activation, _, mask = call.epilogue
-    x, residual = layout.view(call.input), layout.view(residual)
-    y = layout.view(out) if made is None else made.reshape(layout.shape)
-    mask = None if mask is None else layout.view_mask(mask)
-    recorded = for_vjp and residual is not None and activation is not None
-    passed = ops.empty_passed(x, residual, y, mask) if recorded else None
-    affine, running = call.affine, call.running_for_steps(checked.moves)
-    epilogue = Epilogue(residual, activation, passed, mask)
-    if call.training:
-        scratch = y if out is None else None  # `out` may be the input or the residual, which are still read
-        statistics = ops.bn_forward(x, affine, running, epilogue, y, for_vjp, scratch)
-    else:
-        statistics = ops.bn_normalize(x, None, affine, running, epilogue, y, for_vjp)
-    if statistics is None:
-        return [made, None, passed, None]
-    return [made, statistics.pairs, passed, statistics.count_left]
-
-
-def _statistics_of_nothing(call: Call, channels: int) -> Statistics:
-    """Statistics of a call without elements: the running ones in eval mode, and NaN for a batch, which has none."""
-    if not call.training:
-        return Statistics.of(call.running.mean, call.running.var)
-    pairs = empty((channels, 2), call.input, np.float64)
-    pairs.fill(np.nan)
-    return Statistics(pairs)
-
-
-def backward(saved: Saved, grad_output: Array) -> BatchNormGrads:
-    """The gradients of the arguments, from that of the output, which has the layout of the input."""
-    _, checked, tapes, input, pairs, affine, epilogue, count_left = saved
-    results: list[Array | None] | None
-    if tapes is None:
-        with unheard():
-            results = _backward_steps(saved, grad_output)
-    else:
-        (weight, bias, eps), (_, _, passed, mask) = affine, epilogue
-        packs = None if passed is None else passed.size
-        others = pairs, passed, weight, bias, count_left
-        particulars = particulars_of(("back", packs), (grad_output, input, mask), others, (eps, 0.0))
-        results = tapes.play(particulars)
-        if results is None:
-            with tapes.recorder(particulars) as recorder:
-                results = recorder.results = _backward_steps(saved, grad_output)
-    dx, dresidual, dweight, dbias = results
-    layout = checked.layout
-    if dresidual is not None:
-        dresidual = layout.back(dresidual)
-    elif checked.has_residual:  # through a sum a gradient goes as it is, where neither ReLU nor a mask stops it
-        dresidual = grad_output
-    return BatchNormGrads(layout.back(dx), dweight, dbias, dresidual)
-
-
-def _backward_steps(saved: Saved, grad_output: Array) -> list[Array | None]:
-    """Gradients of input, residual, weight and bias: new arrays, in the order of memory.
-
-    That of the residual is there if ReLU or a mask stop it somewhere.
-    """
-    ops, checked, _, input, pairs, affine, epilogue, count_left = saved
-    layout, training = checked.layout, checked.training
-    _, _, passed, mask = epilogue
-    alignment = input.nbytes // passed.size if passed is not None and passed.size else 1  # bytes of a pack
-    dx = layout.empty(input, alignment)
-    stopped = passed is not None or (mask is not None and checked.has_residual)
-    dresidual = layout.empty(input, alignment) if stopped else None
-    new = zeros_like if ops is None else empty_like  # without elements no step is there to fill them, and sums are 0
-    weight, bias, _ = affine
-    dweight, dbias = None if weight is None else new(weight), None if bias is None else new(bias)
-    results = [dx, dresidual, dweight, dbias]
-    if ops is None:
-        return results
-    dy, x, shape = layout.view(grad_output), layout.view(input), layout.shape
-    gradients = Gradients(dx.reshape(shape), None if dresidual is None else dresidual.reshape(shape), dweight, dbias)
-    statistics = Statistics(pairs, count_left)
-    if mask is not None:
-        epilogue = epilogue._replace(mask=layout.view_mask(mask))
-    if training or dweight is not None or dbias is not None:
-        # 1 / the number of values per channel, or 1 where steps divide by what a mask has left; 0 stands for
-        # statistics that do not depend on x.
-        inv_count = 0.0
-        if training and input.size > 0:
-            inv_count = shape[1] / input.size if mask is None else 1.0
-        ops.bn_backward(dy, x, statistics, affine, epilogue, inv_count, gradients, scratch=gradients.dx)
-    else:
-        ops.bn_backward_input(dy, x, statistics, affine, epilogue, None, 0.0, gradients)
-    return results
-
-
-def ops_for_call(call: Call) -> Any:
-    """The steps for a call: those of `ops_for`, or their `Synchronized` form where the batch is spread over ranks.
-
-    Where the layer is observed, they are `Observed`. None where the call has no elements, and there is nothing to do.
-    """
-    ops, layer = ops_for(call.input), call.layer
-    if layer is not None and layer.group is not None:
-        return Synchronized(ops, layer.group, layer.observer, call.running)
-    if call.input.size == 0:
-        return None
-    return ops if layer is None or layer.observer is None else Observed(ops, layer.observer, call.running)

@@ -1,4 +1,6 @@
-"""The arguments of one call of batch norm: whether they fit together, and which of them share memory."""
+"""The arguments of one call, of batch norm or a norm within a sample: whether they fit together, and which of them
+share memory.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +15,12 @@ from cupybn._arrays.kinds import is_derived, kind, plain
 from cupybn._calls import checks
 from cupybn._calls.layout import Layout
 from cupybn._calls.overlap import Extent, Spans, may_overlap, overlapping
+from cupybn._calls.rows import Rows
 from cupybn._calls.tracking import updates_stats
 from cupybn._ranks.group import Group
 from cupybn._steps.arguments import NAN
 from cupybn._steps.bundles import Affine, Epilogue, Running
+from cupybn._steps.norm import Norm
 from cupybn._steps.observer import Observer
 from cupybn._steps.tape import Particulars, Tapes, particulars_of
 
@@ -45,15 +49,16 @@ class Caller(NamedTuple):
 
 
 class Call(NamedTuple):
-    """Arguments that `batch_norm` or a layer was called with."""
+    """Arguments that a function or a layer was called with."""
 
     input: Array
     affine: Affine
     running: Running
     epilogue: Epilogue
-    training: bool
+    training: bool  # whether the statistics are those of the input
     channel_axis: int
     layer: Caller | None = None  # None for the functions
+    rows: Rows | None = None  # what shares statistics in a norm within a sample; None for batch norm
 
     def checked(self, out: Array | None = None) -> Checked:
         """Facts about the arguments, if all is well.
@@ -118,6 +123,7 @@ class Call(NamedTuple):
             self.channel_axis,
             type(self.channel_axis),
             None if layer is None else (layer.ndims, layer.group is not None, layer.observer is not None),
+            self.rows,
             updates_stats(),
         )
 
@@ -129,25 +135,28 @@ class Call(NamedTuple):
         TypeError, ValueError
             What was expected and what was given. Nothing has been changed, and no array on a device has been read.
         """
-        input, layer = self.input, self.layer
-        axis = checks.check_input(input, self.channel_axis, () if layer is None else layer.ndims)
+        input, layer, rows = self.input, self.layer, self.rows
+        ndims, device = (layer.ndims, layer.device) if layer is not None else ((), None)
+        function = "batch_norm" if rows is None else rows.function
+        check_input = checks.check_input if rows is None else rows.check_input
+        axis = check_input(input, self.channel_axis, ndims)
         checks.check_activation(self.epilogue.activation)
-        checks.check_bool("training", self.training)
+        checks.check_bool("training" if rows is None else "use_input_stats", self.training)
         checks.check_bool("skip_nonfinite", self.running.skip_nonfinite)
-        checks.check_running(self.running, self.training)
-        vectors = {
-            "running_mean": self.running.mean,
-            "running_var": self.running.var,
-            "weight": self.affine.weight,
-            "bias": self.affine.bias,
-        }
-        checks.check_vectors(input, axis, vectors, None if layer is None else layer.device)
-        checks.check_eps(self.affine.eps, self.training)
+        checks.check_running(self.running, self.training, function)
+        parameters = {"weight": self.affine.weight, "bias": self.affine.bias}
+        if rows is not None and rows.normalized_shape is not None:
+            rows.check_parameters(input, parameters, device)
+        else:
+            vectors = {"running_mean": self.running.mean, "running_var": self.running.var, **parameters}
+            checks.check_vectors(input, axis, vectors, device, checks.Words() if rows is None else rows.words())
+        checks.check_eps(self.affine.eps, self.training, function)
         if self.training and input.size and (layer is None or layer.group is None):
-            checks.check_more_than_one_value(input.shape, axis, self._way_to_eval())
+            check_size = checks.check_more_than_one_value if rows is None else rows.check_positions
+            check_size(input.shape, axis, self._way_to_eval())
         for name, array in ("residual", self.epilogue.residual), ("out", out):
             if array is not None:
-                checks.check_like(name, array, input)
+                checks.check_like(name, array, input, masks=rows is None)
         if self.epilogue.mask is not None:
             checks.check_mask(self.epilogue.mask, input, (axis,))
         written = {"out": out}
@@ -305,6 +314,7 @@ class Checked(NamedTuple):
     moves: bool  # whether the call moves running statistics
     training: bool
     has_residual: bool
+    norm: Norm | None  # which norm within a sample it is; None for batch norm, and whatever goes its way
     settled: bool  # whether all arrays are of NumPy's or CuPy's own class, and eps and skip_nonfinite Python's
     dense: bool  # whether input, residual and mask have the layout
     direct: bool  # whether `out` has it
@@ -316,7 +326,9 @@ class Checked(NamedTuple):
     @classmethod
     def of(cls, call: Call, out: Array | None, axis: int) -> Checked:
         """Facts about a call that is right, with the number of its channel axis."""
-        layout, moves, (residual, _, _, mask) = Layout.of(call.input, axis), call.moves(), call.epilogue
+        # Instance norm with running statistics is batch norm in eval mode: both have them for each channel.
+        rows, moves, (residual, _, _, mask) = call.rows if call.training else None, call.moves(), call.epilogue
+        layout = Layout.of(call.input, axis) if rows is None else rows.layout(call.input, axis)
         arrays = call.arrays(with_counter=moves)
         if out is not None:
             arrays["out"] = out
@@ -336,6 +348,7 @@ class Checked(NamedTuple):
             moves,
             call.training,
             residual is not None,
+            None if rows is None else rows.norm(call.input, axis),
             settled,
             dense,
             direct,

@@ -13,7 +13,7 @@ import numbers
 import operator
 from array import array as BuiltinArray
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,18 +22,23 @@ from cupybn._arrays.kinds import describe, device_of, from_dlpack, kind, show
 from cupybn._steps.bundles import ACTIVATIONS, Running
 
 MOST_FEATURES = 2**60 - 1
-"""Most channels that a layer may have: with more, an int64 could not count the bytes of a float64 vector."""
+"""Most elements that a parameter may have: with more, an int64 could not count the bytes of a float64 vector."""
 MOST_NESTED = 64
 """Depth to which lists in lists are looked into: NumPy and CuPy take no more axes than that."""
 
 
-def check_array(name: str, array: Any, like: Any = None, other: str = "input") -> None:
-    """Check for an array of a kind and dtype that batch norm takes, on the device of ``like``, named as ``other``."""
+def check_array(name: str, array: Any, like: Any = None, other: str = "input", masks: bool = True) -> None:
+    """Check for an array of a kind and dtype that batch norm takes, on the device of ``like``, named as ``other``.
+
+    A message speaks of masks if the call takes any.
+    """
     if kind(array) is None:
-        given = describe(array)
-        raise TypeError(f"expected {name} to be a NumPy or CuPy array (got {given}){_to_array(name, array, like)}")
+        given, way_out = describe(array), _to_array(name, array, like)
+        if name == "input" and masks and isinstance(array, np.ma.MaskedArray):
+            way_out += ", and mask= to say where there is data"
+        raise TypeError(f"expected {name} to be a NumPy or CuPy array (got {given}){way_out}")
     if not is_float(array.dtype):
-        way_out = f": use {_new_out(like)}" if name == "out" else _to_float(name, array.dtype)
+        way_out = f": use {_new_out(like)}" if name == "out" else _to_float(name, array.dtype, masks)
         raise TypeError(f"expected {name} of dtype {', '.join(FLOATS)} (got {array.dtype.name}){way_out}")
     if like is not None:
         _check_beside(name, array, like, other)
@@ -64,7 +69,7 @@ def _to_array(name: str, given: Any, like: Any, dtype: str = "'float32'") -> str
     if name == "out":  # the calls below make copies, and the output would be written to a copy
         return f": use {_new_out(like)}"
     if masked:
-        return f": use {name}.filled(...)" + (", and mask= to say where there is data" if name == "input" else "")
+        return f": use {name}.filled(...)"
     if issubclass(cls, (list, tuple)) and kind(_first(given)) == "cupy":
         return f": use cupy.asarray({name})"
     known = issubclass(cls, (list, tuple, memoryview, BuiltinArray)) or hasattr(cls, "__array__")
@@ -84,7 +89,7 @@ def _first(given: Any) -> Any:
     return given
 
 
-def _to_float(name: str, dtype: np.dtype[Any]) -> str:
+def _to_float(name: str, dtype: np.dtype[Any], masks: bool) -> str:
     """Way out for an array of another dtype: how to make floats of it. The end of a message."""
     if dtype.kind == "c":
         return ": complex numbers are not supported"
@@ -92,7 +97,7 @@ def _to_float(name: str, dtype: np.dtype[Any]) -> str:
         return f": use {name}.astype(np.float64)"
     if dtype.type is np.void:  # NumPy's files keep the bits of bfloat16, not its name
         return f": use {name}.view(ml_dtypes.bfloat16)" if dtype == BITS_OF_BFLOAT16 else ""
-    if name == "residual" and dtype.kind == "b":  # the second argument of a layer
+    if name == "residual" and dtype.kind == "b" and masks:  # the second argument of a layer
         return "; did you mean mask=?"
     if name == "input" and dtype.kind in "iu" and dtype.itemsize >= 4:
         return f": use {name}.astype(np.float32), or np.float64 for numbers beyond 2**24"
@@ -119,9 +124,9 @@ def _new_out(input: Any) -> str:
     return f"{kind(input)}.empty_like(input)"
 
 
-def check_like(name: str, array: Any, input: Any) -> None:
+def check_like(name: str, array: Any, input: Any, masks: bool = True) -> None:
     """Check for an array of the input's kind, device, dtype and shape."""
-    check_array(name, array, input)
+    check_array(name, array, input, masks=masks)
     if array.dtype != input.dtype:
         told_by_name = input.dtype.isnative and array.dtype.name != input.dtype.name  # names leave out the byte order
         dtype = repr(input.dtype.name) if told_by_name else "input.dtype"
@@ -208,10 +213,15 @@ def check_counter(counter: Any, like: Any) -> None:
 def check_input(input: Any, channel_axis: int, ndims: Sequence[int] = ()) -> int:
     """Channel axis counted from the front; raises unless this is an array, with one of these ndims if any are given."""
     check_array("input", input)
-    if ndims and input.ndim not in ndims:
-        expected = " or ".join(f"{ndim}D" for ndim in ndims)
-        raise ValueError(f"expected {expected} input (got {input.ndim}D input)")
+    check_ndim(input.ndim, ndims)
     return check_channel_axis(channel_axis, input.ndim)
+
+
+def check_ndim(ndim: int, ndims: Sequence[int]) -> None:
+    """Check for one of these numbers of axes, if any are given."""
+    if ndims and ndim not in ndims:
+        expected = " or ".join(f"{each}D" for each in ndims)
+        raise ValueError(f"expected {expected} input (got {ndim}D input)")
 
 
 def check_channel_axis(channel_axis: int, ndim: int) -> int:
@@ -224,14 +234,14 @@ def check_channel_axis(channel_axis: int, ndim: int) -> int:
     return axis % ndim
 
 
-def check_num_features(num_features: Any) -> int:
-    """Number of channels as an int; raises unless an array can have as many."""
-    features = as_int("num_features", num_features)
-    if features < 0:
-        raise ValueError(f"expected num_features >= 0 (got {show(features)})")
-    if features > MOST_FEATURES:
-        raise ValueError(f"expected num_features < 2**60 (got {show(features)})")
-    return features
+def as_size(name: str, value: Any) -> int:
+    """Number of channels or elements as an int; raises unless an array can have as many."""
+    size = as_int(name, value)
+    if size < 0:
+        raise ValueError(f"expected {name} >= 0 (got {show(size)})")
+    if size > MOST_FEATURES:
+        raise ValueError(f"expected {name} < 2**60 (got {show(size)})")
+    return size
 
 
 def check_activation(activation: str | None) -> None:
@@ -288,27 +298,40 @@ def check_timeout(timeout: float | None) -> None:
         raise ValueError(f"expected timeout > 0 or None (got {timeout})")
 
 
-def check_eps(eps: float, training: bool) -> None:
-    """Check for an eps that is not negative and, in training, where a variance may be 0, not 0 either."""
+def check_eps(eps: float, training: bool, function: str = "batch_norm") -> None:
+    """Check for an eps that is not negative and, in training of batch norm, not 0 either: a variance may be 0."""
     as_float("eps", eps)
-    if training and not eps > 0:
+    if training and function == "batch_norm" and not eps > 0:
         raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
     if not eps >= 0:
-        raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
+        raise ValueError(f"{function} eps must be non-negative, but got {eps}")
 
 
-def check_running(running: Running, training: bool) -> None:
-    """Check that both running statistics are given, or neither in training, where the batch has its own."""
+def check_running(running: Running, training: bool, function: str = "batch_norm") -> None:
+    """Check that both running statistics are given, or neither in training, where the input has its own."""
     if (running.mean is None) != (running.var is None):
         raise ValueError("running_mean and running_var must either both be None or neither be None")
     if running.mean is None and not training:
+        if function == "instance_norm":
+            raise ValueError("running_mean and running_var must be given when use_input_stats=False")
         raise ValueError(
             "running_mean and running_var must be given when training=False (training defaults to False; "
             "training=True takes the statistics of the batch)"
         )
 
 
-def check_vectors(input: Any, axis: int, vectors: Mapping[str, Any], layer_device: str | None) -> None:
+class Words(NamedTuple):
+    """What messages say of the function or layer that vectors are given to."""
+
+    flag: str | None = "training"  # argument of the function that is a bool, if there is one
+    count: str = "num_features"  # argument of the layer that is the number of channels
+    first_axis: int = 0  # first axis of the input that may be that of the channels
+    missing: int = 0  # axes that a layer puts before those of the input
+
+
+def check_vectors(
+    input: Any, axis: int, vectors: Mapping[str, Any], layer_device: str | None, words: Words = Words()
+) -> None:
     """Check that vectors have the input's kind and device, a float dtype, and one element per channel.
 
     If the vectors belong to a layer (``layer_device`` is its device), the caller passed the input alone, and so the
@@ -318,9 +341,9 @@ def check_vectors(input: Any, axis: int, vectors: Mapping[str, Any], layer_devic
     for name, vector in vectors.items():
         if layer_device is not None and kind(vector) is not None and device_of(vector) == layer_device:
             check_beside_layer(input, vector)
-        if layer_device is None and isinstance(vector, (bool, np.bool_)):  # `training` at the position of a vector
+        if layer_device is None and words.flag and isinstance(vector, (bool, np.bool_)):  # it stands in a vector's place
             given = f"{name} to be a NumPy or CuPy array (got {describe(vector)})"
-            raise TypeError(f"expected {given}; did you mean training={bool(vector)}?")
+            raise TypeError(f"expected {given}; did you mean {words.flag}={bool(vector)}?")
         check_array(name, vector, input)
     channels = input.shape[axis]
     sizes = {vector.size for vector in vectors.values() if vector.ndim == 1}
@@ -330,15 +353,16 @@ def check_vectors(input: Any, axis: int, vectors: Mapping[str, Any], layer_devic
             way_out = f": use {name}.reshape(-1)" if spread else ""
             raise ValueError(f"expected {name} of shape ({channels},) (got {vector.shape}){way_out}")
         if vector.size != channels:
-            message = f"expected {vector.size} channels (num_features) on axis {axis}, got {channels}"
+            message = f"expected {vector.size} channels ({words.count}) on axis {axis}, got {channels}"
             if layer_device is None or len(sizes) > 1:
                 message = f"{name} should contain {channels} elements not {vector.size}"
             if layer_device is not None and vector.size in input.shape and vector.size and len(sizes) == 1:
                 meant = input.ndim - 1 - input.shape[::-1].index(vector.size)
-                message += (
-                    f" (axis {axis} of the input of shape {input.shape} has {channels}, axis {meant} has "
-                    f"{vector.size}: did you mean channel_axis={meant}?)"
-                )
+                if meant >= words.first_axis:
+                    message += (
+                        f" (axis {axis} of the input of shape {input.shape} has {channels}, axis {meant} has "
+                        f"{vector.size}: did you mean channel_axis={meant + words.missing}?)"
+                    )
             raise ValueError(message)
 
 

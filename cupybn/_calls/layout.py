@@ -1,9 +1,10 @@
-"""Layouts: dense arrays of any rank and memory order seen as (N, C, L), without a copy."""
+"""Layouts: dense arrays of any rank and memory order as steps take them, (N, C, L) or (N, A, C, B), without a copy."""
 
 from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from cupybn._arrays.devices import copied, empty, module_of
@@ -16,30 +17,62 @@ _COUNT = tuple(range(64))
 
 
 class Layout(NamedTuple):
-    """Order of an array's axes in memory, and the shape (N, C, L) that this gives it.
+    """Order of an array's axes in memory, and the shape that this gives it for the steps.
 
-    Sort the axes by their order in memory: those before the channel axis collapse into N, those after it into L. So
-    contiguous NCHW is (N, C, H*W), channels-last data is (N*H*W, C, 1), and every other dense permutation has such a
-    form.
+    For batch norm that is (N, C, L). Sort the axes by their order in memory: those before the channel axis collapse
+    into N, those after it into L. So contiguous NCHW is (N, C, H*W), channels-last data is (N*H*W, C, 1), and every
+    other dense permutation has such a form.
+
+    For norms within a sample it is (N, A, C, B): the axes of the samples come first, and collapse into N. Those of the
+    positions before the channel axis collapse into A, those after it into B. An array whose samples do not come first
+    in memory has not its own layout, and is copied; outputs go back to its order.
     """
 
     axes: tuple[int, ...]  # numbers of the axes in the order of memory, slowest first
     sizes: tuple[int, ...]  # sizes of these axes, in the same order
-    shape: tuple[int, int, int]  # N, C, L
+    shape: tuple[int, ...]  # shape that steps see
     channel_axis: int  # number of the channel axis
+    order: tuple[int, ...] | None = None  # axes in the order of memory that outputs get, where it is another one
 
     @classmethod
     def of(cls, array: Array, channel_axis: int) -> Layout:
         """Layout of an array. One that is not dense gets that of a dense array with its axes in the same order."""
         # The strides of axes of length 1 mean nothing; but wherever such axes are sorted to, N and L stay the same. If
         # the channel axis is one of them, it goes to the front: the whole array is one channel, (1, 1, L).
-        axes = sorted(range(array.ndim), key=lambda i: (-abs(array.strides[i]), i))
+        axes = _in_memory(array)
         if array.shape[channel_axis] == 1:
             axes.remove(channel_axis)
             axes.insert(0, channel_axis)
         sizes = tuple(array.shape[i] for i in axes)
         c = axes.index(channel_axis)
         return cls(tuple(axes), sizes, (math.prod(sizes[:c]), sizes[c], math.prod(sizes[c + 1 :])), channel_axis)
+
+    @classmethod
+    def of_samples(cls, array: Array, samples: Sequence[int], channels: Sequence[int]) -> Layout:
+        """Layout for norms within a sample of an array with these axes of samples and channels; others are positions.
+
+        Several channel axes stand for one, and come in their own order.
+        """
+        order = _in_memory(array)
+        first = [i for i in order if i in samples]
+        positions = [i for i in order if i not in samples and i not in channels]
+        before = [i for i in positions if order.index(i) < order.index(channels[0])]
+        after = [i for i in positions if i not in before]
+
+        def product(axes: Sequence[int]) -> int:
+            return math.prod(array.shape[i] for i in axes)
+
+        scattered = product(before) > 1 and product(after) > 1 and kind(array) == "cupy"  # which no kernel takes
+        if scattered or product(channels) == 1:
+            before, after = [], positions
+        axes = (*first, *before, *channels, *after)
+        shape = product(first), product(before), product(channels), product(after)
+        sizes = tuple(array.shape[i] for i in axes)
+        own = [i for i in order if array.shape[i] != 1]  # of the others the strides mean nothing
+        moved = own != [i for i in axes if array.shape[i] != 1] and _is_dense(
+            tuple(order), array.shape, array.strides, array.itemsize
+        )
+        return cls(axes, sizes, shape, channels[0], tuple(order) if moved else None)
 
     def matches(self, array: Array) -> bool:
         """Whether an array is dense and has this layout, which was made of an array of the same shape."""
@@ -56,7 +89,7 @@ class Layout(NamedTuple):
         return copy
 
     def view(self, array: Array | None) -> Array | None:
-        """View, as (N, C, L), of an array that has this layout; None for None."""
+        """View, in the shape that steps see, of an array that has this layout; None for None."""
         if array is None:
             return None
         return self._in_order(array).reshape(self.shape)
@@ -116,6 +149,24 @@ class Layout(NamedTuple):
         if self.axes == _COUNT[: len(self.axes)]:
             return array
         return array.transpose([self.axes.index(i) for i in range(len(self.axes))])
+
+    def output(self, array: Array) -> Array:
+        """What a step has written, with its axes in the order of memory, as the caller gets it: a view, or a copy."""
+        return self.ordered(self.back(array))
+
+    def ordered(self, array: Array) -> Array:
+        """The array, or a copy in the memory order of outputs if that is not the order of this layout."""
+        if self.order is None:
+            return array
+        copy = empty(tuple(array.shape[i] for i in self.order), array)
+        copy = copy.transpose([self.order.index(i) for i in range(len(self.order))])
+        copy[...] = array
+        return copy
+
+
+def _in_memory(array: Array) -> list[int]:
+    """Numbers of an array's axes in the order of memory, slowest first."""
+    return sorted(range(array.ndim), key=lambda i: (-abs(array.strides[i]), i))
 
 
 @functools.lru_cache(maxsize=4096)

@@ -1,4 +1,4 @@
-"""The choice between the two modules with the steps."""
+"""The choice between the modules with the steps."""
 
 from __future__ import annotations
 
@@ -7,11 +7,16 @@ from typing import Any
 
 import numpy as np
 
-from cupybn._steps import cupy_ops, numpy_ops
+from cupybn._steps import cupy_norms, cupy_ops, numpy_norms, numpy_ops
 
 Array = Any  # numpy.ndarray or cupy.ndarray
 
 
 def ops_for(array: Array) -> ModuleType:
-    """The module with the steps for arrays of this kind."""
+    """The module with the steps of batch norm for arrays of this kind."""
     return numpy_ops if isinstance(array, np.ndarray) else cupy_ops
+
+
+def norms_for(array: Array) -> ModuleType:
+    """The module with the steps of the norms within a sample for arrays of this kind."""
+    return numpy_norms if isinstance(array, np.ndarray) else cupy_norms

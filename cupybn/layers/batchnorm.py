@@ -1,15 +1,12 @@
-"""The layers: what a batch norm layer holds between calls, and which of it a call uses."""
+"""The layers of batch norm: which of what they hold between calls a call uses."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
 from cupybn import functional
-from cupybn._arrays.dtypes import parameter_dtype
 from cupybn._calls import checks
 from cupybn._calls.call import Call, Caller
 from cupybn._calls.tracking import updates_stats
@@ -17,11 +14,9 @@ from cupybn._ranks.group import Group
 from cupybn._steps.bundles import Affine, Epilogue, Running
 from cupybn._steps.observer import Observer
 from cupybn.functional import VjpFn
-from cupybn.layers.layer import AFFINE, INITIAL, Layer
+from cupybn.layers.features import FeatureLayer
 
 Array = Any  # numpy.ndarray or cupy.ndarray
-
-T = TypeVar("T")
 
 observers: dict[int, Observer] = {}
 """What gets the moments that a layer sees in training, instead of its running statistics, by the id of the layer.
@@ -30,7 +25,7 @@ Not an attribute: a copy of a layer is not observed.
 """
 
 
-class _BatchNorm(Layer):
+class _BatchNorm(FeatureLayer):
     """Batch normalization with learnable weight and bias and with running statistics.
 
         y = activation(weight * (x - mean) / sqrt(var + eps) + bias + residual)
@@ -103,8 +98,6 @@ class _BatchNorm(Layer):
     array([[0.61, 0.83]], dtype=float32)
     """
 
-    _ndims: tuple[int, ...] = ()
-    """Numbers of axes that inputs may have; () if any will do."""
     _process_group: Group | None = None
     """Group of processes that the batch is spread over in training; None for a single one."""
 
@@ -123,31 +116,19 @@ class _BatchNorm(Layer):
         activation: str | None = None,
         skip_nonfinite: bool = False,
     ) -> None:
-        if num_features is not None:
-            num_features = checks.check_num_features(num_features)
-        checks.as_float("eps", eps)
-        if momentum is not None:
-            checks.as_float("momentum", momentum)
-        flags = {"affine": affine, "track_running_stats": track_running_stats, "bias": bias}
-        for name, flag in (flags | {"skip_nonfinite": skip_nonfinite}).items():
-            checks.check_bool(name, flag)
-        checks.as_int("channel_axis", channel_axis)
-        if self._ndims:
-            checks.check_channel_axis(channel_axis, max(self._ndims))
-        checks.check_activation(activation)
-        has = {"weight": affine, "bias": affine and bias}
-        members = tuple(name for name in INITIAL if has.get(name, track_running_stats))
-        super().__init__(members, device, parameter_dtype(np.float32 if dtype is None else dtype))
-        self.num_features = num_features
-        self.eps = eps
-        self.momentum = momentum
-        self.affine = affine
-        self.track_running_stats = track_running_stats
-        self.channel_axis = channel_axis
-        self.activation = activation
-        self.skip_nonfinite = skip_nonfinite
-        if num_features is not None:
-            self._allocate(num_features)
+        super().__init__(
+            num_features,
+            device,
+            dtype,
+            bias,
+            eps=eps,
+            momentum=momentum,
+            affine=affine,
+            track_running_stats=track_running_stats,
+            channel_axis=channel_axis,
+            activation=activation,
+            skip_nonfinite=skip_nonfinite,
+        )
 
     # -----------------------------------------------------------------------------------------------------------------
     # Calls
@@ -222,21 +203,6 @@ class _BatchNorm(Layer):
         """
         return self._run(functional.forward_vjp, input, residual, mask)
 
-    def _run(self, run: Callable[[Call], T], input: Array, residual: Array | None, mask: Array | None) -> T:
-        """The result of `functional.forward` or `functional.forward_vjp` for the call that this layer makes.
-
-        A layer without features takes their number from the input, and has none again if the call fails.
-        """
-        if self.num_features is not None:
-            return run(self._call(input, residual, mask))
-        axis = checks.check_input(input, self.channel_axis, self._ndims)
-        try:
-            self._allocate(input.shape[axis])
-            return run(self._call(input, residual, mask))
-        except BaseException:
-            self._release()
-            raise
-
     def _call(self, input: Array, residual: Array | None, mask: Array | None) -> Call:
         """The call, with the statistics and the update that PyTorch chooses for these modes and flags."""
         checks.check_bool("training", self.training)
@@ -264,34 +230,15 @@ class _BatchNorm(Layer):
         )
 
     # -----------------------------------------------------------------------------------------------------------------
-    # State
+    # State and text
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take the state of a copy or pickle; those of older versions have no `skip_nonfinite`."""
         super().__setstate__({"skip_nonfinite": False} | state)
 
-    def reset_running_stats(self) -> None:
-        """Set running statistics and counter back to where they start, if the layer tracks them."""
-        if self.track_running_stats:
-            self._fill({name: INITIAL[name] for name in self._arrays() if name not in AFFINE})
-
-    def reset_parameters(self) -> None:
-        """Set weight and bias back to where they start, and the running statistics as `reset_running_stats` does."""
-        self._fill({name: INITIAL[name] for name in self._arrays() if name in AFFINE or self.track_running_stats})
-
-    def __repr__(self) -> str:
-        bias = "bias" in self._members if self.num_features is None else self.bias is not None
-        text = (
-            f"{type(self).__name__}({self.num_features}, eps={self.eps}, momentum={self.momentum}, "
-            f"affine={self.affine}, bias={bias}, track_running_stats={self.track_running_stats}"
-        )
-        if self.channel_axis != 1:
-            text += f", channel_axis={self.channel_axis}"
-        if self.activation is not None:
-            text += f", activation={self.activation!r}"
-        if self.skip_nonfinite:
-            text += f", skip_nonfinite={self.skip_nonfinite}"
-        return text + ")"
+    def _extras(self) -> str:
+        text = super()._extras()
+        return f"{text}, skip_nonfinite={self.skip_nonfinite}" if self.skip_nonfinite else text
 
 
 class BatchNorm1d(_BatchNorm):

@@ -31,6 +31,8 @@ AFFINE = ("weight", "bias")
 class Layer:
     """A layer: arrays under the names in ``INITIAL``, on one device. It has all of its arrays, or none as yet.
 
+    All have one shape, but for the counter, which has no axes.
+
     Parameters
     ----------
     members : tuple of str
@@ -46,7 +48,6 @@ class Layer:
     running_mean: Array | None
     running_var: Array | None
     num_batches_tracked: Array | None
-    num_features: int | None
     training: bool
 
     def __init__(self, members: tuple[str, ...], device: str | None, dtype: np.dtype[Any]) -> None:
@@ -56,6 +57,15 @@ class Layer:
         self._device = devices.resolve_device(device)
         for name in INITIAL:
             setattr(self, name, None)
+
+    @property
+    def _shape(self) -> tuple[int, ...] | None:
+        """Shape of the layer's arrays but the counter; None as long as there are none, and an input is to tell."""
+        return ()
+
+    def _settings_for(self, shape: tuple[int, ...]) -> dict[str, Any]:
+        """Attributes from which a layer that had no shape has this one, by name."""
+        raise NotImplementedError(f"{type(self).__name__} has a shape from the beginning")
 
     def train(self, mode: bool = True) -> Self:
         """Training mode, or eval mode with ``mode=False``. Returns the layer."""
@@ -150,7 +160,7 @@ class Layer:
             onnx    scale    B       input_mean    input_var         none
             ======= ======== ======= ============= ================= =====================
 
-            Where they are not torch's, vectors may have the shape (1, C, 1, 1) or the like: every axis but that of C is
+            Layers without running statistics have none of theirs. Where they are not torch's, vectors may have the shape (1, C, 1, 1) or the like: every axis but that of C is
             1 long. A counter without a name is not there: the layer keeps its own.
 
         Returns
@@ -204,7 +214,7 @@ class Layer:
         theirs = names_of(names)
         # A layer with arrays goes by those that it has now: the user may have set one to None, or one in its place.
         arrays = self._arrays()
-        own = self._members if self.num_features is None else tuple(arrays)
+        own = self._members if self._shape is None else tuple(arrays)
         wanted = {name: prefix + theirs[name] for name in own if name in theirs}
         given: dict[str, Any] = {}
         types: list[TypeError] = []
@@ -219,18 +229,18 @@ class Layer:
             [key for name, key in wanted.items() if key not in keys and name != COUNTER],
             [key for key in keys if key not in wanted.values()],
         )
-        features = self.num_features
-        if features is None:
-            features = next((each.size for each in given.values() if is_vector(each.shape, names)), None)
-        shapes: dict[str, tuple[int | None, ...]] = dict.fromkeys(own, (features,))
+        shape = self._shape
+        if shape is None:  # of vectors, as long as nothing tells their size
+            shape = next(((each.size,) for each in given.values() if is_vector(each.shape, names)), None)
+        shapes: dict[str, tuple[int | None, ...]] = dict.fromkeys(own, (None,) if shape is None else shape)
         if COUNTER in shapes:
             shapes[COUNTER] = ()
         for name, array in given.items():
-            if name != COUNTER and is_vector(array.shape, names) and array.size == features:
-                given[name] = array.reshape(features)
+            if name != COUNTER and is_vector(array.shape, names) and (array.size,) == shape:
+                given[name] = array.reshape(shape)
         expected = _state.Expected(names, prefix, wanted, shapes)
         faults = _state.faults_of(state, given, expected, incompatible, strict)._replace(types=types)
-        for name in given if self.num_features is not None else ():
+        for name in given if self._shape is not None else ():
             try:
                 check_target(prefix + name, arrays[name], shapes[name])
             except TypeError as error:
@@ -238,15 +248,15 @@ class Layer:
             except ValueError as error:
                 faults.values.append(str(error))
         values: dict[str, Any] = {}
-        if _state.error_of([faults]) is None and features is not None:  # else nothing tells a lazy layer its size
-            values = self._values(given, features)
+        if _state.error_of([faults]) is None and shape is not None:  # else nothing tells a lazy layer its size
+            values = self._values(given, shape)
         return Loading(values, incompatible, faults)
 
-    def _values(self, given: Mapping[str, Any], features: int) -> dict[str, Any]:
+    def _values(self, given: Mapping[str, Any], shape: tuple[int, ...]) -> dict[str, Any]:
         """What `write` is to write so that the layer holds these arrays, as copies on their devices."""
-        if self.num_features is None:
+        if self._shape is None:
             copies = {name: devices.transfer(given[name], self._dtype_of(name), self._device) for name in given}
-            return self._made(features, copies) | {"num_features": features}
+            return self._made(shape, copies) | self._settings_for(shape)
         arrays = {name: getattr(self, name) for name in given}
         return {
             name: devices.transfer(given[name], array.dtype, kinds.device_of(array)) for name, array in arrays.items()
@@ -327,24 +337,23 @@ class Layer:
         """The arrays that there are, in the order of the state dict."""
         return {name: getattr(self, name) for name in INITIAL if getattr(self, name) is not None}
 
-    def _made(self, num_features: int, values: Mapping[str, Array]) -> dict[str, Array]:
-        """All arrays that the layer has, for this number of features: those that are given, and new ones."""
+    def _made(self, shape: tuple[int, ...], values: Mapping[str, Array]) -> dict[str, Array]:
+        """All arrays that the layer has, of this shape: those that are given, and new ones."""
         return {
             name: values[name]
             if name in values
-            else devices.full(
-                () if name == COUNTER else (num_features,), INITIAL[name], self._dtype_of(name), self._device
-            )
+            else devices.full(() if name == COUNTER else shape, INITIAL[name], self._dtype_of(name), self._device)
             for name in self._members
         }
 
-    def _allocate(self, num_features: int) -> None:
+    def _allocate(self, shape: tuple[int, ...]) -> None:
         """Take new arrays, with what they start from."""
-        vars(self).update(self._made(num_features, {}), num_features=num_features)
+        settings = {} if self._shape is not None else self._settings_for(shape)
+        vars(self).update(self._made(shape, {}), **settings)
 
-    def _release(self) -> None:
-        """Go back to having no arrays, as before `_allocate`."""
-        vars(self).update(dict.fromkeys(self._members), num_features=None)
+    def _reset(self, names: Sequence[str]) -> None:
+        """Set those arrays of these names that there are back to where they start."""
+        self._fill({name: INITIAL[name] for name in self._arrays() if name in names})
 
     def _fill(self, values: Mapping[str, Any]) -> None:
         """Write into the layer's arrays, all or none."""

@@ -273,7 +273,7 @@ def _would_load(
 ) -> bool:
     """Whether a state has under this prefix, in the names of this framework, all that a layer expects and no more.
 
-    The vectors must have the layer's size or, if it has none yet, all the same.
+    The arrays must have the layer's shape or, if it has none yet, vectors of one size.
     """
     theirs = {name: prefix + NAMES[framework][name] for name in shapes if name in NAMES[framework]}
     vectors = [key for name, key in theirs.items() if name != COUNTER]
@@ -281,6 +281,9 @@ def _would_load(
         return False
     with contextlib.suppress(Exception):  # a value that cannot be read does not fit
         given = [tuple(np.shape(state[key])) for key in vectors]
-        sizes = {math.prod(shape) for shape in given} | {shapes[name][0] for name in theirs if name != COUNTER}
+        expected = {shapes[name] for name in theirs if name != COUNTER}
+        if any(len(shape) != 1 for shape in expected):
+            return {*given} == expected
+        sizes = {math.prod(shape) for shape in given} | {shape[0] for shape in expected}
         return all(is_vector(shape, framework) for shape in given) and len(sizes - {None}) <= 1
     return False

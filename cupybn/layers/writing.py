@@ -51,7 +51,7 @@ def write(values: Sequence[tuple[Layer, Mapping[str, Any]]], result: T) -> T:
     as they were. So that none can come after everything is written, callers do nothing more than return.
     """
     before: list[tuple[Array, Array]] = []
-    without = [layer for layer, _ in values if layer.num_features is None]
+    without = [layer for layer, _ in values if layer._shape is None]
     try:
         for layer, given in values:
             if layer in without:

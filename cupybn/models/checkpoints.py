@@ -191,7 +191,7 @@ def save_checkpoint(path: str | os.PathLike[Any], layers: Mapping[str, Layer]) -
         raise TypeError(f"expected path to be a str or a path (got {kinds.show(path)}){way_out}")
     suffix = format_of(path)
     layers = _checked(layers)
-    lazy = [prefix for prefix, layer in layers.items() if layer.num_features is None and layer._members]
+    lazy = [prefix for prefix, layer in layers.items() if layer._shape is None and layer._members]
     if lazy:
         raise ValueError(f"expected layers with arrays (got none yet for {', '.join(map(repr, lazy))})")
     states = [layer.state_dict(prefix, device="cpu") for prefix, layer in layers.items()]
@@ -228,7 +228,7 @@ def _checked(layers: Any, source: Any = None) -> dict[str, Layer]:
         checks.check_str("prefix", prefix)
         if not isinstance(layer, Layer):
             given = kinds.describe(layer)
-            raise TypeError(f"expected layers[{prefix!r}] to be a batch norm layer (got {given}){_swapped(source)}")
+            raise TypeError(f"expected layers[{prefix!r}] to be a layer of cupybn (got {given}){_swapped(source)}")
     return checked
 
 
