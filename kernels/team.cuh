@@ -27,17 +27,18 @@ DEVICE void lanes_sum(double (&values)[K]) {
 // each K or with a barrier between two calls.
 template <int K>
 DEVICE void team_sum(double (&values)[K]) {
-    lanes_sum<WARP>(values);
-    if (TEAM_WARPS == 1) return;
-    __shared__ double of_warps[K][THREADS / WARP];
-    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    if (lane == 0)
+    lanes_sum<(TEAM < WARP ? TEAM : WARP)>(values);
+    if constexpr (TEAM_WARPS > 1) {
+        __shared__ double of_warps[K][THREADS / WARP];
+        const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+        if (lane == 0)
 #pragma unroll
-        for (int k = 0; k < K; k++) of_warps[k][warp] = values[k];
-    __syncthreads();
+            for (int k = 0; k < K; k++) of_warps[k][warp] = values[k];
+        __syncthreads();
 #pragma unroll
-    for (int k = 0; k < K; k++) values[k] = of_warps[k][team() * TEAM_WARPS + lane % TEAM_WARPS];
-    lanes_sum<TEAM_WARPS>(values);
+        for (int k = 0; k < K; k++) values[k] = of_warps[k][team() * TEAM_WARPS + lane % TEAM_WARPS];
+        lanes_sum<TEAM_WARPS>(values);
+    }
 }
 
 // Makes a thread's total that of its team, in all blocks of the cluster; the pivot is the same for all of them. All

@@ -12,7 +12,7 @@ template <class A>
 constexpr int CHUNK = (sizeof(A) == 8 ? 8 : sizeof(data_t) == 2 && !(MASKED && INDEX_BITS == 64) ? 32 : 16) / WIDTH;
 
 // Adds what is left of all packs of a thread to the total. Returns whether the dtype A held their sums.
-template <class A, class Source>
+template <class A, class Source, class Packs, class Left>
 DEVICE bool add_all(const Source& x, Packs packs, const Left& left, Total<acc_t>& total) {
     constexpr int AT_ONCE = CHUNK<A>;
     bool held = true;
@@ -44,7 +44,7 @@ DEVICE bool add_all(const Source& x, Packs packs, const Left& left, Total<acc_t>
 
 // The total of what is left of a thread's packs about a pivot: in the dtype of the arithmetic or, if that does not hold
 // it, in float64.
-template <class Source>
+template <class Source, class Packs, class Left>
 DEVICE Total<acc_t> total_of(const Source& x, const Packs& packs, const Left& left, double pivot) {
     Total<acc_t> total(pivot);
     if (add_all<acc_t>(x, packs, left, total) || sizeof(acc_t) == 8) return total;

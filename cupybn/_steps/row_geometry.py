@@ -1,0 +1,162 @@
+"""The launches of the norms' kernels for channels first: how teams, squads and clusters are laid over rows.
+
+A row is one group of one sample; ``kernels/channels_first/rows.cuh`` has a drawing. Where each element has a weight of
+its own, as in layer and RMS norm, what a row is cut into depends on its length and dtype alone: neither on the number
+of rows nor on what is in them. So the bits of a row do not either.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from cupybn._steps.geometry import LEAST_THREADS, NARROW, PACK, WARP, Geometry
+from cupybn._steps.resident import BLOCKS, BLOCKS_PER_MULTIPROCESSOR, CUDA_OWN, SMALL, Device
+
+ROW_TEAMS = (4, 8, 16, WARP, 64, 128, 256, 512)
+"""Threads that a team may have that takes a row."""
+ROW_PACKS = {1: 4, 2: 2}
+"""Packs per thread up to which the smaller team is used, by the number of arrays that are kept; twice as many narrow
+ones."""
+ROW_OWN = 3 << 10
+"""Bytes of shared memory that a kernel needs per block for its own variables, beside the arrays."""
+MOST_TABLE = 8 << 10
+"""Bytes of shared memory that the sums of runs by warps may take, in all teams of a block."""
+MOST_ROWS = 128
+"""Rows whose products are added in float32, one after the other, before the sum goes on in float64."""
+MOST_BLOCKS = 16
+"""Blocks that a multiprocessor has room for, on every GPU."""
+MOST_THREADS = 1536
+"""Threads that a multiprocessor has room for, on most GPUs."""
+
+
+class Rows(NamedTuple):
+    """Sizes that the kernels of the norms are told: the array is (N, C, L)."""
+
+    N: int
+    groups: int  # rows of a sample
+    runs: int  # runs of a row
+    L: int  # elements of a run
+    squad: int  # threads of a squad, a power of two
+    packs: int  # packs of a run that a squad takes, in a cluster of each run those of one block
+    samples: int  # rows that a team takes, one after the other: those of one group in neighbouring samples
+
+
+class Norms(NamedTuple):
+    """What rows there are, and what of them is kept on chip."""
+
+    N: int
+    groups: int
+    runs: int
+    L: int
+    elementwise: bool  # whether each element has a weight, and so the whole row is one run
+    itemsize: int
+    width: int
+    arrays: int  # arrays that are kept: 1 forward (x), 2 backward (dy and x)
+    summed: bool  # whether the gradients of weight and bias are wanted
+
+    @property
+    def pack(self) -> int:
+        """Bytes of a pack."""
+        return self.itemsize * self.width
+
+
+class Cut(NamedTuple):
+    """How a row is cut."""
+
+    blocks: int  # of a cluster
+    team: int
+    squad: int
+    packs: int  # packs of a run for a squad
+    slots: int  # packs of each array for a thread
+    threads: int
+
+    @property
+    def teams(self) -> int:
+        """Teams of a block."""
+        return self.threads // self.team
+
+
+def row_geometry(norms: Norms, device: Device) -> tuple[Geometry, bool]:
+    """Geometry of a kernel for rows, and whether these are kept on chip."""
+    cut, on_chip = _choose(norms, device)
+    samples = 1
+    if norms.elementwise and norms.summed:
+        samples = _samples(norms, cut, on_chip, device)
+    shared = _shared(norms, cut, on_chip, samples)
+    if norms.elementwise:
+        parts = math.ceil(norms.N / (cut.teams * samples))
+        blocks = parts * norms.groups
+    else:
+        parts = norms.N * cut.blocks
+        blocks = math.ceil(norms.N * norms.groups / cut.teams)
+    sizes = Rows(norms.N, norms.groups, norms.runs, norms.L, cut.squad, cut.packs, samples)
+    geometry = Geometry((blocks * cut.blocks,), sizes, parts, cut.threads, cut.blocks, shared, cut.team)
+    return geometry, on_chip
+
+
+def _choose(norms: Norms, device: Device) -> tuple[Cut, bool]:
+    """The cut of a row, and whether it is kept on chip: by as few blocks as have room for it."""
+    cuts = [_cut(norms, blocks) for blocks in (BLOCKS if device.clusters else BLOCKS[:1])]
+    twice = device.shared_per_multiprocessor // BLOCKS_PER_MULTIPROCESSOR - CUDA_OWN
+    for most in twice, device.shared_per_block:
+        fitting = [cut for cut in cuts if _shared(norms, cut, True, 2) + ROW_OWN <= most]
+        if fitting:
+            break
+    else:
+        return cuts[-1], False
+    if norms.elementwise:
+        return fitting[0], True
+    busy, rows = device.multiprocessors * BLOCKS_PER_MULTIPROCESSOR, norms.N * norms.groups
+    small = SMALL // norms.pack // norms.arrays
+    best = next((c for c in fitting if rows * c.blocks >= busy or norms.runs * c.packs <= small), fitting[-1])
+    return best, True
+
+
+def _cut(norms: Norms, blocks: int) -> Cut:
+    """The cut of a row for a cluster of so many blocks."""
+    packs = math.ceil(norms.L // norms.width / blocks)
+    each = ROW_PACKS[norms.arrays] * (1 if norms.pack >= NARROW else 2)
+    team = next((t for t in ROW_TEAMS if norms.runs * packs <= t * each), ROW_TEAMS[-1])
+    if blocks > 1:  # which take one row: each block is a single team
+        team = max(team, LEAST_THREADS)
+    threads = max(team, LEAST_THREADS)
+
+    def slots(squad: int) -> int:
+        return math.ceil(norms.runs / (team // squad)) * math.ceil(packs / squad)
+
+    squads = [team] if norms.elementwise else [1 << i for i in range(team.bit_length())]
+    tables = {s: norms.runs * (s // WARP) * 16 * (threads // team) for s in squads}
+    squad = min((s for s in squads if norms.elementwise or tables[s] <= MOST_TABLE), key=lambda s: (slots(s), s > WARP, -s))
+    return Cut(blocks, team, squad, packs, slots(squad), threads)
+
+
+def _shared(norms: Norms, cut: Cut, on_chip: bool, samples: int) -> int:
+    """Bytes of dynamic shared memory of a block whose teams take so many rows each."""
+    each = cut.slots * cut.threads
+    shared = norms.arrays * each * norms.pack if on_chip else 0
+    if norms.arrays == 1:
+        return shared
+    if norms.elementwise:
+        one_by_one = not norms.summed or cut.teams * samples == 1
+        return shared + (0 if one_by_one else each * 2 * norms.width * max(norms.itemsize, 4))
+    return shared + norms.runs * (cut.squad // WARP) * 16 * cut.teams
+
+
+def _samples(norms: Norms, cut: Cut, on_chip: bool, device: Device) -> int:
+    """Rows that a team takes one after the other, so that there are as many parts as blocks find room for, about."""
+    rows = norms.N * norms.groups
+    several = _shared(norms, cut, on_chip, 2) + ROW_OWN
+    if several > device.shared_per_block:  # as sums of such long rows do not fit on chip
+        return 1
+    room = min(device.shared_per_multiprocessor // (several + CUDA_OWN), MOST_THREADS // cut.threads, MOST_BLOCKS)
+    teams = device.multiprocessors * max(1, room) * cut.teams // cut.blocks
+    return max(1, min(math.ceil(rows / max(1, teams)), MOST_ROWS, norms.N))
+
+
+def width_of_rows(norms_row: int, itemsize: int, *addresses: int) -> int:
+    """Elements of a pack: the widest that divides a row's runs, given in elements, and fits all addresses."""
+    together = PACK | norms_row * itemsize
+    for address in addresses:
+        together |= address
+    return (together & -together) // itemsize
