@@ -32,7 +32,10 @@ def report(task: Task, member: Member, records: Iterable[Record]) -> None:
     words = []
     for operation, cells in compared(task, member, records):
         task.log.row(case=member.name, operation=operation, **cells)
-        peers = f"torch x{cells['torch_x']}, cudnn x{cells['cudnn_x']}".replace(", cudnn xNone", "")
-        words.append(f"{operation} {cells['us']} us, {cells['of_copy']:.2f} of copy, {peers}, err {cells['error']}")
+        times = {name: cells[f"{name}_x"] for name in ("torch", "cudnn")}
+        others = "".join(
+            f", {name} {time if isinstance(time, str) else f'x{time}'}" for name, time in times.items() if time
+        )
+        words.append(f"{operation} {cells['us']} us, {cells['of_copy']:.2f} of copy{others}, err {cells['error']}")
     if words:
-        task.log.highlight(f"{member.name:48} {'; '.join(words)}")
+        task.log.highlight(f"{member.name:45} {'; '.join(words)}")
