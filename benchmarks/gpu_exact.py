@@ -18,6 +18,8 @@ MOST_ELEMENTS = 1 << 24
 ULP = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "float64": 2.0**-52}
 FORWARD, BACKWARD = 2e-6, 1e-5
 """Largest errors that are allowed: a share of the terms of an output, and of the largest gradient of a row."""
+TINY = 1e-30
+"""Error that is allowed where all of a row is exactly 0, as where ReLU lets nothing through."""
 SIGMAS = 6
 """Standard deviations that the number of elements that dropout drops may be away from the expected one."""
 
@@ -81,7 +83,7 @@ def _norm(xp: Any, problem: Problem, operation: Operation, a: Arrays, found: Arr
         unit = ulp / 2 * largest
     off = xp.abs(block.rows(found) - expected)
     off = off if counts is None else xp.where(counts, off, 0)
-    return Errors(float((off / bound).max()), float((off / unit).max()))
+    return Errors(*(float((off / (of + TINY)).max()) for of in (bound, unit)))
 
 
 def _dropout(xp: Any, problem: Problem, operation: Operation, a: Arrays, found: Array, block: Block) -> Errors:

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 from cupybn import functional
+from cupybn._cli.problem import FAMILY
 from cupybn._steps import sources
 from tests.benchmark_scripts import BENCHMARKS, ROOT, require
 
@@ -36,6 +37,7 @@ from contact.stages import (  # noqa: E402
     bench,
     check,
     environment,
+    family,
     graph,
     large,
     mpi,
@@ -47,6 +49,7 @@ from contact.stages import (  # noqa: E402
     suite,
 )
 from contact.task import Task  # noqa: E402
+from gpu_cases import TINY_FAMILY  # noqa: E402
 
 EMULATED = hasattr(cp, "emulator")
 
@@ -157,11 +160,12 @@ def test_rehearsal(tmp_path):
     verdicts = {name: outcome["verdict"] for name, outcome in outcomes.items()}
     assert verdicts.pop("mpi") in report.GOOD, printed  # where there is one
     assert set(verdicts.values()) == {"passed"}, printed
-    files = {"report.md", "results.json", "bench.json", "suite.log", "sanitizer.log", "ncu.csv"}
+    files = {"report.md", "results.json", "bench.json", "family.json", "suite.log", "sanitizer.log", "ncu.csv"}
     assert {path.name for path in out.iterdir()} == files
     lines = printed.rpartition("===== FIRST CONTACT (REHEARSAL)")[2].splitlines()
     assert "no failures" in lines
     assert sum("of copy, torch x" in line for line in lines) == 6
+    assert sum(line.startswith(tuple(FAMILY)) and "; backward" in line for line in lines) == len(TINY_FAMILY)
     assert "ncu bn_stats: 1234 us, dram 0.5 %, issue slots 0.5 %, long_scoreboard 6.2, wait 0.5, sleeping 0.5" in lines
     page = (out / "report.md").read_text()
     assert "rehearsal: says nothing of a GPU" in page
@@ -446,11 +450,11 @@ def test_smoke_takes_every_size_of_cluster_and_block():
 
 
 def test_smoke_and_bench_end_when_their_time_is_over(tmp_path):
-    for stage in smoke, bench:
+    for stage in smoke, bench, family:
         task = Task(Log(None), tmp_path, 0, rehearse=True)
         stage.run(task)
         assert "left out for lack of time" in task.log.findings.skipped[-1]
-        assert [passed for _, passed, _ in task.log.findings.checks] == [False] * (stage is bench)
+        assert [passed for _, passed, _ in task.log.findings.checks] == [False] * (stage is not smoke)
 
 
 def test_work_that_a_tool_watches_ends_by_itself(tmp_path):
