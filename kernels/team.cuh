@@ -9,7 +9,7 @@
 #endif
 constexpr int TEAMS = THREADS / TEAM;         // teams of a block
 constexpr int WARP = 32;                      // threads of a warp
-constexpr int TEAM_WARPS = TEAM / WARP;       // warps of a team
+constexpr int TEAM_WARPS = TEAM > WARP ? TEAM / WARP : 1;  // warps of a team; several small ones share one
 
 DEVICE int team() { return threadIdx.x / TEAM; }     // the number of this thread's team in the block
 DEVICE int member() { return threadIdx.x % TEAM; }   // the number of this thread in its team

@@ -148,7 +148,8 @@ def row_plan(
     macros["CLUSTER_BLOCKS"] = geometry.cluster
     macros["CENTERED"] = int(norm.centered)
     macros["ELEMENTWISE"] = int(elementwise)
-    macros["ON_CHIP"] = int(on_chip)
+    macros["ON_CHIP"] = int(on_chip.rows)
+    macros["SUMS_ON_CHIP"] = int(on_chip.sums)
     macros["PARAMETER_T"] = parameter_dtype
     return Plan(kernel(f"channels_first/{step}", **macros), geometry)
 

@@ -3,24 +3,36 @@
 Arrays are contiguous, of shape (N, A, C, B): A positions of a sample lie before the channel axis in memory, B behind
 it. So channels first is (N, 1, C, B), channels last (N, A, C, 1), and what layer and RMS norm take is (samples, 1,
 elements, 1). Row r is group ``r % groups`` of sample ``r // groups``; its K values have one mean and one variance.
+
+Arithmetic is float32 for data of 16 or 32 bits, float64 for float64 and for rows near the limits of float32, which are
+called wide; sums end in float64. As in `numpy_ops` the mean is never rounded to one float32, but split into ``center``
+and ``rest``. A row has the same bits whichever rows are beside it, and however many.
+
+Where a channel has many positions in a row, it has factors of its own in each row (`Rows.along`), as in batch norm.
+Where it has few, as in layer norm, xhat is computed with the factors of the row, and then weighted.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from cupybn._arrays.devices import write_at_once
-from cupybn._steps.bundles import Affine, Epilogue, Gradients, Running, Statistics, Sums
+from cupybn._arrays.dtypes import accumulation_dtype
+from cupybn._steps.bundles import Affine, Epilogue, Gradients, Moments, Running, Statistics, Sums
+from cupybn._steps.narrow import FLOAT64, LARGE, LEAST_VARIANCE, SMALL_RSTD, extreme, let_through
 from cupybn._steps.norm import Norm
-from cupybn._steps.tiles import numpy_settings
+from cupybn._steps.numpy_ops import merge_moments
+from cupybn._steps.rows import Piece, Rows, bands_of, channel_sums, row_sums, walk, work_of
+from cupybn._steps.tiles import numpy_settings, super_row
 
 Array = npt.NDArray[Any]
 
-_WITHIN_A_ROW = (1, 3, 4)
-"""Axes along a row of an array that `_grouped` has made."""
+_NEGLIGIBLE = 2.0**-25
+"""Rest of a mean, in standard deviations, that changes no digit of xhat that counts."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -50,47 +62,99 @@ def norm_forward(
     -------
     Mean and biased variance of each row, if they are wanted; 0 and mean(x^2), where it is not centered.
     """
-    residual, activation, passed, _ = epilogue
-    statistics = _row_statistics(x, norm)
-    y = _preactivation(x, _xhat(x, norm, statistics, affine.eps), affine, residual)
-    if passed is not None:
-        np.greater(y, 0, out=passed)
-    if activation == "relu":
-        np.maximum(y, 0, out=y)
-    np.copyto(out, y, casting="unsafe")
-    return statistics if keep else None
+    normalization = _Normalization(Rows.of(x, norm), norm.centered, affine, accumulation_dtype(x.dtype))
+    rows = normalization.rows
+    work = work_of(rows, bands_of(rows, x.itemsize, False))
+    pairs = np.empty((rows.number, 2)) if keep or not rows.whole else None
+    if not rows.whole:
+        pairs = _moments_of_parts(x, normalization, work)
+
+    def core(piece: Piece) -> None:
+        values, numbers = rows.take(x, piece, normalization.dtype), rows.numbers(piece)
+        if rows.whole:
+            mean, var = _moments(values.reshape(len(values), -1), norm.centered)
+            if pairs is not None:
+                pairs[numbers, 0], pairs[numbers, 1] = mean, var
+        else:
+            assert pairs is not None
+            mean, var = pairs[numbers].T
+        _write_output(values, piece, normalization, normalization.factors(piece, mean, var), epilogue, out)
+
+    walk(core, work, x.size)
+    return Statistics(pairs) if keep and pairs is not None else None
 
 
-def _row_statistics(x: Array, norm: Norm) -> Statistics:
-    """Mean and biased variance of each row; 0 and mean(x^2), where it is not centered."""
-    rows = _grouped(x, norm)
-    if not norm.centered:
-        var = np.square(rows).mean(axis=_WITHIN_A_ROW)
-        return Statistics.of(np.zeros(var.size), var.ravel())
-    center = rows[:, :1, :, :1, :1]
-    center = center + (rows - center).mean(axis=_WITHIN_A_ROW, keepdims=True)
-    d = rows - center
-    off = d.mean(axis=_WITHIN_A_ROW, keepdims=True)
-    var = np.maximum(np.square(d).mean(axis=_WITHIN_A_ROW, keepdims=True) - off * off, 0)
+def _moments_of_parts(x: Array, normalization: _Normalization, work: list[list[Piece]]) -> Array:
+    """Mean and variance of rows that are cut, from those of their pieces, as pairs."""
+    rows = normalization.rows
+    parts = len(rows.parts())
+    count, moments = np.empty(parts), np.empty((2, parts, rows.number))
+
+    def core(piece: Piece) -> None:
+        values = rows.take(x, piece, normalization.dtype)
+        mean, var = _moments(values.reshape(len(values), -1), normalization.centered)
+        of_row = values.size // len(values)
+        count[piece.part] = of_row
+        moments[0, piece.part, rows.numbers(piece)] = mean
+        moments[1, piece.part, rows.numbers(piece)] = var * of_row
+
+    walk(core, work, x.size)
+    merged = Moments.of_rows(merge_moments(Moments(count, *moments)))
+    return np.stack([merged.mean[0], merged.m2[0] / rows.length], 1)
+
+
+def _moments(values: Array, centered: bool) -> tuple[Array, Array]:
+    """Mean and variance of each row, (rows, length), in float64; 0 and mean(x^2), where they are not centered."""
+    mean, var = _moments_in_its_dtype(values, centered)
+    if values.dtype != FLOAT64:
+        held = (var > LEAST_VARIANCE[values.dtype]) & (var < np.inf)
+        if not held.all():
+            none = np.flatnonzero(var == 0)
+            held[none] = (values[none] == (values[none, :1] if centered else 0)).all(axis=1)
+            wide = np.flatnonzero(~held)
+            if wide.size:
+                mean[wide], var[wide] = _moments_in_its_dtype(values[wide].astype(FLOAT64), centered)
+    return mean, var
+
+
+def _moments_in_its_dtype(values: Array, centered: bool) -> tuple[Array, Array]:
+    """Mean and variance of each row, from sums about a mean that is off by no more than rounding errors.
+
+    Where all values are the same, they differ from it by a few units in the last place, and sums of that are exact.
+    """
+    length = float(values.shape[1])
+    if not centered:
+        return np.zeros(len(values)), row_sums(values, values) / length
+    center = (row_sums(values) / length).astype(values.dtype)
+    d = values - center[:, None]
+    off = row_sums(d) / length
+    var = np.maximum(row_sums(d, d) / length - off * off, 0)
     mean = center + off
-    return Statistics.of((mean + (mean - mean)).ravel(), var.ravel())  # NaN where the mean is infinite
+    mean += mean - mean  # NaN where it is infinite
+    return mean, var
 
 
-def _xhat(x: Array, norm: Norm, statistics: Statistics, eps: float) -> Array:
-    """(x - mean) / sqrt(var + eps), in float64."""
-    mean, rstd = _of_rows(x, norm, statistics.mean), _of_rows(x, norm, _rstd(statistics, eps))
-    xhat: Array = (_grouped(x, norm) - mean) * rstd
-    return xhat.reshape(x.shape)
-
-
-def _preactivation(x: Array, xhat: Array, affine: Affine, residual: Array | None) -> Array:
-    """weight * xhat + bias + residual: the value whose sign decides what ReLU passes."""
-    y = xhat * _weight(x, affine)
-    if affine.bias is not None:
-        y += affine.bias.astype(np.float64)[:, None]
-    if residual is not None:
-        y += residual.astype(np.float64)
-    return y
+def _write_output(
+    values: Array, piece: Piece, normalization: _Normalization, factors: _Factors, epilogue: Epilogue, out: Array
+) -> None:
+    """The output of a piece, and its record."""
+    residual, activation, passed, _ = epilogue
+    rows, dtype, wide = normalization.rows, normalization.dtype, factors.wide
+    added = None if residual is None else rows.take(residual, piece, dtype)
+    in_wide = normalization.preactivation_in_float64(values, piece, factors, added)
+    out_is_free = residual is None or not np.may_share_memory(out, residual)
+    y = rows.place(out, piece, dtype) if out_is_free else np.empty_like(values)
+    normalization.preactivation(values, piece, factors, added, y)
+    if wide is not None:
+        y[wide] = in_wide
+    if passed is not None:
+        positive = y > 0
+        if wide is not None:
+            positive[wide] = in_wide > 0
+        rows.put(passed, piece, positive)
+    if activation == "relu":
+        np.maximum(y, np.zeros(y.shape[1:], dtype), out=y)  # with a scalar NumPy takes three times as long
+    rows.put(out, piece, y)
 
 
 def empty_passed(x: Array, norm: Norm, residual: Array, out: Array) -> Array:  # noqa: ARG001
@@ -165,21 +229,31 @@ def norm_backward(
     -------
     sum(g) and sum(g * xhat) of each channel, if they are wanted.
     """
-    _, activation, passed, _ = epilogue
-    xhat = _xhat(x, norm, statistics, affine.eps)
-    g = dy.astype(np.float64)
-    if activation == "relu":
-        g = np.where(_preactivation(x, xhat, affine, None) > 0 if passed is None else passed, g, 0)
-    term = g * _weight(x, affine)
-    rows, rows_xhat = _grouped(term, norm), _grouped(xhat, norm)
-    dx = rows - rows_xhat * (rows * rows_xhat).mean(axis=_WITHIN_A_ROW, keepdims=True)
-    if norm.centered:
-        dx -= rows.mean(axis=_WITHIN_A_ROW, keepdims=True)
-    dx *= _of_rows(x, norm, _rstd(statistics, affine.eps))
-    np.copyto(gradients.dx, dx.reshape(x.shape), casting="unsafe")
-    if gradients.dresidual is not None:
-        np.copyto(gradients.dresidual, g, casting="unsafe")
-    return Sums(g.sum(axis=(0, 1, 3))[None], (g * xhat).sum(axis=(0, 1, 3))[None]) if keep else None
+    rows = Rows.of(x, norm)
+    back = _Backward(
+        _Normalization(rows, norm.centered, affine, accumulation_dtype(x.dtype)),
+        statistics.pairs,
+        dy,
+        x,
+        epilogue,
+        gradients,
+    )
+    bands = bands_of(rows, x.itemsize, keep)
+    work = work_of(rows, bands)
+    totals = np.zeros((bands if keep else 0, 2, x.shape[2]))
+    if rows.whole:
+
+        def core(piece: Piece) -> None:
+            opened = back.open(piece)
+            sums, wide = back.sums(opened)
+            added = back.finish(opened, back.means(opened, sums), wide, sums if rows.along else None, keep)
+            if keep:
+                totals[piece.band][:, rows.channels(piece)] += added
+
+        walk(core, work, x.size)
+    else:
+        _backward_of_parts(back, work, totals)
+    return Sums(totals[:, 0], totals[:, 1]) if keep else None
 
 
 @numpy_settings
@@ -191,27 +265,357 @@ def norm_parameters(sums: Sums, dweight: Array | None, dbias: Array | None) -> N
         np.copyto(dbias, sums.dy.sum(axis=0), casting="unsafe")
 
 
+def _backward_of_parts(back: _Backward, work: list[list[Piece]], totals: Array) -> None:
+    """The way back where rows are cut: the sums of all pieces first, and then the gradients of all pieces."""
+    rows, parts = back.normalization.rows, back.normalization.rows.parts()
+    wide = np.zeros((len(parts), rows.number), np.bool_)
+    sums_of = np.zeros((len(parts), 2, rows.number, max(d.stop - d.start for d, _, _ in parts) if rows.along else 1))
+
+    def sum_up(piece: Piece) -> None:
+        opened = back.open(piece)
+        sums, doubtful = back.sums(opened)
+        sums_of[piece.part, :, rows.numbers(piece), : sums.shape[2]] = sums
+        if doubtful is not None:
+            wide[piece.part, rows.numbers(piece)] = doubtful
+
+    walk(sum_up, work, back.x.size)
+    of_channels = np.zeros((2, rows.number, rows.D if rows.along else 1))
+    for sums, (d, _, _) in zip(sums_of, parts, strict=True):
+        channels = d if rows.along else slice(None)
+        of_channels[:, :, channels] += sums[:, :, : of_channels[0, 0, channels].size]
+    means = back.normalization.weighted_means(of_channels, slice(0, rows.N), slice(0, rows.G), slice(0, rows.D))
+    in_float64: Array = np.asarray(wide.any(axis=0))
+    with_sums = len(totals) > 0
+
+    def finish(piece: Piece) -> None:
+        numbers = rows.numbers(piece)
+        doubtful = in_float64[numbers] if in_float64[numbers].any() else None
+        added = back.finish(back.open(piece), means[:, numbers], doubtful, None, with_sums and not rows.along)
+        if added is not None:
+            totals[piece.band][:, rows.channels(piece)] += added
+
+    walk(finish, work, back.x.size)
+    if with_sums and rows.along:
+        totals[0] += of_channels.reshape(2, rows.N, -1).sum(axis=1)
+
+
+class _Opened(NamedTuple):
+    """A piece on the way back, in the dtype of the arithmetic."""
+
+    piece: Piece
+    factors: _Factors
+    values: Array
+    g: Array  # dy where activation passed it
+    d: Array  # x - center where channels have factors of their own, else xhat; in the memory of dx, if it can be
+    weighted: Array  # weight * g, where xhat is at hand; else g
+
+
+class _Backward(NamedTuple):
+    """The way back, piece by piece."""
+
+    normalization: _Normalization
+    pairs: Array
+    dy: Array
+    x: Array
+    epilogue: Epilogue
+    gradients: Gradients
+
+    def open(self, piece: Piece) -> _Opened:
+        """What is needed of a piece for sums and gradients."""
+        normalization = self.normalization
+        rows, dtype = normalization.rows, normalization.dtype
+        factors = normalization.factors(piece, *self.pairs[rows.numbers(piece)].T)
+        values, g = rows.take(self.x, piece, dtype), rows.take(self.dy, piece, dtype)
+        if self.epilogue.activation == "relu":
+            g = let_through(g, self._passed(piece, factors, values))
+        d = rows.place(self.gradients.dx, piece, dtype)
+        if rows.along:
+            normalization.deviations(values, factors, d)
+            return _Opened(piece, factors, values, g, d, g)
+        normalization.xhat(values, factors, d)
+        return _Opened(piece, factors, values, g, d, normalization.weighted(g, piece))
+
+    def _passed(self, piece: Piece, factors: _Factors, values: Array) -> Array:
+        """Where ReLU let a piece pass, on record or as on the way forward."""
+        normalization = self.normalization
+        if self.epilogue.passed is not None:
+            return normalization.rows.take(self.epilogue.passed, piece, np.bool_)
+        in_wide = normalization.preactivation_in_float64(values, piece, factors, None)
+        passed: Array = normalization.preactivation(values, piece, factors, None, np.empty_like(values)) > 0
+        if factors.wide is not None:
+            passed[factors.wide] = in_wide > 0
+        return passed
+
+    def sums(self, opened: _Opened) -> tuple[Array, Array | None]:
+        """Sums of g and of g * xhat of each channel of each row; or those of weight * g of each row, with xhat at hand.
+
+        (2, rows, channels or 1). And which rows need float64, or None.
+        """
+        normalization, factors = self.normalization, opened.factors
+        n, channels = len(opened.g), opened.g.shape[1] if normalization.rows.along else 1
+        g, d = opened.weighted.reshape(n * channels, -1), opened.d.reshape(n * channels, -1)
+        sums = np.stack([row_sums(g), row_sums(g, d)]).reshape(2, n, channels)
+        wide = factors.wide
+        if normalization.dtype != FLOAT64:
+            held = np.isfinite(sums).all(axis=0)
+            small = np.abs(sums[1]) <= g.shape[1] * LEAST_VARIANCE[np.dtype(np.float32)]
+            if small.any():
+                held[small] = ~self._any_product(opened, small)
+            if not held.all():
+                doubtful = ~held.all(axis=1)
+                wide = doubtful if wide is None else wide | doubtful
+        if normalization.rows.along:
+            sums[1] -= factors.rest[:, None] * sums[0]
+            sums[1] *= factors.rstd[:, None]
+        if wide is not None:
+            of_channels = self._sums_in_float64(opened, wide)
+            if normalization.rows.along:
+                sums[:, wide] = of_channels
+            else:
+                weight = normalization.weight_of(opened.piece, wide)
+                sums[:, wide] = (of_channels * weight).sum(axis=2, keepdims=True)
+        return sums, wide
+
+    def _any_product(self, opened: _Opened, small: Array) -> Array:
+        """Whether any weight * g * xhat is not 0, for channels of rows whose sums are small."""
+        normalization = self.normalization
+        if normalization.rows.along:
+            return np.asarray(((opened.g[small] != 0) & (opened.d[small] != 0)).any(axis=1))
+        some = small[:, 0]
+        there = (opened.g[some] != 0) & (opened.d[some] != 0)
+        there &= normalization.weight_of(opened.piece, some)[:, :, None] != 0
+        return np.asarray(there.any(axis=(1, 2)))
+
+    def _sums_in_float64(self, opened: _Opened, wide: Array) -> Array:
+        """Sums of g and of g * xhat of each channel of wide rows, (2, wide rows, channels)."""
+        g = opened.g[wide].astype(FLOAT64)
+        return np.stack([g.sum(axis=2), np.vecdot(g, self.normalization.xhat_in_float64(opened, wide))])
+
+    def means(self, opened: _Opened, sums: Array) -> Array:
+        """Means of weight * g and of weight * g * xhat over rows that are whole, (2, rows)."""
+        piece = opened.piece
+        return self.normalization.weighted_means(sums, piece.n, piece.g, piece.d)
+
+    def finish(self, opened: _Opened, means: Array, wide: Array | None, sums: Array | None, keep: bool) -> Array | None:
+        """Write the gradients of a piece; return sum(g) and sum(g * xhat) of its channels, if they are wanted."""
+        piece, factors, _, g, d, weighted = opened
+        normalization, (dx, dresidual, _, _) = self.normalization, self.gradients
+        rows, dtype = normalization.rows, normalization.dtype
+        if dresidual is not None:
+            rows.put(dresidual, piece, g)
+        samples = piece.n.stop - piece.n.start
+        added = None
+        if keep:
+            added = self._channel_sums(opened, wide) if sums is None else sums.reshape(2, samples, -1).sum(axis=1)
+        rstd = factors.rstd
+        if rows.along:
+            assert factors.scale is not None
+            slope = rstd * rstd * means[1]
+            offset = rstd * means[0] - slope * factors.rest if normalization.centered else np.zeros(len(rstd))
+            if dtype != FLOAT64:
+                beyond = extreme(slope) | extreme(offset)
+                if beyond.any():
+                    wide = beyond if wide is None else wide | beyond
+            in_wide = None if wide is None else self._dx_in_float64(opened, wide, means)
+            d *= _columns(slope, dtype)
+            np.subtract(np.multiply(g, factors.scale), d, out=d)
+            if normalization.centered:
+                d -= _columns(offset, dtype)
+        else:
+            in_wide = None if wide is None else self._dx_in_float64(opened, wide, means)
+            d *= _columns(means[1], dtype)
+            np.subtract(weighted, d, out=d)
+            if normalization.centered:
+                d -= _columns(means[0], dtype)
+            d *= _columns(rstd, dtype)
+        if wide is not None:
+            d[wide] = in_wide
+        rows.put(dx, piece, d)
+        return added
+
+    def _channel_sums(self, opened: _Opened, wide: Array | None) -> Array:
+        """sum(g) and sum(g * xhat) of the channels of a piece, with xhat at hand."""
+        piece, _, _, g, xhat, _ = opened
+        samples = piece.n.stop - piece.n.start
+        if wide is not None:
+            g, xhat = g.copy(), xhat.copy()
+            g[wide], xhat[wide] = 0, 0
+        sums = np.stack([channel_sums(g, None, samples), channel_sums(g, xhat, samples)])
+        if not np.isfinite(sums).all():
+            g, xhat = g.astype(FLOAT64), xhat.astype(FLOAT64)
+            sums = np.stack([channel_sums(g, None, samples), channel_sums(g, xhat, samples)])
+        if wide is not None:
+            of_rows = np.zeros((2, len(g), g.shape[1]))
+            of_rows[:, wide] = self._sums_in_float64(opened, wide)
+            sums += of_rows.reshape(2, samples, -1).sum(axis=1)
+        return sums
+
+    def _dx_in_float64(self, opened: _Opened, wide: Array, means: Array) -> Array:
+        """dx of wide rows, in float64."""
+        normalization = self.normalization
+        dx = opened.g[wide] * normalization.weight_of(opened.piece, wide)[:, :, None]
+        dx -= normalization.xhat_in_float64(opened, wide) * _columns(means[1][wide], FLOAT64)
+        if normalization.centered:
+            dx -= _columns(means[0][wide], FLOAT64)
+        dx *= _columns(opened.factors.rstd[wide], FLOAT64)
+        return dx
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Rows and channels
 
 
-def _grouped(x: Array, norm: Norm) -> Array:
-    """The array as (N, A, groups, channels of a group, B), in float64."""
-    N, A, C, B = x.shape
-    return x.reshape(N, A, norm.groups, C // norm.groups, B).astype(np.float64, copy=False)
+class _Factors(NamedTuple):
+    """What takes the rows of a piece to their output, in float64 where no dtype is named."""
+
+    mean: Array  # (rows,)
+    rstd: Array  # (rows,); 1 / sqrt(var + eps)
+    center: Array  # (rows, 1, 1), in the dtype of the arithmetic; the mean rounded to it
+    rest: Array  # (rows,); mean - center
+    scale: Array | None  # (rows, channels, 1), in the dtype of the arithmetic; weight * rstd, if channels have own ones
+    shift: Array | None  # (rows, channels, 1), in the dtype of the arithmetic; bias - rest * scale
+    wide: Array | None  # (rows,); whether a row needs float64. None if none does
 
 
-def _of_rows(x: Array, norm: Norm, values: Array) -> Array:
-    """A value of each row, as `_grouped` needs it."""
-    return values.reshape(len(x), 1, norm.groups, 1, 1)
+class _Normalization(NamedTuple):
+    """How the rows of an array are normalised."""
+
+    rows: Rows
+    centered: bool
+    affine: Affine
+    dtype: np.dtype[Any]  # dtype of the arithmetic of rows that are not wide
+
+    def factors(self, piece: Piece, mean: Array, var: Array) -> _Factors:
+        """The factors of the rows of a piece."""
+        rstd = 1 / np.sqrt(var + self.affine.eps)
+        center = mean.astype(self.dtype)
+        rest = np.where(np.isfinite(center), mean - center, 0)  # inf - inf is NaN
+        scale = shift = None
+        wide = np.zeros(len(mean), np.bool_)
+        weight, bias = self._vector(self.affine.weight, piece), self._vector(self.affine.bias, piece)
+        if self.rows.along:
+            n, groups = len(mean), piece.g.stop - piece.g.start
+            scale = rstd.reshape(-1, groups, 1) * (1 if weight is None else weight.reshape(groups, -1))
+            shift = -scale * rest.reshape(-1, groups, 1)
+            shift += 0.0 if bias is None else bias.reshape(groups, -1)
+            scale, shift = np.broadcast_arrays(scale.reshape(n, -1), shift.reshape(n, -1))
+            wide |= (extreme(scale) | (np.abs(shift) > LARGE)).any(axis=1)
+            scale, shift = _columns(scale, self.dtype), _columns(shift, self.dtype)
+        else:
+            rest[np.abs(rest) <= _NEGLIGIBLE * np.sqrt(var)] = 0
+            for vector in weight, bias:
+                if vector is not None and not np.abs(vector).max() <= LARGE:
+                    wide[...] = True
+        wide |= (rstd < SMALL_RSTD) | (rstd > 1 / SMALL_RSTD) | (np.abs(mean) > LARGE)
+        needed = self.dtype != FLOAT64 and wide.any()
+        return _Factors(mean, rstd, _columns(center, self.dtype), rest, scale, shift, wide if needed else None)
+
+    def preactivation(self, values: Array, piece: Piece, factors: _Factors, residual: Array | None, y: Array) -> Array:
+        """weight * xhat + bias + residual, the value whose sign decides what ReLU passes, written to y."""
+        if self.rows.along:
+            if self.centered:
+                self.deviations(values, factors, y)
+                np.multiply(y, factors.scale, out=y)
+            else:
+                np.multiply(values, factors.scale, out=y)
+            y += factors.shift
+        else:
+            self.xhat(values, factors, y)
+            self._by_channel(np.multiply, y, self.affine.weight, piece)
+            self._by_channel(np.add, y, self.affine.bias, piece)
+        if residual is not None:
+            y += residual
+        return y
+
+    def preactivation_in_float64(self, values: Array, piece: Piece, factors: _Factors, residual: Array | None) -> Array:
+        """The same value for wide rows, in float64; none, if no row is wide."""
+        wide = factors.wide
+        if wide is None:
+            return np.empty(0)
+        y = (values[wide] - _columns(factors.mean[wide], FLOAT64)) * _columns(factors.rstd[wide], FLOAT64)
+        y *= self.weight_of(piece, wide)[:, :, None]
+        bias = self._vector(self.affine.bias, piece)
+        if bias is not None:
+            y += self._of_rows(bias, piece, wide)[:, :, None]
+        if residual is not None:
+            y += residual[wide]
+        return np.asarray(y)
+
+    def deviations(self, values: Array, factors: _Factors, d: Array) -> None:
+        """x - center, written to d."""
+        if self.centered:
+            np.subtract(values, factors.center, out=d)
+        else:
+            np.copyto(d, values)
+
+    def xhat(self, values: Array, factors: _Factors, xhat: Array) -> None:
+        """(x - mean) * rstd, written to xhat."""
+        rstd = _columns(factors.rstd, self.dtype)
+        if not self.centered:
+            np.multiply(values, rstd, out=xhat)
+            return
+        np.subtract(values, factors.center, out=xhat)
+        if np.count_nonzero(factors.rest):  # where it is 0 nothing changes, not even a sign
+            xhat -= _columns(factors.rest, self.dtype)
+        xhat *= rstd
+
+    def xhat_in_float64(self, opened: _Opened, wide: Array) -> Array:
+        """(x - mean) * rstd of wide rows, in float64."""
+        mean, rstd = opened.factors.mean[wide], opened.factors.rstd[wide]
+        return np.asarray((opened.values[wide] - _columns(mean, FLOAT64)) * _columns(rstd, FLOAT64))
+
+    def weighted(self, g: Array, piece: Piece) -> Array:
+        """weight * g; g itself without a weight."""
+        if self.affine.weight is None:
+            return g
+        weighted = np.empty_like(g)
+        self._by_channel(np.multiply, g, self.affine.weight, piece, weighted)
+        return weighted
+
+    def weighted_means(self, sums: Array, n: slice, g: slice, d: slice) -> Array:
+        """Means over rows, (2, rows), from sums of channels, which are still to be weighted, or of the rows."""
+        if self.rows.along and self.affine.weight is not None:
+            weight = self.affine.weight[g.start * self.rows.D : g.stop * self.rows.D].astype(FLOAT64)
+            shape = 2, n.stop - n.start, g.stop - g.start, d.stop - d.start
+            sums = sums.reshape(shape) * weight.reshape(shape[2:])
+        means: Array = sums.reshape(2, (n.stop - n.start) * (g.stop - g.start), -1).sum(axis=2)
+        means /= self.rows.length
+        return means
+
+    def weight_of(self, piece: Piece, some: Array) -> Array:
+        """Weight of each channel of some rows of a piece, (some rows, channels), in float64."""
+        weight = self._vector(self.affine.weight, piece)
+        if weight is None:
+            weight = np.ones((piece.g.stop - piece.g.start) * (piece.d.stop - piece.d.start))
+        return self._of_rows(weight, piece, some)
+
+    def _of_rows(self, vector: Array, piece: Piece, some: Array) -> Array:
+        """The values that a vector of the channels of a piece has for some of its rows."""
+        groups = piece.g.stop - piece.g.start
+        values: Array = vector.reshape(groups, -1)[np.flatnonzero(some) % groups]
+        return values
+
+    def _vector(self, vector: Array | None, piece: Piece) -> Array | None:
+        """Values for the channels of a piece, in float64; None for None."""
+        return None if vector is None else vector[self.rows.channels(piece)].astype(FLOAT64)
+
+    def _by_channel(
+        self, operation: np.ufunc, values: Array, vector: Array | None, piece: Piece, out: Array | None = None
+    ) -> None:
+        """Multiply or add what a vector has for each channel, in place or into another array of this shape."""
+        if vector is None:
+            return
+        out = values if out is None else out
+        samples, positions = piece.n.stop - piece.n.start, values.shape[2]
+        row = vector[self.rows.channels(piece)].astype(self.dtype)
+        if positions > 1:
+            row = np.repeat(row, positions)
+        repeat = math.gcd(samples, super_row(len(row)))  # NumPy needs long rows to loop over
+        if repeat > 1:
+            row = np.tile(row, repeat)
+        operation(values.reshape(-1, len(row)), row, out=out.reshape(-1, len(row)))
 
 
-def _rstd(statistics: Statistics, eps: float) -> Array:
-    """1 / sqrt(var + eps) of each row."""
-    return np.asarray(1 / np.sqrt(statistics.var + eps))
-
-
-def _weight(x: Array, affine: Affine) -> Array:
-    """Weight of each channel as a column, in float64."""
-    weight = np.ones(x.shape[2]) if affine.weight is None else affine.weight.astype(np.float64)
-    return np.asarray(weight[:, None])
+def _columns(values: Array, dtype: npt.DTypeLike) -> Array:
+    """Values for each row, or for each channel of each row, as an array that broadcasts with a piece."""
+    return values.reshape(len(values), -1, 1).astype(dtype)

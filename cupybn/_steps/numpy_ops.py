@@ -27,13 +27,11 @@ import numpy.typing as npt
 from cupybn._arrays.devices import write_at_once
 from cupybn._arrays.dtypes import accumulation_dtype
 from cupybn._steps.bundles import Activation, Affine, Epilogue, Gradients, Mask, Moments, Running, Statistics, Sums
+from cupybn._steps.narrow import FLOAT64, LARGE, LEAST_VARIANCE, SMALL_RSTD, TINY, extreme, let_through, within
 from cupybn._steps.tiles import Terms, gather, numpy_settings, tile_map, tile_sums
 
 Array = npt.NDArray[Any]
 
-_FLOAT64 = np.dtype(np.float64)
-_LEAST_VARIANCE = {dtype: 1e4 * float(np.finfo(dtype).tiny) for dtype in (np.dtype(np.float32), _FLOAT64)}
-"""Least variance that squares of differences in this dtype do not lose."""
 SAMPLES = 16
 """Values per channel whose mean is the center of the first sums: it is off by a quarter of a standard deviation."""
 
@@ -112,9 +110,9 @@ def _mean_and_m2(x: Array, scratch: Array | None) -> tuple[Array, Array]:
     """Mean and sum of squared deviations of each channel: see `bn_stats`."""
     dtype, count, center = accumulation_dtype(x.dtype), float(_count(x)), _sample_mean(x)
     mean, m2 = _moments_about(center, x, dtype, scratch)
-    var, off, least = m2 / count, mean - center, _LEAST_VARIANCE[dtype]
+    var, off, least = m2 / count, mean - center, LEAST_VARIANCE[dtype]
     off *= off
-    if np.count_nonzero(np.maximum(off, least) < var) < len(var) or not _within(1e150, m2):
+    if np.count_nonzero(np.maximum(off, least) < var) < len(var) or not within(1e150, m2):
         held = (var > least) & (m2 < np.inf)
         if np.count_nonzero(m2) < len(m2):
             held |= (m2 == 0) & _constant(x, center, dtype)
@@ -127,7 +125,7 @@ def _mean_and_m2(x: Array, scratch: Array | None) -> tuple[Array, Array]:
 def _sample_mean(x: Array) -> Array:
     """The mean of a few values of each channel, spread over the array: exactly their value, if all are the same."""
     some_n, some_l = _spread_out(x.shape)
-    sample = x[some_n, :, some_l].transpose(0, 2, 1).reshape(-1, x.shape[1]).astype(_FLOAT64)
+    sample = x[some_n, :, some_l].transpose(0, 2, 1).reshape(-1, x.shape[1]).astype(FLOAT64)
     first = sample[0]
     mean: Array = np.add.reduce(sample - first, 0)
     mean /= float(len(sample))
@@ -160,7 +158,7 @@ def _moments_about(center: Array, x: Array, dtype: npt.DTypeLike, scratch: Array
     square /= count
     sum_dd -= square
     sum_d /= count
-    sum_d += rounded.astype(_FLOAT64)
+    sum_d += rounded.astype(FLOAT64)
     return sum_d, sum_dd
 
 
@@ -475,9 +473,9 @@ def _gradient_sums(
     arrays = [dy, x, epilogue.passed, scratch]
     sum_dy, sum_dy_d = tile_sums(products, arrays, factors, scratch is None or activation is not None)
     # Products too small for float32 are lost in part: that matters in sums that are no larger than this.
-    least = _count(x) * _TINY / 8
-    sure = channels.wide is None and least < 1 / _LARGE
-    if dtype is not _FLOAT64 and not (sure and _within(_LARGE, sum_dy, sum_dy_d, np.reciprocal(sum_dy_d))):
+    least = _count(x) * TINY / 8
+    sure = channels.wide is None and least < 1 / LARGE
+    if dtype is not FLOAT64 and not (sure and within(LARGE, sum_dy, sum_dy_d, np.reciprocal(sum_dy_d))):
         held = np.abs(sum_dy_d) > least
         if np.count_nonzero(sum_dy_d) < len(sum_dy_d):  # as where nothing comes back, which is right
             held |= (sum_dy_d == 0) & (tile_sums(any_product, arrays, factors, True)[0] == 0)
@@ -681,24 +679,13 @@ def _passed(dy: Array, d: Array | None, passed: Array | None, affine: Sequence[A
         shift, scale = affine
         y = _preactivation(d, shift, scale, None)
         passed = y > 0
-    else:
-        y = np.empty(dy.shape, dy.dtype)
-    word = np.dtype(f"i{dy.itemsize}")
-    bits = np.negative(passed.view(np.int8))  # 0 or all bits set
-    np.bitwise_and(dy.view(word), bits, out=y.view(word), dtype=word)
-    return y
+    return let_through(dy, passed)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Per channel
 
 
-_LARGE = 1e30
-"""Size from which numbers, or their products, may be beyond float32; below its inverse they may be lost."""
-_TINY = float(np.finfo(np.float32).tiny)
-"""Least normal number of float32."""
-_SMALL_RSTD = 1e-15
-"""Least rstd of a narrow channel: (x - mean)^2 would be too large, and beyond its inverse dy * (x - mean) too small."""
 _TAME = 1e14
 """Size up to which mean, bias, rstd, scale and the inverses of the last two leave no doubt that a channel is narrow."""
 
@@ -730,11 +717,11 @@ class _Channels(NamedTuple):
         center[...] = mean
         shift[...] = 0 if bias is None else bias
         wide: Array | None = None
-        if _within(_TAME, table):
+        if within(_TAME, table):
             center[...] = center.astype(dtype)
             rest = mean - center
         else:
-            wide = (rstd < _SMALL_RSTD) | (rstd > 1 / _SMALL_RSTD) | _extreme(scale) | (np.abs(center) > _LARGE)
+            wide = (rstd < SMALL_RSTD) | (rstd > 1 / SMALL_RSTD) | extreme(scale) | (np.abs(center) > LARGE)
             np.copyto(center, center.astype(dtype), where=~wide)
             rest = np.where(np.isfinite(center), mean - center, 0)  # inf - inf is NaN
         with_rest = np.count_nonzero(rest)  # none, if the mean is a float32
@@ -750,7 +737,7 @@ class _Channels(NamedTuple):
         elif bias is not None:
             shift += 0.0
         if bias is not None and wide is not None:
-            wide |= np.abs(shift) > _LARGE
+            wide |= np.abs(shift) > LARGE
         return cls(table, table[3:].astype(dtype), rest, wide, dtype)
 
     @property
@@ -796,10 +783,10 @@ class _Channels(NamedTuple):
 
         Beside the channel's own numbers, its slope and offset may be too large or too small for float32.
         """
-        wide = None if self.dtype is _FLOAT64 else self.wide
-        if slopes is not None and self.dtype is not _FLOAT64 and not _within(_TAME**2, slopes[1:]):
-            extreme = _extreme(slopes[1]) | _extreme(slopes[2])
-            wide = extreme if wide is None else wide | extreme
+        wide = None if self.dtype is FLOAT64 else self.wide
+        if slopes is not None and self.dtype is not FLOAT64 and not within(_TAME**2, slopes[1:]):
+            beyond = extreme(slopes[1]) | extreme(slopes[2])
+            wide = beyond if wide is None else wide | beyond
         if wide is None or not np.count_nonzero(wide):
             return [(slice(None), self.dtype)]
         return [(some, self.dtype) for some in _runs(~wide)] + [(some, np.dtype(np.float64)) for some in _runs(wide)]
@@ -833,23 +820,6 @@ def _of_bytes(x_dtype: np.dtype[Any], eps: float, *vectors: tuple[np.dtype[Any],
         if array is not None:
             array.flags.writeable = False
     return channels
-
-
-def _within(most: float, *numbers: Array) -> bool:
-    """Whether no number in these arrays is larger than this, for sure: one that may be refused, NaN always is."""
-    squares = 0.0
-    for array in numbers:
-        row = array.ravel()
-        if len(row) > 1 << 13:  # for a longer one the library of linear algebra would start threads
-            row = np.abs(row).max(keepdims=True)
-        squares += row.dot(row)
-    return bool(squares <= most * most)
-
-
-def _extreme(factor: Array) -> Array:
-    """Whether float32 does not hold a factor, or not its products."""
-    size = np.abs(factor)
-    return (size > _LARGE) | (size < 1 / _LARGE) & (size > 0)
 
 
 def _usable(scratch: Array | None, dtype: npt.DTypeLike) -> Array | None:

@@ -77,13 +77,18 @@ class Cut(NamedTuple):
         return self.threads // self.team
 
 
-def row_geometry(norms: Norms, device: Device) -> tuple[Geometry, bool]:
-    """Geometry of a kernel for rows, and whether these are kept on chip."""
+class OnChip(NamedTuple):
+    """What is kept on chip."""
+
+    rows: bool  # the rows; else they are read twice
+    sums: bool  # sums of the elements that each have a weight, over several rows; else each row makes a part
+
+
+def row_geometry(norms: Norms, device: Device) -> tuple[Geometry, OnChip]:
+    """Geometry of a kernel for rows, and what is kept on chip."""
     cut, on_chip = _choose(norms, device)
-    samples = 1
-    if norms.elementwise and norms.summed:
-        samples = _samples(norms, cut, on_chip, device)
-    shared = _shared(norms, cut, on_chip, samples)
+    samples = _samples(norms, cut, on_chip.rows, device) if on_chip.sums else 1
+    shared = _shared(norms, cut, on_chip)
     if norms.elementwise:
         parts = math.ceil(norms.N / (cut.teams * samples))
         blocks = parts * norms.groups
@@ -95,22 +100,25 @@ def row_geometry(norms: Norms, device: Device) -> tuple[Geometry, bool]:
     return geometry, on_chip
 
 
-def _choose(norms: Norms, device: Device) -> tuple[Cut, bool]:
-    """The cut of a row, and whether it is kept on chip: by as few blocks as have room for it."""
+def _choose(norms: Norms, device: Device) -> tuple[Cut, OnChip]:
+    """The cut of a row, and what is kept on chip: rows, by as few blocks as have room for them."""
     cuts = [_cut(norms, blocks) for blocks in (BLOCKS if device.clusters else BLOCKS[:1])]
+    summed = norms.elementwise and norms.summed
     twice = device.shared_per_multiprocessor // BLOCKS_PER_MULTIPROCESSOR - CUDA_OWN
     for most in twice, device.shared_per_block:
-        fitting = [cut for cut in cuts if _shared(norms, cut, True, 2) + ROW_OWN <= most]
+        fitting = [cut for cut in cuts if _shared(norms, cut, OnChip(True, summed)) + ROW_OWN <= most]
         if fitting:
             break
     else:
-        return cuts[-1], False
+        streamed = cuts[-1]._replace(threads=cuts[-1].team)  # one row for each block
+        fits = _shared(norms, streamed, OnChip(False, summed)) + ROW_OWN <= device.shared_per_block
+        return streamed, OnChip(False, summed and fits)
     if norms.elementwise:
-        return fitting[0], True
+        return fitting[0], OnChip(True, summed)
     busy, rows = device.multiprocessors * BLOCKS_PER_MULTIPROCESSOR, norms.N * norms.groups
     small = SMALL // norms.pack // norms.arrays
     best = next((c for c in fitting if rows * c.blocks >= busy or norms.runs * c.packs <= small), fitting[-1])
-    return best, True
+    return best, OnChip(True, False)
 
 
 def _cut(norms: Norms, blocks: int) -> Cut:
@@ -131,27 +139,23 @@ def _cut(norms: Norms, blocks: int) -> Cut:
     return Cut(blocks, team, squad, packs, slots(squad), threads)
 
 
-def _shared(norms: Norms, cut: Cut, on_chip: bool, samples: int) -> int:
-    """Bytes of dynamic shared memory of a block whose teams take so many rows each."""
-    each = cut.slots * cut.threads
-    shared = norms.arrays * each * norms.pack if on_chip else 0
-    if norms.arrays == 1:
-        return shared
-    if norms.elementwise:
-        one_by_one = not norms.summed or cut.teams * samples == 1
-        return shared + (0 if one_by_one else each * 2 * norms.width * max(norms.itemsize, 4))
-    return shared + norms.runs * (cut.squad // WARP) * 16 * cut.teams
+def _shared(norms: Norms, cut: Cut, on_chip: OnChip) -> int:
+    """Bytes of dynamic shared memory of a block."""
+    packs = cut.slots * cut.threads
+    shared = norms.arrays * packs * norms.pack if on_chip.rows else 0
+    if on_chip.sums:
+        shared += packs * 2 * norms.width * max(norms.itemsize, 4)
+    if norms.arrays == 2 and not norms.elementwise:
+        shared += norms.runs * (cut.squad // WARP) * 16 * cut.teams
+    return shared
 
 
-def _samples(norms: Norms, cut: Cut, on_chip: bool, device: Device) -> int:
+def _samples(norms: Norms, cut: Cut, rows_on_chip: bool, device: Device) -> int:
     """Rows that a team takes one after the other, so that there are as many parts as blocks find room for, about."""
-    rows = norms.N * norms.groups
-    several = _shared(norms, cut, on_chip, 2) + ROW_OWN
-    if several > device.shared_per_block:  # as sums of such long rows do not fit on chip
-        return 1
-    room = min(device.shared_per_multiprocessor // (several + CUDA_OWN), MOST_THREADS // cut.threads, MOST_BLOCKS)
+    own = _shared(norms, cut, OnChip(rows_on_chip, True)) + ROW_OWN + CUDA_OWN
+    room = min(device.shared_per_multiprocessor // own, MOST_THREADS // cut.threads, MOST_BLOCKS)
     teams = device.multiprocessors * max(1, room) * cut.teams // cut.blocks
-    return max(1, min(math.ceil(rows / max(1, teams)), MOST_ROWS, norms.N))
+    return max(1, min(math.ceil(norms.N * norms.groups / max(1, teams)), MOST_ROWS, norms.N))
 
 
 def width_of_rows(norms_row: int, itemsize: int, *addresses: int) -> int:

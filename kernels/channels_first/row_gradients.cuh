@@ -6,14 +6,7 @@
 // Packs whose sums are taken in float32 before they go on in float64.
 constexpr int SUMMED = PACK_BYTES < 8 ? 8 : 4;
 
-// The elements of a pack in the dtype A, as the way back sees them.
-template <class A>
-struct PackElements {
-    acc_t dy[WIDTH];           // where activation passed it, else 0
-    A xhat[WIDTH], g[WIDTH];   // g = weight * dy
-};
-
-// How a pack's elements are worked out.
+// How the way back works out elements.
 struct RowElements {
     Parameters parameters;
     const Row* row;
@@ -21,43 +14,42 @@ struct RowElements {
     const passed_t* record;
     index_t start;             // the first element of the row
 
-    // The elements of the pack that begins at this place, in this run.
-    template <class A>
-    DEVICE PackElements<A> of(const raw_t& raw_dy, const raw_t& raw_x, index_t at, int run,
-                              const RowFactors<A>& factors) const {
-        PackElements<A> own;
-        acc_t x[WIDTH], weight[WIDTH];
-        unpack(raw_dy, own.dy);
-        unpack(raw_x, x);
+    // Calls body(e, dy, g, xhat) for each element of the pack that begins at this place, in this run: dy where
+    // activation passed it, else 0; g = weight * dy and xhat in the dtype A.
+    template <class A, class Body>
+    DEVICE void each(const raw_t& raw_dy, const raw_t& raw_x, index_t at, int run, const RowFactors<A>& factors,
+                     Body body) const {
+        acc_t weight[WIDTH];
         parameters.weights(run, at - start, weight);
+        const unsigned bits = gate == OPEN ? ~0u : passed(raw_x, at, run, weight);
+        const Words of_dy(raw_dy), of_x(raw_x);
 #pragma unroll
-        for (int e = 0; e < WIDTH; e++) own.xhat[e] = factors.xhat(x[e]);
-        if (gate != OPEN) stop(own, x, weight, at, run);
-#pragma unroll
-        for (int e = 0; e < WIDTH; e++) own.g[e] = mul((A)own.dy[e], (A)weight[e]);
-        return own;
+        for (int e = 0; e < WIDTH; e++) {
+            acc_t dy = widen(Elements<data_t>::get(of_dy.w, e));
+            if (gate != OPEN && !(bits >> e & 1)) dy = 0;  // never 0 * dy: it may be inf
+            body(e, dy, mul((A)dy, (A)weight[e]), factors.xhat((A)widen(Elements<data_t>::get(of_x.w, e))));
+        }
     }
 
   private:
-    // Sets dy to 0 where ReLU stopped it, by the record or by the very value that the way forward saw: it is never
-    // 0 * dy, as dy may be inf.
-    template <class A>
-    DEVICE void stop(PackElements<A>& own, const acc_t (&x)[WIDTH], const acc_t (&weight)[WIDTH], index_t at,
-                     int run) const {
-        unsigned bits = gate == RECORD ? record[at / WIDTH] : 0;
-        if (gate == INPUT) {
-            acc_t bias[WIDTH];
-            parameters.biases(run, at - start, bias);
+    // A bit for each element that ReLU passed, by the record or by the very value that the way forward saw.
+    DEVICE unsigned passed(const raw_t& raw_x, index_t at, int run, const acc_t (&weight)[WIDTH]) const {
+        if (gate == RECORD) return record[at / WIDTH];
+        acc_t bias[WIDTH], x[WIDTH];
+        unpack(raw_x, x);
+        parameters.biases(run, at - start, bias);
+        unsigned bits = 0;
+        if (sizeof(acc_t) < 8 && row->wide) {
+            const RowFactors<double> factors = row->factors<double>();
 #pragma unroll
-            for (int e = 0; e < WIDTH; e++) {
-                const bool passes = row->wide ? multiply_add(row->factors<double>().xhat(x[e]), (double)weight[e], (double)bias[e]) > 0
-                                              : multiply_add(row->usual.xhat(x[e]), weight[e], bias[e]) > 0;
-                bits |= (unsigned)passes << e;
-            }
+            for (int e = 0; e < WIDTH; e++)
+                bits |= (unsigned)(multiply_add(factors.xhat(x[e]), (double)weight[e], (double)bias[e]) > 0) << e;
+            return bits;
         }
 #pragma unroll
         for (int e = 0; e < WIDTH; e++)
-            if (!(bits >> e & 1)) own.dy[e] = 0;
+            bits |= (unsigned)(multiply_add(row->usual.xhat(x[e]), weight[e], bias[e]) > 0) << e;
+        return bits;
     }
 };
 
@@ -75,26 +67,30 @@ DEVICE bool sum_packs(const Source& dy, const Source& x, RowPacks& packs, int fi
     bool all_held = true;
     sums[0] = sums[1] = 0;
     in_batches<AT_ONCE>(count, [&](auto full, int i, int there) {
+        constexpr int IN_FLIGHT = AT_ONCE < RowPacks::PAIRS ? AT_ONCE : RowPacks::PAIRS;
         A of_g[SUMS] = {}, of_g_xhat[SUMS] = {};
-        raw_t raw_dy[AT_ONCE], raw_x[AT_ONCE];
-        index_t at[AT_ONCE];
-        int run[AT_ONCE];
-        each<AT_ONCE>(full, there, [&](int u) {
-            at[u] = packs.next();
-            run[u] = packs.run;
-            raw_dy[u] = dy.get(at[u], first + i + u);
-            raw_x[u] = x.get(at[u], first + i + u);
-        });
-        each<AT_ONCE>(full, there, [&](int u) {
-            const PackElements<A> own = elements.of<A>(raw_dy[u], raw_x[u], at[u], run[u], factors);
-            if (elements.gate != OPEN) dy.put(pack(own.dy), first + i + u);
 #pragma unroll
-            for (int e = 0; e < WIDTH; e++) {
-                const A g = ELEMENTWISE ? own.g[e] : (A)own.dy[e];
-                of_g[e % SUMS] += g;
-                of_g_xhat[e % SUMS] = multiply_add(g, own.xhat[e], of_g_xhat[e % SUMS]);
-            }
-        });
+        for (int next = 0; next < AT_ONCE; next += IN_FLIGHT) {
+            raw_t raw_dy[IN_FLIGHT], raw_x[IN_FLIGHT];
+            index_t at[IN_FLIGHT];
+            int run[IN_FLIGHT];
+            each<IN_FLIGHT>(full, max(there - next, 0), [&](int u) {
+                at[u] = packs.next();
+                run[u] = packs.run;
+                raw_dy[u] = dy.get(at[u], first + i + next + u);
+                raw_x[u] = x.get(at[u], first + i + next + u);
+            });
+            each<IN_FLIGHT>(full, max(there - next, 0), [&](int u) {
+                acc_t kept[WIDTH];
+                elements.each(raw_dy[u], raw_x[u], at[u], run[u], factors, [&](int e, acc_t dy, A g, A xhat) {
+                    kept[e] = dy;
+                    if (!ELEMENTWISE) g = (A)dy;
+                    of_g[e % SUMS] += g;
+                    of_g_xhat[e % SUMS] = multiply_add(g, xhat, of_g_xhat[e % SUMS]);
+                });
+                if (elements.gate != OPEN) dy.put(pack(kept), first + i + next + u);
+            });
+        }
         const A sum = sum_pairs(of_g), product = sum_pairs(of_g_xhat);
         all_held = all_held && held(sum) && held(product) && !lost(product);
         sums[0] += sum;
@@ -194,18 +190,21 @@ DEVICE void sum_runs(const Source& dy, const Source& x, RowPacks packs, const Ro
 // Sums of elements that each have a weight
 
 // The sums of dy and of dy * xhat over the rows of a team, of the elements of each of a thread's packs: in shared
-// memory, in pieces that one load or store moves. Where a block has a single row, they go to their part at once.
+// memory, in pieces that one load or store moves. If not SUMS_ON_CHIP, there is a single row, and they go to their part
+// at once.
 class Columns {
     static constexpr int EACH = 2 * WIDTH * sizeof(acc_t) < 16 ? 2 * WIDTH : 16 / sizeof(acc_t);  // sums in a piece
     static constexpr int PIECES = 2 * WIDTH / EACH;
+
+  public:
     struct __align__(EACH * sizeof(acc_t)) Piece {
         acc_t values[EACH];
     };
+
+  private:
     Piece* all;        // those of the block
     long long first;   // the place of the row's first element among the sums
     Sums sums;         // or null
-    bool direct;
-
     DEVICE Piece& piece(const RowPlace& own, int team, int i, int p) const {
         return all[((team * own.slots + i) * PIECES + p) * TEAM + member()];
     }
@@ -213,40 +212,30 @@ class Columns {
   public:
     DEVICE Columns(const RowPlace& own, const Rows& sizes, const Sums& sums, index_t channel)
         : all(reinterpret_cast<Piece*>(staging() + (ON_CHIP ? 2 * TEAMS * own.slots * TEAM : 0))),
-          first(own.part * sizes.groups * own.row_elements + channel), sums(sums),
-          direct(TEAMS == 1 && sizes.samples == 1) {
-        if (!ELEMENTWISE || !sums.dy || direct) return;
-        for (int i = 0; i < own.packs; i++)
+          first(own.part * sizes.groups * own.row_elements + channel), sums(sums) {
+        if constexpr (ELEMENTWISE && SUMS_ON_CHIP)
+            for (int i = 0; sums.dy && i < own.packs; i++)
 #pragma unroll
-            for (int p = 0; p < PIECES; p++)
+                for (int p = 0; p < PIECES; p++)
 #pragma unroll
-                for (int k = 0; k < EACH; k++) piece(own, team(), i, p).values[k] = 0;
+                    for (int k = 0; k < EACH; k++) piece(own, team(), i, p).values[k] = 0;
     }
-    // Adds those of pack i of the thread, which begins at this element of the row.
-    template <class A>
-    DEVICE void add(const RowPlace& own, int i, index_t element, const PackElements<A>& pack) const {
+    // Adds those of element e of pack i of the thread. Elements come in order: `sum` is the piece that they are in.
+    DEVICE void add(const RowPlace& own, int i, int e, index_t element, acc_t dy, acc_t dy_xhat, Piece& sum) const {
         if (!ELEMENTWISE || !sums.dy) return;
-        if (direct) {
-#pragma unroll
-            for (int e = 0; e < WIDTH; e++)
-                set_sums(sums, first + element + e, {(double)pack.dy[e], (double)((A)pack.dy[e] * pack.xhat[e])});
-            return;
-        }
-#pragma unroll
-        for (int p = 0; p < PIECES; p++) {
-            Piece& place = piece(own, team(), i, p);
-            Piece sum = place;
-#pragma unroll
-            for (int k = 0; k < EACH; k++) {
-                const int e = (p * EACH + k) / 2;
-                sum.values[k] += (p * EACH + k) % 2 == 0 ? pack.dy[e] : (acc_t)((A)pack.dy[e] * pack.xhat[e]);
-            }
-            place = sum;
+        if (SUMS_ON_CHIP) {
+            Piece& place = piece(own, team(), i, 2 * e / EACH);
+            if (2 * e % EACH == 0) sum = place;
+            sum.values[2 * e % EACH] += dy;
+            sum.values[2 * e % EACH + 1] += dy_xhat;
+            if ((2 * e + 2) % EACH == 0) place = sum;
+        } else {
+            set_sums(sums, first + element + e, {(double)dy, (double)dy_xhat});
         }
     }
     // Adds up the sums of all teams, and writes them to the part of the block. All threads call it.
     DEVICE void finish(const RowPlace& own, const Rows& sizes) const {
-        if (!ELEMENTWISE || !sums.dy || direct) return;
+        if (!ELEMENTWISE || !SUMS_ON_CHIP || !sums.dy) return;
         __syncthreads();
         for (int i = team(); i < own.packs; i += TEAMS) {
             const index_t element = (own.begin + (index_t)i * (int)sizes.squad) * WIDTH;
@@ -282,16 +271,22 @@ DEVICE void write_packs(const Source& dy, const Source& x, RowPacks packs, const
             raw_x[u] = x.get(at[u], i + u);
         });
         each<AT_ONCE>(full, count, [&](int u) {
-            const PackElements<A> pack_elements = elements.of<A>(raw_dy[u], raw_x[u], at[u], run[u], factors);
+            acc_t kept[WIDTH];
             A dx[WIDTH];
-#pragma unroll
-            for (int e = 0; e < WIDTH; e++) dx[e] = factors.input_gradient(pack_elements.g[e], pack_elements.xhat[e]);
+            Columns::Piece sum;
+            elements.each(raw_dy[u], raw_x[u], at[u], run[u], factors, [&](int e, acc_t dy, A g, A xhat) {
+                kept[e] = dy;
+                dx[e] = factors.input_gradient(g, xhat);
+                columns.add(own, i + u, e, at[u] - elements.start, dy, (acc_t)((A)dy * xhat), sum);
+            });
             store(gradients.dx + at[u], pack(dx));
-            if (gradients.dresidual) store(gradients.dresidual + at[u], pack(pack_elements.dy));
-            columns.add(own, i + u, at[u] - elements.start, pack_elements);
+            if (gradients.dresidual) store(gradients.dresidual + at[u], pack(kept));
         });
     });
 }
+
+// Packs whose gradients are worked out at a time: fewer where weights and long indices want registers as well.
+constexpr int WRITTEN = ELEMENTWISE && (WIDTH == 8 || INDEX_BITS == 64) ? 1 : RowPacks::PAIRS;
 
 // Writes the gradients of a thread's packs, given the means of g and g * xhat over the row.
 template <class Source>
@@ -304,5 +299,5 @@ DEVICE void write_row(const Source& dy, const Source& x, const RowPacks& packs, 
     if (sizeof(acc_t) < 8 && row.wide)
         write_packs<double, 1>(dy, x, packs, elements, row.factors<double>(), gradients, own, columns);
     else
-        write_packs<acc_t, RowPacks::PAIRS>(dy, x, packs, elements, row.usual, gradients, own, columns);
+        write_packs<acc_t, WRITTEN>(dy, x, packs, elements, row.usual, gradients, own, columns);
 }

@@ -74,9 +74,10 @@ class RowPacks {
     int left, of_run, squads;
 
   public:
-    static constexpr int PAIRS = PACK_BYTES < 8 ? 4 : 2;  // packs of two arrays in flight
-    int count;                                            // how many the thread has
-    int run;                                              // the run of the one that next() has given last
+    // Packs of two arrays in flight: fewer where weights and long indices want registers as well.
+    static constexpr int PAIRS = ELEMENTWISE && INDEX_BITS == 64 ? 1 : PACK_BYTES < 8 ? 4 : 2;
+    int count;  // how many the thread has
+    int run;    // the run of the one that next() has given last
 
     DEVICE RowPacks(const RowPlace& own, const Rows& sizes, index_t row) {
         of_run = left = own.packs;
