@@ -17,7 +17,7 @@ from cupybn._cli.problem import DROPPED, EPS, OVER_THE_LAST_AXIS, Array, Arrays,
 MOST_ELEMENTS = 1 << 24
 ULP = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "float64": 2.0**-52}
 FORWARD, BACKWARD = 2e-6, 1e-5
-"""Largest errors that are allowed: a share of the terms of an output, and of the largest gradient of a row."""
+"""Largest errors that are allowed: a share of the terms of an output, and of the largest term of a row's gradients."""
 TINY = 1e-30
 """Error that is allowed where all of a row is exactly 0, as where ReLU lets nothing through."""
 SIGMAS = 6
@@ -30,7 +30,7 @@ class Errors(NamedTuple):
     over_allowed: float
     """In units of what is allowed: a few roundings, and those of the dtype itself."""
     roundoffs: float
-    """In units of roundoff of the dtype, of the value itself, at least of 1; of gradients, of the row's largest."""
+    """In units of roundoff of the dtype, of the value itself, at least of 1; of gradients, of the row's largest term."""
 
 
 def error(xp: Any, problem: Problem, operation: Operation, a: Arrays, found: Array) -> float:
@@ -78,7 +78,7 @@ def _norm(xp: Any, problem: Problem, operation: Operation, a: Arrays, found: Arr
         g = dy * weight
         centre = 0 if rms else g.mean(axis=1, keepdims=True)
         expected = (g - centre - xhat * (g * xhat).mean(axis=1, keepdims=True)) * rstd
-        largest = xp.abs(expected).max(axis=1, keepdims=True)
+        largest = xp.maximum(xp.abs(expected), xp.abs(g * rstd)).max(axis=1, keepdims=True)
         bound = BACKWARD * largest + ulp * xp.abs(expected)
         unit = ulp / 2 * largest
     off = xp.abs(block.rows(found) - expected)
