@@ -30,7 +30,7 @@ class Errors(NamedTuple):
     over_allowed: float
     """In units of what is allowed: a few roundings, and those of the dtype itself."""
     roundoffs: float
-    """In units of roundoff of the dtype, of the value itself, at least of 1; of gradients, of the row's largest term."""
+    """In units of roundoff of the dtype: of the value itself, at least of 1; of gradients, of a row's largest term."""
 
 
 def error(xp: Any, problem: Problem, operation: Operation, a: Arrays, found: Array) -> float:
