@@ -3,6 +3,7 @@
     python benchmarks/chain.py                     # NumPy, CuPy without launches, PyTorch; table, results and plot
     python benchmarks/chain.py --real              # with the CuPy that is installed, on a GPU where there is one
     python benchmarks/chain.py --against TREE      # and those of another checkout, in turns
+    python benchmarks/chain.py --minutes 1         # in about so long: fewer rounds
     python benchmarks/chain.py --short             # four layers, a few calls: does it run?
 
 Each layer has an input of its own, as convolutions stand between them: those of two images of 32 x 32, the smallest
@@ -39,7 +40,7 @@ import real_cupy
 from cpu import has_torch
 from cpu_files import Measured, save
 from sampling import Places, place_in, sample
-from turns import add_options, answer, burst, cell, commit, parse, ratio, spread, take, threads, trees
+from turns import add_minutes, add_options, answer, burst, cell, commit, parse, ratio, spread, take, threads, trees
 
 ROUNDS, STARTS = 30, 3
 SHORT_LAYERS, SHORT_IMAGE = 4, 8
@@ -226,8 +227,8 @@ def less_the_errors(side: Side, times: Times, layers: int) -> None:
 # The process that asks
 
 
-def measure(args: argparse.Namespace) -> tuple[list[dict[str, Any]], Results]:
-    """The facts of each checkout, and the figures by side."""
+def measure(args: argparse.Namespace) -> tuple[list[dict[str, Any]], int, Results]:
+    """The facts of each checkout, the number of rounds, and the figures by side."""
     found = trees(args.against)
     options = [option for option in ("--real", "--short") if getattr(args, option.removeprefix("--"))]
     options += ["--threads", str(args.threads)]
@@ -239,6 +240,7 @@ def measure(args: argparse.Namespace) -> tuple[list[dict[str, Any]], Results]:
         args.rounds,
         args.starts,
         [("places", name) for name in (NUMPY, CUPY)],
+        args.minutes,
     )
     names = turns.facts[0]["sides"]
     results: Results = {}
@@ -247,7 +249,7 @@ def measure(args: argparse.Namespace) -> tuple[list[dict[str, Any]], Results]:
         results[name] = figures(turns["times", name], None if peer is None else turns["times", peer])
     for name, places in zip((NUMPY, CUPY), zip(*turns.last, strict=True), strict=True):
         results[name]["places"] = places
-    return turns.facts, results
+    return turns.facts, turns.rounds, results
 
 
 def torch_of(side: str, sides: list[str]) -> str | None:
@@ -265,7 +267,8 @@ def figures(turns: list[list[Times]], peer: list[list[Times]] | None) -> dict[st
         ours, *there = ([times[phase] for times in of_one] for of_one in turns)
         result["us"][phase] = spread(ours)
         if peer is not None:
-            result["torch"][phase] = ratio([times[phase] for times in peer[0]], ours)
+            both = zip((times[phase] for times in peer[0]), ours, strict=False)  # there may be fewer rounds of one
+            result["torch"][phase] = ratio(*zip(*both, strict=True))
         for other in there:
             result["there_us"][phase], result["there"][phase] = spread(other), ratio(ours, other)
     return result
@@ -345,6 +348,7 @@ def plot(results: Results, title: str, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="A chain of ResNet-50's batch norms on small inputs.")
     add_options(parser, ROUNDS, STARTS)
+    add_minutes(parser)
     parser.add_argument("--real", action="store_true", help="with the CuPy that is installed")
     parser.add_argument("--threads", type=int, default=1, help="of cupybn and of PyTorch (default: 1)")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder for the results")
@@ -352,14 +356,14 @@ def main() -> None:
     if args.child:
         child(args)
         return
-    facts, results = measure(args)
+    facts, rounds, results = measure(args)
     commits = ", against ".join(commit(Path(fact["package"]).parent) for fact in facts)
     versions = ", ".join([f"cupybn {facts[0]['version']} ({commits})", *facts[0]["versions"]])
     machine = f"CuPy: {facts[0]['what']}; {platform.machine()}, Python {platform.python_version()}"
-    how = f"{facts[0]['layers']} layers, float32, {threads(args.threads)}, {args.rounds} rounds: median (quartiles)"
+    how = f"{facts[0]['layers']} layers, float32, {threads(args.threads)}, {rounds} rounds: median (quartiles)"
     print(f"{versions}\n{machine}\n{how}\n{table(results)}")
     stem = args.output / ("chain" + "-real" * args.real + "-short" * args.short)
-    save(Measured(versions, machine, args.rounds, results), stem, plot)
+    save(Measured(versions, machine, rounds, results), stem, plot)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
     python benchmarks/launch.py                    # our own Python: arrays are pretended, launches do nothing; no CuPy
     python benchmarks/launch.py --real             # with CuPy's own arrays and its way with arguments, where installed
     python benchmarks/launch.py --against TREE     # and those of another checkout, in turns
+    python benchmarks/launch.py --minutes 1        # in about so long: fewer rounds
     python benchmarks/launch.py --short            # a few calls: does it run?
 
 With --real where there is a GPU, it is all real: the host's time for calls that it does not wait for. Microseconds for
@@ -24,7 +25,7 @@ import numpy as np
 import pretended_cupy
 import real_cupy
 from cpu_files import Measured, write
-from turns import Checkout, add_options, answer, burst, cell, commit, parse, ratio, spread, take, trees
+from turns import Checkout, add_minutes, add_options, answer, burst, cell, commit, parse, ratio, spread, take, trees
 
 ROUNDS, STARTS = 150, 3
 TURN = 1e-3
@@ -144,12 +145,12 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, Any], Results]:
     def questions(facts: dict[str, Any]) -> list[list[str]]:
         return [[*names, NOTHING] if facts["unlaunched"] else names]
 
-    turns = take(__file__, found, options, questions, args.rounds, args.starts)
+    turns = take(__file__, found, options, questions, args.rounds, args.starts, minutes=args.minutes)
     facts = turns.facts[0]
     nothing = [0.0 for _ in found]
     if facts["unlaunched"]:
         nothing = [min(turn["us"] for turn in of_one) for of_one in turns[NOTHING]]
-    facts |= {"commits": [commit(tree) for tree in found], "nothing_us": nothing[0]}
+    facts |= {"commits": [commit(tree) for tree in found], "nothing_us": nothing[0], "rounds": turns.rounds}
     return facts, {name: figures(turns[name], [c[name] for c in counts], nothing) for name in names}
 
 
@@ -197,6 +198,7 @@ def _counts(launches: list[int]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Host time of a call on CuPy arrays.")
     add_options(parser, ROUNDS, STARTS)
+    add_minutes(parser)
     parser.add_argument("--real", action="store_true", help="with the CuPy that is installed")
     parser.add_argument("--output", type=Path, help="folder for the figures as JSON (default: none are kept)")
     parser.add_argument("--count", action="store_true", help=argparse.SUPPRESS)
@@ -207,7 +209,7 @@ def main() -> None:
     facts, results = measure(args)
     versions = f"cupybn {facts['version']} ({', against '.join(facts['commits'])}), NumPy {np.__version__}"
     machine = f"{facts['what']}; {platform.machine()}, Python {platform.python_version()}"
-    how = f"float32, {args.rounds} rounds: least (median); ratio: median (quartiles)"
+    how = f"float32, {facts['rounds']} rounds: least (median); ratio: median (quartiles)"
     print(f"{versions}\n{machine}, {how}\n{table(results)}")
     if facts["unlaunched"]:
         print(
@@ -215,7 +217,7 @@ def main() -> None:
         )
     if args.output:
         stem = args.output / ("launch-real" if args.real else "launch")
-        print(f"results: {write(Measured(versions, machine, args.rounds, results), stem)}")
+        print(f"results: {write(Measured(versions, machine, facts['rounds'], results), stem)}")
 
 
 if __name__ == "__main__":

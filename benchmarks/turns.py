@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import faulthandler
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -26,6 +28,8 @@ GROUP = 1e-4
 SHORT_ROUNDS = 2
 LEAST_GROUPS = 3
 """Groups of a burst, at least."""
+GRACE = 30.0
+"""Seconds beyond the time that was given after which a process that measures says where it hangs, and ends."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -151,6 +155,11 @@ class Turns(NamedTuple):
     answers: dict[str, list[list[Any]]]  # answers by question, checkout and round; a question stands there as JSON
     last: list[list[Any]]  # answers to the last questions, by checkout
 
+    @property
+    def rounds(self) -> int:
+        """Rounds that every group has had."""
+        return min(len(of_checkout) for of_question in self.answers.values() for of_checkout in of_question)
+
     def __getitem__(self, question: Any) -> list[list[Any]]:
         """The answers to a question, by checkout and round."""
         return self.answers[json.dumps(question)]
@@ -164,6 +173,7 @@ def take(
     rounds: int,
     starts: int,
     last: Sequence[Any] = (),
+    minutes: float | None = None,
 ) -> Turns:
     """Let the checkouts answer in turns.
 
@@ -181,22 +191,47 @@ def take(
         its time.
     last : sequence of questions
         Asked once, when all rounds are done.
+    minutes : float or None
+        For all of it, about: there are fewer rounds and starts then, but one of each at least. A process that hangs
+        says where, half a minute later, and ends. None for as long as it takes.
     """
     starts = min(starts, rounds)
     answers: dict[str, list[list[Any]]] = {}
+    end, longest = math.inf if minutes is None else time.monotonic() + 60 * minutes, 0.0
     for i in progress(range(starts), "start"):
+        began = time.monotonic()
+        limit = [] if minutes is None else ["--minutes", f"{max(0.0, end - began) / 60:.3f}"]
         with contextlib.ExitStack() as stack:
-            checkouts = [stack.enter_context(Checkout(script, tree, options)) for tree in trees]
+            checkouts = [stack.enter_context(Checkout(script, tree, [*options, *limit])) for tree in trees]
             facts = [checkout.facts for checkout in checkouts]
-            for group in progress(groups(facts[0]), "group"):
-                for k in range(rounds * i // starts, rounds * (i + 1) // starts):
+            say(f"start {i + 1} of {starts}: ready in {time.monotonic() - began:.0f} s")
+            chosen = groups(facts[0])
+            for number, group in enumerate(progress(chosen, "group")):
+                # The time of this start, of which each of the groups that are left has the same share.
+                left = began + (end - began) / (starts - i) - time.monotonic()
+                until = time.monotonic() + left / (len(chosen) - number)
+                first = rounds * i // starts
+                for k in range(first, rounds * (i + 1) // starts):
+                    if k > first and time.monotonic() > until:
+                        break
                     turn = 1 if k % 2 == 0 else -1
                     for question in group:
                         of_question = answers.setdefault(json.dumps(question), [[] for _ in trees])
                         for checkout, of_checkout in list(zip(checkouts, of_question, strict=True))[::turn]:
                             of_checkout.append(checkout.ask(question))
-            last_answers = [list(map(checkout.ask, last if i == starts - 1 else ())) for checkout in checkouts]
+            longest = max(longest, time.monotonic() - began)
+            is_last = i == starts - 1 or time.monotonic() + longest > end
+            last_answers = [list(map(checkout.ask, last if is_last else ())) for checkout in checkouts]
+        say(f"start {i + 1} of {starts}: done in {time.monotonic() - began:.0f} s")
+        if is_last:
+            break
     return Turns(facts, answers, last_answers)
+
+
+def say(line: str) -> None:
+    """Print a line on how far it has come, where no progress bar says so."""
+    if not sys.stderr.isatty():
+        print(line, file=sys.stderr, flush=True)
 
 
 def progress(items: Iterable[Any], unit: str) -> Iterator[Any]:
@@ -221,9 +256,22 @@ def add_options(parser: argparse.ArgumentParser, rounds: int, starts: int) -> No
     parser.add_argument(CHILD, action="store_true", help=argparse.SUPPRESS)
 
 
+def add_minutes(parser: argparse.ArgumentParser) -> None:
+    """Add the option for `minutes` of `take`, which processes of the checkouts are given as well."""
+    parser.add_argument("--minutes", type=float, help="for all of it, about, by fewer rounds (default: no limit)")
+
+
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The options; with --short as little of everything as there can be. Exits before a measurement that is lost."""
+    """The options; with --short as little of everything as there can be. Exits before a measurement that is lost.
+
+    A process of a checkout that has `--minutes` is ended when it takes longer by GRACE.
+    """
     args = parser.parse_args()
+    minutes = getattr(args, "minutes", None)
+    if minutes is not None and not 0 <= minutes < math.inf:
+        parser.error(f"expected --minutes of 0 or more (got {minutes})")
+    if args.child and minutes is not None:
+        faulthandler.dump_traceback_later(60 * minutes + GRACE, exit=True)
     if min(args.rounds, args.starts) < 1:
         parser.error(f"expected --rounds and --starts of 1 or more (got {args.rounds} and {args.starts})")
     if args.short:

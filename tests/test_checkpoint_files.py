@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib
 import io
 import os
 import pickle
@@ -219,6 +220,37 @@ def test_entries_that_numpy_has_not(two, rng, tmp_path):
     torch.save(tensors, tmp_path / "model.pt")
     for path in tmp_path.iterdir():
         assert fails(path, two, TypeError).startswith("expected bn1.bias to be an array of real numbers (got ")
+
+
+@suffixes
+def test_libraries_that_warn(two, rng, tmp_path, suffix, monkeypatch):
+    """A file is read where a library warns of how it reads it, also if warnings are errors, as they are here."""
+    need(suffix)
+    state = a_state(rng, two)
+    path = write(tmp_path / f"model{suffix}", state)
+    if suffix == ".npz":  # numbers as Python 2 wrote them, of which NumPy warns by itself
+        with zipfile.ZipFile(path, "w") as archive:
+            for key, array in state.items():
+                member = io.BytesIO()
+                np.save(member, array)
+                archive.writestr(f"{key}.npy", member.getvalue().replace(b"'shape': (3,), } ", b"'shape': (3L,), }"))
+        assert b"3L" in path.read_bytes()
+    else:
+        module, name = ("safetensors", "safe_open") if suffix == ".safetensors" else ("torch", "load")
+        library = importlib.import_module(module)
+        reads = getattr(library, name)
+
+        def warns(*args, **kwargs):
+            warnings.warn("of its internals", UserWarning, stacklevel=1)
+            return reads(*args, **kwargs)
+
+        monkeypatch.setattr(library, name, warns)
+    filters = [*warnings.filters]
+    load_checkpoint(path, two)
+    loaded = two["bn1."].state_dict("bn1.")
+    assert bits(*loaded.values()) == bits(*map(state.get, loaded))
+    assert find_batch_norms(path) == {"bn1.": 3, "net.bn2.": 3}
+    assert warnings.filters == filters
 
 
 @suffixes

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import cupybn.functional as F
-from cupybn import BatchNorm1d
+from cupybn import BatchNorm1d, StreamingMoments, find_batch_norms, update_bn
 from cupybn._calls.call import Call
 from cupybn._steps.bundles import Affine, Epilogue, Running
 from tests.reference import arguments, bits
@@ -55,8 +55,11 @@ def both(xp, **given):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("dense", [True, False])
 @pytest.mark.parametrize("activation", [None, "relu"])
-def test_functions(xp, rng, training, dense, activation):
+@pytest.mark.parametrize("masked", [True, False])
+def test_functions(xp, rng, training, dense, activation, masked):
     given = arguments(xp, rng, SHAPE)
+    if masked:
+        given["mask"] = xp.asarray(rng.random((4, 5) if dense else (5,)) < 0.7)
     if not dense:
         given["input"] = xp.asarray(rng.normal(size=(4, 3, 10)).astype(np.float32))[..., ::2]
     plain, memory, own = both(xp, **given, training=training, activation=activation)
@@ -90,11 +93,16 @@ def test_the_way_back_from_statistics(xp, rng, training, activation):
     assert bits(*own_grads) == bits(*grads)
 
 
-def test_moments(xp, rng):
+@pytest.mark.parametrize("masked", [True, False])
+def test_moments(xp, rng, masked):
     x = arguments(xp, rng, SHAPE)["input"]
-    results = F.moments(derived(xp, x))
+    mask = xp.asarray(rng.random((4, 5)) < 0.7) if masked else None
+    expected = F.moments(x, mask=mask)
+    results = F.moments(derived(xp, x), mask=derived(xp, mask))
     assert {type(result) for result in results} == {xp.ndarray}
-    assert bits(*results) == bits(*F.moments(x))
+    assert bits(*results) == bits(*expected)
+    stream = StreamingMoments().update(derived(xp, x), derived(xp, mask))
+    assert bits(stream.mean, stream.var()) == bits(*F.moments(x, mask=mask, dtype=np.float64))
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
@@ -117,6 +125,19 @@ def test_layers_that_hold_them(xp, device, rng):
     assert bits(layer(x), *memory.values()) == bits(plain(x), *plain.state_dict().values())
 
 
+def test_layers_that_hold_them_in_vain(xp, device, rng):
+    """Statistics that a layer does not use may share memory with what its calls read, and those copy it then."""
+    x, dy = (xp.asarray(rng.normal(size=SHAPE).astype(np.float32)) for _ in range(2))
+    layer = BatchNorm1d(3, device=device)
+    layer.track_running_stats = False
+    layer.weight = layer.running_var
+    layer.running_mean, layer.running_var = (derived(xp, getattr(layer, name)) for name in VECTORS[:2])
+    expected = BatchNorm1d(3, device=device).vjp(x)[1](dy)
+    _, vjp_fn = layer.vjp(x)
+    layer.weight[...] = 5
+    assert bits(*vjp_fn(dy)) == bits(*expected)
+
+
 def test_layers_that_hold_them_load_and_move(xp, device, rng):
     """What is loaded and reset is written into the memory itself, and copies are plain."""
     layer, source = (BatchNorm1d(3, device=device) for _ in range(2))
@@ -135,6 +156,29 @@ def test_layers_that_hold_them_load_and_move(xp, device, rng):
     assert bits(*memory.values()) == bits(*BatchNorm1d(3, device="cpu").state_dict().values())
     layer.to(dtype=np.float64)
     assert {type(getattr(layer, name)) for name in VECTORS} == {xp.ndarray}
+
+
+def test_layers_that_hold_them_are_restored(xp, device, rng):
+    """What `update_bn` leaves after an error is what was there, in the memory itself."""
+    layer = BatchNorm1d(3, device=device)
+    layer(arguments(xp, rng, SHAPE)["input"])
+    memory = layer.state_dict()
+    before = bits(*memory.values())
+    for name, array in memory.items():
+        setattr(layer, name, derived(xp, array))
+
+    def forward(_):
+        memory["running_mean"][...] = 7
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        update_bn([layer], [None], forward)
+    assert bits(*memory.values()) == before
+
+
+def test_checkpoints_that_hold_them(xp, device):
+    state = BatchNorm1d(3, device=device).state_dict("bn.")
+    assert find_batch_norms({key: derived(xp, array) for key, array in state.items()}) == {"bn.": 3}
 
 
 def test_state_dicts_that_hold_them(xp, device, rng):

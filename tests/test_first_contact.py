@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import math
@@ -20,8 +21,10 @@ import numpy as np
 import pytest
 
 from cupybn import functional
+from cupybn._cli import check as cli_check
+from cupybn._cli.checked import CHECKED
 from cupybn._cli.problem import FAMILY
-from cupybn._steps import sources
+from cupybn._steps import launcher, sources
 from tests.benchmark_scripts import BENCHMARKS, ROOT, require
 
 pytest.importorskip("ml_dtypes")
@@ -565,6 +568,33 @@ def test_what_is_measured_is_compiled_first():
     assert set().union(*(insides.kernels_for(c.shape, c.channel_axis, c.dtype) for c in cases)) <= set(order[:350])
 
 
+@pytest.mark.skipif(not EMULATED, reason="the plans are those of an H200, and launches are left out")
+def test_what_check_asks_for_is_compiled_next(monkeypatch):
+    """All kernels that the command launches for a dtype, as far as its calls come where no kernel does anything."""
+    asked = set()
+
+    class Launch:
+        max_dynamic_shared_size_bytes = 0
+
+        def __call__(self, *_, **__):
+            pass
+
+    def raw(kernel):
+        asked.add((kernel.name, kernel.options))
+        return Launch()
+
+    monkeypatch.setattr(launcher.Kernel, "raw", property(raw))
+    dtype, checked = np.dtype(np.float16), CHECKED["batch_norm"]
+    for job in cli_check.kernel_jobs([dtype], {"batch_norm": cli_check.SHAPES}):
+        with contextlib.suppress(cp.emulator.UninitialisedMemoryError):
+            case = checked.case(job.shape, job.dtype, job.offset, job.variant)
+            checked.steps[job.step].run(case, checked.sides[0])
+    in_folders = {kernel for kernel in asked if "/" in kernel[0]}
+    of_dtype = {kernel for kernel in insides.kernels_of_check() if "-DDATA_T=float16" in kernel[1]}
+    assert in_folders == of_dtype
+    assert asked <= {(instance.kernel, instance.options) for instance in precompile.in_order()[:600]}
+
+
 def test_precompile_sees_what_does_not_compile(tmp_path, monkeypatch):
     task = Task(Log(None), tmp_path, 100, rehearse=True)
     share = precompile.compile_share(0, 2, time.time() + 100, rehearse=True)
@@ -586,6 +616,33 @@ def task(tmp_path):
     return Task(Log(tmp_path / "findings"), tmp_path, 100, rehearse=False)
 
 
+class Done:
+    """A process that has ended, in the place of one that is started."""
+
+    def __init__(self, ended):
+        self.ended = ended
+
+    def wait(self):
+        return self.ended
+
+    def kill(self):
+        pass
+
+
+def test_a_dtype_that_fails(task, monkeypatch):
+    """Whatever becomes of the process of one dtype, the results of the others are there."""
+
+    def process(command, _):
+        wrong = command[-1] == "bfloat16"
+        return Done(Ended(-9 if wrong else 0, wrong, 1.0, "" if wrong else "All 9 calls are within their bounds."))
+
+    monkeypatch.setattr(check, "LimitedProcess", process)
+    check.run(task)
+    found = {name.rpartition(" ")[2]: (passed, detail) for name, passed, detail in task.log.findings.checks}
+    assert found.pop("bfloat16") == (False, "the time was over")
+    assert found == dict.fromkeys(("float16", "float32", "float64"), (True, "All 9 calls are within their bounds."))
+
+
 @pytest.mark.parametrize("stage", [check, mpi], ids=["check", "mpi"])
 @pytest.mark.parametrize(
     ("returncode", "timed_out", "output", "detail"),
@@ -596,13 +653,15 @@ def task(tmp_path):
     ],
 )
 def test_commands_that_fail(task, monkeypatch, stage, returncode, timed_out, output, detail):
-    ends = iter([Ended(0, False, 1.0, "")] * (stage is mpi) + [Ended(returncode, timed_out, 1.0, output)])
-    monkeypatch.setattr(stage, "run_limited", lambda *_, **__: next(ends))
+    ends = iter([Ended(0, False, 1.0, ""), Ended(returncode, timed_out, 1.0, output)])
+    monkeypatch.setattr(mpi, "run_limited", lambda *_, **__: next(ends))
+    monkeypatch.setattr(check, "LimitedProcess", lambda *_: Done(Ended(returncode, timed_out, 1.0, output)))
     monkeypatch.setattr(insides, "find_mpiexec", lambda: "mpiexec")
     stage.run(task)
-    ((_, passed, said),) = task.log.findings.checks
-    assert not passed
-    assert said.startswith(detail)
+    assert len(task.log.findings.checks) == (1 if stage is mpi else len(insides.dtypes()))
+    for _, passed, said in task.log.findings.checks:
+        assert not passed
+        assert said.startswith(detail)
     if "3 times" in output:
         assert any("bn_stats, float32: mean, 3 times" in note for note in task.log.findings.notes)
 
@@ -680,12 +739,13 @@ def test_all_that_the_library_asks_for_is_compiled(monkeypatch):
     assert {kernel for kernel, _ in compiled} == set(sources.kernel_names())
     shapes = [(N, C, L) for L in (1, 2, 49, 3136, 1 << 20) for N in (2, 64, 5000) for C in (2, 3, 64, 1000)]
     asked = set()
-    for (N, C, L), dtype, most in product(shapes, insides.dtypes(), (16, 8, 4, 2)):
+    for (N, C, L), dtype, most, masked in product(shapes, insides.dtypes(), (16, 8, 4, 2), (False, True)):
         width = math.gcd(most, (L if L > 1 else C) * dtype.itemsize) // dtype.itemsize
         if width:
             monkeypatch.setattr(insides, "_width", lambda *_, width=width: width)
-            asked |= insides.kernels_for((N, C, L), 1, dtype)
-    assert len(asked) > 200
+            asked |= insides.kernels_for((N, C, L), 1, dtype, masked)
+    assert len(asked) > 300
+    assert {"-DMASKED=1" in options for _, options in asked} == {True, False}
     assert asked <= compiled
 
 

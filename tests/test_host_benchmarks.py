@@ -241,6 +241,8 @@ def test_ratios_of_the_chain():
         "there": {},
     }
     sides = [chain.NUMPY, chain.CUPY, chain.CUPY_GRAPH, chain.TORCH]
+    fewer = chain.figures([ours], [torch[:1]])
+    assert fewer["torch"]["step"] == {"median": 3, "low": 3, "high": 3, "least": 3}
     assert [chain.torch_of(side, sides) for side in sides] == [chain.TORCH] * 3 + [None]
     sides += [chain.TORCH_CUDA, chain.TORCH_GRAPH]
     assert [chain.torch_of(side, sides) for side in sides] == [*sides[3:4], *sides[4:], None, None, None]
@@ -309,6 +311,43 @@ def test_checkouts_take_turns(checkouts):
     assert taken.last == [["Al"], ["Bl"]]
     # One round at the first start, two at the second one; whoever was last begins the next round.
     assert log.read_text() == "AA BA Aq Bq Ar Br BA AA Bq Aq AA BA Aq Bq Br Ar Ar Br Al Bl "
+
+
+def test_checkouts_take_turns_while_there_is_time(checkouts, capsys):
+    """Each group has one round at the first start where there is no time, and the last questions are asked."""
+    script, log, trees = checkouts
+    taken = turns.take(script, trees, [], lambda _: [["q"], ["r", "s"]], 9, 3, ["l"], minutes=0.0)
+    assert log.read_text() == "Aq Bq Ar Br As Bs Al Bl "
+    assert (taken.rounds, taken.last) == (1, [["Al"], ["Bl"]])
+    assert [line.partition(":")[0] for line in capsys.readouterr().err.splitlines() if ":" in line] == [
+        "start 1 of 3"
+    ] * 2
+    log.unlink()
+    taken = turns.take(script, trees, [], lambda _: [["q"]], 9, 3, ["l"], minutes=10.0)
+    assert (taken.rounds, log.read_text().count("l")) == (9, 2)
+
+
+HANGS = """
+import argparse, sys, time
+sys.path.append({benchmarks!r})
+import turns
+turns.GRACE = 0.1
+parser = argparse.ArgumentParser()
+parser.add_argument("--output")
+turns.add_options(parser, 1, 1)
+turns.add_minutes(parser)
+turns.parse(parser)
+turns.answer({{}}, lambda _: time.sleep(600))
+"""
+
+
+def test_a_process_that_hangs_says_where(checkouts, tmp_path, capfd):
+    _, _, trees = checkouts
+    script = tmp_path / "hangs.py"
+    script.write_text(HANGS.format(benchmarks=str(BENCHMARKS)))
+    with pytest.raises(SystemExit, match="has ended with status 1"):
+        turns.take(str(script), trees[:1], [], lambda _: [["q"]], 1, 1, minutes=0.01)
+    assert "in answer" in capfd.readouterr().err
 
 
 def test_a_process_that_ends_or_is_another_one(checkouts, tmp_path):

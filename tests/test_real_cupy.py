@@ -72,6 +72,14 @@ def test_the_stand_in_has_nothing_that_cupy_has_not(stand_in, real):
     assert MEANT.keys() - found.keys() == set()
 
 
+def test_which_methods_of_a_derived_class_views_call(python):
+    """What CuPy calls by the rules of a class that is derived from its own, the stand-in calls as well."""
+    script = Path(inventory.__file__).with_name("derived.py")
+    theirs, ours = (json.loads(run(python, [script], **found)) for found in ({}, {"PYTHONPATH": str(EMULATED)}))
+    assert ours == theirs
+    assert theirs["broadcast_to"] == ["Derived", "view"]
+
+
 def test_this_repository_uses_nothing_that_cupy_has_not(real):
     assert uses.wrong_uses(ROOT, real) == []
 

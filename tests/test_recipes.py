@@ -270,7 +270,7 @@ def test_calls_in_the_table_are_those_of_chainer(rng):
 
 @pytest.mark.skipif(not (ROOT / "benchmarks").is_dir(), reason="the wheel comes without results")
 def test_what_is_said_of_cudnn_frontend_is_in_the_results():
-    results = (ROOT / "benchmarks" / "results" / "h200" / "after.md").read_text()
+    results = (ROOT / "benchmarks" / "results" / "h200" / "masks.md").read_text()
     assert "cuDNN Frontend: 1.32.0, with cuDNN 9.19.0" in results
     assert "frontend 1.32 with cuDNN 9.19" in TEXTS["cudnn-frontend"]
     found = re.findall(r"^\| (NCHW|NHWC|NC) (\S+) .*?\| (\w+)[^|]*\|(?:[^|]*\|){4} ([\d.]+|refused) \|", results, re.M)

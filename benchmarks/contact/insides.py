@@ -9,6 +9,7 @@ import numpy as np
 
 from cupybn._arrays.devices import cuda_missing
 from cupybn._arrays.dtypes import FLOATS, parameter_dtype
+from cupybn._cli import check
 from cupybn._ranks.engines import engine_for
 from cupybn._ranks.watch import watch_of
 from cupybn._steps import plans
@@ -35,9 +36,12 @@ __all__ = [
     "instances_here",
     "is_stand_in",
     "kernels_for",
+    "kernels_of_check",
     "watch_of",
 ]
 
+Kernel = tuple[str, tuple[str, ...]]
+"""The name of a kernel, and the options that it is compiled with."""
 ON_CHIP = tuple(plans.ON_CHIP)
 """The steps that keep channels on chip where they fit."""
 STREAMED = (*plans.SUMS, "bn_normalize", "bn_backward_input")
@@ -57,15 +61,15 @@ def how_on_chip(step: str, shape: tuple[int, int, int], dtype: np.dtype[Any]) ->
     return f"{how} by {width * dtype.itemsize} bytes"
 
 
-def kernels_for(shape: tuple[int, ...], channel_axis: int, dtype: np.dtype[Any]) -> set[tuple[str, tuple[str, ...]]]:
-    """The names and options of the kernels that this device takes for any step over arrays of this shape."""
+def kernels_for(shape: tuple[int, ...], channel_axis: int, dtype: np.dtype[Any], masked: bool = False) -> set[Kernel]:
+    """The kernels that this device takes for any step over arrays of this shape, with a mask or without one."""
     axis = channel_axis % len(shape)
     layout = math.prod(shape[:axis]), shape[axis], math.prod(shape[axis + 1 :])
     width = _width(layout, dtype)
-    chosen: list[Any] = [plans.resident_plan(step, layout, dtype, width, 0) for step in ON_CHIP]
+    chosen: list[Any] = [plans.resident_plan(step, layout, dtype, width, 0) for step in ON_CHIP if not masked]
     for step in STREAMED:
         multiprocessors = None if step in plans.SUMS else plans.properties_of(0).multiprocessors
-        chosen.append(plans.streamed_plan(step, layout, dtype, width, multiprocessors))
+        chosen.append(plans.streamed_plan(step, layout, dtype, width, multiprocessors, masked))
     return {(plan.kernel.name, plan.kernel.options) for plan in chosen if plan is not None}
 
 
@@ -73,6 +77,16 @@ def _width(shape: tuple[int, int, int], dtype: np.dtype[Any]) -> int:
     """Elements of a pack, in arrays that are aligned as CuPy allocates them."""
     _, C, L = shape
     return math.gcd(PACK, (L if L > 1 else C) * dtype.itemsize) // dtype.itemsize
+
+
+def kernels_of_check() -> set[Kernel]:
+    """The kernels that ``python -m cupybn check`` asks this device for, but for those on vectors of channels.
+
+    Shapes that it checks in unaligned memory as well have odd rows: the kernels are the same.
+    """
+    every = [shape for shapes in check.SHAPES.values() for shape in shapes]
+    asked = [kernels_for(shape, 1, dtype, masked) for shape in every for dtype in dtypes() for masked in (False, True)]
+    return set().union(*asked)
 
 
 def has_clusters() -> bool:

@@ -17,7 +17,7 @@ class Stage(NamedTuple):
 
 ALONE = (
     Stage("environment", 30, "versions, attributes of the device, and the mechanisms that all kernels rest on"),
-    Stage("precompile", 45, "kernels into CuPy's cache, on all processors, the most used first; local memory"),
+    Stage("precompile", 45, "kernels into CuPy's cache, on all processors, as later stages need them; local memory"),
     Stage("smoke", 40, "every size of cluster, team and pack, both layouts, forward and backward, against float64"),
     Stage("bench", 95, "copies, then 16 shapes against PyTorch and cuDNN, caches cold, through the scripts gpu_*.py"),
     Stage("family", 60, "20 cases of the norms within a sample and of dropout, as those of bench"),
@@ -25,7 +25,7 @@ ALONE = (
 )
 """Stages that need the GPU for themselves, or prepare it: they run one after the other."""
 TOGETHER = (
-    Stage("check", 70, "python -m cupybn check: every kernel against its mirror"),
+    Stage("check", 120, "python -m cupybn check: every kernel against its mirror, a process for each dtype"),
     Stage("suite", 190, "the tests, but for those that need no GPU"),
     Stage("graph", 50, "training steps in CUDA graphs, to the bit; threads with a stream each"),
     Stage("sanitizer", 110, "Compute Sanitizer: memcheck, racecheck, synccheck and initcheck"),

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from contact.log import Findings, write_whole
 
@@ -47,6 +48,11 @@ class Outcome:
     def last_line(self) -> str:
         """The last line that the stage printed."""
         return next((line for line in reversed(self.tail.splitlines()) if line.strip()), "")
+
+
+def cell(value: Any) -> str:
+    """Text for a cell of a table; a dash for what was not measured."""
+    return "-" if value is None else str(value)
 
 
 class Report:
@@ -95,7 +101,7 @@ class Report:
             if found.table:
                 head = list(dict.fromkeys(key for row in found.table for key in row))
                 yield f"\n| {' | '.join(head)} |\n|{'---|' * len(head)}"
-                yield from (f"| {' | '.join(str(row.get(key, '')) for key in head)} |" for row in found.table)
+                yield from (f"| {' | '.join(cell(row.get(key)) for key in head)} |" for row in found.table)
             if outcome.verdict not in GOOD and outcome.tail:
                 yield f"\n```\n{outcome.tail[-2500:].strip()}\n```"
 

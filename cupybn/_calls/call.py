@@ -336,7 +336,7 @@ class Checked(NamedTuple):
         ordered = "input", "residual", "out", "mask", *VECTORS, "num_batches_tracked"  # as `particulars` has them
         extents = {name: Extent.of(arrays[name]) for name in ordered if name in arrays}
         dense = layout.matches(call.input) and (residual is None or layout.matches(residual))
-        dense = dense and (mask is None or layout.matches_mask(mask))
+        dense = dense and (mask is None or layout.matches_mask(plain(mask)))
         # Not where ranks exchange messages between launches, an observer keeps what it is given, or arrays are copied.
         alone = call.layer is None or (call.layer.group is None and call.layer.observer is None)
         recorded = alone and dense and call.input.size > 0 and kind(call.input) == "cupy"

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cupybn._arrays.kinds import kind
+from cupybn._arrays.kinds import kind, plain
 
 Array = Any  # numpy.ndarray or cupy.ndarray
 
@@ -44,8 +44,11 @@ def may_overlap(arrays: Sequence[Array], extents: Iterable[Extent]) -> bool:
         # Two arrays that own their memory never share it; NumPy compares the ends of others in no time.
         if len({*map(id, arrays)}) < len(arrays):
             return True
+        if all(array.flags.owndata for array in arrays):
+            return False
+        arrays = [*map(plain, arrays)]
         views = [array for array in arrays if not array.flags.owndata]
-        return bool(views) and any(a is not b and np.may_share_memory(a, b) for a in views for b in arrays)
+        return any(a is not b and np.may_share_memory(a, b) for a in views for b in arrays)
     return Spans.of(extents).overlap([array.data.ptr for array in arrays])
 
 
@@ -99,7 +102,7 @@ def _common_element(a: Array, b: Array) -> bool:
             return False
         a, b = _on_host(a), _on_host(b)
     try:
-        return np.shares_memory(a, b, max_work=MOST_WORK)  # type: ignore[arg-type, unused-ignore]  # wrong in 2.4 alone
+        return np.shares_memory(plain(a), plain(b), max_work=MOST_WORK)  # type: ignore[arg-type, unused-ignore]  # wrong in 2.4 alone
     except np.exceptions.TooHardError:
         return True
 

@@ -8,6 +8,7 @@ import math
 import os
 import re
 import tarfile
+import warnings
 import zipfile
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -17,6 +18,7 @@ from typing import IO, Any
 import numpy as np
 
 from cupybn._arrays.dtypes import bfloat16_of
+from cupybn._arrays.kinds import plain
 from cupybn.layers.state import UnreadableError, check_mapping, read
 from cupybn.models.formats import format_of
 
@@ -67,7 +69,7 @@ def shape_of(entries: Mapping[Any, Any], key: Any) -> Shape | None:
 def _shape(value: Any) -> Shape | None:
     """Shape of a value; None if it has none."""
     with contextlib.suppress(Exception):  # objects raise errors of any class
-        return tuple(np.shape(value))
+        return tuple(np.shape(plain(value)))
     return None
 
 
@@ -211,9 +213,15 @@ _READERS: dict[str, Callable[[str, IO[bytes]], Entries]] = {
 
 @contextlib.contextmanager
 def _damage() -> Iterator[None]:
-    """A context in which an error, but for a lack of memory, says that the file is damaged."""
+    """A context in which an error, but for a lack of memory, says that the file is damaged, and a warning nothing.
+
+    What libraries warn of is how they read, such as PyTorch of sparse tensors: a file is none the worse for it, also
+    where a program has turned warnings into errors.
+    """
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     except (MemoryError, UnreadableError):
         raise
     except Exception as error:  # libraries raise errors of many classes, Python's for ZIP archives among them

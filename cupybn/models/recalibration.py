@@ -164,7 +164,7 @@ class _Before(NamedTuple):
         for array, values in self.copies:
             # The error that is on its way matters more than one of a device that takes no more work.
             with contextlib.suppress(Exception), on_device_of(array):
-                array[...] = values
+                plain(array)[...] = values
 
 
 def _release(seen: list[_Seen]) -> None:

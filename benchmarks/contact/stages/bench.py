@@ -149,11 +149,12 @@ def report(task: Task, row: Row, records: Iterable[Record]) -> None:
     """Enter a line for each operation of a row."""
     for operation, cells in compared(task, row, records):
         of_cudnn = cells["cudnn_x"] if isinstance(cells["cudnn_x"], str) else f"x{cells['cudnn_x']}"
+        host = "" if cells["host"] is None else f"host {cells['host']}/{cells['torch_host']}, "
         task.log.row(case=row.name, operation=operation, **cells)
         task.log.highlight(
             f"{row.name:36} {operation:21} {cells['us']:>8} us, {cells['of_copy']:.2f} of copy, "
             f"torch x{cells['torch_x']}, cudnn {of_cudnn}, "
-            f"host {cells['host']}/{cells['torch_host']}, err {cells['error']}"
+            f"{host}err {cells['error']}"
         )
 
 

@@ -84,10 +84,11 @@ def in_order() -> list[Instance]:
     measured += [(shape, axis, half) for shape, axis in ncu_work.SHAPES]
     checked = [(case.shape, case.channel_axis, case.dtype) for case in smoke.all_cases(rehearse=False)]
     checked += [(shape, axis, half) for axis, shape in large.SHAPES.items()]
-    first, second = (set().union(*(insides.kernels_for(*arrays) for arrays in of)) for of in (measured, checked))
+    asked = [set().union(*(insides.kernels_for(*arrays) for arrays in of)) for of in (measured, checked)]
+    asked.append(insides.kernels_of_check())
 
     def urgency(instance: Instance) -> int:
         key = instance.kernel, instance.options
-        return 0 if key in first else 1 if key in second else 2
+        return next((number for number, kernels in enumerate(asked) if key in kernels), len(asked))
 
     return sorted(insides.instances_here(), key=urgency)

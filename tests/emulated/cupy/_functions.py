@@ -38,6 +38,18 @@ VIEWS = _names(
 )
 """Functions that return a view where they can, and then read no element."""
 
+DELEGATED = _names("transpose reshape ravel squeeze swapaxes diagonal")
+"""Functions that call the method of their own name, by the rules of whatever class the array is of."""
+
+CALLS: dict[str, Callable[[Any], Any]] = {
+    **dict.fromkeys(("broadcast_to", "moveaxis", "rollaxis", "split"), lambda array: array.view()),
+    "permute_dims": lambda array: array.transpose(),
+    "matrix_transpose": lambda array: array.swapaxes(-1, -2),
+    "flip": lambda array: array[...],
+    "rot90": lambda array: array[...].transpose(),
+}
+"""Calls that other functions make, likewise by the rules of the array's class."""
+
 CREATION = _names("arange linspace logspace eye identity tri indices bartlett blackman hamming hanning kaiser")
 
 WAITING = _names(
@@ -94,12 +106,22 @@ def lift(theirs: Callable[..., Any]) -> Callable[..., Any]:
             raise TypeError(f"Unsupported type {type(args[0])}")
         if name in WAITING:
             note_get(name)
+        if args and _is_derived(args[0]):
+            if name in DELEGATED:
+                return getattr(args[0], name)(*args[1:], **kwargs)
+            if name in CALLS:
+                CALLS[name](args[0])
         if name in SCALARS:
             return run(lambda *args, **kwargs: np.asarray(theirs(*args, **kwargs)), args, kwargs)
         return run(theirs, args, kwargs, view=name in VIEWS)
 
     function.__module__ = "cupy"
     return function
+
+
+def _is_derived(array: Any) -> bool:
+    """Whether this is a device array of a class that is derived from CuPy's own."""
+    return isinstance(array, cupy.ndarray) and type(array) is not cupy.ndarray
 
 
 def _is_host_data(value: Any) -> bool:

@@ -81,10 +81,12 @@ def _unary(function: str) -> Callable[[ndarray], Any]:
     return apply
 
 
-def _method(name: str, view: bool = False) -> Callable[..., Any]:
-    """A method made of the one of the same name of NumPy's arrays."""
+def _method(name: str, view: bool = False, calls: Callable[[Any], Any] | None = None) -> Callable[..., Any]:
+    """A method made of NumPy's of the same name; `calls` is what it calls by the rules of a derived class."""
 
     def method(self: ndarray, *args: Any, **kwargs: Any) -> Any:
+        if calls is not None and type(self) is not ndarray:
+            calls(self)
         return run(getattr(np.ndarray, name), (self, *args), kwargs, view=view)
 
     method.__name__, method.__doc__ = name, f"As :meth:`numpy.ndarray.{name}`."
@@ -137,14 +139,20 @@ class ndarray:  # noqa: N801 - as CuPy has it
     # Memory
 
     def _view(self, host: npt.NDArray[Any]) -> ndarray:
-        """An array with the shape, strides, dtype and address of a NumPy view of this one's memory."""
-        view = object.__new__(ndarray)
+        """An array of this one's class, with the shape, strides, dtype and address of a NumPy view of its memory."""
+        view = object.__new__(type(self))
         offset = _address(host) - self._allocation.ptr if host.size else 0
         view._host = np.ndarray(host.shape, host.dtype, self._allocation.host, offset, host.strides)
         view._allocation = self._allocation
         view._allocation.arrays[id(view)] = view
         view.base = self if self.base is None else self.base
         return view
+
+    def _basic(self, items: tuple[Any, ...]) -> ndarray:
+        """The view that indices select which are no arrays. CuPy makes it by `view`, by a derived class's rules."""
+        if type(self) is not ndarray:
+            self.view()
+        return self._view(self._host[items if any(item is ... for item in items) else (*items, ...)])
 
     def _written(self) -> npt.NDArray[Any]:
         """An array of the same shape: each item is the element's bytes in `Allocation.initialised`."""
@@ -338,7 +346,7 @@ class ndarray:  # noqa: N801 - as CuPy has it
     def __getitem__(self, key: Any) -> ndarray:
         items = key if isinstance(key, tuple) else (key,)
         if _is_basic(items):
-            return self._view(self._host[items if any(item is ... for item in items) else (*items, ...)])
+            return self._basic(items)
         items = _indices(items)
         if any(isinstance(item, ndarray) and item.dtype == bool for item in items):
             note_get("boolean index")  # the host waits: only the device knows how many elements are selected
@@ -354,7 +362,7 @@ class ndarray:  # noqa: N801 - as CuPy has it
         if not isinstance(value, ndarray):
             value = _scalar(value, self.dtype)
         if _is_basic(items):
-            assign(self[key], value)
+            assign(self._basic(items), value)
             return
         items = _indices(items)
 
@@ -416,10 +424,13 @@ class ndarray:  # noqa: N801 - as CuPy has it
         """An array of the same memory, with another dtype."""
         return self._view(self._host.view(self.dtype if dtype is None else _dtypes.supported(dtype)))
 
-    transpose, reshape, ravel = (_method(name, view=True) for name in ("transpose", "reshape", "ravel"))
-    swapaxes, squeeze, diagonal = (_method(name, view=True) for name in ("swapaxes", "squeeze", "diagonal"))
+    reshape, ravel = (_method(name, view=True) for name in ("reshape", "ravel"))
+    transpose, swapaxes, squeeze = (
+        _method(name, view=True, calls=lambda array: array.view()) for name in ("transpose", "swapaxes", "squeeze")
+    )
+    diagonal = _method("diagonal", view=True, calls=lambda array: array[...])
     flatten = _method("flatten")
-    T = property(lambda self: self.transpose())
+    T = property(lambda self: ndarray.transpose(self))
     real = property(lambda self: self._view(self._host.real))
 
     @property
