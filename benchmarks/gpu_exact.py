@@ -118,7 +118,7 @@ def _blocks(xp: Any, problem: Problem, operation: Operation) -> Iterator[Block]:
     for start in range(0, problem.shape[cut_axis], step):
         part = (slice(None),) * cut_axis + (slice(start, start + step),)
         yield Block(
-            lambda array, part=part: _rows(xp, problem, operation, _wide(array[part])),
+            lambda array, part=part: _rows(xp, problem, operation, _wide(array, part)),
             lambda vector, part=part: _vector(xp, problem, operation, vector, part),
         )
 
@@ -137,8 +137,8 @@ def _rows(xp: Any, problem: Problem, operation: Operation, values: Array) -> Arr
 def _vector(xp: Any, problem: Problem, operation: Operation, vector: Array, part: tuple[slice, ...]) -> Array:
     """A vector of channels in a shape that goes with the rows of a part."""
     if operation.op == "batch_norm":
-        return _wide(vector[part[-1]])[:, None]
-    wide = _wide(vector)
+        return _wide(vector, part[-1:])[:, None]
+    wide = _wide(vector, ())
     if operation.op in OVER_THE_LAST_AXIS:
         return wide
     samples = len(range(*part[0].indices(problem.shape[0])))
@@ -147,8 +147,10 @@ def _vector(xp: Any, problem: Problem, operation: Operation, vector: Array, part
     return repeated.reshape(samples * (problem.groups or problem.channels), -1)
 
 
-def _wide(values: Array) -> Array:
-    """Values in float64."""
-    if values.dtype.name == "bfloat16":
-        values = (values.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+def _wide(array: Array, part: tuple[slice, ...]) -> Array:
+    """A part of an array in float64."""
+    if array.dtype.name == "bfloat16":
+        values = (array.view(np.uint16)[part].astype(np.uint32) << 16).view(np.float32)
+    else:
+        values = array[part]
     return values.astype(np.float64)

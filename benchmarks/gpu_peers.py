@@ -19,11 +19,14 @@ from cupybn._cli.extras import optional
 from cupybn._cli.measure import Call, CupyGraph, Graph, TorchGraph
 from cupybn._cli.peers import cupybn_call, torch_call
 from cupybn._cli.plain import plain_call
-from cupybn._cli.problem import FAMILY, Array, Arrays, Operation, Problem
+from cupybn._cli.problem import FAMILY, OVER_THE_LAST_AXIS, Array, Arrays, Operation, Problem
 
 CUPYBN, TORCH, NATIVE = "cupybn", "PyTorch", "PyTorch without cuDNN"
 CUDNN, PLAIN, EXPERT = "cuDNN Frontend", "plain CuPy", "expert CuPy"
 COMPILED, APEX, ENGINE = "torch.compile", "Apex", "Transformer Engine"
+
+MOST_ROWS = 1 << 16
+"""Rows up to which PyTorch is asked for the way back of layer and RMS norm: with more it may write out of bounds."""
 
 
 @dataclass
@@ -108,8 +111,9 @@ def _torch_peers(torch: Any, compiled: bool, notes: list[str]) -> list[Peer]:
     def call(problem: Problem, operation: Operation, arrays: Arrays) -> Call:
         return torch_call(torch, problem, operation, arrays)
 
-    def takes(_problem: Problem, _operation: Operation) -> bool:
-        return True
+    def takes(problem: Problem, operation: Operation) -> bool:
+        of_rows = operation.op in OVER_THE_LAST_AXIS and operation.backward
+        return not of_rows or problem.shape[0] <= MOST_ROWS
 
     def bare(problem: Problem, operation: Operation) -> bool:
         single = operation.op == "batch_norm" and operation.activation is None
@@ -127,6 +131,9 @@ def _torch_peers(torch: Any, compiled: bool, notes: list[str]) -> list[Peer]:
     ]
     if compiled:
         found.append(of_family(COMPILED, compiled_function, FAMILY))
+    notes.append(
+        f"{TORCH}: no way back of layer and RMS norm with more than {MOST_ROWS} rows: it may write out of bounds"
+    )
     for name, module, make in OTHERS:
         if optional(module) is None:
             notes.append(f"{name}: not available, it is not installed")
