@@ -58,7 +58,8 @@ def main() -> None:
             i
             for kernel in sources.kernel_names()
             for i in nvrtc.instances(kernel, a)
-            if "/" not in kernel or (i.pack_bytes, i.index_bits, i.masked) == (16, 32, False)
+            if ("/" not in kernel and kernel not in nvrtc.IN_PACKS)
+            or (i.pack_bytes, i.index_bits, i.masked) == (16, 32, False)
         ]
         for a in ARCHITECTURES
     ]

@@ -31,8 +31,21 @@ from typing import Any, NamedTuple
 from cupybn._arrays.devices import copied, on_device_of
 from cupybn._calls import across, checks
 from cupybn._calls.call import Call
-from cupybn._calls.flow import Saved, WayBack, forward, forward_and_saved
+from cupybn._calls.flow import WayBack, forward, forward_and_saved
+from cupybn._calls.saved import Saved
 from cupybn._steps.bundles import Affine, Epilogue, Running, Statistics
+from cupybn.dropout.functions import (
+    DropoutGrads,
+    DropoutVjpFn,
+    dropout,
+    dropout1d,
+    dropout1d_vjp,
+    dropout2d,
+    dropout2d_vjp,
+    dropout3d,
+    dropout3d_vjp,
+    dropout_vjp,
+)
 from cupybn.norms.group import GroupNormGrads, group_norm, group_norm_vjp
 from cupybn.norms.instance import InstanceNormGrads, instance_norm, instance_norm_vjp
 from cupybn.norms.layer import LayerNormGrads, RMSNormGrads, layer_norm, layer_norm_vjp, rms_norm, rms_norm_vjp
@@ -41,6 +54,8 @@ from cupybn.statistics.moments import moments
 
 __all__ = [
     "BatchNormGrads",
+    "DropoutGrads",
+    "DropoutVjpFn",
     "GroupNormGrads",
     "InstanceNormGrads",
     "LayerNormGrads",
@@ -50,6 +65,14 @@ __all__ = [
     "batch_norm",
     "batch_norm_backward",
     "batch_norm_vjp",
+    "dropout",
+    "dropout1d",
+    "dropout1d_vjp",
+    "dropout2d",
+    "dropout2d_vjp",
+    "dropout3d",
+    "dropout3d_vjp",
+    "dropout_vjp",
     "group_norm",
     "group_norm_vjp",
     "instance_norm",

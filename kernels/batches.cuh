@@ -69,11 +69,17 @@ DEVICE void as_they_come(const OnChip& source, int count, Body body) {
     body(No(), i, count - i);
 }
 
+// Packs of a group, where a thread copies so many packs to shared memory in batches of AT_ONCE.
+template <int AT_ONCE>
+DEVICE int group_of_copies(int packs) {
+    return (packs + GROUPS * AT_ONCE - 1) / (GROUPS * AT_ONCE) * AT_ONCE;
+}
+
 // Starts the copies of a thread's packs of K arrays to shared memory, to `kept` and what follows TEAM apart, in GROUPS
 // groups of whole batches of AT_ONCE. Returns how many packs a group has.
 template <int AT_ONCE, int K, class Packs>
 DEVICE int stage(raw_t* const (&kept)[K], const data_t* const (&arrays)[K], Packs packs) {
-    const int group = (packs.count + GROUPS * AT_ONCE - 1) / (GROUPS * AT_ONCE) * AT_ONCE;
+    const int group = group_of_copies<AT_ONCE>(packs.count);
     if constexpr (CARRIED) {
         constexpr int IN_FLIGHT = 8 / K;
         in_batches<IN_FLIGHT>(packs.count, [&](auto full, int i, int count) {

@@ -59,6 +59,15 @@ DEVICE void set_gradient(Channel& channel, const double (&sums)[2], double inv_c
     channel.wide = channel.wide || extreme(channel.slope) || extreme(channel.offset);
 }
 
+// Sets slope and offset from the means of scale * dy and of scale * dy * xhat over a row, whose channels have scales of
+// their own and one mean and variance:
+//     dx = dy * scale - ((x - center) * slope + offset).
+DEVICE void set_row_gradient(Channel& channel, const double (&means)[2]) {
+    channel.slope = means[1] * channel.rstd;
+    channel.offset = means[0] - __dmul_rn(channel.slope, channel.rest);
+    channel.wide = channel.wide || extreme(channel.slope) || extreme(channel.offset);
+}
+
 // Writes sums to their place in those of all parts and channels.
 DEVICE void set_sums(const Sums& sums, long long at, const double (&own)[2]) {
     sums.dy[at] = own[0];

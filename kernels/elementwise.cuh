@@ -115,18 +115,23 @@ DEVICE void stop(acc_t (&dy)[WIDTH], const acc_t (&x)[WIDTH], Gate gate, unsigne
     }
 }
 
-// The input's gradient of an element; `constant` if the statistics do not depend on x.
+// How the statistics depend on x, and so what the input's gradient is. CONSTANTS: not at all. OF_CHANNEL: they are those
+// of the element's channel. OF_ROW: those of a row of channels, each with a weight of its own.
+enum Dependence { CONSTANTS, OF_CHANNEL, OF_ROW };
+
+// The input's gradient of an element.
 template <class A>
-DEVICE A input_gradient(A dy, A x, const Factors<A>& f, bool constant) {
-    const A dx = constant ? dy : dy - mul(x - f.center, f.slope) - f.offset;  // without 0 * x: x may be inf
-    return dx * f.scale;
+DEVICE A input_gradient(A dy, A x, const Factors<A>& f, Dependence dependence) {
+    if (dependence == CONSTANTS) return dy * f.scale;  // without 0 * x: x may be inf
+    if (dependence == OF_ROW) return mul(dy, f.scale) - (mul(x - f.center, f.slope) + f.offset);  // a weight may be 0
+    return (dy - mul(x - f.center, f.slope) - f.offset) * f.scale;
 }
 
 // The input's gradient of a pack, of which a mask leaves the elements whose bit of `left` is set. g becomes what the
 // residual gets.
 template <bool WIDE, class Channels>
-DEVICE raw_t input_gradient(const raw_t& dy, const raw_t& x, Gate gate, unsigned bits, unsigned left, bool constant,
-                            const Channels& channels, acc_t (&g)[WIDTH]) {
+DEVICE raw_t input_gradient(const raw_t& dy, const raw_t& x, Gate gate, unsigned bits, unsigned left,
+                            Dependence dependence, const Channels& channels, acc_t (&g)[WIDTH]) {
     acc_t in[WIDTH];
     typename Arithmetic<WIDE>::type dx[WIDTH];
     unpack(dy, g);
@@ -135,9 +140,9 @@ DEVICE raw_t input_gradient(const raw_t& dy, const raw_t& x, Gate gate, unsigned
 #pragma unroll
     for (int e = 0; e < WIDTH; e++) {
         if (WIDE && channels.is_wide(e))
-            dx[e] = input_gradient<double>(g[e], in[e], channels.wide(e), constant);
+            dx[e] = input_gradient<double>(g[e], in[e], channels.wide(e), dependence);
         else
-            dx[e] = input_gradient(g[e], in[e], channels.usual(e), constant);
+            dx[e] = input_gradient(g[e], in[e], channels.usual(e), dependence);
         if (!(left >> e & 1)) dx[e] = g[e] = 0;
     }
     return pack(dx);

@@ -29,10 +29,10 @@ DEVICE double over_left(double inv_count, const Statistics& statistics) {
                                            : inv_count;
 }
 
-// Writes the gradients of a thread's packs; `constant` if the statistics do not depend on x.
+// Writes the gradients of a thread's packs.
 template <bool WIDE, int AT_ONCE, class Source, class Packs, class Left, class Channels>
 DEVICE void input_gradients(const Source& dy, const Source& x, Packs packs, const Left& left, const Passed& passed,
-                            bool constant, const Channels& channels, const Gradients& gradients) {
+                            Dependence dependence, const Channels& channels, const Gradients& gradients) {
     in_batches<AT_ONCE>(packs.count, [&](auto full, int i, int count) {
         raw_t raw_dy[AT_ONCE], raw_x[AT_ONCE];
         index_t at[AT_ONCE];
@@ -47,25 +47,41 @@ DEVICE void input_gradients(const Source& dy, const Source& x, Packs packs, cons
         each<AT_ONCE>(full, count, [&](int u) {
             acc_t g[WIDTH];
             store(gradients.dx + at[u],
-                  input_gradient<WIDE>(raw_dy[u], raw_x[u], passed.gate, bits[u], some[u], constant, channels, g));
+                  input_gradient<WIDE>(raw_dy[u], raw_x[u], passed.gate, bits[u], some[u], dependence, channels, g));
             if (gradients.dresidual) store(gradients.dresidual + at[u], pack(g));
         });
     });
 }
 
-// Writes the gradients of a thread's packs, whatever is asked for: every choice is made here, once.
+// Writes the gradients of a thread's packs, whatever is asked for: every choice is made here, once. `constant` if the
+// statistics do not depend on x; else they are those of channels.
 template <class Source, class Packs, class Left, class Channels>
 DEVICE void input_gradients_all(const Source& dy, const Source& x, const Packs& packs, const Left& left,
                                 const Epilogue& epilogue, bool constant, const Channels& channels,
                                 const Gradients& gradients) {
     const passed_t* const record = epilogue.passed;
     if (sizeof(acc_t) < 8 && channels.any_wide)
-        input_gradients<true, 1>(dy, x, packs, left, {gate_of(epilogue), record}, constant, channels, gradients);
+        input_gradients<true, 1>(dy, x, packs, left, {gate_of(epilogue), record}, constant ? CONSTANTS : OF_CHANNEL,
+                                 channels, gradients);
     else
         with_gate(epilogue, [&](auto gate) {
             with_flag(constant, [&](auto unchanging) {
-                input_gradients<false, Packs::PAIRS>(dy, x, packs, left, {gate, record}, unchanging, channels,
+                constexpr Dependence DEPENDENCE = decltype(unchanging)::value ? CONSTANTS : OF_CHANNEL;
+                input_gradients<false, Packs::PAIRS>(dy, x, packs, left, {gate, record}, DEPENDENCE, channels,
                                                      gradients);
             });
+        });
+}
+
+// Writes them in the same way where the statistics are those of rows of channels.
+template <class Source, class Packs, class Left, class Channels>
+DEVICE void row_gradients_all(const Source& dy, const Source& x, const Packs& packs, const Left& left,
+                              const Epilogue& epilogue, const Channels& channels, const Gradients& gradients) {
+    const passed_t* const record = epilogue.passed;
+    if (sizeof(acc_t) < 8 && channels.any_wide)
+        input_gradients<true, 1>(dy, x, packs, left, {gate_of(epilogue), record}, OF_ROW, channels, gradients);
+    else
+        with_gate(epilogue, [&](auto gate) {
+            input_gradients<false, Packs::PAIRS>(dy, x, packs, left, {gate, record}, OF_ROW, channels, gradients);
         });
 }

@@ -14,6 +14,18 @@ struct Block {
     DEVICE unsigned word(unsigned i) const { return i & 2 ? (i & 1 ? d : c) : (i & 1 ? b : a); }
 };
 
+// The product of two words, by the one instruction for it: from C++ the compiler makes another one as well, which adds
+// 0 to the upper half.
+DEVICE unsigned long long product(unsigned a, unsigned b) {
+#ifdef __CUDA_ARCH__
+    unsigned long long result;
+    asm("mul.wide.u32 %0, %1, %2;" : "=l"(result) : "r"(a), "r"(b));
+    return result;
+#else
+    return (unsigned long long)a * b;
+#endif
+}
+
 // The words of one call of one generator. The key is the seed; the call is the upper half of the counter, and the lower
 // half counts blocks.
 class Philox {
@@ -29,7 +41,7 @@ class Philox {
         unsigned a = (unsigned)block, b = (unsigned)(block >> 32), c = call[0], d = call[1];
 #pragma unroll
         for (unsigned round = 0; round < 10; round++) {
-            const unsigned long long first = 0xD2511F53ull * a, second = 0xCD9E8D57ull * c;
+            const unsigned long long first = product(0xD2511F53u, a), second = product(0xCD9E8D57u, c);
             a = (unsigned)(second >> 32) ^ b ^ (key[0] + round * 0x9E3779B9u);
             b = (unsigned)second;
             c = (unsigned)(first >> 32) ^ d ^ (key[1] + round * 0xBB67AE85u);

@@ -65,8 +65,10 @@ def rng():
 def no_tapes():
     """No launches are kept from earlier tests: the first call of a test that is like no other takes its steps."""
     from cupybn._calls import call
+    from cupybn.dropout import call as dropout_call
 
     call._cache.clear()
+    dropout_call._cache.clear()
 
 
 @pytest.fixture

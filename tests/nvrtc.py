@@ -38,6 +38,8 @@ are compiled for one architecture alone."""
 MASKED = {(16, 32): ("float16", "float32"), (16, 64): ("bfloat16",)}
 """Instances to compile of kernels for masks, for the architectures in MASKED_ON."""
 MASKED_ON = (90, 120)
+IN_PACKS = ("dropout", "dropout_channels")
+"""Kernels that work on packs, though they know no layout."""
 _LIBRARY = "nvrtc64_*_0.dll" if sys.platform == "win32" else "libnvrtc.so.*"
 _CUPY_OPTIONS = ("--std=c++17", "-ftz=true", "--device-as-default-execution-space")
 """Options that CuPy passes for every kernel, beside its architecture. Without the last one, the compiler of CUDA 13.0
@@ -102,7 +104,7 @@ def instances(kernel: str, architecture: int, everything: bool = False) -> list[
         largest = {i.threads: i.team for i in found}  # later teams of a block are larger, and replace earlier ones
         clusters = 0, BLOCKS[0], _clusters(architecture)[-1]
         return [i for i in found if i.team == largest[i.threads] and i.cluster in clusters]
-    if "/" not in kernel:
+    if "/" not in kernel and kernel not in IN_PACKS:
         return found
     fewest = min(i.threads for i in found)
     # Later clusters are larger, and replace earlier ones.
@@ -124,17 +126,17 @@ def all_instances(architecture: int) -> Iterator[Instance]:
     for masked, index_bits, pack_bytes in itertools.product((False, True), (32, 64), PACK_BYTES):
         for kernel in sources.kernel_names():
             layout, _, step = kernel.rpartition("/")
-            if not layout:  # the kernel works on vectors of one value per channel, not on packs
+            if not layout and kernel not in IN_PACKS:  # the kernel works on vectors of one value per channel
                 if (masked, pack_bytes, index_bits) == (False, 16, 32):  # such a kernel is listed once
                     threads = THREADS if step == "bn_update_running" else WARP
                     yield from (Instance(kernel, dtype, 1, 32, threads) for dtype in ("float32", "float64"))
                 continue
             for dtype, (threads, team) in itertools.product(FLOATS, _teams(layout, step)):
-                if pack_bytes < itemsize(dtype) or (masked and step in ON_CHIP):
+                if pack_bytes < itemsize(dtype) or (masked and (step in ON_CHIP or not layout)):
                     continue
                 clusters = (
                     (0,)
-                    if step not in ON_CHIP or layout == "channels_last"
+                    if step not in ON_CHIP or layout != "channels_first"
                     else _clusters(architecture)
                     if team in (0, threads)
                     else BLOCKS[:1]
@@ -146,7 +148,7 @@ def all_instances(architecture: int) -> Iterator[Instance]:
 
 def _teams(layout: str, step: str) -> list[tuple[int, int]]:
     """Threads of a block and of a team, for each choice that the kernel has."""
-    if layout == "channels_last":
+    if layout != "channels_first":
         return [(THREADS, 0)]
     most = TEAMS[-1] if step in ON_CHIP else THREADS
     return [(max(team, LEAST_THREADS), team) for team in TEAMS if team <= most]

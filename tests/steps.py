@@ -8,8 +8,9 @@ import cupy as cp
 import numpy as np
 
 from cupybn._calls import call
-from cupybn._steps import cupy_ops, numpy_ops, plans
+from cupybn._steps import cupy_dropout, cupy_ops, numpy_ops, plans
 from cupybn._steps.bundles import Affine, Epilogue, Gradients, Running, Statistics
+from cupybn.dropout import call as dropout_call
 from tests.reference import HALF_ULP, to_numpy
 
 EPS = 1e-3
@@ -110,6 +111,7 @@ def _way_back(ops, dy, x, affine, running, epilogue, out):
 
 def forget_plans():
     """Forget all plans and tapes of launches, since they hold for the devices and settings of their time."""
-    for cached in (plans.streamed_plan, plans.resident_plan, plans.properties_of):
+    for cached in (plans.streamed_plan, plans.resident_plan, plans.properties_of, cupy_dropout._plan):
         cached.cache_clear()
     call._cache.clear()
+    dropout_call._cache.clear()

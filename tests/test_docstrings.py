@@ -48,9 +48,14 @@ def test_example(name):
 
 def test_what_users_call_has_examples():
     layers = [cupybn.BatchNorm1d, cupybn.BatchNorm2d, cupybn.BatchNorm3d, cupybn.SyncBatchNorm]
-    functions = [getattr(cupybn.functional, name) for name in cupybn.functional.__all__ if name != "BatchNormGrads"]
+    layers += [cupybn.InstanceNorm1d, cupybn.InstanceNorm2d, cupybn.InstanceNorm3d]
+    layers += [cupybn.GroupNorm, cupybn.LayerNorm, cupybn.RMSNorm]
+    layers += [cupybn.Dropout, cupybn.Dropout1d, cupybn.Dropout2d, cupybn.Dropout3d]
+    functions = [getattr(cupybn.functional, name) for name in cupybn.functional.__all__ if not name.endswith("Grads")]
+    functions += [cupybn.Generator, cupybn.Generator.manual_seed, cupybn.manual_seed]
     methods = [getattr(cupybn.BatchNorm2d, name) for name in ("vjp", "state_dict", "load_state_dict", "to")]
     methods.append(cupybn.SyncBatchNorm.from_batchnorm)
+    methods += [getattr(layer, name) for layer in layers[4:10] for name in ("forward", "vjp")]
     models = [cupybn.fold_conv_bn, cupybn.fold_linear_bn, cupybn.update_bn, cupybn.StreamingMoments]
     models += [cupybn.find_batch_norms, cupybn.load_checkpoint, cupybn.save_checkpoint, cupybn.IncompatibleKeys]
     for subject in [*layers, *functions, *methods, *models, cupybn.no_stats_update]:
@@ -65,7 +70,7 @@ def test_no_example_is_left_out():
     docstrings = [ast.get_docstring(node) or "" for tree in trees for node in tree if isinstance(node, documented)]
     marks = sum(">>> " in text for text in docstrings)
     assert marks > 5
-    assert len(EXAMPLES) == marks + 3  # that of the layers stands in three more classes
+    assert len(EXAMPLES) == marks + 6  # those of batch and instance norm stand in three more classes each
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -139,6 +139,10 @@ def test_pickles_name_no_private_place():
         assert places(pickled)
         assert type(pickle.loads(pickled)) is type(layer)
         assert type(copy.deepcopy(layer)) is type(layer)
+    for layer in cupybn.Dropout, cupybn.Dropout1d, cupybn.Dropout2d, cupybn.Dropout3d:
+        pickled = pickle.dumps(layer(seed=7, device="cpu"))
+        assert places(pickled) == {"cupybn.layers.dropout", "cupybn.dropout.generator"}, layer
+        assert type(pickle.loads(pickled)) is layer
     grads = cupybn.BatchNormGrads(*np.ones((4, 1)))
     assert places(pickle.dumps(grads)) == {"cupybn.functional"}
     assert pickle.loads(pickle.dumps(grads)) == grads

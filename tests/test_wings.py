@@ -17,7 +17,7 @@ FLOORS = (
     ("models",),
     ("layers",),
     ("functional",),
-    ("statistics",),
+    ("dropout", "norms", "statistics"),
     ("_calls",),
     ("_ranks",),
     ("_steps",),

@@ -314,7 +314,7 @@ class Checked(NamedTuple):
     moves: bool  # whether the call moves running statistics
     training: bool
     has_residual: bool
-    norm: Norm | None  # which norm within a sample it is; None for batch norm, and whatever goes its way
+    norm: Norm | None  # what the steps of a norm within a sample are told; None for those of batch norm
     settled: bool  # whether all arrays are of NumPy's or CuPy's own class, and eps and skip_nonfinite Python's
     dense: bool  # whether input, residual and mask have the layout
     direct: bool  # whether `out` has it

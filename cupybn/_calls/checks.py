@@ -324,13 +324,16 @@ class Words(NamedTuple):
     """What messages say of the function or layer that vectors are given to."""
 
     flag: str | None = "training"  # argument of the function that is a bool, if there is one
-    count: str = "num_features"  # argument of the layer that is the number of channels
+    number: str = "num_features"  # argument of the layer that is the number of channels
     first_axis: int = 0  # first axis of the input that may be that of the channels
     missing: int = 0  # axes that a layer puts before those of the input
 
 
+_BATCH_NORM = Words()
+
+
 def check_vectors(
-    input: Any, axis: int, vectors: Mapping[str, Any], layer_device: str | None, words: Words = Words()
+    input: Any, axis: int, vectors: Mapping[str, Any], layer_device: str | None, words: Words = _BATCH_NORM
 ) -> None:
     """Check that vectors have the input's kind and device, a float dtype, and one element per channel.
 
@@ -341,7 +344,9 @@ def check_vectors(
     for name, vector in vectors.items():
         if layer_device is not None and kind(vector) is not None and device_of(vector) == layer_device:
             check_beside_layer(input, vector)
-        if layer_device is None and words.flag and isinstance(vector, (bool, np.bool_)):  # it stands in a vector's place
+        if (
+            layer_device is None and words.flag and isinstance(vector, (bool, np.bool_))
+        ):  # it stands in a vector's place
             given = f"{name} to be a NumPy or CuPy array (got {describe(vector)})"
             raise TypeError(f"expected {given}; did you mean {words.flag}={bool(vector)}?")
         check_array(name, vector, input)
@@ -353,7 +358,7 @@ def check_vectors(
             way_out = f": use {name}.reshape(-1)" if spread else ""
             raise ValueError(f"expected {name} of shape ({channels},) (got {vector.shape}){way_out}")
         if vector.size != channels:
-            message = f"expected {vector.size} channels ({words.count}) on axis {axis}, got {channels}"
+            message = f"expected {vector.size} channels ({words.number}) on axis {axis}, got {channels}"
             if layer_device is None or len(sizes) > 1:
                 message = f"{name} should contain {channels} elements not {vector.size}"
             if layer_device is not None and vector.size in input.shape and vector.size and len(sizes) == 1:

@@ -31,19 +31,21 @@ class Layout(NamedTuple):
     axes: tuple[int, ...]  # numbers of the axes in the order of memory, slowest first
     sizes: tuple[int, ...]  # sizes of these axes, in the same order
     shape: tuple[int, ...]  # shape that steps see
-    channel_axis: int  # number of the channel axis
+    channel_axis: int | None  # number of the channel axis; None where there is none, and the whole array is one channel
     order: tuple[int, ...] | None = None  # axes in the order of memory that outputs get, where it is another one
 
     @classmethod
-    def of(cls, array: Array, channel_axis: int) -> Layout:
+    def of(cls, array: Array, channel_axis: int | None) -> Layout:
         """Layout of an array. One that is not dense gets that of a dense array with its axes in the same order."""
         # The strides of axes of length 1 mean nothing; but wherever such axes are sorted to, N and L stay the same. If
         # the channel axis is one of them, it goes to the front: the whole array is one channel, (1, 1, L).
         axes = _in_memory(array)
-        if array.shape[channel_axis] == 1:
+        if channel_axis is not None and array.shape[channel_axis] == 1:
             axes.remove(channel_axis)
             axes.insert(0, channel_axis)
         sizes = tuple(array.shape[i] for i in axes)
+        if channel_axis is None:
+            return cls(tuple(axes), sizes, (1, 1, math.prod(sizes)), None)
         c = axes.index(channel_axis)
         return cls(tuple(axes), sizes, (math.prod(sizes[:c]), sizes[c], math.prod(sizes[c + 1 :])), channel_axis)
 
@@ -120,7 +122,7 @@ class Layout(NamedTuple):
     def _axes_of_masks(self) -> list[int]:
         """Axes of masks in the order of memory of this layout, numbered without the channel axis."""
         c = self.channel_axis
-        return [i - (i > c) for i in self.axes if i != c]
+        return [i - (c is not None and i > c) for i in self.axes if i != c]
 
     def _mask_in_order(self, mask: Array) -> Array:
         """A mask in the shape of this layout without the channel axis, with its axes in the order of memory."""

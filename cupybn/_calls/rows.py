@@ -80,8 +80,8 @@ class Rows(NamedTuple):
     def words(self) -> checks.Words:
         """What messages about vectors say of the function or layer."""
         flag = "use_input_stats" if self.function == "instance_norm" else None
-        count = "num_features" if self.num_groups is None else "num_channels"
-        return checks.Words(flag, count, 1 if self.batched else 0, 0 if self.batched else 1)
+        number = "num_features" if self.num_groups is None else "num_channels"
+        return checks.Words(flag, number, 1 if self.batched else 0, 0 if self.batched else 1)
 
     def layout(self, input: Array, axis: int) -> Layout:
         """Layout of an input with this channel axis, as the steps take it."""
@@ -119,10 +119,8 @@ def as_normalized_shape(value: Any) -> tuple[int, ...]:
     TypeError
         If this is something else. Arrays are refused, too: their elements may be on a device.
     """
-    cls = type(value)
-    if cls is tuple and all(type(n) is int for n in value):
-        shape: tuple[int, ...] = value
-        return shape
+    if type(value) is tuple and {*map(type, value)} == {int}:
+        return value
     if isinstance(value, Sequence) and not isinstance(value, (str, bytes)) and kind(value) is None:
         return tuple(checks.as_int(f"normalized_shape[{i}]", n) for i, n in enumerate(value))
     if kind(value) is not None and value.ndim > 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import Any
 
@@ -45,6 +46,7 @@ def words(drawn: Array, size: int) -> npt.NDArray[np.uint64]:
     return np.array([*itertools.islice(itertools.chain.from_iterable(blocks), size)], np.uint64)
 
 
+@functools.lru_cache(maxsize=1 << 16)
 def philox(block: int, call: int, seed: int) -> tuple[int, int, int, int]:
     """The four words of a block."""
     low = 0xFFFFFFFF

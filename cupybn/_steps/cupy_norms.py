@@ -103,7 +103,9 @@ def norm_update_running(statistics: Statistics, running: Running, count: float) 
 
 def empty_passed(x: Array, norm: Norm, residual: Array, out: Array) -> Array:
     """A record of where ReLU passes: a byte for each pack, bool where packs are single elements."""
-    width = norms_last.width_of(x, residual, out) if _is_last(x) else _width_of(x, norm, residual, out)
+    if _is_last(x):
+        return norms_last.empty_passed(x, norm, residual, out)
+    width = _width_of(x, norm, residual, out)
     return _empty(x.shape, np.bool_) if width == 1 else _empty((x.size // width,), np.uint8)
 
 

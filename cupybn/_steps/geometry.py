@@ -28,7 +28,7 @@ The other kind is elementwise, and cut by the number of multiprocessors as well.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from cupybn._steps.resident import BLOCKS_PER_MULTIPROCESSOR, CUDA_OWN, SOON, Device, choose_cluster
 
@@ -123,7 +123,7 @@ class Geometry(NamedTuple):
     """Launch of a kernel: its grid, its blocks, and the sizes that are passed to it."""
 
     grid: tuple[int, ...]
-    sizes: ChannelsFirst | ChannelsLast | Any = None  # None for kernels without a layout
+    sizes: tuple[int, ...] | None = None  # a NamedTuple as the kernel takes it; None for kernels without a layout
     parts: int = 1  # shares of a channel, each of which leaves a part where the kernel sums
     threads: int = THREADS  # threads per block
     cluster: int = 1  # blocks per cluster

@@ -17,7 +17,7 @@ from cupybn._steps.arguments import WORD, Arguments
 
 Array = Any  # cupy.ndarray
 
-SHARED = 32 << 10
+SHARED = 28 << 10
 """Bytes of dynamic shared memory that a block may have without asking: of 48 KiB, what kernels leave of them."""
 _asking = threading.Lock()
 """Held while a kernel is asked for more shared memory: another thread could ask for less, later."""

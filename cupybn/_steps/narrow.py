@@ -37,9 +37,9 @@ def extreme(factor: Array) -> Array:
     return (size > LARGE) | (size < 1 / LARGE) & (size > 0)
 
 
-def let_through(dy: Array, passed: Array) -> Array:
+def let_through(dy: Array, passed: Array, out: Array | None = None) -> Array:
     """dy where it passed, else 0: never 0 * dy, dy may be inf."""
-    y = np.empty(dy.shape, dy.dtype)
+    y = np.empty(dy.shape, dy.dtype) if out is None else out
     word = np.dtype(f"i{dy.itemsize}")
     bits = np.negative(passed.view(np.int8))  # 0 or all bits set
     np.bitwise_and(dy.view(word), bits, out=y.view(word), dtype=word)

@@ -26,7 +26,7 @@ from cupybn._steps.bundles import Affine, Epilogue, Gradients, Moments, Running,
 from cupybn._steps.narrow import FLOAT64, LARGE, LEAST_VARIANCE, SMALL_RSTD, extreme, let_through
 from cupybn._steps.norm import Norm
 from cupybn._steps.numpy_ops import merge_moments
-from cupybn._steps.rows import Piece, Rows, bands_of, channel_sums, row_sums, walk, work_of
+from cupybn._steps.rows import Memory, Piece, Rows, Work, channel_sums, row_sums, walk
 from cupybn._steps.tiles import numpy_settings, super_row
 
 Array = npt.NDArray[Any]
@@ -62,50 +62,60 @@ def norm_forward(
     -------
     Mean and biased variance of each row, if they are wanted; 0 and mean(x^2), where it is not centered.
     """
-    normalization = _Normalization(Rows.of(x, norm), norm.centered, affine, accumulation_dtype(x.dtype))
-    rows = normalization.rows
-    work = work_of(rows, bands_of(rows, x.itemsize, False))
+    normalization = _Normalization.of(x, norm, affine)
+    rows, memory = normalization.rows, normalization.memory
+    work = Work.of(rows, x.itemsize, False)
     pairs = np.empty((rows.number, 2)) if keep or not rows.whole else None
     if not rows.whole:
         pairs = _moments_of_parts(x, normalization, work)
 
+    # To compute in before all of x and the residual has been read.
+    out_is_free = not any(a is not None and np.may_share_memory(out, a) for a in (x, epilogue.residual))
+
     def core(piece: Piece) -> None:
-        values, numbers = rows.take(x, piece, normalization.dtype), rows.numbers(piece)
+        numbers, dtype = rows.numbers(piece), normalization.dtype
+        values = rows.take(x, piece, dtype, memory, "x")
+        y = rows.place(out, piece, dtype, memory, "y") if out_is_free else memory.empty("y", values.shape, dtype)
         if rows.whole:
-            mean, var = _moments(values.reshape(len(values), -1), norm.centered)
+            mean, var = _moments(values, norm.centered, y)
             if pairs is not None:
                 pairs[numbers, 0], pairs[numbers, 1] = mean, var
         else:
             assert pairs is not None
             mean, var = pairs[numbers].T
-        _write_output(values, piece, normalization, normalization.factors(piece, mean, var), epilogue, out)
+        _compute_output(values, piece, normalization, normalization.factors(piece, mean, var), epilogue, y)
+        rows.put(out, piece, y)
 
-    walk(core, work, x.size)
+    walk(core, work)
     return Statistics(pairs) if keep and pairs is not None else None
 
 
-def _moments_of_parts(x: Array, normalization: _Normalization, work: list[list[Piece]]) -> Array:
+def _moments_of_parts(x: Array, normalization: _Normalization, work: Work) -> Array:
     """Mean and variance of rows that are cut, from those of their pieces, as pairs."""
-    rows = normalization.rows
+    rows, memory = normalization.rows, normalization.memory
     parts = len(rows.parts())
     count, moments = np.empty(parts), np.empty((2, parts, rows.number))
 
     def core(piece: Piece) -> None:
-        values = rows.take(x, piece, normalization.dtype)
-        mean, var = _moments(values.reshape(len(values), -1), normalization.centered)
+        values = rows.take(x, piece, normalization.dtype, memory, "x")
         of_row = values.size // len(values)
         count[piece.part] = of_row
+        mean, var = _moments(values, normalization.centered, memory.empty("d", values.shape, values.dtype))
         moments[0, piece.part, rows.numbers(piece)] = mean
         moments[1, piece.part, rows.numbers(piece)] = var * of_row
 
-    walk(core, work, x.size)
+    walk(core, work)
     merged = Moments.of_rows(merge_moments(Moments(count, *moments)))
     return np.stack([merged.mean[0], merged.m2[0] / rows.length], 1)
 
 
-def _moments(values: Array, centered: bool) -> tuple[Array, Array]:
-    """Mean and variance of each row, (rows, length), in float64; 0 and mean(x^2), where they are not centered."""
-    mean, var = _moments_in_its_dtype(values, centered)
+def _moments(values: Array, centered: bool, scratch: Array) -> tuple[Array, Array]:
+    """Mean and variance of each row of a piece, in float64; 0 and mean(x^2), where they are not centered.
+
+    The scratch memory, of the shape and dtype of the piece, may be the output's, but not the input's.
+    """
+    values, scratch = values.reshape(len(values), -1), scratch.reshape(len(values), -1)
+    mean, var = _moments_in_its_dtype(values, centered, scratch)
     if values.dtype != FLOAT64:
         held = (var > LEAST_VARIANCE[values.dtype]) & (var < np.inf)
         if not held.all():
@@ -117,7 +127,7 @@ def _moments(values: Array, centered: bool) -> tuple[Array, Array]:
     return mean, var
 
 
-def _moments_in_its_dtype(values: Array, centered: bool) -> tuple[Array, Array]:
+def _moments_in_its_dtype(values: Array, centered: bool, scratch: Array | None = None) -> tuple[Array, Array]:
     """Mean and variance of each row, from sums about a mean that is off by no more than rounding errors.
 
     Where all values are the same, they differ from it by a few units in the last place, and sums of that are exact.
@@ -126,7 +136,7 @@ def _moments_in_its_dtype(values: Array, centered: bool) -> tuple[Array, Array]:
     if not centered:
         return np.zeros(len(values)), row_sums(values, values) / length
     center = (row_sums(values) / length).astype(values.dtype)
-    d = values - center[:, None]
+    d = np.subtract(values, center[:, None], out=scratch)
     off = row_sums(d) / length
     var = np.maximum(row_sums(d, d) / length - off * off, 0)
     mean = center + off
@@ -134,27 +144,25 @@ def _moments_in_its_dtype(values: Array, centered: bool) -> tuple[Array, Array]:
     return mean, var
 
 
-def _write_output(
-    values: Array, piece: Piece, normalization: _Normalization, factors: _Factors, epilogue: Epilogue, out: Array
+def _compute_output(
+    values: Array, piece: Piece, normalization: _Normalization, factors: _Factors, epilogue: Epilogue, y: Array
 ) -> None:
-    """The output of a piece, and its record."""
+    """The output of a piece, to y, and its record."""
     residual, activation, passed, _ = epilogue
-    rows, dtype, wide = normalization.rows, normalization.dtype, factors.wide
-    added = None if residual is None else rows.take(residual, piece, dtype)
+    rows, memory, wide = normalization.rows, normalization.memory, factors.wide
+    added = None if residual is None else rows.take(residual, piece, y.dtype, memory, "residual")
     in_wide = normalization.preactivation_in_float64(values, piece, factors, added)
-    out_is_free = residual is None or not np.may_share_memory(out, residual)
-    y = rows.place(out, piece, dtype) if out_is_free else np.empty_like(values)
     normalization.preactivation(values, piece, factors, added, y)
-    if wide is not None:
-        y[wide] = in_wide
     if passed is not None:
-        positive = y > 0
+        positive = rows.place(passed, piece, np.bool_, memory, "passed")
+        np.greater(y, 0, out=positive)
         if wide is not None:
             positive[wide] = in_wide > 0
         rows.put(passed, piece, positive)
+    if wide is not None:
+        y[wide] = in_wide
     if activation == "relu":
-        np.maximum(y, np.zeros(y.shape[1:], dtype), out=y)  # with a scalar NumPy takes three times as long
-    rows.put(out, piece, y)
+        np.maximum(y, np.zeros(y.shape[1:], y.dtype), out=y)  # with a scalar NumPy takes three times as long
 
 
 def empty_passed(x: Array, norm: Norm, residual: Array, out: Array) -> Array:  # noqa: ARG001
@@ -229,18 +237,11 @@ def norm_backward(
     -------
     sum(g) and sum(g * xhat) of each channel, if they are wanted.
     """
-    rows = Rows.of(x, norm)
-    back = _Backward(
-        _Normalization(rows, norm.centered, affine, accumulation_dtype(x.dtype)),
-        statistics.pairs,
-        dy,
-        x,
-        epilogue,
-        gradients,
-    )
-    bands = bands_of(rows, x.itemsize, keep)
-    work = work_of(rows, bands)
-    totals = np.zeros((bands if keep else 0, 2, x.shape[2]))
+    normalization = _Normalization.of(x, norm, affine)
+    rows = normalization.rows
+    back = _Backward(normalization, statistics.pairs, dy, x, epilogue, gradients)
+    work = Work.of(rows, x.itemsize, keep)
+    totals = np.zeros((work.bands if keep else 0, 2, x.shape[2]))
     if rows.whole:
 
         def core(piece: Piece) -> None:
@@ -250,7 +251,7 @@ def norm_backward(
             if keep:
                 totals[piece.band][:, rows.channels(piece)] += added
 
-        walk(core, work, x.size)
+        walk(core, work)
     else:
         _backward_of_parts(back, work, totals)
     return Sums(totals[:, 0], totals[:, 1]) if keep else None
@@ -265,7 +266,7 @@ def norm_parameters(sums: Sums, dweight: Array | None, dbias: Array | None) -> N
         np.copyto(dbias, sums.dy.sum(axis=0), casting="unsafe")
 
 
-def _backward_of_parts(back: _Backward, work: list[list[Piece]], totals: Array) -> None:
+def _backward_of_parts(back: _Backward, work: Work, totals: Array) -> None:
     """The way back where rows are cut: the sums of all pieces first, and then the gradients of all pieces."""
     rows, parts = back.normalization.rows, back.normalization.rows.parts()
     wide = np.zeros((len(parts), rows.number), np.bool_)
@@ -278,7 +279,7 @@ def _backward_of_parts(back: _Backward, work: list[list[Piece]], totals: Array) 
         if doubtful is not None:
             wide[piece.part, rows.numbers(piece)] = doubtful
 
-    walk(sum_up, work, back.x.size)
+    walk(sum_up, work)
     of_channels = np.zeros((2, rows.number, rows.D if rows.along else 1))
     for sums, (d, _, _) in zip(sums_of, parts, strict=True):
         channels = d if rows.along else slice(None)
@@ -294,7 +295,7 @@ def _backward_of_parts(back: _Backward, work: list[list[Piece]], totals: Array) 
         if added is not None:
             totals[piece.band][:, rows.channels(piece)] += added
 
-    walk(finish, work, back.x.size)
+    walk(finish, work)
     if with_sums and rows.along:
         totals[0] += of_channels.reshape(2, rows.N, -1).sum(axis=1)
 
@@ -323,25 +324,25 @@ class _Backward(NamedTuple):
     def open(self, piece: Piece) -> _Opened:
         """What is needed of a piece for sums and gradients."""
         normalization = self.normalization
-        rows, dtype = normalization.rows, normalization.dtype
+        rows, dtype, memory = normalization.rows, normalization.dtype, normalization.memory
         factors = normalization.factors(piece, *self.pairs[rows.numbers(piece)].T)
-        values, g = rows.take(self.x, piece, dtype), rows.take(self.dy, piece, dtype)
+        values, g = rows.take(self.x, piece, dtype, memory, "x"), rows.take(self.dy, piece, dtype, memory, "dy")
+        d = rows.place(self.gradients.dx, piece, dtype, memory, "dx")
         if self.epilogue.activation == "relu":
-            g = let_through(g, self._passed(piece, factors, values))
-        d = rows.place(self.gradients.dx, piece, dtype)
+            g = let_through(g, self._passed(piece, factors, values, d), memory.empty("g", g.shape, dtype))
         if rows.along:
             normalization.deviations(values, factors, d)
             return _Opened(piece, factors, values, g, d, g)
         normalization.xhat(values, factors, d)
         return _Opened(piece, factors, values, g, d, normalization.weighted(g, piece))
 
-    def _passed(self, piece: Piece, factors: _Factors, values: Array) -> Array:
+    def _passed(self, piece: Piece, factors: _Factors, values: Array, scratch: Array) -> Array:
         """Where ReLU let a piece pass, on record or as on the way forward."""
         normalization = self.normalization
         if self.epilogue.passed is not None:
-            return normalization.rows.take(self.epilogue.passed, piece, np.bool_)
+            return normalization.rows.take(self.epilogue.passed, piece, np.bool_, normalization.memory, "passed")
         in_wide = normalization.preactivation_in_float64(values, piece, factors, None)
-        passed: Array = normalization.preactivation(values, piece, factors, None, np.empty_like(values)) > 0
+        passed: Array = normalization.preactivation(values, piece, factors, None, scratch) > 0
         if factors.wide is not None:
             passed[factors.wide] = in_wide > 0
         return passed
@@ -418,7 +419,8 @@ class _Backward(NamedTuple):
                     wide = beyond if wide is None else wide | beyond
             in_wide = None if wide is None else self._dx_in_float64(opened, wide, means)
             d *= _columns(slope, dtype)
-            np.subtract(np.multiply(g, factors.scale), d, out=d)
+            scaled = np.multiply(g, factors.scale, out=normalization.memory.empty("scaled", g.shape, dtype))
+            np.subtract(scaled, d, out=d)
             if normalization.centered:
                 d -= _columns(offset, dtype)
         else:
@@ -484,6 +486,17 @@ class _Normalization(NamedTuple):
     centered: bool
     affine: Affine
     dtype: np.dtype[Any]  # dtype of the arithmetic of rows that are not wide
+    all_wide: bool  # whether weight or bias make all rows wide, where a channel has no factors of its own
+    joined: dict[tuple[int, int], Array]  # rows that `_by_channel` has made for whole samples
+    memory: Memory
+
+    @classmethod
+    def of(cls, x: Array, norm: Norm, affine: Affine) -> _Normalization:
+        """The normalization of the rows of this array."""
+        rows, dtype = Rows.of(x, norm), accumulation_dtype(x.dtype)
+        vectors = [v for v in affine[:2] if v is not None and dtype != FLOAT64 and not rows.along]
+        all_wide = not all(np.abs(vector).max() <= LARGE for vector in vectors)
+        return cls(rows, norm.centered, affine, dtype, all_wide, {}, Memory())
 
     def factors(self, piece: Piece, mean: Array, var: Array) -> _Factors:
         """The factors of the rows of a piece."""
@@ -491,33 +504,27 @@ class _Normalization(NamedTuple):
         center = mean.astype(self.dtype)
         rest = np.where(np.isfinite(center), mean - center, 0)  # inf - inf is NaN
         scale = shift = None
-        wide = np.zeros(len(mean), np.bool_)
-        weight, bias = self._vector(self.affine.weight, piece), self._vector(self.affine.bias, piece)
+        wide = (rstd < SMALL_RSTD) | (rstd > 1 / SMALL_RSTD) | (np.abs(mean) > LARGE)
         if self.rows.along:
+            weight, bias = self._vector(self.affine.weight, piece), self._vector(self.affine.bias, piece)
             n, groups = len(mean), piece.g.stop - piece.g.start
             scale = rstd.reshape(-1, groups, 1) * (1 if weight is None else weight.reshape(groups, -1))
             shift = -scale * rest.reshape(-1, groups, 1)
             shift += 0.0 if bias is None else bias.reshape(groups, -1)
-            scale, shift = np.broadcast_arrays(scale.reshape(n, -1), shift.reshape(n, -1))
+            scale, shift = scale.reshape(n, -1), shift.reshape(n, -1)
             wide |= (extreme(scale) | (np.abs(shift) > LARGE)).any(axis=1)
             scale, shift = _columns(scale, self.dtype), _columns(shift, self.dtype)
         else:
             rest[np.abs(rest) <= _NEGLIGIBLE * np.sqrt(var)] = 0
-            for vector in weight, bias:
-                if vector is not None and not np.abs(vector).max() <= LARGE:
-                    wide[...] = True
-        wide |= (rstd < SMALL_RSTD) | (rstd > 1 / SMALL_RSTD) | (np.abs(mean) > LARGE)
+            wide |= self.all_wide
         needed = self.dtype != FLOAT64 and wide.any()
         return _Factors(mean, rstd, _columns(center, self.dtype), rest, scale, shift, wide if needed else None)
 
     def preactivation(self, values: Array, piece: Piece, factors: _Factors, residual: Array | None, y: Array) -> Array:
         """weight * xhat + bias + residual, the value whose sign decides what ReLU passes, written to y."""
         if self.rows.along:
-            if self.centered:
-                self.deviations(values, factors, y)
-                np.multiply(y, factors.scale, out=y)
-            else:
-                np.multiply(values, factors.scale, out=y)
+            self.deviations(values, factors, y)
+            y *= factors.scale
             y += factors.shift
         else:
             self.xhat(values, factors, y)
@@ -568,7 +575,7 @@ class _Normalization(NamedTuple):
         """weight * g; g itself without a weight."""
         if self.affine.weight is None:
             return g
-        weighted = np.empty_like(g)
+        weighted = self.memory.empty("weighted", g.shape, g.dtype)
         self._by_channel(np.multiply, g, self.affine.weight, piece, weighted)
         return weighted
 
@@ -607,12 +614,15 @@ class _Normalization(NamedTuple):
             return
         out = values if out is None else out
         samples, positions = piece.n.stop - piece.n.start, values.shape[2]
-        row = vector[self.rows.channels(piece)].astype(self.dtype)
-        if positions > 1:
-            row = np.repeat(row, positions)
-        repeat = math.gcd(samples, super_row(len(row)))  # NumPy needs long rows to loop over
-        if repeat > 1:
-            row = np.tile(row, repeat)
+        repeat = math.gcd(samples, super_row(values.size // samples))  # NumPy needs long rows to loop over
+        row = self.joined.get((id(vector), repeat)) if samples > 1 else None
+        if row is None:
+            of_channels = vector[self.rows.channels(piece)]
+            row = np.empty((repeat, len(of_channels), positions), self.dtype)
+            row[...] = of_channels[:, None]
+            row = row.ravel()
+            if samples > 1:
+                self.joined[id(vector), repeat] = row
         operation(values.reshape(-1, len(row)), row, out=out.reshape(-1, len(row)))
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -30,15 +31,14 @@ from cupybn._steps.tiles import (
     run,
     split,
     steps,
-    wanted_threads,
 )
 
 Array = npt.NDArray[Any]
 
 PIECE = 1 << 16
-"""Most elements of a piece: some arrays of this size stay in the cache of a core."""
-WORKING = 1 << 5
-"""Pieces in the array for each thread: what all threads have in work is then a fraction of the array."""
+"""Most elements of a piece: some arrays of this size stay in the cache of a core. Longer rows are cut."""
+SHARE = 1 << 5
+"""Pieces in an array that is not small, for each thread: what all threads have in work is then a fraction of it."""
 BANDS = 1 << 6
 """Most bands of rows with sums of their own."""
 
@@ -102,16 +102,17 @@ class Rows(NamedTuple):
         a = evenly(self.A, max(1, PIECE // (b * d)))
         return list(itertools.product(split(self.D, d), split(self.A, a), split(self.B, b)))
 
-    def work(self, bands: int) -> list[list[Piece]]:
-        """Pieces of the whole array, in lists: each list is work for one thread, and lies in one of so many bands."""
+    def pieces(self, bands: int, most: int) -> list[list[Piece]]:
+        """Pieces of the whole array, in lists: each list is work for one thread, and lies in one of so many bands.
+
+        No piece has more than so many elements, unless it is a single row that is not cut.
+        """
         everything = slice(0, self.D), slice(0, self.A), slice(0, self.B)
-        sample, rows = self.G * self.length, PIECE // self.length
-        if not self.whole:
-            ranges = [(slice(n, n + 1), slice(g, g + 1)) for n in range(self.N) for g in range(self.G)]
-        elif sample <= PIECE:
-            ranges = [(n, slice(0, self.G)) for n in split(self.N, evenly(self.N, PIECE // sample))]
+        sample = self.G * self.length
+        if self.whole and sample <= most:
+            ranges = [(n, slice(0, self.G)) for n in split(self.N, evenly(self.N, most // sample))]
         else:
-            some = split(self.G, evenly(self.G, rows))
+            some = split(self.G, evenly(self.G, max(1, most // self.length)) if self.whole else 1)
             ranges = [(slice(n, n + 1), g) for n in range(self.N) for g in some]
         shares = split(len(ranges), evenly(len(ranges), math.ceil(len(ranges) / bands)))
         parts = [everything] if self.whole else self.parts()
@@ -135,52 +136,73 @@ class Rows(NamedTuple):
         N, A, G, D, B = self
         return array.reshape(N, A, G, D, B)[piece.n, piece.a, piece.g, piece.d, piece.b].transpose(0, 2, 3, 1, 4)
 
-    def take(self, array: Array, piece: Piece, dtype: npt.DTypeLike) -> Array:
+    def take(self, array: Array, piece: Piece, dtype: npt.DTypeLike, memory: Memory, role: str) -> Array:
         """The piece of an array, contiguous and in this dtype, (rows, channels, positions): a view if it can be."""
         view = self.view(array, piece)
-        n, g, d, a, b = view.shape
-        return view.astype(dtype, order="C", copy=False).reshape(n * g, d, a * b)
+        if view.dtype != dtype or not view.flags.c_contiguous:
+            copy = memory.empty(role, view.shape, dtype)
+            copy[...] = view
+            view = copy
+        return view.reshape(-1, view.shape[2], view.shape[3] * view.shape[4])
 
-    def place(self, array: Array, piece: Piece, dtype: npt.DTypeLike) -> Array:
+    def place(self, array: Array, piece: Piece, dtype: npt.DTypeLike, memory: Memory, role: str) -> Array:
         """Memory to compute a piece of an array in, which `put` then puts there: the array's own, if it can be."""
-        if self.A == 1 and array.dtype == dtype:
-            return self.take(array, piece, dtype)
-        n, g, d, a, b = self.view(array, piece).shape
-        return np.empty((n * g, d, a * b), dtype)
+        view = self.view(array, piece)
+        if view.dtype != dtype or not view.flags.c_contiguous:
+            view = memory.empty(role, view.shape, dtype)
+        return view.reshape(-1, view.shape[2], view.shape[3] * view.shape[4])
 
     def put(self, array: Array, piece: Piece, values: Array) -> None:
         """Write a piece into an array, unless it has been computed there."""
-        if self.A == 1 and array.dtype == values.dtype and np.may_share_memory(array, values):
-            return
         view = self.view(array, piece)
-        np.copyto(view, values.reshape(view.shape), casting="unsafe")
+        if view.dtype != values.dtype or not np.may_share_memory(view, values):
+            np.copyto(view, values.reshape(view.shape), casting="unsafe")
 
 
-@functools.lru_cache(maxsize=64)
-def work_of(rows: Rows, bands: int) -> list[list[Piece]]:
-    """`Rows.work`, kept for the next calls."""
-    return rows.work(bands)
+class Memory:
+    """Arrays to work in: each thread has its own, one for each role, and uses it again for the next piece."""
+
+    def __init__(self) -> None:
+        self._of_thread = threading.local()
+
+    def empty(self, role: str, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
+        """An array, uninitialised, for a role that no other array has which is still needed."""
+        arrays, size = vars(self._of_thread), math.prod(shape) * np.dtype(dtype).itemsize
+        if role not in arrays or arrays[role].size < size:
+            arrays[role] = np.empty(size, np.uint8)
+        array: Array = arrays[role][:size].view(dtype).reshape(shape)
+        return array
 
 
-def bands_of(rows: Rows, itemsize: int, sums: bool) -> int:
-    """Number of bands: enough for all threads, but with sums of each channel in each they must not be many."""
-    if not sums:
-        return rows.number
-    channel = 16 * rows.G * rows.D
-    return max(1, min(BANDS, rows.number * rows.length * itemsize // (8 * channel)))
+class Work(NamedTuple):
+    """The pieces of an array and how they are shared."""
+
+    pieces: list[list[Piece]]  # each list is work for one thread, in this order
+    bands: int  # bands of rows, which have sums of their own
+    threads: int  # most threads
+
+    @classmethod
+    @functools.lru_cache(maxsize=16)
+    def of(cls, rows: Rows, itemsize: int, sums: bool) -> Work:
+        """The work on these rows, whose sums of channels take memory, if there are any."""
+        size = rows.number * rows.length
+        share = size * min(itemsize, 4) // (4 * SHARE)  # 16-bit data is worked on in 32 bits
+        most = PIECE if size < SMALL else min(PIECE, share)
+        of_sums = 16 * rows.G * rows.D
+        bands = min(BANDS, max(1, size * itemsize // (8 * of_sums))) if sums else rows.number
+        return cls(rows.pieces(bands, most), bands, 1 if size <= SMALL else max(1, share // most))
 
 
-def walk(core: Callable[[Piece], None], work: list[list[Piece]], size: int) -> None:
+def walk(core: Callable[[Piece], None], work: Work) -> None:
     """Call a core for all pieces, on threads: each writes where no other does, or adds to the sums of its band."""
-    if size <= SMALL:
-        wanted_threads()  # raises for a wrong setting, even if the array needs one thread only
+    threads = min(num_threads(), work.threads, len(work.pieces))  # raises for a wrong setting
     np.setbufsize(SHORT)
 
     def task(pieces: list[Piece]) -> None:
         for piece in pieces:
             core(piece)
 
-    run(task, work, 1 if size <= SMALL else min(num_threads(), len(work), max(1, size // (PIECE * WORKING))))
+    run(task, work.pieces, threads)
 
 
 def row_sums(first: Array, second: Array | None = None) -> Array:

@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy.typing as npt
 
-from cupybn import functional
 from cupybn._calls import checks
 from cupybn._calls.call import Call, Caller
+from cupybn._calls.flow import forward
 from cupybn._calls.tracking import updates_stats
 from cupybn._ranks.group import Group
 from cupybn._steps.bundles import Affine, Epilogue, Running
 from cupybn._steps.observer import Observer
-from cupybn.functional import VjpFn
+from cupybn.functional import VjpFn, forward_vjp
 from cupybn.layers.features import FeatureLayer
 
 Array = Any  # numpy.ndarray or cupy.ndarray
@@ -98,6 +98,8 @@ class _BatchNorm(FeatureLayer):
     array([[0.61, 0.83]], dtype=float32)
     """
 
+    skip_nonfinite: bool
+
     _process_group: Group | None = None
     """Group of processes that the batch is spread over in training; None for a single one."""
 
@@ -169,7 +171,7 @@ class _BatchNorm(FeatureLayer):
         >>> layer.running_mean  # of 1, 2, 3 and 5
         array([2.75], dtype=float32)
         """
-        return self._run(functional.forward, input, residual, mask)
+        return self._run(forward, input, residual, mask)
 
     def __call__(self, input: Array, residual: Array | None = None, mask: Array | None = None) -> Array:
         if mask is None:  # derived classes may have a `forward` that takes none
@@ -201,10 +203,11 @@ class _BatchNorm(FeatureLayer):
         >>> layer.bias
         array([-0.2], dtype=float32)
         """
-        return self._run(functional.forward_vjp, input, residual, mask)
+        return self._run(forward_vjp, input, residual, mask)
 
-    def _call(self, input: Array, residual: Array | None, mask: Array | None) -> Call:
+    def _call(self, input: Array, *others: Array | None) -> Call:
         """The call, with the statistics and the update that PyTorch chooses for these modes and flags."""
+        residual, mask = others
         checks.check_bool("training", self.training)
         checks.check_bool("track_running_stats", self.track_running_stats)
         momentum = None if self.momentum is None else checks.as_float("momentum", self.momentum)

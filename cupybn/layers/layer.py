@@ -160,7 +160,7 @@ class Layer:
             onnx    scale    B       input_mean    input_var         none
             ======= ======== ======= ============= ================= =====================
 
-            Layers without running statistics have none of theirs. Where they are not torch's, vectors may have the shape (1, C, 1, 1) or the like: every axis but that of C is
+            Where they are not torch's, vectors may have the shape (1, C, 1, 1) or the like: every axis but that of C is
             1 long. A counter without a name is not there: the layer keeps its own.
 
         Returns

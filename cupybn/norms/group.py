@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 from cupybn._calls import checks
@@ -88,7 +89,9 @@ def group_norm(
             [-0.58, -0.58],
             [-0.58,  1.73]]], dtype=float32)
     """
-    return forward(_call(input, num_groups, Affine(weight, bias, eps), Epilogue(residual, activation), channel_axis), out)
+    return forward(
+        _call(input, num_groups, Affine(weight, bias, eps), Epilogue(residual, activation), channel_axis), out
+    )
 
 
 def group_norm_vjp(
@@ -138,5 +141,15 @@ def group_norm_vjp(
 
 def _call(input: Array, num_groups: int, affine: Affine, epilogue: Epilogue, channel_axis: int) -> Call:
     """The call of a function."""
-    rows = Rows("group_norm", checks.as_int("num_groups", num_groups))
-    return Call(input, affine, Running(), epilogue, True, channel_axis, None, rows)
+    return Call(input, affine, Running(), epilogue, True, channel_axis, None, rows_of(num_groups))
+
+
+def rows_of(num_groups: Any) -> Rows:
+    """Rows for so many groups; raises unless this is an int."""
+    return _rows(num_groups if type(num_groups) is int else checks.as_int("num_groups", num_groups))
+
+
+@functools.lru_cache(maxsize=1024)
+def _rows(num_groups: int) -> Rows:
+    """Rows for so many groups."""
+    return Rows("group_norm", num_groups)

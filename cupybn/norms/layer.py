@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -88,7 +89,7 @@ def layer_norm(
     array([[-1.22,  0.  ,  2.45],
            [-0.71, -0.71,  2.83]], dtype=float32)
     """
-    return forward(_call(input, Rows(LAYER_NORM, None, as_normalized_shape(normalized_shape)), weight, bias, eps), out)
+    return forward(_call(input, rows_of(LAYER_NORM, normalized_shape), weight, bias, eps), out)
 
 
 def layer_norm_vjp(
@@ -130,7 +131,7 @@ def layer_norm_vjp(
     >>> dweight.round(2), dbias
     (array([-0.93,  0.  ,  1.41], dtype=float32), array([1., 0., 1.], dtype=float32))
     """
-    rows = Rows(LAYER_NORM, None, as_normalized_shape(normalized_shape))
+    rows = rows_of(LAYER_NORM, normalized_shape)
     return forward_vjp(_call(input, rows, weight, bias, eps), LayerNormGrads)
 
 
@@ -188,7 +189,7 @@ def rms_norm(
     array([[0.33, 0.33, 1.67],
            [1.  , 1.  , 1.  ]], dtype=float32)
     """
-    rows = Rows(RMS_NORM, None, as_normalized_shape(normalized_shape))
+    rows = rows_of(RMS_NORM, normalized_shape)
     return forward(_call(input, rows, weight, None, eps_for(input) if eps is None else eps), out)
 
 
@@ -227,13 +228,24 @@ def rms_norm_vjp(
     >>> dx.round(3), dweight.round(3)
     (array([[ 0.321, -0.012, -0.062]], dtype=float32), array([0.333, 0.   , 0.   ], dtype=float32))
     """
-    rows = Rows(RMS_NORM, None, as_normalized_shape(normalized_shape))
+    rows = rows_of(RMS_NORM, normalized_shape)
     return forward_vjp(_call(input, rows, weight, None, eps_for(input) if eps is None else eps), RMSNormGrads)
 
 
 def eps_for(input: Array) -> float:
     """What eps=None stands for in RMS norm: the distance from 1 to the next number of what is computed in."""
     return 2.0**-52 if kind(input) is not None and accumulation_dtype(input.dtype).itemsize == 8 else 2.0**-23
+
+
+def rows_of(function: str, normalized_shape: Any) -> Rows:
+    """Rows of this shape; raises unless it is an int or a sequence of ints."""
+    return _rows(function, as_normalized_shape(normalized_shape))
+
+
+@functools.lru_cache(maxsize=1024)
+def _rows(function: str, shape: tuple[int, ...]) -> Rows:
+    """Rows of this shape."""
+    return Rows(function, None, shape)
 
 
 def _call(input: Array, rows: Rows, weight: Array | None, bias: Array | None, eps: float) -> Call:

@@ -26,9 +26,12 @@ class NormVjpFn(WayBack, Generic[Grads]):
     >>> import cupybn.functional as F
     >>> x = np.array([[0, 1, 5], [2, 2, 8]], np.float32)  # two rows
     >>> y, vjp_fn = F.rms_norm_vjp(x, 3)
-    >>> vjp_fn(np.array([[1, 0, 0], [0, 0, 0]], np.float32))
-    RMSNormGrads(input=array([[0.33968315, 0.        , 0.        ],
-           [0.        , 0.        , 0.        ]], dtype=float32), weight=None)
+    >>> grads = vjp_fn(np.array([[1, 0, 0], [0, 0, 1]], np.float32))  # of a loss that is y[0, 0] + y[1, 2]
+    >>> type(grads).__name__, grads.weight
+    ('RMSNormGrads', None)
+    >>> grads.input.round(3)
+    array([[ 0.34 ,  0.   ,  0.   ],
+           [-0.045, -0.045,  0.023]], dtype=float32)
     """
 
     __slots__ = ("_grads",)
@@ -46,8 +49,9 @@ class NormVjpFn(WayBack, Generic[Grads]):
             If grad_output is not an array of the input's kind, device, dtype and shape.
         """
         gradients = self.gradients(grad_output)
-        fields: tuple[str, ...] = self._grads._fields  # type: ignore[attr-defined]  # a named tuple
-        return self._grads(*gradients[: len(fields)])
+        named: Any = self._grads  # a class of named tuples
+        grads: Grads = named(*gradients[: len(named._fields)])
+        return grads
 
 
 def forward_vjp(call: Call, grads: type[Grads]) -> tuple[Array, NormVjpFn[Grads]]:

@@ -13,11 +13,19 @@ NAMES = {
     "_BatchNorm": "Layer",
     "npt.DTypeLike": "DTypeLike",
     "BatchNormGrads": "~cupybn.functional.BatchNormGrads",
+    "DropoutGrads": "~cupybn.functional.DropoutGrads",
+    "DropoutVjpFn": "~cupybn.functional.DropoutVjpFn",
+    "Generator": "~cupybn.Generator",
+    "GroupNormGrads": "~cupybn.functional.GroupNormGrads",
     "IncompatibleKeys": "~cupybn.IncompatibleKeys",
+    "InstanceNormGrads": "~cupybn.functional.InstanceNormGrads",
+    "LayerNormGrads": "~cupybn.functional.LayerNormGrads",
+    "NormVjpFn": "~cupybn.functional.NormVjpFn",
+    "RMSNormGrads": "~cupybn.functional.RMSNormGrads",
     "VjpFn": "~cupybn.functional.VjpFn",
 }
 """Names in annotations, and what the page has in their place: what the reader can write, and links can find."""
-RETURNED = ("VjpFn",)
+RETURNED = ("DropoutVjpFn", "NormVjpFn", "VjpFn")
 """Classes whose objects are returned by functions, and made by nobody else."""
 KNOWN = re.compile("|".join(rf"(?<![\w.]){re.escape(name)}\b" for name in NAMES))
 

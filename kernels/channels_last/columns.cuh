@@ -36,19 +36,21 @@ struct Tile {
     int step, log_step;    // how many rows of threads there are, and the binary logarithm of that
     index_t begin, end;    // the block's rows: from begin to end - 1
 
-    // The tile of a block that takes this share of the rows.
-    DEVICE explicit Tile(const ChannelsLast& sizes, index_t share = 0) : C((index_t)sizes.C), columns((int)sizes.tile) {
-        first = (index_t)blockIdx.x * columns * WIDTH;
-        lanes = (int)min((index_t)columns * WIDTH, C - first);
+    // The tile that begins with channel `first` and ends before `last` at the latest, and some rows.
+    DEVICE Tile(index_t C, int columns, index_t first, index_t last, index_t begin, index_t end)
+        : C(C), first(first), columns(columns), lanes((int)min((index_t)columns * WIDTH, last - first)), begin(begin),
+          end(end) {
         const int log_columns = __ffs(columns) - 1;
         lane = (threadIdx.x & (columns - 1)) * WIDTH;
         row = threadIdx.x >> log_columns;
         step = THREADS >> log_columns;
         log_step = __ffs(THREADS) - 1 - log_columns;
-        const index_t M = (index_t)sizes.M, rows = (index_t)sizes.rows;
-        begin = min(share * rows, M);
-        end = min(begin + rows, M);
     }
+    // The tile of a block that takes this share of the rows.
+    DEVICE explicit Tile(const ChannelsLast& sizes, index_t share = 0)
+        : Tile((index_t)sizes.C, (int)sizes.tile, (index_t)blockIdx.x * (int)sizes.tile * WIDTH, (index_t)sizes.C,
+               min(share * (index_t)sizes.rows, (index_t)sizes.M),
+               min(min(share * (index_t)sizes.rows, (index_t)sizes.M) + (index_t)sizes.rows, (index_t)sizes.M)) {}
     // Whether this thread looks after a channel.
     DEVICE bool looks_after() const { return (int)threadIdx.x < lanes; }
     // Whether it also writes what there is once for the channel.

@@ -1,0 +1,1 @@
+"""Dropout: the functions, and the generators that say what is dropped."""

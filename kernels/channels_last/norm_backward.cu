@@ -1,0 +1,104 @@
+// norm_backward: dx = rstd * (weight * g - mean(weight * g) - xhat * mean(weight * g * xhat)), g = dy where activation
+// passed it, else 0; dresidual = g. Means are those of each group of channels of each sample.
+//
+// A block, or all blocks of a cluster, take a span of one sample: whole groups. On chip they keep dy and x in shared
+// memory, and each element is read once; else twice. Each block leaves its sums of the channels as a part. Those of the
+// span's lanes, each times its scale, are added up group by group, and then over the cluster.
+// Mirror: numpy_norms.norm_backward
+#include "gradient_sums.cuh"
+#include "samples.cuh"
+
+// Channel c, whose mean and variance are those of its row.
+DEVICE Channel channel_of_row(const Span& span, const Statistics& statistics, const Affine& affine, index_t c) {
+    const double* pair = statistics.pairs + 2 * (span.first_row() + span.group_of(c));
+    return make_channel(pair[0], pair[1], affine, read_affine(affine, c));
+}
+
+// Adds the sums of a tile's lanes, each times the scale of its channel, to those of their groups. Thread q has those of
+// lane q. All threads call it.
+DEVICE void add_lanes(const Span& span, const Tile& tile, const Lanes& lanes, const double (&lane)[2],
+                      double (*groups)[2]) {
+    __shared__ double scaled[2][MOST_LANES];
+    if (tile.looks_after())
+#pragma unroll
+        for (int k = 0; k < 2; k++) scaled[k][threadIdx.x] = lanes.channels[threadIdx.x].scale * lane[k];
+    __syncthreads();
+    const Gathering at(span, tile);
+#pragma unroll
+    for (int k = 0; k < 2; k++) {
+        const double some = at.sum([&](int q) { return scaled[k][q]; });
+        if (at.keeps()) groups[at.group][k] = at.opens ? some : groups[at.group][k] + some;
+    }
+}
+
+extern "C" __global__ void CLUSTER REGISTERS(128) norm_backward(
+    const data_t* dy,                        // [N, A, C]
+    const data_t* x,                         // [N, A, C]
+    Statistics statistics,                   // of the rows, which are groups of samples
+    Affine affine,
+    Epilogue epilogue,                       // what ReLU passed is read
+    // outputs
+    Gradients gradients,                     // those of weight and bias follow from the sums
+    Sums sums,                               // or null
+    // sizes
+    Samples sizes) {
+    if (sample_of_block() >= sizes.N) return;  // all blocks of a cluster alike
+    const Span& span = span_of_block(sizes);
+#if ON_CHIP
+#pragma unroll 1
+    for (int t = 0; t < span.tiles(); t++) stage<ROWS>({span.kept(t, 0), span.kept(t, 1)}, {dy, x}, Packs(span.tile(t)));
+#endif
+    __shared__ Lanes lanes;
+    __shared__ double groups[MOST_LANES][2], means[MOST_LANES][2];  // of this block's groups; over the cluster
+#pragma unroll 1
+    for (int t = 0; t < span.tiles(); t++) {
+        if (t > 0) __syncthreads();
+        const Tile tile = span.tile(t);
+        const Packs packs(tile);
+        if (tile.looks_after()) lanes.set(threadIdx.x, channel_of_row(span, statistics, affine, tile.channel()));
+        double of_lane[2] = {0, 0};
+        {
+            const OwnChannels channels(tile, lanes);
+            ColumnSums of_thread;
+            sum_all(span.source<ROWS>(t, packs, dy, 0), span.source<ROWS>(t, packs, x, 1), packs, Left(nullptr, tile),
+                    epilogue, channels, of_thread);
+            sum_tile(tile, of_thread, of_lane);
+        }
+        const Tile same = span.tile(t);  // anew: none of it has to stay in registers
+        if (same.looks_after()) {
+            finish_sums(of_lane, lanes.channels[threadIdx.x]);
+            const long long part = sample_of_block() * CLUSTER_BLOCKS + cluster_rank();
+            if (sums.dy) set_sums(sums, part * sizes.C + same.channel(), of_lane);
+        }
+        add_lanes(span, same, lanes, of_lane, groups);
+    }
+    show_cluster();
+    const int g = threadIdx.x;
+    if (g < span.groups())
+#pragma unroll
+        for (int k = 0; k < 2; k++) {
+            double sum = 0;
+#pragma unroll
+            for (int rank = 0; rank < CLUSTER_BLOCKS; rank++) sum += (*of_block(groups + g, rank))[k];
+            means[g][k] = sum / ((double)sizes.group * (double)sizes.A);
+        }
+    cluster_arrive();  // this block has read what the others have left
+
+#pragma unroll 1
+    for (int t = 0; t < span.tiles(); t++) {
+        __syncthreads();
+        const Tile tile = span.tile(t);
+        const Packs packs(tile);
+        if (tile.looks_after()) {
+            const index_t c = tile.channel();
+            Channel channel =
+                SEVERAL_TILES ? channel_of_row(span, statistics, affine, c) : lanes.channels[threadIdx.x];
+            set_row_gradient(channel, means[span.group_of(c)]);
+            lanes.set(threadIdx.x, channel);
+        }
+        const OwnChannels channels(tile, lanes);
+        row_gradients_all(span.source<ROWS>(t, packs, dy, 0), span.source<ROWS>(t, packs, x, 1), packs,
+                          Left(nullptr, tile), ON_CHIP ? Epilogue() : epilogue, channels, gradients);
+    }
+    cluster_wait();  // what this block has left may go
+}

@@ -1,0 +1,103 @@
+// norm_forward: out = activation((x - mean) * rstd * weight + bias + residual), with mean and var of each group of
+// channels of each sample
+//
+// A block, or all blocks of a cluster, take a span of one sample: whole groups. On chip they keep it in shared memory, and
+// each element is read once; else twice. The moments of the span's lanes, over the rows, are merged group by group, and
+// then over the cluster.
+// Mirror: numpy_norms.norm_forward
+#include "../normalizing.cuh"
+#include "../running.cuh"
+#include "samples.cuh"
+#include "statistics.cuh"
+
+// Adds the moments of a tile's lanes, each of so many rows, to those of their groups. Thread q has those of lane q. All
+// threads call it.
+DEVICE void add_lanes(const Span& span, const Tile& tile, const ChannelMoments& lane, ChannelMoments* groups) {
+    __shared__ double means[MOST_LANES], squares[MOST_LANES];
+    if (tile.looks_after()) {
+        means[threadIdx.x] = lane.mean;
+        squares[threadIdx.x] = lane.m2;
+    }
+    __syncthreads();
+    const Gathering at(span, tile);
+    const double rows = (double)(span.end - span.begin), lanes = at.end - at.begin;
+    const double pivot = means[min(at.begin, tile.lanes - 1)];
+    const double mean = pivot + at.sum([&](int q) { return means[q] - pivot; }) / lanes;
+    const double m2 = at.sum([&](int q) {
+        const double away = means[q] - mean;
+        return squares[q] + rows * away * away;
+    });
+    if (!at.keeps()) return;
+    const ChannelMoments some = rows > 0 ? ChannelMoments{rows * lanes, mean, m2} : ChannelMoments{0, 0, 0};
+    groups[at.group] = at.opens ? some : merge(groups[at.group], some);
+}
+
+// The moments of group g over all blocks of the cluster, each of which has left its own there. The first block has rows.
+DEVICE ChannelMoments merge_blocks(ChannelMoments* groups, int g) {
+    ChannelMoments own[CLUSTER_BLOCKS];
+    double count = 0, sum = 0, m2 = 0;
+#pragma unroll
+    for (int rank = 0; rank < CLUSTER_BLOCKS; rank++) {
+        own[rank] = *of_block(groups + g, rank);
+        count += own[rank].count;
+        if (own[rank].count > 0) sum += own[rank].count * (own[rank].mean - own[0].mean);
+    }
+    const double mean = own[0].mean + sum / count;
+#pragma unroll
+    for (int rank = 0; rank < CLUSTER_BLOCKS; rank++) {
+        const double away = own[rank].mean - mean;
+        if (own[rank].count > 0) m2 += own[rank].m2 + own[rank].count * away * away;
+    }
+    return {count, mean, m2};
+}
+
+extern "C" __global__ void CLUSTER REGISTERS(128) norm_forward(
+    const data_t* x,                         // [N, A, C]
+    Affine affine,
+    Epilogue epilogue,                       // what ReLU passed is written
+    // outputs
+    data_t* out,                             // [N, A, C]; may be x or the residual
+    Statistics statistics,                   // or null; of the rows, which are groups of samples
+    // sizes
+    Samples sizes) {
+    if (sample_of_block() >= sizes.N) return;  // all blocks of a cluster alike
+    const Span& span = span_of_block(sizes);
+#if ON_CHIP
+#pragma unroll 1
+    for (int t = 0; t < span.tiles(); t++) stage<CHUNK>({span.kept(t)}, {x}, Packs(span.tile(t)));
+#endif
+    __shared__ ChannelAffine given[MOST_LANES];  // of the first tile; read while copies are on their way
+    if ((int)threadIdx.x < MOST_LANES) given[threadIdx.x] = read_affine(affine, span.tile(0).channel());
+    __shared__ ChannelMoments groups[MOST_LANES], rows[MOST_LANES];  // of this block's groups; over the cluster
+#pragma unroll 1
+    for (int t = 0; t < span.tiles(); t++) {
+        const Tile tile = span.tile(t);
+        const Packs packs(tile);
+        const ChannelMoments of_lane = moments_of(tile, span.source<CHUNK>(t, packs, x), packs, Left(nullptr, tile),
+                                                  x + span.top * span.C);
+        add_lanes(span, span.tile(t), of_lane, groups);  // the tile anew: none of it has to stay in registers
+    }
+    show_cluster();
+    const int g = threadIdx.x;
+    if (g < span.groups()) {
+        rows[g] = merge_blocks(groups, g);
+        if (cluster_rank() == 0) set_statistics(statistics, rows[g], span.first_row() + g);
+    }
+    cluster_arrive();  // this block has read what the others have left
+
+    __shared__ Lanes lanes;
+#pragma unroll 1
+    for (int t = 0; t < span.tiles(); t++) {
+        __syncthreads();
+        const Tile tile = span.tile(t);
+        const Packs packs(tile);
+        if (tile.looks_after()) {
+            if (t > 0) given[threadIdx.x] = read_affine(affine, tile.channel());
+            const ChannelMoments& row = rows[span.group_of(tile.channel())];
+            lanes.set(threadIdx.x, make_channel(row.mean, row.var(), affine, given[threadIdx.x]));
+        }
+        const OwnChannels channels(tile, lanes);
+        normalize_all(span.source<CHUNK>(t, packs, x), packs, Left(nullptr, tile), epilogue, channels, out);
+    }
+    cluster_wait();  // what this block has left may go
+}
