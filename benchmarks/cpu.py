@@ -10,7 +10,8 @@ turns: a round is a burst of calls of one, then of the other. The first call of 
 threads of the other may still be winding down. Processes are started several times, as where they find their memory
 decides up to a tenth of the time. The ratio of a shape is the median over the rounds of (the other's
 median time / cupybn's median time), beside it the quartiles. PyTorch and cupybn use the same number of threads; by hand
-(`by_hand.py`) there is one, as NumPy's functions have.
+(`by_hand.py`) there is one, as NumPy's functions have. The family's times are those of the processor: with one thread
+(`--threads 1`) they can be compared also where other programs run.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import importlib.util
 import math
 import os
 import platform
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -59,6 +61,9 @@ class Comparison(NamedTuple):
     shapes: list[Shape]
     short: list[Shape]
     cases: Callable[[tuple[int, ...], str], dict[str, Pair]]
+
+    processor_time: bool = False
+    """Whether the processor's time is measured, of all threads: that of a machine that has other work to do, too."""
 
     @property
     def with_torch(self) -> bool:
@@ -219,6 +224,7 @@ COMPARISONS = {
         shapes=FAMILY_SHAPES,
         short=SHORT_FAMILY,
         cases=family_cases,
+        processor_time=True,
     ),
     "family-by-hand": Comparison(
         name="by hand",
@@ -228,6 +234,7 @@ COMPARISONS = {
         shapes=FAMILY_SHAPES,
         short=SHORT_FAMILY,
         cases=family_by_hand_cases,
+        processor_time=True,
     ),
 }
 
@@ -259,7 +266,8 @@ def child(args: argparse.Namespace) -> None:
         pair = cases(i)[case]
         if torch is not None:
             torch.set_grad_enabled(case == "backward")
-        return [burst(call, SHORT_BURST if args.short else BURST) for call in pair]
+        clock = time.process_time if comparison.processor_time else None
+        return [burst(call, SHORT_BURST if args.short else BURST, clock) for call in pair]
 
     answer({"versions": versions, "threads": args.threads}, reply)
 
