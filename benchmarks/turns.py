@@ -41,7 +41,7 @@ GRACE = 30.0
 def burst(call: Callable[[], object], seconds: float, clock: Callable[[], float] | None = None) -> float:
     """Microseconds of a call, the median of a burst of so many seconds, after a first call that is not counted.
 
-    Short calls are timed in groups, so that looking at the clock costs nothing beside them. It is the wall's by default.
+    Short calls are timed in groups, so that looking at the clock costs nothing beside them; by default the wall clock.
     """
     now = clock or time.perf_counter
     call()
