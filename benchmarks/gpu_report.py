@@ -62,7 +62,9 @@ def text(report: dict[str, Any], results: Results) -> str:
     ours = results.ours()
     for group in dict.fromkeys(map(_group, ours)):
         rows = [cells(results, r) for r in ours if _group(r) == group]
-        parts += [f"## {', '.join(group)}", markdown(HEAD, rows)]
+        columns = [i for i in range(len(HEAD)) if any(row[i] != "-" for row in rows)]  # of what was measured at all
+        rows = [[row[i] for i in columns] for row in rows]
+        parts += [f"## {', '.join(group)}", markdown([HEAD[i] for i in columns], rows)]
     parts += ["## Notes", "\n".join(f"* {note}" for note in report["notes"])]
     return "\n\n".join(parts) + "\n"
 

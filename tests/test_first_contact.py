@@ -736,7 +736,8 @@ def test_nccl_sees_a_communicator_that_is_not_refused():
 def test_all_that_the_library_asks_for_is_compiled(monkeypatch):
     """Every step over shapes, dtypes and alignments of all kinds, on the device that is there."""
     compiled = {(instance.kernel, instance.options) for instance in insides.instances_here()}
-    assert {kernel for kernel, _ in compiled} == set(sources.kernel_names())
+    names = {name for name in sources.kernel_names() if not name.endswith(insides.OF_NORMS)}
+    assert {kernel for kernel, _ in compiled} == names
     shapes = [(N, C, L) for L in (1, 2, 49, 3136, 1 << 20) for N in (2, 64, 5000) for C in (2, 3, 64, 1000)]
     asked = set()
     for (N, C, L), dtype, most, masked in product(shapes, insides.dtypes(), (16, 8, 4, 2), (False, True)):
