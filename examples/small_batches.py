@@ -67,7 +67,7 @@ def report(results):
     for (positions, norm), found in results.items():
         columns = 100 * np.stack([np.median(found, axis=0), found.min(axis=0), found.max(axis=0)])
         texts = ["{:.1f}% ({:.1f} .. {:.1f})".format(*column) for column in columns.T]
-        print(f"  {norm}, last norm on {positions:20}" + "".join(f"{text:>22}" for text in texts))
+        print(f"  {norm}, last norm on {positions:17}" + "".join(f"{text:>22}" for text in texts))
 
 
 def draw(folder, results):
