@@ -881,7 +881,7 @@ def test_padding_of_the_transformer(transformer_block):
 
 
 def test_a_block_that_is_run_again(transformer_block, capsys):
-    """It gives the same bits, keeps next to nothing, and leaves the generator alone. Other dropout is noticed."""
+    """A block that is run again gives the same bits, keeps next to nothing and leaves the generator where it was."""
     network, codes = small_transformer(transformer_block, "layer")
     block, there = network.block, codes > 0
     x = network.embedding(codes)
@@ -1050,7 +1050,7 @@ def test_small_batches(small_batches, monkeypatch, capsys, tmp_path):
     [(0.4, 0.9, None), (0.8, 0.9, "expected batches of 2 to cost"), (0.3, 0.4, "expected batches of 2 to cost")],
 )
 def test_small_batches_tells_what_is_wrong(batch_norm, group_norm, message, small_batches, monkeypatch, tmp_path):
-    """It is an error if batch norm stands small batches of single positions, or group norm does not."""
+    """Batch norm that stands small batches of single positions is an error, and so is group norm that does not."""
 
     def accuracy(network, learned, held_out, size, epochs, seed):  # noqa: ARG001
         if size > 2:
