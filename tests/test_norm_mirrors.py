@@ -290,6 +290,17 @@ def test_small_values(size, layout, rng):
     assert_promised((size * (1 + rng.standard_normal(layout[0]))).astype(np.float32), layout, 0.0, rng)
 
 
+@pytest.mark.parametrize("centered", [True, False])
+@pytest.mark.parametrize("size", [1e-41, 3e38])
+def test_values_at_the_ends_of_float32(size, centered, layout, rng):
+    """Values whose rstd float32 does not hold: subnormal ones, and the largest."""
+    x = (size * rng.uniform(-1, 1, layout[0])).astype(np.float32)
+    norm, affine, y = Norm(layout[1], centered), Affine(None, None, 0.0), np.empty_like(x)
+    norm_forward(x, norm, affine, Epilogue(), y)
+    expected = textbook(x, x, norm, affine).y
+    assert np.all(np.abs(y - expected) <= 1e-6 + 2.0**-22 * np.abs(expected))
+
+
 @pytest.mark.parametrize("ratio", [0, 1e2])
 def test_float64(ratio, layout, rng):
     assert_promised(rng.standard_normal(layout[0]) + ratio, layout, 1e-5, rng)
@@ -345,13 +356,15 @@ def test_16_bit_data_is_rounded_once(centered, mean, dtype, layout, rng):
 
 def weights_of(size, rng, C):
     weight, bias = rng.uniform(0.5, 1, (2, C)).astype(np.float32) * np.float32(size)
-    return Affine(weight, bias, 1e-5)
+    return Affine(weight, bias, 0.0)
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e-20, 1e20, 1e37])
-def test_extreme_weights(size, layout, rng):
+@pytest.mark.parametrize("std", [1e-20, 1.0, 1e20])
+def test_extreme_weights(std, size, layout, rng):
+    """Weights whose products with rstd or with gradients float32 does not hold."""
     shape, groups = layout
-    x = rng.standard_normal(shape).astype(np.float32)
+    x = (std * rng.standard_normal(shape)).astype(np.float32)
     dy = (rng.standard_normal(shape) / size).astype(np.float32)
     norm, affine = Norm(groups), weights_of(size, rng, shape[2])
     results, expected = computed(x, dy, norm, affine), textbook(x, dy, norm, affine)
