@@ -391,6 +391,17 @@ def test_extreme_gradients(scale, size, layout, rng):
         assert np.all(np.abs(results.dweight - expected.dweight) <= 1e-5 * expected.of_dweight)
 
 
+def test_sums_of_channels_beyond_float32(layout, rng):
+    """Gradients of 1e38 make sums that only float64 holds, although small weights make a small dx of them."""
+    shape, groups = layout
+    norm, affine = Norm(groups), Affine(np.full(shape[2], 1e-20, np.float32), None, 1e-5)
+    x = rng.standard_normal(shape).astype(np.float32)
+    dy = (1e38 * rng.uniform(1, 3, shape)).astype(np.float32)
+    results, expected = computed(x, dy, norm, affine), textbook(x, dy, norm, affine)
+    assert np.all(np.abs(results.dx - expected.dx) <= 3e-6 * expected.of_dx)
+    assert np.all(np.abs(results.dbias - expected.dbias) <= 1e-5 * expected.of_dbias)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Rows by themselves
 
