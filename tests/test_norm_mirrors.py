@@ -52,6 +52,15 @@ def pieces_of(size):
     rows.Work.of.cache_clear()
 
 
+@pytest.fixture
+def many_threads(monkeypatch):
+    """Threads work on arrays of some million elements, too: not only where what they work on is a small share."""
+    monkeypatch.setattr(rows, "SHARE", 1)
+    rows.Work.of.cache_clear()
+    yield
+    rows.Work.of.cache_clear()
+
+
 @pytest.fixture(params=CASES.values(), ids=CASES)
 def case(request):
     return request.param
@@ -474,6 +483,7 @@ def test_batch_invariance(centered, dtype, rng):
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
+@pytest.mark.usefixtures("many_threads")
 def test_batch_invariance_of_many_rows(dtype, rng, monkeypatch):
     """Rows of an array that is shared by threads, and cut into other pieces than a few rows are."""
     monkeypatch.setenv("CUPYBN_NUM_THREADS", "3")
@@ -499,6 +509,7 @@ LARGE = {
 
 
 @pytest.mark.parametrize(("shape", "groups"), LARGE.values(), ids=LARGE)
+@pytest.mark.usefixtures("many_threads")
 def test_threads_change_no_bit(shape, groups, rng, monkeypatch):
     x, dy = rng.standard_normal((2, *shape), np.float32)
     affine = vectors(rng, shape[2])
