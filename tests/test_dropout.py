@@ -46,7 +46,7 @@ def state_of(generator):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.name)
 def test_elements_are_those_of_the_formula(xp, device, rng, dtype):
-    """With each call other ones; the output has the input's dtype, shape and memory order."""
+    """Each call drops other ones; the output has the input's dtype, shape and memory order."""
     generator = generator_of(device, calls=2**32 - 1)
     for call, p in enumerate((0.5, 0.1, 0.75, 2**-33, 1 - 2**-53, 1e-300, np.float32(0.3), True * 0.25)):
         x = draw(xp, rng, (7, 9, 5), dtype)
@@ -100,7 +100,7 @@ def test_inputs_that_are_not_dense_are_counted_as_a_dense_copy(xp, device, rng, 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_channels_are_those_of_the_formula(xp, device, rng, name):
-    """In any memory order, with the channels on any axis but the first."""
+    """Memory order is any, and channels are on any axis but the first."""
     shape = SHAPES[name]
     function, with_vjp = getattr(F, f"dropout{name}"), getattr(F, f"dropout{name}_vjp")
     generator, calls = generator_of(device), itertools.count()
@@ -120,7 +120,7 @@ def test_channels_are_those_of_the_formula(xp, device, rng, name):
 
 @pytest.mark.parametrize(("name", "shape"), [("dropout1d", (5, 6)), ("dropout3d", (5, 2, 3, 4))])
 def test_a_single_sample_is_a_batch_of_one(xp, device, rng, name, shape):
-    """So is its channel axis that of the batch."""
+    """Its channel axis is that of the batch."""
     function = getattr(F, name)
     for order in itertools.permutations(range(len(shape))):
         x = in_order(draw(xp, rng, shape), order)
@@ -144,7 +144,7 @@ def test_axes_of_length_one(xp, device, rng, shape):
 
 
 def test_the_same_on_every_device_and_with_every_dtype(rng):
-    """Also where the array begins elsewhere, and is a part of another one."""
+    """An array may begin elsewhere, as a part of another one."""
     cp = pytest.importorskip("cupy")
     x = rng.standard_normal(1001)
     found = set()
@@ -517,7 +517,7 @@ def test_a_step_that_fails_leaves_the_generator_as_it_was(xp, device, rng, out, 
 
 
 def test_an_interrupt_leaves_the_generator_as_it_was(rng):
-    """At any line but a few: where the state has just moved, and where all is done."""
+    """Lines are all but a few: where the state has just moved, and where all is done."""
     from tests.test_interrupts import interrupted
 
     x, moved, at = draw(np, rng, (4, 6)), 0, 1
@@ -566,7 +566,7 @@ def test_later_calls_are_played(rng, plays):
 @pytest.mark.parametrize("inside", ["recorded", "played"])
 @pytest.mark.parametrize("own", [True, False], ids=["a generator", "none"])
 def test_each_launch_of_a_graph_draws_anew(rng, inside, own):
-    """Its own way back with it, whatever is drawn in between."""
+    """Each has its own way back, whatever is drawn in between."""
     cp = pytest.importorskip("cupy")
     generator = generator_of("cuda:0") if own else None
     cupybn.manual_seed(SEED)
@@ -604,7 +604,7 @@ def test_each_launch_of_a_graph_draws_anew(rng, inside, own):
 
 
 def test_threads_share_a_generator_without_drawing_twice():
-    """On the host each call of each thread has a number of its own."""
+    """Each call of each thread has a number of its own, on the host."""
     generator, x = generator_of("cpu"), np.ones(64, np.float32)
     found, barrier = [], threading.Barrier(4)
 
