@@ -120,7 +120,7 @@ def test_channels_are_those_of_the_formula(xp, device, rng, name):
 
 @pytest.mark.parametrize(("name", "shape"), [("dropout1d", (5, 6)), ("dropout3d", (5, 2, 3, 4))])
 def test_a_single_sample_is_a_batch_of_one(xp, device, rng, name, shape):
-    """Its channel axis is that of the batch."""
+    """A channel axis of a sample is that of the batch."""
     function = getattr(F, name)
     for order in itertools.permutations(range(len(shape))):
         x = in_order(draw(xp, rng, shape), order)
@@ -463,6 +463,24 @@ def test_errors(xp, device, rng):
             with pytest.raises(error, match=None if message is None else exactly(message)):
                 vjp(*args, **{"generator": generator} | options)
     assert bits(x, x4) == before
+    assert state_of(generator) == [SEED, 0]
+
+
+def test_calls_that_are_alike_are_told_apart(xp, device, rng):
+    """What has been checked of one call says nothing about another one, though 1, 1.0 and True are equal."""
+    x, generator = draw(xp, rng, (2, 3, 4)), generator_of(device)
+    F.dropout1d(x, 1, True, False, channel_axis=1, generator=generator, out=xp.empty_like(x))
+    F.dropout1d(x, 1, True, False, channel_axis=1, generator=generator)
+    F.dropout1d(xp.copy(x), 1, True, True, channel_axis=1, generator=generator)
+    for wrong in {"training": 1}, {"inplace": 0}, {"inplace": 1}, {"channel_axis": 1.0}, {"channel_axis": True}:
+        with pytest.raises(TypeError):
+            F.dropout1d(x, **{"p": 1, "training": True, "inplace": False, "generator": generator} | wrong)
+    repeated = xp.broadcast_to(x[:1], (2, 3, 4))
+    F.dropout1d(repeated, 1)
+    with pytest.raises(ValueError, match="expected input to (have memory for each element|be writeable)"):
+        F.dropout1d(repeated, 1, inplace=True)
+    assert F.dropout1d(x, 0, generator=generator) is x
+    assert F.dropout1d(x, True, generator=generator) is not x
     assert state_of(generator) == [SEED, 0]
 
 
