@@ -477,7 +477,7 @@ def test_calls_that_are_alike_are_told_apart(xp, device, rng):
             F.dropout1d(x, **{"p": 1, "training": True, "inplace": False, "generator": generator} | wrong)
     repeated = xp.broadcast_to(x[:1], (2, 3, 4))
     F.dropout1d(repeated, 1)
-    with pytest.raises(ValueError, match="expected input to (have memory for each element|be writeable)"):
+    with pytest.raises(ValueError, match=r"expected input to (have memory for each element|be writeable)"):
         F.dropout1d(repeated, 1, inplace=True)
     assert F.dropout1d(x, 0, generator=generator) is x
     assert F.dropout1d(x, True, generator=generator) is not x
@@ -579,6 +579,13 @@ def test_later_calls_are_played(rng, plays):
         offset = draw(cp, rng, 121)[1:].reshape(2, 3, 4, 5)  # other packs
         wanted = philox.expected(to_numpy(offset), philox.places(offset), 0.5, next(calls), SEED)
         assert bits(F.dropout(offset, 0.5, generator=generator)) == bits(wanted)
+        for behind in 0, 0, 1, 2, 0:  # elements of `out` and of the gradient behind an aligned address
+            x = draw(cp, rng, (2, 3, 4, 5))
+            out, dy = (draw(cp, rng, 120 + behind)[behind:].reshape(2, 3, 4, 5) for _ in "ab")
+            wanted = philox.expected(to_numpy(x), philox.places(x), 0.5, next(calls), SEED)
+            assert bits(F.dropout(x, 0.5, generator=generator, out=out)) == bits(wanted)
+            vjp_fn, call = F.dropout_vjp(x, 0.5, generator=generator)[1], next(calls)
+            assert bits(vjp_fn(dy).input) == bits(philox.expected(to_numpy(dy), philox.places(x), 0.5, call, SEED))
 
 
 @pytest.mark.parametrize("inside", ["recorded", "played"])
