@@ -1,7 +1,7 @@
-"""Batch norm of NumPy arrays against PyTorch on the CPU, and against what one writes by hand: how many times as long.
+"""Batch norm and its family on NumPy arrays against PyTorch on the CPU, and against what one writes by hand.
 
-    python benchmarks/cpu.py                       # both comparisons; tables, results and plots in benchmarks/results
-    python benchmarks/cpu.py --only by-hand        # one of them; without PyTorch this one is left
+    python benchmarks/cpu.py                       # all comparisons; tables, results and plots in benchmarks/results
+    python benchmarks/cpu.py --only by-hand        # one of them; without PyTorch those by hand are left
     python benchmarks/cpu.py --against TREE        # and those of another checkout, in turns
     python benchmarks/cpu.py --short               # small shapes, a few calls: does it run?
 
@@ -10,7 +10,8 @@ turns: a round is a burst of calls of one, then of the other. The first call of 
 threads of the other may still be winding down. Processes are started several times, as where they find their memory
 decides up to a tenth of the time. The ratio of a shape is the median over the rounds of (the other's
 median time / cupybn's median time), beside it the quartiles. PyTorch and cupybn use the same number of threads; by hand
-(`by_hand.py`) there is one, as NumPy's functions have.
+(`by_hand.py`) there is one, as NumPy's functions have. The family's times are those of the processor: with one thread
+(`--threads 1`) they can be compared also where other programs run.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import importlib.util
 import math
 import os
 import platform
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -59,6 +61,14 @@ class Comparison(NamedTuple):
     shapes: list[Shape]
     short: list[Shape]
     cases: Callable[[tuple[int, ...], str], dict[str, Pair]]
+
+    processor_time: bool = False
+    """Whether the processor's time is measured, of all threads: that of a machine that has other work to do, too."""
+
+    @property
+    def with_torch(self) -> bool:
+        """Whether PyTorch is what it is compared with."""
+        return self.name == "PyTorch"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -125,6 +135,57 @@ def by_hand_cases(shape: tuple[int, ...], layout: str) -> dict[str, Pair]:
     }
 
 
+MEMBERS = {
+    "layer": ("layer_norm", 1),
+    "rms": ("rms_norm", 1),
+    "group": ("group_norm", 1),
+    "group-last": ("group_norm", -1),
+    "instance": ("instance_norm", 1),
+    "instance-last": ("instance_norm", -1),
+    "dropout": ("dropout", 1),
+}
+"""Functions of batch norm's family and their channel axes, by what stands for the layout in the tables."""
+FAMILY_SHAPES: list[Shape] = [
+    *((shape, norm) for norm in ("layer", "rms") for shape in [(256, 1024), (4096, 1024), (1024, 4096), (65536, 64)]),
+    *((shape, "group") for shape in [(2, 320, 32, 32), (8, 64, 56, 56)]),
+    *((shape, "group-last") for shape in [(2, 32, 32, 320), (8, 56, 56, 64)]),
+    *((shape, "instance") for shape in [(8, 64, 56, 56), (2, 32, 24, 24, 24)]),
+    *((shape, "instance-last") for shape in [(8, 56, 56, 64), (2, 24, 24, 24, 32)]),
+    *((shape, "dropout") for shape in [(256, 1024), (4096, 1024)]),
+]
+SHORT_FAMILY: list[Shape] = [((2, 8, 3), "group"), ((6, 8), "rms"), ((6, 8), "dropout")]
+GROUPS, FEW_GROUPS = 32, 4
+"""Groups of channels, and those of a handful of channels."""
+
+
+def family_cases(shape: tuple[int, ...], layout: str) -> dict[str, Pair]:
+    """PyTorch's calls of the family and ours."""
+    import torch
+
+    from cupybn._cli.peers import torch_call
+
+    return _family_cases(shape, layout, functools.partial(torch_call, torch))
+
+
+def family_by_hand_cases(shape: tuple[int, ...], layout: str) -> dict[str, Pair]:
+    """Calls of the family in plain NumPy, as `cupybn bench` has them, and ours."""
+    from cupybn._cli.plain import plain_call
+
+    return _family_cases(shape, layout, functools.partial(plain_call, np))
+
+
+def _family_cases(shape: tuple[int, ...], layout: str, other: Callable[..., Any]) -> dict[str, Pair]:
+    from cupybn._cli.peers import cupybn_call
+    from cupybn._cli.problem import PASSES, make_arrays, problem_of
+
+    op, axis = MEMBERS[layout]
+    groups = GROUPS if shape[axis] >= GROUPS else FEW_GROUPS
+    problem = problem_of(op, shape, np.dtype(np.float32), axis, groups)
+    (a,) = make_arrays(problem, np)
+    of_op = PASSES[op].items()
+    return {name: (other(problem, operation, a), cupybn_call(problem, operation, a)) for name, operation in of_op}
+
+
 COMPARISONS = {
     "torch": Comparison(
         name="PyTorch",
@@ -155,6 +216,26 @@ COMPARISONS = {
         short=[((4, 8, 7, 7), "NCHW"), ((2, 7, 7, 8), "NHWC"), ((64, 64), "NC")],
         cases=by_hand_cases,
     ),
+    "family": Comparison(
+        name="PyTorch",
+        stem="cpu-family",
+        goals={"forward": None, "backward": None},
+        least=None,
+        shapes=FAMILY_SHAPES,
+        short=SHORT_FAMILY,
+        cases=family_cases,
+        processor_time=True,
+    ),
+    "family-by-hand": Comparison(
+        name="by hand",
+        stem="cpu-family-by-hand",
+        goals={"forward": None, "backward": None},
+        least=None,
+        shapes=FAMILY_SHAPES,
+        short=SHORT_FAMILY,
+        cases=family_by_hand_cases,
+        processor_time=True,
+    ),
 }
 
 
@@ -167,7 +248,7 @@ def child(args: argparse.Namespace) -> None:
     comparison = COMPARISONS[args.only]
     versions = [f"NumPy {np.__version__}"]
     torch: Any = None
-    if args.only == "torch":
+    if comparison.with_torch:
         import torch
 
         args.threads = args.threads or torch.get_num_threads()
@@ -185,7 +266,8 @@ def child(args: argparse.Namespace) -> None:
         pair = cases(i)[case]
         if torch is not None:
             torch.set_grad_enabled(case == "backward")
-        return [burst(call, SHORT_BURST if args.short else BURST) for call in pair]
+        clock = time.process_time if comparison.processor_time else None
+        return [burst(call, SHORT_BURST if args.short else BURST, clock) for call in pair]
 
     answer({"versions": versions, "threads": args.threads}, reply)
 
@@ -282,7 +364,7 @@ def plot(comparison: Comparison, results: Results, title: str, path: Path) -> No
         axes.axvline(1, color="0.5", linewidth=1)
         if comparison.least is not None:
             axes.axvline(comparison.least, color="C3", linewidth=1, linestyle=":")
-        axes.set(xscale="log", xlabel=f"time {'of ' * (comparison.name == 'PyTorch')}{comparison.name} / of cupybn")
+        axes.set(xscale="log", xlabel=f"time {'of ' * (comparison.with_torch)}{comparison.name} / of cupybn")
         mean = geometric_mean(ratios(results, case))
         axes.set_title(f"{case}: {mean:.2f}" + (f" (goal {goal})" if goal else ""))
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
@@ -296,7 +378,7 @@ def plot(comparison: Comparison, results: Results, title: str, path: Path) -> No
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description="Batch norm of NumPy arrays against PyTorch and against NumPy by hand."
+        description="Batch norm and its family on NumPy arrays against PyTorch and against NumPy by hand."
     )
     add_options(parser, ROUNDS, STARTS)
     parser.add_argument("--only", choices=COMPARISONS, help="one comparison (default: all that can be made)")
@@ -306,11 +388,11 @@ def main() -> None:
     if args.child:
         child(args)
         return
-    if args.only == "torch" and not has_torch():
+    if args.only and COMPARISONS[args.only].with_torch and not has_torch():
         parser.error("PyTorch is missing: `pip install torch`")
     for key in COMPARISONS if args.only is None else [args.only]:
-        if key == "torch" and not has_torch():
-            print("PyTorch is missing (`pip install torch`): only the comparison by hand is made")
+        if COMPARISONS[key].with_torch and not has_torch():
+            print(f"PyTorch is missing (`pip install torch`): the comparison {key} is left out")
         else:
             compare(key, args)
 

@@ -1,7 +1,8 @@
-"""Batch norm of CuPy arrays on a GPU, against PyTorch, cuDNN, plain CuPy and a copy of as many bytes.
+"""Batch norm and its family on a GPU, on CuPy arrays, against PyTorch, cuDNN, plain CuPy and a copy of as many bytes.
 
     python benchmarks/gpu.py             # in less than 8 minutes: JSON, a table and plots in benchmarks/results
     python benchmarks/gpu.py --full      # every batch size, dtype and operation, however long it takes
+    python benchmarks/gpu.py --compile   # with what torch.compile makes of the family, which takes its time
     python benchmarks/gpu.py --dry-run   # all of the code on tiny shapes, also on the stand-in for CuPy; no figures
 
 Time on the device is that of replays of a graph, by events, on buffers that are several times as large as the L2 cache
@@ -39,9 +40,10 @@ MINUTES = 7.0
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Batch norm of CuPy arrays on a GPU.")
+    parser = argparse.ArgumentParser(description="Batch norm and its family on CuPy arrays, on a GPU.")
     parser.add_argument("--full", action="store_true", help="every batch size, dtype and operation, without a limit")
     parser.add_argument("--dry-run", action="store_true", help="all of the code on tiny shapes; says nothing of speed")
+    parser.add_argument("--compile", action="store_true", help="torch.compile beside the family, too")
     parser.add_argument("--minutes", type=float, default=MINUTES, help=f"when to stop (default: {MINUTES:g})")
     parser.add_argument("--seconds", type=float, default=0.03, help="for each figure (default: 0.03)")
     parser.add_argument("--output", type=Path, help="folder for the results")
@@ -66,7 +68,7 @@ def main() -> int:
 
 def measure(args: argparse.Namespace, effort: Effort) -> dict[str, Any]:
     """Measure, and return all that goes into the results file."""
-    found, notes = peers()
+    found, notes = peers(args.compile)
     bench = Bench(found, effort)
     deadline = float("inf") if args.full or args.dry_run else time.monotonic() + 60 * args.minutes
     records: list[Record] = []
@@ -81,7 +83,8 @@ def measure(args: argparse.Namespace, effort: Effort) -> dict[str, Any]:
         notes.append(f"{skipped} cases: not measured, the time was over")
     notes += failures(records)
     notes += [
-        f"WRONG: {CUPYBN}, {record['shape']}, {record['dtype']}, {record['operation']}" for record in wrong(records)
+        f"WRONG: {CUPYBN}, {record['op']}, {record['shape']}, {record['dtype']}, {record['operation']}"
+        for record in wrong(records)
     ]
     return {
         "dry_run": args.dry_run,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from cupybn._arrays.dtypes import parameter_dtype
-from cupybn._cli.problem import OPERATIONS, Problem
+from cupybn._cli.problem import OPERATIONS, Operation, Problem, operation_of, problem_of
 
 RESNET50 = [  # the number of channels C, and H = W, of its twelve shapes
     *((64, 112), (64, 56), (256, 56), (128, 56), (128, 28), (512, 28)),
@@ -16,6 +17,8 @@ SEQUENCES = [(16, 128, 16000), (64, 512, 512), (32, 256, 1024)]
 TABLES = [(128, 512), (1024, 4096), (4096, 1024), (65536, 256), (16384, 4096)]
 ALL = ("float32", "float16", "bfloat16")
 BARE = ("training", "inference", "backward")
+BOTH = ("forward", "backward")
+"""Operations of the family that are measured."""
 DEAD = "half of the channels dead"
 
 
@@ -24,13 +27,82 @@ class Case:
     """A problem to measure, and the operations to measure on it."""
 
     group: str
-    layout: str  # "NCHW", "NHWC", "NC", "NCL" or "NCDHW"
+    layout: str  # "NCHW", "NHWC", "NC", "NCL", "NCDHW" or "NDHWC"
     problem: Problem
     operations: tuple[str, ...]
     all_peers: bool
     """Whether also those peers are measured that nobody would choose for speed."""
     dead: bool = False
     """Whether every other channel of x is zero, as behind a ReLU whose outputs are all 0."""
+    op: str = "batch_norm"
+    """The function that is measured, one of `OPS`."""
+
+    @property
+    def of_op(self) -> list[Operation]:
+        """The operations, each with its function."""
+        return [operation_of(self.op, name) for name in self.operations]
+
+
+class Member(NamedTuple):
+    """A case of batch norm's family, in the few words that tell it from the others."""
+
+    op: str
+    layout: str
+    shape: tuple[int, ...]  # as in memory
+    dtype: str
+    groups: int = 0
+
+    @property
+    def name(self) -> str:
+        """The member's name in tables."""
+        return f"{self.op} {self.layout} {'x'.join(map(str, self.shape))} {self.dtype}"
+
+    @property
+    def operations(self) -> tuple[str, ...]:
+        """The names of the operations that are measured."""
+        return BOTH
+
+    @property
+    def case(self) -> Case:
+        """The member as a case."""
+        axis = self.layout.index("C")
+        problem = problem_of(self.op, self.shape, parameter_dtype(self.dtype), axis, self.groups)
+        return Case("family", self.layout, problem, self.operations, all_peers=False, op=self.op)
+
+
+FAMILY = (
+    Member("layer_norm", "NC", (16384, 4096), "bfloat16"),
+    Member("rms_norm", "NC", (16384, 4096), "bfloat16"),
+    Member("group_norm", "NCHW", (2, 320, 64, 64), "float16", 32),
+    Member("group_norm", "NHWC", (2, 64, 64, 320), "float16", 32),
+    Member("dropout", "NC", (8192, 8192), "float16"),
+    Member("instance_norm", "NCHW", (8, 64, 128, 128), "float16"),
+    Member("layer_norm", "NC", (8192, 8192), "bfloat16"),
+    Member("rms_norm", "NC", (8192, 8192), "bfloat16"),
+    Member("layer_norm", "NC", (131072, 128), "bfloat16"),
+    Member("rms_norm", "NC", (131072, 128), "bfloat16"),
+    Member("layer_norm", "NC", (8192, 128), "bfloat16"),
+    Member("rms_norm", "NC", (8192, 128), "bfloat16"),
+    Member("group_norm", "NCHW", (32, 256, 56, 56), "float16", 32),
+    Member("group_norm", "NHWC", (32, 56, 56, 256), "float16", 32),
+    Member("instance_norm", "NCDHW", (2, 32, 96, 96, 96), "float16"),
+    Member("instance_norm", "NDHWC", (2, 96, 96, 96, 32), "float16"),
+    Member("layer_norm", "NC", (4096, 16384), "bfloat16"),
+    Member("rms_norm", "NC", (4096, 16384), "bfloat16"),
+    Member("layer_norm", "NC", (4096, 1024), "float32"),
+    Member("dropout", "NC", (8192, 8192), "float32"),
+)
+"""The cases of the family, the most telling ones first."""
+TINY_FAMILY = (
+    Member("layer_norm", "NC", (6, 40), "bfloat16"),
+    Member("rms_norm", "NC", (6, 40), "float32"),
+    Member("group_norm", "NCHW", (2, 4, 3, 3), "float16", 2),
+    Member("group_norm", "NHWC", (2, 3, 3, 8), "float16", 2),
+    Member("instance_norm", "NCHW", (2, 3, 4, 4), "float32"),
+    Member("instance_norm", "NDHWC", (2, 3, 2, 3, 4), "float16"),
+    Member("dropout", "NC", (64, 64), "float32"),
+)
+"""The cases of a dry run."""
 
 
 def cases(full: bool, dry_run: bool) -> list[Case]:
@@ -55,7 +127,8 @@ def cases(full: bool, dry_run: bool) -> list[Case]:
         for shape in shapes
     ]
     batch_32 = [case for case in images if case.group.endswith(" 32")]
-    return [*batch_32, *odd(), *others, *(case for case in images if case not in batch_32)]
+    family = [member.case for member in FAMILY]
+    return [*batch_32, *odd(), *family, *others, *(case for case in images if case not in batch_32)]
 
 
 def odd() -> list[Case]:
@@ -91,4 +164,5 @@ def _tiny() -> list[Case]:
         Case("tiny", "NHWC", small, BARE, all_peers=False),
         Case("tiny", "NC", Problem((6, 5), parameter_dtype("float32")), BARE, all_peers=False),
         Case(DEAD, "NHWC", small, ("training",), all_peers=False, dead=True),
+        *(member.case for member in TINY_FAMILY),
     ]

@@ -1,4 +1,4 @@
-"""Batch norm by cuDNN on CuPy arrays, through `nvidia-cudnn-frontend`, in graphs as its documentation builds them.
+"""Batch, layer and RMS norm by cuDNN on CuPy arrays, through `nvidia-cudnn-frontend`, as its documentation does it.
 
 It is where CuPy 14 sends users of the cuDNN wrappers that it removed. A graph is planned once for a shape, a dtype and
 an operation, and its workspace is allocated then; a call allocates its outputs and executes the plan on the current
@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gpu_cudnn_norms import NORMS, draw_norm, draw_norm_backward, saved, vectors
 
 from cupybn._arrays.devices import import_cupy
 from cupybn._cli.measure import Call
-from cupybn._cli.peers import EPS, MOMENTUM
-from cupybn._cli.problem import OPERATIONS, Arrays, Operation, Problem
+from cupybn._cli.problem import EPS, MOMENTUM, OPERATIONS, Arrays, Operation, Problem, operation_of
 
 LIBRARY = "cudnn/lib/libcudnn.so.9"
 """Path of libcudnn below the folder `nvidia`, where the packages `nvidia-cudnn-cu12` and `nvidia-cudnn-cu13` put it."""
@@ -86,6 +86,7 @@ class Sketch:
         types = cudnn.data_type
         self.float = types.FLOAT
         self.bit = types.BOOLEAN
+        self.training = cudnn.norm_forward_phase.TRAINING
         self.dtype = {"float16": types.HALF, "bfloat16": types.BFLOAT16, "float32": types.FLOAT}[problem.dtype.name]
         self.graph = cudnn.pygraph(
             io_data_type=self.dtype, intermediate_data_type=self.float, compute_data_type=self.float, **options
@@ -106,10 +107,16 @@ class Sketch:
         """Add an input that has the size of x."""
         return self._input(name, self.dims, self.strides, dtype or self.dtype)
 
-    def vector(self, name: str) -> Any:
-        """Add an input with one float32 for each channel."""
+    def vector(self, name: str, dtype: Any = None) -> Any:
+        """Add an input with one value for each channel, a float32 by default."""
         channels, others = self.dims[1], len(self.dims) - 2
-        return self._input(name, [1, channels] + [1] * others, [channels, 1] + [channels] * others, self.float)
+        dims, strides = [1, channels] + [1] * others, [channels, 1] + [channels] * others
+        return self._input(name, dims, strides, dtype or self.float)
+
+    def row(self, name: str) -> Any:
+        """Add an input with one float32 for each sample."""
+        others = [1] * (len(self.dims) - 1)
+        return self._input(name, [self.dims[0], *others], [1, *others], self.float)
 
     def scalar(self, name: str) -> Any:
         """Add a float32 that lies on the host, and is passed by value."""
@@ -122,10 +129,10 @@ class Sketch:
         self.outputs[name] = tensor
         tensor.set_output(True).set_data_type(dtype or self.dtype).set_dim(self.dims).set_stride(self.strides)
 
-    def vector_output(self, name: str, tensor: Any) -> None:
-        """Make a tensor an output with one float32 for each channel."""
+    def vector_output(self, name: str, tensor: Any, dtype: Any = None) -> None:
+        """Make a tensor an output with one value, a float32 by default, for each channel, or for each row."""
         self.outputs[name] = tensor
-        tensor.set_output(True).set_data_type(self.float)
+        tensor.set_output(True).set_data_type(dtype or self.float)
 
 
 def draw_training(s: Sketch, operation: Operation) -> None:
@@ -227,6 +234,8 @@ class Frontend:
 
     def call(self, problem: Problem, operation: Operation, a: Arrays) -> Call:
         """A call like those in `cupybn._cli.peers`; raises `RefusedError` where there is no plan."""
+        if operation.op in NORMS:
+            return (self._norm_backward if operation.backward else self._norm)(problem, operation, a)
         if operation.backward:
             return self._backward(problem, operation, a)
         return self._training(problem, operation, a) if operation.training else self._inference(problem, operation, a)
@@ -273,6 +282,32 @@ class Frontend:
             outputs = {"dx": self._cupy.empty_like(a.x), **self._vectors(problem, "dweight", "dbias")}
             if operation.residual:
                 outputs["dresidual"] = self._cupy.empty_like(a.x)
+            self._execute(plan, inputs, outputs)
+            return tuple(outputs.values())
+
+        return call
+
+    def _norm(self, problem: Problem, operation: Operation, a: Arrays) -> Call:
+        plan = self._plan(draw_norm, problem, operation)
+        inputs = a._asdict()
+
+        def call() -> tuple[Any, ...]:
+            rows = {name: self._cupy.empty(problem.shape[0], np.float32) for name in saved(operation)}
+            outputs = {"y": self._cupy.empty_like(a.x), **rows}
+            self._execute(plan, inputs, outputs)
+            return tuple(outputs.values())
+
+        return call
+
+    def _norm_backward(self, problem: Problem, operation: Operation, a: Arrays) -> Call:
+        forward = operation_of(operation.op, "forward")
+        rows = self._norm(problem, forward, a)()[1:]
+        plan = self._plan(draw_norm_backward, problem, operation)
+        inputs = a._asdict() | dict(zip(saved(operation), rows, strict=True))
+
+        def call() -> tuple[Any, ...]:
+            outputs = {"dx": self._cupy.empty_like(a.x)}
+            outputs |= {f"d{name}": self._cupy.empty_like(getattr(a, name)) for name in vectors(operation)}
             self._execute(plan, inputs, outputs)
             return tuple(outputs.values())
 

@@ -10,8 +10,7 @@ import math
 from typing import Any, NamedTuple
 
 from cupybn._cli.measure import Call
-from cupybn._cli.peers import EPS, MOMENTUM
-from cupybn._cli.problem import Array, Arrays, Operation, Problem
+from cupybn._cli.problem import EPS, MOMENTUM, Array, Arrays, Operation, Problem
 
 MOST_GROUPS = 1024
 """Most groups into which the first stage of a sum cuts channels-last data."""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from statistics import median
 from typing import Any, NamedTuple
 
+from gpu_cudnn_norms import NORMS
 from gpu_measure import SMALL, Record
 from gpu_peers import CUPYBN, TORCH
 
@@ -28,7 +29,15 @@ class Results:
     @staticmethod
     def _key(record: Record, **changed: Any) -> tuple[Any, ...]:
         of = record | changed
-        return of["group"], tuple(of["shape"]), of["layout"], of["dtype"], of["operation"], of["peer"]
+        return (
+            of.get("op", "batch_norm"),
+            of["group"],
+            tuple(of["shape"]),
+            of["layout"],
+            of["dtype"],
+            of["operation"],
+            of["peer"],
+        )
 
     def ours(self) -> list[Record]:
         """The records of cupybn."""
@@ -93,6 +102,7 @@ class Goal(NamedTuple):
     value: Value
     bound: float
     at_most: bool = False
+    ops: tuple[str, ...] = ("batch_norm",)
     where: Callable[[Record], bool] = lambda _: True
 
     @property
@@ -144,16 +154,35 @@ def _goals() -> Iterator[Goal]:
     regime = "NHWC bfloat16, float32"
     yield Goal(regime, "speed-up against PyTorch", FORWARD + BACKWARD, speed_up, 3, where=others)
     regime = "tensors <= 8 MB"
-    yield Goal(regime, "launches", FORWARD + BACKWARD, launches, 1, True, _small)
-    yield Goal(regime, "forward, us on the device", FORWARD, device_us, 5, True, _small)
-    yield Goal(regime, "backward, us on the device", BACKWARD, device_us, 6, True, _small)
+    yield Goal(regime, "launches", FORWARD + BACKWARD, launches, 1, True, where=_small)
+    yield Goal(regime, "forward, us on the device", FORWARD, device_us, 5, True, where=_small)
+    yield Goal(regime, "backward, us on the device", BACKWARD, device_us, 6, True, where=_small)
     yield Goal("inference", "share of copy", ("inference",), share, 0.98)
     yield Goal("BN + ReLU", "time / that of BN alone", RELU, against_bare, 1.02, True)
     yield Goal("BN + add + ReLU", "speed-up against PyTorch, unfused", ADD_RELU, speed_up, 3)
     yield Goal("host time of a call", "speed-up against PyTorch", (*FORWARD, *BACKWARD, "inference"), host_speed_up, 1)
 
 
-GOALS = tuple(_goals())
+def _family_goals() -> Iterator[Goal]:
+    regime, ops = "layer and RMS norm, >= 64 MB", NORMS
+    yield Goal(regime, "forward, share of copy", ("forward",), share, 0.9, ops=ops, where=_streams)
+    yield Goal(regime, "backward, share of copy", BACKWARD, share, 0.85, ops=ops, where=_streams)
+    yield Goal(regime, "speed-up against PyTorch", ("forward", *BACKWARD), speed_up, 1, ops=ops, where=_streams)
+    regime = "layer and RMS norm, 2 MB"
+    yield Goal(regime, "forward, us on the device", ("forward",), device_us, 3, True, ops, _small)
+    yield Goal(regime, "backward, us on the device", BACKWARD, device_us, 6, True, ops, _small)
+    for regime, ops in ("group norm", ("group_norm",)), ("instance norm", ("instance_norm",)):
+        yield Goal(regime, "forward, share of copy", ("forward",), share, 0.8, ops=ops)
+        yield Goal(regime, "backward, share of copy", BACKWARD, share, 0.75, ops=ops)
+        yield Goal(regime, "speed-up against PyTorch", ("forward", *BACKWARD), speed_up, 1, ops=ops)
+    yield Goal("dropout", "share of copy", ("forward", *BACKWARD), share, 0.92, ops=("dropout",))
+
+
+def _streams(record: Record) -> bool:
+    return bool(record["x_bytes"] >= 64e6)
+
+
+GOALS = (*_goals(), *_family_goals())
 
 
 def compare(results: Results) -> list[dict[str, Any]]:
@@ -162,7 +191,8 @@ def compare(results: Results) -> list[dict[str, Any]]:
     """
     rows = []
     for goal in GOALS:
-        of_regime = [r for r in results.ours() if r["operation"] in goal.operations and goal.where(r)]
+        of_op = [r for r in results.ours() if r.get("op", "batch_norm") in goal.ops]
+        of_regime = [r for r in of_op if r["operation"] in goal.operations and goal.where(r)]
         values = [v for v in (goal.value(results, record) for record in of_regime) if v is not None]
         row: dict[str, Any] = {"regime": goal.regime, "goal": goal.text, "count": len(values)}
         if values:

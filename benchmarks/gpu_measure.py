@@ -16,7 +16,7 @@ from gpu_peers import CUDNN, CUPYBN, TORCH, Peer
 from cupybn._arrays.devices import import_cupy
 from cupybn._cli.extras import optional
 from cupybn._cli.measure import Call, Effort, cold_sets, copy_time, device_time, host_time, release, rotate
-from cupybn._cli.problem import OPERATIONS, Arrays, Operation, make_arrays
+from cupybn._cli.problem import Arrays, Operation, make_arrays
 from cupybn._steps import launcher
 
 Record = dict[str, Any]
@@ -55,9 +55,9 @@ class Bench:
                 for a in arrays:
                     self.cupy.moveaxis(a.x, case.problem.channel_axis, 0)[::2] = 0
         except Exception as error:  # the GPU has too little memory
-            yield {**self._head(case, OPERATIONS[case.operations[0]], "all"), "error": repr(error)}
+            yield {**self._head(case, case.of_op[0], "all"), "error": repr(error)}
             return
-        for operation in map(OPERATIONS.__getitem__, case.operations):
+        for operation in case.of_op:
             for peer in self.peers:
                 if not peer.takes(case.problem, operation) or not (peer.everywhere or case.all_peers):
                     continue
@@ -87,6 +87,7 @@ class Bench:
             "dtype": case.problem.dtype.name,
             "channels": case.problem.channels,
             "x_bytes": case.problem.nbytes,
+            "op": operation.op,
             "operation": operation.name,
             "peer": peer,
         }
@@ -100,7 +101,7 @@ class Bench:
         cold = device_time(graph, self.effort)
         last = arrays[(len(rotation) - 1) % len(arrays)]
         found = peer.output(problem, graph.results[-1])
-        error = gpu_exact.error(self.cupy, problem, operation, last, found)
+        errors = gpu_exact.errors(self.cupy, problem, operation, last, found)
         del graph, found
         copy = self.copy(nbytes)
         record = {
@@ -109,7 +110,8 @@ class Bench:
             "cold_us": cold._asdict(),
             "copy_us": copy._asdict(),
             "share_of_copy": copy.median / cold.median,
-            "error_over_allowed": error,
+            "error_over_allowed": errors.over_allowed,
+            "roundoffs": errors.roundoffs,
         }
         if peer.name in (CUPYBN, TORCH, CUDNN):
             if problem.nbytes <= WARM:

@@ -11,7 +11,7 @@ import gpu_goals
 import matplotlib
 from gpu_goals import Results
 from gpu_measure import Record
-from gpu_peers import CUDNN, EXPERT, NATIVE, PLAIN, TORCH
+from gpu_peers import APEX, COMPILED, CUDNN, ENGINE, EXPERT, NATIVE, PLAIN, TORCH
 
 from cupybn._cli.table import markdown
 
@@ -19,12 +19,13 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 PANELS = ("training", "inference", "backward", "training + add + ReLU", "backward + add + ReLU")
+CHANNELS_LAST = ("NHWC", "NDHWC")
 COLOURS = {"float32": "C0", "float16": "C1", "bfloat16": "C2"}
-OTHERS = (TORCH, CUDNN, NATIVE, PLAIN, EXPERT)
+OTHERS = (TORCH, CUDNN, NATIVE, PLAIN, EXPERT, COMPILED, APEX, ENGINE)
 HEAD = [
     *("shape, as in memory", "operation", "us, cold (quartiles)", "warm", "share of copy"),
     *(f"{peer} / cupybn" for peer in OTHERS),
-    *("host us", "PyTorch's", "error / allowed"),
+    *("host us", "PyTorch's", "error / allowed", "roundoffs"),
 ]
 
 
@@ -55,13 +56,15 @@ def title(report: dict[str, Any]) -> str:
 
 def text(report: dict[str, Any], results: Results) -> str:
     """The whole page in Markdown."""
-    parts = ["# Batch norm on a GPU", *([f"**{report['note']}**"] if report["dry_run"] else [])]
+    parts = ["# Batch norm and its family on a GPU", *([f"**{report['note']}**"] if report["dry_run"] else [])]
     parts += ["\n".join(f"* {name}: {value}" for name, value in report["machine"].items())]
     parts += ["## Goals", markdown(gpu_goals.HEAD, gpu_goals.cells(report["goals"], report["dry_run"]))]
     ours = results.ours()
-    for group in dict.fromkeys((r["group"], r["layout"], r["dtype"]) for r in ours):
-        rows = [cells(results, r) for r in ours if (r["group"], r["layout"], r["dtype"]) == group]
-        parts += [f"## {', '.join(group)}", markdown(HEAD, rows)]
+    for group in dict.fromkeys(map(_group, ours)):
+        rows = [cells(results, r) for r in ours if _group(r) == group]
+        columns = [i for i in range(len(HEAD)) if any(row[i] != "-" for row in rows)]  # of what was measured at all
+        rows = [[row[i] for i in columns] for row in rows]
+        parts += [f"## {', '.join(group)}", markdown([HEAD[i] for i in columns], rows)]
     parts += ["## Notes", "\n".join(f"* {note}" for note in report["notes"])]
     return "\n\n".join(parts) + "\n"
 
@@ -87,6 +90,7 @@ def cells(results: Results, record: Record) -> list[str]:
         median(record, "host_us"),
         median(torch, "host_us"),
         f"{record['error_over_allowed']:.2f}",
+        f"{record['roundoffs']:.2f}" if "roundoffs" in record else "-",
     ]
 
 
@@ -103,9 +107,9 @@ def plot(results: Results, value: Callable[[Record], float | None], label: str, 
                 dots = [
                     (v, names.index(_name(record)))
                     for record in ours
-                    if record["operation"] == operation
+                    if panel_of(record) == operation
                     and record["dtype"] == dtype
-                    and (record["layout"] != "NHWC") == filled
+                    and (record["layout"] not in CHANNELS_LAST) == filled
                     and (v := value(record)) is not None
                 ]
                 axis.scatter(
@@ -128,8 +132,18 @@ def plot(results: Results, value: Callable[[Record], float | None], label: str, 
     plt.close(figure)
 
 
+def panel_of(record: Record) -> str:
+    """The panel of a plot in which a record stands: a forward pass of the family is one of training."""
+    return "training" if record["operation"] == "forward" else str(record["operation"])
+
+
+def _group(record: Record) -> tuple[str, ...]:
+    of_family = () if record["op"] == "batch_norm" else (record["op"],)
+    return *of_family, record["group"], record["layout"], record["dtype"]
+
+
 def _name(record: Record) -> str:
     sizes = list(record["shape"])
-    if record["layout"] == "NHWC":
+    if record["layout"] in CHANNELS_LAST:
         sizes = [sizes[0], sizes[-1], *sizes[1:-1]]
-    return "x".join(map(str, sizes))
+    return "x".join(map(str, sizes)) + (f" {record['op']}" if record["op"] != "batch_norm" else "")

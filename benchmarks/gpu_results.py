@@ -85,11 +85,12 @@ def summary(folder: Path, what: str) -> dict[str, Any]:
     """What is kept of the folder of a first contact."""
     stages = json.loads((folder / "results.json").read_text())
     found = {name: stage["findings"] for name, stage in stages.items()}
-    bench = found["bench"]
+    measured = [found[name] for name in ("bench", "family") if name in found]
+    facts = {name: value for of in measured for name, value in of["facts"].items()}
     return {
         "what": what,
         "machine": machine(found["environment"]["facts"]),
-        "copies": {name: value for name, value in bench["facts"].items() if name.startswith("copy of")},
+        "copies": {name: value for name, value in facts.items() if name.startswith("copy of")},
         "stages": [
             {
                 "name": name,
@@ -100,10 +101,16 @@ def summary(folder: Path, what: str) -> dict[str, Any]:
             }
             for name, stage in stages.items()
         ],
-        "notes": [PATH.sub("...", note) for note in (*bench["notes"], *bench["skipped"])],
+        "notes": [PATH.sub("...", note) for of in measured for note in (*of["notes"], *of["skipped"])],
         "kernels": [{STALLS[key]: row[key] for key in STALLS} for row in found.get("ncu", {}).get("table", [])],
-        "records": [rounded(shortened(record)) for record in json.loads((folder / "bench.json").read_text())],
+        "records": [rounded(shortened(record)) for record in records(folder)],
     }
+
+
+def records(folder: Path) -> list[Record]:
+    """The records of the stages that measure."""
+    paths = [folder / f"{name}.json" for name in ("bench", "family")]
+    return [record for path in paths if path.exists() for record in json.loads(path.read_text())]
 
 
 def machine(facts: dict[str, Any]) -> dict[str, str]:
@@ -150,7 +157,15 @@ def page(measured: dict[str, Any]) -> str:
     """The measurement as a page in Markdown."""
     results = Results(measured["records"])
     head = ["shape, as in memory", "operation", "us, cold (quartiles)", "warm", "share of copy"]
-    head += [f"{TORCH} / {CUPYBN}", f"{CUDNN} / {CUPYBN}", "host us", "PyTorch's", "launches", "error / allowed"]
+    head += [
+        f"{TORCH} / {CUPYBN}",
+        f"{CUDNN} / {CUPYBN}",
+        "host us",
+        "PyTorch's",
+        "launches",
+        "error / allowed",
+        "roundoffs",
+    ]
     parts = [f"# {title(measured)}", f"{measured['what']}."]
     parts += ["\n".join(f"* {name}: {value}" for name, value in (measured["machine"] | measured["copies"]).items())]
     parts += ["## Goals", markdown(gpu_goals.HEAD, gpu_goals.cells(gpu_goals.compare(results), dry_run=False))]
@@ -177,14 +192,16 @@ def line(results: Results, record: Record) -> list[str]:
     cells = gpu_report.cells(results, record)
     by_name = dict(zip(gpu_report.HEAD, cells, strict=True))
     wanted = [*gpu_report.HEAD[:5], f"{TORCH} / {CUPYBN}", f"{CUDNN} / {CUPYBN}", "host us", "PyTorch's"]
-    row = [by_name[name] for name in wanted] + [str(record["launches"]), by_name["error / allowed"]]
+    last = [str(record["launches"]), by_name["error / allowed"], by_name["roundoffs"]]
+    row = [by_name[name] for name in wanted] + last
     return [case_name(record), *row[1:]]
 
 
 def case_name(record: Record) -> str:
     """The name of a record's case, such as "NCHW 32x64x56x56 float16"."""
-    group = "" if record["group"] == "first contact" else f", {record['group']}"
-    return f"{record['layout']} {'x'.join(map(str, record['shape']))} {record['dtype']}{group}"
+    group = "" if record["group"] in ("first contact", "family") else f", {record['group']}"
+    op = "" if record.get("op", "batch_norm") == "batch_norm" else f"{record['op']} "
+    return f"{op}{record['layout']} {'x'.join(map(str, record['shape']))} {record['dtype']}{group}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -240,14 +257,14 @@ def picture(sets: Sequence[dict[str, Any]], path: Path, names: Sequence[str] = (
     results = [Results(measured["records"]) for measured in sets]
     last = results[-1]
     cases = list(dict.fromkeys(case_name(record) for record in last.ours()))
-    panels = [name for name in gpu_report.PANELS if any(r["operation"] == name for r in last.ours())]
+    panels = [name for name in gpu_report.PANELS if any(gpu_report.panel_of(r) == name for r in last.ours())]
     figure_, axes = plt.subplots(
         1, len(panels), figsize=(3.2 + 2.3 * len(panels), 1.9 + 0.27 * len(cases)), sharey=True, layout="constrained"
     )
     for axis, operation in zip(axes, panels, strict=True):
         axis.axvline(1, color="0.5", linewidth=1)
         for record in last.ours():
-            if record["operation"] == operation:
+            if gpu_report.panel_of(record) == operation:
                 _row(axis, cases.index(case_name(record)), record, results)
         axis.set_title(operation, fontsize=9)
         axis.set_xlim(0, 1.1)

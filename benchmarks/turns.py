@@ -25,6 +25,8 @@ CHILD = "--child"
 Groups = Callable[[dict[str, Any]], Sequence[Sequence[Any]]]
 GROUP = 1e-4
 """Seconds of a group of calls between two looks at the clock, at least."""
+LEAST_STEP = 1e-7
+"""Seconds that a call takes, at least, if the clock stands still meanwhile."""
 SHORT_ROUNDS = 2
 LEAST_GROUPS = 3
 """Groups of a burst, at least."""
@@ -36,22 +38,23 @@ GRACE = 30.0
 # Measurement
 
 
-def burst(call: Callable[[], object], seconds: float) -> float:
+def burst(call: Callable[[], object], seconds: float, clock: Callable[[], float] | None = None) -> float:
     """Microseconds of a call, the median of a burst of so many seconds, after a first call that is not counted.
 
-    Short calls are timed in groups, so that looking at the clock costs nothing beside them.
+    Short calls are timed in groups, so that looking at the clock costs nothing beside them; by default the wall clock.
     """
+    now = clock or time.perf_counter
     call()
-    start = time.perf_counter()
+    start = now()
     call()
-    calls = max(1, round(GROUP / (time.perf_counter() - start)))
+    calls = max(1, round(GROUP / max(now() - start, LEAST_STEP)))
     times: list[float] = []
-    end = time.perf_counter() + seconds
-    while len(times) < LEAST_GROUPS or time.perf_counter() < end:
-        start = time.perf_counter()
+    end = now() + seconds
+    while len(times) < LEAST_GROUPS or now() < end:
+        start = now()
         for _ in range(calls):
             call()
-        times.append((time.perf_counter() - start) / calls)
+        times.append((now() - start) / calls)
     return 1e6 * median(times)
 
 

@@ -18,12 +18,12 @@ import cupybn
 from cupybn.__main__ import CLOSED_PIPE, COMMANDS, INTERRUPTED, main
 from cupybn._cli import bench, cases, check, extras, info, memory, sides
 from cupybn._cli import options as cli_options
+from cupybn._cli.checked import CHECKED
 from cupybn._cli.measure import AS_LITTLE_AS_POSSIBLE, COLD, CupyGraph, cold_sets, device_time, rotate, spread
 from cupybn._cli.peers import cupybn_call, torch_call
 from cupybn._cli.problem import OPERATIONS, Problem, make_arrays
-from cupybn._cli.steps import STEPS
 from cupybn._cli.table import table
-from cupybn._steps import cupy_dropout, cupy_ops, numpy_dropout, numpy_ops
+from cupybn._steps import cupy_ops, numpy_norms
 from cupybn._steps.bundles import Epilogue
 from cupybn._steps.sources import kernel_names
 from tests.reference import bits
@@ -56,9 +56,24 @@ def missing(monkeypatch, *names):
         monkeypatch.setattr(module, "optional", lambda name: None if name in names else here(name))
 
 
+STEPS = {step: op for op, checked in reversed(CHECKED.items()) for step in checked.steps}
+"""The first function that has each step."""
+
+
 @pytest.fixture
 def one_shape(monkeypatch):
-    monkeypatch.setattr(check, "QUICK", {"channels_first": [(6, 5, 49)], "channels_last": [(37, 3, 1)]})
+    """Quick checks have only the first shape of each layout."""
+    for op, checked in CHECKED.items():
+        shapes = {layout: shapes[:1] for layout, shapes in checked.quick.items()}
+        monkeypatch.setitem(CHECKED, op, checked._replace(quick=shapes))
+
+
+def only(monkeypatch, step):
+    """Let `check` know a single step of batch norm, and its kernel."""
+    checked = CHECKED["batch_norm"]
+    monkeypatch.setitem(CHECKED, "batch_norm", checked._replace(steps={step: checked.steps[step]}))
+    monkeypatch.setattr(check, "OPS", ("batch_norm",))
+    monkeypatch.setattr(check, "kernel_names", lambda: [step])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -391,7 +406,7 @@ def test_a_dtype_that_is_wanted_and_missing(command, gpu, monkeypatch, capsys):
 @pytest.mark.usefixtures("one_shape")
 def test_check_of_all_dtypes_without_one(monkeypatch, capsys):
     missing(monkeypatch, "ml_dtypes")
-    monkeypatch.setattr(check, "STEPS", {"mean_and_var": STEPS["mean_and_var"]})
+    only(monkeypatch, "mean_and_var")
     monkeypatch.setattr(check, "cuda_missing", lambda: "told so")
     assert main(["check", "--quick"]) == 0
     out = capsys.readouterr().out
@@ -427,7 +442,7 @@ def spoiled(function):
         bound = inspect.signature(function).bind(*args, **kwargs).arguments
         written = bound["gradients"].dx if "gradients" in bound else bound.get("out")
         if result is None and written is None:
-            written = bound["running"].var
+            written = bound["running"].var if "running" in bound else bound["dweight"]
         if written is not None:
             written[...] = written * 1.001
             return result
@@ -441,29 +456,45 @@ def spoiled(function):
     return step
 
 
+def called(step):
+    """How a step's call with the first shape of the first function that has it begins in a list."""
+    checked = CHECKED[STEPS[step]]
+    return f"{step}, {checked.axes} = {checked.quick['channels_first'][0]}, float32, "
+
+
 @pytest.mark.usefixtures("one_shape")
 @pytest.mark.parametrize("step", STEPS)
 def test_check_sees_a_wrong_mirror(step, monkeypatch, capsys):
     """A check without a GPU names the step whose mirror is wrong."""
+    mirrors = CHECKED[STEPS[step]].sides[1].ops
     monkeypatch.setattr(check, "cuda_missing", lambda: "told so")
-    ops = numpy_ops if hasattr(numpy_ops, step) else numpy_dropout
-    monkeypatch.setattr(ops, step, spoiled(getattr(ops, step)))
-    assert f"  {step}, (N, C, L) = (6, 5, 49), float32, " in failing_check(capsys)
+    monkeypatch.setattr(mirrors, step, spoiled(getattr(mirrors, step)))
+    assert f"  {called(step)}" in failing_check(capsys)
 
 
 @pytest.mark.usefixtures("one_shape")
 @pytest.mark.parametrize("step", STEPS)
 def test_check_sees_a_wrong_kernel(step, monkeypatch, capsys):
-    ops = cupy_ops if hasattr(cupy_ops, step) else cupy_dropout
-    monkeypatch.setattr(ops, step, spoiled(getattr(ops, step)))
-    monkeypatch.setattr(check, "kernel_names", lambda: [n for n in kernel_names() if n.endswith(step)])
-    assert f"{step}, (N, C, L) = " in failing_check(capsys)
+    kernels = CHECKED[STEPS[step]].sides[0].ops
+    monkeypatch.setattr(kernels, step, spoiled(getattr(kernels, step)))
+    monkeypatch.setattr(check, "kernel_names", lambda: [n for n in kernel_names() if n.rpartition("/")[2] == step])
+    assert called(step) in failing_check(capsys)
+
+
+@pytest.mark.parametrize("op", CHECKED)
+def test_check_of_one_function(op, monkeypatch, capsys):
+    """The steps of a function are checked, and no others."""
+    monkeypatch.setattr(check, "cuda_missing", lambda: "told so")
+    assert main(["check", "--op", op, "--quick", "--dtype", "float32"]) == 0
+    rows = [line.split()[0] for line in capsys.readouterr().out.splitlines() if re.search(r"\d\.\d\d$", line)]
+    assert rows == [*CHECKED[op].steps]
 
 
 @pytest.mark.usefixtures("one_shape")
-@pytest.mark.parametrize("step", ["bn_normalize", "bn_forward"])
+@pytest.mark.parametrize("step", ["bn_normalize", "bn_forward", "norm_forward"])
 def test_check_sees_a_wrong_record(step, monkeypatch, capsys):
-    right = getattr(numpy_ops, step)
+    mirrors = CHECKED[STEPS[step]].sides[1].ops
+    right = getattr(mirrors, step)
 
     def wrong(*args):
         result = right(*args)
@@ -473,8 +504,9 @@ def test_check_sees_a_wrong_record(step, monkeypatch, capsys):
         return result
 
     monkeypatch.setattr(check, "cuda_missing", lambda: "told so")
-    monkeypatch.setattr(numpy_ops, step, wrong)
-    assert f"{step}, (N, C, L) = (6, 5, 49), float32, training, relu, residual: record" in failing_check(capsys)
+    monkeypatch.setattr(mirrors, step, wrong)
+    of = "instance_norm" if mirrors is numpy_norms else "training"
+    assert f"{called(step)}{of}, relu, residual: record" in failing_check(capsys)
 
 
 def broken(*_):
@@ -511,13 +543,13 @@ def test_check_tells_errors_from_misses(monkeypatch, capsys):
     assert re.search(r"^\d+ of \d+ calls are off by more than is allowed:\n  mean_and_var, ", out, re.MULTILINE)
 
 
-@pytest.mark.parametrize("side", [sides.KERNELS, sides.MIRRORS, sides.FORMULA], ids=lambda side: side.name)
+@pytest.mark.parametrize("side", CHECKED["batch_norm"].sides, ids=lambda side: side.name)
 def test_bundles_come_to_a_side_and_back(side):
     """All arrays of an unaligned case are unaligned; values that are no arrays stay as they are."""
     given = Epilogue(np.arange(6, dtype=np.float32).reshape(1, 2, 3), "relu")
     there = side.put_all(given, offset=1)
     assert (type(there), there.activation, there.passed) == (Epilogue, "relu", None)
-    if side is sides.KERNELS:
+    if side.name == "kernels":
         assert there.residual.data.ptr % 16 == 4
     back = side.host_all(there)
     assert (type(back), back.activation, back.passed) == (Epilogue, "relu", None)
@@ -610,8 +642,7 @@ def test_operations_of_bench():
 @pytest.mark.parametrize("command", ["check --quick --dtype float32", "bench --shape 4,3 --seconds 0"], ids=str)
 def test_a_missing_tqdm_costs_the_bar_alone(command, terminal, monkeypatch, capsys):
     missing(monkeypatch, "tqdm")
-    monkeypatch.setattr(check, "STEPS", {"mean_and_var": STEPS["mean_and_var"]})
-    monkeypatch.setattr(check, "kernel_names", lambda: ["mean_and_var"])
+    only(monkeypatch, "mean_and_var")
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
     assert main(command.split()) == 0
     assert ("`pip install '.[cli]'`" in capsys.readouterr().err) == terminal

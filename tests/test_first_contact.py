@@ -22,9 +22,8 @@ import pytest
 
 from cupybn import functional
 from cupybn._cli import check as cli_check
-from cupybn._cli.cases import Case
-from cupybn._cli.sides import KERNELS
-from cupybn._cli.steps import STEPS
+from cupybn._cli.checked import CHECKED
+from cupybn._cli.problem import FAMILY
 from cupybn._steps import launcher, sources
 from tests.benchmark_scripts import BENCHMARKS, ROOT, require
 
@@ -41,6 +40,7 @@ from contact.stages import (  # noqa: E402
     bench,
     check,
     environment,
+    family,
     graph,
     large,
     mpi,
@@ -52,6 +52,7 @@ from contact.stages import (  # noqa: E402
     suite,
 )
 from contact.task import Task  # noqa: E402
+from gpu_cases import TINY_FAMILY  # noqa: E402
 
 EMULATED = hasattr(cp, "emulator")
 
@@ -162,11 +163,12 @@ def test_rehearsal(tmp_path):
     verdicts = {name: outcome["verdict"] for name, outcome in outcomes.items()}
     assert verdicts.pop("mpi") in report.GOOD, printed  # where there is one
     assert set(verdicts.values()) == {"passed"}, printed
-    files = {"report.md", "results.json", "bench.json", "suite.log", "sanitizer.log", "ncu.csv"}
+    files = {"report.md", "results.json", "bench.json", "family.json", "suite.log", "sanitizer.log", "ncu.csv"}
     assert {path.name for path in out.iterdir()} == files
     lines = printed.rpartition("===== FIRST CONTACT (REHEARSAL)")[2].splitlines()
     assert "no failures" in lines
     assert sum("of copy, torch x" in line for line in lines) == 6
+    assert sum(line.startswith(tuple(FAMILY)) and "; backward" in line for line in lines) == len(TINY_FAMILY)
     assert "ncu bn_stats: 1234 us, dram 0.5 %, issue slots 0.5 %, long_scoreboard 6.2, wait 0.5, sleeping 0.5" in lines
     page = (out / "report.md").read_text()
     assert "rehearsal: says nothing of a GPU" in page
@@ -451,11 +453,11 @@ def test_smoke_takes_every_size_of_cluster_and_block():
 
 
 def test_smoke_and_bench_end_when_their_time_is_over(tmp_path):
-    for stage in smoke, bench:
+    for stage in smoke, bench, family:
         task = Task(Log(None), tmp_path, 0, rehearse=True)
         stage.run(task)
         assert "left out for lack of time" in task.log.findings.skipped[-1]
-        assert [passed for _, passed, _ in task.log.findings.checks] == [False] * (stage is bench)
+        assert [passed for _, passed, _ in task.log.findings.checks] == [False] * (stage is not smoke)
 
 
 def test_work_that_a_tool_watches_ends_by_itself(tmp_path):
@@ -582,10 +584,11 @@ def test_what_check_asks_for_is_compiled_next(monkeypatch):
         return Launch()
 
     monkeypatch.setattr(launcher.Kernel, "raw", property(raw))
-    dtype = np.dtype(np.float16)
-    for job in cli_check.kernel_jobs([dtype], cli_check.SHAPES):
+    dtype, checked = np.dtype(np.float16), CHECKED["batch_norm"]
+    for job in cli_check.kernel_jobs([dtype], {"batch_norm": cli_check.SHAPES}):
         with contextlib.suppress(cp.emulator.UninitialisedMemoryError):
-            STEPS[job.step].run(Case(job.shape, job.dtype, job.offset, job.variant), KERNELS)
+            case = checked.case(job.shape, job.dtype, job.offset, job.variant)
+            checked.steps[job.step].run(case, checked.sides[0])
     in_folders = {kernel for kernel in asked if "/" in kernel[0]}
     of_dtype = {kernel for kernel in insides.kernels_of_check() if "-DDATA_T=float16" in kernel[1]}
     assert in_folders == of_dtype
@@ -733,7 +736,8 @@ def test_nccl_sees_a_communicator_that_is_not_refused():
 def test_all_that_the_library_asks_for_is_compiled(monkeypatch):
     """Every step over shapes, dtypes and alignments of all kinds, on the device that is there."""
     compiled = {(instance.kernel, instance.options) for instance in insides.instances_here()}
-    assert {kernel for kernel, _ in compiled} == set(sources.kernel_names())
+    names = {name for name in sources.kernel_names() if not name.endswith(insides.OF_NORMS)}
+    assert {kernel for kernel, _ in compiled} == names
     shapes = [(N, C, L) for L in (1, 2, 49, 3136, 1 << 20) for N in (2, 64, 5000) for C in (2, 3, 64, 1000)]
     asked = set()
     for (N, C, L), dtype, most, masked in product(shapes, insides.dtypes(), (16, 8, 4, 2), (False, True)):

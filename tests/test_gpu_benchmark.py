@@ -79,7 +79,7 @@ def test_the_short_selection_has_every_layer_in_every_dtype_and_order():
     batch_32 = [case for case in selected if case.group == "ResNet-50, batch 32"]
     assert len(batch_32) == 12 * 3 * 2
     assert {case.operations for case in batch_32} == {tuple(OPERATIONS)}
-    assert {case.layout for case in selected} == {"NCHW", "NHWC", "NC", "NCL", "NCDHW"}
+    assert {case.layout for case in selected} == {"NCHW", "NHWC", "NC", "NCL", "NCDHW", "NDHWC"}
     assert {case.problem for case in selected} < {case.problem for case in cases(full=True, dry_run=False)}
 
 

@@ -16,8 +16,7 @@ import pytest
 import cupybn.functional as F
 from cupybn._arrays.dtypes import parameter_dtype
 from cupybn._cli.measure import AS_LITTLE_AS_POSSIBLE
-from cupybn._cli.peers import EPS, MOMENTUM
-from cupybn._cli.problem import OPERATIONS, Problem, make_arrays
+from cupybn._cli.problem import EPS, MOMENTUM, OPERATIONS, Problem, make_arrays
 from tests import real_cupy
 from tests.benchmark_scripts import BENCHMARKS, ROOT, require
 

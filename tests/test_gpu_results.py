@@ -45,6 +45,7 @@ def left_by_first_contact(folder, us, facts=FACTS):
         "environment": nothing | {"facts": facts},
         "bench": nothing
         | {"facts": {"copy of 1 MiB in all": "4000 GB/s"}, "notes": [f"{CUDNN}: 1.32.0, in /home/somebody/site"]},
+        "family": nothing,
         "ncu": nothing | {"table": [NCU]},
         "suite": nothing | {"checks": [["the tests", False, "in /home/somebody"]]},
     }
@@ -55,6 +56,9 @@ def left_by_first_contact(folder, us, facts=FACTS):
     }
     (folder / "results.json").write_text(json.dumps(stages))
     (folder / "bench.json").write_text(json.dumps(records))
+    of_family = {"op": "layer_norm", "layout": "NC", "shape": [8192, 128], "group": "family", "roundoffs": 0.75}
+    records = [record("forward", peer, us, 0.8) | of_family for peer, us in (("cupybn", us), (TORCH, 80.0))]
+    (folder / "family.json").write_text(json.dumps(records))
     return folder
 
 
@@ -74,10 +78,12 @@ def test_what_is_kept(kept):
     expected = {"driver": "580.159.04", "clocks, at most": "1980 MHz, memory 3201 MHz", "CuPy": "14.2.0"}
     assert found["machine"].items() >= expected.items()
     assert found["records"][0]["share_of_copy"] == 0.1235
-    assert [s["verdict"] for s in found["stages"]] == ["passed", "passed", "passed", "FAILED"]
+    assert [s["verdict"] for s in found["stages"]] == ["passed", "passed", "passed", "passed", "FAILED"]
     assert max(map(len, text.splitlines())) < 600  # a line for each record
     assert "| NCHW 32x64x56x56 float16 | training | 40.0 (40.0..40.0) | - | 0.12 | 1.50 | 2.25 |" in page
     assert "| NCHW 32x64x56x56 float16 | backward | 40.0 (40.0..40.0) | - | 0.50 | - | refused |" in page
+    assert "| layer_norm NC 8192x128 float16 | forward | 40.0 (40.0..40.0) | - | 0.80 | 2.00 | - |" in page
+    assert "| 1 | 0.50 | 0.75 |" in page
     assert "| bn_stats | 256 | 34 us | 32.9 | 59.7 | 23.4 | 119 | wait 1.3 |" in page
     assert "| suite | FAILED | 0 of 1 | 1.3 |" in page
     assert f"* {CUDNN}: 1.32.0, in ...\n" in page
@@ -96,7 +102,7 @@ def test_two_side_by_side(kept):
     assert [path.name for path in paths] == ["before-after.md", "before-after.png"]
     page = paths[0].read_text()
     assert "* before: what before is" in page
-    assert "the geometric mean of 2: 2.00." in page
+    assert "the geometric mean of 3: 2.00." in page
     assert "| training | 40.0 | 20.0 | 2.00 | 0.12 | 0.12 | 1.50 | 3.00 | 4.50 |" in page
     assert "| backward | 40.0 | 20.0 | 2.00 | 0.50 | 0.50 | - | - | refused |" in page
 

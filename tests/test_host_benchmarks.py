@@ -93,10 +93,10 @@ def test_launch_with_the_real_cupy(tmp_path):
 
 @pytest.mark.parametrize("key", cpu.COMPARISONS)
 def test_cpu(key, tmp_path):
-    if key == "torch" and not WITH_TORCH:
+    comparison = cpu.COMPARISONS[key]
+    if comparison.with_torch and not WITH_TORCH:
         pytest.skip("PyTorch is not installed")
     pytest.importorskip("matplotlib")
-    comparison = cpu.COMPARISONS[key]
     text = run("cpu", "--short", "--only", key, "--threads", 1, "--output", tmp_path)
     rows = results(tmp_path, f"{comparison.stem}-short")
     assert list(rows) == [f"{layout} {'x'.join(map(str, shape))}" for shape, layout in comparison.short]
@@ -105,7 +105,7 @@ def test_cpu(key, tmp_path):
         for figures in row.values():
             assert min(figures["other_ms"], figures["cupybn_ms"], figures["ratio"]["low"]) > 0
     assert (tmp_path / f"{comparison.stem}-short.png").stat().st_size > 0
-    assert ("PyTorch" in text.partition("\n")[0]) == (key == "torch")
+    assert ("PyTorch" in text.partition("\n")[0]) == comparison.with_torch
 
 
 def test_chain(tmp_path):

@@ -1,4 +1,4 @@
-"""Measure batch norm on arrays of your own shapes.
+"""Measure batch norm, or another function, on arrays of your own shapes.
 
 On a GPU: time on the device, on buffers that are not in its L2 cache, the share of the bandwidth of a copy that it
 reaches at the least possible traffic, time of the host, and how many times as long PyTorch and plain CuPy take. Without
@@ -8,6 +8,7 @@ a GPU: time of the NumPy path, and how many times as long PyTorch and plain NumP
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -32,9 +33,10 @@ from cupybn._cli.measure import (
     rotate,
 )
 from cupybn._cli.memory import check_memory, too_large
-from cupybn._cli.options import UsageError, add_dtypes, chosen_dtypes, seconds, shape
-from cupybn._cli.peers import cupybn_call, plain_call, torch_call
-from cupybn._cli.problem import Arrays, Operation, Problem, make_arrays
+from cupybn._cli.options import UsageError, add_dtypes, chosen_dtypes, groups, seconds, shape
+from cupybn._cli.peers import cupybn_call, torch_call
+from cupybn._cli.plain import plain_call
+from cupybn._cli.problem import FUSED, OPS, Arrays, Operation, Problem, label, make_arrays, problem_of
 from cupybn._cli.table import table
 
 USAGE = "--shape SHAPE [options]"
@@ -53,8 +55,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         help="such as 32,64,112,112, as it lies in memory; may be given several times",
     )
+    parser.add_argument("--op", choices=OPS, default=OPS[0], help="layer and RMS norm are over the last axis")
     add_dtypes(parser, default="float32")
     parser.add_argument("--channel-axis", type=int, default=1, metavar="AXIS", help="from either end (default: 1)")
+    parser.add_argument("--groups", type=groups, default=32, help="of channels, for group_norm (default: 32)")
     parser.add_argument("--backward", action="store_true", help="the gradients, too")
     parser.add_argument("--relu", action="store_true", help="with a fused ReLU")
     parser.add_argument("--residual", action="store_true", help="with a residual that is added before ReLU")
@@ -63,8 +67,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Measure what the options ask for, print a table and return the exit status."""
+    check_fusion(options)
     problems = [
-        Problem(shape, dtype, channel_axis(shape, options.channel_axis))
+        problem_of(options.op, shape, dtype, channel_axis(shape, options), options.groups)
         for dtype in chosen_dtypes(options.dtypes, ("float32",))
         for shape in options.shapes
     ]
@@ -112,25 +117,43 @@ def arrays_of(problem: Problem, xp: Any, sets: int = 1) -> list[Arrays]:
         raise UsageError(f"argument --shape: {problem.name} cannot be made: {reason}") from error
 
 
-def channel_axis(shape: tuple[int, ...], axis: int) -> int:
-    """Channel axis of this shape, counted from the front; UsageError if batch norm cannot take it."""
+def check_fusion(options: argparse.Namespace) -> None:
+    """Raise UsageError for what the function cannot fuse or has no use for."""
+    unused = {"--relu": options.relu, "--residual": options.residual, "--channel-axis": options.channel_axis != 1}
+    for name in (name for name, given in unused.items() if given and options.op not in FUSED):
+        raise UsageError(f"argument {name}: {options.op} has no use for it")
+
+
+def channel_axis(shape: tuple[int, ...], options: argparse.Namespace) -> int:
+    """Channel axis of this shape, counted from the front; UsageError if the function cannot take it or the shape."""
+    if options.op not in FUSED:
+        return 1
     try:
-        axis = check_channel_axis(axis, len(shape))
+        axis = check_channel_axis(options.channel_axis, len(shape))
     except ValueError as error:
         raise UsageError(f"argument --channel-axis: {error}") from error
+    if axis == 0 and options.op != "batch_norm":
+        raise UsageError(f"argument --channel-axis: the first axis of {options.op} is the batch")
+    if options.op == "group_norm" and shape[axis] % options.groups:
+        raise UsageError(f"argument --groups: {shape[axis]} channels cannot be divided into {options.groups} groups")
     try:
-        check_more_than_one_value(shape, axis)
+        if options.op == "batch_norm":
+            check_more_than_one_value(shape, axis)
     except ValueError as error:
         raise UsageError(f"argument --shape: {error}") from error
+    if options.op == "instance_norm" and math.prod(shape) == shape[0] * shape[axis]:
+        raise UsageError(f"argument --shape: {options.op} needs more than one position in each sample")
     return axis
 
 
 def operations(options: argparse.Namespace) -> list[Operation]:
     """Operations that the command line asks for."""
     relu = options.relu or options.residual
-    fused = {"activation": "relu" if relu else None, "residual": options.residual}
+    fused = {"activation": "relu" if relu else None, "residual": options.residual, "op": options.op}
     name = " + add" * options.residual + " + ReLU" * relu
     chosen = [Operation(f"training{name}", **fused), Operation(f"inference{name}", training=False, **fused)]
+    if options.op != "batch_norm":  # the others do the same in training and inference
+        chosen = [Operation(f"forward{name}", **fused)]
     return [*chosen, Operation(f"backward{name}", backward=True, **fused)] if options.backward else chosen
 
 
@@ -146,7 +169,7 @@ def cpu_row(problem: Problem, operation: Operation, effort: Effort) -> list[str]
     calls = [cupybn_call(problem, operation, arrays), *cpu_peers(problem, operation, arrays)]
     ours, *theirs = (None if call is None else host_time(call, lambda: None, effort) for call in calls)
     assert ours is not None
-    return [f"{problem.name}, {operation.name}", *cells(ours), *(ratio(peer, ours) for peer in theirs)]
+    return [label(problem, operation), *cells(ours), *(ratio(peer, ours) for peer in theirs)]
 
 
 def cpu_peers(problem: Problem, operation: Operation, arrays: Arrays) -> list[Call | None]:
@@ -187,10 +210,10 @@ def gpu_row(problem: Problem, operation: Operation, effort: Effort) -> list[str]
     ours = measure(lambda a: cupybn_call(problem, operation, a), arrays, graph, synchronize, effort)
     copy = copy_time(nbytes, l2, effort)
     plain = None
-    if problem.dtype.name != "bfloat16":
+    if problem.dtype.name != "bfloat16" and operation.op != "dropout":  # a graph need not take CuPy's random numbers
         plain = measure(lambda a: plain_call(cupy, problem, operation, a), arrays, graph, synchronize, effort)
     return [
-        f"{problem.name}, {operation.name}",
+        label(problem, operation),
         *cells(ours.device),
         f"{nbytes / 1e6:.1f}",
         f"{copy.median / ours.device.median:.2f}",

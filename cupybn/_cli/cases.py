@@ -1,4 +1,4 @@
-"""The random arguments of what `check` computes."""
+"""The random arguments of what `check` computes of batch norm."""
 
 from __future__ import annotations
 
@@ -26,6 +26,15 @@ class Variant(NamedTuple):
     activation: str | None = None
     has_residual: bool = False
     masked: bool = False
+
+    def words(self) -> list[str]:
+        """The settings in words."""
+        return [
+            "training" if self.training else "eval",
+            self.activation or "no activation",
+            *(["residual"] if self.has_residual else []),
+            *(["masked"] if self.masked else []),
+        ]
 
 
 class Case:

@@ -1,9 +1,9 @@
 """Compare every kernel with its NumPy mirror, on this machine's GPU.
 
-Every dtype, aligned and unaligned memory, training and eval mode, with and without residual, ReLU and masks, shapes of
-both memory layouts. A number of the table is the largest error, as a share of what is allowed. Without a GPU the
-mirrors are compared with a plain formula instead. The exit status is 1 if anything is off by more than it may be, or if
-there was nothing to check.
+Every function, every dtype, aligned and unaligned memory, training and eval mode, with and without residual, ReLU and
+masks, shapes of both memory layouts. A number of the table is the largest error, as a share of what is allowed.
+Without a GPU the mirrors are compared with a plain formula instead. The exit status is 1 if anything is off by more
+than it may be, or if there was nothing to check.
 """
 
 from __future__ import annotations
@@ -17,34 +17,31 @@ import numpy as np
 
 from cupybn._arrays.devices import cuda_missing, import_cupy
 from cupybn._arrays.dtypes import FLOATS
-from cupybn._cli.cases import Case, Variant
+from cupybn._cli.checked import CHECKED, Shapes
 from cupybn._cli.extras import progress
 from cupybn._cli.options import add_dtypes, chosen_dtypes
-from cupybn._cli.sides import FORMULA, KERNELS, MIRRORS, Side, worst
-from cupybn._cli.steps import STEPS
+from cupybn._cli.problem import OPS
+from cupybn._cli.sides import worst
 from cupybn._cli.table import table
 from cupybn._steps.sources import kernel_names
 
-Shape = tuple[int, int, int]
 MOST_LISTED = 20
 """Most calls that are listed one by one under the table."""
 
 USAGE = "[options]"
-
-QUICK: dict[str, list[Shape]] = {
-    "channels_first": [(6, 5, 49), (4, 3, 64)],
-    "channels_last": [(37, 3, 1), (45, 64, 1)],
-}
-"""Shapes (N, C, L) that ``--quick`` checks, by layout. The first of each is checked in unaligned memory as well."""
-SHAPES: dict[str, list[Shape]] = {
-    "channels_first": [*QUICK["channels_first"], (300, 2, 40), (2, 130, 3), (2, 2, 4099), (1, 1, 2)],
-    "channels_last": [*QUICK["channels_last"], (1029, 3, 1), (45, 301, 1), (9001, 6, 1), (2, 1, 1)],
-}
-"""Shapes (N, C, L) that are checked without ``--quick``."""
+SHAPES = CHECKED["batch_norm"].shapes(quick=False)
+"""Shapes (N, C, L) of batch norm, by layout."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `check` to its parser."""
+    parser.add_argument(
+        "--op",
+        choices=OPS,
+        action="append",
+        dest="ops",
+        help="a function, may be given several times (default: batch_norm, and two shapes of the others)",
+    )
     parser.add_argument("--quick", action="store_true", help="two shapes of each layout")
     add_dtypes(parser, default="all")
 
@@ -52,24 +49,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 class Job(NamedTuple):
     """A call to check. All calls of one row and dtype share a cell of the table."""
 
+    op: str
     row: str
     step: str
-    shape: Shape
+    shape: tuple[int, ...]
     dtype: np.dtype[Any]
     offset: int
-    variant: Variant
+    variant: Any
 
     def describe(self) -> str:
         """Text for this call in the list of errors or misses."""
-        training, activation, has_residual, masked = self.variant
-        words = [
-            "training" if training else "eval",
-            activation or "no activation",
-            *(["residual"] if has_residual else []),
-            *(["masked"] if masked else []),
-            *(["unaligned"] if self.offset else []),
-        ]
-        return f"{self.row}, (N, C, L) = {self.shape}, {self.dtype.name}, {', '.join(words)}"
+        words = [*self.variant.words(), *(["unaligned"] if self.offset else [])]
+        return f"{self.row}, {CHECKED[self.op].axes} = {self.shape}, {self.dtype.name}, {', '.join(words)}"
 
 
 def run(options: argparse.Namespace) -> int:
@@ -77,11 +68,12 @@ def run(options: argparse.Namespace) -> int:
     dtypes, missing = chosen_dtypes(options.dtypes, FLOATS), cuda_missing()
     if missing:
         print(f"There are no kernels to check here: {missing}.\nChecking the NumPy mirrors against a plain formula.")
-    shapes = QUICK if options.quick else SHAPES
+    ops = options.ops or OPS
+    shapes = {op: CHECKED[op].shapes(options.quick or op not in (options.ops or OPS[:1])) for op in dict.fromkeys(ops)}
     if missing:
-        found = check(mirror_jobs(dtypes, shapes), MIRRORS, FORMULA)
+        found = check(mirror_jobs(dtypes, shapes), 1, 2)
     else:
-        found = check(kernel_jobs(dtypes, shapes), KERNELS, MIRRORS)
+        found = check(kernel_jobs(dtypes, shapes), 0, 1)
     status = report(found, dtypes)
     if missing:
         print("No kernel has run: only their NumPy mirrors were compared, with a plain formula in NumPy.")
@@ -90,29 +82,36 @@ def run(options: argparse.Namespace) -> int:
     return status
 
 
-def kernel_jobs(dtypes: Sequence[np.dtype[Any]], shapes: dict[str, list[Shape]]) -> list[Job]:
-    """Calls for all kernels. Those outside of the two layout folders get the shapes for channels first."""
+def kernel_jobs(dtypes: Sequence[np.dtype[Any]], shapes: dict[str, Shapes]) -> list[Job]:
+    """Calls for all kernels of some functions. Those outside of the two layout folders get the shapes for channels
+    first.
+    """
     jobs = []
     for name in kernel_names():
         layout, _, step = name.rpartition("/")
-        jobs += jobs_of(name, step, shapes[layout or "channels_first"], dtypes)
+        for op, of_layout in shapes.items():
+            jobs += jobs_of(op, name, step, of_layout.get(layout or "channels_first", []), dtypes)
     return jobs
 
 
-def mirror_jobs(dtypes: Sequence[np.dtype[Any]], shapes: dict[str, list[Shape]]) -> list[Job]:
+def mirror_jobs(dtypes: Sequence[np.dtype[Any]], shapes: dict[str, Shapes]) -> list[Job]:
     """Calls for all mirrors, without unaligned memory, which makes no difference to NumPy."""
-    every = [shape for layout in shapes.values() for shape in layout]
-    return [job for step in STEPS for job in jobs_of(step, step, every, dtypes) if not job.offset]
+    every = {op: [shape for of_one in of_layout.values() for shape in of_one] for op, of_layout in shapes.items()}
+    jobs = [job for op in shapes for step in CHECKED[op].steps for job in jobs_of(op, step, step, every[op], dtypes)]
+    return [job for job in jobs if not job.offset]
 
 
-def jobs_of(row: str, step: str, shapes: Sequence[Shape], dtypes: Sequence[np.dtype[Any]]) -> list[Job]:
-    """Calls for a row of the table."""
+def jobs_of(
+    op: str, row: str, step: str, shapes: Sequence[tuple[int, ...]], dtypes: Sequence[np.dtype[Any]]
+) -> list[Job]:
+    """Calls for a row of the table, none if the function has no such step."""
+    known = CHECKED[op].steps.get(step)
     return [
-        Job(row, step, shape, dtype, offset, variant)
+        Job(op, row, step, shape, dtype, offset, variant)
         for dtype in dtypes
         for index, shape in enumerate(shapes)
         for offset in ((0, 1) if index == 0 else (0,))
-        for variant in STEPS[step].variants
+        for variant in (known.variants if known else ())
     ]
 
 
@@ -127,13 +126,15 @@ class Found(NamedTuple):
     """Text of the error that the call has raised; empty if it has not."""
 
 
-def check(jobs: Sequence[Job], ours: Side, referee: Side) -> dict[Job, Found]:
-    """Outcomes of calls, by call, where one side is compared with the other."""
+def check(jobs: Sequence[Job], ours: int, referee: int) -> dict[Job, Found]:
+    """Outcomes of calls, by call, where one side is compared with the other; they are given by their places."""
     found = {}
     for job in progress(jobs, "call"):
-        case = Case(job.shape, job.dtype, job.offset, job.variant)
+        checked = CHECKED[job.op]
+        case = checked.case(job.shape, job.dtype, job.offset, job.variant)
         try:
-            found[job] = Found(*worst(case, STEPS[job.step].run, ours, referee))
+            run = checked.steps[job.step].run
+            found[job] = Found(*worst(case, run, checked.sides[ours], checked.sides[referee]))
         except Exception as error:  # go on: if one kernel does not compile or run, others may
             found[job] = Found(math.inf, "", f"{type(error).__name__}: {error}".partition("\n")[0])
     return found

@@ -1,53 +1,59 @@
-"""Dropout by its definition, in Python's integers: the steps, for `check` to compare those of `numpy_dropout` with."""
+"""Dropout by its definition, in Python's own integers: for `check` to compare `numpy_dropout` with."""
 
 from __future__ import annotations
 
 import functools
+import itertools
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from cupybn._steps.bundles import Drawn, Drops, Tensor
+from cupybn._steps.bundles import Drops
 
-LOW = 2**32 - 1
+Array = npt.NDArray[Any]
 
 
-def dropout_draw(state: Drawn) -> Drawn:
-    """Copy of the seed and the number of calls, which then goes up."""
+def dropout_draw(state: Array) -> Array:
+    """A copy of seed and number of the call; the number then goes up by one."""
     drawn = state.copy()
     state[1] += np.uint64(1)
     return drawn
 
 
-def dropout(x: Tensor, drops: Drops, out: Tensor) -> None:
+def dropout(x: Array, drops: Drops, out: Array) -> None:
     """0 where the word of an element is below the threshold, else x * scale."""
-    out[...] = np.where(_dropped(drops, x.size), 0, _scaled(x, drops))
+    _apply(x, words(drops.drawn, x.size), drops, out)
 
 
-def dropout_channels(x: Tensor, drops: Drops, swapped: bool, out: Tensor) -> None:
-    """0 where the word of a channel of a sample is below the threshold, else x * scale."""
+def dropout_channels(x: Array, drops: Drops, swapped: bool, out: Array) -> None:
+    """0 where the word n * C + c is below the threshold, else x * scale."""
     _, A, _, B, _ = x.shape
-    dropped = _dropped(drops, A * B)
-    dropped = dropped.reshape(B, A).T if swapped else dropped.reshape(A, B)
-    out[...] = np.where(dropped[None, :, None, :, None], 0, _scaled(x, drops))
+    of_channels = words(drops.drawn, A * B)
+    of_axes = of_channels.reshape(B, A).T if swapped else of_channels.reshape(A, B)
+    _apply(x, np.broadcast_to(of_axes[:, None, :, None], x.shape), drops, out)
 
 
-def _scaled(x: Tensor, drops: Drops) -> Tensor:
-    """All elements times the scale, in float64."""
-    return x.astype(np.float64) * drops.scale
+def _apply(x: Array, word: Array, drops: Drops, out: Array) -> None:
+    dtype = np.float64 if x.dtype == np.float64 else np.float32
+    out[...] = np.where(word < drops.threshold, 0, x.astype(np.float64) * float(dtype(drops.scale)))
 
 
-def _dropped(drops: Drops, count: int) -> Tensor:
-    """Whether each of the first words is below the threshold."""
-    seed, call = map(int, drops.drawn)
-    return np.array([_block(i // 4, call, seed)[i % 4] < drops.threshold for i in range(count)], bool)
+def words(drawn: Array, size: int) -> npt.NDArray[np.uint64]:
+    """As many words of a call, by Philox4x32-10 as Random123 defines it."""
+    seed, call = map(int, drawn)
+    blocks = (philox(block, call, seed) for block in range(-(-size // 4)))
+    return np.array([*itertools.islice(itertools.chain.from_iterable(blocks), size)], np.uint64)
 
 
 @functools.lru_cache(maxsize=1 << 16)
-def _block(number: int, call: int, seed: int) -> tuple[int, int, int, int]:
-    """Four words of Philox4x32-10."""
-    a, b, c, d = number & LOW, number >> 32, call & LOW, call >> 32
-    for i in range(10):
+def philox(block: int, call: int, seed: int) -> tuple[int, int, int, int]:
+    """The four words of a block."""
+    low = 0xFFFFFFFF
+    a, b, c, d = block & low, block >> 32, call & low, call >> 32
+    key = [seed & low, seed >> 32]
+    for _ in range(10):
         first, second = 0xD2511F53 * a, 0xCD9E8D57 * c
-        a, b = second >> 32 ^ b ^ (seed + i * 0x9E3779B9) & LOW, second & LOW
-        c, d = first >> 32 ^ d ^ ((seed >> 32) + i * 0xBB67AE85) & LOW, first & LOW
+        a, b, c, d = second >> 32 ^ b ^ key[0], second & low, first >> 32 ^ d ^ key[1], first & low
+        key = [key[0] + 0x9E3779B9 & low, key[1] + 0xBB67AE85 & low]
     return a, b, c, d

@@ -40,6 +40,13 @@ def shape(text: str) -> tuple[int, ...]:
     return sizes
 
 
+def groups(text: str) -> int:
+    """Number of groups from its text on the command line."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of groups, 1 or more (got {text!r})")
+    return int(text)
+
+
 def seconds(text: str) -> float:
     """Number of seconds from its text on the command line."""
     try:

@@ -1,10 +1,11 @@
-"""Batch norm by cupybn, by plain NumPy or CuPy and by PyTorch, as calls without arguments that return tuples.
+"""Batch norm and its family by cupybn and by PyTorch, as calls without arguments that return tuples.
 
 The first item of a tuple is the output of a forward pass or, of a backward pass, the gradient of the input.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,71 +13,41 @@ import numpy as np
 import cupybn.functional as F
 from cupybn._arrays.kinds import kind
 from cupybn._cli.measure import Call
-from cupybn._cli.problem import Array, Arrays, Operation, Problem
+from cupybn._cli.problem import DROPPED, EPS, FUSED, MOMENTUM, Array, Arrays, Operation, Problem
 
-EPS, MOMENTUM = 1e-5, 0.1
-"""PyTorch's defaults, with which all of them compute."""
+
+def positional(problem: Problem, operation: Operation, vectors: Sequence[Any]) -> tuple[Any, ...]:
+    """The arguments behind the input, whose order is PyTorch's and ours; vectors are weight, bias and statistics."""
+    weight, bias, running_mean, running_var = vectors
+    match operation.op:
+        case "batch_norm":
+            return running_mean, running_var, weight, bias, operation.training, MOMENTUM, EPS
+        case "instance_norm":
+            return None, None, weight, bias, True, MOMENTUM, EPS
+        case "group_norm":
+            return problem.groups, weight, bias, EPS
+        case "layer_norm":
+            return (problem.channels,), weight, bias, EPS
+        case "rms_norm":
+            return (problem.channels,), weight, EPS
+    return DROPPED, True
 
 
 def cupybn_call(problem: Problem, operation: Operation, a: Arrays) -> Call:
-    """Call of cupybn. A forward pass in training is one of `batch_norm_vjp`, as programs that train make it."""
-    vectors = a.running_mean, a.running_var, a.weight, a.bias
-    options: dict[str, Any] = {"activation": operation.activation, "channel_axis": problem.channel_axis}
+    """Call of cupybn. A forward pass in training is that of the vjp function, as programs that train make it."""
+    function, vjp = getattr(F, operation.op), getattr(F, f"{operation.op}_vjp")
+    arguments = positional(problem, operation, a[3:])
+    options: dict[str, Any] = {}
+    if operation.op in FUSED:
+        options |= {"activation": operation.activation, "channel_axis": problem.channel_axis}
     if operation.residual:
         options["residual"] = a.residual
     if operation.backward:
-        vjp_fn = F.batch_norm_vjp(a.x, *vectors, True, MOMENTUM, EPS, **options)[1]
+        vjp_fn = vjp(a.x, *arguments, **options)[1]
         return lambda: vjp_fn(a.dy)
     if operation.training:
-        return lambda: F.batch_norm_vjp(a.x, *vectors, True, MOMENTUM, EPS, **options)
-    return lambda: (F.batch_norm(a.x, *vectors, False, MOMENTUM, EPS, **options),)
-
-
-def plain_call(xp: Any, problem: Problem, operation: Operation, a: Arrays) -> Call:
-    """Call of batch norm as one writes it in NumPy or CuPy. Statistics of data narrower than float32 are in float32."""
-    axis = problem.channel_axis % len(problem.shape)
-    others = tuple(i for i in range(len(problem.shape)) if i != axis)
-    wide = np.promote_types(problem.dtype, np.float32)
-    count = a.x.size / problem.channels
-
-    def column(vector: Array) -> Array:
-        return vector.reshape([-1 if i == axis else 1 for i in range(len(problem.shape))])
-
-    weight, bias, running_mean, running_var = map(column, a[3:])
-
-    def statistics() -> tuple[Array, Array]:
-        if not operation.training:
-            return running_mean, running_var
-        mean = a.x.mean(axis=others, dtype=wide, keepdims=True)
-        var = a.x.var(axis=others, dtype=wide, keepdims=True)
-        for running, batch in (running_mean, mean), (running_var, var * (count / (count - 1))):
-            running *= 1 - MOMENTUM
-            running += MOMENTUM * batch
-        return mean, var
-
-    def forward() -> tuple[Array, ...]:
-        mean, var = statistics()
-        y = (a.x - mean) * (weight / xp.sqrt(var + EPS)) + bias
-        if operation.residual:
-            y += a.residual
-        if operation.activation:
-            y = xp.maximum(y, 0)
-        return (y.astype(problem.dtype, copy=False),)
-
-    if not operation.backward:
-        return forward
-    mean, var = statistics()
-    rstd, y = 1 / xp.sqrt(var + EPS), forward()[0]
-
-    def backward() -> tuple[Array, ...]:
-        dy = a.dy * (y > 0) if operation.activation else a.dy
-        xhat = (a.x - mean) * rstd
-        dbias = dy.sum(axis=others, dtype=wide, keepdims=True)
-        dweight = (dy * xhat).sum(axis=others, dtype=wide, keepdims=True)
-        dx = weight * rstd * (dy - (dbias + xhat * dweight) / count)
-        return dx.astype(problem.dtype, copy=False), dweight, dbias, dy
-
-    return backward
+        return lambda: vjp(a.x, *arguments, **options)
+    return lambda: (function(a.x, *arguments, **options),)
 
 
 def to_torch(torch: Any, array: Array, channel_axis: int = 0) -> Any:
@@ -89,31 +60,36 @@ def to_torch(torch: Any, array: Array, channel_axis: int = 0) -> Any:
     return tensor.movedim(channel_axis, 1) if tensor.ndim > 1 else tensor
 
 
-def torch_call(torch: Any, problem: Problem, operation: Operation, a: Arrays) -> Call:
-    """Call of PyTorch's own functions on the same memory: batch norm, addition and ReLU one after the other.
+def torch_call(
+    torch: Any, problem: Problem, operation: Operation, a: Arrays, wrapped: Callable[[Any], Any] = lambda of: of
+) -> Call:
+    """Call of PyTorch's own functions on the same memory: the norm, addition and ReLU one after the other.
 
-    A backward pass goes through autograd. It must run on the stream that is current now.
+    A backward pass goes through autograd. It must run on the stream that is current now. `wrapped` makes another
+    function of PyTorch's: `torch.compile`, for example.
     """
-    x, dy, residual = (to_torch(torch, array, problem.channel_axis) for array in a[:3])
-    weight, bias, running_mean, running_var = (to_torch(torch, vector) for vector in a[3:])
+    axis = problem.channel_axis if operation.op in FUSED else 1
+    x, dy, residual = (to_torch(torch, array, axis) for array in a[:3])
+    vectors = [to_torch(torch, vector) for vector in a[3:]]
     if x.dtype == torch.float64:  # PyTorch takes no narrower vectors beside float64 data
-        weight, bias, running_mean, running_var = (v.double() for v in (weight, bias, running_mean, running_var))
-    batch_norm, relu = torch.nn.functional.batch_norm, torch.nn.functional.relu
+        vectors = [vector.double() for vector in vectors]
+    function, relu = wrapped(getattr(torch.nn.functional, operation.op)), torch.nn.functional.relu
 
-    def forward(x: Any, residual: Any, weight: Any, bias: Any) -> Any:
-        y = batch_norm(x, running_mean, running_var, weight, bias, operation.training, MOMENTUM, EPS)
+    def forward(x: Any, residual: Any, *affine: Any) -> Any:
+        y = function(x, *positional(problem, operation, (*affine, *vectors[2:])))
         if operation.residual:
             y = y.add_(residual)
         return relu(y, inplace=True) if operation.activation else y
 
     if operation.backward:
-        leaves = [tensor.detach().requires_grad_() for tensor in (x, residual, weight, bias)]
+        leaves = [tensor.detach().requires_grad_() for tensor in (x, residual, *vectors[:2])]
         y = forward(*leaves)
-        wanted = leaves if operation.residual else [leaves[0], *leaves[2:]]
+        used = (True, operation.residual, operation.op != "dropout", operation.op not in ("rms_norm", "dropout"))
+        wanted = [leaf for leaf, use in zip(leaves, used, strict=True) if use]
         return lambda: torch.autograd.grad(y, wanted, dy, retain_graph=True)
 
     def call() -> tuple[Any, ...]:
         with torch.no_grad():
-            return (forward(x, residual, weight, bias),)
+            return (forward(x, residual, *vectors[:2]),)
 
     return call

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from cupybn._arrays.devices import import_cupy
-from cupybn._cli import dropout_formula, formula
-from cupybn._cli.cases import HALF_ULP, Case
-from cupybn._steps import cupy_dropout, cupy_ops, numpy_dropout, numpy_ops
+from cupybn._cli.cases import HALF_ULP
 
 Array = npt.NDArray[Any]
 Bundle = TypeVar("Bundle", bound=tuple[Any, ...])
@@ -24,8 +22,6 @@ class Side:
 
     ops: Any
     name: str
-    dropout: Any
-    """Steps of dropout."""
 
     def put(self, array: Array, offset: int = 0) -> Any:
         """A copy for this side; on a device its memory begins some elements after an aligned address."""
@@ -59,11 +55,12 @@ def _each(bundle: Bundle, convert: Callable[[Any], Any]) -> Bundle:
     return type(bundle)(*(convert(field) if hasattr(field, "dtype") else field for field in bundle))
 
 
-KERNELS, MIRRORS, FORMULA = (
-    Side(cupy_ops, "kernels", cupy_dropout),
-    Side(numpy_ops, "mirrors", numpy_dropout),
-    Side(formula, "formula", dropout_formula),
-)
+class HasUnit(Protocol):
+    """Arguments of steps, as far as bounds depend on them."""
+
+    @property
+    def unit(self) -> float:
+        """A unit in the last place of the arithmetic."""
 
 
 class Result(NamedTuple):
@@ -77,7 +74,7 @@ class Result(NamedTuple):
     exact: bool = False
     """Whether kernels must have the very bits of their mirrors."""
 
-    def bound(self, case: Case, against_mirrors: bool) -> Array:
+    def bound(self, case: HasUnit, against_mirrors: bool) -> Array:
         """The largest allowed difference, element by element."""
         if self.exact and against_mirrors:
             return np.zeros(self.value.shape)
@@ -89,14 +86,22 @@ class Result(NamedTuple):
 Results = dict[str, Result]
 
 
-def worst(case: Case, run: Callable[[Case, Side], Results], ours: Side, referee: Side) -> tuple[float, str]:
+class Step(NamedTuple):
+    """A step to check: the function that runs it on a side, and the variants to run it in."""
+
+    run: Callable[[Any, Side], Results]
+    variants: tuple[Any, ...]
+
+
+def worst(case: HasUnit, run: Callable[[Any, Side], Results], ours: Side, referee: Side) -> tuple[float, str]:
     """The largest error as a share of its bound, and the name of the result that has it; more than 1 is a miss."""
     found, expected = run(case, ours), run(case, referee)
-    shares = [(share_of_bound(found[name].value, of, case, referee is MIRRORS), name) for name, of in expected.items()]
+    against_mirrors = referee.name == "mirrors"
+    shares = [(share_of_bound(found[name].value, of, case, against_mirrors), name) for name, of in expected.items()]
     return max(shares)
 
 
-def share_of_bound(found: Array, expected: Result, case: Case, against_mirrors: bool) -> float:
+def share_of_bound(found: Array, expected: Result, case: HasUnit, against_mirrors: bool) -> float:
     if found.shape != expected.value.shape:
         return np.inf
     error = np.abs(found.astype(np.float64) - expected.value.astype(np.float64))

@@ -1,16 +1,12 @@
-"""The steps that `check` runs, by the name of kernel, mirror and launcher."""
+"""The steps of batch norm that `check` runs, by the name of kernel, mirror and launcher."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
 
 from cupybn._cli import formula
 from cupybn._cli.cases import HALF_ULP, MOMENTUM, NEAR, Case, Variant
-from cupybn._cli.dropout_steps import dropout, dropout_channels, dropout_draw
-from cupybn._cli.sides import Result, Results, Side
+from cupybn._cli.sides import Result, Results, Side, Step
 from cupybn._steps import numpy_ops
 from cupybn._steps.bundles import Affine, Epilogue, Gradients, Moments, Running, Statistics, Sums, Tensor
 
@@ -197,13 +193,6 @@ def _gradient_results(case: Case, gradients: Gradients, sums: Sums | None) -> Re
     return results
 
 
-class Step(NamedTuple):
-    """A step to check: the function that runs it on a side, and the variants to run it in."""
-
-    run: Callable[[Case, Side], Results]
-    variants: tuple[Variant, ...]
-
-
 _FUSED = ((None, False), ("relu", False), (None, True), ("relu", True))
 _NO_RESIDUAL_ALONE = ((None, False), ("relu", False), ("relu", True))
 _MASKED = tuple(Variant(training, "relu", True, True) for training in (True, False))
@@ -223,8 +212,5 @@ STEPS = {
     "merge_sums": Step(merge_sums, (Variant(),)),
     "bn_backward_input": Step(bn_backward_input, _BACKWARD),
     "bn_backward": Step(bn_backward, _BACKWARD),
-    "dropout_draw": Step(dropout_draw, (Variant(),)),
-    "dropout": Step(dropout, (Variant(),)),
-    "dropout_channels": Step(dropout_channels, (Variant(),)),
 }
 """The steps to check, by the name of kernel, mirror and launcher."""

@@ -18,6 +18,7 @@ from cupy._run import run
 
 __version__ = "0 (stand-in)"
 data_type = SimpleNamespace(HALF="float16", BFLOAT16="bfloat16", FLOAT="float32", BOOLEAN="uint8")
+norm_forward_phase = SimpleNamespace(TRAINING="TRAINING")
 heur_mode = SimpleNamespace(A="A", FALLBACK="FALLBACK")
 REFUSED_OPERATION, REFUSED_CHANNELS = "batchnorm_inference", 35
 Arrays = dict["Tensor", Any]
@@ -207,6 +208,64 @@ class pygraph:  # noqa: N801
         steps = [channels * int(np.prod(sizes[i + 1 :])) for i in range(len(sizes))]
         gradient.set_stride([channels * int(np.prod(sizes)), 1, *steps])
         return [gradient, self._vector(input, dweight), self._vector(input, dbias)]
+
+    def _row(self, like: Tensor, value: Callable[[Arrays], Any]) -> Tensor:
+        others = [1] * (len(like.dim) - 1)
+        return Tensor(self, value).set_dim([like.dim[0], *others]).set_stride([1, *others])
+
+    def _norm(
+        self, input: Tensor, scale: Tensor, bias: Tensor | None, epsilon: Tensor, centred: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        def mean(arrays: Arrays) -> Any:
+            x = input.value(arrays)
+            return x.mean((1, 2, 3), keepdims=True) * centred
+
+        def rstd(arrays: Arrays) -> Any:
+            squares = (input.value(arrays) - mean(arrays)) ** 2
+            return 1 / np.sqrt(squares.mean((1, 2, 3), keepdims=True) + epsilon.value(arrays))
+
+        def y(arrays: Arrays) -> Any:
+            scaled = (input.value(arrays) - mean(arrays)) * rstd(arrays) * scale.value(arrays)
+            return scaled if bias is None else scaled + bias.value(arrays)
+
+        return self._operation("norm", input, y), self._row(input, mean), self._row(input, rstd)
+
+    def layernorm(
+        self, norm_forward_phase: str, input: Tensor, scale: Tensor, bias: Tensor, epsilon: Tensor
+    ) -> list[Tensor]:
+        assert norm_forward_phase == "TRAINING"
+        return list(self._norm(input, scale, bias, epsilon, centred=True))
+
+    def rmsnorm(self, norm_forward_phase: str, input: Tensor, scale: Tensor, epsilon: Tensor) -> list[Tensor]:
+        assert norm_forward_phase == "TRAINING"
+        y, _, rstd = self._norm(input, scale, None, epsilon, centred=False)
+        return [y, rstd]
+
+    def layernorm_backward(
+        self, grad: Tensor, input: Tensor, scale: Tensor, mean: Tensor | None, inv_variance: Tensor
+    ) -> list[Tensor]:
+        def xhat(arrays: Arrays) -> Any:
+            centred = input.value(arrays) - (0 if mean is None else mean.value(arrays))
+            return centred * inv_variance.value(arrays)
+
+        def dx(arrays: Arrays) -> Any:
+            g = grad.value(arrays) * scale.value(arrays)
+            of_xhat = xhat(arrays) * (g * xhat(arrays)).mean((1, 2, 3), keepdims=True)
+            of_mean = 0 if mean is None else g.mean((1, 2, 3), keepdims=True)
+            return (g - of_mean - of_xhat) * inv_variance.value(arrays)
+
+        return [
+            self._operation("norm backward", input, dx),
+            self._vector(input, lambda arrays: (grad.value(arrays) * xhat(arrays)).sum(0, keepdims=True)),
+            self._vector(input, lambda arrays: grad.value(arrays).sum(0, keepdims=True)),
+        ]
+
+    def rmsnorm_backward(
+        self, grad: Tensor, input: Tensor, scale: Tensor, inv_variance: Tensor, has_dbias: bool
+    ) -> list[Tensor | None]:
+        assert not has_dbias
+        dx, dscale, _ = self.layernorm_backward(grad, input, scale, None, inv_variance)
+        return [dx, dscale, None]
 
     def validate(self) -> None:
         assert self._operations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from gpu_cases import BARE, DEAD, Case
@@ -82,17 +82,22 @@ def run(task: Task) -> None:
     bench = Bench(wanted, AS_LITTLE_AS_POSSIBLE if task.rehearse else Effort(SECONDS))
     bench.warm_up()
     copies(task, bench)
+    measure(task, bench, TINY if task.rehearse else ROWS, report, "bench.json")
+    for note in notes[known:]:
+        task.log.note(note)
+
+
+def measure(task: Task, bench: Bench, rows: Sequence[Any], report: Callable[..., None], name: str) -> None:
+    """Measure some rows, or members of the family, and leave the records in a file."""
     records: list[Record] = []
-    for row in TINY if task.rehearse else ROWS:
+    for row in rows:
         if task.left() < LEAST_LEFT:
             task.log.skip(f"{row.name}, left out for lack of time")
             continue
         found_here = list(bench.records(row.case))
         records += found_here
         report(task, row, found_here)
-        write_whole(task.out / "bench.json", json.dumps(records))
-    for note in notes[known:]:
-        task.log.note(note)
+        write_whole(task.out / name, json.dumps(records))
     ours = [record for record in records if record["peer"] == CUPYBN and "error" not in record]
     task.log.check("something was measured", bool(ours), f"{len(ours)} results of {CUPYBN}, {len(records)} in all")
 
@@ -107,8 +112,10 @@ def copies(task: Task, bench: Bench) -> None:
     task.log.highlight(f"copy: {', '.join(words)}")
 
 
-def report(task: Task, row: Row, records: Iterable[Record]) -> None:
-    """Enter a line for each operation of a row, and a failed check where a result is wrong."""
+def compared(task: Task, row: Any, records: Iterable[Record]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The figures of each operation of a row, beside PyTorch's and cuDNN's; and a failed check where there are none, or
+    where a result is wrong.
+    """
     by_peer: dict[tuple[str, str], Record] = {(r["operation"], r["peer"]): r for r in records}
     for operation in row.operations:
         name = f"{row.name} {operation}"
@@ -133,6 +140,14 @@ def report(task: Task, row: Row, records: Iterable[Record]) -> None:
             "launches": ours["launches"],
             "error": round(ours["error_over_allowed"], 3),
         }
+        if not ours["error_over_allowed"] <= 1:
+            task.log.check(f"{name} is right", False, f"{ours['error_over_allowed']:.3g} times the allowed error")
+        yield operation, cells
+
+
+def report(task: Task, row: Row, records: Iterable[Record]) -> None:
+    """Enter a line for each operation of a row."""
+    for operation, cells in compared(task, row, records):
         of_cudnn = cells["cudnn_x"] if isinstance(cells["cudnn_x"], str) else f"x{cells['cudnn_x']}"
         host = "" if cells["host"] is None else f"host {cells['host']}/{cells['torch_host']}, "
         task.log.row(case=row.name, operation=operation, **cells)
@@ -141,8 +156,6 @@ def report(task: Task, row: Row, records: Iterable[Record]) -> None:
             f"torch x{cells['torch_x']}, cudnn {of_cudnn}, "
             f"{host}err {cells['error']}"
         )
-        if not ours["error_over_allowed"] <= 1:
-            task.log.check(f"{name} is right", False, f"{ours['error_over_allowed']:.3g} times the allowed error")
 
 
 def times(ours: Record, theirs: Record) -> float | str | None:
