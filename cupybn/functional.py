@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 from cupybn._arrays.devices import copied, on_device_of
 from cupybn._calls import across, checks
 from cupybn._calls.call import Call
-from cupybn._calls.flow import WayBack, forward, forward_and_saved
+from cupybn._calls.flow import WayBack, backward, forward, forward_and_saved
 from cupybn._calls.saved import Saved
 from cupybn._steps.bundles import Affine, Epilogue, Running, Statistics
 from cupybn.dropout.functions import (
@@ -132,7 +132,7 @@ class VjpFn(WayBack):
         TypeError, ValueError
             If grad_output is not an array of the input's kind, device, dtype and shape.
         """
-        return BatchNormGrads(*self.gradients(grad_output))
+        return BatchNormGrads(*backward(self._saved, grad_output))
 
     @property
     def mean(self) -> Array:

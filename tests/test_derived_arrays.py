@@ -12,6 +12,8 @@ import cupybn.functional as F
 from cupybn import BatchNorm1d, StreamingMoments, find_batch_norms, update_bn
 from cupybn._calls.call import Call
 from cupybn._steps.bundles import Affine, Epilogue, Running
+from tests.norms import EACH, name_of
+from tests.norms import SHAPE as SAMPLES
 from tests.reference import arguments, bits
 
 SHAPE = (4, 3, 5)
@@ -103,6 +105,35 @@ def test_moments(xp, rng, masked):
     assert bits(*results) == bits(*expected)
     stream = StreamingMoments().update(derived(xp, x), derived(xp, mask))
     assert bits(stream.mean, stream.var()) == bits(*F.moments(x, mask=mask, dtype=np.float64))
+
+
+@pytest.mark.parametrize("dense", [True, False])
+@pytest.mark.parametrize("case", EACH, ids=name_of)
+def test_norms_within_a_sample(xp, rng, case, dense):
+    given = case.arguments(xp, rng, SAMPLES, residual=case.by_channels)
+    options = {"activation": "relu", "eps": Fraction(1, 8)} if case.by_channels else {"eps": Fraction(1, 8)}
+    if not dense:
+        given["input"] = xp.asarray(rng.normal(size=(*SAMPLES, 2)).astype(np.float32))[..., 0]
+    dy = xp.asarray(rng.normal(size=SAMPLES).astype(np.float32))
+    own = {name: derived(xp, array) for name, array in given.items()}
+    (y, vjp_fn), (own_y, own_vjp_fn) = case.vjp(**given, **options), case.vjp(**own, **options)
+    grads, own_grads = vjp_fn(dy), own_vjp_fn(derived(xp, dy))
+    assert {type(array) for array in (own_y, *own_grads) if array is not None} == {xp.ndarray}
+    assert bits(own_y, *own_grads) == bits(y, *grads)
+    memory = xp.empty(SAMPLES, np.float32)
+    out = derived(xp, memory)
+    assert case(**own, **options, out=out) is out
+    assert bits(memory) == bits(y)
+    assert type(case(own["input"])) is xp.ndarray
+
+
+def test_running_statistics_of_instance_norm(xp, rng):
+    x = xp.asarray(rng.normal(size=SHAPE).astype(np.float32))
+    plain, memory = ([xp.zeros(3, np.float32), xp.ones(3, np.float32)] for _ in range(2))
+    for uses_input in True, False:
+        y = F.instance_norm(x, *plain, use_input_stats=uses_input)
+        own = F.instance_norm(derived(xp, x), *(derived(xp, array) for array in memory), use_input_stats=uses_input)
+        assert bits(own, *memory) == bits(y, *plain)
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 import cupybn
-from cupybn import BatchNorm1d, BatchNorm2d
+from cupybn import BatchNorm1d, BatchNorm2d, InstanceNorm1d
 from tests.markdown import blocks, dead_ends, languages, names_from_nowhere
 
 ROOT = Path(__file__).parent.parent
@@ -171,6 +171,29 @@ def test_the_table_of_which_statistics_are_used(training, has, tracks):
         assert layer.running_mean is None
 
 
+@pytest.mark.parametrize("tracks", [True, False])
+@pytest.mark.parametrize("has", ["yes", "no"])
+@pytest.mark.parametrize("training", [True, False])
+def test_the_table_of_instance_norm(training, has, tracks):
+    """The rows of the table in the norms' reference say what a layer does."""
+    rows = re.findall(r"^\| (\w+) \| (\w+) \| (yes|no) \| (.*) \| (.*) \|$", TEXTS["api/norms"], re.M)
+    matching = [
+        row[3:]
+        for row in rows
+        if row[0] in (str(training), "either") and row[1] in (str(tracks), "either") and row[2] == has
+    ]
+    ((used, running),) = matching
+    layer = InstanceNorm1d(1, track_running_stats=has == "yes", device="cpu").train(training)
+    layer.track_running_stats = tracks
+    y = layer(np.array([[[1, 3]]], np.float32))
+    assert used == ("the rows" if abs(y[0, 0, 0] + 1) < 1e-3 else "the running statistics")
+    if has == "yes":
+        assert running == ("follow the rows" if layer.running_mean != 0 else "stay")
+    else:
+        assert running == "-"
+        assert layer.running_mean is None
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # In a browser
 
@@ -230,7 +253,8 @@ def shown_blocks(page):
 
 def test_equations_are_blocks(site):
     equation = "y = activation(weight * (x - mean) / sqrt(var + eps) + bias + residual)"
-    for name in "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm":
+    names = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm", "InstanceNorm2d", "GroupNorm"]
+    for name in names:
         page = site / "api" / "generated" / f"cupybn.{name}.html"
         assert equation in [block.strip() for block in shown_blocks(page)]
         assert "<blockquote>" not in page.read_text()
@@ -249,7 +273,19 @@ def test_blocks_end_without_an_empty_line(site):
     assert not [block for block in blocks if block.endswith("\n\n")]
 
 
-@pytest.mark.parametrize("name", ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "BatchNorm1d",
+        "BatchNorm2d",
+        "BatchNorm3d",
+        "SyncBatchNorm",
+        "InstanceNorm1d",
+        "GroupNorm",
+        "LayerNorm",
+        "RMSNorm",
+    ],
+)
 def test_members_of_layers_are_documented_with_those_that_are_inherited(site, name):
     """Every method and property has its place on the page of the class; arrays are in the list of its attributes."""
     page = (site / "api" / "generated" / f"cupybn.{name}.html").read_text()

@@ -203,6 +203,45 @@ def test_a_row_does_not_depend_on_others(xp, rng, function):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Numbers
+
+
+@each
+@pytest.mark.parametrize("ratio", [1e2, 1e4, 1e6])
+@pytest.mark.parametrize("axes", ["0123", "0231"])
+def test_large_means(xp, rng, case, ratio, axes):
+    """Errors stay below 1e-6 + 2^-22 abs(y) at any mean, and those of gradients below 3e-6 of the largest term."""
+    x = (ratio + rng.normal(size=SHAPE)).astype(np.float32)
+    x[0, 0, 0, 0] = 3 * ratio
+    dy = rng.normal(size=SHAPE).astype(np.float32)
+    expected = case.expect(x, dy=dy)
+    axes = [int(axis) for axis in axes]
+    y, vjp_fn = case.vjp(in_order(xp.asarray(x), axes))
+    error = np.abs(to_numpy(y) - expected.y)
+    assert (error <= 1e-6 + 2.0**-22 * np.abs(expected.y)).all()
+    assert (np.abs(to_numpy(vjp_fn(xp.asarray(dy)).input) - expected.dx) <= 3e-6 * expected.terms["dx"] + 1e-30).all()
+
+
+@each
+@pytest.mark.parametrize("value", [7.0, 1e4, 1e8, 1e30])
+def test_constant_rows_are_exactly_bias(xp, rng, case, value):
+    if case.function == "rms_norm":
+        pytest.skip("whose rows are not centered")
+    given = case.arguments(xp, rng, SHAPE)
+    given["input"] = xp.full(SHAPE, value, np.float32)
+    bias = to_numpy(given["bias"])
+    column = [-1 if axis == 1 else 1 for axis in range(4)] if case.by_channels else bias.shape
+    assert (to_numpy(case(**given)) == bias.reshape(column)).all()
+
+
+@each
+@pytest.mark.parametrize("scale", [1e19, 1e25, 1e30])
+def test_large_numbers(xp, rng, case, scale):
+    x = xp.asarray((scale * rng.normal(size=SHAPE)).astype(np.float32))
+    assert_output(case(x), case.expect(x), np.float32)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Running statistics
 
 
@@ -523,6 +562,32 @@ def test_launches_are_recorded(rng, case, plays):
         results.append(bits(y, *vjp_fn(dy)))
         assert len(plays) == 2 * repetition
     assert results[0] == results[1] == results[2]
+
+
+@each
+@pytest.mark.parametrize("offsets", [(0, 1), (1, 0), (2, 3)], ids=str)
+def test_arrays_that_begin_elsewhere_are_told_apart(rng, case, offsets):
+    """A tape of calls whose arrays begin at a pack is not played for others, of which weight and bias are some."""
+    cupy = pytest.importorskip("cupy")
+    case = case if case.by_channels else case._replace(normalized_shape=(8,))
+    given = case.arguments(cupy, rng, (2, 4, 4, 8))
+    dy = gradient_like(cupy, rng, given["input"])
+    y, vjp_fn = case.vjp(**given)
+    expected = [to_numpy(array) for array in (y, *vjp_fn(dy)) if array is not None]
+
+    def shifted(array, offset):
+        memory = cupy.zeros(array.size + 4, array.dtype)
+        view = memory[offset : offset + array.size].reshape(array.shape)
+        view[...] = array
+        return view
+
+    of_input, of_parameters = offsets
+    again = {name: shifted(a, of_input if name == "input" else of_parameters) for name, a in given.items()}
+    for _ in range(2):
+        y, vjp_fn = case.vjp(**again)
+        results = [array for array in (y, *vjp_fn(shifted(dy, of_parameters))) if array is not None]
+        for array, like in zip(results, expected, strict=True):
+            np.testing.assert_allclose(to_numpy(array), like, rtol=1e-5, atol=1e-5)
 
 
 def test_running_statistics_move_from_tapes(rng, plays):

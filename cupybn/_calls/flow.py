@@ -99,15 +99,6 @@ class WayBack:
     def __init__(self, saved: Saved) -> None:
         self._saved = saved
 
-    def gradients(self, grad_output: Array) -> Four:
-        """Gradients of the arguments; raises unless that of the output is like the input."""
-        saved = self._saved
-        same_form = has_form(grad_output, saved.checked.form)
-        if not same_form:
-            checks.check_like("grad_output", grad_output, saved.input)
-        with on_device_of(saved.input):
-            return backward(saved, grad_output if same_form else saved.checked.layout.conform(plain(grad_output)))
-
     def __copy__(self) -> Self:
         """Return this one: it is pure, and a copy of a function is the function itself."""
         return self
@@ -117,6 +108,16 @@ class WayBack:
 
 
 def backward(saved: Saved, grad_output: Array) -> Four:
+    """The gradients of the arguments, from that of the output; raises unless this is like the input."""
+    checked = saved.checked
+    same_form = has_form(grad_output, checked.form)
+    if not same_form:
+        checks.check_like("grad_output", grad_output, saved.input)
+    with on_device_of(saved.input):
+        return _backward(saved, grad_output if same_form else checked.layout.conform(plain(grad_output)))
+
+
+def _backward(saved: Saved, grad_output: Array) -> Four:
     """The gradients of the arguments, from that of the output, which has the layout of the input."""
     _, checked, tapes, input, pairs, affine, epilogue, count_left = saved
     way: Any = across if checked.norm is None else within
@@ -127,12 +128,12 @@ def backward(saved: Saved, grad_output: Array) -> Four:
     else:
         (weight, bias, eps), (_, _, passed, mask) = affine, epilogue
         packs = None if passed is None else passed.size
-        tensors: tuple[Array | None, ...] = grad_output, input, mask
-        others: tuple[Array | None, ...] = pairs, passed, count_left
+        tensors: tuple[Array | None, ...]
+        others: tuple[Array | None, ...]
         if checked.norm is None:
-            others += weight, bias
+            tensors, others = (grad_output, input, mask), (pairs, passed, weight, bias, count_left)
         else:  # whose kernels read weight and bias in packs, too
-            tensors += weight, bias
+            tensors, others = (grad_output, input, weight, bias), (pairs, passed)
         particulars = particulars_of(("back", packs), tensors, others, (eps, 0.0))
         results = tapes.play(particulars)
         if results is None:
@@ -140,8 +141,11 @@ def backward(saved: Saved, grad_output: Array) -> Four:
                 results = recorder.results = way.backward_steps(saved, grad_output)
     dx, dresidual, dweight, dbias = results
     layout = checked.layout
+    dx = layout.back(dx)
     if dresidual is not None:
-        dresidual = layout.output(dresidual)
+        dresidual = layout.back(dresidual)
     elif checked.has_residual:  # through a sum a gradient goes as it is, where neither ReLU nor a mask stops it
-        dresidual = layout.ordered(grad_output)
-    return layout.output(dx), dweight, dbias, dresidual
+        dresidual = grad_output
+    if layout.order is not None:
+        dx, dresidual = layout.ordered(dx), None if dresidual is None else layout.ordered(dresidual)
+    return dx, dweight, dbias, dresidual

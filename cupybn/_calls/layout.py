@@ -152,14 +152,9 @@ class Layout(NamedTuple):
             return array
         return array.transpose([self.axes.index(i) for i in range(len(self.axes))])
 
-    def output(self, array: Array) -> Array:
-        """What a step has written, with its axes in the order of memory, as the caller gets it: a view, or a copy."""
-        return self.ordered(self.back(array))
-
     def ordered(self, array: Array) -> Array:
-        """The array, or a copy in the memory order of outputs if that is not the order of this layout."""
-        if self.order is None:
-            return array
+        """Copy of an array in the memory order of outputs, where that is another one than this layout's."""
+        assert self.order is not None
         copy = empty(tuple(array.shape[i] for i in self.order), array)
         copy = copy.transpose([self.order.index(i) for i in range(len(self.order))])
         copy[...] = array

@@ -68,9 +68,7 @@ def norm_backward(
     if keep:
         both = _empty((2, plan.geometry.parts, x.shape[2]))
         sums = Sums(both[0], both[1])
-    plan.launch(
-        dy=dy, x=x, statistics=statistics, affine=parameters, epilogue=epilogue, gradients=gradients, sums=sums
-    )
+    plan.launch(dy=dy, x=x, statistics=statistics, affine=parameters, epilogue=epilogue, gradients=gradients, sums=sums)
     return sums
 
 

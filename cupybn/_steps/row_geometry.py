@@ -140,7 +140,9 @@ def _cut(norms: Norms, blocks: int, twice: float) -> Cut:
 
     squads = [team] if norms.elementwise else [1 << i for i in range(team.bit_length())]
     tables = {s: norms.runs * (s // WARP) * 16 * (threads // team) for s in squads}
-    squad = min((s for s in squads if norms.elementwise or tables[s] <= MOST_TABLE), key=lambda s: (slots(s), s > WARP, -s))
+    squad = min(
+        (s for s in squads if norms.elementwise or tables[s] <= MOST_TABLE), key=lambda s: (slots(s), s > WARP, -s)
+    )
     return Cut(blocks, team, squad, packs, slots(squad), threads)
 
 

@@ -170,7 +170,9 @@ class _BatchNorm(FeatureLayer):
         >>> layer.running_mean  # of 1, 2, 3 and 5
         array([2.75], dtype=float32)
         """
-        return self._run(forward, input, residual, mask)
+        if self.num_features is None:
+            return self._first(input, lambda: forward(self._call(input, residual, mask)))
+        return forward(self._call(input, residual, mask))
 
     def __call__(self, input: Array, residual: Array | None = None, mask: Array | None = None) -> Array:
         if mask is None:  # derived classes may have a `forward` that takes none
@@ -202,11 +204,12 @@ class _BatchNorm(FeatureLayer):
         >>> layer.bias
         array([-0.2], dtype=float32)
         """
-        return self._run(forward_vjp, input, residual, mask)
+        if self.num_features is None:
+            return self._first(input, lambda: forward_vjp(self._call(input, residual, mask)))
+        return forward_vjp(self._call(input, residual, mask))
 
-    def _call(self, input: Array, *others: Array | None) -> Call:
+    def _call(self, input: Array, residual: Array | None, mask: Array | None) -> Call:
         """The call, with the statistics and the update that PyTorch chooses for these modes and flags."""
-        residual, mask = others
         checks.check_bool("training", self.training)
         checks.check_bool("track_running_stats", self.track_running_stats)
         momentum = None if self.momentum is None else checks.as_float("momentum", self.momentum)

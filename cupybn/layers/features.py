@@ -10,7 +10,6 @@ import numpy.typing as npt
 
 from cupybn._arrays.dtypes import parameter_dtype
 from cupybn._calls import checks
-from cupybn._calls.call import Call
 from cupybn.layers.layer import AFFINE, INITIAL, Layer
 
 Array = Any  # numpy.ndarray or cupy.ndarray
@@ -81,21 +80,15 @@ class FeatureLayer(Layer):
         """Channel axis of an input, counted from the front; raises unless it may be one."""
         return checks.check_input(input, self.channel_axis, self._ndims)
 
-    def _call(self, input: Array, *others: Array | None) -> Call:
-        """The call that this layer makes for an input and further arrays."""
-        raise NotImplementedError
+    def _first(self, input: Array, call: Callable[[], T]) -> T:
+        """The result of the first call of a layer without features.
 
-    def _run(self, run: Callable[[Call], T], input: Array, *others: Array | None) -> T:
-        """What a function makes of the call of this layer.
-
-        A layer without features takes their number from the input, and has none again if the call fails.
+        It takes their number from the input, and has none again if the call fails.
         """
-        if self.num_features is not None:
-            return run(self._call(input, *others))
         axis = self._check_input(input)
         try:
             self._allocate((input.shape[axis],))
-            return run(self._call(input, *others))
+            return call()
         except BaseException:
             self._release()
             raise

@@ -147,7 +147,9 @@ class _InstanceNorm(FeatureLayer):
         >>> layer.running_mean, layer.running_var  # a tenth of the means 2 and 5, and of the variances 1 and 0
         (array([0.35], dtype=float32), array([0.95], dtype=float32))
         """
-        return self._run(forward, input, residual)
+        if self.num_features is None:
+            return self._first(input, lambda: forward(self._call(input, residual)))
+        return forward(self._call(input, residual))
 
     def __call__(self, input: Array, residual: Array | None = None) -> Array:
         return self.forward(input, residual)
@@ -172,15 +174,16 @@ class _InstanceNorm(FeatureLayer):
         >>> dx.round(3), dbias
         (array([[[ 0.176, -0.22 ,  0.044]]], dtype=float32), array([1.], dtype=float32))
         """
-        return self._run(_forward_vjp, input, residual)
+        if self.num_features is None:
+            return self._first(input, lambda: forward_vjp(self._call(input, residual), InstanceNormGrads))
+        return forward_vjp(self._call(input, residual), InstanceNormGrads)
 
     def _rows(self, input: Array) -> Rows:
         """Rows of an input: of a single sample, if it has the rank of one."""
         return ROWS_OF_A_SAMPLE if kind(input) is not None and input.ndim == min(self._ndims) else ROWS
 
-    def _call(self, input: Array, *others: Array | None) -> Call:
+    def _call(self, input: Array, residual: Array | None) -> Call:
         """The call, with the statistics and the update that follow from these modes and flags."""
-        (residual,) = others
         checks.check_bool("training", self.training)
         checks.check_bool("track_running_stats", self.track_running_stats)
         mean, var = self.running_mean, self.running_var
@@ -210,11 +213,6 @@ class _InstanceNorm(FeatureLayer):
 
     def _check_input(self, input: Array) -> int:
         return self._rows(input).check_input(input, self.channel_axis, self._ndims)
-
-
-def _forward_vjp(call: Call) -> tuple[Array, NormVjpFn[InstanceNormGrads]]:
-    """The output of a call, and the function that goes back."""
-    return forward_vjp(call, InstanceNormGrads)
 
 
 class InstanceNorm1d(_InstanceNorm):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Generic, TypeVar
 
 from cupybn._calls.call import Call
-from cupybn._calls.flow import WayBack, forward_and_saved
+from cupybn._calls.flow import WayBack, backward, forward_and_saved
 from cupybn._calls.saved import Saved
 
 Array = Any  # numpy.ndarray or cupy.ndarray
@@ -48,7 +48,7 @@ class NormVjpFn(WayBack, Generic[Grads]):
         TypeError, ValueError
             If grad_output is not an array of the input's kind, device, dtype and shape.
         """
-        gradients = self.gradients(grad_output)
+        gradients = backward(self._saved, grad_output)
         named: Any = self._grads  # a class of named tuples
         grads: Grads = named(*gradients[: len(named._fields)])
         return grads
