@@ -223,7 +223,7 @@ class GlobalAveragePool(Layer):
 
 
 class Linear(Layer):
-    """y = x @ weight.T + bias."""
+    """y = x @ weight.T + bias, where x may have any axes before that of its features."""
 
     names = ("weight", "bias")
 
@@ -233,7 +233,13 @@ class Linear(Layer):
         self.bias = xp.zeros(out_features, xp.float32)
 
     def vjp(self, x):
-        return x @ self.weight.T + self.bias, lambda dy: (dy @ self.weight, dy.T @ x, dy.sum(axis=0))
+        rows = x.reshape(-1, x.shape[-1])
+
+        def vjp_fn(dy):
+            dy = dy.reshape(len(rows), -1)
+            return (dy @ self.weight).reshape(x.shape), dy.T @ rows, dy.sum(axis=0)
+
+        return (rows @ self.weight.T + self.bias).reshape(*x.shape[:-1], -1), vjp_fn
 
 
 class Bias(Layer):
@@ -303,18 +309,20 @@ def run(main):
         sys.exit(CLOSED_PIPE)
 
 
-def options(text, output=None, needed=(), device=False, switches=None, **numbers):
+def options(text, output=None, needed=(), device=False, switches=None, choices=None, **numbers):
     """Parse the options of an example: its text for `--help`, what it writes, and its numbers, for the help.
 
-    A number has a default and a text: ``epochs=(3, "passes over the data")``. A switch has a text. With ``device=True``
-    there is an option for whose arrays are taken. Exits if a library is missing. Examples import libraries only after
-    this, so that `--help` works without them.
+    A number has a default and a text: ``epochs=(3, "passes over the data")``. A switch has a text, a choice its values,
+    of which the first is the default, and a text. With ``device=True`` there is an option for whose arrays are taken.
+    Exits if a library is missing. Examples import libraries only after this, so that `--help` works without them.
     """
     parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, (default, meaning) in numbers.items():
         parser.add_argument(f"--{name}", type=positive, default=default, help=f"{meaning} (default: {default})")
     for name, meaning in (switches or {}).items():
         parser.add_argument(f"--{name}", action="store_true", help=meaning)
+    for name, (values, meaning) in (choices or {}).items():
+        parser.add_argument(f"--{name}", choices=values, default=values[0], help=meaning)
     if device:
         default = "cpu" if xp is np else "cuda"
         meaning = "NumPy or CuPy arrays; if not given: cuda where there is a GPU, else cpu"

@@ -27,14 +27,17 @@ DEVICE void each(Full full, int count, Body body) {
     }
 }
 
-// Sources tell where a thread reads its packs. get(at, i) is pack i of the thread, whose first element is array[at];
-// put(raw, i) changes it, where that can be; FAR is whether packs take long to come.
+// Sources tell where a thread reads its packs. get(at, i) is pack i of the thread, whose first element is array[at], and
+// element(at, i, e) its element e; put(raw, i) and put_element(value, i, e) change it, where that can be; FAR is whether
+// packs take long to come.
 
 // The source of streamed kernels: memory.
 struct InMemory {
     static constexpr bool FAR = true;
     const data_t* array;
     DEVICE raw_t get(index_t at, int) const { return load(array + at); }
+    DEVICE data_t element(index_t at, int, int e) const { return array[at + e]; }
+    DEVICE void put_element(const data_t&, int, int) const {}
     DEVICE void put(const raw_t&, int) const {}  // memory stays as it is
 };
 
@@ -45,6 +48,9 @@ struct OnChip {
     raw_t* own;  // the first one of the thread
     int group;
     DEVICE raw_t get(index_t, int i) const { return own[i * TEAM]; }
+    DEVICE data_t element(index_t, int i, int e) const { return elements(i)[e]; }
+    DEVICE void put_element(const data_t& value, int i, int e) const { elements(i)[e] = value; }
+    DEVICE data_t* elements(int i) const { return reinterpret_cast<data_t*>(own + i * TEAM); }
     DEVICE void put(const raw_t& raw, int i) const { own[i * TEAM] = raw; }
 };
 

@@ -33,8 +33,9 @@ class Philox {
 
   public:
     // drawn is [2]: the seed and the number of the call.
-    DEVICE explicit Philox(const unsigned long long* drawn)
-        : key{(unsigned)drawn[0], (unsigned)(drawn[0] >> 32)}, call{(unsigned)drawn[1], (unsigned)(drawn[1] >> 32)} {}
+    DEVICE explicit Philox(const unsigned long long* drawn) : Philox(drawn[0], drawn[1]) {}
+    DEVICE Philox(unsigned long long seed, unsigned long long number)
+        : key{(unsigned)seed, (unsigned)(seed >> 32)}, call{(unsigned)number, (unsigned)(number >> 32)} {}
 
     // The words 4 * block to 4 * block + 3.
     DEVICE Block operator()(unsigned long long block) const {

@@ -33,22 +33,10 @@ struct RowFactors {
 struct Row {
     double mean, rstd;         // rstd = 1 / sqrt(var + eps)
     RowFactors<acc_t> usual;
-    double mean_g, mean_g_xhat;
     bool wide;                 // whether float32 is too narrow: all is done in float64 then
 
-    // Notes the means that the way back needs.
-    DEVICE void set_means(double g, double g_xhat) {
-        mean_g = g;
-        mean_g_xhat = g_xhat;
-        usual.mean_g = (acc_t)g;
-        usual.mean_g_xhat = (acc_t)g_xhat;
-        wide = wide || extreme(g) || extreme(g_xhat);
-    }
-    template <class A>
-    DEVICE RowFactors<A> factors() const {
-        if constexpr (sizeof(A) == sizeof(acc_t)) return usual;
-        else return {mean, rstd, 0, mean_g, mean_g_xhat};
-    }
+
+    DEVICE RowFactors<double> exact() const { return {mean, rstd, 0, 0, 0}; }
 };
 
 // The row of this mean and variance.
@@ -60,7 +48,6 @@ DEVICE Row make_row(double mean, double var, double eps) {
     const double rest = mean - center;
     const bool lost = rest - rest == 0 && rest != 0;  // else inf - inf, or 0 * inf, would be NaN
     row.usual = {center, (acc_t)row.rstd, lost ? (acc_t)__dmul_rn(-rest, row.rstd) : 0, 0, 0};
-    row.mean_g = row.mean_g_xhat = 0;
     row.wide = row.rstd < 1e-15 || row.rstd > 1e15 || fabs(mean) > 1e30;
     return row;
 }

@@ -14,6 +14,7 @@ import cupybn.functional as F
 from cupybn._calls import call as _call
 from cupybn._calls.call import Call, Caller, Checked
 from cupybn._calls.layout import Layout
+from cupybn._calls.rows import Rows
 from cupybn._steps.bundles import Affine, Epilogue, Running
 
 cp = pytest.importorskip("cupy")
@@ -106,6 +107,14 @@ ALTERNATIVES = {
     "group": [None, object()],
     "observer": [None, object()],
     "idle": [(object(), object())],
+    "rows": [
+        None,
+        Rows("instance_norm"),
+        Rows("instance_norm", batched=False),
+        *(Rows("group_norm", n) for n in (1, 2, 3, 0)),
+        *(Rows("layer_norm", None, shape) for shape in ((4,), (4, 4), (3,), ())),
+        *(Rows("rms_norm", None, shape) for shape in ((4,), (3,))),
+    ],
 }
 """Other values for the fields that are no arrays. 1 + 0j and 1.0 are equal to the values that they replace."""
 
@@ -153,6 +162,14 @@ def bases(xp):
         "one value": Made(one_value),
         "no update": Made(no_counter, moves_statistics=False),
         "observed": Made(replaced(no_counter, observer=object())),
+        "instance norm": Made(replaced(whole, batches=None, mask=None, rows=Rows("instance_norm")), x.copy()),
+        "instance norm in eval mode": Made(
+            replaced(whole, batches=None, mask=None, training=False, rows=Rows("instance_norm"))
+        ),
+        "group norm": Made(replaced(no_buffers, mask=None, rows=Rows("group_norm", 2)), x.copy()),
+        "layer norm": Made(
+            replaced(no_buffers, mask=None, residual=None, activation=None, rows=Rows("layer_norm", None, (4,)))
+        ),
     }
 
 

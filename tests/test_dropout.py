@@ -16,6 +16,7 @@ import cupybn.functional as F
 from cupybn import Generator
 from cupybn._steps import cupy_dropout, numpy_dropout
 from cupybn.dropout import call as dropout_call
+from cupybn.dropout.generator import defaults
 from tests import philox
 from tests.reference import DTYPES, bits, exactly, in_order, to_numpy
 
@@ -295,6 +296,48 @@ def test_derived_arrays(rng):
     assert out.tobytes() == expected.tobytes()
     assert F.dropout(derived, 0.5, inplace=True, generator=generator_of("cpu")) is derived
     assert derived.tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("dtype", [">f2", ">f4", ">f8"])
+def test_the_order_of_bytes_changes_nothing(rng, dtype):
+    x = rng.standard_normal((5, 7)).astype(dtype)
+    y, vjp_fn = F.dropout_vjp(x, 0.5, generator=generator_of("cpu"))
+    assert y.dtype == vjp_fn(x).input.dtype == x.dtype
+    native = x.astype(x.dtype.newbyteorder("="))
+    wanted = philox.expected(native, philox.places(x), 0.5, 0, SEED)
+    np.testing.assert_array_equal(y, wanted)
+    np.testing.assert_array_equal(vjp_fn(x).input, wanted)
+
+
+@pytest.mark.skipif(not hasattr(pytest.importorskip("cupy"), "emulator"), reason="there may be a single GPU")
+def test_the_device_of_the_input_need_not_be_the_current_one(rng):
+    """Launches, results and new generators are on the input's device."""
+    import cupy as cp
+
+    with cp.emulator.pretend(cp.emulator.H200, cp.emulator.T4):
+        cupybn.manual_seed(SEED)
+        host = draw(np, rng, (3, 5, 40))
+        for current, other in (0, 1), (1, 0):
+            with cp.cuda.Device(other):
+                x = cp.asarray(host)
+            with cp.cuda.Device(current):
+                explicit = Generator(SEED, device=f"cuda:{other}")
+                assert repr(explicit) == f"Generator(device='cuda:{other}')"
+                assert state_of(explicit.manual_seed(SEED)) == [SEED, 0]
+                for function, generator in itertools.product((F.dropout_vjp, F.dropout1d_vjp), (explicit, None)):
+                    with cp.emulator.record() as launches:
+                        y, vjp_fn = function(x, 0.5, generator=generator)
+                        dx = vjp_fn(x).input
+                    assert {launch.device for launch in launches} == {other}
+                    assert y.device.id == dx.device.id == other
+                    assert bits(y) == bits(dx)
+                assert state_of(explicit) == [SEED, 2]
+                layer = cupybn.Dropout(0.5, seed=SEED, device=f"cuda:{other}")
+                wanted = philox.expected(host, philox.places(x), 0.5, 0, SEED)
+                assert bits(layer(x)) == bits(wanted)
+                for moved in copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)):
+                    assert moved.generator.state.device.id == other
+    defaults._generators.clear()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import sys
-from functools import partial
+from functools import partial, update_wrapper
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -65,8 +65,9 @@ def test_wrong_options(example, monkeypatch, capsys, tmp_path):
     assert len(numbers) == known.count("(default: ") - ("--output" in known)
     for number in numbers:
         wrong += [[f"{number}={text}"] for text in ("0", "-1", "1.5", "many", "", "1e3", "\u00b2")]
-    if "--device" in known:
-        wrong += [["--device", "gpu"]]
+    choices = sorted(set(re.findall(r"(--\w+) \{", known)))
+    assert ("--device" in choices) == ("--device" in known)
+    wrong += [[choice, "gpu"] for choice in choices]
     if "--output" in known:
         wrong += [["--output", str(tmp_path / "file")], ["--output", str(tmp_path / "file" / "below")]]
     for arguments in wrong:
@@ -755,3 +756,312 @@ def test_padded_sequences_with_a_mask_that_does_nothing(padded_sequences, monkey
     monkeypatch.setattr(padded_sequences.BatchNorm1d, "vjp", lambda layer, x, mask=None: vjp(layer, x))  # noqa: ARG005
     with pytest.raises(SystemExit, match="expected scores that do not depend on padding"):
         run_main(padded_sequences, ["--epochs", "1", "--seeds", "1"], monkeypatch, tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# transformer_block
+
+
+def named(kind, **settings):
+    """A class with some of its arguments given, under its name."""
+    return update_wrapper(partial(kind, **settings), kind)
+
+
+@pytest.fixture
+def transformer_block(xp, device, monkeypatch, tmp_path):
+    """The example on arrays of xp, with few texts, of which the first word tells the library."""
+    for package in layers.NEEDED:
+        pytest.importorskip(package)
+    module = importlib.import_module("transformer_block")
+    for owner in (layers, module):
+        monkeypatch.setattr(owner, "xp", xp)
+    for norm, kind in module.NORMS.items():
+        monkeypatch.setitem(module.NORMS, norm, named(kind, device=device))
+    monkeypatch.setattr(module, "Generator", partial(cupybn.Generator, device=device))
+    for name, value in {"LONGEST": 5, "WIDTH": 8, "HEADS": 2, "HIDDEN": 12, "BATCH_SIZE": 16}.items():
+        monkeypatch.setattr(module, name, value)
+    for letter, library in zip("abcd", module.LIBRARIES, strict=True):
+        (tmp_path / library / "tests").mkdir(parents=True)
+        (tmp_path / library / "tests" / "test_it.py").write_text(f'"""Word{letter} of tests are left out."""\n')
+        for file in "abcdefgh":
+            texts = [f"Word{letter} of file{file} {'very ' * n}{library}." for n in range(1, 5)]
+            texts += [f"Word{letter} without a full stop", f"Word{letter} short.", f"Word{letter} is one. And another."]
+            texts += ["Shared by all of them.", texts[0]]
+            functions = [f'def f():\n    """{text}\n\n    A second paragraph of it.\n    """\n' for text in texts]
+            (tmp_path / library / f"file{file}.py").write_text("\n".join(functions))
+    monkeypatch.setattr(module, "find_spec", lambda name: SimpleNamespace(origin=str(tmp_path / name / "__init__.py")))
+    return module
+
+
+@pytest.mark.parametrize("device", ["cpu"])
+def test_texts_of_the_transformer(transformer_block, rng):
+    """Texts are first sentences that one library alone has, once and without its name. Whole files are held out."""
+    learned, held_out = transformer_block.load(rng)
+    files = []
+    for texts, labels in (learned, held_out):
+        assert all(text[0] == f"word{'abcd'[label]}" for text, label in zip(texts, labels, strict=True))
+        assert all(text[1] == "of" and set(text[3:]) == {"very"} for text in texts)
+        assert sorted(map(len, texts)) == sorted([4, 5, 5, 5] * (len(texts) // 4))  # longer ones are cut
+        files.append({(int(label), text[2]) for text, label in zip(texts, labels, strict=True)})
+    assert [len(texts) for texts, _ in (learned, held_out)] == [96, 32]
+    assert [len(found) for found in files] == [24, 8]
+    assert not files[0] & files[1]
+    codes = transformer_block.vocabulary(learned[0])
+    rows = transformer_block.encode([["of", "worda"], ["nothing"]], codes)
+    assert rows.tolist() == [[codes["of"], codes["worda"], 0, 0, 0], [1, 0, 0, 0, 0]]
+    assert sorted(codes.values()) == list(range(2, len(codes) + 2))
+
+
+@pytest.mark.parametrize("device", ["cpu"])
+def test_naive_bayes(transformer_block, rng):
+    bayes = pytest.importorskip("sklearn.naive_bayes")
+    labels = [rng.integers(0, 4, n) for n in (60, 40)]
+    parts = [(rng.integers(0, 3 + 3 * of[:, None], (len(of), 5)), of) for of in labels]
+    (x, labels), (x_test, labels_test) = parts
+    counts, counts_test = ([np.bincount(row, minlength=x.max() + 1)[1:] for row in rows] for rows in (x, x_test))
+    expected = bayes.MultinomialNB().fit(counts, labels).score(counts_test, labels_test)
+    assert transformer_block.naive_bayes(*parts) == expected > 0.25
+
+
+def small_transformer(module, norm, p=0.3):
+    """A network in float64, with weights and biases of its norms that are not 1 and 0, and codes of words for it."""
+    network, rng, xp = module.Network(norm, p, 12, seed=0), np.random.default_rng(0), module.xp
+    for layer in (network.block.norm1, network.block.norm2, network.norm):
+        layer.to(dtype=np.float64)
+        for parameter in layer.parameters():
+            parameter[...] = xp.asarray(rng.uniform(0.5, 2, parameter.shape))
+    attention, mlp = network.block.attention, network.block.mlp.layers
+    for layer in (network.embedding, attention.project, attention.out, mlp[0], mlp[2], network.scores):
+        for name in layer.names:
+            setattr(layer, name, xp.asarray(rng.normal(0, 0.5, getattr(layer, name).shape)))
+    codes = rng.integers(1, 12, (6, 5))
+    for i, row in enumerate(codes):
+        row[2 + i % 4 :] = 0
+    return network, xp.asarray(codes)
+
+
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+def test_gradients_of_the_transformer(norm, transformer_block, xp, rng):
+    """Gradients are the slopes of the loss along a random direction of each parameter, with the same dropout."""
+    network, codes = small_transformer(transformer_block, norm)
+    labels, state = xp.asarray(rng.integers(0, 4, 6)), network.block.generator.state
+
+    def loss():
+        state[1] = 0
+        scores, vjp_fn = network.vjp(codes)
+        value, dscores = layers.softmax_cross_entropy(scores, labels)
+        return float(value), dscores, vjp_fn
+
+    _, dscores, vjp_fn = loss()
+    assert int(state[1]) == 3
+    _, *grads = vjp_fn(dscores)
+    values = network.parameters()
+    assert len(values) == (18 if norm == "layer" else 15)
+    for value, grad in zip(values, grads, strict=True):
+        direction = xp.asarray(rng.standard_normal(value.shape))
+        value += 1e-6 * direction
+        above = loss()[0]
+        value -= 2e-6 * direction
+        slope = (above - loss()[0]) / 2e-6
+        value += 1e-6 * direction
+        assert slope == pytest.approx(float((grad * direction).sum()), rel=1e-4, abs=1e-7)
+
+
+@pytest.mark.parametrize("device", ["cpu"])
+def test_padding_of_the_transformer(transformer_block):
+    """The word that padding stands for, and its places, change no score; other words do."""
+    network, codes = small_transformer(transformer_block, "layer")
+    before = network.eval()(codes)
+    network.embedding.words[0, ::2] += 1
+    network.embedding.places[-1, ::2] += 1
+    moved = abs(network(codes) - before).max(axis=1)
+    lengths = (codes > 0).sum(axis=1)
+    assert (moved[lengths < 5] < 1e-12).all()
+    assert (moved[lengths == 5] > 1e-3).all()
+
+
+def test_a_block_that_is_run_again(transformer_block, capsys):
+    """A block that is run again gives the same bits, keeps next to nothing and leaves the generator where it was."""
+    network, codes = small_transformer(transformer_block, "layer")
+    block, there = network.block, codes > 0
+    x = network.embedding(codes)
+    assert transformer_block.recompute(block, x, there)
+    kept = re.search(
+        r"keeps ([\d.]+) arrays of its input's size for its way back, (-?[\d.]+) if", capsys.readouterr().out
+    )
+    assert float(kept[2]) < float(kept[1]) / 3
+    assert int(block.generator.state[1]) == 2
+    y = block(x, there=there)
+    block.recomputed_vjp = lambda x, there: (y, lambda dy: block.vjp(x, there)[1](dy))  # the generator has gone on
+    assert not transformer_block.recompute(block, x, there)
+
+
+def test_adam(transformer_block, xp):
+    """Steps have the learning rate's size where a gradient stays, whatever it is; else they are those of torch."""
+    parameters = [xp.zeros(3), xp.ones((2, 2))]
+    optimizer = transformer_block.Adam(parameters, 0.01)
+    for _ in range(5):
+        optimizer.step([xp.asarray([1e-3, -2.0, 1e3]), xp.full((2, 2), -5.0)])
+    np.testing.assert_allclose(layers.to_numpy(parameters[0]), [-0.05, 0.05, -0.05], rtol=1e-4)
+    np.testing.assert_allclose(layers.to_numpy(parameters[1]), 1.05, rtol=1e-4)
+    torch = pytest.importorskip("torch")
+    theirs = torch.ones(3, dtype=torch.float64)
+    ours, optimizers = xp.ones(3), torch.optim.Adam([theirs], 0.1, betas=(0.9, 0.99))
+    optimizer = transformer_block.Adam([ours], 0.1)
+    for step in range(4):
+        grad = np.array([step - 1.5, 1 + step, -0.1])
+        theirs.grad = torch.from_numpy(grad)
+        optimizers.step()
+        optimizer.step([xp.asarray(grad)])
+    np.testing.assert_allclose(layers.to_numpy(ours), theirs.numpy(), rtol=1e-12)
+
+
+@pytest.mark.parametrize(("device", "norm"), [("cpu", "both"), ("cuda:0", "rms")])
+def test_transformer_block(norm, transformer_block, monkeypatch, capsys, tmp_path):
+    """The words that tell the library are learned, and the generator that the block has is the only one that draws."""
+    monkeypatch.setattr(transformer_block, "LEARNING_RATE", 0.03)
+    run_main(transformer_block, ["--epochs", "8", "--seeds", "1", "--norm", norm], monkeypatch, tmp_path)
+    out = capsys.readouterr().out
+    assert out.startswith("96 texts to learn from, 32 held out, ")
+    rows = dict(re.findall(r"^  (\w[\w ]+?) +[\d.]+ ± 0.0% +([\d.]+) ± 0.0%$", out, re.MULTILINE))
+    names = (
+        ["LayerNorm", "RMSNorm", "LayerNorm without dropout"]
+        if norm == "both"
+        else ["RMSNorm", "RMSNorm without dropout"]
+    )
+    assert list(rows) == names
+    assert min(map(float, rows.values())) > 70
+    assert re.search(r"^  naive Bayes +100.0%\n  always the most frequent +25.0%$", out, re.MULTILINE)
+    assert (tmp_path / "transformer_block.png").stat().st_size < 100_000
+
+
+@pytest.mark.parametrize("device", ["cpu"])
+@pytest.mark.parametrize("fault", ["dropout", "norm"])
+def test_transformer_block_tells_what_is_wrong(fault, transformer_block, monkeypatch, tmp_path):
+    """Dropout that does not draw from the block's generator ends the example with an error; so does a norm of zeros."""
+    functional = transformer_block.F
+    dropout_vjp = functional.dropout_vjp
+    other = cupybn.Generator(7, device="cpu")
+    if fault == "dropout":
+        message = "expected the same gradients"
+        wrong = lambda x, p, training, generator: dropout_vjp(x, p, training, generator=other)  # noqa: ARG005, E731
+        monkeypatch.setattr(functional, "dropout_vjp", wrong)
+    else:
+        message = "expected held-out accuracies of 50% or more"
+        vjp = transformer_block.LayerNorm.vjp
+        wrong = lambda layer, x: (0 * x, vjp(layer, x)[1])  # noqa: E731
+        monkeypatch.setattr(transformer_block.LayerNorm, "vjp", wrong)
+    with pytest.raises(SystemExit, match=message):
+        run_main(transformer_block, ["--seeds", "1", "--norm", "layer"], monkeypatch, tmp_path)
+    assert (tmp_path / "transformer_block.png").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# small_batches
+
+
+@pytest.fixture
+def small_batches(xp, device, monkeypatch):
+    """The example with few digits and small networks, on arrays of xp."""
+    for package in layers.NEEDED:
+        pytest.importorskip(package)
+    module = importlib.import_module("small_batches")
+    for owner in (layers, module):
+        monkeypatch.setattr(owner, "xp", xp)
+    for name in ("BatchNorm2d", "GroupNorm"):
+        monkeypatch.setattr(module, name, partial(getattr(module, name), device=device))
+    monkeypatch.setitem(module.NORMS, "batch norm", module.BatchNorm2d)
+    for name, value in {"DIGITS": 40, "SIZES": (2, 8), "STAGES": ((4, 1), (4, 2), (8, 2), (8, 2))}.items():
+        monkeypatch.setattr(module, name, value)
+    return module
+
+
+@pytest.mark.parametrize("norm", ["batch norm", "group norm"])
+def test_gradients_of_small_batches(norm, small_batches, xp, rng):
+    """Gradients are the slopes of the loss along a random direction of all parameters, in float64, for two images."""
+    network = small_batches.make_network(norm, 3, seed=0)
+    for layer in network.leaves():
+        if hasattr(layer, "eps"):
+            layer.to(dtype=np.float64)
+            for parameter in layer.parameters():
+                parameter[...] = xp.asarray(rng.uniform(0.5, 2, parameter.shape))
+        for name in getattr(layer, "names", ()):
+            setattr(layer, name, getattr(layer, name).astype(np.float64))
+    x, labels = xp.asarray(rng.uniform(0, 1, (2, 1, 8, 8))), xp.asarray(rng.integers(0, 10, 2))
+    scores, vjp_fn = network.vjp(x)
+    _, *grads = vjp_fn(layers.softmax_cross_entropy(scores, labels)[1])
+    values = network.parameters()
+    directions = [xp.asarray(rng.standard_normal(value.shape)) for value in values]
+
+    def loss(step):
+        for value, direction in zip(values, directions, strict=True):
+            value += step * direction
+        result = layers.softmax_cross_entropy(network(x), labels)[0]
+        for value, direction in zip(values, directions, strict=True):
+            value -= step * direction
+        return float(result)
+
+    slope = (loss(1e-6) - loss(-1e-6)) / 2e-6
+    expected = sum(float((g * d).sum()) for g, d in zip(grads, directions, strict=True))
+    assert slope == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("device", ["cpu"])
+def test_networks_of_small_batches(small_batches):
+    """The last norm of each network sees as many positions as its name says."""
+    x = np.zeros((2, 1, 8, 8), np.float32)
+    for positions, stages in small_batches.NETWORKS.items():
+        for norm, kind in (("batch norm", "BatchNorm2d"), ("group norm", "GroupNorm")):
+            network = small_batches.make_network(norm, stages, seed=0)
+            *body, pool, _ = network.layers
+            assert isinstance(pool, layers.GlobalAveragePool)
+            assert type(body[-1]).__name__ == kind
+            assert " x ".join(map(str, layers.Sequential(*body)(x).shape[2:])) == positions
+
+
+def test_small_batches(small_batches, monkeypatch, capsys, tmp_path):
+    """The table is that of the accuracies, each of a network of its kind, batch size and seed."""
+    asked, accuracy = [], small_batches.accuracy
+
+    def noted(network, learned, held_out, size, epochs, seed):
+        assert len(learned[0]) == 40
+        assert len(held_out[0]) == 1797 - 40
+        if not asked:  # one is trained
+            assert 0.02 < accuracy(network, learned, held_out, size, epochs, seed) < 0.8
+        asked.append((len(network.layers) // 2 - 1, type(network.layers[1]).__name__, size, epochs, seed))
+        return len(asked) / 20
+
+    monkeypatch.setattr(small_batches, "accuracy", noted)
+    run_main(small_batches, ["--epochs", "1", "--seeds", "2"], monkeypatch, tmp_path)
+    kinds = [(stages, kind) for stages in (3, 4) for kind in ("BatchNorm2d", "GroupNorm")]
+    assert asked == [(*kind, size, 1, seed) for kind in kinds for seed in range(2) for size in (2, 8)]
+    out = capsys.readouterr().out
+    assert "batches of 2          batches of 8\n" in out
+    rows = re.findall(r"^  (\w+ norm), last norm on (\d x \d) +(.*\))$", out, re.MULTILINE)
+    assert rows[0] == ("batch norm", "2 x 2", "10.0% (5.0 .. 15.0)  15.0% (10.0 .. 20.0)")
+    assert rows[3] == ("group norm", "1 x 1", "70.0% (65.0 .. 75.0)  75.0% (70.0 .. 80.0)")
+    assert [row[:2] for row in rows[1:3]] == [("group norm", "2 x 2"), ("batch norm", "1 x 1")]
+    assert (tmp_path / "small_batches.png").stat().st_size < 100_000
+
+
+@pytest.mark.parametrize("device", ["cpu"])
+@pytest.mark.parametrize(
+    ("batch_norm", "group_norm", "message"),
+    [(0.4, 0.9, None), (0.8, 0.9, "expected batches of 2 to cost"), (0.3, 0.4, "expected batches of 2 to cost")],
+)
+def test_small_batches_tells_what_is_wrong(batch_norm, group_norm, message, small_batches, monkeypatch, tmp_path):
+    """Batch norm that stands small batches of single positions is an error, and so is group norm that does not."""
+
+    def accuracy(network, learned, held_out, size, epochs, seed):  # noqa: ARG001
+        if size > 2:
+            return 0.9
+        collapses = len(network.layers) == 10 and isinstance(network.layers[1], BatchNorm2d)
+        return batch_norm if collapses else group_norm
+
+    monkeypatch.setattr(small_batches, "SIZES", (2, 8, 16))
+    monkeypatch.setattr(small_batches, "accuracy", accuracy)
+    if message is None:
+        run_main(small_batches, ["--seeds", "1"], monkeypatch, tmp_path)
+    else:
+        with pytest.raises(SystemExit, match=message):
+            run_main(small_batches, ["--seeds", "1"], monkeypatch, tmp_path)

@@ -138,7 +138,8 @@ def test_copies_go_on_by_themselves(xp, device, way):
 def test_text(device):
     generator = Generator(7, device=device)
     generator.state[1:].fill(3)
-    assert repr(generator) == f"Generator(seed=7, calls=3, device={device!r})"
+    known = "seed=7, calls=3, " if device == "cpu" else ""  # what is on a GPU is not read for a message
+    assert repr(generator) == f"Generator({known}device={device!r})"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -56,8 +56,8 @@ DROPOUT = {
     dropout.Case("float32", (1, 8, 64, 256, 1)): 126,
     dropout.Case("float16", (1, 8, 64, 256, 1)): 207,
 }
-"""Most thread-instructions of dropout for each 16 bytes of one array, on sm_90: 5 % more than were counted. Philox takes
-40 of them for a block of four words."""
+"""Most thread-instructions of dropout for each 16 bytes of one array, on sm_90: 5 % more than were counted. Of these
+Philox takes 40 for each block of four words."""
 REGISTERS = 128
 """Most registers of a thread; `test_compile.py` holds each kernel to fewer."""
 

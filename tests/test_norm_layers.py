@@ -14,6 +14,7 @@ import cupybn
 import cupybn.functional as F
 from cupybn import GroupNorm, InstanceNorm1d, InstanceNorm2d, InstanceNorm3d, LayerNorm, RMSNorm
 from tests.reference import assert_close, bits, exactly, to_numpy
+from tests.test_interrupts import check as check_interrupts
 
 INSTANCE_NORMS = {2: InstanceNorm1d, 3: InstanceNorm2d, 4: InstanceNorm3d}
 """Layers of instance norm by the rank of a single sample."""
@@ -491,6 +492,20 @@ def test_what_is_for_batch_norm_alone(make):
         cupybn.fold_conv_bn(np.zeros((4, 1, 1, 1), np.float32), None, layer)
     with pytest.raises(TypeError, match="batch norm layer"):
         cupybn.SyncBatchNorm.from_batchnorm(layer)
+
+
+def test_an_interrupt_at_any_line(rng):
+    """A pass moves all running statistics or none; after they have moved, few lines are left."""
+    x = draw(np, rng, (6, 3, 4))
+
+    def make():
+        layer = InstanceNorm1d(3, affine=True, track_running_stats=True, device="cpu")
+        layer.running_mean[...] = 2
+        return layer
+
+    check_interrupts(make, lambda layer: layer(x), 20)
+    check_interrupts(make, lambda layer: layer.vjp(x, x), 20)
+    check_interrupts(lambda: InstanceNorm1d(None, affine=True, device="cpu"), lambda layer: layer(x))
 
 
 def test_an_interrupt_leaves_a_layer_without_arrays(monkeypatch, rng):

@@ -478,6 +478,56 @@ def test_tensors_become_arrays():
         np.from_dlpack(torch.ones(2, dtype=torch.bfloat16))
 
 
+def test_what_pytorch_does_otherwise():
+    """The rows of the table, of PyTorch and of this library; what the page prints is not repeated."""
+    torch = pytest.importorskip("torch")
+    nn, T = torch.nn, torch.nn.functional
+    dropped = T.dropout(torch.tensor([np.nan, -1.0]), 1.0)
+    assert dropped[0].isnan()
+    assert bool(torch.signbit(dropped[1]))
+    assert not np.signbit(cupybn.functional.dropout(np.array([np.nan, -1.0]), 1.0)).any()
+    with pytest.warns(UserWarning, match="dropout2d"):
+        T.dropout2d(torch.ones(2, 3, 4))
+
+    x = np.arange(96, dtype=np.float32).reshape(2, 4, 4, 3).transpose(0, 3, 1, 2)
+    theirs = nn.InstanceNorm2d(3, track_running_stats=True).eval()
+    theirs.track_running_stats = False
+    y = theirs(torch.from_numpy(x))
+    assert theirs.running_mean.any()
+    assert y.is_contiguous()
+    assert not y.is_contiguous(memory_format=torch.channels_last)
+    theirs = nn.InstanceNorm2d(3, momentum=None, track_running_stats=True)
+    theirs(torch.from_numpy(x))
+    assert not theirs.running_mean.any()
+    theirs, ours = nn.InstanceNorm2d(3).eval(), cupybn.InstanceNorm2d(3, device="cpu").eval()
+    theirs.track_running_stats = ours.track_running_stats = True
+    with pytest.raises(RuntimeError):
+        theirs(torch.from_numpy(x))
+    assert abs(ours(x).mean((2, 3))).max() < 1e-6
+
+    with pytest.raises(ValueError, match="more than 1 value"):
+        T.group_norm(torch.ones(1, 4), 4)
+    assert not T.group_norm(torch.ones(2, 4), 4).any()
+    assert T.layer_norm(torch.ones(1, 4), (4,), eps=-1.0).isnan().all()
+    with pytest.raises(RuntimeError):
+        T.layer_norm(torch.ones(1, 4), (3,))
+    weight = torch.ones(4, dtype=torch.float64)
+    with pytest.raises(RuntimeError):
+        T.layer_norm(torch.ones(1, 4), (4,), weight)
+    assert cupybn.functional.layer_norm(np.ones((1, 4), np.float32), 4, weight.numpy()).dtype == np.float32
+    with pytest.raises(IndexError):
+        T.instance_norm(torch.ones(0, 3, 4), weight=torch.ones(3))
+
+
+def test_the_norms_have_the_names_of_pytorch():
+    named = re.findall(r"^\| \w+ \|.*\| `(\w+)\(", TEXTS["norms"], re.MULTILINE)
+    assert named == ["BatchNorm2d", "GroupNorm", "InstanceNorm2d", "LayerNorm", "RMSNorm"]
+    torch = pytest.importorskip("torch")
+    for name in named:
+        theirs, ours = (inspect.signature(getattr(owner, name)).parameters for owner in (torch.nn, cupybn))
+        assert list(ours)[: len(theirs)] == list(theirs)
+
+
 def test_a_checkpoint_of_pytorch(monkeypatch, tmp_path, rng):
     torch = pytest.importorskip("torch")
     monkeypatch.chdir(tmp_path)

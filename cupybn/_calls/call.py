@@ -288,8 +288,10 @@ class Call(NamedTuple):
             return None
         weight, bias, eps = self.affine
         mean, var, momentum, batches, _ = self.running
-        tensors = self.input, self.epilogue.residual, out, self.epilogue.mask
-        vectors = weight, bias, mean, var, batches if checked.moves else None
+        tensors: tuple[Array | None, ...] = self.input, self.epilogue.residual, out, self.epilogue.mask
+        vectors: tuple[Array | None, ...] = weight, bias, mean, var, batches if checked.moves else None
+        if checked.norm is not None:  # whose kernels read weight and bias in packs, too
+            tensors, vectors = tensors + vectors[:2], vectors[2:]
         numbers = eps, NAN if momentum is None else momentum
         particulars = particulars_of((for_vjp, momentum is None), tensors, vectors, numbers)
         _, addresses, _ = particulars

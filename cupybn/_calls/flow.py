@@ -72,12 +72,12 @@ def _forward(call: Call, out: Array | None, for_vjp: bool) -> tuple[Array, Saved
             call, write_back = call.without_overlap(checked, for_vjp)
             call = call.conformed(checked)
             with unheard():
-                results = way.forward_steps(ops, call, out if direct else None, checked, for_vjp)
-            made, pairs, passed, count_left = results
+                target = out if direct else None
+                made, pairs, passed, count_left = way.forward_steps(ops, call, target, checked, for_vjp)
             output = out if made is None else layout.back(made)
-            if out is None:
+            if layout.order is not None and out is None:
                 output = layout.ordered(output)
-            elif not direct:
+            if out is not None and not direct:
                 write_back.append((out, output))  # the last: it is right, whatever it shares with the buffers
             if write_back and ops is not None:
                 write_at_once(write_back)
@@ -127,8 +127,13 @@ def backward(saved: Saved, grad_output: Array) -> Four:
     else:
         (weight, bias, eps), (_, _, passed, mask) = affine, epilogue
         packs = None if passed is None else passed.size
-        others = pairs, passed, weight, bias, count_left
-        particulars = particulars_of(("back", packs), (grad_output, input, mask), others, (eps, 0.0))
+        tensors: tuple[Array | None, ...] = grad_output, input, mask
+        others: tuple[Array | None, ...] = pairs, passed, count_left
+        if checked.norm is None:
+            others += weight, bias
+        else:  # whose kernels read weight and bias in packs, too
+            tensors += weight, bias
+        particulars = particulars_of(("back", packs), tensors, others, (eps, 0.0))
         results = tapes.play(particulars)
         if results is None:
             with tapes.recorder(particulars) as recorder:

@@ -5,18 +5,27 @@ A block, or a cluster of blocks, takes a *span* of one sample: neighbouring chan
 packs. It has at least a sector of memory of each position, where the array has it: many groups, where they are small.
 A span that is wider than a tile may be is gone through tile by tile. The blocks of a cluster share the positions.
 
-On chip a span is read once, and streamed twice, by the same kernel. So streaming gives no block more to do, and a span
-that fits on chip is kept there.
+On chip a span is read once. Spans that do not fit, or are so few that most of the GPU would be idle, are streamed, in
+two launches: positions are then shared among as many blocks as the GPU has room for.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
-from cupybn._steps.geometry import MOST_COLUMNS, MOST_GRID_Y, Geometry, team_of
-from cupybn._steps.resident import BLOCKS, BLOCKS_PER_MULTIPROCESSOR, CUDA_OWN, SMALL, Device
+from cupybn._steps.geometry import (
+    CHANNELS_LAST_SUM,
+    LEAST_MAPPED,
+    LEAST_SUMMED,
+    MOST_COLUMNS,
+    MOST_GRID_Y,
+    ROWS_PER_PART,
+    Geometry,
+    over_channels,
+    team_of,
+)
+from cupybn._steps.resident import BLOCKS, BLOCKS_PER_MULTIPROCESSOR, CUDA_OWN, LEAST, SMALL, SOON, Device
 
 SPANS = 64, 32
 """Bytes of a row that a span covers where groups are no wider, the better choice first."""
@@ -44,15 +53,24 @@ class Samples(NamedTuple):
     rows: int  # positions of a sample that a block takes
 
 
-class Share(NamedTuple):
-    """What a block takes: a span, of which a cluster of so many blocks share the positions."""
+class Span(NamedTuple):
+    """What a block takes of the channels."""
 
-    span: int
+    channels: int
     columns: int  # of a tile
-    cluster: int
-    rows: int
-    spans: int  # blocks or clusters for a sample
-    nbytes: int  # of one array; of whole tiles, with columns that are not there
+    spans: int  # of a sample
+    nbytes: int  # of a position, in whole tiles: with columns that are not there
+
+
+class Rows(NamedTuple):
+    """Arrays of one form, and the norm of them."""
+
+    N: int
+    A: int
+    C: int
+    group: int  # channels of a group
+    itemsize: int
+    width: int  # elements of a pack
 
 
 def is_wide(group: int, width: int, itemsize: int) -> bool:
@@ -65,58 +83,80 @@ def most_columns(pack_bytes: int) -> int:
     return min(MOST_TILE // pack_bytes, MOST_COLUMNS)
 
 
-def spans(C: int, group: int, itemsize: int, width: int) -> list[tuple[int, int]]:
-    """Spans that a block may take, widest first, each in channels and with the columns of its tiles."""
-    pack, unit = width * itemsize, math.lcm(group, width)
-    packs, most = unit // width, most_columns(pack)
-    if is_wide(group, width, itemsize):
+def spans_of(of: Rows) -> list[Span]:
+    """Spans that a block may take, widest first."""
+    pack, unit = of.width * of.itemsize, math.lcm(of.group, of.width)
+    packs, most = unit // of.width, most_columns(pack)
+    if is_wide(of.group, of.width, of.itemsize):
         columns = (most, most // 2) if most * pack > LEAST_TILE else (most,)
-        return [(unit, min(columns, key=lambda n: (math.ceil(packs / n) * n, -n)))]
-    found: list[tuple[int, int]] = []
-    for nbytes in SPANS:
-        span = min(max(1, min(nbytes // pack, MOST_COLUMNS) // packs) * unit, C)
-        if not found or found[-1][0] != span:
-            found.append((span, 1 << (span // width - 1).bit_length()))
-    return found
+        found = [(unit, min(columns, key=lambda n: (math.ceil(packs / n) * n, -n)))]
+    else:
+        widths = [min(max(1, min(nbytes // pack, MOST_COLUMNS) // packs) * unit, of.C) for nbytes in SPANS]
+        found = [(channels, 1 << (channels // of.width - 1).bit_length()) for channels in dict.fromkeys(widths)]
+    return [Span(c, n, math.ceil(of.C / c), math.ceil(c / (n * of.width)) * n * pack) for c, n in found]
 
 
-def shares(A: int, C: int, group: int, itemsize: int, width: int, device: Device) -> Iterator[Share]:
-    """What a block may take, the best choice first if there were blocks enough."""
-    for span, columns in spans(C, group, itemsize, width):
-        row = math.ceil(span / (columns * width)) * columns * width * itemsize
-        for blocks in BLOCKS if device.clusters else BLOCKS[:1]:
-            rows = math.ceil(A / blocks)
-            yield Share(span, columns, blocks, rows, math.ceil(C / span), rows * row)
+def whole(of: Rows, arrays: int, device: Device) -> Geometry | None:
+    """Geometry of a kernel on chip: a block or a cluster keeps a span. None where spans are to be streamed.
 
-
-def samples(N: int, A: int, C: int, groups: int, itemsize: int, width: int, arrays: int, device: Device) -> Geometry:
-    """Geometry of a norm's kernel: clusters (s, n) take span s of sample n, on chip where they have shared memory.
+    Of the wide spans and the narrow ones, in clusters of few blocks and of many, these are the first that keep the GPU
+    busy or have small shares; if there are none, those with the most blocks.
 
     Parameters
     ----------
     arrays : int
-        Number of arrays that are kept on chip: 1 forward (x), 2 backward (dy and x).
+        Number of arrays that are kept: 1 forward (x), 2 backward (dy and x).
     """
-    found = list(shares(A, C, C // groups, itemsize, width, device))
+    choices = [
+        (of.N * span.spans * blocks, math.ceil(of.A / blocks) * span.nbytes * arrays, blocks, span)
+        for span in spans_of(of)
+        for blocks in (BLOCKS if device.clusters else BLOCKS[:1])
+    ]
     twice = device.shared_per_multiprocessor // BLOCKS_PER_MULTIPROCESSOR - CUDA_OWN
-    limits = [most - OWN for most in (twice, device.shared_per_block)]
-    fitting = next(filter(None, ([s for s in found if s.nbytes * arrays <= most] for most in limits)), [])
-    wanted = device.multiprocessors * BLOCKS_PER_MULTIPROCESSOR
-
-    def blocks(share: Share) -> int:
-        return N * share.spans * share.cluster
-
-    if fitting:
-        enough = (s for s in fitting if blocks(s) >= wanted or s.nbytes * arrays <= SMALL)
+    for most in twice, device.shared_per_block:
+        fitting = [choice for choice in choices if choice[1] + OWN <= most]
+        if fitting:
+            break
     else:
-        enough = (s for s in found if blocks(s) >= wanted)
-    best = next(enough, None) or max(fitting or found, key=blocks)
-    threads = team_of(best.rows * best.columns, width * itemsize, PACKS, 256)
+        return None
+    busy = device.multiprocessors * BLOCKS_PER_MULTIPROCESSOR
+    best = next((c for c in fitting if c[0] >= busy or c[1] <= SMALL), None) or max(fitting, key=lambda c: c[0])
+    number, shared, blocks, span = best
+    if number * LEAST < device.multiprocessors and shared > SOON:
+        return None  # most of the GPU would be idle for longer than a launch takes
+    return _geometry(of, span, math.ceil(of.A / blocks), blocks, blocks, shared)
+
+
+def only_sums(of: Rows) -> Geometry:
+    """Geometry of the first one of two launches, cut by shape and width alone: in how many parts it leaves its sums."""
+    span = spans_of(of)[0]
+    most = math.ceil(of.A * span.columns * of.width / LEAST_SUMMED)
+    shares = min(math.ceil(CHANNELS_LAST_SUM / (of.N * span.spans)), most)
+    return _streamed(of, span, shares)
+
+
+def after_sums(of: Rows, parts: int, device: Device) -> Geometry:
+    """Geometry of the second one of two launches, whose blocks add up so many parts for the channels of a span."""
+    span = spans_of(of)[0]
+    least = max(math.ceil(LEAST_MAPPED / (span.columns * of.width)), parts * ROWS_PER_PART)
+    wanted = max(1, device.multiprocessors * BLOCKS_PER_MULTIPROCESSOR // (of.N * span.spans))
+    return _streamed(of, span, min(wanted, math.ceil(of.A / least), MOST_GRID_Y))
+
+
+def _streamed(of: Rows, span: Span, shares: int) -> Geometry:
+    """Geometry of a streamed kernel, whose positions are cut into so many shares, or fewer of the same size."""
+    rows = math.ceil(of.A / shares)
+    return _geometry(of, span, rows, 1, math.ceil(of.A / rows), 0)
+
+
+def _geometry(of: Rows, span: Span, rows: int, cluster: int, parts: int, shared: int) -> Geometry:
+    """Geometry whose blocks take so many positions of a span."""
+    threads = team_of(rows * span.columns, of.width * of.itemsize, PACKS, THREADS[-1])
     return Geometry(
-        grid=(best.spans * best.cluster, min(N, MOST_GRID_Y), math.ceil(N / MOST_GRID_Y)),
-        sizes=Samples(N, A, C, C // groups, best.span, best.columns, best.rows),
-        parts=N * best.cluster,
+        grid=over_channels(of.N * span.spans * cluster, 1 if cluster > 1 else parts),
+        sizes=Samples(of.N, of.A, of.C, of.group, span.channels, span.columns, rows),
+        parts=parts,
         threads=max(threads, THREADS[0]),
-        cluster=best.cluster,
-        shared=best.nbytes * arrays if fitting else 0,
+        cluster=cluster,
+        shared=shared,
     )

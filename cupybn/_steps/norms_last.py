@@ -7,16 +7,18 @@ from typing import Any
 
 import numpy as np
 
-from cupybn._steps.bundles import Affine, Epilogue, Gradients, Statistics, Sums
+from cupybn._steps.bundles import Affine, Epilogue, Gradients, Moments, Statistics, Sums
 from cupybn._steps.cupy_ops import _empty
 from cupybn._steps.geometry import PACK, Geometry
 from cupybn._steps.launcher import kernel
 from cupybn._steps.norm import Norm
-from cupybn._steps.norm_geometry import Samples, is_wide, samples
+from cupybn._steps.norm_geometry import Rows, Samples, after_sums, is_wide, only_sums, whole
 from cupybn._steps.plans import MOST_INT, Plan, macros_of, properties_of
 
 Array = Any  # cupy.ndarray
 
+WHOLE, ONLY_SUMS, AFTER_SUMS = range(3)
+"""What a launch does of a step, by its number in ``channels_last/samples.cuh``."""
 ARRAYS = {"norm_forward": 1, "norm_backward": 2}
 """The steps, and how many arrays each of them keeps on chip."""
 
@@ -24,9 +26,19 @@ ARRAYS = {"norm_forward": 1, "norm_backward": 2}
 def forward(
     x: Array, norm: Norm, affine: Affine, epilogue: Epilogue, out: Array, statistics: Statistics | None
 ) -> None:
-    """See `numpy_norms.norm_forward`; the statistics are written where they are wanted."""
-    plan = choose("norm_forward", x, norm, out, epilogue.residual, passed=epilogue.passed)
-    plan.launch(x=x, affine=affine, epilogue=epilogue, out=out, statistics=statistics)
+    """See `numpy_norms.norm_forward`: one launch where spans stay on chip, else two.
+
+    The statistics are written where they are wanted.
+    """
+    plans = choose("norm_forward", x, norm, out, epilogue.residual, passed=epilogue.passed)
+    parts, moments = plans[0].geometry.parts, None
+    if len(plans) > 1:
+        number, C = len(x) * parts, x.shape[2]
+        numbers = _empty((number * (1 + 2 * C),))
+        mean_and_m2 = numbers[number:].reshape(2, number, C)
+        moments = Moments(numbers[:number], mean_and_m2[0], mean_and_m2[1])
+    for plan in plans:
+        plan.launch(x=x, affine=affine, epilogue=epilogue, moments=moments, out=out, statistics=statistics, parts=parts)
 
 
 def backward(
@@ -39,17 +51,27 @@ def backward(
     gradients: Gradients,
     keep: bool = True,
 ) -> Sums | None:
-    """See `numpy_norms.norm_backward`; the sums are in parts, one for each block that takes the channel."""
+    """See `numpy_norms.norm_backward`: one launch where spans stay on chip, else two. The sums are in parts."""
     passed = epilogue.passed
-    plan = choose("norm_backward", x, norm, dy, gradients.dx, gradients.dresidual, passed=passed)
+    plans = choose("norm_backward", x, norm, dy, gradients.dx, gradients.dresidual, passed=passed)
     if passed is not None and dy.data.ptr % (x.nbytes // passed.size):
         dy = dy.copy()  # the packs of the record want one that is aligned
-    sums = None
-    if keep:
-        both = _empty((2, plan.geometry.parts, x.shape[2]))
+    parts, sums = plans[0].geometry.parts, None
+    if keep or len(plans) > 1:
+        both = _empty((2, len(x) * parts, x.shape[2]))
         sums = Sums(both[0], both[1])
-    plan.launch(dy=dy, x=x, statistics=statistics, affine=affine, epilogue=epilogue, gradients=gradients, sums=sums)
-    return sums
+    for plan in plans:
+        plan.launch(
+            dy=dy,
+            x=x,
+            statistics=statistics,
+            affine=affine,
+            epilogue=epilogue,
+            gradients=gradients,
+            sums=sums,
+            parts=parts,
+        )
+    return sums if keep else None
 
 
 def empty_passed(x: Array, norm: Norm, residual: Array, out: Array) -> Array:
@@ -73,22 +95,31 @@ def width_of(x: Array, norm: Norm, *others: Array | None, passed: Array | None =
     return min(nbytes, PACK // 2 if is_wide(C // norm.groups, nbytes // itemsize, itemsize) else PACK) // itemsize
 
 
-def choose(step: str, x: Array, norm: Norm, *others: Array | None, passed: Array | None = None) -> Plan:
-    """The launch of a step for these arrays: x, and others that are read or written in packs."""
+def choose(step: str, x: Array, norm: Norm, *others: Array | None, passed: Array | None = None) -> tuple[Plan, ...]:
+    """The launches of a step for these arrays: x, and others that are read or written in packs."""
     width = width_of(x, norm, *others, passed=passed)
-    return plan_of(step, x.shape, x.dtype, norm.groups, width, x.data.device_id)
+    return plans_of(step, x.shape, x.dtype, norm.groups, width, x.data.device_id)
 
 
 @functools.lru_cache(maxsize=4096)
-def plan_of(
+def plans_of(
     step: str, shape: tuple[int, int, int, int], dtype: np.dtype[Any], groups: int, width: int, device_index: int
-) -> Plan:
-    """The plan of a step. It is kept: programs ask for the same few again and again."""
+) -> tuple[Plan, ...]:
+    """The plans of a step. They are kept: programs ask for the same few again and again."""
     N, A, C, _ = shape
-    geometry = samples(N, A, C, groups, dtype.itemsize, width, ARRAYS[step], properties_of(device_index))
-    macros = macros_of(dtype, width, index_bits(shape, geometry), geometry)
-    macros |= {"CLUSTER_BLOCKS": geometry.cluster, "ON_CHIP": int(geometry.shared > 0)}
-    return Plan(kernel(f"channels_last/{step}", **macros), geometry)
+    rows, device = Rows(N, A, C, C // groups, dtype.itemsize, width), properties_of(device_index)
+
+    def plan(phase: int, geometry: Geometry) -> Plan:
+        macros = macros_of(dtype, width, index_bits(shape, geometry), geometry)
+        if phase == WHOLE:
+            macros["CLUSTER_BLOCKS"] = geometry.cluster
+        return Plan(kernel(f"channels_last/{step}", **macros, PHASE=phase), geometry)
+
+    on_chip = whole(rows, ARRAYS[step], device)
+    if on_chip is not None:
+        return (plan(WHOLE, on_chip),)
+    sums = only_sums(rows)
+    return plan(ONLY_SUMS, sums), plan(AFTER_SUMS, after_sums(rows, sums.parts, device))
 
 
 def index_bits(shape: tuple[int, int, int, int], geometry: Geometry) -> int:

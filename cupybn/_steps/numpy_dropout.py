@@ -31,8 +31,7 @@ MULTIPLIERS = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 INCREMENTS = 0x9E3779B9, 0xBB67AE85
 """Numbers that the two halves of the key go up by from round to round."""
 TILE = 1 << 16
-"""Most elements or words of a tile: the words take eight times the memory of bytes, and are to fit into a cache. The
-words of a tile begin with a multiple of it, so that all of its blocks have the same upper half of their number."""
+"""Most elements or words of a tile, a multiple of WORDS. What makes words of them takes a megabyte of a cache."""
 SMALL = 1 << 17
 """Elements up to which an array is worked on by one thread."""
 
@@ -122,7 +121,7 @@ def _apply(x: Array, dropped: Array, scale: float, out: Array) -> None:
 
 
 def _dropped(drops: Drops, some: slice) -> Array:
-    """Whether each of some words is dropped, of which the first one has a multiple of TILE for its number."""
+    """Whether each of some words is dropped, of which the first one begins a block."""
     blocks = np.arange(some.start // WORDS, -(-some.stop // WORDS), dtype=np.uint64)
     seed, call = (int(number) for number in drops.drawn)
     dropped = np.empty((len(blocks), WORDS), np.bool_)
@@ -139,27 +138,32 @@ def _philox(blocks: Array, call: int, seed: int) -> list[Array]:
 
     Parameters
     ----------
-    blocks : uint64 array, not empty, of numbers with the same upper half
+    blocks : uint64 array
     """
-    high = int(blocks[0]) >> 32
-    counter: list[Any] = [blocks & _LOW, np.uint64(high), np.uint64(call & 0xFFFFFFFF), np.uint64(call >> 32)]
-    a, b, c, d = counter
-    for i in range(ROUNDS):
-        key = [
-            np.uint64((half + i * more) & 0xFFFFFFFF)
-            for half, more in zip((seed & 0xFFFFFFFF, seed >> 32), INCREMENTS, strict=True)
-        ]
-        first, second = MULTIPLIERS[0] * a, MULTIPLIERS[1] * c
-        # Of b and d the upper halves are the rest of a product, and of no matter.
-        a, b = _mixed(second, b, key[0]), second
-        c, d = _mixed(first, d, key[1]), first
-    return [a, b & _LOW, c, d & _LOW]
+    a, b, c, d = (np.empty_like(blocks) for _ in range(WORDS))
+    np.bitwise_and(blocks, _LOW, out=a)
+    np.right_shift(blocks, _HALF, out=b)
+    c.fill(call & 0xFFFFFFFF)
+    d.fill(call >> 32)
+    first, second = np.empty_like(blocks), np.empty_like(blocks)
+    key = [seed & 0xFFFFFFFF, seed >> 32]
+    for _ in range(ROUNDS):
+        np.multiply(a, MULTIPLIERS[0], out=first)
+        np.multiply(c, MULTIPLIERS[1], out=second)
+        _mix(second, b, key[0], out=a)
+        _mix(first, d, key[1], out=c)
+        # Of b and d the upper halves are the rest of a product, and of no matter. Memory changes hands.
+        b, second = second, b
+        d, first = first, d
+        key = [(half + more) & 0xFFFFFFFF for half, more in zip(key, INCREMENTS, strict=True)]
+    b &= _LOW
+    d &= _LOW
+    return [a, b, c, d]
 
 
-def _mixed(product: Any, word: Any, key: np.uint64) -> Any:
-    """The upper half of a product, mixed with a word and a part of the key."""
-    mixed = product >> _HALF
-    mixed ^= word
-    mixed ^= key
-    mixed &= _LOW
-    return mixed
+def _mix(product: Array, word: Array, key: int, out: Array) -> None:
+    """Write the upper half of a product, mixed with a word and a part of the key."""
+    np.right_shift(product, _HALF, out=out)
+    out ^= word
+    out ^= np.uint64(key)
+    out &= _LOW

@@ -26,7 +26,7 @@ from cupybn._steps.bundles import Affine, Epilogue, Gradients, Moments, Running,
 from cupybn._steps.narrow import FLOAT64, LARGE, LEAST_VARIANCE, SMALL_RSTD, extreme, let_through
 from cupybn._steps.norm import Norm
 from cupybn._steps.numpy_ops import merge_moments
-from cupybn._steps.rows import Memory, Piece, Rows, Work, channel_sums, row_sums, walk
+from cupybn._steps.rows import SQUARES, Memory, Piece, Rows, Work, channel_sums, row_sums, walk
 from cupybn._steps.tiles import numpy_settings, super_row
 
 Array = npt.NDArray[Any]
@@ -100,7 +100,7 @@ def _moments_of_parts(x: Array, normalization: _Normalization, work: Work) -> Ar
         values = rows.take(x, piece, normalization.dtype, memory, "x")
         of_row = values.size // len(values)
         count[piece.part] = of_row
-        mean, var = _moments(values, normalization.centered, memory.empty("d", values.shape, values.dtype))
+        mean, var = _moments(values, normalization.centered, memory.empty("y", values.shape, values.dtype))
         moments[0, piece.part, rows.numbers(piece)] = mean
         moments[1, piece.part, rows.numbers(piece)] = var * of_row
 
@@ -138,10 +138,8 @@ def _moments_in_its_dtype(values: Array, centered: bool, scratch: Array | None =
     center = (row_sums(values) / length).astype(values.dtype)
     d = np.subtract(values, center[:, None], out=scratch)
     off = row_sums(d) / length
-    var = np.maximum(row_sums(d, d) / length - off * off, 0)
-    mean = center + off
-    mean += mean - mean  # NaN where it is infinite
-    return mean, var
+    var = np.maximum(row_sums(d, d, SQUARES) / length - off * off, 0)
+    return center + off, var  # NaN, where a value is infinite
 
 
 def _compute_output(
@@ -192,12 +190,7 @@ def norm_update_running(statistics: Statistics, running: Running, count: float) 
     batch = statistics.pairs.reshape(-1, old.shape[1], 2).mean(axis=0).T
     batch[1] *= count / (count - 1)
     mean, var = (1 - running.momentum) * old + running.momentum * batch
-    write_at_once(
-        [
-            (running.mean, mean.astype(running.mean.dtype)),
-            (running.var, var.astype(running.var.dtype)),
-        ]
-    )
+    write_at_once([(running.mean, mean.astype(running.mean.dtype)), (running.var, var.astype(running.var.dtype))])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -247,9 +240,10 @@ def norm_backward(
         def core(piece: Piece) -> None:
             opened = back.open(piece)
             sums, wide = back.sums(opened)
-            added = back.finish(opened, back.means(opened, sums), wide, sums if rows.along else None, keep)
-            if keep:
-                totals[piece.band][:, rows.channels(piece)] += added
+            into = totals[piece.band][:, rows.channels(piece)] if keep else None
+            if into is not None and rows.along:
+                into += sums.reshape(2, piece.n.stop - piece.n.start, -1).sum(axis=1)
+            back.finish(opened, back.means(opened, sums), wide, None if rows.along else into)
 
         walk(core, work)
     else:
@@ -291,9 +285,8 @@ def _backward_of_parts(back: _Backward, work: Work, totals: Array) -> None:
     def finish(piece: Piece) -> None:
         numbers = rows.numbers(piece)
         doubtful = in_float64[numbers] if in_float64[numbers].any() else None
-        added = back.finish(back.open(piece), means[:, numbers], doubtful, None, with_sums and not rows.along)
-        if added is not None:
-            totals[piece.band][:, rows.channels(piece)] += added
+        into = totals[piece.band][:, rows.channels(piece)] if with_sums and not rows.along else None
+        back.finish(back.open(piece), means[:, numbers], doubtful, into)
 
     walk(finish, work)
     if with_sums and rows.along:
@@ -337,7 +330,7 @@ class _Backward(NamedTuple):
         return _Opened(piece, factors, values, g, d, normalization.weighted(g, piece))
 
     def _passed(self, piece: Piece, factors: _Factors, values: Array, scratch: Array) -> Array:
-        """Where ReLU let a piece pass, on record or as on the way forward."""
+        """A record of where ReLU let a piece pass: the one that there is, or as it is decided on the way forward."""
         normalization = self.normalization
         if self.epilogue.passed is not None:
             return normalization.rows.take(self.epilogue.passed, piece, np.bool_, normalization.memory, "passed")
@@ -397,17 +390,15 @@ class _Backward(NamedTuple):
         piece = opened.piece
         return self.normalization.weighted_means(sums, piece.n, piece.g, piece.d)
 
-    def finish(self, opened: _Opened, means: Array, wide: Array | None, sums: Array | None, keep: bool) -> Array | None:
-        """Write the gradients of a piece; return sum(g) and sum(g * xhat) of its channels, if they are wanted."""
+    def finish(self, opened: _Opened, means: Array, wide: Array | None, into: Array | None) -> None:
+        """Write the gradients of a piece; add sum(g) and sum(g * xhat) of its channels, with xhat at hand."""
         piece, factors, _, g, d, weighted = opened
         normalization, (dx, dresidual, _, _) = self.normalization, self.gradients
         rows, dtype = normalization.rows, normalization.dtype
         if dresidual is not None:
             rows.put(dresidual, piece, g)
-        samples = piece.n.stop - piece.n.start
-        added = None
-        if keep:
-            added = self._channel_sums(opened, wide) if sums is None else sums.reshape(2, samples, -1).sum(axis=1)
+        if into is not None:
+            self._add_channel_sums(opened, wide, into)
         rstd = factors.rstd
         if rows.along:
             assert factors.scale is not None
@@ -433,24 +424,22 @@ class _Backward(NamedTuple):
         if wide is not None:
             d[wide] = in_wide
         rows.put(dx, piece, d)
-        return added
 
-    def _channel_sums(self, opened: _Opened, wide: Array | None) -> Array:
-        """sum(g) and sum(g * xhat) of the channels of a piece, with xhat at hand."""
+    def _add_channel_sums(self, opened: _Opened, wide: Array | None, into: Array) -> None:
+        """Add sum(g) and sum(g * xhat) of the channels of a piece, with xhat at hand."""
         piece, _, _, g, xhat, _ = opened
         samples = piece.n.stop - piece.n.start
         if wide is not None:
             g, xhat = g.copy(), xhat.copy()
             g[wide], xhat[wide] = 0, 0
-        sums = np.stack([channel_sums(g, None, samples), channel_sums(g, xhat, samples)])
-        if not np.isfinite(sums).all():
-            g, xhat = g.astype(FLOAT64), xhat.astype(FLOAT64)
-            sums = np.stack([channel_sums(g, None, samples), channel_sums(g, xhat, samples)])
-        if wide is not None:
             of_rows = np.zeros((2, len(g), g.shape[1]))
             of_rows[:, wide] = self._sums_in_float64(opened, wide)
-            sums += of_rows.reshape(2, samples, -1).sum(axis=1)
-        return sums
+            into += of_rows.reshape(2, samples, -1).sum(axis=1)
+        for total, second in zip(into, (None, xhat), strict=True):
+            sums = channel_sums(g, second, samples)
+            if not np.isfinite(sums).all():
+                sums = channel_sums(g.astype(FLOAT64), None if second is None else second.astype(FLOAT64), samples)
+            total += sums
 
     def _dx_in_float64(self, opened: _Opened, wide: Array, means: Array) -> Array:
         """dx of wide rows, in float64."""
@@ -509,8 +498,7 @@ class _Normalization(NamedTuple):
             weight, bias = self._vector(self.affine.weight, piece), self._vector(self.affine.bias, piece)
             n, groups = len(mean), piece.g.stop - piece.g.start
             scale = rstd.reshape(-1, groups, 1) * (1 if weight is None else weight.reshape(groups, -1))
-            shift = -scale * rest.reshape(-1, groups, 1)
-            shift += 0.0 if bias is None else bias.reshape(groups, -1)
+            shift = (0.0 if bias is None else bias.reshape(groups, -1)) - scale * rest.reshape(-1, groups, 1)
             scale, shift = scale.reshape(n, -1), shift.reshape(n, -1)
             wide |= (extreme(scale) | (np.abs(shift) > LARGE)).any(axis=1)
             scale, shift = _columns(scale, self.dtype), _columns(shift, self.dtype)
@@ -535,7 +523,7 @@ class _Normalization(NamedTuple):
         return y
 
     def preactivation_in_float64(self, values: Array, piece: Piece, factors: _Factors, residual: Array | None) -> Array:
-        """The same value for wide rows, in float64; none, if no row is wide."""
+        """The value of `preactivation` for wide rows, in float64; an empty array, if no row is wide."""
         wide = factors.wide
         if wide is None:
             return np.empty(0)

@@ -15,7 +15,7 @@ from cupybn._steps.resident import BLOCKS, BLOCKS_PER_MULTIPROCESSOR, CUDA_OWN, 
 
 ROW_TEAMS = (4, 8, 16, WARP, 64, 128, 256, 512)
 """Threads that a team may have that takes a row."""
-ROW_PACKS = {1: 4, 2: 2}
+ROW_PACKS = {1: 8, 2: 4}
 """Packs per thread up to which the smaller team is used, by the number of arrays that are kept; twice as many narrow
 ones."""
 ROW_OWN = 3 << 10
@@ -102,15 +102,15 @@ def row_geometry(norms: Norms, device: Device) -> tuple[Geometry, OnChip]:
 
 def _choose(norms: Norms, device: Device) -> tuple[Cut, OnChip]:
     """The cut of a row, and what is kept on chip: rows, by as few blocks as have room for them."""
-    cuts = [_cut(norms, blocks) for blocks in (BLOCKS if device.clusters else BLOCKS[:1])]
-    summed = norms.elementwise and norms.summed
     twice = device.shared_per_multiprocessor // BLOCKS_PER_MULTIPROCESSOR - CUDA_OWN
+    cuts = [_cut(norms, blocks, twice) for blocks in (BLOCKS if device.clusters else BLOCKS[:1])]
+    summed = norms.elementwise and norms.summed
     for most in twice, device.shared_per_block:
         fitting = [cut for cut in cuts if _shared(norms, cut, OnChip(True, summed)) + ROW_OWN <= most]
         if fitting:
             break
     else:
-        streamed = cuts[-1]._replace(threads=cuts[-1].team)  # one row for each block
+        streamed = _cut(norms, cuts[-1].blocks, math.inf)
         fits = _shared(norms, streamed, OnChip(False, summed)) + ROW_OWN <= device.shared_per_block
         return streamed, OnChip(False, summed and fits)
     if norms.elementwise:
@@ -121,11 +121,16 @@ def _choose(norms: Norms, device: Device) -> tuple[Cut, OnChip]:
     return best, OnChip(True, False)
 
 
-def _cut(norms: Norms, blocks: int) -> Cut:
-    """The cut of a row for a cluster of so many blocks."""
+def _cut(norms: Norms, blocks: int, twice: float) -> Cut:
+    """The cut of a row for a cluster of so many blocks.
+
+    A block that keeps more bytes than `twice` is alone on its multiprocessor, and may have more threads.
+    """
     packs = math.ceil(norms.L // norms.width / blocks)
     each = ROW_PACKS[norms.arrays] * (1 if norms.pack >= NARROW else 2)
-    team = next((t for t in ROW_TEAMS if norms.runs * packs <= t * each), ROW_TEAMS[-1])
+    alone = norms.arrays * norms.runs * packs * norms.pack > twice
+    teams = ROW_TEAMS if alone else ROW_TEAMS[:-1]
+    team = next((t for t in teams if norms.runs * packs <= t * each), teams[-1])
     if blocks > 1:  # which take one row: each block is a single team
         team = max(team, LEAST_THREADS)
     threads = max(team, LEAST_THREADS)

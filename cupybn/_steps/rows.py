@@ -36,9 +36,12 @@ from cupybn._steps.tiles import (
 Array = npt.NDArray[Any]
 
 PIECE = 1 << 16
-"""Most elements of a piece: some arrays of this size stay in the cache of a core. Longer rows are cut."""
+"""Most elements of a piece: some arrays of this size stay in the cache of a core. Longer rows are cut, into halves of
+it: whatever the size of the array, their parts are the same."""
 SHARE = 1 << 5
 """Pieces in an array that is not small, for each thread: what all threads have in work is then a fraction of it."""
+SQUARES = 1 << 7
+"""Squares in a line. In the sum of a longer one, that of an outlier may swallow too many others, or round them up."""
 BANDS = 1 << 6
 """Most bands of rows with sums of their own."""
 
@@ -97,9 +100,10 @@ class Rows(NamedTuple):
 
     def parts(self) -> list[tuple[slice, slice, slice]]:
         """Ranges of channels and positions that a row is cut into."""
-        b = evenly(self.B, PIECE)
-        d = evenly(self.D, max(1, PIECE // (b * min(self.A, MANY))))
-        a = evenly(self.A, max(1, PIECE // (b * d)))
+        most = PIECE // 2
+        b = evenly(self.B, most)
+        d = evenly(self.D, max(1, most // (b * min(self.A, MANY))))
+        a = evenly(self.A, max(1, most // (b * d)))
         return list(itertools.product(split(self.D, d), split(self.A, a), split(self.B, b)))
 
     def pieces(self, bands: int, most: int) -> list[list[Piece]]:
@@ -189,7 +193,7 @@ class Work(NamedTuple):
         share = size * min(itemsize, 4) // (4 * SHARE)  # 16-bit data is worked on in 32 bits
         most = PIECE if size < SMALL else min(PIECE, share)
         of_sums = 16 * rows.G * rows.D
-        bands = min(BANDS, max(1, size * itemsize // (8 * of_sums))) if sums else rows.number
+        bands = min(BANDS, max(1, size * itemsize // (16 * of_sums))) if sums else rows.number
         return cls(rows.pieces(bands, most), bands, 1 if size <= SMALL else max(1, share // most))
 
 
@@ -205,13 +209,16 @@ def walk(core: Callable[[Piece], None], work: Work) -> None:
     run(task, work.pieces, threads)
 
 
-def row_sums(first: Array, second: Array | None = None) -> Array:
-    """Sum of each row of an array (rows, length), or of the product of two, in float64; no row's depends on others."""
+def row_sums(first: Array, second: Array | None = None, line: int = LINE) -> Array:
+    """Sum of each row of an array (rows, length), or of the product of two, in float64; no row's depends on others.
+
+    Lines have no more than so many elements.
+    """
     n, length = first.shape
     total: Array | None = None
-    for line, count in steps(length, LINE):
-        lines = first[:, line].reshape(n, -1, count)
-        other = _ones(count, first.dtype) if second is None else second[:, line].reshape(n, -1, count)
+    for some, count in steps(length, line):
+        lines = first[:, some].reshape(n, -1, count)
+        other = _ones(count, first.dtype) if second is None else second[:, some].reshape(n, -1, count)
         sums = np.vecdot(lines, other).astype(np.float64)  # BLAS adds neighbours side by side, so in a fraction of time
         part = sums[:, 0] if sums.shape[1] == 1 else np.add.reduce(sums, 1)
         total = part if total is None else total + part

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import secrets
+import os
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +53,8 @@ class Generator:
 
     Notes
     -----
-    Generators pickle and deep-copy, and copies go on by themselves. Printing one reads its state from the device.
+    Generators pickle and deep-copy, and copies go on by themselves. Their text has seed and calls where the host can
+    read them; it never waits for a GPU.
 
     Examples
     --------
@@ -72,7 +73,7 @@ class Generator:
     """
 
     def __init__(self, seed: int | None = None, device: str | None = None) -> None:
-        seed = secrets.randbits(BITS) if seed is None else check_seed(seed)
+        seed = int.from_bytes(os.urandom(BITS // 8), "little") if seed is None else check_seed(seed)
         target = devices.resolve_device(device)
         self._state, self._device = _new_state(seed, target), target
 
@@ -125,8 +126,8 @@ class Generator:
         return self
 
     def __repr__(self) -> str:
-        seed, calls = (int(number) for number in self._state)
-        return f"Generator(seed={seed}, calls={calls}, device={self._device!r})"
+        state = "seed={}, calls={}, ".format(*self._state) if self._device == "cpu" else ""
+        return f"Generator({state}device={self._device!r})"
 
     def __copy__(self) -> Self:
         """Copy that goes on by itself, as a deep copy does."""

@@ -98,8 +98,6 @@ class _BatchNorm(FeatureLayer):
     array([[0.61, 0.83]], dtype=float32)
     """
 
-    skip_nonfinite: bool
-
     _process_group: Group | None = None
     """Group of processes that the batch is spread over in training; None for a single one."""
 
@@ -129,8 +127,9 @@ class _BatchNorm(FeatureLayer):
             track_running_stats=track_running_stats,
             channel_axis=channel_axis,
             activation=activation,
-            skip_nonfinite=skip_nonfinite,
         )
+        checks.check_bool("skip_nonfinite", skip_nonfinite)
+        self.skip_nonfinite = skip_nonfinite
 
     # -----------------------------------------------------------------------------------------------------------------
     # Calls

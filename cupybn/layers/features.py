@@ -30,16 +30,10 @@ class FeatureLayer(Layer):
     bias : bool
         Whether a layer that has a weight has a bias, too.
     settings
-        What the layer keeps under the same name.
+        What the layer keeps under the same name: all other arguments that batch norm and instance norm have in common.
     """
 
     num_features: int | None
-    eps: float
-    momentum: float | None
-    affine: bool
-    track_running_stats: bool
-    channel_axis: int
-    activation: str | None
 
     _ndims: tuple[int, ...] = ()
     """Numbers of axes that inputs may have; () if any will do."""
@@ -52,9 +46,9 @@ class FeatureLayer(Layer):
         checks.as_float("eps", settings["eps"])
         if settings["momentum"] is not None:
             checks.as_float("momentum", settings["momentum"])
-        flags = {name: settings[name] for name in ("affine", "track_running_stats")} | {"bias": bias}
-        for name, flag in (flags | {"skip_nonfinite": settings.get("skip_nonfinite", False)}).items():
-            checks.check_bool(name, flag)
+        for name in "affine", "track_running_stats":
+            checks.check_bool(name, settings[name])
+        checks.check_bool("bias", bias)
         checks.as_int("channel_axis", settings["channel_axis"])
         if self._ndims:
             self._check_channel_axis(settings["channel_axis"], max(self._ndims))
@@ -62,7 +56,13 @@ class FeatureLayer(Layer):
         has = {"weight": settings["affine"], "bias": settings["affine"] and bias}
         members = tuple(name for name in INITIAL if has.get(name, settings["track_running_stats"]))
         super().__init__(members, device, parameter_dtype(np.float32 if dtype is None else dtype))
-        vars(self).update(settings, num_features=num_features)
+        self.num_features = num_features
+        self.eps: float = settings["eps"]
+        self.momentum: float | None = settings["momentum"]
+        self.affine: bool = settings["affine"]
+        self.track_running_stats: bool = settings["track_running_stats"]
+        self.channel_axis: int = settings["channel_axis"]
+        self.activation: str | None = settings["activation"]
         if num_features is not None:
             self._allocate((num_features,))
 

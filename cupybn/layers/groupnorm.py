@@ -33,7 +33,7 @@ class GroupNorm(Layer):
     num_groups : int
         Divides num_channels.
     num_channels : int
-        C.
+        Number of channels, C.
     eps : float
         Added to the variance.
     affine : bool

@@ -16,6 +16,7 @@ NAMES = {
     "DropoutGrads": "~cupybn.functional.DropoutGrads",
     "DropoutVjpFn": "~cupybn.functional.DropoutVjpFn",
     "Generator": "~cupybn.Generator",
+    "Grads": "tuple",
     "GroupNormGrads": "~cupybn.functional.GroupNormGrads",
     "IncompatibleKeys": "~cupybn.IncompatibleKeys",
     "InstanceNormGrads": "~cupybn.functional.InstanceNormGrads",

@@ -9,7 +9,7 @@
 // Mirror: numpy_norms.norm_backward
 #include "row_gradients.cuh"
 
-extern "C" __global__ void CLUSTER REGISTERS(128) norm_backward(
+extern "C" __global__ void CLUSTER REGISTERS(96) norm_backward(
     const data_t* dy,                        // [N, C, L]
     const data_t* x,                         // [N, C, L]
     Statistics statistics,
@@ -43,7 +43,7 @@ extern "C" __global__ void CLUSTER REGISTERS(128) norm_backward(
 #endif
         Row& known = rows[turn][team()];
         if (member() == 0) known = make_row(statistics.pairs[2 * row], statistics.pairs[2 * row + 1], affine.eps);
-        __syncthreads();
+        team_wait();
         const RowElements elements = {parameters, &known, gate_of(epilogue), epilogue.passed, row * own.row_elements};
 
         double means[2];

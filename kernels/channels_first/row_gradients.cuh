@@ -15,62 +15,79 @@ struct RowElements {
     index_t start;             // the first element of the row
 
     // Calls body(e, dy, g, xhat) for each element of the pack that begins at this place, in this run: dy where
-    // activation passed it, else 0; g = weight * dy and xhat in the dtype A.
-    template <class A, class Body>
-    DEVICE void each(const raw_t& raw_dy, const raw_t& raw_x, index_t at, int run, const RowFactors<A>& factors,
+    // activation passed it, else 0, and g = weight * dy.
+    template <class Body>
+    DEVICE void each(const raw_t& raw_dy, const raw_t& raw_x, index_t at, int run, const RowFactors<acc_t>& factors,
                      Body body) const {
         acc_t weight[WIDTH];
         parameters.weights(run, at - start, weight);
-        const unsigned bits = gate == OPEN ? ~0u : passed(raw_x, at, run, weight);
+        const unsigned bits = gate == OPEN     ? ~0u
+                              : gate == RECORD ? record[at / WIDTH]
+                                               : passed(raw_x, at, run, weight, factors);
         const Words of_dy(raw_dy), of_x(raw_x);
 #pragma unroll
         for (int e = 0; e < WIDTH; e++) {
             acc_t dy = widen(Elements<data_t>::get(of_dy.w, e));
             if (gate != OPEN && !(bits >> e & 1)) dy = 0;  // never 0 * dy: it may be inf
-            body(e, dy, mul((A)dy, (A)weight[e]), factors.xhat((A)widen(Elements<data_t>::get(of_x.w, e))));
+            body(e, dy, mul(dy, weight[e]), factors.xhat(widen(Elements<data_t>::get(of_x.w, e))));
+        }
+    }
+    // Calls body(e, dy, g, xhat) likewise, element by element and in float64: it is rare, and is to take no registers.
+    template <class Source, class Body>
+    DEVICE void each_exactly(const Source& from_dy, const Source& from_x, index_t at, int i, int run, Body body) const {
+        const RowFactors<double> exact = row->exact();
+#pragma unroll 1
+        for (int e = 0; e < WIDTH; e++) {
+            const index_t element = at - start + e;
+            const acc_t x = widen(from_x.element(at, i, e)), weight = parameters.weight_of(run, element);
+            acc_t dy = widen(from_dy.element(at, i, e));
+            bool passes = gate == OPEN || (gate == RECORD && record[at / WIDTH] >> e & 1);
+            if (gate == INPUT) {
+                const acc_t bias = parameters.bias_of(run, element);
+                passes = row->wide ? multiply_add(exact.xhat(x), (double)weight, (double)bias) > 0
+                                   : multiply_add(row->usual.xhat(x), weight, bias) > 0;
+            }
+            if (!passes) dy = 0;
+            body(e, dy, (double)dy * weight, exact.xhat(x));
         }
     }
 
   private:
-    // A bit for each element that ReLU passed, by the record or by the very value that the way forward saw.
-    DEVICE unsigned passed(const raw_t& raw_x, index_t at, int run, const acc_t (&weight)[WIDTH]) const {
-        if (gate == RECORD) return record[at / WIDTH];
+    // A bit for each element that ReLU passed, by the very value that the way forward saw.
+    DEVICE unsigned passed(const raw_t& raw_x, index_t at, int run, const acc_t (&weight)[WIDTH],
+                           const RowFactors<acc_t>& factors) const {
         acc_t bias[WIDTH], x[WIDTH];
         unpack(raw_x, x);
         parameters.biases(run, at - start, bias);
         unsigned bits = 0;
-        if (sizeof(acc_t) < 8 && row->wide) {
-            const RowFactors<double> factors = row->factors<double>();
-#pragma unroll
-            for (int e = 0; e < WIDTH; e++)
-                bits |= (unsigned)(multiply_add(factors.xhat(x[e]), (double)weight[e], (double)bias[e]) > 0) << e;
-            return bits;
-        }
 #pragma unroll
         for (int e = 0; e < WIDTH; e++)
-            bits |= (unsigned)(multiply_add(row->usual.xhat(x[e]), weight[e], bias[e]) > 0) << e;
+            bits |= (unsigned)(multiply_add(factors.xhat(x[e]), weight[e], bias[e]) > 0) << e;
         return bits;
     }
 };
+
+// Whether a mean is near the limits of float32.
+DEVICE bool near_limits(acc_t mean) { return !(fabs(mean) <= (acc_t)1e30) || (fabs(mean) < (acc_t)1e-30 && mean != 0); }
 
 // Whether float32 may have lost some of the products in this sum, which are too small for it.
 DEVICE bool lost(float sum) { return sum != 0 && fabs(sum) < 1e-30f; }
 DEVICE bool lost(double) { return false; }
 
-// Takes two sums over the next `count` packs of a thread, from number `first` on, in the dtype A for each batch of
-// AT_ONCE packs: of g and g * xhat if ELEMENTWISE, else of dy and dy * xhat. Returns whether the dtype A held them.
-template <class A, int AT_ONCE, class Source>
-DEVICE bool sum_packs(const Source& dy, const Source& x, RowPacks& packs, int first, int count,
-                      const RowElements& elements, double (&sums)[2]) {
+// Takes two sums over the next `count` packs of a thread, from number `first` on, of SUMMED packs at a time in the dtype
+// of the arithmetic: of g and g * xhat if ELEMENTWISE, else of dy and dy * xhat. Returns whether that held them.
+template <class Source>
+DEVICE bool sum_usually(const Source& dy, const Source& x, RowPacks& packs, int first, int count,
+                        const RowElements& elements, double (&sums)[2]) {
     constexpr int SUMS = WIDTH < 4 ? WIDTH : 4;  // side by side: few roundings for each
-    const RowFactors<A> factors = elements.row->factors<A>();
+    constexpr int IN_FLIGHT = RowPacks::PAIRS;
+    const RowFactors<acc_t> factors = elements.row->usual;
     bool all_held = true;
     sums[0] = sums[1] = 0;
-    in_batches<AT_ONCE>(count, [&](auto full, int i, int there) {
-        constexpr int IN_FLIGHT = AT_ONCE < RowPacks::PAIRS ? AT_ONCE : RowPacks::PAIRS;
-        A of_g[SUMS] = {}, of_g_xhat[SUMS] = {};
+    in_batches<SUMMED>(count, [&](auto full, int i, int there) {
+        acc_t of_g[SUMS] = {}, of_g_xhat[SUMS] = {};
 #pragma unroll
-        for (int next = 0; next < AT_ONCE; next += IN_FLIGHT) {
+        for (int next = 0; next < SUMMED; next += IN_FLIGHT) {
             raw_t raw_dy[IN_FLIGHT], raw_x[IN_FLIGHT];
             index_t at[IN_FLIGHT];
             int run[IN_FLIGHT];
@@ -82,16 +99,16 @@ DEVICE bool sum_packs(const Source& dy, const Source& x, RowPacks& packs, int fi
             });
             each<IN_FLIGHT>(full, max(there - next, 0), [&](int u) {
                 acc_t kept[WIDTH];
-                elements.each(raw_dy[u], raw_x[u], at[u], run[u], factors, [&](int e, acc_t dy, A g, A xhat) {
+                elements.each(raw_dy[u], raw_x[u], at[u], run[u], factors, [&](int e, acc_t dy, acc_t g, acc_t xhat) {
                     kept[e] = dy;
-                    if (!ELEMENTWISE) g = (A)dy;
+                    if (!ELEMENTWISE) g = dy;
                     of_g[e % SUMS] += g;
                     of_g_xhat[e % SUMS] = multiply_add(g, xhat, of_g_xhat[e % SUMS]);
                 });
                 if (elements.gate != OPEN) dy.put(pack(kept), first + i + next + u);
             });
         }
-        const A sum = sum_pairs(of_g), product = sum_pairs(of_g_xhat);
+        const acc_t sum = sum_pairs(of_g), product = sum_pairs(of_g_xhat);
         all_held = all_held && held(sum) && held(product) && !lost(product);
         sums[0] += sum;
         sums[1] += product;
@@ -99,18 +116,36 @@ DEVICE bool sum_packs(const Source& dy, const Source& x, RowPacks& packs, int fi
     return all_held;
 }
 
-// As above, in the dtype of the arithmetic or, where that does not hold the sums, in float64.
+// Takes the same sums in float64.
+template <class Source>
+DEVICE void sum_exactly(const Source& dy, const Source& x, RowPacks& packs, int first, int count,
+                        const RowElements& elements, double (&sums)[2]) {
+    sums[0] = sums[1] = 0;
+#pragma unroll 1
+    for (int i = first; i < first + count; i++) {
+        const index_t at = packs.next();
+        elements.each_exactly(dy, x, at, i, packs.run, [&](int e, acc_t of_dy, double g, double xhat) {
+            if (elements.gate != OPEN) {
+                data_t kept;
+                narrow(of_dy, kept);
+                dy.put_element(kept, i, e);
+            }
+            if (!ELEMENTWISE) g = of_dy;
+            sums[0] += g;
+            sums[1] += g * xhat;
+        });
+    }
+}
+
+// Takes the same sums in the dtype of the arithmetic or, where that does not hold them, in float64.
 template <class Source>
 DEVICE void sum_packs(const Source& dy, const Source& x, RowPacks& packs, int first, int count,
                       const RowElements& elements, double (&sums)[2]) {
     const RowPacks before = packs;
-    if ((sizeof(acc_t) == 8 || !elements.row->wide) &&
-        sum_packs<acc_t, SUMMED>(dy, x, packs, first, count, elements, sums))
-        return;
-    if constexpr (sizeof(acc_t) < 8) {
-        packs = before;
-        sum_packs<double, 1>(dy, x, packs, first, count, elements, sums);
-    }
+    if ((sizeof(acc_t) == 8 || !elements.row->wide) && sum_usually(dy, x, packs, first, count, elements, sums)) return;
+    if (sizeof(acc_t) == 8) return;
+    packs = before;
+    sum_exactly(dy, x, packs, first, count, elements, sums);
 }
 
 // The sums over all packs of a thread in a row whose elements each have a weight.
@@ -233,6 +268,17 @@ class Columns {
             set_sums(sums, first + element + e, {(double)dy, (double)dy_xhat});
         }
     }
+    // Adds those of a single element.
+    DEVICE void add_one(const RowPlace& own, int i, int e, index_t element, double dy, double dy_xhat) const {
+        if (!ELEMENTWISE || !sums.dy) return;
+        if (SUMS_ON_CHIP) {
+            Piece& place = piece(own, team(), i, 2 * e / EACH);
+            place.values[2 * e % EACH] += (acc_t)dy;
+            place.values[2 * e % EACH + 1] += (acc_t)dy_xhat;
+        } else {
+            set_sums(sums, first + element + e, {dy, dy_xhat});
+        }
+    }
     // Adds up the sums of all teams, and writes them to the part of the block. All threads call it.
     DEVICE void finish(const RowPlace& own, const Rows& sizes) const {
         if (!ELEMENTWISE || !SUMS_ON_CHIP || !sums.dy) return;
@@ -255,29 +301,31 @@ class Columns {
 // ---------------------------------------------------------------------------------------------------------------------
 // Gradients of a row
 
-// Writes the gradients of a thread's packs in the dtype A. The gate is open where dy has been stopped on chip.
-template <class A, int AT_ONCE, class Source>
-DEVICE void write_packs(const Source& dy, const Source& x, RowPacks packs, const RowElements& elements,
-                        const RowFactors<A>& factors, const Gradients& gradients, const RowPlace& own,
-                        const Columns& columns) {
-    in_batches<AT_ONCE>(packs.count, [&](auto full, int i, int count) {
-        raw_t raw_dy[AT_ONCE], raw_x[AT_ONCE];
-        index_t at[AT_ONCE];
-        int run[AT_ONCE];
-        each<AT_ONCE>(full, count, [&](int u) {
+// Packs whose gradients are worked out at a time: fewer where weights and long indices want registers as well.
+constexpr int WRITTEN = ELEMENTWISE && (WIDTH == 8 || INDEX_BITS == 64) ? 1 : RowPacks::PAIRS;
+
+// Writes the gradients of a thread's packs.
+template <class Source>
+DEVICE void write_usually(const Source& dy, const Source& x, RowPacks packs, const RowElements& elements,
+                          const RowFactors<acc_t>& factors, const Gradients& gradients, const RowPlace& own,
+                          const Columns& columns) {
+    in_batches<WRITTEN>(packs.count, [&](auto full, int i, int count) {
+        raw_t raw_dy[WRITTEN], raw_x[WRITTEN];
+        index_t at[WRITTEN];
+        int run[WRITTEN];
+        each<WRITTEN>(full, count, [&](int u) {
             at[u] = packs.next();
             run[u] = packs.run;
             raw_dy[u] = dy.get(at[u], i + u);
             raw_x[u] = x.get(at[u], i + u);
         });
-        each<AT_ONCE>(full, count, [&](int u) {
-            acc_t kept[WIDTH];
-            A dx[WIDTH];
+        each<WRITTEN>(full, count, [&](int u) {
+            acc_t kept[WIDTH], dx[WIDTH];
             Columns::Piece sum;
-            elements.each(raw_dy[u], raw_x[u], at[u], run[u], factors, [&](int e, acc_t dy, A g, A xhat) {
+            elements.each(raw_dy[u], raw_x[u], at[u], run[u], factors, [&](int e, acc_t dy, acc_t g, acc_t xhat) {
                 kept[e] = dy;
                 dx[e] = factors.input_gradient(g, xhat);
-                columns.add(own, i + u, e, at[u] - elements.start, dy, (acc_t)((A)dy * xhat), sum);
+                columns.add(own, i + u, e, at[u] - elements.start, dy, mul(dy, xhat), sum);
             });
             store(gradients.dx + at[u], pack(dx));
             if (gradients.dresidual) store(gradients.dresidual + at[u], pack(kept));
@@ -285,19 +333,37 @@ DEVICE void write_packs(const Source& dy, const Source& x, RowPacks packs, const
     });
 }
 
-// Packs whose gradients are worked out at a time: fewer where weights and long indices want registers as well.
-constexpr int WRITTEN = ELEMENTWISE && (WIDTH == 8 || INDEX_BITS == 64) ? 1 : RowPacks::PAIRS;
+// Does the same in float64, for rows or means that are near the limits of float32.
+template <class Source>
+DEVICE void write_exactly(const Source& dy, const Source& x, RowPacks packs, const RowElements& elements,
+                          const double (&means)[2], const Gradients& gradients, const RowPlace& own,
+                          const Columns& columns) {
+    RowFactors<double> factors = elements.row->exact();
+    factors.mean_g = means[0];
+    factors.mean_g_xhat = means[1];
+#pragma unroll 1
+    for (int i = 0; i < packs.count; i++) {
+        const index_t at = packs.next();
+        elements.each_exactly(dy, x, at, i, packs.run, [&](int e, acc_t of_dy, double g, double xhat) {
+            columns.add_one(own, i, e, at - elements.start, of_dy, (double)of_dy * xhat);
+            if (gradients.dresidual) narrow(of_dy, gradients.dresidual[at + e]);
+            narrow(factors.input_gradient(g, xhat), gradients.dx[at + e]);
+        });
+    }
+}
 
-// Writes the gradients of a thread's packs, given the means of g and g * xhat over the row.
+// Writes the gradients of a thread's packs, given the means of g and g * xhat over the row. dy has been stopped before,
+// where it is on chip.
 template <class Source>
 DEVICE void write_row(const Source& dy, const Source& x, const RowPacks& packs, RowElements elements,
                       const double (&means)[2], const Gradients& gradients, const RowPlace& own,
                       const Columns& columns) {
     if (ON_CHIP) elements.gate = OPEN;
-    Row row = *elements.row;
-    row.set_means(means[0], means[1]);
-    if (sizeof(acc_t) < 8 && row.wide)
-        write_packs<double, 1>(dy, x, packs, elements, row.factors<double>(), gradients, own, columns);
+    RowFactors<acc_t> factors = elements.row->usual;
+    factors.mean_g = (acc_t)means[0];
+    factors.mean_g_xhat = (acc_t)means[1];
+    if (sizeof(acc_t) < 8 && (elements.row->wide || near_limits(factors.mean_g) || near_limits(factors.mean_g_xhat)))
+        write_exactly(dy, x, packs, elements, means, gradients, own, columns);
     else
-        write_packs<acc_t, WRITTEN>(dy, x, packs, elements, row.usual, gradients, own, columns);
+        write_usually(dy, x, packs, elements, factors, gradients, own, columns);
 }

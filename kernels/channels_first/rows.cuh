@@ -123,7 +123,14 @@ struct Parameters {
     DEVICE void weights(int run, index_t element, acc_t (&values)[WIDTH]) const { get(weight, 1, run, element, values); }
     DEVICE void biases(int run, index_t element, acc_t (&values)[WIDTH]) const { get(bias, 0, run, element, values); }
 
+    // The values for a single element.
+    DEVICE acc_t weight_of(int run, index_t element) const { return get(weight, 1, run, element); }
+    DEVICE acc_t bias_of(int run, index_t element) const { return get(bias, 0, run, element); }
+
   private:
+    DEVICE static acc_t get(const value_t* from, acc_t otherwise, int run, index_t element) {
+        return from ? (acc_t)widen(from[ELEMENTWISE ? element : run]) : otherwise;
+    }
     DEVICE static void get(const value_t* from, acc_t otherwise, int run, index_t element, acc_t (&values)[WIDTH]) {
         if (ELEMENTWISE && from) {
             unpack_from(from + element, values);
@@ -155,11 +162,36 @@ struct Parameters {
 // ---------------------------------------------------------------------------------------------------------------------
 // Sums over a row
 
-// Makes each of K values its sum over the threads that take a row: the team, in all blocks of the cluster. All threads
-// call it and get the same bits. Calls take turns, 0 and 1: so two of them need no barrier in between.
+// Waits until all threads of a team are there: those of a warp are as soon as it is.
+DEVICE void team_wait() {
+    if (TEAM > WARP)
+        __syncthreads();
+    else
+        __syncwarp();
+}
+
+// Makes two values their sums over some neighbouring threads of a warp: at first half of the threads go on with each.
+template <int LANES>
+DEVICE void both_sums(double (&values)[2]) {
+    constexpr int HALF = LANES / 2;
+    const bool second = threadIdx.x & HALF;
+    const double own = second ? values[1] : values[0], given = second ? values[0] : values[1];
+    double sums[1] = {own + __shfl_xor_sync(ALL_LANES, given, HALF)};
+    lanes_sum<HALF>(sums);
+    const double other = __shfl_xor_sync(ALL_LANES, sums[0], HALF);
+    values[0] = second ? other : sums[0];
+    values[1] = second ? sums[0] : other;
+}
+template <int LANES>
+DEVICE void both_sums(double (&values)[1]) {
+    lanes_sum<LANES>(values);
+}
+
+// Makes each of K values, one or two, its sum over the threads that take a row: the team, in all blocks of the cluster.
+// All threads call it and get the same bits. Calls take turns, 0 and 1: so two of them need no barrier in between.
 template <int K>
 DEVICE void row_sum(double (&values)[K], int turn) {
-    lanes_sum<(TEAM < WARP ? TEAM : WARP)>(values);
+    both_sums<(TEAM < WARP ? TEAM : WARP)>(values);
     if constexpr (TEAM_WARPS > 1) {
         __shared__ double of_warps[2][K][THREADS / WARP];
         const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
@@ -169,7 +201,7 @@ DEVICE void row_sum(double (&values)[K], int turn) {
         __syncthreads();
 #pragma unroll
         for (int k = 0; k < K; k++) values[k] = of_warps[turn][k][team() * TEAM_WARPS + lane % TEAM_WARPS];
-        lanes_sum<TEAM_WARPS>(values);
+        both_sums<TEAM_WARPS>(values);
     }
     if constexpr (CLUSTER_BLOCKS > 1) {
         __shared__ double of_blocks[2][CLUSTER_BLOCKS][K];
@@ -193,8 +225,8 @@ struct RowSums {
     Total<acc_t> total;
 
     template <class Source>
-    DEVICE RowSums(const Source& x, const RowPacks& packs, const data_t* first)
-        : total(total_of(x, packs, Everything(), widen(*first))) {
+    DEVICE RowSums(const Source& x, const RowPacks& packs, double pivot)
+        : total(total_of(x, packs, Everything(), pivot)) {
         cluster_wait();  // all blocks have started
         gather(total);
     }
@@ -234,7 +266,7 @@ struct RowSums {
     double squares[1];
 
     template <class Source>
-    DEVICE RowSums(const Source& x, const RowPacks& packs, const data_t*) {
+    DEVICE RowSums(const Source& x, const RowPacks& packs, double) {
         if (!add_squares<acc_t>(x, packs, squares[0]) && sizeof(acc_t) < 8) add_squares<double>(x, packs, squares[0]);
         cluster_wait();  // all blocks have started
         row_sum(squares, 0);

@@ -1,11 +1,13 @@
 // norm_backward: dx = rstd * (weight * g - mean(weight * g) - xhat * mean(weight * g * xhat)), g = dy where activation
 // passed it, else 0; dresidual = g. Means are those of each group of channels of each sample.
 //
-// A block, or all blocks of a cluster, take a span of one sample: whole groups. On chip they keep dy and x in shared
-// memory, and each element is read once; else twice. Each block leaves its sums of the channels as a part. Those of the
-// span's lanes, each times its scale, are added up group by group, and then over the cluster.
+// A block, or all blocks of a cluster, take a span of one sample: whole groups. They keep dy and x in shared memory, and
+// each element is read once. Each block leaves its sums of the channels as a part. Those of the span's lanes, each times
+// its scale, are added up group by group, and then over the cluster. Of what does not fit, one launch leaves the sums,
+// and another one goes on.
 // Mirror: numpy_norms.norm_backward
 #include "gradient_sums.cuh"
+#include "parts.cuh"
 #include "samples.cuh"
 
 // Channel c, whose mean and variance are those of its row.
@@ -39,12 +41,17 @@ extern "C" __global__ void CLUSTER REGISTERS(128) norm_backward(
     Epilogue epilogue,                       // what ReLU passed is read
     // outputs
     Gradients gradients,                     // those of weight and bias follow from the sums
-    Sums sums,                               // or null
+    Sums sums,                               // or null; [N, P, C]
     // sizes
+    long long parts,
     Samples sizes) {
-    if (sample_of_block() >= sizes.N) return;  // all blocks of a cluster alike
     const Span& span = span_of_block(sizes);
-#if ON_CHIP
+    if (!span.there) return;
+    if (sums.dy) {
+        sums.dy += span.sample * parts * sizes.C;
+        sums.dy_xhat += span.sample * parts * sizes.C;
+    }
+#if PHASE == WHOLE
 #pragma unroll 1
     for (int t = 0; t < span.tiles(); t++) stage<ROWS>({span.kept(t, 0), span.kept(t, 1)}, {dy, x}, Packs(span.tile(t)));
 #endif
@@ -54,10 +61,14 @@ extern "C" __global__ void CLUSTER REGISTERS(128) norm_backward(
     for (int t = 0; t < span.tiles(); t++) {
         if (t > 0) __syncthreads();
         const Tile tile = span.tile(t);
-        const Packs packs(tile);
         if (tile.looks_after()) lanes.set(threadIdx.x, channel_of_row(span, statistics, affine, tile.channel()));
         double of_lane[2] = {0, 0};
+#if PHASE == AFTER_SUMS
+        add_parts(tile, sums, (int)parts, of_lane);
+        add_lanes(span, tile, lanes, of_lane, groups);
+#else
         {
+            const Packs packs(tile);
             const OwnChannels channels(tile, lanes);
             ColumnSums of_thread;
             sum_all(span.source<ROWS>(t, packs, dy, 0), span.source<ROWS>(t, packs, x, 1), packs, Left(nullptr, tile),
@@ -67,11 +78,12 @@ extern "C" __global__ void CLUSTER REGISTERS(128) norm_backward(
         const Tile same = span.tile(t);  // anew: none of it has to stay in registers
         if (same.looks_after()) {
             finish_sums(of_lane, lanes.channels[threadIdx.x]);
-            const long long part = sample_of_block() * CLUSTER_BLOCKS + cluster_rank();
-            if (sums.dy) set_sums(sums, part * sizes.C + same.channel(), of_lane);
+            if (sums.dy) set_sums(sums, Span::share() * sizes.C + same.channel(), of_lane);
         }
-        add_lanes(span, same, lanes, of_lane, groups);
+        if (PHASE == WHOLE) add_lanes(span, same, lanes, of_lane, groups);
+#endif
     }
+#if PHASE != ONLY_SUMS
     show_cluster();
     const int g = threadIdx.x;
     if (g < span.groups())
@@ -98,7 +110,8 @@ extern "C" __global__ void CLUSTER REGISTERS(128) norm_backward(
         }
         const OwnChannels channels(tile, lanes);
         row_gradients_all(span.source<ROWS>(t, packs, dy, 0), span.source<ROWS>(t, packs, x, 1), packs,
-                          Left(nullptr, tile), ON_CHIP ? Epilogue() : epilogue, channels, gradients);
+                          Left(nullptr, tile), PHASE == WHOLE ? Epilogue() : epilogue, channels, gradients);
     }
     cluster_wait();  // what this block has left may go
+#endif
 }

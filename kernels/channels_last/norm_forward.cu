@@ -1,18 +1,20 @@
 // norm_forward: out = activation((x - mean) * rstd * weight + bias + residual), with mean and var of each group of
 // channels of each sample
 //
-// A block, or all blocks of a cluster, take a span of one sample: whole groups. On chip they keep it in shared memory, and
-// each element is read once; else twice. The moments of the span's lanes, over the rows, are merged group by group, and
-// then over the cluster.
+// A block, or all blocks of a cluster, take a span of one sample: whole groups. They keep it in shared memory, and each
+// element is read once. The moments of the span's lanes, over the rows, are merged group by group, and then over the
+// cluster. Of what does not fit, one launch leaves the moments of channels in parts, and another one goes on.
 // Mirror: numpy_norms.norm_forward
 #include "../normalizing.cuh"
 #include "../running.cuh"
+#include "parts.cuh"
 #include "samples.cuh"
 #include "statistics.cuh"
 
-// Adds the moments of a tile's lanes, each of so many rows, to those of their groups. Thread q has those of lane q. All
+// Adds the moments of a tile's lanes, each over so many rows, to those of their groups. Thread q has those of lane q. All
 // threads call it.
-DEVICE void add_lanes(const Span& span, const Tile& tile, const ChannelMoments& lane, ChannelMoments* groups) {
+DEVICE void add_lanes(const Span& span, const Tile& tile, const ChannelMoments& lane, double rows,
+                      ChannelMoments* groups) {
     __shared__ double means[MOST_LANES], squares[MOST_LANES];
     if (tile.looks_after()) {
         means[threadIdx.x] = lane.mean;
@@ -20,7 +22,7 @@ DEVICE void add_lanes(const Span& span, const Tile& tile, const ChannelMoments& 
     }
     __syncthreads();
     const Gathering at(span, tile);
-    const double rows = (double)(span.end - span.begin), lanes = at.end - at.begin;
+    const double lanes = at.end - at.begin;
     const double pivot = means[min(at.begin, tile.lanes - 1)];
     const double mean = pivot + at.sum([&](int q) { return means[q] - pivot; }) / lanes;
     const double m2 = at.sum([&](int q) {
@@ -55,33 +57,50 @@ extern "C" __global__ void CLUSTER REGISTERS(128) norm_forward(
     const data_t* x,                         // [N, A, C]
     Affine affine,
     Epilogue epilogue,                       // what ReLU passed is written
+    Moments moments,                         // or null; [N, P] and [N, P, C]: of the channels of each sample, in parts
     // outputs
     data_t* out,                             // [N, A, C]; may be x or the residual
     Statistics statistics,                   // or null; of the rows, which are groups of samples
     // sizes
+    long long parts,
     Samples sizes) {
-    if (sample_of_block() >= sizes.N) return;  // all blocks of a cluster alike
     const Span& span = span_of_block(sizes);
-#if ON_CHIP
+    if (!span.there) return;
+#if PHASE == WHOLE
 #pragma unroll 1
     for (int t = 0; t < span.tiles(); t++) stage<CHUNK>({span.kept(t)}, {x}, Packs(span.tile(t)));
+#else
+    moments.count += span.sample * parts;
+    moments.mean += span.sample * parts * sizes.C;
+    moments.m2 += span.sample * parts * sizes.C;
 #endif
     __shared__ ChannelAffine given[MOST_LANES];  // of the first tile; read while copies are on their way
-    if ((int)threadIdx.x < MOST_LANES) given[threadIdx.x] = read_affine(affine, span.tile(0).channel());
+    if (PHASE != ONLY_SUMS && (int)threadIdx.x < MOST_LANES)
+        given[threadIdx.x] = read_affine(affine, span.tile(0).channel());
     __shared__ ChannelMoments groups[MOST_LANES], rows[MOST_LANES];  // of this block's groups; over the cluster
 #pragma unroll 1
     for (int t = 0; t < span.tiles(); t++) {
+        if (t > 0) __syncthreads();
         const Tile tile = span.tile(t);
+#if PHASE == AFTER_SUMS
+        add_lanes(span, tile, merge_parts(tile, moments, (int)parts), (double)sizes.A, groups);
+#else
         const Packs packs(tile);
         const ChannelMoments of_lane = moments_of(tile, span.source<CHUNK>(t, packs, x), packs, Left(nullptr, tile),
                                                   x + span.top * span.C);
-        add_lanes(span, span.tile(t), of_lane, groups);  // the tile anew: none of it has to stay in registers
+        const Tile same = span.tile(t);  // anew: none of it has to stay in registers
+        if (PHASE == WHOLE)
+            add_lanes(span, same, of_lane, (double)(span.end - span.begin), groups);
+        else if (same.looks_after())
+            set_moments(moments, Span::share(), sizes.C, same.channel(), of_lane, nullptr);
+#endif
     }
+#if PHASE != ONLY_SUMS
     show_cluster();
     const int g = threadIdx.x;
     if (g < span.groups()) {
         rows[g] = merge_blocks(groups, g);
-        if (cluster_rank() == 0) set_statistics(statistics, rows[g], span.first_row() + g);
+        if (span.owns()) set_statistics(statistics, rows[g], span.first_row() + g);
     }
     cluster_arrive();  // this block has read what the others have left
 
@@ -100,4 +119,5 @@ extern "C" __global__ void CLUSTER REGISTERS(128) norm_forward(
         normalize_all(span.source<CHUNK>(t, packs, x), packs, Left(nullptr, tile), epilogue, channels, out);
     }
     cluster_wait();  // what this block has left may go
+#endif
 }

@@ -2,14 +2,20 @@
 //
 // A block takes a span: neighbouring channels of one sample, whole groups of them and whole packs. It goes through the
 // span tile by tile; most spans are a single tile. The blocks of a cluster take the same span, each a share of the rows.
+// So do the blocks along y of a streamed step.
 //
 //     2 groups of 3 channels, WIDTH = 2 | 0 1 | 2 3 | 4 5 |      a span of two groups, which is 3 packs
 //                                       | a a | a b | b b |      a, b: the groups; a pack may have elements of two
 #pragma once
 #include "columns.cuh"
 
-#ifndef ON_CHIP
-#define ON_CHIP 0
+// What a launch does of a step. WHOLE: all of it, on chip. ONLY_SUMS: it leaves sums over shares of the rows, in parts. AFTER_SUMS:
+// it adds these up and goes on.
+#define WHOLE 0
+#define ONLY_SUMS 1
+#define AFTER_SUMS 2
+#ifndef PHASE
+#define PHASE WHOLE
 #endif
 
 // Whether a span may have several tiles. Wide packs leave no registers for that: the host takes narrower ones then.
@@ -26,31 +32,42 @@ struct Samples {
     long long rows;   // rows of a sample that a block takes
 };
 
-// The number of a block's sample: samples go on along z where there are more than y may have.
-DEVICE long long sample_of_block() { return blockIdx.y + (long long)blockIdx.z * gridDim.y; }
-
 // What a block takes: a span of one sample, and some of its rows. It is the same for all threads, and lies in shared
 // memory, where it takes no registers.
 struct Span {
+    long long sample;         // its sample, if there is one for this block
     index_t C, group;         // channels of the array, and of a group
     index_t first, last;      // the channels: from first to last - 1
     index_t top, begin, end;  // the first row of the sample in the array; the block's rows, from begin to end - 1
-    int rows;                 // rows that each block of a cluster takes, if there are so many
+    int rows;                 // rows that a block takes where there are so many
     int columns;              // columns of a tile
     int several;              // how many tiles there are, where there may be several
+    bool there;
 
+    // Blocks of the second launch begin where those of the first one have ended: the last of it is in the L2 cache.
     DEVICE void set(const Samples& sizes) {
         const index_t span = (index_t)sizes.span, A = (index_t)sizes.A;
+        const long long spans = (sizes.C + span - 1) / span;
+        const long long block = (blockIdx.x + (long long)blockIdx.z * gridDim.x) / CLUSTER_BLOCKS;
+        there = block < sizes.N * spans;  // all blocks of a cluster alike
+        const long long number = PHASE == AFTER_SUMS ? sizes.N * spans - 1 - block : block;
+        sample = number / spans;
         C = (index_t)sizes.C;
         group = (index_t)sizes.group;
-        first = (index_t)(blockIdx.x / CLUSTER_BLOCKS) * span;
+        first = (index_t)(number % spans) * span;
         last = min(first + span, C);
         rows = (int)sizes.rows;
-        top = (index_t)sample_of_block() * A;
-        begin = top + min((index_t)cluster_rank() * rows, A);
+        top = (index_t)sample * A;
+        begin = top + min((index_t)share() * rows, A);
         end = min(begin + rows, top + A);
         columns = (int)sizes.tile;
         several = (int)((last - first + columns * WIDTH - 1) / (columns * WIDTH));
+    }
+    // The block's number among those that take the same span, and how many there are.
+    DEVICE static int share() {
+        return PHASE == WHOLE  ? cluster_rank()
+               : PHASE == AFTER_SUMS ? (int)(gridDim.y - 1 - blockIdx.y)
+                               : (int)blockIdx.y;
     }
     DEVICE int tiles() const { return SEVERAL_TILES ? several : 1; }
     DEVICE Tile tile(int t) const {
@@ -60,7 +77,9 @@ struct Span {
     DEVICE int groups() const { return (int)((last - first) / group); }
     DEVICE int group_of(index_t channel) const { return (int)((channel - first) / group); }
     // The number of its first group among those of all samples.
-    DEVICE long long first_row() const { return sample_of_block() * (C / group) + first / group; }
+    DEVICE long long first_row() const { return sample * (C / group) + first / group; }
+    // Whether this block writes what there is once for the span.
+    DEVICE bool owns() const { return begin == top; }
     // Where tile t of a number of arrays is kept on chip; `array` is the one that is meant.
     DEVICE raw_t* kept(int t, int array = 0) const {
         return staging() + ((long long)array * tiles() + t) * rows * columns + threadIdx.x;
@@ -68,7 +87,7 @@ struct Span {
     // Tile t of an array, where it is read: on chip, if it has been staged there in batches of AT_ONCE, or in memory.
     template <int AT_ONCE>
     DEVICE auto source(int t, const Packs& packs, const data_t* array, int number = 0) const {
-#if ON_CHIP
+#if PHASE == WHOLE
         return OnChip{kept(t, number), group_of_copies<AT_ONCE>(packs.count)};
 #else
         return InMemory{array};
