@@ -19,10 +19,10 @@ import numpy as np
 from cupybn._arrays.dtypes import FLOATS
 from cupybn._steps import launcher, sources
 from cupybn._steps.geometry import LEAST_THREADS, TEAMS, THREADS, WARP, Geometry
-from cupybn._steps.norm_geometry import THREADS as NORM_THREADS
 from cupybn._steps.norms_last import AFTER_SUMS, ONLY_SUMS, WHOLE
 from cupybn._steps.plans import ON_CHIP, macros_of
 from cupybn._steps.resident import BLOCKS
+from cupybn._steps.sample_geometry import THREADS as NORM_THREADS
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 PACK_BYTES = (16, 8, 4, 2)

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from cupybn._steps import norm_geometry, sources
+from cupybn._steps import sample_geometry, sources
 from cupybn._steps.geometry import CHANNELS_FIRST_OWN, CHANNELS_LAST_OWN
 from tests import nvrtc
 from tests.nvrtc import ARCHITECTURES
@@ -53,7 +53,7 @@ def own_shared(instance):
     if not instance.cluster:
         return STATIC_SHARED
     if instance.phase >= 0:
-        return norm_geometry.OWN
+        return sample_geometry.OWN
     return CHANNELS_FIRST_OWN if "first" in instance.kernel else CHANNELS_LAST_OWN
 
 
