@@ -179,8 +179,7 @@ def test_forward_and_backward(rng, shape, dtype, offset, way, fused, take):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_what_is_not_wanted_is_left_alone(rng, way, take):
-    """Without statistics, sums, residual's gradient, weight and bias, the other results have the bits they have with
-    them."""
+    """The other results have the same bits without statistics, sums, and the residual's gradient."""
     take(way)
     case = Case(rng, SHAPES["packs of two groups"], np.float16, fused="relu", affine=False)
     y, statistics, expected, _ = case.mirror()
