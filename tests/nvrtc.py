@@ -45,7 +45,7 @@ IN_PACKS = ("dropout", "dropout_channels")
 NORMS_LAST = ("channels_last/norm_backward", "channels_last/norm_forward")
 """Kernels of the norms for channels last, which are compiled for each phase: on chip, or one of two launches."""
 NORMS_MEMORY = {(16, 32): FLOATS, (16, 64): ("float16",), (8, 32): ("float16",), (2, 32): ("bfloat16",)}
-"""Their instances to compile; all but the first are compiled for one architecture alone."""
+"""Instances of these kernels to compile; all but the first are compiled for one architecture alone."""
 _LIBRARY = "nvrtc64_*_0.dll" if sys.platform == "win32" else "libnvrtc.so.*"
 _CUPY_OPTIONS = ("--std=c++17", "-ftz=true", "--device-as-default-execution-space")
 """Options that CuPy passes for every kernel, beside its architecture. Without the last one, the compiler of CUDA 13.0

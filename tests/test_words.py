@@ -9,6 +9,7 @@ from cupybn._steps import bundles as real_bundles
 from cupybn._steps import sources
 from cupybn._steps.arguments import VECTOR, Arguments
 from cupybn._steps.geometry import ChannelsFirst, ChannelsLast
+from cupybn._steps.norm_geometry import Samples
 from cupybn._steps.tape import NUMBERS
 
 cp = pytest.importorskip("cupy")
@@ -25,6 +26,7 @@ STRUCTS = {
     "Vector": VECTOR,
     "ChannelsFirst": [(name, "i8") for name in ChannelsFirst._fields],
     "ChannelsLast": [(name, "i8") for name in ChannelsLast._fields],
+    "Samples": [(name, "i8") for name in Samples._fields],
 }
 """Fields of all structs that kernels take, with their dtypes: pointers are u8."""
 TYPES = {"double": "f8", "long long": "i8"}
@@ -62,7 +64,10 @@ def test_words_of_every_kernel(name):
     signature = sources.signature(name)
     whole = np.dtype([(parameter.name, field_of(parameter)) for parameter in signature])
     arguments, drawn, expected, arrays = Arguments(name, signature, pointees), [], {}, {}
-    given, bundles = {}, vars(real_bundles) | {"ChannelsFirst": ChannelsFirst, "ChannelsLast": ChannelsLast}
+    given, bundles = (
+        {},
+        vars(real_bundles) | {"ChannelsFirst": ChannelsFirst, "ChannelsLast": ChannelsLast, "Samples": Samples},
+    )
 
     def value(full_name, declared, dtype):
         if declared.type in pointees:

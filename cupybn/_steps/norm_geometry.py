@@ -57,9 +57,9 @@ class Span(NamedTuple):
     """What a block takes of the channels."""
 
     channels: int
-    columns: int  # of a tile
-    spans: int  # of a sample
-    nbytes: int  # of a position, in whole tiles: with columns that are not there
+    columns: int  # columns of a tile
+    spans: int  # spans of a sample
+    nbytes: int  # bytes of a position in whole tiles, with columns that are not there
 
 
 class Rows(NamedTuple):

@@ -80,7 +80,7 @@ struct Span {
     DEVICE long long first_row() const { return sample * (C / group) + first / group; }
     // Whether this block writes what there is once for the span.
     DEVICE bool owns() const { return begin == top; }
-    // Where tile t of a number of arrays is kept on chip; `array` is the one that is meant.
+    // The place on chip of this thread's packs of tile t; `array` is the number of the array among those kept there.
     DEVICE raw_t* kept(int t, int array = 0) const {
         return staging() + ((long long)array * tiles() + t) * rows * columns + threadIdx.x;
     }
