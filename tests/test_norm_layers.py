@@ -423,6 +423,9 @@ def test_states_that_do_not_fit(device, rng, make):
             layer.load_state_dict(good | {"weight": wrong})
     with pytest.raises(KeyError, match=r"did you mean prefix='norm\.'"):
         layer.load_state_dict({f"norm.{name}": array for name, array in good.items()})
+    with pytest.raises(KeyError) as caught:  # what has other shapes was not meant
+        layer.load_state_dict({f"norm.{name}": np.zeros((3, 4)) for name in good})
+    assert "did you mean" not in str(caught.value)
     assert bits(*layer.state_dict().values()) == before
     keys = layer.load_state_dict(missing, strict=False)
     assert keys == (["weight"], [])
@@ -477,7 +480,8 @@ def test_checkpoints(tmp_path, device, rng, suffix):
 
 def test_layers_without_arrays_have_nothing_to_save(tmp_path):
     path = tmp_path / "model.npz"
-    cupybn.save_checkpoint(path, {"gn.": GroupNorm(2, 4, affine=False, device="cpu")})
+    layers = {"gn.": GroupNorm(2, 4, affine=False, device="cpu"), "in.": InstanceNorm1d(None, device="cpu")}
+    cupybn.save_checkpoint(path, layers)
     cupybn.load_checkpoint(path, {"gn.": GroupNorm(2, 4, affine=False, device="cpu")})
     with pytest.raises(ValueError, match=r"^expected layers with arrays"):
         cupybn.save_checkpoint(path, {"in.": InstanceNorm1d(None, affine=True, device="cpu")})
