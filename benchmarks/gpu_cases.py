@@ -48,7 +48,7 @@ class Member(NamedTuple):
 
     op: str
     layout: str
-    shape: tuple[int, ...]  # as in memory
+    shape: tuple[int, ...]  # sizes in the order of memory
     dtype: str
     groups: int = 0
 

@@ -28,9 +28,9 @@ class Errors(NamedTuple):
     """The largest errors of a result."""
 
     over_allowed: float
-    """In units of what is allowed: a few roundings, and those of the dtype itself."""
+    """Error in units of what is allowed: a few roundings, and those of the dtype itself."""
     roundoffs: float
-    """In units of roundoff of the dtype: of the value itself, at least of 1; of gradients, of a row's largest term."""
+    """Error in units of roundoff of the dtype: of the value, at least of 1; of gradients, of a row's largest term."""
 
 
 def error(xp: Any, problem: Problem, operation: Operation, a: Arrays, found: Array) -> float:

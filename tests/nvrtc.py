@@ -19,6 +19,8 @@ import numpy as np
 from cupybn._arrays.dtypes import FLOATS
 from cupybn._steps import launcher, sources
 from cupybn._steps.geometry import LEAST_THREADS, TEAMS, THREADS, WARP, Geometry
+from cupybn._steps.norm_geometry import THREADS as NORM_THREADS
+from cupybn._steps.norms_last import AFTER_SUMS, ONLY_SUMS, WHOLE
 from cupybn._steps.plans import ON_CHIP, macros_of
 from cupybn._steps.resident import BLOCKS
 
@@ -40,6 +42,10 @@ MASKED = {(16, 32): ("float16", "float32"), (16, 64): ("bfloat16",)}
 MASKED_ON = (90, 120)
 IN_PACKS = ("dropout", "dropout_channels")
 """Kernels that work on packs, though they know no layout."""
+NORMS_LAST = ("channels_last/norm_backward", "channels_last/norm_forward")
+"""Kernels of the norms for channels last, which are compiled for each phase: on chip, or one of two launches."""
+NORMS_MEMORY = {(16, 32): FLOATS, (16, 64): ("float16",), (8, 32): ("float16",), (2, 32): ("bfloat16",)}
+"""Their instances to compile; all but the first are compiled for one architecture alone."""
 _LIBRARY = "nvrtc64_*_0.dll" if sys.platform == "win32" else "libnvrtc.so.*"
 _CUPY_OPTIONS = ("--std=c++17", "-ftz=true", "--device-as-default-execution-space")
 """Options that CuPy passes for every kernel, beside its architecture. Without the last one, the compiler of CUDA 13.0
@@ -61,6 +67,7 @@ class Instance(NamedTuple):
     team: int = 0  # threads of a team; 0 for kernels without teams
     cluster: int = 0  # blocks of a cluster; 0 for kernels without clusters
     masked: bool = False  # whether the kernel is compiled for masks
+    phase: int = -1  # what a launch does of a step of the norms for channels last; -1 for other kernels
 
     @property
     def pack_bytes(self) -> int:
@@ -77,6 +84,8 @@ class Instance(NamedTuple):
             macros["CLUSTER_BLOCKS"] = self.cluster
         if self.masked:
             macros["MASKED"] = 1
+        if self.phase >= 0:
+            macros["PHASE"] = self.phase
         return launcher.Kernel(self.kernel, macros)
 
     @property
@@ -107,6 +116,11 @@ def instances(kernel: str, architecture: int, everything: bool = False) -> list[
     if "/" not in kernel and kernel not in IN_PACKS:
         return found
     fewest = min(i.threads for i in found)
+    if kernel in NORMS_LAST:
+        lasts = {(i.pack_bytes, i.index_bits, i.dtype, i.phase): i for i in found if i.threads == fewest}
+        memory = NORMS_MEMORY if architecture == 90 else {(16, 32): FLOATS}
+        wanted = [(*packs, dtype) for packs, dtypes in memory.items() for dtype in dtypes]
+        return [lasts[(*some, phase)] for some in wanted for phase in range(3)]
     # Later clusters are larger, and replace earlier ones.
     last = {(i.masked, i.pack_bytes, i.index_bits, i.dtype): i for i in found if i.threads == fewest}
     masks = architecture in MASKED_ON and any(i.masked for i in found)
@@ -125,6 +139,10 @@ def all_instances(architecture: int) -> Iterator[Instance]:
     """
     for masked, index_bits, pack_bytes in itertools.product((False, True), (32, 64), PACK_BYTES):
         for kernel in sources.kernel_names():
+            if kernel in NORMS_LAST:
+                if not masked:
+                    yield from _norms_last(kernel, pack_bytes, index_bits, architecture)
+                continue
             layout, _, step = kernel.rpartition("/")
             if not layout and kernel not in IN_PACKS:  # the kernel works on vectors of one value per channel
                 if (masked, pack_bytes, index_bits) == (False, 16, 32):  # such a kernel is listed once
@@ -144,6 +162,16 @@ def all_instances(architecture: int) -> Iterator[Instance]:
                 width = pack_bytes // itemsize(dtype)
                 for cluster in clusters:
                     yield Instance(kernel, dtype, width, index_bits, threads, team, cluster, masked)
+
+
+def _norms_last(kernel: str, pack_bytes: int, index_bits: int, architecture: int) -> Iterator[Instance]:
+    """All instances of a norm's kernel for channels last, with such packs and indices."""
+    for dtype, threads in itertools.product(FLOATS, NORM_THREADS):
+        width = pack_bytes // itemsize(dtype)
+        for cluster in _clusters(architecture) if width else ():
+            yield Instance(kernel, dtype, width, index_bits, threads, cluster=cluster, phase=WHOLE)
+        for phase in (ONLY_SUMS, AFTER_SUMS) if width else ():
+            yield Instance(kernel, dtype, width, index_bits, threads, phase=phase)
 
 
 def _teams(layout: str, step: str) -> list[tuple[int, int]]:

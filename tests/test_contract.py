@@ -20,13 +20,29 @@ import cupybn
 from cupybn._arrays.dtypes import FLOATS
 from cupybn._calls import checks
 from cupybn._ranks.synchronized import Synchronized
-from cupybn._steps import arguments, bundles, cupy_dropout, cupy_ops, geometry, numpy_dropout, numpy_ops, sources
+from cupybn._steps import (
+    arguments,
+    bundles,
+    cupy_dropout,
+    cupy_norms,
+    cupy_ops,
+    geometry,
+    norm_geometry,
+    numpy_dropout,
+    numpy_norms,
+    numpy_ops,
+    row_geometry,
+    sources,
+)
 from cupybn._steps.sources import KERNELS, kernel_names, signature
 
 LAYOUTS = ("channels_first", "channels_last")
 STEPS = ("bn_stats", "bn_normalize", "bn_forward", "bn_backward_reduce", "bn_backward_input", "bn_backward")
-HOST_ONLY = {"scratch", "dtype", "keep"}
-"""Parameters of mirrors that no kernel has: memory to work in, what DATA_T says, and whether results are null."""
+HOST_ONLY = {"scratch", "dtype", "keep", "norm"}
+"""Parameters of mirrors that no kernel has: memory to work in, what DATA_T, sizes and other macros say, and whether
+results are null."""
+BETWEEN = {"channels_last/norm_forward": ["moments"]}
+"""Parameters of kernels that no mirror has: what the first launch of a step leaves for the second one."""
 RESULTS = {"Moments": "moments", "Statistics": "statistics", "Sums": "sums"}
 """Bundles that mirrors return, and the parameters of kernels that write them."""
 RETURNED = {
@@ -37,6 +53,8 @@ RETURNED = {
     "dropout_draw": ["drawn"],
     "dropout": [],
     "dropout_channels": [],
+    "norm_parameters": [],
+    "norm_update_running": [],
 }
 """Arrays that steps return beside bundles, under the names that they have in kernels."""
 OVER_CHANNELS = ("merge_moments", "mean_and_var", "bn_update_running", "merge_sums")
@@ -50,7 +68,12 @@ AS_IN_TORCH = {
     "functional.batch_norm_backward",
     "functional.batch_norm_vjp",
     "layers.batchnorm._BatchNorm.__init__",
+    "layers.groupnorm.GroupNorm.__init__",
+    "layers.instancenorm._InstanceNorm.__init__",
     "layers.syncbatchnorm.SyncBatchNorm.__init__",
+    "norms.group.group_norm",
+    "norms.instance.instance_norm",
+    "norms.instance.instance_norm_vjp",
 }
 """Functions for users that may have more parameters, since PyTorch's have them; the way back takes the same."""
 
@@ -67,6 +90,7 @@ class Pair(typing.NamedTuple):
 PAIRS = (
     Pair(numpy_ops, cupy_ops),
     Pair(numpy_dropout, cupy_dropout),
+    Pair(numpy_norms, cupy_norms),
 )
 BATCH_NORM = PAIRS[0]
 
@@ -122,7 +146,15 @@ TYPES = {
 WITHOUT_SHAPE = {"Activation", "double", "long long"}
 SHAPE_OF_PASSED = ("N", "C", "L / WIDTH")
 """Shape of records in the header. Python's text does not say it: those of `numpy_ops.empty_passed` have another one."""
-SIZES = {"ChannelsFirst": "channels_first/packs.cuh", "ChannelsLast": "channels_last/columns.cuh"}
+SIZES = {
+    "ChannelsFirst": (geometry, "channels_first/packs.cuh"),
+    "ChannelsLast": (geometry, "channels_last/columns.cuh"),
+    "Rows": (row_geometry, "channels_first/rows.cuh"),
+    "Samples": (norm_geometry, "channels_last/samples.cuh"),
+}
+"""Structs of sizes: the module and the header that declare each."""
+SIZES_OF = {("channels_first", "norm"): "Rows", ("channels_last", "norm"): "Samples"}
+"""Sizes that kernels take whose names begin so; those of other kernels have the name of their layout."""
 
 
 class Field(typing.NamedTuple):
@@ -200,17 +232,17 @@ def bundles_differ(python=None, header=None):
 
 
 def sizes_differ(python=None, headers=None):
-    """Words for the differences between sizes of layouts in Python and in CUDA; headers are given by their struct."""
-    python = text_of(geometry) if python is None else python
-    theirs = {}
-    for name in SIZES:
+    """Words for the differences between sizes in Python and in CUDA; texts may be given by the struct that they have."""
+    ours, theirs = {}, {}
+    for name, (module, _) in SIZES.items():
+        ours |= fields_in_python((python or {}).get(name, text_of(module)), [name])
         theirs |= fields_in_header((headers or {}).get(name, header_of(name)), [name])
-    return differences(fields_in_python(python, SIZES), theirs)
+    return differences(ours, theirs)
 
 
 def header_of(name):
     """The text that has a struct of sizes."""
-    return (KERNELS / SIZES[name]).read_text()
+    return (KERNELS / SIZES[name][1]).read_text()
 
 
 def test_bundles_are_structs():
@@ -223,7 +255,7 @@ def test_sizes_are_structs():
 
 
 def test_bundles_have_the_fields_that_their_text_has():
-    for module, names in (bundles, None), (geometry, SIZES):
+    for module, names in (bundles, None), *((module, [name]) for name, (module, _) in SIZES.items()):
         for name, fields in fields_in_python(text_of(module), names).items():
             assert getattr(module, name)._fields == tuple(field.name for field in fields)
 
@@ -242,7 +274,9 @@ def test_kernels_take_all_bundles_and_no_other_structs():
     taken = {parameter.type for name in KERNEL_NAMES for parameter in signature(name) if parameter.fields}
     assert taken == fields_in_python(text_of(bundles)).keys() | SIZES.keys()
     for name in KERNEL_NAMES:
-        layout = "".join(word.capitalize() for word in name.rpartition("/")[0].split("_"))
+        folder, _, step = name.rpartition("/")
+        layout = "".join(word.capitalize() for word in folder.split("_"))
+        layout = SIZES_OF.get((folder, step.partition("_")[0]), layout)
         sizes = [(p.name, p.type, p.section) for p in signature(name) if p.type in SIZES]
         assert sizes == ([("sizes", layout, "sizes")] if layout else [])
 
@@ -321,8 +355,8 @@ def test_the_comparison_sees_a_change_of_one_side_alone():
             seen.add((python, what))
     assert len(seen) > 2 * 5 * sum(map(len, names.values()))
     for name in SIZES:
-        for what, lines in changed(text_of(geometry), True, [name]):
-            assert sizes_differ(python="\n".join(lines)), what
+        for what, lines in changed(text_of(SIZES[name][0]), True, [name]):
+            assert sizes_differ(python={name: "\n".join(lines)}), what
         for what, lines in changed(header_of(name), False, [name]):
             assert sizes_differ(headers={name: "\n".join(lines)}), what
 
@@ -347,8 +381,8 @@ def test_every_step_of_batch_norm_has_a_kernel_for_each_layout():
 
 def test_every_kernel_belongs_to_one_pair_and_every_step_to_one_module():
     assert sorted(name for pair in PAIRS for name in kernels_of(pair)) == sorted(KERNEL_NAMES)
-    names = [name for pair in PAIRS for name in steps(pair.mirrors)]
-    assert sorted(names) == sorted({stem(name) for name in KERNEL_NAMES} | ALLOCATORS)
+    names = [name for pair in PAIRS for name in steps(pair.mirrors) if name not in ALLOCATORS]
+    assert sorted(names) == sorted({stem(name) for name in KERNEL_NAMES})
     with pytest.raises(ValueError, match="unpack"):
         pair_of("bn_stats", ())
     with pytest.raises(ValueError, match="unpack"):
@@ -386,7 +420,7 @@ def test_steps_of_several_ranks_take_the_same(step):
 
 @pytest.mark.parametrize("name", KERNEL_NAMES)
 def test_kernel_takes_what_its_mirror_takes_and_writes_what_it_returns(name):
-    parameters = signature(name)
+    parameters = [p for p in signature(name) if p.name not in BETWEEN.get(name, [])]
     mirrored = inspect.signature(mirror(name))
     taken = [p for p in mirrored.parameters if p not in HOST_ONLY]
     returned = RESULTS.get(str(mirrored.return_annotation).removesuffix(" | None"))
@@ -399,7 +433,8 @@ def test_kernel_takes_what_its_mirror_takes_and_writes_what_it_returns(name):
 @pytest.mark.parametrize("name", KERNEL_NAMES)
 def test_a_bundle_is_the_same_one_in_a_kernel_its_mirror_and_its_launcher(name):
     """A bundle has the same name in all three, and where one takes None in its place, all do."""
-    structs = {p.name: (p.type, p.nullable) for p in signature(name) if p.fields and p.section != "sizes"}
+    bundled = [p for p in signature(name) if p.fields and p.section != "sizes" and p.name not in BETWEEN.get(name, [])]
+    structs = {p.name: (p.type, p.nullable) for p in bundled}
     kinds = fields_in_python(text_of(bundles)).keys()
     for function in mirror(name), launcher(name):
         found = {}

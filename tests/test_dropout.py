@@ -46,7 +46,7 @@ def state_of(generator):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.name)
 def test_elements_are_those_of_the_formula(xp, device, rng, dtype):
-    """With each call other ones; the output has the input's dtype, shape and memory order."""
+    """Each call drops other ones; the output has the input's dtype, shape and memory order."""
     generator = generator_of(device, calls=2**32 - 1)
     for call, p in enumerate((0.5, 0.1, 0.75, 2**-33, 1 - 2**-53, 1e-300, np.float32(0.3), True * 0.25)):
         x = draw(xp, rng, (7, 9, 5), dtype)
@@ -100,7 +100,7 @@ def test_inputs_that_are_not_dense_are_counted_as_a_dense_copy(xp, device, rng, 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_channels_are_those_of_the_formula(xp, device, rng, name):
-    """In any memory order, with the channels on any axis but the first."""
+    """Memory order is any, and channels are on any axis but the first."""
     shape = SHAPES[name]
     function, with_vjp = getattr(F, f"dropout{name}"), getattr(F, f"dropout{name}_vjp")
     generator, calls = generator_of(device), itertools.count()
@@ -120,7 +120,7 @@ def test_channels_are_those_of_the_formula(xp, device, rng, name):
 
 @pytest.mark.parametrize(("name", "shape"), [("dropout1d", (5, 6)), ("dropout3d", (5, 2, 3, 4))])
 def test_a_single_sample_is_a_batch_of_one(xp, device, rng, name, shape):
-    """So is its channel axis that of the batch."""
+    """A channel axis of a sample is that of the batch."""
     function = getattr(F, name)
     for order in itertools.permutations(range(len(shape))):
         x = in_order(draw(xp, rng, shape), order)
@@ -144,7 +144,7 @@ def test_axes_of_length_one(xp, device, rng, shape):
 
 
 def test_the_same_on_every_device_and_with_every_dtype(rng):
-    """Also where the array begins elsewhere, and is a part of another one."""
+    """An array may begin elsewhere, as a part of another one."""
     cp = pytest.importorskip("cupy")
     x = rng.standard_normal(1001)
     found = set()
@@ -466,6 +466,24 @@ def test_errors(xp, device, rng):
     assert state_of(generator) == [SEED, 0]
 
 
+def test_calls_that_are_alike_are_told_apart(xp, device, rng):
+    """What has been checked of one call says nothing about another one, though 1, 1.0 and True are equal."""
+    x, generator = draw(xp, rng, (2, 3, 4)), generator_of(device)
+    F.dropout1d(x, 1, True, False, channel_axis=1, generator=generator, out=xp.empty_like(x))
+    F.dropout1d(x, 1, True, False, channel_axis=1, generator=generator)
+    F.dropout1d(xp.copy(x), 1, True, True, channel_axis=1, generator=generator)
+    for wrong in {"training": 1}, {"inplace": 0}, {"inplace": 1}, {"channel_axis": 1.0}, {"channel_axis": True}:
+        with pytest.raises(TypeError):
+            F.dropout1d(x, **{"p": 1, "training": True, "inplace": False, "generator": generator} | wrong)
+    repeated = xp.broadcast_to(x[:1], (2, 3, 4))
+    F.dropout1d(repeated, 1)
+    with pytest.raises(ValueError, match=r"expected input to (have memory for each element|be writeable)"):
+        F.dropout1d(repeated, 1, inplace=True)
+    assert F.dropout1d(x, 0, generator=generator) is x
+    assert F.dropout1d(x, True, generator=generator) is not x
+    assert state_of(generator) == [SEED, 0]
+
+
 def test_what_is_read_only_is_not_written(rng):
     x = draw(np, rng, (2, 3))
     x.flags.writeable = False
@@ -517,7 +535,7 @@ def test_a_step_that_fails_leaves_the_generator_as_it_was(xp, device, rng, out, 
 
 
 def test_an_interrupt_leaves_the_generator_as_it_was(rng):
-    """At any line but a few: where the state has just moved, and where all is done."""
+    """Lines are all but a few: where the state has just moved, and where all is done."""
     from tests.test_interrupts import interrupted
 
     x, moved, at = draw(np, rng, (4, 6)), 0, 1
@@ -561,12 +579,19 @@ def test_later_calls_are_played(rng, plays):
         offset = draw(cp, rng, 121)[1:].reshape(2, 3, 4, 5)  # other packs
         wanted = philox.expected(to_numpy(offset), philox.places(offset), 0.5, next(calls), SEED)
         assert bits(F.dropout(offset, 0.5, generator=generator)) == bits(wanted)
+        for behind in 0, 0, 1, 2, 0:  # elements of `out` and of the gradient behind an aligned address
+            x = draw(cp, rng, (2, 3, 4, 5))
+            out, dy = (draw(cp, rng, 120 + behind)[behind:].reshape(2, 3, 4, 5) for _ in "ab")
+            wanted = philox.expected(to_numpy(x), philox.places(x), 0.5, next(calls), SEED)
+            assert bits(F.dropout(x, 0.5, generator=generator, out=out)) == bits(wanted)
+            vjp_fn, call = F.dropout_vjp(x, 0.5, generator=generator)[1], next(calls)
+            assert bits(vjp_fn(dy).input) == bits(philox.expected(to_numpy(dy), philox.places(x), 0.5, call, SEED))
 
 
 @pytest.mark.parametrize("inside", ["recorded", "played"])
 @pytest.mark.parametrize("own", [True, False], ids=["a generator", "none"])
 def test_each_launch_of_a_graph_draws_anew(rng, inside, own):
-    """Its own way back with it, whatever is drawn in between."""
+    """Each has its own way back, whatever is drawn in between."""
     cp = pytest.importorskip("cupy")
     generator = generator_of("cuda:0") if own else None
     cupybn.manual_seed(SEED)
@@ -604,7 +629,7 @@ def test_each_launch_of_a_graph_draws_anew(rng, inside, own):
 
 
 def test_threads_share_a_generator_without_drawing_twice():
-    """On the host each call of each thread has a number of its own."""
+    """Each call of each thread has a number of its own, on the host."""
     generator, x = generator_of("cpu"), np.ones(64, np.float32)
     found, barrier = [], threading.Barrier(4)
 

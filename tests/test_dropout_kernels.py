@@ -58,7 +58,7 @@ def same(ours, theirs):
 
 @pytest.mark.parametrize(("counter", "key", "output"), philox.KNOWN)
 def test_known_answers(counter, key, output):
-    """Those that Random123 has, by the mirror, by the text of the kernels, and by the reference of these tests."""
+    """Answers that Random123 has, by the mirror, by the text of the kernels, and by the reference of these tests."""
     low, high, call_low, call_high = counter
     number, call, seed = low | high << 32, call_low | call_high << 32, key[0] | key[1] << 32
     assert philox.block(number, call, seed) == output
@@ -152,7 +152,7 @@ def test_any_threshold(rng, threshold):
 @only_emulated
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 def test_threads_take_several_packs(rng, dtype):
-    """On a small device blocks go over the array several times; grids of any size give the same bits."""
+    """Blocks go over the array several times on a small device; grids of any size give the same bits."""
     x = values(rng, 70003, np.dtype(dtype))
     y = np.empty_like(x)
     numpy_dropout.dropout(x, drops(), y)
@@ -169,7 +169,7 @@ def test_threads_take_several_packs(rng, dtype):
 
 
 def test_tiles_of_the_mirror(rng, monkeypatch):
-    """The same bits with tiles and threads of any number."""
+    """Tiles and threads of any number give the same bits."""
     x = values(rng, 5003, np.dtype(np.float32))
     y = philox.expected(x, np.arange(x.size), 0.3, CALL, SEED)
     batch, wanted = x[:5000].reshape(1, 5, 4, 50, 5), np.empty((1, 5, 4, 50, 5), np.float32)

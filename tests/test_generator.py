@@ -147,7 +147,7 @@ def test_text(device):
 
 
 def test_manual_seed(xp, device):
-    """Of the generators that there are, in place, and of those to come."""
+    """A seed is for the generators that there are, in place, and for those to come."""
     x = xp.ones(64, np.float32)
     F.dropout(x)
     default = module.defaults.of(device)

@@ -52,6 +52,15 @@ def pieces_of(size):
     rows.Work.of.cache_clear()
 
 
+@pytest.fixture
+def many_threads(monkeypatch):
+    """Threads work on arrays of some million elements, too: not only where what they work on is a small share."""
+    monkeypatch.setattr(rows, "SHARE", 1)
+    rows.Work.of.cache_clear()
+    yield
+    rows.Work.of.cache_clear()
+
+
 @pytest.fixture(params=CASES.values(), ids=CASES)
 def case(request):
     return request.param
@@ -290,6 +299,17 @@ def test_small_values(size, layout, rng):
     assert_promised((size * (1 + rng.standard_normal(layout[0]))).astype(np.float32), layout, 0.0, rng)
 
 
+@pytest.mark.parametrize("centered", [True, False])
+@pytest.mark.parametrize("size", [1e-41, 3e38])
+def test_values_at_the_ends_of_float32(size, centered, layout, rng):
+    """Values whose rstd float32 does not hold: subnormal ones, and the largest."""
+    x = (size * rng.uniform(-1, 1, layout[0])).astype(np.float32)
+    norm, affine, y = Norm(layout[1], centered), Affine(None, None, 0.0), np.empty_like(x)
+    norm_forward(x, norm, affine, Epilogue(), y)
+    expected = textbook(x, x, norm, affine).y
+    assert np.all(np.abs(y - expected) <= 1e-6 + 2.0**-22 * np.abs(expected))
+
+
 @pytest.mark.parametrize("ratio", [0, 1e2])
 def test_float64(ratio, layout, rng):
     assert_promised(rng.standard_normal(layout[0]) + ratio, layout, 1e-5, rng)
@@ -345,13 +365,15 @@ def test_16_bit_data_is_rounded_once(centered, mean, dtype, layout, rng):
 
 def weights_of(size, rng, C):
     weight, bias = rng.uniform(0.5, 1, (2, C)).astype(np.float32) * np.float32(size)
-    return Affine(weight, bias, 1e-5)
+    return Affine(weight, bias, 0.0)
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e-20, 1e20, 1e37])
-def test_extreme_weights(size, layout, rng):
+@pytest.mark.parametrize("std", [1e-20, 1.0, 1e20])
+def test_extreme_weights(std, size, layout, rng):
+    """Weights whose products with rstd or with gradients float32 does not hold."""
     shape, groups = layout
-    x = rng.standard_normal(shape).astype(np.float32)
+    x = (std * rng.standard_normal(shape)).astype(np.float32)
     dy = (rng.standard_normal(shape) / size).astype(np.float32)
     norm, affine = Norm(groups), weights_of(size, rng, shape[2])
     results, expected = computed(x, dy, norm, affine), textbook(x, dy, norm, affine)
@@ -376,6 +398,17 @@ def test_extreme_gradients(scale, size, layout, rng):
     assert np.all(np.abs(results.dbias - expected.dbias) <= 1e-5 * expected.of_dbias)
     if shape[0] * shape[1] * shape[3] > 2:
         assert np.all(np.abs(results.dweight - expected.dweight) <= 1e-5 * expected.of_dweight)
+
+
+def test_sums_of_channels_beyond_float32(layout, rng):
+    """Gradients of 1e38 make sums that only float64 holds, although small weights make a small dx of them."""
+    shape, groups = layout
+    norm, affine = Norm(groups), Affine(np.full(shape[2], 1e-20, np.float32), None, 1e-5)
+    x = rng.standard_normal(shape).astype(np.float32)
+    dy = (1e38 * rng.uniform(1, 3, shape)).astype(np.float32)
+    results, expected = computed(x, dy, norm, affine), textbook(x, dy, norm, affine)
+    assert np.all(np.abs(results.dx - expected.dx) <= 3e-6 * expected.of_dx)
+    assert np.all(np.abs(results.dbias - expected.dbias) <= 1e-5 * expected.of_dbias)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -450,6 +483,7 @@ def test_batch_invariance(centered, dtype, rng):
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
+@pytest.mark.usefixtures("many_threads")
 def test_batch_invariance_of_many_rows(dtype, rng, monkeypatch):
     """Rows of an array that is shared by threads, and cut into other pieces than a few rows are."""
     monkeypatch.setenv("CUPYBN_NUM_THREADS", "3")
@@ -475,6 +509,7 @@ LARGE = {
 
 
 @pytest.mark.parametrize(("shape", "groups"), LARGE.values(), ids=LARGE)
+@pytest.mark.usefixtures("many_threads")
 def test_threads_change_no_bit(shape, groups, rng, monkeypatch):
     x, dy = rng.standard_normal((2, *shape), np.float32)
     affine = vectors(rng, shape[2])

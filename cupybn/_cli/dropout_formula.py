@@ -40,7 +40,7 @@ def _apply(x: Array, word: Array, drops: Drops, out: Array) -> None:
 
 
 def words(drawn: Array, size: int) -> npt.NDArray[np.uint64]:
-    """As many words of a call, by Philox4x32-10 as Random123 defines it."""
+    """The first words of a call, by Philox4x32-10 as Random123 defines it."""
     seed, call = map(int, drawn)
     blocks = (philox(block, call, seed) for block in range(-(-size // 4)))
     return np.array([*itertools.islice(itertools.chain.from_iterable(blocks), size)], np.uint64)

@@ -23,7 +23,7 @@ import numpy.typing as npt
 from cupybn._arrays.devices import write_at_once
 from cupybn._arrays.dtypes import accumulation_dtype
 from cupybn._steps.bundles import Affine, Epilogue, Gradients, Moments, Running, Statistics, Sums
-from cupybn._steps.narrow import FLOAT64, LARGE, LEAST_VARIANCE, SMALL_RSTD, extreme, let_through
+from cupybn._steps.narrow import FLOAT64, LEAST_VARIANCE, extreme, let_through
 from cupybn._steps.norm import Norm
 from cupybn._steps.numpy_ops import merge_moments
 from cupybn._steps.rows import SQUARES, Memory, Piece, Rows, Work, channel_sums, row_sums, walk
@@ -475,7 +475,6 @@ class _Normalization(NamedTuple):
     centered: bool
     affine: Affine
     dtype: np.dtype[Any]  # dtype of the arithmetic of rows that are not wide
-    all_wide: bool  # whether weight or bias make all rows wide, where a channel has no factors of its own
     joined: dict[tuple[int, int], Array]  # rows that `_by_channel` has made for whole samples
     memory: Memory
 
@@ -483,9 +482,7 @@ class _Normalization(NamedTuple):
     def of(cls, x: Array, norm: Norm, affine: Affine) -> _Normalization:
         """The normalization of the rows of this array."""
         rows, dtype = Rows.of(x, norm), accumulation_dtype(x.dtype)
-        vectors = [v for v in affine[:2] if v is not None and dtype != FLOAT64 and not rows.along]
-        all_wide = not all(np.abs(vector).max() <= LARGE for vector in vectors)
-        return cls(rows, norm.centered, affine, dtype, all_wide, {}, Memory())
+        return cls(rows, norm.centered, affine, dtype, {}, Memory())
 
     def factors(self, piece: Piece, mean: Array, var: Array) -> _Factors:
         """The factors of the rows of a piece."""
@@ -493,18 +490,17 @@ class _Normalization(NamedTuple):
         center = mean.astype(self.dtype)
         rest = np.where(np.isfinite(center), mean - center, 0)  # inf - inf is NaN
         scale = shift = None
-        wide = (rstd < SMALL_RSTD) | (rstd > 1 / SMALL_RSTD) | (np.abs(mean) > LARGE)
+        wide = extreme(rstd)
         if self.rows.along:
             weight, bias = self._vector(self.affine.weight, piece), self._vector(self.affine.bias, piece)
             n, groups = len(mean), piece.g.stop - piece.g.start
             scale = rstd.reshape(-1, groups, 1) * (1 if weight is None else weight.reshape(groups, -1))
             shift = (0.0 if bias is None else bias.reshape(groups, -1)) - scale * rest.reshape(-1, groups, 1)
             scale, shift = scale.reshape(n, -1), shift.reshape(n, -1)
-            wide |= (extreme(scale) | (np.abs(shift) > LARGE)).any(axis=1)
+            wide |= extreme(scale).any(axis=1)
             scale, shift = _columns(scale, self.dtype), _columns(shift, self.dtype)
         else:
             rest[np.abs(rest) <= _NEGLIGIBLE * np.sqrt(var)] = 0
-            wide |= self.all_wide
         needed = self.dtype != FLOAT64 and wide.any()
         return _Factors(mean, rstd, _columns(center, self.dtype), rest, scale, shift, wide if needed else None)
 

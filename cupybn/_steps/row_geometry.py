@@ -15,9 +15,9 @@ from cupybn._steps.resident import BLOCKS, BLOCKS_PER_MULTIPROCESSOR, CUDA_OWN, 
 
 ROW_TEAMS = (4, 8, 16, WARP, 64, 128, 256, 512)
 """Threads that a team may have that takes a row."""
-ROW_PACKS = {1: 8, 2: 4}
-"""Packs per thread up to which the smaller team is used, by the number of arrays that are kept; twice as many narrow
-ones."""
+ROW_PACKS = 8
+"""Packs per thread up to which the smaller team is used; twice as many narrow ones. What each thread does once for a row
+takes as long as some packs: on an H200, rows in teams of threads with 2 packs each took twice as long."""
 ROW_OWN = 3 << 10
 """Bytes of shared memory that a kernel needs per block for its own variables, beside the arrays."""
 MOST_TABLE = 8 << 10
@@ -127,7 +127,7 @@ def _cut(norms: Norms, blocks: int, twice: float) -> Cut:
     A block that keeps more bytes than `twice` is alone on its multiprocessor, and may have more threads.
     """
     packs = math.ceil(norms.L // norms.width / blocks)
-    each = ROW_PACKS[norms.arrays] * (1 if norms.pack >= NARROW else 2)
+    each = ROW_PACKS * (1 if norms.pack >= NARROW else 2)
     alone = norms.arrays * norms.runs * packs * norms.pack > twice
     teams = ROW_TEAMS if alone else ROW_TEAMS[:-1]
     team = next((t for t in teams if norms.runs * packs <= t * each), teams[-1])

@@ -72,6 +72,9 @@ class Generator:
     True
     """
 
+    _state: Array
+    _device: str
+
     def __init__(self, seed: int | None = None, device: str | None = None) -> None:
         seed = int.from_bytes(os.urandom(BITS // 8), "little") if seed is None else check_seed(seed)
         target = devices.resolve_device(device)

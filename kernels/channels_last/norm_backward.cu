@@ -33,6 +33,29 @@ DEVICE void add_lanes(const Span& span, const Tile& tile, const Lanes& lanes, co
     }
 }
 
+// Takes the sums of lane q of tile t, for thread q: over the block's rows, as a part of the sums, or, after the sums,
+// over those of all parts. All threads call it.
+DEVICE void lane_sums(const Span& span, int t, const data_t* dy, const data_t* x, const Epilogue& epilogue,
+                      const Lanes& lanes, const Sums& sums, int parts, double (&of_lane)[2]) {
+#if PHASE == AFTER_SUMS
+    add_parts(span.tile(t), sums, parts, of_lane);
+#else
+    {
+        const Tile tile = span.tile(t);
+        const Packs packs(tile);
+        const OwnChannels channels(tile, lanes);
+        ColumnSums of_thread;
+        sum_all(span.source<ROWS>(t, packs, dy, 0), span.source<ROWS>(t, packs, x, 1), packs, Left(nullptr, tile),
+                epilogue, channels, of_thread);
+        sum_tile(tile, of_thread, of_lane);
+    }
+    const Tile tile = span.tile(t);  // anew: none of it has to stay in registers
+    if (!tile.looks_after()) return;
+    finish_sums(of_lane, lanes.channels[threadIdx.x]);
+    if (sums.dy) set_sums(sums, Span::share() * (long long)span.C + tile.channel(), of_lane);
+#endif
+}
+
 extern "C" __global__ void CLUSTER REGISTERS(128) norm_backward(
     const data_t* dy,                        // [N, A, C]
     const data_t* x,                         // [N, A, C]
@@ -56,33 +79,21 @@ extern "C" __global__ void CLUSTER REGISTERS(128) norm_backward(
     for (int t = 0; t < span.tiles(); t++) stage<ROWS>({span.kept(t, 0), span.kept(t, 1)}, {dy, x}, Packs(span.tile(t)));
 #endif
     __shared__ Lanes lanes;
+#if PHASE != ONLY_SUMS
     __shared__ double groups[MOST_LANES][2], means[MOST_LANES][2];  // of this block's groups; over the cluster
+#endif
 #pragma unroll 1
     for (int t = 0; t < span.tiles(); t++) {
         if (t > 0) __syncthreads();
         const Tile tile = span.tile(t);
         if (tile.looks_after()) lanes.set(threadIdx.x, channel_of_row(span, statistics, affine, tile.channel()));
         double of_lane[2] = {0, 0};
-#if PHASE == AFTER_SUMS
-        add_parts(tile, sums, (int)parts, of_lane);
-        add_lanes(span, tile, lanes, of_lane, groups);
-#else
-        {
-            const Packs packs(tile);
-            const OwnChannels channels(tile, lanes);
-            ColumnSums of_thread;
-            sum_all(span.source<ROWS>(t, packs, dy, 0), span.source<ROWS>(t, packs, x, 1), packs, Left(nullptr, tile),
-                    epilogue, channels, of_thread);
-            sum_tile(tile, of_thread, of_lane);
-        }
-        const Tile same = span.tile(t);  // anew: none of it has to stay in registers
-        if (same.looks_after()) {
-            finish_sums(of_lane, lanes.channels[threadIdx.x]);
-            if (sums.dy) set_sums(sums, Span::share() * sizes.C + same.channel(), of_lane);
-        }
-        if (PHASE == WHOLE) add_lanes(span, same, lanes, of_lane, groups);
+        lane_sums(span, t, dy, x, epilogue, lanes, sums, (int)parts, of_lane);
+#if PHASE != ONLY_SUMS
+        add_lanes(span, span.tile(t), lanes, of_lane, groups);
 #endif
     }
+
 #if PHASE != ONLY_SUMS
     show_cluster();
     const int g = threadIdx.x;

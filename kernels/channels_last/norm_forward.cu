@@ -53,6 +53,17 @@ DEVICE ChannelMoments merge_blocks(ChannelMoments* groups, int g) {
     return {count, mean, m2};
 }
 
+// The moments of lane q of tile t, for thread q: over the block's rows or, after the sums, over those of all parts.
+DEVICE ChannelMoments lane_moments(const Span& span, int t, const data_t* x, const Moments& moments, int parts) {
+    const Tile tile = span.tile(t);
+#if PHASE == AFTER_SUMS
+    return merge_parts(tile, moments, parts);
+#else
+    const Packs packs(tile);
+    return moments_of(tile, span.source<CHUNK>(t, packs, x), packs, Left(nullptr, tile), x + span.top * span.C);
+#endif
+}
+
 extern "C" __global__ void CLUSTER REGISTERS(128) norm_forward(
     const data_t* x,                         // [N, A, C]
     Affine affine,
@@ -74,28 +85,26 @@ extern "C" __global__ void CLUSTER REGISTERS(128) norm_forward(
     moments.mean += span.sample * parts * sizes.C;
     moments.m2 += span.sample * parts * sizes.C;
 #endif
+
+#if PHASE == ONLY_SUMS
+#pragma unroll 1
+    for (int t = 0; t < span.tiles(); t++) {
+        if (t > 0) __syncthreads();
+        const ChannelMoments of_lane = lane_moments(span, t, x, moments, (int)parts);
+        const Tile tile = span.tile(t);
+        if (tile.looks_after()) set_moments(moments, Span::share(), sizes.C, tile.channel(), of_lane, nullptr);
+    }
+#else
     __shared__ ChannelAffine given[MOST_LANES];  // of the first tile; read while copies are on their way
-    if (PHASE != ONLY_SUMS && (int)threadIdx.x < MOST_LANES)
-        given[threadIdx.x] = read_affine(affine, span.tile(0).channel());
+    if ((int)threadIdx.x < MOST_LANES) given[threadIdx.x] = read_affine(affine, span.tile(0).channel());
     __shared__ ChannelMoments groups[MOST_LANES], rows[MOST_LANES];  // of this block's groups; over the cluster
 #pragma unroll 1
     for (int t = 0; t < span.tiles(); t++) {
         if (t > 0) __syncthreads();
-        const Tile tile = span.tile(t);
-#if PHASE == AFTER_SUMS
-        add_lanes(span, tile, merge_parts(tile, moments, (int)parts), (double)sizes.A, groups);
-#else
-        const Packs packs(tile);
-        const ChannelMoments of_lane = moments_of(tile, span.source<CHUNK>(t, packs, x), packs, Left(nullptr, tile),
-                                                  x + span.top * span.C);
-        const Tile same = span.tile(t);  // anew: none of it has to stay in registers
-        if (PHASE == WHOLE)
-            add_lanes(span, same, of_lane, (double)(span.end - span.begin), groups);
-        else if (same.looks_after())
-            set_moments(moments, Span::share(), sizes.C, same.channel(), of_lane, nullptr);
-#endif
+        const ChannelMoments of_lane = lane_moments(span, t, x, moments, (int)parts);
+        const double rows_of_lane = PHASE == WHOLE ? (double)(span.end - span.begin) : (double)sizes.A;
+        add_lanes(span, span.tile(t), of_lane, rows_of_lane, groups);  // the tile anew: it took no registers
     }
-#if PHASE != ONLY_SUMS
     show_cluster();
     const int g = threadIdx.x;
     if (g < span.groups()) {
