@@ -8,7 +8,7 @@ import cupy as cp
 import numpy as np
 
 from cupybn._calls import call
-from cupybn._steps import cupy_dropout, cupy_ops, numpy_ops, plans
+from cupybn._steps import cupy_dropout, cupy_norms, cupy_ops, norms_last, numpy_ops, plans
 from cupybn._steps.bundles import Affine, Epilogue, Gradients, Running, Statistics
 from cupybn.dropout import call as dropout_call
 from tests.reference import HALF_ULP, to_numpy
@@ -111,7 +111,8 @@ def _way_back(ops, dy, x, affine, running, epilogue, out):
 
 def forget_plans():
     """Forget all plans and tapes of launches, since they hold for the devices and settings of their time."""
-    for cached in (plans.streamed_plan, plans.resident_plan, plans.properties_of, cupy_dropout._plan):
+    of_norms = cupy_norms.row_plan, norms_last.plans_of
+    for cached in (plans.streamed_plan, plans.resident_plan, plans.properties_of, cupy_dropout._plan, *of_norms):
         cached.cache_clear()
     call._cache.clear()
     dropout_call._cache.clear()

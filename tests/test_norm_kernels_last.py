@@ -261,6 +261,13 @@ def test_means_far_above_the_deviations(rng, scale, way, take):
     assert np.all(np.abs(to_numpy(out) - y) <= 1e-6 + 2**-22 * np.abs(y))
     np.testing.assert_allclose(to_host(ours).var, statistics.var, rtol=1e-6)
 
+    case.dy += y.astype(np.float32)  # which makes mean(dy * xhat) about 1
+    dx = np.empty(case.x.shape)
+    numpy_norms.norm_backward(case.dy, case.x, case.norm, statistics, case.affine, Epilogue(), Gradients(dx))
+    off = np.abs(case.rows(to_numpy(case.backward(statistics)[0].dx)) - case.rows(dx))
+    size = np.maximum(np.abs(case.rows(dx)), np.abs(case.rows(case.dy)) / of_rows(case, np.sqrt(statistics.var)))
+    assert np.all(off <= 3e-6 * size.max((1, 3), keepdims=True))
+
 
 def test_more_samples_than_a_side_of_a_grid_has_blocks(rng, take, monkeypatch):
     take("one block")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import pickle
@@ -269,6 +270,52 @@ def test_pytorch_agrees(rng):
             np.testing.assert_allclose(array, theirs.state_dict()[key].numpy(), rtol=1e-12)
 
 
+@makers
+def test_a_captured_graph_computes_anew(rng, make):
+    """A graph that has captured a pass and its way back reads the input, and moves statistics, at each launch."""
+    cupy = pytest.importorskip("cupy")
+    layer, x, dy = make(device="cuda:0"), draw(cupy, rng), draw(cupy, rng)
+    layer.vjp(x)[1](dy)  # compiles the kernels
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        stream.begin_capture()
+        y, vjp_fn = layer.vjp(x)
+        grads = vjp_fn(dy)
+        graph = stream.end_capture()
+    buffers = bits(*layer.buffers())
+    x[...] = draw(cupy, rng)
+    with stream:
+        graph.launch(stream)
+    stream.synchronize()
+    moved = bits(*layer.buffers())
+    assert (moved != buffers) == isinstance(layer, InstanceNorm1d)
+    with cupybn.no_stats_update():
+        expected, vjp_fn = layer.vjp(x)
+    assert bits(y, *grads) == bits(expected, *vjp_fn(dy))
+
+
+@makers
+@pytest.mark.usefixtures("fresh_plans")
+def test_another_device_than_the_current_one(rng, make):
+    cupy = pytest.importorskip("cupy")
+    emulator = getattr(cupy, "emulator", None)
+    if emulator is None and cupy.cuda.runtime.getDeviceCount() < 2:
+        pytest.skip("there is one device")
+    x, dy = draw(np, rng), draw(np, rng)
+    y, vjp_fn = make(device="cpu").vjp(x)
+    expected = [array for array in (y, *vjp_fn(dy)) if array is not None]
+    with emulator.pretend(emulator.H200, emulator.H200) if emulator else contextlib.nullcontext():
+        layer = make(device="cuda:1")
+        with cupy.cuda.Device(1):
+            x, dy = cupy.asarray(x), cupy.asarray(dy)
+        for _ in range(2):  # by steps, then from a tape
+            y, vjp_fn = layer.vjp(x)
+            results = [array for array in (y, *vjp_fn(dy)) if array is not None]
+            assert {array.device.id for array in results} == {1}
+        for array, like in zip(results, expected, strict=True):
+            np.testing.assert_allclose(to_numpy(array), like, rtol=1e-5, atol=1e-5)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # State
 
@@ -423,6 +470,9 @@ def test_states_that_do_not_fit(device, rng, make):
             layer.load_state_dict(good | {"weight": wrong})
     with pytest.raises(KeyError, match=r"did you mean prefix='norm\.'"):
         layer.load_state_dict({f"norm.{name}": array for name, array in good.items()})
+    with pytest.raises(KeyError) as caught:  # what has other shapes was not meant
+        layer.load_state_dict({f"norm.{name}": np.zeros((3, 4)) for name in good})
+    assert "did you mean" not in str(caught.value)
     assert bits(*layer.state_dict().values()) == before
     keys = layer.load_state_dict(missing, strict=False)
     assert keys == (["weight"], [])
@@ -477,7 +527,8 @@ def test_checkpoints(tmp_path, device, rng, suffix):
 
 def test_layers_without_arrays_have_nothing_to_save(tmp_path):
     path = tmp_path / "model.npz"
-    cupybn.save_checkpoint(path, {"gn.": GroupNorm(2, 4, affine=False, device="cpu")})
+    layers = {"gn.": GroupNorm(2, 4, affine=False, device="cpu"), "in.": InstanceNorm1d(None, device="cpu")}
+    cupybn.save_checkpoint(path, layers)
     cupybn.load_checkpoint(path, {"gn.": GroupNorm(2, 4, affine=False, device="cpu")})
     with pytest.raises(ValueError, match=r"^expected layers with arrays"):
         cupybn.save_checkpoint(path, {"in.": InstanceNorm1d(None, affine=True, device="cpu")})

@@ -585,7 +585,7 @@ def test_arrays_that_begin_elsewhere_are_told_apart(rng, case, offsets):
     again = {name: shifted(a, of_input if name == "input" else of_parameters) for name, a in given.items()}
     for _ in range(2):
         y, vjp_fn = case.vjp(**again)
-        results = [array for array in (y, *vjp_fn(shifted(dy, of_parameters))) if array is not None]
+        results = [array for array in (y, *vjp_fn(shifted(dy, of_input))) if array is not None]
         for array, like in zip(results, expected, strict=True):
             np.testing.assert_allclose(to_numpy(array), like, rtol=1e-5, atol=1e-5)
 

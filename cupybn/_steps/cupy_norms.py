@@ -142,7 +142,7 @@ def row_plan(
         2 if step == "norm_backward" else 1,
         summed,
     )
-    geometry, on_chip = row_geometry(norms, properties_of(device_index))
+    geometry, on_chip, at_once = row_geometry(norms, properties_of(device_index))
     beyond = 2 * geometry.threads * PACK
     macros = macros_of(dtype, width, 32 if N * C * L + beyond < MOST_INT else 64, geometry)
     macros["CLUSTER_BLOCKS"] = geometry.cluster
@@ -150,6 +150,7 @@ def row_plan(
     macros["ELEMENTWISE"] = int(elementwise)
     macros["ON_CHIP"] = int(on_chip.rows)
     macros["SUMS_ON_CHIP"] = int(on_chip.sums)
+    macros["ROWS_AT_ONCE"] = at_once
     macros["PARAMETER_T"] = parameter_dtype
     return Plan(kernel(f"channels_first/{step}", **macros), geometry)
 

@@ -18,8 +18,14 @@ ROW_TEAMS = (4, 8, 16, WARP, 64, 128, 256, 512)
 ROW_PACKS = 8
 """Packs per thread up to which the smaller team is used; twice as many narrow ones. What each thread does once for a
 row takes as long as some packs: on an H200, rows in teams of threads with 2 packs each took twice as long."""
-ROW_OWN = 3 << 10
-"""Bytes of shared memory that a kernel needs per block for its own variables, beside the arrays."""
+ROW_OWN = 1 << 10
+"""Bytes of shared memory that a kernel needs per block for its own variables, beside the arrays and what it knows of
+each row."""
+KNOWN = 64 + 32 * 2
+"""Bytes of shared memory for what a kernel knows of each row, and for its sums by each warp, at most."""
+AT_ONCE = (4, 2, 1)
+"""Rows that a team of the backward pass may take at once where it adds up what several rows have at the same place:
+the more, the fewer barriers and the fewer sums beside them in shared memory."""
 MOST_TABLE = 8 << 10
 """Bytes of shared memory that the sums of runs by warps may take, in all teams of a block."""
 MOST_ROWS = 128
@@ -39,7 +45,7 @@ class Rows(NamedTuple):
     L: int  # elements of a run
     squad: int  # threads of a squad, a power of two
     packs: int  # packs of a run that a squad takes, in a cluster of each run those of one block
-    samples: int  # rows that a team takes, one after the other: those of one group in neighbouring samples
+    samples: int  # rows that a team takes, some at once: those of one group in neighbouring samples
 
 
 class Norms(NamedTuple):
@@ -68,8 +74,9 @@ class Cut(NamedTuple):
     team: int
     squad: int
     packs: int  # packs of a run for a squad
-    slots: int  # packs of each array for a thread
+    slots: int  # packs of each array and row for a thread
     threads: int
+    at_once: int  # rows that a team takes at once
 
     @property
     def teams(self) -> int:
@@ -84,10 +91,18 @@ class OnChip(NamedTuple):
     sums: bool  # sums of the elements that each have a weight, over several rows; else each row makes a part
 
 
-def row_geometry(norms: Norms, device: Device) -> tuple[Geometry, OnChip]:
-    """Geometry of a kernel for rows, and what is kept on chip."""
+class RowGeometry(NamedTuple):
+    """Launch of a kernel for rows, and what else it is compiled for."""
+
+    geometry: Geometry
+    on_chip: OnChip
+    at_once: int  # rows that a team takes at once
+
+
+def row_geometry(norms: Norms, device: Device) -> RowGeometry:
+    """Geometry of a kernel for rows, and what it is compiled for."""
     cut, on_chip = _choose(norms, device)
-    samples = _samples(norms, cut, on_chip.rows, device) if on_chip.sums else 1
+    samples = _samples(norms, cut, on_chip.rows, device) if on_chip.sums else cut.at_once
     shared = _shared(norms, cut, on_chip)
     if norms.elementwise:
         parts = math.ceil(norms.N / (cut.teams * samples))
@@ -97,21 +112,22 @@ def row_geometry(norms: Norms, device: Device) -> tuple[Geometry, OnChip]:
         blocks = math.ceil(norms.N * norms.groups / cut.teams)
     sizes = Rows(norms.N, norms.groups, norms.runs, norms.L, cut.squad, cut.packs, samples)
     geometry = Geometry((blocks * cut.blocks,), sizes, parts, cut.threads, cut.blocks, shared, cut.team)
-    return geometry, on_chip
+    return RowGeometry(geometry, on_chip, cut.at_once)
 
 
 def _choose(norms: Norms, device: Device) -> tuple[Cut, OnChip]:
     """The cut of a row, and what is kept on chip: rows, by as few blocks as have room for them."""
     twice = device.shared_per_multiprocessor // BLOCKS_PER_MULTIPROCESSOR - CUDA_OWN
-    cuts = [_cut(norms, blocks, twice) for blocks in (BLOCKS if device.clusters else BLOCKS[:1])]
+    clusters = BLOCKS if device.clusters else BLOCKS[:1]
     summed = norms.elementwise and norms.summed
+    cuts = [_cut(norms, blocks, twice, at_once) for blocks in clusters for at_once in (AT_ONCE if summed else (1,))]
     for most in twice, device.shared_per_block:
-        fitting = [cut for cut in cuts if _shared(norms, cut, OnChip(True, summed)) + ROW_OWN <= most]
+        fitting = [cut for cut in cuts if _needed(norms, cut, OnChip(True, summed)) <= most]
         if fitting:
             break
     else:
-        streamed = _cut(norms, cuts[-1].blocks, math.inf)
-        fits = _shared(norms, streamed, OnChip(False, summed)) + ROW_OWN <= device.shared_per_block
+        streamed = _cut(norms, clusters[-1], math.inf, 1)
+        fits = _needed(norms, streamed, OnChip(False, summed)) <= device.shared_per_block
         return streamed, OnChip(False, summed and fits)
     if norms.elementwise:
         return fitting[0], OnChip(True, summed)
@@ -121,14 +137,14 @@ def _choose(norms: Norms, device: Device) -> tuple[Cut, OnChip]:
     return best, OnChip(True, False)
 
 
-def _cut(norms: Norms, blocks: int, twice: float) -> Cut:
-    """The cut of a row for a cluster of so many blocks.
+def _cut(norms: Norms, blocks: int, twice: float, at_once: int) -> Cut:
+    """The cut of a row for a cluster of so many blocks, whose teams take so many rows at once.
 
     A block that keeps more bytes than `twice` is alone on its multiprocessor, and may have more threads.
     """
     packs = math.ceil(norms.L // norms.width / blocks)
-    each = ROW_PACKS * (1 if norms.pack >= NARROW else 2)
-    alone = norms.arrays * norms.runs * packs * norms.pack > twice
+    each = ROW_PACKS // at_once * (1 if norms.pack >= NARROW else 2)
+    alone = at_once * norms.arrays * norms.runs * packs * norms.pack > twice
     teams = ROW_TEAMS if alone else ROW_TEAMS[:-1]
     team = next((t for t in teams if norms.runs * packs <= t * each), teams[-1])
     if blocks > 1:  # which take one row: each block is a single team
@@ -143,13 +159,13 @@ def _cut(norms: Norms, blocks: int, twice: float) -> Cut:
     squad = min(
         (s for s in squads if norms.elementwise or tables[s] <= MOST_TABLE), key=lambda s: (slots(s), s > WARP, -s)
     )
-    return Cut(blocks, team, squad, packs, slots(squad), threads)
+    return Cut(blocks, team, squad, packs, slots(squad), threads, at_once)
 
 
 def _shared(norms: Norms, cut: Cut, on_chip: OnChip) -> int:
     """Bytes of dynamic shared memory of a block."""
     packs = cut.slots * cut.threads
-    shared = norms.arrays * packs * norms.pack if on_chip.rows else 0
+    shared = norms.arrays * cut.at_once * packs * norms.pack if on_chip.rows else 0
     if on_chip.sums:
         shared += packs * 2 * norms.width * max(norms.itemsize, 4)
     if norms.arrays == 2 and not norms.elementwise:
@@ -157,12 +173,19 @@ def _shared(norms: Norms, cut: Cut, on_chip: OnChip) -> int:
     return shared
 
 
+def _needed(norms: Norms, cut: Cut, on_chip: OnChip) -> int:
+    """Bytes of shared memory that a block needs in all."""
+    warps = max(1, cut.team // WARP) * cut.teams  # of one team each, if only in part
+    return _shared(norms, cut, on_chip) + ROW_OWN + KNOWN * cut.at_once * max(cut.teams, warps)
+
+
 def _samples(norms: Norms, cut: Cut, rows_on_chip: bool, device: Device) -> int:
     """Rows that a team takes one after the other, so that there are as many parts as blocks find room for, about."""
-    own = _shared(norms, cut, OnChip(rows_on_chip, True)) + ROW_OWN + CUDA_OWN
+    own = _needed(norms, cut, OnChip(rows_on_chip, True)) + CUDA_OWN
     room = min(device.shared_per_multiprocessor // own, MOST_THREADS // cut.threads, MOST_BLOCKS)
     teams = device.multiprocessors * max(1, room) * cut.teams // cut.blocks
-    return max(1, min(math.ceil(norms.N * norms.groups / max(1, teams)), MOST_ROWS, norms.N))
+    rows = min(math.ceil(norms.N * norms.groups / max(1, teams)), MOST_ROWS, norms.N)
+    return math.ceil(rows / cut.at_once) * cut.at_once
 
 
 def width_of_rows(norms_row: int, itemsize: int, *addresses: int) -> int:

@@ -4,12 +4,12 @@
 //
 // A team, or all blocks of a cluster, take a row. If ON_CHIP, they keep dy and x in shared memory, and each element is
 // read once; else it is read twice. A run's sums are those of its channel: each sample makes a part of them. If
-// ELEMENTWISE, a team takes several rows, and adds up in shared memory what they have at the same place: each block
-// makes a part.
+// ELEMENTWISE, a team takes several rows, ROWS_AT_ONCE of them at a time, and adds up in shared memory what they have at
+// the same place: each block makes a part.
 // Mirror: numpy_norms.norm_backward
 #include "row_gradients.cuh"
 
-extern "C" __global__ void CLUSTER REGISTERS(96) norm_backward(
+extern "C" __global__ void CLUSTER REGISTERS(WIDTH == 8 || INDEX_BITS == 64 ? 128 : 96) norm_backward(
     const data_t* dy,                        // [N, C, L]
     const data_t* x,                         // [N, C, L]
     Statistics statistics,
@@ -25,41 +25,68 @@ extern "C" __global__ void CLUSTER REGISTERS(96) norm_backward(
     const index_t first_channel = own.group * (ELEMENTWISE ? own.row_elements : (index_t)sizes.runs);
     const Parameters parameters(affine, first_channel);
     const double inv_count = 1 / (double)own.row_elements;
-    __shared__ Row rows[2][TEAMS];
+    __shared__ Row rows[2][TEAMS][ROWS_AT_ONCE];
+    __shared__ RowSumsOfTwo of_rows;
     const Columns columns(own, sizes, sums, first_channel);
+    const auto number = [&](int i) {
+        return (own.first + i < own.last ? own.first + i : 0) * (index_t)sizes.groups + own.group;
+    };
+    const auto packs_of = [&](int i) {
+        RowPacks packs(own, sizes, number(i));
+        if (own.first + i >= own.last) packs.count = 0;
+        return packs;
+    };
     bool started = CLUSTER_BLOCKS == 1;
-    for (int i = 0; i < (ELEMENTWISE ? (int)sizes.samples : 1); i++) {
-        const bool idle = own.first + i >= own.last;
-        const int turn = i & 1;
-        const index_t n = idle ? 0 : own.first + i, row = n * (index_t)sizes.groups + own.group;
-        RowPacks packs(own, sizes, row);
-        if (idle) packs.count = 0;
+    for (int first = 0; first < (int)sizes.samples; first += ROWS_AT_ONCE) {
+        const int turn = first / ROWS_AT_ONCE & 1;
+        Row(&known)[ROWS_AT_ONCE] = rows[turn][team()];
 #if ON_CHIP
-        raw_t *const at_dy = kept(own, 0), *const at_x = kept(own, 1);
-        const int group = stage<SUMMED>({at_dy, at_x}, {dy, x}, packs);
-        const OnChip from_dy = {at_dy, group}, from_x = {at_x, group};
+        int group = 0;
+#pragma unroll 1
+        for (int r = 0; r < ROWS_AT_ONCE; r++)
+            group = stage<SUMMED>({kept(own, 0, r), kept(own, 1, r)}, {dy, x}, packs_of(first + r));
+        const auto from_dy = [&](int r) { return OnChip{kept(own, 0, r), group}; };
+        const auto from_x = [&](int r) { return OnChip{kept(own, 1, r), group}; };
 #else
-        const InMemory from_dy = {dy}, from_x = {x};
+        const auto from_dy = [&](int) { return InMemory{dy}; };
+        const auto from_x = [&](int) { return InMemory{x}; };
 #endif
-        Row& known = rows[turn][team()];
-        if (member() == 0) known = make_row(statistics.pairs[2 * row], statistics.pairs[2 * row + 1], affine.eps);
+        if (member() < ROWS_AT_ONCE) {
+            const double* const pair = statistics.pairs + 2 * number(first + member());
+            known[member()] = make_row(pair[0], pair[1], affine.eps);
+        }
         team_wait();
-        const RowElements elements = {parameters, &known, gate_of(epilogue), epilogue.passed, row * own.row_elements};
+        const auto elements_of = [&](int r) {
+            return RowElements{parameters, &known[r], gate_of(epilogue), epilogue.passed,
+                               number(first + r) * own.row_elements};
+        };
 
-        double means[2];
-        if (ELEMENTWISE) {
-            sum_row(from_dy, from_x, packs, elements, means);
-        } else {
-            const long long part = n * CLUSTER_BLOCKS + (CLUSTER_BLOCKS > 1 ? cluster_rank() : 0);
-            const RunSums runs = {sums, part * sizes.groups * sizes.runs + first_channel, idle};
-            sum_runs(from_dy, from_x, packs, elements, own, sizes, runs, means);
+        wait_but<0>();
+#pragma unroll 1
+        for (int r = 0; r < ROWS_AT_ONCE; r++) {
+            double of_thread[2];
+            const RowElements elements = elements_of(r);
+            RowPacks packs = packs_of(first + r);
+            if (ELEMENTWISE) {
+                sum_packs(from_dy(r), from_x(r), packs, 0, packs.count, elements, of_thread);
+            } else {
+                const long long part = own.first * CLUSTER_BLOCKS + (CLUSTER_BLOCKS > 1 ? cluster_rank() : 0);
+                const RunSums runs = {sums, part * sizes.groups * sizes.runs + first_channel, own.first >= own.last};
+                sum_runs(from_dy(r), from_x(r), packs, elements, own, sizes, runs, of_thread);
+            }
+            of_rows.leave(turn, r, of_thread);
         }
         if (!started) cluster_wait();  // all blocks have started
         started = true;
-        row_sum(means, turn);
-        means[0] *= inv_count;
-        means[1] *= inv_count;
-        write_row(from_dy, from_x, packs, elements, means, gradients, own, columns);
+        of_rows.wait(turn);
+#pragma unroll 1
+        for (int r = 0; r < ROWS_AT_ONCE; r++) {
+            double means[2];
+            of_rows.of_row(turn, r, means);
+            means[0] *= inv_count;
+            means[1] *= inv_count;
+            write_row(from_dy(r), from_x(r), packs_of(first + r), elements_of(r), means, gradients, own, columns);
+        }
     }
     columns.finish(own, sizes);
 }

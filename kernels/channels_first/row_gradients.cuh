@@ -148,14 +148,6 @@ DEVICE void sum_packs(const Source& dy, const Source& x, RowPacks& packs, int fi
     sum_exactly(dy, x, packs, first, count, elements, sums);
 }
 
-// The sums over all packs of a thread in a row whose elements each have a weight.
-template <class Source>
-DEVICE void sum_row(const Source& dy, const Source& x, RowPacks packs, const RowElements& elements,
-                    double (&sums)[2]) {
-    wait_but<0>();
-    sum_packs(dy, x, packs, 0, packs.count, elements, sums);
-}
-
 // ---------------------------------------------------------------------------------------------------------------------
 // Sums of runs
 
@@ -163,7 +155,7 @@ DEVICE void sum_row(const Source& dy, const Source& x, RowPacks packs, const Row
 // memory.
 DEVICE double* of_warps(const RowPlace& own, const Rows& sizes) {
     const int warps = (int)sizes.squad / WARP;
-    double* const all = reinterpret_cast<double*>(staging() + (ON_CHIP ? 2 * TEAMS * own.slots * TEAM : 0));
+    double* const all = reinterpret_cast<double*>(staging() + kept_packs(own, 2));
     return all + 2 * team() * warps * sizes.runs;
 }
 
@@ -183,7 +175,6 @@ struct RunSums {
 template <class Source>
 DEVICE void sum_runs(const Source& dy, const Source& x, RowPacks packs, const RowElements& elements,
                      const RowPlace& own, const Rows& sizes, const RunSums& runs, double (&sums)[2]) {
-    wait_but<0>();
     const int squad = (int)sizes.squad, warps = squad / WARP, turns = own.turns(sizes);
     sums[0] = sums[1] = 0;
     const auto add = [&](int run, const double (&of_run)[2]) {
@@ -246,7 +237,7 @@ class Columns {
 
   public:
     DEVICE Columns(const RowPlace& own, const Rows& sizes, const Sums& sums, index_t channel)
-        : all(reinterpret_cast<Piece*>(staging() + (ON_CHIP ? 2 * TEAMS * own.slots * TEAM : 0))),
+        : all(reinterpret_cast<Piece*>(staging() + kept_packs(own, 2))),
           first(own.part * sizes.groups * own.row_elements + channel), sums(sums) {
         if constexpr (ELEMENTWISE && SUMS_ON_CHIP)
             for (int i = 0; sums.dy && i < own.packs; i++)

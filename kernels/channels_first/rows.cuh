@@ -16,6 +16,10 @@
 #include "../row.cuh"
 #include "statistics.cuh"
 
+#ifndef ROWS_AT_ONCE
+#define ROWS_AT_ONCE 1
+#endif
+
 // The sizes that a kernel is given.
 struct Rows {
     long long N;
@@ -24,7 +28,7 @@ struct Rows {
     long long L;        // elements of a run
     long long squad;    // threads of a squad, a power of two
     long long packs;    // packs of a run that a squad takes, in a cluster of each run those of one block
-    long long samples;  // rows that a team takes, one after the other: those of one group in neighbouring samples
+    long long samples;  // rows that a team takes, some at once: those of one group in neighbouring samples
 };
 
 // What a thread takes of the rows of its team.
@@ -101,9 +105,14 @@ class RowPacks {
     }
 };
 
-// Place of a thread's packs of an array in shared memory: the first one, which the others follow TEAM apart.
-DEVICE raw_t* kept(const RowPlace& own, int array = 0) {
-    return staging() + (array * TEAMS + team()) * own.slots * TEAM + member();
+// Place of a thread's packs in shared memory, of one of the arrays and of one of the rows that a team takes at once: the
+// first one, which the others follow TEAM apart.
+DEVICE raw_t* kept(const RowPlace& own, int array = 0, int row = 0) {
+    return staging() + ((array * ROWS_AT_ONCE + row) * TEAMS + team()) * own.slots * TEAM + member();
+}
+// Packs that the block keeps in shared memory, of so many arrays.
+DEVICE int kept_packs(const RowPlace& own, int arrays) {
+    return ON_CHIP ? arrays * ROWS_AT_ONCE * TEAMS * own.slots * TEAM : 0;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -182,42 +191,60 @@ DEVICE void both_sums(double (&values)[2]) {
     values[0] = second ? other : sums[0];
     values[1] = second ? sums[0] : other;
 }
-template <int LANES>
-DEVICE void both_sums(double (&values)[1]) {
-    lanes_sum<LANES>(values);
-}
 
-// Makes each of K values, one or two, its sum over the threads that take a row: the team, in all blocks of the cluster.
-// All threads call it and get the same bits. Calls take turns, 0 and 1: so two of them need no barrier in between.
-template <int K>
-DEVICE void row_sum(double (&values)[K], int turn) {
-    both_sums<(TEAM < WARP ? TEAM : WARP)>(values);
-    if constexpr (TEAM_WARPS > 1) {
-        __shared__ double of_warps[2][K][THREADS / WARP];
-        const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-        if (lane == 0)
+// The sums of two values over the threads that take a row: the team, in all blocks of the cluster. Each team leaves
+// those of its rows, one by one; there is one barrier for all of them. Turns, 0 and 1, take two places: so that a team
+// may leave those of its next rows while another thread still reads.
+class RowSumsOfTwo {
+    static constexpr int LANES = TEAM < WARP ? TEAM : WARP;  // threads of a warp that are of one team
+    double of_warps[2][ROWS_AT_ONCE][2][THREADS / LANES];
+    double of_blocks[2][ROWS_AT_ONCE][2][CLUSTER_BLOCKS];
+
+    DEVICE void of_block(int turn, int row, double (&values)[2]) const {
 #pragma unroll
-            for (int k = 0; k < K; k++) of_warps[turn][k][warp] = values[k];
-        __syncthreads();
-#pragma unroll
-        for (int k = 0; k < K; k++) values[k] = of_warps[turn][k][team() * TEAM_WARPS + lane % TEAM_WARPS];
-        both_sums<TEAM_WARPS>(values);
+        for (int k = 0; k < 2; k++)
+            values[k] = of_warps[turn][row][k][team() * TEAM_WARPS + threadIdx.x % WARP % TEAM_WARPS];
+        if constexpr (TEAM_WARPS > 1) both_sums<TEAM_WARPS>(values);
     }
-    if constexpr (CLUSTER_BLOCKS > 1) {
-        __shared__ double of_blocks[2][CLUSTER_BLOCKS][K];
-        if (threadIdx.x == 0)
+
+  public:
+    // Leaves the values of this thread for a row. All threads of the warp call it.
+    DEVICE void leave(int turn, int row, double (&values)[2]) {
+        both_sums<LANES>(values);
+        if (threadIdx.x % LANES == 0)
 #pragma unroll
-            for (int k = 0; k < K; k++) give_all(of_blocks[turn][cluster_rank()][k], values[k]);
-        cluster_arrive();
-        cluster_wait();
+            for (int k = 0; k < 2; k++) of_warps[turn][row][k][threadIdx.x / LANES] = values[k];
+    }
+    // Waits for what others have left. All threads call it, of all blocks of a cluster.
+    DEVICE void wait(int turn) {
+        team_wait();
+        if constexpr (CLUSTER_BLOCKS > 1) {
+#pragma unroll 1
+            for (int row = 0; row < ROWS_AT_ONCE; row++) {
+                double values[2];
+                of_block(turn, row, values);
+                if (threadIdx.x == 0)
 #pragma unroll
-        for (int k = 0; k < K; k++) {
-            values[k] = 0;
-#pragma unroll
-            for (int rank = 0; rank < CLUSTER_BLOCKS; rank++) values[k] += of_blocks[turn][rank][k];
+                    for (int k = 0; k < 2; k++) give_all(of_blocks[turn][row][k][cluster_rank()], values[k]);
+            }
+            cluster_arrive();
+            cluster_wait();
         }
     }
-}
+    // The sums of a row: all threads get the same bits.
+    DEVICE void of_row(int turn, int row, double (&values)[2]) const {
+        if constexpr (CLUSTER_BLOCKS == 1) {
+            of_block(turn, row, values);
+        } else {
+#pragma unroll
+            for (int k = 0; k < 2; k++) {
+                values[k] = 0;
+#pragma unroll
+                for (int rank = 0; rank < CLUSTER_BLOCKS; rank++) values[k] += of_blocks[turn][row][k][rank];
+            }
+        }
+    }
+};
 
 // The sums behind the statistics of a row. All threads of the block construct theirs, and in a cluster all blocks.
 #if CENTERED
@@ -269,7 +296,8 @@ struct RowSums {
     DEVICE RowSums(const Source& x, const RowPacks& packs, double) {
         if (!add_squares<acc_t>(x, packs, squares[0]) && sizeof(acc_t) < 8) add_squares<double>(x, packs, squares[0]);
         cluster_wait();  // all blocks have started
-        row_sum(squares, 0);
+        team_sum(squares);
+        cluster_sum(squares);
     }
     // Moments about 0, in place of the mean.
     DEVICE ChannelMoments moments(double count) const { return {count, 0, squares[0]}; }
