@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from cupybn._steps import sample_geometry, sources
-from cupybn._steps.geometry import CHANNELS_FIRST_OWN, CHANNELS_LAST_OWN
+from cupybn._steps import row_geometry, sample_geometry, sources
+from cupybn._steps.geometry import CHANNELS_FIRST_OWN, CHANNELS_LAST_OWN, WARP
 from tests import nvrtc
 from tests.nvrtc import ARCHITECTURES
 
@@ -54,6 +54,9 @@ def own_shared(instance):
         return STATIC_SHARED
     if instance.phase >= 0:
         return sample_geometry.OWN
+    if instance.rows:
+        known = max(instance.threads // instance.team, instance.threads // WARP) * instance.rows.rows_at_once
+        return row_geometry.ROW_OWN + row_geometry.KNOWN * known
     return CHANNELS_FIRST_OWN if "first" in instance.kernel else CHANNELS_LAST_OWN
 
 
