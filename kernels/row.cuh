@@ -29,14 +29,28 @@ struct RowFactors {
     }
 };
 
+// Whether a mean is near the limits of float32.
+DEVICE bool near_limits(acc_t mean) {
+    return !(fabs(mean) <= (acc_t)1e30) || (fabs(mean) < (acc_t)1e-30 && mean != 0);
+}
+
 // What is known of a row, in float64 and in the dtype of the arithmetic.
 struct Row {
     double mean, rstd;         // rstd = 1 / sqrt(var + eps)
+    double mean_g, mean_g_xhat;
     RowFactors<acc_t> usual;
     bool wide;                 // whether float32 is too narrow: all is done in float64 then
+    bool exact_gradients;      // whether it is too narrow for the way back
 
-
-    DEVICE RowFactors<double> exact() const { return {mean, rstd, 0, 0, 0}; }
+    // Notes the means that the way back needs.
+    DEVICE void set_means(const double (&means)[2]) {
+        mean_g = means[0];
+        mean_g_xhat = means[1];
+        usual.mean_g = (acc_t)mean_g;
+        usual.mean_g_xhat = (acc_t)mean_g_xhat;
+        exact_gradients = wide || (sizeof(acc_t) < 8 && (near_limits(usual.mean_g) || near_limits(usual.mean_g_xhat)));
+    }
+    DEVICE RowFactors<double> exact() const { return {mean, rstd, 0, mean_g, mean_g_xhat}; }
 };
 
 // The row of this mean and variance.
@@ -48,6 +62,7 @@ DEVICE Row make_row(double mean, double var, double eps) {
     const double rest = mean - center;
     const bool lost = rest - rest == 0 && rest != 0;  // else inf - inf, or 0 * inf, would be NaN
     row.usual = {center, (acc_t)row.rstd, lost ? (acc_t)__dmul_rn(-rest, row.rstd) : 0, 0, 0};
-    row.wide = row.rstd < 1e-15 || row.rstd > 1e15 || fabs(mean) > 1e30;
+    row.mean_g = row.mean_g_xhat = 0;
+    row.wide = sizeof(acc_t) < 8 && (row.rstd < 1e-15 || row.rstd > 1e15 || fabs(mean) > 1e30);
     return row;
 }

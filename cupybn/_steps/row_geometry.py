@@ -21,7 +21,7 @@ row takes as long as some packs: on an H200, rows in teams of threads with 2 pac
 ROW_OWN = 1 << 10
 """Bytes of shared memory that a kernel needs per block for its own variables, beside the arrays and what it knows of
 each row."""
-KNOWN = 64 + 32 * 2
+KNOWN = 192
 """Bytes of shared memory for what a kernel knows of each row, and for its sums by each warp, at most."""
 AT_ONCE = (4, 2, 1)
 """Rows that a team of the backward pass may take at once where it adds up what several rows have at the same place:
@@ -120,7 +120,7 @@ def _choose(norms: Norms, device: Device) -> tuple[Cut, OnChip]:
     twice = device.shared_per_multiprocessor // BLOCKS_PER_MULTIPROCESSOR - CUDA_OWN
     clusters = BLOCKS if device.clusters else BLOCKS[:1]
     summed = norms.elementwise and norms.summed
-    cuts = [_cut(norms, blocks, twice, at_once) for blocks in clusters for at_once in (AT_ONCE if summed else (1,))]
+    cuts = [_cut(norms, blocks, twice, at_once) for at_once in (AT_ONCE if summed else (1,)) for blocks in clusters]
     for most in twice, device.shared_per_block:
         fitting = [cut for cut in cuts if _needed(norms, cut, OnChip(True, summed)) <= most]
         if fitting:

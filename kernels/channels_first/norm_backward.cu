@@ -85,8 +85,25 @@ extern "C" __global__ void CLUSTER REGISTERS(WIDTH == 8 || INDEX_BITS == 64 ? 12
             of_rows.of_row(turn, r, means);
             means[0] *= inv_count;
             means[1] *= inv_count;
-            write_row(from_dy(r), from_x(r), packs_of(first + r), elements_of(r), means, gradients, own, columns);
+            if (member() == r % TEAM) known[r].set_means(means);
         }
+        team_wait();
+
+        // Where ReLU stopped dy it has become 0 on chip.
+        const auto stopped = [&](int r) {
+            RowElements elements = elements_of(r);
+            if (ON_CHIP) elements.gate = OPEN;
+            return elements;
+        };
+        const int count = (int)min((index_t)ROWS_AT_ONCE, max((index_t)0, own.last - own.first - first));
+        if (ELEMENTWISE)
+            write_elements(stopped, from_dy, from_x, count, own, sizes, gradients, columns);
+        else if (!known[0].exact_gradients)
+            write_runs(from_dy(0), from_x(0), packs_of(first), stopped(0), gradients);
+#pragma unroll 1
+        for (int r = 0; r < count; r++)
+            if (known[r].exact_gradients)
+                write_exactly(from_dy(r), from_x(r), packs_of(first + r), stopped(r), gradients, own, columns);
     }
     columns.finish(own, sizes);
 }

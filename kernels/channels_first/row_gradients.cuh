@@ -21,6 +21,11 @@ struct RowElements {
                      Body body) const {
         acc_t weight[WIDTH];
         parameters.weights(run, at - start, weight);
+        each(raw_dy, raw_x, at, run, weight, factors, body);
+    }
+    template <class Body>
+    DEVICE void each(const raw_t& raw_dy, const raw_t& raw_x, index_t at, int run, const acc_t (&weight)[WIDTH],
+                     const RowFactors<acc_t>& factors, Body body) const {
         const unsigned bits = gate == OPEN     ? ~0u
                               : gate == RECORD ? record[at / WIDTH]
                                                : passed(raw_x, at, run, weight, factors);
@@ -66,9 +71,6 @@ struct RowElements {
         return bits;
     }
 };
-
-// Whether a mean is near the limits of float32.
-DEVICE bool near_limits(acc_t mean) { return !(fabs(mean) <= (acc_t)1e30) || (fabs(mean) < (acc_t)1e-30 && mean != 0); }
 
 // Whether float32 may have lost some of the products in this sum, which are too small for it.
 DEVICE bool lost(float sum) { return sum != 0 && fabs(sum) < 1e-30f; }
@@ -246,22 +248,24 @@ class Columns {
 #pragma unroll
                     for (int k = 0; k < EACH; k++) piece(own, team(), i, p).values[k] = 0;
     }
-    // Adds those of element e of pack i of the thread. Elements come in order: `sum` is the piece that they are in.
-    DEVICE void add(const RowPlace& own, int i, int e, index_t element, acc_t dy, acc_t dy_xhat, Piece& sum) const {
-        if (!ELEMENTWISE || !sums.dy) return;
-        if (SUMS_ON_CHIP) {
-            Piece& place = piece(own, team(), i, 2 * e / EACH);
-            if (2 * e % EACH == 0) sum = place;
-            sum.values[2 * e % EACH] += dy;
-            sum.values[2 * e % EACH + 1] += dy_xhat;
-            if ((2 * e + 2) % EACH == 0) place = sum;
-        } else {
-            set_sums(sums, first + element + e, {(double)dy, (double)dy_xhat});
+    // Adds those of pack i of the thread, which begins at this element: sum(dy) and sum(dy * xhat) of one element after
+    // the other.
+    DEVICE void add(const RowPlace& own, int i, index_t element, const acc_t (&more)[2 * WIDTH]) const {
+        if (!sums.dy) return;
+#pragma unroll
+        for (int e = 0; !SUMS_ON_CHIP && e < WIDTH; e++)
+            set_sums(sums, first + element + e, {(double)more[2 * e], (double)more[2 * e + 1]});
+#pragma unroll
+        for (int p = 0; SUMS_ON_CHIP && p < PIECES; p++) {
+            Piece sum = piece(own, team(), i, p);
+#pragma unroll
+            for (int k = 0; k < EACH; k++) sum.values[k] += more[p * EACH + k];
+            piece(own, team(), i, p) = sum;
         }
     }
     // Adds those of a single element.
     DEVICE void add_one(const RowPlace& own, int i, int e, index_t element, double dy, double dy_xhat) const {
-        if (!ELEMENTWISE || !sums.dy) return;
+        if (!sums.dy) return;
         if (SUMS_ON_CHIP) {
             Piece& place = piece(own, team(), i, 2 * e / EACH);
             place.values[2 * e % EACH] += (acc_t)dy;
@@ -292,31 +296,27 @@ class Columns {
 // ---------------------------------------------------------------------------------------------------------------------
 // Gradients of a row
 
-// Packs whose gradients are worked out at a time: fewer where weights and long indices want registers as well.
-constexpr int WRITTEN = ELEMENTWISE && (WIDTH == 8 || INDEX_BITS == 64) ? 1 : RowPacks::PAIRS;
-
-// Writes the gradients of a thread's packs.
+// Writes the gradients of a thread's packs in a row of runs, given its means of g and g * xhat.
 template <class Source>
-DEVICE void write_usually(const Source& dy, const Source& x, RowPacks packs, const RowElements& elements,
-                          const RowFactors<acc_t>& factors, const Gradients& gradients, const RowPlace& own,
-                          const Columns& columns) {
-    in_batches<WRITTEN>(packs.count, [&](auto full, int i, int count) {
-        raw_t raw_dy[WRITTEN], raw_x[WRITTEN];
-        index_t at[WRITTEN];
-        int run[WRITTEN];
-        each<WRITTEN>(full, count, [&](int u) {
+DEVICE void write_runs(const Source& dy, const Source& x, RowPacks packs, const RowElements& elements,
+                       const Gradients& gradients) {
+    constexpr int AT_ONCE = RowPacks::PAIRS;
+    const RowFactors<acc_t> factors = elements.row->usual;
+    in_batches<AT_ONCE>(packs.count, [&](auto full, int i, int count) {
+        raw_t raw_dy[AT_ONCE], raw_x[AT_ONCE];
+        index_t at[AT_ONCE];
+        int run[AT_ONCE];
+        each<AT_ONCE>(full, count, [&](int u) {
             at[u] = packs.next();
             run[u] = packs.run;
             raw_dy[u] = dy.get(at[u], i + u);
             raw_x[u] = x.get(at[u], i + u);
         });
-        each<WRITTEN>(full, count, [&](int u) {
+        each<AT_ONCE>(full, count, [&](int u) {
             acc_t kept[WIDTH], dx[WIDTH];
-            Columns::Piece sum;
             elements.each(raw_dy[u], raw_x[u], at[u], run[u], factors, [&](int e, acc_t dy, acc_t g, acc_t xhat) {
                 kept[e] = dy;
                 dx[e] = factors.input_gradient(g, xhat);
-                columns.add(own, i + u, e, at[u] - elements.start, dy, mul(dy, xhat), sum);
             });
             store(gradients.dx + at[u], pack(dx));
             if (gradients.dresidual) store(gradients.dresidual + at[u], pack(kept));
@@ -324,37 +324,51 @@ DEVICE void write_usually(const Source& dy, const Source& x, RowPacks packs, con
     });
 }
 
-// Does the same in float64, for rows or means that are near the limits of float32.
+// Writes the gradients of a thread's packs in the rows that a team takes at once, `count` of them, whose elements each
+// have a weight. Pack by pack, row by row: so a weight is read once for all rows, and what they add to the sums of an
+// element is added to them once. What is known of row r is elements_of(r); from_dy(r) and from_x(r) are its sources.
+template <class ElementsOf, class FromDy, class FromX>
+DEVICE void write_elements(const ElementsOf& elements_of, const FromDy& from_dy, const FromX& from_x, int count,
+                           const RowPlace& own, const Rows& sizes, const Gradients& gradients,
+                           const Columns& columns) {
+#pragma unroll 1
+    for (int i = 0; i < own.packs; i++) {
+        const index_t element = (own.begin + (index_t)i * (int)sizes.squad) * WIDTH;
+        acc_t weight[WIDTH], sums[2 * WIDTH] = {};
+        elements_of(0).parameters.weights(0, element, weight);
+#pragma unroll 1
+        for (int r = 0; r < count; r++) {
+            const RowElements elements = elements_of(r);
+            if (elements.row->exact_gradients) continue;
+            const RowFactors<acc_t> factors = elements.row->usual;
+            const index_t at = elements.start + element;
+            acc_t kept[WIDTH], dx[WIDTH];
+            elements.each(from_dy(r).get(at, i), from_x(r).get(at, i), at, 0, weight, factors,
+                          [&](int e, acc_t dy, acc_t g, acc_t xhat) {
+                              kept[e] = dy;
+                              dx[e] = factors.input_gradient(g, xhat);
+                              sums[2 * e] += dy;
+                              sums[2 * e + 1] = multiply_add(dy, xhat, sums[2 * e + 1]);
+                          });
+            store(gradients.dx + at, pack(dx));
+            if (gradients.dresidual) store(gradients.dresidual + at, pack(kept));
+        }
+        columns.add(own, i, element, sums);
+    }
+}
+
+// Writes the gradients of a thread's packs in a row that float32 does not hold, in float64.
 template <class Source>
 DEVICE void write_exactly(const Source& dy, const Source& x, RowPacks packs, const RowElements& elements,
-                          const double (&means)[2], const Gradients& gradients, const RowPlace& own,
-                          const Columns& columns) {
-    RowFactors<double> factors = elements.row->exact();
-    factors.mean_g = means[0];
-    factors.mean_g_xhat = means[1];
+                          const Gradients& gradients, const RowPlace& own, const Columns& columns) {
+    const RowFactors<double> factors = elements.row->exact();
 #pragma unroll 1
     for (int i = 0; i < packs.count; i++) {
         const index_t at = packs.next();
         elements.each_exactly(dy, x, at, i, packs.run, [&](int e, acc_t of_dy, double g, double xhat) {
-            columns.add_one(own, i, e, at - elements.start, of_dy, (double)of_dy * xhat);
+            if (ELEMENTWISE) columns.add_one(own, i, e, at - elements.start, of_dy, (double)of_dy * xhat);
             if (gradients.dresidual) narrow(of_dy, gradients.dresidual[at + e]);
             narrow(factors.input_gradient(g, xhat), gradients.dx[at + e]);
         });
     }
-}
-
-// Writes the gradients of a thread's packs, given the means of g and g * xhat over the row. dy has been stopped before,
-// where it is on chip.
-template <class Source>
-DEVICE void write_row(const Source& dy, const Source& x, const RowPacks& packs, RowElements elements,
-                      const double (&means)[2], const Gradients& gradients, const RowPlace& own,
-                      const Columns& columns) {
-    if (ON_CHIP) elements.gate = OPEN;
-    RowFactors<acc_t> factors = elements.row->usual;
-    factors.mean_g = (acc_t)means[0];
-    factors.mean_g_xhat = (acc_t)means[1];
-    if (sizeof(acc_t) < 8 && (elements.row->wide || near_limits(factors.mean_g) || near_limits(factors.mean_g_xhat)))
-        write_exactly(dy, x, packs, elements, means, gradients, own, columns);
-    else
-        write_usually(dy, x, packs, elements, factors, gradients, own, columns);
 }
