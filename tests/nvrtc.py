@@ -197,8 +197,10 @@ def all_instances(architecture: int) -> Iterator[Instance]:
     """All instances that the library may ask a GPU for, every size of team, block and cluster; the most used ones
     first.
     """
+    # Kernels of the norms for channels first come behind the others: they have more instances than all of these.
+    kernels = sorted(sources.kernel_names(), key=lambda kernel: kernel in NORMS_FIRST)
     for masked, index_bits, pack_bytes in itertools.product((False, True), (32, 64), PACK_BYTES):
-        for kernel in sources.kernel_names():
+        for kernel in kernels:
             if kernel in NORMS_LAST:
                 if not masked:
                     yield from _norms_last(kernel, pack_bytes, index_bits, architecture)
