@@ -78,7 +78,7 @@ def promised_registers(instance, architecture):
     if not condition:
         return int(text)
     names = {"INDEX_BITS": instance.index_bits, "WIDTH": instance.width, "MASKED": instance.masked}
-    names["ARCHITECTURE"] = 10 * architecture
+    names |= {"ARCHITECTURE": 10 * architecture, "ELEMENTWISE": instance.rows and instance.rows.elementwise}
     own = (sources.KERNELS / f"{instance.kernel}.cu").read_text()
     for name, value in [*re.findall(r"^constexpr bool (\w+) = (.+);", own, re.MULTILINE), ("chosen", condition)]:
         names[name] = eval(value.replace("||", "or").replace("&&", "and"), names)
