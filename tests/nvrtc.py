@@ -18,11 +18,13 @@ import numpy as np
 
 from cupybn._arrays.dtypes import FLOATS
 from cupybn._steps import launcher, sources
+from cupybn._steps.cupy_norms import ADDING_THREADS, MOVING_THREADS
 from cupybn._steps.geometry import LEAST_THREADS, TEAMS, THREADS, WARP, Geometry
-from cupybn._steps.norm_geometry import THREADS as NORM_THREADS
 from cupybn._steps.norms_last import AFTER_SUMS, ONLY_SUMS, WHOLE
 from cupybn._steps.plans import ON_CHIP, macros_of
 from cupybn._steps.resident import BLOCKS
+from cupybn._steps.row_geometry import AT_ONCE, ROW_TEAMS
+from cupybn._steps.sample_geometry import THREADS as NORM_THREADS
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 PACK_BYTES = (16, 8, 4, 2)
@@ -46,6 +48,32 @@ NORMS_LAST = ("channels_last/norm_backward", "channels_last/norm_forward")
 """Kernels of the norms for channels last, which are compiled for each phase: on chip, or one of two launches."""
 NORMS_MEMORY = {(16, 32): FLOATS, (16, 64): ("float16",), (8, 32): ("float16",), (2, 32): ("bfloat16",)}
 """Instances of these kernels to compile; all but the first are compiled for one architecture alone."""
+NORMS_FIRST = ("channels_first/norm_backward", "channels_first/norm_forward")
+"""Kernels of the norms for channels first, which are compiled for what a row is and what of it is kept on chip."""
+ROWS = {"layer": (1, 1), "rms": (0, 1), "groups": (1, 0)}
+"""Rows of the norms, by what shows them: whether they are centered, and whether each element has a weight."""
+ROWS_MEMORY = [
+    *itertools.product(("float16",), (16,), (32,), ROWS, (128,), (1,)),
+    *itertools.product(("float32",), (16,), (32,), ROWS, (128,), (1,)),
+    ("float16", 16, 64, "layer", 128, 1),
+    ("float16", 16, 64, "groups", 128, 1),
+    ("float64", 16, 32, "layer", 256, 1),
+    ("bfloat16", 16, 32, "groups", 16, 1),
+    ("bfloat16", 2, 32, "layer", 4, 1),
+    ("bfloat16", 2, 32, "groups", 128, 1),
+    ("float16", 16, 32, "layer", 128, 0),
+    ("float32", 4, 64, "rms", 256, 0),
+]
+"""Instances of these kernels to compile: dtype, bytes of a pack, bits of an index, rows, threads of a team, and whether
+rows are kept on chip. All but those of the first line are compiled for one architecture alone."""
+VECTOR_THREADS = {
+    "bn_update_running": THREADS,
+    "norm_parameters": ADDING_THREADS,
+    "norm_update_running": MOVING_THREADS,
+}
+"""Threads per block of kernels on vectors of one value per channel, where they are more than a warp."""
+STREAMED_TEAMS = (128, 256)
+"""Threads of a team where rows are not kept on chip."""
 _LIBRARY = "nvrtc64_*_0.dll" if sys.platform == "win32" else "libnvrtc.so.*"
 _CUPY_OPTIONS = ("--std=c++17", "-ftz=true", "--device-as-default-execution-space")
 """Options that CuPy passes for every kernel, beside its architecture. Without the last one, the compiler of CUDA 13.0
@@ -54,6 +82,17 @@ takes a generic lambda for a function of the host."""
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Which instances to compile
+
+
+class OfRows(NamedTuple):
+    """Macros of the kernels of the norms for channels first, beside those that other kernels have, in order."""
+
+    centered: int  # whether a row's mean is taken off it
+    elementwise: int  # whether each element has a weight of its own
+    on_chip: int  # whether rows are kept on chip
+    sums_on_chip: int  # whether a team adds up what several rows have at the same place
+    rows_at_once: int
+    parameter_t: str  # dtype of weight and bias
 
 
 class Instance(NamedTuple):
@@ -68,6 +107,7 @@ class Instance(NamedTuple):
     cluster: int = 0  # blocks of a cluster; 0 for kernels without clusters
     masked: bool = False  # whether the kernel is compiled for masks
     phase: int = -1  # what a launch does of a step of the norms for channels last; -1 for other kernels
+    rows: OfRows | None = None  # what else the norms for channels first are compiled for
 
     @property
     def pack_bytes(self) -> int:
@@ -86,6 +126,8 @@ class Instance(NamedTuple):
             macros["MASKED"] = 1
         if self.phase >= 0:
             macros["PHASE"] = self.phase
+        if self.rows:
+            macros |= {name.upper(): value for name, value in self.rows._asdict().items()}
         return launcher.Kernel(self.kernel, macros)
 
     @property
@@ -109,6 +151,8 @@ def instances(kernel: str, architecture: int, everything: bool = False) -> list[
         well. Else it is a short list for blocks of the fewest threads, in which a thread may use the fewest registers.
     """
     found = [i for i in all_instances(architecture) if i.kernel == kernel]
+    if kernel in NORMS_FIRST:
+        return _of_rows(found, architecture, everything)
     if everything:
         largest = {i.threads: i.team for i in found}  # later teams of a block are larger, and replace earlier ones
         clusters = 0, BLOCKS[0], _clusters(architecture)[-1]
@@ -133,20 +177,42 @@ def instances(kernel: str, architecture: int, everything: bool = False) -> list[
     ]
 
 
+def _of_rows(found: list[Instance], architecture: int, everything: bool) -> list[Instance]:
+    """Those of the instances of a norm's kernel for channels first that are to be compiled."""
+    if everything:
+        teams, clusters = (ROW_TEAMS[0], *ROW_TEAMS[-3:]), (BLOCKS[0], _clusters(architecture)[-1])
+        found = [i for i in found if i.team in teams and i.cluster in clusters]
+        return [i for i in found if (i.pack_bytes, i.index_bits) == (16, 32) or i.rows.parameter_t == "float32"]
+    # Later instances replace earlier ones: clusters are larger, and teams take more rows at once.
+    names = {row: name for name, row in ROWS.items()}
+    last = {
+        (i.dtype, i.pack_bytes, i.index_bits, names[i.rows[:2]], i.team, i.rows.on_chip): i
+        for i in found
+        if i.rows and (i.rows.sums_on_chip or "forward" in i.kernel or not i.rows.elementwise)
+    }
+    return [last[key] for key in (ROWS_MEMORY if architecture == 90 else ROWS_MEMORY[: len(ROWS)])]
+
+
 def all_instances(architecture: int) -> Iterator[Instance]:
     """All instances that the library may ask a GPU for, every size of team, block and cluster; the most used ones
     first.
     """
+    # Kernels of the norms for channels first come behind the others: they have more instances than all of these.
+    kernels = sorted(sources.kernel_names(), key=lambda kernel: kernel in NORMS_FIRST)
     for masked, index_bits, pack_bytes in itertools.product((False, True), (32, 64), PACK_BYTES):
-        for kernel in sources.kernel_names():
+        for kernel in kernels:
             if kernel in NORMS_LAST:
                 if not masked:
                     yield from _norms_last(kernel, pack_bytes, index_bits, architecture)
                 continue
+            if kernel in NORMS_FIRST:
+                if not masked:
+                    yield from _norms_first(kernel, pack_bytes, index_bits, architecture)
+                continue
             layout, _, step = kernel.rpartition("/")
             if not layout and kernel not in IN_PACKS:  # the kernel works on vectors of one value per channel
                 if (masked, pack_bytes, index_bits) == (False, 16, 32):  # such a kernel is listed once
-                    threads = THREADS if step == "bn_update_running" else WARP
+                    threads = VECTOR_THREADS.get(step, WARP)
                     yield from (Instance(kernel, dtype, 1, 32, threads) for dtype in ("float32", "float64"))
                 continue
             for dtype, (threads, team) in itertools.product(FLOATS, _teams(layout, step)):
@@ -172,6 +238,29 @@ def _norms_last(kernel: str, pack_bytes: int, index_bits: int, architecture: int
             yield Instance(kernel, dtype, width, index_bits, threads, cluster=cluster, phase=WHOLE)
         for phase in (ONLY_SUMS, AFTER_SUMS) if width else ():
             yield Instance(kernel, dtype, width, index_bits, threads, phase=phase)
+
+
+def _norms_first(kernel: str, pack_bytes: int, index_bits: int, architecture: int) -> Iterator[Instance]:
+    """All instances of a norm's kernel for channels first, with such packs and indices."""
+    for dtype, (centered, elementwise) in itertools.product(FLOATS, ROWS.values()):
+        width = pack_bytes // itemsize(dtype)
+        sums = [(0, 1), *((1, n) for n in sorted(AT_ONCE))] if elementwise and "backward" in kernel else [(0, 1)]
+        for parameter_t in dict.fromkeys((dtype, "float32")) if width else ():
+            for cluster, team, on_chip, (summed, at_once) in _row_cuts(architecture, sums):
+                rows = OfRows(centered, elementwise, on_chip, summed, at_once, parameter_t)
+                threads = max(team, LEAST_THREADS)
+                yield Instance(kernel, dtype, width, index_bits, threads, team, cluster, rows=rows)
+
+
+def _row_cuts(architecture: int, sums: list[tuple[int, int]]) -> Iterator[tuple[int, int, int, tuple[int, int]]]:
+    """Blocks of a cluster, threads of a team, whether rows are on chip, whether sums are, and the rows at once."""
+    clusters = _clusters(architecture)
+    for cluster, team, some in itertools.product(clusters, ROW_TEAMS, sums):
+        if cluster == 1 or team >= LEAST_THREADS:
+            yield cluster, team, 1, some
+    for team, some in itertools.product(STREAMED_TEAMS, sums):
+        if some[1] == 1:
+            yield clusters[-1], team, 0, some
 
 
 def _teams(layout: str, step: str) -> list[tuple[int, int]]:

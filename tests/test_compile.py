@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from cupybn._steps import norm_geometry, sources
-from cupybn._steps.geometry import CHANNELS_FIRST_OWN, CHANNELS_LAST_OWN
+from cupybn._steps import row_geometry, sample_geometry, sources
+from cupybn._steps.geometry import CHANNELS_FIRST_OWN, CHANNELS_LAST_OWN, WARP
 from tests import nvrtc
 from tests.nvrtc import ARCHITECTURES
 
@@ -53,7 +53,10 @@ def own_shared(instance):
     if not instance.cluster:
         return STATIC_SHARED
     if instance.phase >= 0:
-        return norm_geometry.OWN
+        return sample_geometry.OWN
+    if instance.rows:
+        known = max(instance.threads // instance.team, instance.threads // WARP) * instance.rows.rows_at_once
+        return row_geometry.ROW_OWN + row_geometry.KNOWN * known
     return CHANNELS_FIRST_OWN if "first" in instance.kernel else CHANNELS_LAST_OWN
 
 
@@ -75,7 +78,7 @@ def promised_registers(instance, architecture):
     if not condition:
         return int(text)
     names = {"INDEX_BITS": instance.index_bits, "WIDTH": instance.width, "MASKED": instance.masked}
-    names["ARCHITECTURE"] = 10 * architecture
+    names |= {"ARCHITECTURE": 10 * architecture, "ELEMENTWISE": instance.rows and instance.rows.elementwise}
     own = (sources.KERNELS / f"{instance.kernel}.cu").read_text()
     for name, value in [*re.findall(r"^constexpr bool (\w+) = (.+);", own, re.MULTILINE), ("chosen", condition)]:
         names[name] = eval(value.replace("||", "or").replace("&&", "and"), names)

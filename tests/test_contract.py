@@ -27,11 +27,11 @@ from cupybn._steps import (
     cupy_norms,
     cupy_ops,
     geometry,
-    norm_geometry,
     numpy_dropout,
     numpy_norms,
     numpy_ops,
     row_geometry,
+    sample_geometry,
     sources,
 )
 from cupybn._steps.sources import KERNELS, kernel_names, signature
@@ -150,7 +150,7 @@ SIZES = {
     "ChannelsFirst": (geometry, "channels_first/packs.cuh"),
     "ChannelsLast": (geometry, "channels_last/columns.cuh"),
     "Rows": (row_geometry, "channels_first/rows.cuh"),
-    "Samples": (norm_geometry, "channels_last/samples.cuh"),
+    "Samples": (sample_geometry, "channels_last/samples.cuh"),
 }
 """Structs of sizes: the module and the header that declare each."""
 SIZES_OF = {("channels_first", "norm"): "Rows", ("channels_last", "norm"): "Samples"}
@@ -232,7 +232,9 @@ def bundles_differ(python=None, header=None):
 
 
 def sizes_differ(python=None, headers=None):
-    """Words for the differences between sizes in Python and in CUDA; texts may be given by the struct that they have."""
+    """Words for the differences between sizes in Python and in CUDA; texts may be given, by the struct that they
+    have.
+    """
     ours, theirs = {}, {}
     for name, (module, _) in SIZES.items():
         ours |= fields_in_python((python or {}).get(name, text_of(module)), [name])

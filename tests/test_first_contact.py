@@ -24,7 +24,8 @@ from cupybn import functional
 from cupybn._cli import check as cli_check
 from cupybn._cli.checked import CHECKED
 from cupybn._cli.problem import FAMILY
-from cupybn._steps import launcher, sources
+from cupybn._steps import cupy_norms, launcher, norms_last, sources
+from cupybn._steps.norm import Norm
 from tests.benchmark_scripts import BENCHMARKS, ROOT, require
 
 pytest.importorskip("ml_dtypes")
@@ -584,15 +585,16 @@ def test_what_check_asks_for_is_compiled_next(monkeypatch):
         return Launch()
 
     monkeypatch.setattr(launcher.Kernel, "raw", property(raw))
-    dtype, checked = np.dtype(np.float16), CHECKED["batch_norm"]
-    for job in cli_check.kernel_jobs([dtype], {"batch_norm": cli_check.SHAPES}):
+    dtype, quick = np.dtype(np.float16), {op: CHECKED[op].shapes(quick=True) for op in CHECKED}
+    for job in cli_check.kernel_jobs([dtype], quick | {"batch_norm": cli_check.SHAPES}):
+        checked = CHECKED[job.op]
         with contextlib.suppress(cp.emulator.UninitialisedMemoryError):
             case = checked.case(job.shape, job.dtype, job.offset, job.variant)
             checked.steps[job.step].run(case, checked.sides[0])
     in_folders = {kernel for kernel in asked if "/" in kernel[0]}
     of_dtype = {kernel for kernel in insides.kernels_of_check() if "-DDATA_T=float16" in kernel[1]}
     assert in_folders == of_dtype
-    assert asked <= {(instance.kernel, instance.options) for instance in precompile.in_order()[:600]}
+    assert asked <= {(instance.kernel, instance.options) for instance in precompile.in_order()[:650]}
 
 
 def test_precompile_sees_what_does_not_compile(tmp_path, monkeypatch):
@@ -736,8 +738,7 @@ def test_nccl_sees_a_communicator_that_is_not_refused():
 def test_all_that_the_library_asks_for_is_compiled(monkeypatch):
     """Every step over shapes, dtypes and alignments of all kinds, on the device that is there."""
     compiled = {(instance.kernel, instance.options) for instance in insides.instances_here()}
-    names = {name for name in sources.kernel_names() if not name.endswith(insides.OF_NORMS)}
-    assert {kernel for kernel, _ in compiled} == names
+    assert {kernel for kernel, _ in compiled} == set(sources.kernel_names())
     shapes = [(N, C, L) for L in (1, 2, 49, 3136, 1 << 20) for N in (2, 64, 5000) for C in (2, 3, 64, 1000)]
     asked = set()
     for (N, C, L), dtype, most, masked in product(shapes, insides.dtypes(), (16, 8, 4, 2), (False, True)):
@@ -748,6 +749,26 @@ def test_all_that_the_library_asks_for_is_compiled(monkeypatch):
     assert len(asked) > 300
     assert {"-DMASKED=1" in options for _, options in asked} == {True, False}
     assert asked <= compiled
+
+
+def test_all_that_the_norms_ask_for_is_compiled():
+    """Rows of every length, in groups of few and of many channels, with every dtype of weights, aligned and not."""
+    compiled = {(instance.kernel, instance.options) for instance in insides.instances_here()}
+    norms = [(4, Norm(1)), (4096, Norm(1)), (4096, Norm(1, False)), (100_000, Norm(1)), (24, Norm(8)), (320, Norm(32))]
+    asked = set()
+    for (C, norm), step, dtype, width in product(norms, insides.OF_NORMS, insides.dtypes(), (8, 4, 2, 1)):
+        if width * dtype.itemsize > 16:
+            continue
+        for N, L, vectors in product((1, 64, 200_000), (1, 8, 3136), {dtype, np.dtype(np.float32)}):
+            if (L == 1 or norm.centered) and (L if L > 1 else C // norm.groups) % width == 0:
+                for summed in {False, step == "norm_backward"}:
+                    asked.add(cupy_norms.row_plan(step, (N, 1, C, L), norm, dtype, width, vectors, summed, 0).kernel)
+        for N, A in product((1, 64), (8, 3136)):
+            asked.update(plan.kernel for plan in norms_last.plans_of(step, (N, A, C, 1), dtype, norm.groups, width, 0))
+    assert len(asked) > 300
+    macros = {option for kernel in asked for option in kernel.options}
+    assert macros >= {f"-D{name}={value}" for name in ("ON_CHIP", "SUMS_ON_CHIP", "ELEMENTWISE") for value in (0, 1)}
+    assert {(kernel.name, kernel.options) for kernel in asked} <= compiled
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -104,7 +104,8 @@ class Case:
         terms = np.abs(weight) * (1 + np.abs(xhat)) + least
         for part in self.affine.bias, self.residual:
             if part is not None:
-                terms = terms + np.abs(part.astype(np.float64).reshape(-1, 1) if part.ndim == 1 else part.astype(np.float64))
+                sizes = np.abs(part.astype(np.float64))
+                terms = terms + (sizes.reshape(-1, 1) if part.ndim == 1 else sizes)
         assert_close(ours[0], y, self.dtype, terms)
         np.testing.assert_allclose(ours[1][:, 1], pairs[:, 1], rtol=2e-7)
         np.testing.assert_allclose(ours[1][:, 0], pairs[:, 0], atol=2e-7 * np.sqrt(pairs[:, 1]).max() + 1e-12)
@@ -120,7 +121,9 @@ class Case:
 
 @pytest.fixture
 def device(monkeypatch):
-    """A function that sets properties of the GPU, by which rows are cut, and gets the plans that are made from then on."""
+    """A function that sets properties of the GPU, by which rows are cut, and gives the plans that are made from then
+    on.
+    """
     real = plans.properties_of(0)
     made = []
 
@@ -219,7 +222,9 @@ def test_long_indices(rng, device, monkeypatch, shape, groups, dtype):
 @pytest.mark.parametrize("centered", [True, False], ids=["layer", "rms"])
 @pytest.mark.parametrize("shape", [(3, 1, 64, 1), (2, 1, 4, 48)], ids=["elements", "runs"])
 def test_numbers_near_the_limits_of_float32(rng, shape, centered, factor):
-    """They are computed in float64: output and gradients are right. Others in the array stay as they are, to the bit."""
+    """Rows of such numbers are computed in float64: output and gradients are right. Others in the array stay as they
+    are, to the bit.
+    """
     case = Case(rng, shape, Norm(1, centered), np.float32, mean=0.0)
     case.affine = case.affine._replace(eps=0.0)
     before = case.ours()

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from cupybn._steps import geometry, norm_geometry, norms_last, numpy_norms, plans
+from cupybn._steps import geometry, norms_last, numpy_norms, plans, sample_geometry
 from cupybn._steps.bundles import Affine, Epilogue, Gradients, Statistics
 from cupybn._steps.norm import Norm
 from tests.reference import DTYPES, HALF_ULP, bits, to_numpy
@@ -69,9 +69,9 @@ def take(monkeypatch):
         blocks = WAYS[way]
         if blocks > 1 and not plans.properties_of(0).clusters:
             pytest.skip("a GPU without clusters")
-        monkeypatch.setattr(norm_geometry, "BLOCKS", (blocks,) if blocks else ())
+        monkeypatch.setattr(sample_geometry, "BLOCKS", (blocks,) if blocks else ())
         for name, number in (FEW if way == "streamed" else NEVER_IDLE).items():
-            monkeypatch.setattr(norm_geometry, name, number)
+            monkeypatch.setattr(sample_geometry, name, number)
         norms_last.plans_of.cache_clear()
 
     norms_last.plans_of.cache_clear()
@@ -327,7 +327,7 @@ def test_traffic(rng, way, passes, groups, dtype, take, monkeypatch):
     take(way)
     if way == "streamed":  # shares of a usual size, on a device with room for few blocks: each adds up all parts
         monkeypatch.undo()
-        monkeypatch.setattr(norm_geometry, "BLOCKS", ())
+        monkeypatch.setattr(sample_geometry, "BLOCKS", ())
     monkeypatch.setattr(emulator, "devices", [replace(emulator.H200, multiprocessors=1)])
     forget_plans()
     norms_last.plans_of.cache_clear()

@@ -9,11 +9,14 @@ from cupybn._steps import bundles as real_bundles
 from cupybn._steps import sources
 from cupybn._steps.arguments import VECTOR, Arguments
 from cupybn._steps.geometry import ChannelsFirst, ChannelsLast
-from cupybn._steps.norm_geometry import Samples
+from cupybn._steps.row_geometry import Rows
+from cupybn._steps.sample_geometry import Samples
 from cupybn._steps.tape import NUMBERS
 
 cp = pytest.importorskip("cupy")
 
+SIZES = {sizes.__name__: sizes for sizes in (ChannelsFirst, ChannelsLast, Rows, Samples)}
+"""Structs of a layout's sizes."""
 STRUCTS = {
     "Affine": [("weight", VECTOR), ("bias", VECTOR), ("eps", "f8")],
     "Running": [("mean", VECTOR), ("var", VECTOR), ("momentum", "f8"), ("batches", "u8"), ("skip_nonfinite", "i8")],
@@ -24,9 +27,7 @@ STRUCTS = {
     "Gradients": [("dx", "u8"), ("dresidual", "u8"), ("dweight", VECTOR), ("dbias", VECTOR)],
     "Drops": [("drawn", "u8"), ("threshold", "i8"), ("scale", "f8")],
     "Vector": VECTOR,
-    "ChannelsFirst": [(name, "i8") for name in ChannelsFirst._fields],
-    "ChannelsLast": [(name, "i8") for name in ChannelsLast._fields],
-    "Samples": [(name, "i8") for name in Samples._fields],
+    **{struct: [(name, "i8") for name in sizes._fields] for struct, sizes in SIZES.items()},
 }
 """Fields of all structs that kernels take, with their dtypes: pointers are u8."""
 TYPES = {"double": "f8", "long long": "i8"}
@@ -64,10 +65,7 @@ def test_words_of_every_kernel(name):
     signature = sources.signature(name)
     whole = np.dtype([(parameter.name, field_of(parameter)) for parameter in signature])
     arguments, drawn, expected, arrays = Arguments(name, signature, pointees), [], {}, {}
-    given, bundles = (
-        {},
-        vars(real_bundles) | {"ChannelsFirst": ChannelsFirst, "ChannelsLast": ChannelsLast, "Samples": Samples},
-    )
+    given, bundles = {}, vars(real_bundles) | SIZES
 
     def value(full_name, declared, dtype):
         if declared.type in pointees:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,17 +12,20 @@ import numpy as np
 from cupybn._arrays.devices import cuda_missing
 from cupybn._arrays.dtypes import FLOATS, parameter_dtype
 from cupybn._cli import check
+from cupybn._cli.checked import CHECKED
+from cupybn._cli.norm_cases import norm_of
+from cupybn._cli.problem import FAMILY
 from cupybn._ranks.engines import engine_for
 from cupybn._ranks.watch import watch_of
-from cupybn._steps import plans
+from cupybn._steps import cupy_norms, norms_last, plans
 from cupybn._steps.geometry import PACK
 from cupybn._steps.launcher import Frame
+from cupybn._steps.norm import Norm
 from tests.nvrtc import Instance, all_instances
 from tests.ranks.launch import RANK_ENVIRONMENT, find_mpiexec
 from tests.reference import ROUNDINGS, assert_close, batch_norm
 
 __all__ = [
-    "OF_NORMS",
     "ON_CHIP",
     "RANK_ENVIRONMENT",
     "ROUNDINGS",
@@ -38,6 +43,7 @@ __all__ = [
     "is_stand_in",
     "kernels_for",
     "kernels_of_check",
+    "kernels_of_norm",
     "watch_of",
 ]
 
@@ -47,8 +53,8 @@ ON_CHIP = tuple(plans.ON_CHIP)
 """The steps that keep channels on chip where they fit."""
 STREAMED = (*plans.SUMS, "bn_normalize", "bn_backward_input")
 """The steps over all elements that read them from memory."""
-OF_NORMS = ("/norm_forward", "/norm_backward")
-"""Ends of the names of kernels of the norms within a sample, whose macros depend on more than an `Instance` says."""
+OF_NORMS = ("norm_forward", "norm_backward")
+"""The steps of the norms within a sample that have a kernel for each layout."""
 
 
 def dtypes() -> list[np.dtype[Any]]:
@@ -83,13 +89,37 @@ def _width(shape: tuple[int, int, int], dtype: np.dtype[Any]) -> int:
 
 
 def kernels_of_check() -> set[Kernel]:
-    """The kernels that ``python -m cupybn check`` asks this device for, but for those on vectors of channels.
+    """The kernels that ``python -m cupybn check`` asks this device for, but for those that know no layout.
 
-    Shapes that it checks in unaligned memory as well have odd rows: the kernels are the same.
+    Shapes of batch norm that it checks in unaligned memory as well have odd rows: the kernels are the same.
     """
     every = [shape for shapes in check.SHAPES.values() for shape in shapes]
     asked = [kernels_for(shape, 1, dtype, masked) for shape in every for dtype in dtypes() for masked in (False, True)]
+    for op in FAMILY[:-1]:
+        for shapes in CHECKED[op].shapes(quick=True).values():
+            for (number, shape), dtype in itertools.product(enumerate(shapes), dtypes()):
+                norm = norm_of(op, shape[2])
+                asked += [kernels_of_norm(shape, norm, dtype, offset) for offset in ((0, 1) if number == 0 else (0,))]
     return set().union(*asked)
+
+
+def kernels_of_norm(shape: tuple[int, ...], norm: Norm, dtype: np.dtype[Any], offset: int = 0) -> set[Kernel]:
+    """The kernels that this device takes for a norm, forward and backward, over an array (N, A, C, B) that begins so
+    many elements after an aligned address; weight and bias are of float32.
+    """
+    x = SimpleNamespace(shape=shape, dtype=dtype, data=SimpleNamespace(ptr=offset * dtype.itemsize))
+    found: set[Kernel] = set()
+    for step in OF_NORMS:
+        chosen: tuple[plans.Plan, ...]
+        if shape[1] > 1:
+            width = norms_last.width_of(x, norm)
+            chosen = norms_last.plans_of(step, shape, dtype, norm.groups, width, 0)
+        else:
+            width, summed = cupy_norms._width_of(x, norm), step == "norm_backward"
+            vectors = np.dtype(np.float32)
+            chosen = (cupy_norms.row_plan(step, shape, norm, dtype, width, vectors, summed, 0),)
+        found |= {(plan.kernel.name, plan.kernel.options) for plan in chosen}
+    return found
 
 
 def has_clusters() -> bool:
@@ -98,12 +128,8 @@ def has_clusters() -> bool:
 
 
 def instances_here() -> list[Instance]:
-    """All instances of kernels that the library may ask this device for, the most used first.
-
-    Those of the norms within a sample are not among them: the stage that measures these compiles what it needs.
-    """
-    found = all_instances(90 if has_clusters() else 80)
-    return [instance for instance in found if not instance.kernel.endswith(OF_NORMS)]
+    """All instances of kernels that the library may ask this device for, the most used first."""
+    return list(all_instances(90 if has_clusters() else 80))
 
 
 def is_stand_in() -> bool:

@@ -12,8 +12,8 @@ from cupybn._steps.cupy_ops import _empty
 from cupybn._steps.geometry import PACK, Geometry
 from cupybn._steps.launcher import kernel
 from cupybn._steps.norm import Norm
-from cupybn._steps.norm_geometry import Rows, Samples, after_sums, is_wide, only_sums, whole
 from cupybn._steps.plans import MOST_INT, Plan, macros_of, properties_of
+from cupybn._steps.sample_geometry import Form, Samples, after_sums, is_wide, only_sums, whole
 
 Array = Any  # cupy.ndarray
 
@@ -107,7 +107,7 @@ def plans_of(
 ) -> tuple[Plan, ...]:
     """The plans of a step. They are kept: programs ask for the same few again and again."""
     N, A, C, _ = shape
-    rows, device = Rows(N, A, C, C // groups, dtype.itemsize, width), properties_of(device_index)
+    form, device = Form(N, A, C, C // groups, dtype.itemsize, width), properties_of(device_index)
 
     def plan(phase: int, geometry: Geometry) -> Plan:
         macros = macros_of(dtype, width, index_bits(shape, geometry), geometry)
@@ -115,11 +115,11 @@ def plans_of(
             macros["CLUSTER_BLOCKS"] = geometry.cluster
         return Plan(kernel(f"channels_last/{step}", **macros, PHASE=phase), geometry)
 
-    on_chip = whole(rows, ARRAYS[step], device)
+    on_chip = whole(form, ARRAYS[step], device)
     if on_chip is not None:
         return (plan(WHOLE, on_chip),)
-    sums = only_sums(rows)
-    return plan(ONLY_SUMS, sums), plan(AFTER_SUMS, after_sums(rows, sums.parts, device))
+    sums = only_sums(form)
+    return plan(ONLY_SUMS, sums), plan(AFTER_SUMS, after_sums(form, sums.parts, device))
 
 
 def index_bits(shape: tuple[int, int, int, int], geometry: Geometry) -> int:

@@ -16,8 +16,8 @@ from cupybn._steps.resident import BLOCKS, BLOCKS_PER_MULTIPROCESSOR, CUDA_OWN, 
 ROW_TEAMS = (4, 8, 16, WARP, 64, 128, 256, 512)
 """Threads that a team may have that takes a row."""
 ROW_PACKS = 8
-"""Packs per thread up to which the smaller team is used; twice as many narrow ones. What each thread does once for a row
-takes as long as some packs: on an H200, rows in teams of threads with 2 packs each took twice as long."""
+"""Packs per thread up to which the smaller team is used; twice as many narrow ones. What each thread does once for a
+row takes as long as some packs: on an H200, rows in teams of threads with 2 packs each took twice as long."""
 ROW_OWN = 1 << 10
 """Bytes of shared memory that a kernel needs per block for its own variables, beside the arrays and what it knows of
 each row."""
@@ -70,7 +70,7 @@ class Norms(NamedTuple):
 class Cut(NamedTuple):
     """How a row is cut."""
 
-    blocks: int  # of a cluster
+    blocks: int  # blocks of a cluster
     team: int
     squad: int
     packs: int  # packs of a run for a squad

@@ -62,7 +62,7 @@ DEVICE void normalize_wide(const Source& x, RowPacks packs, const Epilogue& epil
     }
 }
 
-extern "C" __global__ void CLUSTER REGISTERS(INDEX_BITS == 64 ? 128 : 80) norm_forward(
+extern "C" __global__ void CLUSTER REGISTERS(INDEX_BITS == 64 || WIDTH == 1 ? 128 : 80) norm_forward(
     const data_t* x,                         // [N, C, L]
     Affine affine,                           // contiguous, of PARAMETER_T
     Epilogue epilogue,                       // what ReLU passed is written

@@ -89,6 +89,7 @@ def in_order() -> list[Instance]:
 
     def urgency(instance: Instance) -> int:
         key = instance.kernel, instance.options
-        return next((number for number, kernels in enumerate(asked) if key in kernels), len(asked))
+        rest = len(asked) + ("/" in instance.kernel)  # kernels that know no layout are few, and every call takes some
+        return next((number for number, kernels in enumerate(asked) if key in kernels), rest)
 
     return sorted(insides.instances_here(), key=urgency)

@@ -62,7 +62,7 @@ class Span(NamedTuple):
     nbytes: int  # bytes of a position in whole tiles, with columns that are not there
 
 
-class Rows(NamedTuple):
+class Form(NamedTuple):
     """Arrays of one form, and the norm of them."""
 
     N: int
@@ -83,7 +83,7 @@ def most_columns(pack_bytes: int) -> int:
     return min(MOST_TILE // pack_bytes, MOST_COLUMNS)
 
 
-def spans_of(of: Rows) -> list[Span]:
+def spans_of(of: Form) -> list[Span]:
     """Spans that a block may take, widest first."""
     pack, unit = of.width * of.itemsize, math.lcm(of.group, of.width)
     packs, most = unit // of.width, most_columns(pack)
@@ -96,7 +96,7 @@ def spans_of(of: Rows) -> list[Span]:
     return [Span(c, n, math.ceil(of.C / c), math.ceil(c / (n * of.width)) * n * pack) for c, n in found]
 
 
-def whole(of: Rows, arrays: int, device: Device) -> Geometry | None:
+def whole(of: Form, arrays: int, device: Device) -> Geometry | None:
     """Geometry of a kernel on chip: a block or a cluster keeps a span. None where spans are to be streamed.
 
     Of the wide spans and the narrow ones, in clusters of few blocks and of many, these are the first that keep the GPU
@@ -127,7 +127,7 @@ def whole(of: Rows, arrays: int, device: Device) -> Geometry | None:
     return _geometry(of, span, math.ceil(of.A / blocks), blocks, blocks, shared)
 
 
-def only_sums(of: Rows) -> Geometry:
+def only_sums(of: Form) -> Geometry:
     """Geometry of the first one of two launches, cut by shape and width alone: in how many parts it leaves its sums."""
     span = spans_of(of)[0]
     most = math.ceil(of.A * span.columns * of.width / LEAST_SUMMED)
@@ -135,7 +135,7 @@ def only_sums(of: Rows) -> Geometry:
     return _streamed(of, span, shares)
 
 
-def after_sums(of: Rows, parts: int, device: Device) -> Geometry:
+def after_sums(of: Form, parts: int, device: Device) -> Geometry:
     """Geometry of the second one of two launches, whose blocks add up so many parts for the channels of a span."""
     span = spans_of(of)[0]
     least = max(math.ceil(LEAST_MAPPED / (span.columns * of.width)), parts * ROWS_PER_PART)
@@ -143,13 +143,13 @@ def after_sums(of: Rows, parts: int, device: Device) -> Geometry:
     return _streamed(of, span, min(wanted, math.ceil(of.A / least), MOST_GRID_Y))
 
 
-def _streamed(of: Rows, span: Span, shares: int) -> Geometry:
+def _streamed(of: Form, span: Span, shares: int) -> Geometry:
     """Geometry of a streamed kernel, whose positions are cut into so many shares, or fewer of the same size."""
     rows = math.ceil(of.A / shares)
     return _geometry(of, span, rows, 1, math.ceil(of.A / rows), 0)
 
 
-def _geometry(of: Rows, span: Span, rows: int, cluster: int, parts: int, shared: int) -> Geometry:
+def _geometry(of: Form, span: Span, rows: int, cluster: int, parts: int, shared: int) -> Geometry:
     """Geometry whose blocks take so many positions of a span."""
     threads = team_of(rows * span.columns, of.width * of.itemsize, PACKS, THREADS[-1])
     return Geometry(

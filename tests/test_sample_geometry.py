@@ -8,10 +8,10 @@ import math
 import numpy as np
 import pytest
 
-from cupybn._steps import norm_geometry
+from cupybn._steps import sample_geometry
 from cupybn._steps.geometry import MOST_COLUMNS, PACK, WARP
-from cupybn._steps.norm_geometry import OWN, THREADS, Rows, after_sums, is_wide, only_sums, spans_of, whole
 from cupybn._steps.resident import Device
+from cupybn._steps.sample_geometry import OWN, THREADS, Form, after_sums, is_wide, only_sums, spans_of, whole
 
 DEVICES = {
     "H200": Device(132, 232448, 233472, True),
@@ -37,9 +37,9 @@ def arrays():
     for (C, group), (N, A) in itertools.product(CHANNELS, [(1, 2), (2, 4096), (1, 1 << 18), (70_000, 3)]):
         for itemsize in 2, 4, 8:
             width = math.gcd(C * itemsize, PACK) // itemsize
-            yield Rows(N, A, C, group, itemsize, width)
+            yield Form(N, A, C, group, itemsize, width)
             if is_wide(group, width, itemsize):
-                yield Rows(N, A, C, group, itemsize, max(1, width // 2))
+                yield Form(N, A, C, group, itemsize, max(1, width // 2))
 
 
 @pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
@@ -56,7 +56,7 @@ def test_blocks_take_whole_groups_and_all_positions(device):
             columns = sizes.tile
             assert columns & (columns - 1) == 0
             assert columns <= MOST_COLUMNS <= WARP
-            assert columns * of.width * of.itemsize <= norm_geometry.MOST_TILE
+            assert columns * of.width * of.itemsize <= sample_geometry.MOST_TILE
             assert sizes.span <= columns * of.width or is_wide(of.group, of.width, of.itemsize)
             assert kept.threads in THREADS
             assert min(sizes.span, columns * of.width) <= kept.threads
@@ -86,12 +86,12 @@ def test_what_is_kept_fits(device, arrays_kept):
 def test_spans_are_sectors_of_small_groups():
     """A tile of instance norm has many groups: what memory hands out at a time, or more."""
     for itemsize, width in (2, 8), (4, 4), (2, 4):
-        for span in spans_of(Rows(8, 4096, 64, 1, itemsize, width)):
-            assert span.channels * itemsize in norm_geometry.SPANS
+        for span in spans_of(Form(8, 4096, 64, 1, itemsize, width)):
+            assert span.channels * itemsize in sample_geometry.SPANS
 
 
 def test_sums_do_not_depend_on_the_device_and_long_rows_keep_it_busy():
-    long = Rows(1, 1 << 20, 32, 1, 2, 8)
+    long = Form(1, 1 << 20, 32, 1, 2, 8)
     sums = only_sums(long)
     assert sums.parts == sums.grid[1] == 256
     for device in DEVICES.values():
