@@ -16,6 +16,8 @@ from cupybn._cli.problem import DROPPED, EPS, OVER_THE_LAST_AXIS, Array, Arrays,
 
 MOST_ELEMENTS = 1 << 24
 ULP = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "float64": 2.0**-52}
+LEAST = {"float16": 2.0**-14, "bfloat16": 2.0**-126, "float32": 2.0**-126, "float64": 2.0**-1022}
+"""Least numbers of each dtype that are normal: below them steps are no smaller."""
 FORWARD, BACKWARD = 2e-6, 1e-5
 """Largest errors that are allowed: a share of the terms of an output, and of the largest term of a row's gradients."""
 TINY = 1e-30
@@ -90,7 +92,8 @@ def _dropout(xp: Any, problem: Problem, operation: Operation, a: Arrays, found: 
     """The errors of some rows of dropout: of what is kept, and of how much that is, as each library draws its own."""
     given, found = block.rows(a.dy if operation.backward else a.x), block.rows(found)
     expected, kept = given * (1 / (1 - DROPPED)), found != 0
-    off = xp.where(kept | xp.isnan(found), xp.abs(found - expected), 0) / (ULP[problem.dtype.name] * xp.abs(expected))
+    unit = ULP[problem.dtype.name] * xp.maximum(xp.abs(expected), LEAST[problem.dtype.name])
+    off = xp.where(kept | xp.isnan(found), xp.abs(found - expected), 0) / unit
     off = float(xp.where(given == 0, 0, off).max())
     dropped = float((~kept & (given != 0)).sum()), float((given != 0).sum())
     away = abs(dropped[0] - DROPPED * dropped[1]) / math.sqrt(DROPPED * (1 - DROPPED) * max(dropped[1], 1))

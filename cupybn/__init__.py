@@ -1,6 +1,4 @@
-"""Normalization for CuPy and NumPy arrays: PyTorch's layers of batch, instance, group, layer and RMS norm, dropout,
-and their functional form.
-"""
+"""Batch, instance, group, layer and RMS norm and dropout for CuPy and NumPy arrays: PyTorch's layers and functions."""
 
 from cupybn import functional
 from cupybn._calls.tracking import no_stats_update

@@ -8,6 +8,7 @@ import importlib.util
 import itertools
 import os
 import re
+import struct
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -389,3 +390,13 @@ def usage(log: str) -> Usage:
     stack, stores, loads = (sum(map(int, column)) for column in zip(*memory, strict=True))
     shared = re.search(r"(\d+) bytes smem", log)
     return Usage(int(registers[0]), stack, stores, loads, int(shared[1]) if shared else 0)
+
+
+def machine_code(cubin: bytes) -> bytes:
+    """The instructions in a file of machine code, without what the file says of them."""
+    (table,), (size, count, of_names) = struct.unpack_from("<Q", cubin, 40), struct.unpack_from("<3H", cubin, 58)
+    sections = [struct.unpack_from("<I20xQQ", cubin, table + i * size) for i in range(count)]
+    names = sections[of_names][1]
+    code = [cubin[start : start + n] for name, start, n in sections if cubin.startswith(b".text.", names + name)]
+    assert code, "no section with instructions"
+    return b"".join(code)

@@ -215,17 +215,15 @@ def pairs(xp):
 
 def missed(pairs):
     """The labels of the pairs whose second call gets another outcome because of the first one."""
-    found = []
     for pair in pairs:
         _call._cache.clear()
         assert isinstance(pair.good.outcome(), Checked), pair.label
         if pair.other.outcome() != pair.expected:
-            found.append(pair.label)
-    return found
+            yield pair.label
 
 
 def test_a_call_like_a_good_one(pairs):
-    assert missed(pairs) == []
+    assert list(missed(pairs)) == []
 
 
 def test_every_field_has_a_wrong_value(pairs):
@@ -251,7 +249,7 @@ def test_every_part_of_the_key_counts(xp, pairs, monkeypatch):
     original, key = Call._key, call._key(out)
     for index in range(len(key)):
         monkeypatch.setattr(Call, "_key", without(original, index))
-        assert missed(pairs), f"part {index}, {key[index]!r}, is in the key for nothing"
+        assert any(missed(pairs)), f"part {index}, {key[index]!r}, is in the key for nothing"
 
 
 def test_every_part_of_a_form_counts(xp, pairs, monkeypatch):
@@ -260,11 +258,11 @@ def test_every_part_of_a_form_counts(xp, pairs, monkeypatch):
     *others, last = range(len(original(xp.zeros(3))))
     for index in others:
         monkeypatch.setattr(_call, name, without(original, index))
-        assert missed(pairs), f"part {index} is in the form for nothing"
+        assert any(missed(pairs)), f"part {index} is in the form for nothing"
     if xp is cp and not several_devices():
         pytest.skip("there is no other device for the last part, the device, to tell from")
     monkeypatch.setattr(_call, name, without(original, last))
-    assert missed(pairs), "the last part is in the form for nothing"
+    assert any(missed(pairs)), "the last part is in the form for nothing"
 
 
 def test_a_gradient_has_the_form_of_the_input_in_every_part(xp):

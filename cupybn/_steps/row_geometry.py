@@ -23,9 +23,9 @@ ROW_OWN = 1 << 10
 each row."""
 KNOWN = 192
 """Bytes of shared memory for what a kernel knows of each row, and for its sums by each warp, at most."""
-AT_ONCE = (4, 2, 1)
-"""Rows that a team of the backward pass may take at once where it adds up what several rows have at the same place:
-the more, the fewer barriers and the fewer sums beside them in shared memory."""
+AT_ONCE = (2, 1)
+"""Rows that a team of the backward pass may take at once where it adds up what several rows have at the same place: with
+two there are half as many barriers, and half as many sums beside them in shared memory."""
 MOST_TABLE = 8 << 10
 """Bytes of shared memory that the sums of runs by warps may take, in all teams of a block."""
 MOST_ROWS = 128
@@ -120,7 +120,7 @@ def _choose(norms: Norms, device: Device) -> tuple[Cut, OnChip]:
     twice = device.shared_per_multiprocessor // BLOCKS_PER_MULTIPROCESSOR - CUDA_OWN
     clusters = BLOCKS if device.clusters else BLOCKS[:1]
     summed = norms.elementwise and norms.summed
-    cuts = [_cut(norms, blocks, twice, at_once) for at_once in (AT_ONCE if summed else (1,)) for blocks in clusters]
+    cuts = [_cut(norms, blocks, twice, at_once) for blocks in clusters for at_once in (AT_ONCE if summed else (1,))]
     for most in twice, device.shared_per_block:
         fitting = [cut for cut in cuts if _needed(norms, cut, OnChip(True, summed)) <= most]
         if fitting:
@@ -143,7 +143,8 @@ def _cut(norms: Norms, blocks: int, twice: float, at_once: int) -> Cut:
     A block that keeps more bytes than `twice` is alone on its multiprocessor, and may have more threads.
     """
     packs = math.ceil(norms.L // norms.width / blocks)
-    each = ROW_PACKS // at_once * (1 if norms.pack >= NARROW else 2)
+    summed = norms.elementwise and norms.summed  # the sums leave room for few blocks: these have more threads
+    each = ROW_PACKS // (2 if summed else 1) * (1 if norms.pack >= NARROW else 2)
     alone = at_once * norms.arrays * norms.runs * packs * norms.pack > twice
     teams = ROW_TEAMS if alone else ROW_TEAMS[:-1]
     team = next((t for t in teams if norms.runs * packs <= t * each), teams[-1])
