@@ -10,7 +10,7 @@ from tests.counting import require
 
 require()
 
-from instructions import dropout  # noqa: E402
+from instructions import dropout, norms  # noqa: E402
 from instructions.cases import Case  # noqa: E402
 from instructions.cost import count  # noqa: E402
 from instructions.report import case  # noqa: E402
@@ -58,6 +58,9 @@ DROPOUT = {
 }
 """Most thread-instructions of dropout for each 16 bytes of one array, on sm_90: 5 % more than were counted. Of these
 Philox takes 40 for each block of four words."""
+NORMS = {}
+"""Most thread-instructions of the norms within a sample for each 16 bytes of one array, on sm_90: 5 % more than were
+counted."""
 REGISTERS = 128
 """Most registers of a thread; `test_compile.py` holds each kernel to fewer."""
 
@@ -99,3 +102,10 @@ def test_dropout_keeps_to_its_budgets(case, allowed):
     found = dropout.count(case)
     assert not over(sum(found.per_pack().values()), allowed, f"{case}, {found.packs_per_thread:.1f} packs of a thread")
     assert found.launch.program.registers <= 64
+
+
+@pytest.mark.parametrize(("step", "dtype", "array", "allowed"), [(*case, most) for case, most in NORMS.items()])
+def test_norms_keep_to_their_budgets(step, dtype, array, allowed):
+    found = norms.count(norms.Case(step, dtype, *norms.ARRAYS[array]))
+    assert not over(sum(found.per_pack().values()), allowed, f"{array}, {found.packs_per_thread:.1f} packs of a thread")
+    assert found.launch.program.registers <= REGISTERS

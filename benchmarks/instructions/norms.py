@@ -18,6 +18,18 @@ from instructions.program import Program
 from tests.reference import HALF_ULP
 
 EPS = 1e-5
+ARRAYS = {
+    "layer norm of 128": ((1024, 1, 128, 1), 1, True),
+    "layer norm of 1024": ((128, 1, 1024, 1), 1, True),
+    "layer norm of 4096": ((32, 1, 4096, 1), 1, True),
+    "layer norm of 16384": ((16, 1, 16384, 1), 1, True),
+    "RMS norm of 4096": ((32, 1, 4096, 1), 1, False),
+    "group norm, 10 x 64 x 64": ((2, 1, 40, 4096), 4, True),
+    "group norm, 4 x 7 x 7": ((32, 1, 16, 49), 4, True),
+    "instance norm, 128 x 128": ((2, 1, 8, 16384), 8, True),
+    "group norm, channels last, 16 x 16 x 10": ((2, 256, 40, 1), 4, True),
+}
+"""Arrays to count with, by what they are: shape, groups, and whether rows are centered."""
 
 
 class Case(NamedTuple):

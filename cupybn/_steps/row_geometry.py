@@ -24,8 +24,8 @@ each row."""
 KNOWN = 192
 """Bytes of shared memory for what a kernel knows of each row, and for its sums by each warp, at most."""
 AT_ONCE = (2, 1)
-"""Rows that a team of the backward pass may take at once where it adds up what several rows have at the same place: with
-two there are half as many barriers, and half as many sums beside them in shared memory."""
+"""Rows that a team of the backward pass may take at once where it adds up what several rows have at the same place:
+with two there are half as many barriers, and half as many sums beside them in shared memory."""
 MOST_TABLE = 8 << 10
 """Bytes of shared memory that the sums of runs by warps may take, in all teams of a block."""
 MOST_ROWS = 128
