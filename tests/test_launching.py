@@ -556,7 +556,7 @@ def test_every_kernel_has_a_source_and_a_signature(name):
     bundles = {name for name, bundle in vars(real_bundles).items() if hasattr(bundle, "_fields")}
     for parameter in signature(name):
         simple = {"data_t*", "bool*", "double*", "long long*", "double", "long long", "Vector", "unsigned long long*"}
-        structs = bundles if parameter.section != "sizes" else {"ChannelsFirst", "ChannelsLast"}
+        structs = bundles if parameter.section != "sizes" else {"ChannelsFirst", "ChannelsLast", "Rows", "Samples"}
         assert parameter.type in simple | structs
         assert bool(parameter.fields) == (parameter.type in structs)
 

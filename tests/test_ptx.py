@@ -40,6 +40,13 @@ class Line(NamedTuple):
     number: int
 
 
+def instance_of(name, architecture=90, dtype="float16", pack_bytes=16):
+    """The instance of a kernel that is read: the last one that has such packs."""
+    every = nvrtc.instances(name, architecture, everything=True)
+    same = [i for i in every if (i.dtype, i.index_bits, i.masked) == (dtype, 32, False)] or every
+    return [i for i in same if i.pack_bytes == pack_bytes or "/" not in name][-1]
+
+
 @functools.cache
 def compiled(name, architecture=90, dtype="float16", pack_bytes=16, usual=False):
     """The lines of a kernel's PTX.
@@ -49,10 +56,7 @@ def compiled(name, architecture=90, dtype="float16", pack_bytes=16, usual=False)
     usual : bool
         Whether to leave out the code for channels near the limits of float32.
     """
-    every = nvrtc.instances(name, architecture, everything=True)
-    same = [i for i in every if (i.dtype, i.index_bits, i.masked) == (dtype, 32, False)] or every
-    instance = [i for i in same if i.pack_bytes == pack_bytes or "/" not in name][-1]
-    text = sources.source(name)
+    instance, text = instance_of(name, architecture, dtype, pack_bytes), sources.source(name)
     if usual:
         text, count = re.subn(r"sizeof\(acc_t\) < 8 && (?:channels\.any_wide|!all_held)(?=\))", "false", text)
         text, more = re.subn(r"(?<=if \()!missed && !channels\.any_wide(?=\) return)", "true", text)
@@ -183,8 +187,7 @@ def test_what_no_kernel_has(name):
     assert not found(ATOMIC, lines)
     assert not found(r"ld\.global\.nc", lines)
     assert not found(r"\.local\b", lines)
-    threads = max(i.threads for i in nvrtc.instances(name, 90, everything=True))
-    assert found(r"\.maxntid", lines) == [f".maxntid {threads}, 1, 1"]
+    assert found(r"\.maxntid", lines) == [f".maxntid {instance_of(name).threads}, 1, 1"]
 
 
 @pytest.mark.parametrize("name", ELEMENTWISE + ON_CHIP)

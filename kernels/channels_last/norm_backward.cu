@@ -10,6 +10,20 @@
 #include "parts.cuh"
 #include "samples.cuh"
 
+// Writes the gradients of a thread's packs, as input_gradients_all does, where the statistics are those of rows of
+// channels.
+template <class Source, class Packs, class Left, class Channels>
+DEVICE void row_gradients_all(const Source& dy, const Source& x, const Packs& packs, const Left& left,
+                              const Epilogue& epilogue, const Channels& channels, const Gradients& gradients) {
+    const passed_t* const record = epilogue.passed;
+    if (sizeof(acc_t) < 8 && channels.any_wide)
+        input_gradients<true, 1>(dy, x, packs, left, {gate_of(epilogue), record}, OF_ROW, channels, gradients);
+    else
+        with_gate(epilogue, [&](auto gate) {
+            input_gradients<false, Packs::PAIRS>(dy, x, packs, left, {gate, record}, OF_ROW, channels, gradients);
+        });
+}
+
 // Channel c, whose mean and variance are those of its row.
 DEVICE Channel channel_of_row(const Span& span, const Statistics& statistics, const Affine& affine, index_t c) {
     const double* pair = statistics.pairs + 2 * (span.first_row() + span.group_of(c));
