@@ -19,7 +19,14 @@ COMPILER = shutil.which("g++")
 SMALL = {"parts"}
 """Sizes that the kernels take as 64-bit integers, as they do all others, and go on with as int: `tile` by a cast."""
 MACROS = {"DATA_T": "float16", "INDEX_BITS": 64, "THREADS": 256, "CLUSTER_BLOCKS": 8}
-MACROS |= {"CENTERED": 1, "ELEMENTWISE": 1, "ON_CHIP": 1, "SUMS_ON_CHIP": 1, "ROWS_AT_ONCE": 2, "PARAMETER_T": "float16"}
+MACROS |= {
+    "CENTERED": 1,
+    "ELEMENTWISE": 1,
+    "ON_CHIP": 1,
+    "SUMS_ON_CHIP": 1,
+    "ROWS_AT_ONCE": 2,
+    "PARAMETER_T": "float16",
+}
 WARNING = re.compile(r"(?m)^kernels/(.+):(\d+):(\d+): warning: ")
 
 
