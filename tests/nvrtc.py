@@ -179,7 +179,7 @@ def instances(kernel: str, architecture: int, everything: bool = False) -> list[
 
 
 def _of_rows(found: list[Instance], architecture: int, everything: bool) -> list[Instance]:
-    """Those of the instances of a norm's kernel for channels first that are to be compiled."""
+    """Instances of a norm's kernel for channels first that are to be compiled."""
     if everything:
         teams, clusters = (ROW_TEAMS[0], *ROW_TEAMS[-3:]), (BLOCKS[0], _clusters(architecture)[-1])
         found = [i for i in found if i.team in teams and i.cluster in clusters]

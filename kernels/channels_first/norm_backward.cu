@@ -89,7 +89,7 @@ extern "C" __global__ void CLUSTER REGISTERS(WIDTH == 8 || INDEX_BITS == 64 ? 12
         }
         team_wait();
 
-        // Where ReLU stopped dy it has become 0 on chip.
+        // What is known of elements once dy has become 0 on chip where ReLU stopped it.
         const auto stopped = [&](int r) {
             RowElements elements = elements_of(r);
             if (ON_CHIP) elements.gate = OPEN;

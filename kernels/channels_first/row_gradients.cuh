@@ -161,7 +161,7 @@ DEVICE double* of_warps(const RowPlace& own, const Rows& sizes) {
     return all + 2 * team() * warps * sizes.runs;
 }
 
-// Where the sums of the runs of a row go.
+// The place of the sums of the runs of a row.
 struct RunSums {
     Sums sums;               // or null
     long long first;         // the place of the first run
