@@ -28,6 +28,8 @@ fewest threads that they may have, as these may have the fewest registers; kerne
 clusters of eight from 9.0 on. Written by `benchmarks/registers.py`.
 
 """
+PHASES = ("on chip", "only sums", "after sums")
+"""Words for what a launch of the norms for channels last does of a step."""
 COLUMNS = ["kernel", "dtype", *(f"{a // 10}.{a % 10}" for a in ARCHITECTURES), "shared", "spills"]
 
 
@@ -39,12 +41,33 @@ def row(instance: Instance, usages: list[Usage]) -> list[str]:
         if usage.spilled
     ]
     return [
-        instance.kernel,
+        name_of(instance),
         instance.dtype,
         *(str(usage.registers) for usage in usages),
         str(max(usage.shared for usage in usages)),
         ", ".join(spills) or "-",
     ]
+
+
+def name_of(instance: Instance) -> str:
+    """The kernel's name, and for those of the norms what they are compiled for."""
+    if instance.rows:
+        rows = {given: name for name, given in nvrtc.ROWS.items()}
+        return f"{instance.kernel}, {rows[instance.rows[:2]]}"
+    return instance.kernel if instance.phase < 0 else f"{instance.kernel}, {PHASES[instance.phase]}"
+
+
+def listed(architecture: int) -> list[Instance]:
+    """The instances of the table, as many for each architecture."""
+    found = []
+    for kernel in sources.kernel_names():
+        every = nvrtc.instances(kernel, architecture)
+        if kernel in nvrtc.NORMS_FIRST:
+            found += every[: len(nvrtc.ROWS)]  # the others are compiled for one architecture alone
+        else:
+            any_packs = "/" not in kernel and kernel not in nvrtc.IN_PACKS
+            found += [i for i in every if any_packs or (i.pack_bytes, i.index_bits, i.masked) == (16, 32, False)]
+    return found
 
 
 def main() -> None:
@@ -53,16 +76,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=results, help="folder for the table")
     args = parser.parse_args()
 
-    by_architecture = [
-        [
-            i
-            for kernel in sources.kernel_names()
-            for i in nvrtc.instances(kernel, a)
-            if ("/" not in kernel and kernel not in nvrtc.IN_PACKS)
-            or (i.pack_bytes, i.index_bits, i.masked) == (16, 32, False)
-        ]
-        for a in ARCHITECTURES
-    ]
+    by_architecture = [listed(architecture) for architecture in ARCHITECTURES]
     instances = by_architecture[-1]
     jobs = [job for same in zip(*by_architecture, strict=True) for job in zip(same, ARCHITECTURES, strict=True)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:

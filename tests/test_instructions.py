@@ -10,7 +10,7 @@ from tests.counting import require
 
 require()
 
-from instructions import dropout  # noqa: E402
+from instructions import dropout, norms  # noqa: E402
 from instructions.cases import Case  # noqa: E402
 from instructions.cost import count  # noqa: E402
 from instructions.report import case  # noqa: E402
@@ -58,6 +58,24 @@ DROPOUT = {
 }
 """Most thread-instructions of dropout for each 16 bytes of one array, on sm_90: 5 % more than were counted. Of these
 Philox takes 40 for each block of four words."""
+NORMS = {
+    ("norm_forward", "float32", "layer norm of 1024"): 132,
+    ("norm_forward", "float16", "layer norm of 128"): 246,
+    ("norm_forward", "bfloat16", "layer norm of 4096"): 180,
+    ("norm_forward", "float16", "RMS norm of 4096"): 147,
+    ("norm_forward", "float16", "group norm, 10 x 64 x 64"): 138,
+    ("norm_forward", "float32", "group norm, 10 x 64 x 64"): 101,
+    ("norm_forward", "float16", "group norm, channels last, 16 x 16 x 10"): 285,
+    ("norm_backward", "float32", "layer norm of 1024"): 443,
+    ("norm_backward", "float16", "layer norm of 128"): 363,
+    ("norm_backward", "bfloat16", "layer norm of 4096"): 661,
+    ("norm_backward", "float16", "RMS norm of 4096"): 608,
+    ("norm_backward", "float16", "group norm, 10 x 64 x 64"): 457,
+    ("norm_backward", "float32", "group norm, 10 x 64 x 64"): 380,
+    ("norm_backward", "float16", "group norm, channels last, 16 x 16 x 10"): 357,
+}
+"""Most thread-instructions of the norms within a sample for each 16 bytes of one array, on sm_90: 5 % more than were
+counted."""
 REGISTERS = 128
 """Most registers of a thread; `test_compile.py` holds each kernel to fewer."""
 
@@ -99,3 +117,10 @@ def test_dropout_keeps_to_its_budgets(case, allowed):
     found = dropout.count(case)
     assert not over(sum(found.per_pack().values()), allowed, f"{case}, {found.packs_per_thread:.1f} packs of a thread")
     assert found.launch.program.registers <= 64
+
+
+@pytest.mark.parametrize(("step", "dtype", "array", "allowed"), [(*case, most) for case, most in NORMS.items()])
+def test_norms_keep_to_their_budgets(step, dtype, array, allowed):
+    found = norms.count(norms.Case(step, dtype, *norms.ARRAYS[array]))
+    assert not over(sum(found.per_pack().values()), allowed, f"{array}, {found.packs_per_thread:.1f} packs of a thread")
+    assert found.launch.program.registers <= REGISTERS

@@ -41,9 +41,12 @@ def main() -> None:
         print(hardware.table(args.architecture, args.measured))
         return
     cases = [c for c in report.cases() if args.only in c.kernel and args.dtype in (None, c.dtype)]
+    more = [c for c in report.more_cases() if args.only in c.kernel and args.dtype in (None, c.dtype)]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         costs = pool.map(partial(measure, architecture=args.architecture), cases)
         tables = report.tables(list(tqdm(costs, total=len(cases), unit="case")))
+        counts = pool.map(partial(report.count_once, architecture=args.architecture), more)
+        tables += report.more_tables(dict(zip(more, tqdm(counts, total=len(more), unit="case"), strict=True)))
     print(tables)
     if not args.only and args.dtype is None:
         args.output.mkdir(parents=True, exist_ok=True)
