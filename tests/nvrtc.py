@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 import importlib.util
 import itertools
+import json
 import os
 import re
 import struct
 import sys
+import tempfile
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -313,9 +317,15 @@ def find_library() -> Path | None:
 
 
 @functools.cache
-def _load() -> ctypes.CDLL:
+def _library_path() -> Path:
     path = find_library()
     assert path is not None
+    return path
+
+
+@functools.cache
+def _load() -> ctypes.CDLL:
+    path = _library_path()
     if sys.platform == "win32":
         os.add_dll_directory(str(path.parent))  # finds the second library, which the first one loads by name
     # NVRTC of CUDA 13.0 does not find its library of built-in functions unless that is loaded already.
@@ -355,8 +365,30 @@ def ptx(text: str, architecture: int, options: Iterable[str] = ()) -> str:
 
 
 def _compile(text: str, options: list[str], result: str) -> tuple[bytes, str]:
-    nvrtc = _load()
+    """What NVRTC makes of a text, and its log, from the cache if they are there: the same text gives the same."""
     flags = [*_CUPY_OPTIONS, *options]
+    of_library = version(), str(_library_path().stat().st_size)
+    key = hashlib.sha256("\0".join((*of_library, result, *flags, text)).encode()).hexdigest()[:32]
+    kept = _cache_folder() / f"{key}.{result.lower()}"
+    if not kept.exists():
+        code, log = _compiled(text, flags, result)
+        with tempfile.NamedTemporaryFile(dir=kept.parent, delete=False) as file:
+            file.write(zlib.compress(json.dumps(log).encode() + b"\n" + code))
+        Path(file.name).replace(kept)  # atomic: other processes may make the same file
+    log, _, code = zlib.decompress(kept.read_bytes()).partition(b"\n")
+    return code, json.loads(log)
+
+
+def _cache_folder() -> Path:
+    """The folder where results are kept from run to run."""
+    folder = Path(os.environ.get("CUPYBN_NVRTC_CACHE", Path.home() / ".cupy" / "nvrtc_cache"))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _compiled(text: str, flags: list[str], result: str) -> tuple[bytes, str]:
+    """What NVRTC makes of a text, and its log."""
+    nvrtc = _load()
     program, size = ctypes.c_void_p(), ctypes.c_size_t()
     if nvrtc.nvrtcCreateProgram(ctypes.byref(program), text.encode(), b"text.cu", 0, None, None):
         raise CompileError("NVRTC cannot be set up")

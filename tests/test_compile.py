@@ -101,6 +101,34 @@ def promised_registers(instance, architecture):
     return int(numbers.split(" : ")[0 if chosen else 1])
 
 
+def test_what_was_compiled_is_compiled_no_second_time(tmp_path, monkeypatch):
+    """The same text with the same options, by the same compiler, for the same architecture and kind of result."""
+    monkeypatch.setenv("CUPYBN_NVRTC_CACHE", str(tmp_path))
+    made, compiled = [], nvrtc._compiled
+
+    def count(*arguments):
+        made.append(arguments)
+        return compiled(*arguments)
+
+    monkeypatch.setattr(nvrtc, "_compiled", count)
+    text = 'extern "C" __global__ void f(int* x) { int unused; *x = 3; }'
+    first = nvrtc.compile_text(text, 90)
+    assert "unused" in first[1]
+    assert nvrtc.compile_text(text, 90) == first
+    assert len(made) == 1
+    nvrtc.compile_text(text.replace("3", "4"), 90)
+    nvrtc.compile_text(text, 80)
+    nvrtc.compile_text(text, 90, ["-DONE=1"])
+    nvrtc.ptx(text, 90)
+    assert len(made) == 5
+    monkeypatch.setattr(nvrtc, "version", lambda: "13.99")
+    nvrtc.compile_text(text, 90)
+    assert len(made) == 6
+    with pytest.raises(nvrtc.CompileError):
+        nvrtc.compile_text("an error", 90)
+    assert len(list(tmp_path.iterdir())) == 6  # errors are not kept
+
+
 def test_blocks_have_as_many_registers_as_there_are():
     def most(kernel, threads, width=4, index_bits=32, architecture=90):
         return most_registers(nvrtc.Instance(kernel, "float32", width, index_bits, threads), architecture)
