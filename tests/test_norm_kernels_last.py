@@ -173,8 +173,9 @@ def test_forward_and_backward(rng, shape, dtype, offset, way, fused, take):
     weighted = g * case.affine.weight.reshape(1, 1, case.norm.groups, -1)
     case.close(gradients.dx, expected.dx, of_rows(case, rstd) * np.abs(weighted).max((1, 3), keepdims=True), 16)
     xhat = (case.rows(case.x) - of_rows(case, theirs.mean)) * of_rows(case, rstd)
+    sizes = np.abs(g).sum((0, 1)).ravel()  # xhat is off by what the mean is off, in standard deviations
     for a, b, terms in zip(to_host(parts), sums, (g, g * xhat), strict=True):
-        assert np.all(np.abs(a.sum(0) - b[0]) <= 32 * case.unit * np.abs(terms).sum((0, 1)).ravel())
+        assert np.all(np.abs(a.sum(0) - b[0]) <= case.unit * (32 * np.abs(terms).sum((0, 1)).ravel() + 4 * sizes))
 
 
 @pytest.mark.parametrize("way", WAYS)
