@@ -102,7 +102,7 @@ def promised_registers(instance, architecture):
 
 
 def test_what_was_compiled_is_compiled_no_second_time(tmp_path, monkeypatch):
-    """The same text with the same options, by the same compiler, for the same architecture and kind of result."""
+    """Results of the same text with the same options, by the same compiler, for the same architecture and kind."""
     monkeypatch.setenv("CUPYBN_NVRTC_CACHE", str(tmp_path))
     made, compiled = [], nvrtc._compiled
 
