@@ -121,7 +121,13 @@ class Flow:
         if ".DIV" in opcode:  # branches if other lanes of the warp are elsewhere
             lanes = self._lanes.reader(operands[0] if len(operands) > 1 else "~URZ", "k")
             return lambda mask: self._go(mask, guarded(mask) & (self.lanes_of_group(mask, mask) != lanes()), target, i)
+        if ".U" in opcode:  # branches if all lanes that are here together would
+            return lambda mask: self._go(mask, self._unanimous(mask, guarded(mask)), target, i)
         return lambda mask: self._go(mask, guarded(mask), target, i)
+
+    def _unanimous(self, mask: Array, taken: Array) -> Array:
+        """Those of the lanes that take a branch in whose group all lanes take it."""
+        return taken & (self.lanes_of_group(mask, taken) == self.lanes_of_group(mask, mask))
 
     def _return(self, i: int, guarded: Guarded, opcode: str, operands: Sequence[str]) -> Act:
         """RET and BRX: to the address in a register; for BRX it counts from the next instruction, plus a distance."""
