@@ -9,7 +9,11 @@
 // Mirror: numpy_norms.norm_backward
 #include "row_gradients.cuh"
 
-extern "C" __global__ void CLUSTER REGISTERS(WIDTH == 8 || INDEX_BITS == 64 ? 128 : 96) norm_backward(
+// Whether it needs many registers: else they would spill.
+constexpr bool FEW_ARE_ENOUGH = WIDTH == 1 || (WIDTH == 2 && ARCHITECTURE >= 800) || (WIDTH == 4 && ELEMENTWISE == 1);
+constexpr bool MANY = INDEX_BITS == 64 || FEW_ARE_ENOUGH == 0;
+
+extern "C" __global__ void CLUSTER REGISTERS(MANY ? 128 : 96) norm_backward(
     const data_t* dy,                        // [N, C, L]
     const data_t* x,                         // [N, C, L]
     Statistics statistics,

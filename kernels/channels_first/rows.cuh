@@ -79,7 +79,8 @@ class RowPacks {
 
   public:
     // Packs of two arrays in flight: fewer where weights and long indices want registers as well.
-    static constexpr int PAIRS = ELEMENTWISE && INDEX_BITS == 64 ? 1 : PACK_BYTES < 8 ? 4 : 2;
+    static constexpr bool FEW = (ELEMENTWISE && INDEX_BITS == 64) || (WIDTH == 8 && ARCHITECTURE < 800);
+    static constexpr int PAIRS = FEW ? 1 : PACK_BYTES < 8 ? 4 : 2;
     int count;  // how many the thread has
     int run;    // the run of the one that next() has given last
 
