@@ -16,7 +16,7 @@ extern "C" __global__ void REGISTERS(64) norm_update_running(
     const long long c = (blockIdx.x * (long long)THREADS + threadIdx.x) / WARP;
     double sums[2] = {0, 0};
     const double* const first = statistics.pairs + 2 * min(c, C - 1);
-    const double pivot = first[0];  // of values that are all the same the mean is exact
+    const double pivot = first[0] - first[0] == 0 ? first[0] : 0;  // values that are all the same: exact; inf - inf: NaN
     for (long long n = threadIdx.x % WARP; n < N; n += WARP) {
         sums[0] += first[2 * n * C] - pivot;
         sums[1] += first[2 * n * C + 1];

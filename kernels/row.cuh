@@ -30,9 +30,7 @@ struct RowFactors {
 };
 
 // Whether a mean is near the limits of float32.
-DEVICE bool near_limits(acc_t mean) {
-    return !(fabs(mean) <= (acc_t)1e30) || (fabs(mean) < (acc_t)1e-30 && mean != 0);
-}
+DEVICE bool near_limits(double mean) { return !(fabs(mean) <= 1e30) || (fabs(mean) < 1e-30 && mean != 0); }
 
 // What is known of a row, in float64 and in the dtype of the arithmetic.
 struct Row {
@@ -48,7 +46,7 @@ struct Row {
         mean_g_xhat = means[1];
         usual.mean_g = (acc_t)mean_g;
         usual.mean_g_xhat = (acc_t)mean_g_xhat;
-        exact_gradients = wide || (sizeof(acc_t) < 8 && (near_limits(usual.mean_g) || near_limits(usual.mean_g_xhat)));
+        exact_gradients = wide || (sizeof(acc_t) < 8 && ((CENTERED && near_limits(mean_g)) || near_limits(mean_g_xhat)));
     }
     DEVICE RowFactors<double> exact() const { return {mean, rstd, 0, mean_g, mean_g_xhat}; }
 };

@@ -1178,8 +1178,8 @@ def test_seeded_faults_are_found(text, fault):
 
 
 def test_a_missing_barrier_of_the_kernel_is_found(seeds):
-    barrier = """        for (int k = 0; k < K; k++) of_warps[k][warp] = values[k];
-    __syncthreads();
+    barrier = """            for (int k = 0; k < K; k++) of_warps[k][warp] = values[k];
+        __syncthreads();
 """
     assert source().count(barrier) == 1
     text = source().replace(barrier, barrier.replace("__syncthreads();", ""))

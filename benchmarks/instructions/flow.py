@@ -126,7 +126,7 @@ class Flow:
         return lambda mask: self._go(mask, guarded(mask), target, i)
 
     def _unanimous(self, mask: Array, taken: Array) -> Array:
-        """Those of the lanes that take a branch in whose group all lanes take it."""
+        """Lanes that take a branch together with all others of their group."""
         return taken & (self.lanes_of_group(mask, taken) == self.lanes_of_group(mask, mask))
 
     def _return(self, i: int, guarded: Guarded, opcode: str, operands: Sequence[str]) -> Act:

@@ -60,7 +60,7 @@ def norm_backward(
     if _is_last(x):
         return norms_last.backward(dy, x, norm, statistics, affine, epilogue, gradients, keep)
     width = _width_of(x, norm, dy, gradients.dx, gradients.dresidual, passed=epilogue.passed)
-    if any(array is not None and array.data.ptr % (width * x.itemsize) for array in (dy, gradients.dx)):
+    if dy.data.ptr % (width * x.dtype.itemsize):
         dy = dy.copy()  # the packs of the record want one that is aligned
     parameters = _parameters(affine, x, width)
     plan = row_plan("norm_backward", x.shape, norm, x.dtype, width, _dtype_of(parameters, x), keep, x.data.device_id)
@@ -172,7 +172,7 @@ def _parameters(affine: Affine, x: Array, width: int) -> Affine:
     given = [vector for vector in (affine.weight, affine.bias) if vector is not None]
     dtypes = {vector.dtype for vector in given}
     if dtypes <= {x.dtype} or dtypes == {np.dtype(np.float32)}:
-        alignment = min(PACK, width * given[0].dtype.itemsize) if given else 1
+        alignment = min(PACK, width * given[0].dtype.itemsize) if given and x.shape[3] == 1 else 1
         if all(vector.flags.c_contiguous and vector.data.ptr % alignment == 0 for vector in given):
             return affine
         dtype = given[0].dtype

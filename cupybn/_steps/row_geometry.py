@@ -88,7 +88,7 @@ class OnChip(NamedTuple):
     """What is kept on chip."""
 
     rows: bool  # the rows; else they are read twice
-    sums: bool  # sums of the elements that each have a weight, over several rows; else each row makes a part
+    sums: bool  # sums of the elements that each have a weight, over several rows; else those in memory
 
 
 class RowGeometry(NamedTuple):
@@ -102,7 +102,7 @@ class RowGeometry(NamedTuple):
 def row_geometry(norms: Norms, device: Device) -> RowGeometry:
     """Geometry of a kernel for rows, and what it is compiled for."""
     cut, on_chip = _choose(norms, device)
-    samples = _samples(norms, cut, on_chip.rows, device) if on_chip.sums else cut.at_once
+    samples = _samples(norms, cut, on_chip, device) if norms.elementwise and norms.summed else cut.at_once
     shared = _shared(norms, cut, on_chip)
     if norms.elementwise:
         parts = math.ceil(norms.N / (cut.teams * samples))
@@ -127,6 +127,8 @@ def _choose(norms: Norms, device: Device) -> tuple[Cut, OnChip]:
             break
     else:
         streamed = _cut(norms, clusters[-1], math.inf, 1)
+        if streamed.team >= WARP:
+            streamed = streamed._replace(threads=streamed.team)  # a single team: each block has a part of its own
         fits = _needed(norms, streamed, OnChip(False, summed)) <= device.shared_per_block
         return streamed, OnChip(False, summed and fits)
     if norms.elementwise:
@@ -180,10 +182,12 @@ def _needed(norms: Norms, cut: Cut, on_chip: OnChip) -> int:
     return _shared(norms, cut, on_chip) + ROW_OWN + KNOWN * cut.at_once * max(cut.teams, warps)
 
 
-def _samples(norms: Norms, cut: Cut, rows_on_chip: bool, device: Device) -> int:
+def _samples(norms: Norms, cut: Cut, on_chip: OnChip, device: Device) -> int:
     """Rows that a team takes one after the other, so that there are as many parts as blocks find room for, about."""
-    own = _needed(norms, cut, OnChip(rows_on_chip, True)) + CUDA_OWN
+    own = _needed(norms, cut, on_chip) + CUDA_OWN
     room = min(device.shared_per_multiprocessor // own, MOST_THREADS // cut.threads, MOST_BLOCKS)
+    if not on_chip.sums:
+        room = 1  # sums in memory had better stay in the L2 cache
     teams = device.multiprocessors * max(1, room) * cut.teams // cut.blocks
     rows = min(math.ceil(norms.N * norms.groups / max(1, teams)), MOST_ROWS, norms.N)
     return math.ceil(rows / cut.at_once) * cut.at_once

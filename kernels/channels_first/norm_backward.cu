@@ -101,7 +101,7 @@ extern "C" __global__ void CLUSTER REGISTERS(MANY ? 128 : 96) norm_backward(
         };
         const int count = (int)min((index_t)ROWS_AT_ONCE, max((index_t)0, own.last - own.first - first));
         if (ELEMENTWISE)
-            write_elements(stopped, from_dy, from_x, count, own, sizes, gradients, columns);
+            write_elements(stopped, from_dy, from_x, count, own, sizes, gradients, columns, first > 0);
         else if (!known[0].exact_gradients)
             write_runs(from_dy(0), from_x(0), packs_of(first), stopped(0), gradients);
 #pragma unroll 1

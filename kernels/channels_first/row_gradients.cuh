@@ -218,8 +218,8 @@ DEVICE void sum_runs(const Source& dy, const Source& x, RowPacks packs, const Ro
 // Sums of elements that each have a weight
 
 // The sums of dy and of dy * xhat over the rows of a team, of the elements of each of a thread's packs: in shared
-// memory, in pieces that one load or store moves. If not SUMS_ON_CHIP, there is a single row, and they go to their part
-// at once.
+// memory, in pieces that one load or store moves. If not SUMS_ON_CHIP, the block has a single team, which adds them
+// to its part in memory.
 class Columns {
     static constexpr int EACH = 2 * WIDTH * sizeof(acc_t) < 16 ? 2 * WIDTH : 16 / sizeof(acc_t);  // sums in a piece
     static constexpr int PIECES = 2 * WIDTH / EACH;
@@ -250,11 +250,11 @@ class Columns {
     }
     // Adds those of pack i of the thread, which begins at this element: sum(dy) and sum(dy * xhat) of one element after
     // the other.
-    DEVICE void add(const RowPlace& own, int i, index_t element, const acc_t (&more)[2 * WIDTH]) const {
+    DEVICE void add(const RowPlace& own, int i, index_t element, const acc_t (&more)[2 * WIDTH], bool begun) const {
         if (!sums.dy) return;
 #pragma unroll
         for (int e = 0; !SUMS_ON_CHIP && e < WIDTH; e++)
-            set_sums(sums, first + element + e, {(double)more[2 * e], (double)more[2 * e + 1]});
+            add_to_part(element + e, more[2 * e], more[2 * e + 1], begun);
 #pragma unroll
         for (int p = 0; SUMS_ON_CHIP && p < PIECES; p++) {
             Piece sum = piece(own, team(), i, p);
@@ -271,8 +271,13 @@ class Columns {
             place.values[2 * e % EACH] += (acc_t)dy;
             place.values[2 * e % EACH + 1] += (acc_t)dy_xhat;
         } else {
-            set_sums(sums, first + element + e, {dy, dy_xhat});
+            add_to_part(element + e, dy, dy_xhat, true);  // `add` has been there
         }
+    }
+    // Adds to the sums of an element in memory, or begins them: it is always the same thread that does.
+    DEVICE void add_to_part(index_t element, double dy, double dy_xhat, bool begun) const {
+        const long long at = first + element;
+        set_sums(sums, at, {begun ? sums.dy[at] + dy : dy, begun ? sums.dy_xhat[at] + dy_xhat : dy_xhat});
     }
     // Adds up the sums of all teams, and writes them to the part of the block. All threads call it.
     DEVICE void finish(const RowPlace& own, const Rows& sizes) const {
@@ -326,11 +331,11 @@ DEVICE void write_runs(const Source& dy, const Source& x, RowPacks packs, const 
 
 // Writes the gradients of a thread's packs in the rows that a team takes at once, `count` of them, whose elements each
 // have a weight. Pack by pack, row by row: so a weight is read once for all rows, and what they add to the sums of an
-// element is added to them once. What is known of row r is elements_of(r); from_dy(r) and from_x(r) are its sources.
+// element is added to them once; `begun` is whether earlier rows have. What is known of row r is elements_of(r); from_dy(r) and from_x(r) are its sources.
 template <class ElementsOf, class FromDy, class FromX>
 DEVICE void write_elements(const ElementsOf& elements_of, const FromDy& from_dy, const FromX& from_x, int count,
                            const RowPlace& own, const Rows& sizes, const Gradients& gradients,
-                           const Columns& columns) {
+                           const Columns& columns, bool begun) {
 #pragma unroll 1
     for (int i = 0; i < own.packs; i++) {
         const index_t element = (own.begin + (index_t)i * (int)sizes.squad) * WIDTH;
@@ -353,7 +358,7 @@ DEVICE void write_elements(const ElementsOf& elements_of, const FromDy& from_dy,
             store(gradients.dx + at, pack(dx));
             if (gradients.dresidual) store(gradients.dresidual + at, pack(kept));
         }
-        columns.add(own, i, element, sums);
+        columns.add(own, i, element, sums, begun);
     }
 }
 
