@@ -103,7 +103,7 @@ STREAMED = {  # shape, dtype, offset, share, tile
     "rows of more than 2^31 packs": ((1, 2, 2**33 + 4), "float16", 0, LAST, None),
     "rows that 32 bits are enough for": ((130, 8000, 2000), "float16", 0, 0, None),
     "columns of packs": ((2050, 2**20, 1), "float16", 0, 0, LAST),
-    "columns of narrow packs": ((2051, 2**20 + 4, 1), "float16", 0, 0, LAST),
+    "columns of narrow packs": ((8195, 2**18 + 4, 1), "float16", 0, 0, LAST),
     "columns of elements": ((2051, 2**20 + 3, 1), "float32", 1, 0, LAST),
     "some columns": ((2**25 + 2051, 66, 1), "float16", 0, LAST, LAST),
     "few columns": ((2**30 + 5, 3, 1), "float16", 0, LAST, LAST),

@@ -26,7 +26,7 @@ LAYOUTS = {  # shape, channel axis
     "odd rows": ((40, len(CHANNELS), 31), 1),
     "channels last": ((1200, len(CHANNELS)), 1),
     "few": ((2, len(CHANNELS)), 1),
-    "large": ((3, len(CHANNELS), 44000), 1),
+    "large": ((3, len(CHANNELS), 60000), 1),
 }
 
 
