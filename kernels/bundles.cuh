@@ -61,6 +61,32 @@ struct Gradients {
     Vector dbias;                // [C] or null
 };
 
+// What the way back of second order begins with: the gradient of the output, and a cotangent of each gradient, which is
+// the gradient of a loss with respect to it. Null stands for zeros.
+struct Incoming {
+    const data_t* dy;            // [N, C, L]
+    const data_t* cdx;           // [N, C, L] or null; cotangent of dx
+    const data_t* cdresidual;    // [N, C, L] or null; cotangent of dresidual
+    Vector cdweight;             // [C] or null; cotangent of dweight
+    Vector cdbias;               // [C] or null; cotangent of dbias
+};
+
+// Sums over the whole batch for the gradients of second order, in P parts that are still to be added.
+struct SecondSums {
+    double* dy;                  // [P, C]; sum(dy)
+    double* dy_xhat;             // [P, C]; sum(dy * xhat)
+    double* cdx;                 // [P, C]; sum(cdx)
+    double* cdx_xhat;            // [P, C]; sum(cdx * xhat)
+    double* cdx_dy;              // [P, C]; sum(cdx * dy)
+};
+
+// Arrays that a step of second order writes gradients to: those of the way back's own arguments.
+struct SecondGradients {
+    data_t* ddy;                 // [N, C, L]; gradient of dy
+    data_t* dx;                  // [N, C, L]
+    Vector dweight;              // [C] or null
+};
+
 // What a call of dropout has drawn: an element is dropped where its word is below the threshold, or else scaled.
 struct Drops {
     const unsigned long long* drawn;  // [2]; seed and number of the call

@@ -124,6 +124,37 @@ class Gradients(NamedTuple):
     dbias: Vector | None = None  # (C,)
 
 
+class Incoming(NamedTuple):
+    """What the way back of second order begins with: the gradient of the output, and a cotangent of each gradient.
+
+    A cotangent is the gradient of a loss with respect to a gradient of the way back; None stands for zeros.
+    """
+
+    dy: Tensor  # (N, C, L)
+    cdx: Tensor | None = None  # (N, C, L); cotangent of dx
+    cdresidual: Tensor | None = None  # (N, C, L); cotangent of dresidual
+    cdweight: Vector | None = None  # (C,); cotangent of dweight
+    cdbias: Vector | None = None  # (C,); cotangent of dbias
+
+
+class SecondSums(NamedTuple):
+    """Sums over the whole batch for the gradients of second order, in P parts that are still to be added."""
+
+    dy: Doubles  # (P, C); sum(dy)
+    dy_xhat: Doubles  # (P, C); sum(dy * xhat)
+    cdx: Doubles  # (P, C); sum(cdx)
+    cdx_xhat: Doubles  # (P, C); sum(cdx * xhat)
+    cdx_dy: Doubles  # (P, C); sum(cdx * dy)
+
+
+class SecondGradients(NamedTuple):
+    """Arrays that a step of second order writes gradients to: those of the way back's own arguments."""
+
+    ddy: Tensor  # (N, C, L); gradient of dy
+    dx: Tensor  # (N, C, L)
+    dweight: Vector | None = None  # (C,)
+
+
 class Drops(NamedTuple):
     """What a call of dropout has drawn: an element is dropped where its word is below the threshold, or else scaled."""
 
