@@ -101,18 +101,22 @@ DEVICE void with_gate(const Epilogue& epilogue, Body body) {
         body(Known<Gate, RECORD>());
 }
 
+// Whether ReLU passed element e of a pack, whose value in the input is x. bits are the pack's bits of the record.
+template <bool WIDE, class Channels>
+DEVICE bool passes(acc_t x, int e, Gate gate, unsigned bits, const Channels& channels) {
+    if (gate == OPEN) return true;
+    if (gate == RECORD) return bits >> e & 1;
+    return WIDE && channels.is_wide(e) ? affine<double>(x, channels.wide(e)) > 0 : affine(x, channels.usual(e)) > 0;
+}
+
 // Sets dy to 0 where ReLU stopped it: what the residual gets. It is never 0 * dy, as dy may be inf. bits are the pack's
 // bits of the record.
 template <bool WIDE, class Channels>
 DEVICE void stop(acc_t (&dy)[WIDTH], const acc_t (&x)[WIDTH], Gate gate, unsigned bits, const Channels& channels) {
     if (gate == OPEN) return;
 #pragma unroll
-    for (int e = 0; e < WIDTH; e++) {
-        const bool passes = gate == RECORD ? bits >> e & 1
-                            : WIDE && channels.is_wide(e) ? affine<double>(x[e], channels.wide(e)) > 0
-                                                          : affine(x[e], channels.usual(e)) > 0;
-        if (!passes) dy[e] = 0;
-    }
+    for (int e = 0; e < WIDTH; e++)
+        if (!passes<WIDE>(x[e], e, gate, bits, channels)) dy[e] = 0;
 }
 
 // How the statistics depend on x, and so what the input's gradient is. CONSTANTS: not at all. OF_CHANNEL: they are those

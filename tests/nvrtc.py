@@ -49,6 +49,8 @@ MASKED = {(16, 32): ("float16", "float32"), (16, 64): ("bfloat16",)}
 MASKED_ON = (90, 120)
 IN_PACKS = ("dropout", "dropout_channels")
 """Kernels that work on packs, though they know no layout."""
+WITHOUT_MASKS = (*ON_CHIP, "bn_double_backward_input", "bn_double_backward_reduce")
+"""Kernels with a layout that take no mask."""
 NORMS_LAST = ("channels_last/norm_backward", "channels_last/norm_forward")
 """Kernels of the norms for channels last, which are compiled for each phase: on chip, or one of two launches."""
 NORMS_MEMORY = {(16, 32): FLOATS, (16, 64): ("float16",), (8, 32): ("float16",), (2, 32): ("bfloat16",)}
@@ -221,7 +223,7 @@ def all_instances(architecture: int) -> Iterator[Instance]:
                     yield from (Instance(kernel, dtype, 1, 32, threads) for dtype in ("float32", "float64"))
                 continue
             for dtype, (threads, team) in itertools.product(FLOATS, _teams(layout, step)):
-                if pack_bytes < itemsize(dtype) or (masked and (step in ON_CHIP or not layout)):
+                if pack_bytes < itemsize(dtype) or (masked and (step in WITHOUT_MASKS or not layout)):
                     continue
                 clusters = (
                     (0,)

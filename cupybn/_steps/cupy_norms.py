@@ -16,8 +16,8 @@ from cupybn._arrays.devices import import_cupy
 from cupybn._arrays.dtypes import accumulation_dtype
 from cupybn._steps import norms_last
 from cupybn._steps.bundles import Affine, Epilogue, Gradients, Running, Statistics, Sums
-from cupybn._steps.cupy_ops import _empty
 from cupybn._steps.geometry import PACK, WARP, Geometry
+from cupybn._steps.launched import empty
 from cupybn._steps.launcher import kernel
 from cupybn._steps.norm import Norm
 from cupybn._steps.plans import MOST_INT, Plan, macros_of, properties_of
@@ -35,7 +35,7 @@ def norm_forward(
     x: Array, norm: Norm, affine: Affine, epilogue: Epilogue, out: Array, keep: bool = True
 ) -> Statistics | None:
     """See `numpy_norms.norm_forward`."""
-    statistics = Statistics(_empty((x.shape[0] * norm.groups, 2))) if keep else None
+    statistics = Statistics(empty((x.shape[0] * norm.groups, 2))) if keep else None
     if _is_last(x):
         norms_last.forward(x, norm, affine, epilogue, out, statistics)
         return statistics
@@ -66,7 +66,7 @@ def norm_backward(
     plan = row_plan("norm_backward", x.shape, norm, x.dtype, width, _dtype_of(parameters, x), keep, x.data.device_id)
     sums = None
     if keep:
-        both = _empty((2, plan.geometry.parts, x.shape[2]))
+        both = empty((2, plan.geometry.parts, x.shape[2]))
         sums = Sums(both[0], both[1])
     plan.launch(dy=dy, x=x, statistics=statistics, affine=parameters, epilogue=epilogue, gradients=gradients, sums=sums)
     return sums
@@ -104,7 +104,7 @@ def empty_passed(x: Array, norm: Norm, residual: Array, out: Array) -> Array:
     if _is_last(x):
         return norms_last.empty_passed(x, norm, residual, out)
     width = _width_of(x, norm, residual, out)
-    return _empty(x.shape, np.bool_) if width == 1 else _empty((x.size // width,), np.uint8)
+    return empty(x.shape, np.bool_) if width == 1 else empty((x.size // width,), np.uint8)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -10,13 +10,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from cupybn._arrays.devices import import_cupy
 from cupybn._steps import plans
 from cupybn._steps.bundles import Affine, Epilogue, Gradients, Mask, Moments, Running, Statistics, Sums
 from cupybn._steps.geometry import WARP, Geometry, over_channels
-from cupybn._steps.launcher import kernel, listening
+from cupybn._steps.launched import aligned_for, empty
+from cupybn._steps.launcher import kernel
 
 Array = Any  # cupy.ndarray
 
@@ -30,9 +30,9 @@ def bn_stats(
     """See `numpy_ops.bn_stats`; the moments are in parts, and no scratch is needed."""
     plan = plans.choose("bn_stats", x, mask=mask)
     parts, C = plan.geometry.parts, x.shape[1]
-    numbers = _empty((parts * (1 + 2 * C),))
+    numbers = empty((parts * (1 + 2 * C),))
     mean_and_m2 = numbers[parts:].reshape(2, parts, C)
-    before = None if batches is None else _empty((), batches.dtype)
+    before = None if batches is None else empty((), batches.dtype)
     moments = Moments(numbers[:parts], mean_and_m2[0], mean_and_m2[1], before)
     plan.launch(x=x, batches=batches, mask=mask, moments=moments)
     return moments
@@ -42,7 +42,7 @@ def merge_moments(moments: Moments) -> Array:
     """See `numpy_ops.merge_moments`."""
     count, mean, m2, _ = moments
     parts, C = mean.shape
-    row = _empty((1, 1 + 2 * C))
+    row = empty((1, 1 + 2 * C))
     _over_channels(
         "merge_moments",
         row.dtype,
@@ -59,7 +59,7 @@ def merge_moments(moments: Moments) -> Array:
 def mean_and_var(moments: Moments, dtype: np.dtype[Any]) -> tuple[Array, Array]:
     """See `numpy_ops.mean_and_var`."""
     parts, C = moments.mean.shape
-    mean, var = _empty((C,), dtype), _empty((C,), dtype)
+    mean, var = empty((C,), dtype), empty((C,), dtype)
     _over_channels("mean_and_var", dtype, moments=moments, mean=mean, var=var, parts=parts, C=C)
     return mean, var
 
@@ -140,7 +140,7 @@ def bn_forward(
 def empty_passed(x: Array, residual: Array, out: Array, mask: Mask | None = None) -> Array:
     """A record of where ReLU passes: a byte for each pack, bool where packs are single elements."""
     width = plans.width_of(x, residual, out, mask=mask)
-    return _empty(x.shape, np.bool_) if width == 1 else _empty((x.size // width,), np.uint8)
+    return empty(x.shape, np.bool_) if width == 1 else empty((x.size // width,), np.uint8)
 
 
 def bn_backward_reduce(
@@ -152,9 +152,9 @@ def bn_backward_reduce(
     scratch: Array | None = None,  # noqa: ARG001
 ) -> Sums:
     """See `numpy_ops.bn_backward_reduce`; the sums are in parts, and no scratch is needed."""
-    dy = _beside(epilogue.passed, x, dy)
+    dy = aligned_for(epilogue.passed, x, dy)
     plan = plans.choose("bn_backward_reduce", x, dy, passed=epilogue.passed, mask=epilogue.mask)
-    both = _empty((2, plan.geometry.parts, x.shape[1]))
+    both = empty((2, plan.geometry.parts, x.shape[1]))
     sums = Sums(both[0], both[1])
     plan.launch(dy=dy, x=x, statistics=statistics, affine=affine, epilogue=epilogue, sums=sums)
     return sums
@@ -163,7 +163,7 @@ def bn_backward_reduce(
 def merge_sums(sums: Sums, count: Array, dweight: Array | None, dbias: Array | None) -> Array:
     """See `numpy_ops.merge_sums`."""
     parts, C = sums.dy.shape
-    row = _empty((1, 2 * C))
+    row = empty((1, 2 * C))
     _over_channels(
         "merge_sums", row.dtype, sums=sums, count=count, dweight=dweight, dbias=dbias, row=row, parts=parts, C=C
     )
@@ -181,7 +181,7 @@ def bn_backward_input(
     gradients: Gradients,
 ) -> None:
     """See `numpy_ops.bn_backward_input`."""
-    dy = _beside(epilogue.passed, x, dy)
+    dy = aligned_for(epilogue.passed, x, dy)
     _, _, passed, mask = epilogue
     plan = plans.choose("bn_backward_input", x, dy, gradients.dx, gradients.dresidual, passed=passed, mask=mask)
     plan.launch(
@@ -208,7 +208,7 @@ def bn_backward(
     scratch: Array | None = None,
 ) -> None:
     """See `numpy_ops.bn_backward`: one launch where a channel of dy and x stays on chip, else two."""
-    dy = _beside(epilogue.passed, x, dy)
+    dy = aligned_for(epilogue.passed, x, dy)
     _, _, passed, mask = epilogue
     plan = None
     if mask is None:
@@ -239,25 +239,9 @@ def _over_channels(step: str, dtype: np.dtype[Any], C: int, **arguments: Any) ->
     loaded.launch(geometry.grid, geometry.threads, {**arguments, "C": C})
 
 
-def _beside(passed: Array | None, x: Array, dy: Array) -> Array:
-    """The gradient dy; an aligned copy of it if the packs of the record want one."""
-    if passed is None or dy.data.ptr % (plans.width_of(x, passed=passed) * dy.dtype.itemsize) == 0:
-        return dy
-    return dy.copy()
-
-
 def _empty_statistics(x: Array, masked: bool = False) -> Statistics:
     """Statistics of the channels of x, for a kernel to fill; those of a batch that is masked have a count."""
-    return Statistics(_empty((x.shape[1], 2)), _empty((1,)) if masked else None)
-
-
-def _empty(shape: tuple[int, ...], dtype: npt.DTypeLike = np.float64) -> Array:
-    """New array, uninitialised, on the current device, which is that of the arrays of a step."""
-    array = import_cupy().empty(shape, dtype)
-    listener = listening.listener
-    if listener is not None:
-        listener.made(array)
-    return array
+    return Statistics(empty((x.shape[1], 2)), empty((1,)) if masked else None)
 
 
 def _span(array: Array) -> Array:

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from cupybn._steps.bundles import Affine, Epilogue, Gradients, Moments, Statistics, Sums
-from cupybn._steps.cupy_ops import _empty
 from cupybn._steps.geometry import PACK, Geometry
+from cupybn._steps.launched import empty
 from cupybn._steps.launcher import kernel
 from cupybn._steps.norm import Norm
 from cupybn._steps.plans import MOST_INT, Plan, macros_of, properties_of
@@ -34,7 +34,7 @@ def forward(
     parts, moments = plans[0].geometry.parts, None
     if len(plans) > 1:
         number, C = len(x) * parts, x.shape[2]
-        numbers = _empty((number * (1 + 2 * C),))
+        numbers = empty((number * (1 + 2 * C),))
         mean_and_m2 = numbers[number:].reshape(2, number, C)
         moments = Moments(numbers[:number], mean_and_m2[0], mean_and_m2[1])
     for plan in plans:
@@ -58,7 +58,7 @@ def backward(
         dy = dy.copy()  # the packs of the record want one that is aligned
     parts, sums = plans[0].geometry.parts, None
     if keep or len(plans) > 1:
-        both = _empty((2, len(x) * parts, x.shape[2]))
+        both = empty((2, len(x) * parts, x.shape[2]))
         sums = Sums(both[0], both[1])
     for plan in plans:
         plan.launch(
@@ -77,7 +77,7 @@ def backward(
 def empty_passed(x: Array, norm: Norm, residual: Array, out: Array) -> Array:
     """A record of where ReLU passes: a byte for each pack, bool where packs are single elements."""
     width = width_of(x, norm, residual, out)
-    return _empty(x.shape, np.bool_) if width == 1 else _empty((x.size // width,), np.uint8)
+    return empty(x.shape, np.bool_) if width == 1 else empty((x.size // width,), np.uint8)
 
 
 def width_of(x: Array, norm: Norm, *others: Array | None, passed: Array | None = None) -> int:

@@ -27,7 +27,7 @@ MOST_INT = 2**31 - 2**20
 found to be beyond the end of an array."""
 ON_CHIP = {"bn_forward": 1, "bn_backward": 2}
 """Steps that keep channels on chip, and how many arrays of them."""
-SUMS = ("bn_stats", "bn_backward_reduce")
+SUMS = ("bn_stats", "bn_backward_reduce", "bn_double_backward_reduce")
 """Steps that sum: the order of additions must not depend on the device."""
 
 
