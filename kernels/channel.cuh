@@ -3,7 +3,7 @@
 // The mean is never rounded to one float32. With center the mean so rounded and rest = mean - center,
 //     (x - mean) * scale + bias  =  (x - center) * scale + (bias - rest * scale),
 // where the second bracket, shift, is a constant of the channel.
-// Mirror: numpy_ops._Channels
+// Mirror: channels.Channels
 #pragma once
 #include "bundles.cuh"
 

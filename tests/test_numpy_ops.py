@@ -9,8 +9,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from cupybn._steps import channels, tiles
 from cupybn._steps import numpy_ops as ops
-from cupybn._steps import tiles
 from cupybn._steps.bundles import Affine, Epilogue, Gradients, Moments, Running, Statistics, Sums
 from tests import reference
 from tests.reference import bits
@@ -409,9 +409,9 @@ def test_bn_forward_and_bn_backward_are_their_steps(x, dy, residual, affine, act
 @pytest.fixture
 def memory():
     """What is remembered of channels: nothing, before a test and after it."""
-    ops._of_bytes.cache_clear()
-    yield ops._of_bytes
-    ops._of_bytes.cache_clear()
+    channels._of_bytes.cache_clear()
+    yield channels._of_bytes
+    channels._of_bytes.cache_clear()
 
 
 NUMBERS = [1.5, -0.0, 0.0, np.nan, -1.5]
@@ -430,8 +430,8 @@ def test_channels_are_those_of_the_numbers_that_vectors_have_now(of, dtype, memo
                 affine = Affine(weight, vectors["bias"], EPS)
                 mean, var = vectors["mean"], vectors["var"]
                 with np.errstate(all="ignore"):
-                    ours = ops._remembered(np.dtype(np.float32), mean, var, affine)
-                    expected = ops._Channels.of(np.dtype(np.float32), mean, var, affine)
+                    ours = channels.remembered(np.dtype(np.float32), mean, var, affine)
+                    expected = channels.Channels.of(np.dtype(np.float32), mean, var, affine)
                 assert bits(*ours.table) == bits(*expected.table)
                 results.append(ours)
     half = len(results) // 2
@@ -455,7 +455,7 @@ def test_channels_of_other_arguments_are_others(memory):
     ]
     for _ in range(2):
         for call in calls:
-            ours, expected = ops._remembered(*call), ops._Channels.of(*call)
+            ours, expected = channels.remembered(*call), channels.Channels.of(*call)
             assert ours.dtype == expected.dtype
             assert bits(*ours[:3]) == bits(*expected[:3])
     assert memory.cache_info()[:2] == (len(calls), len(calls))
@@ -465,22 +465,22 @@ def test_channels_of_other_arguments_are_others(memory):
 def test_an_eps_of_zero_has_a_sign():
     zeros = -np.zeros(3)
     with np.errstate(divide="ignore", invalid="ignore"):
-        rows = [ops._remembered(np.dtype(np.float32), zeros, zeros, Affine(None, None, eps)) for eps in (0.0, -0.0)]
-    assert [np.signbit(channels.table[0]).all() for channels in rows] == [False, True]
+        rows = [channels.remembered(np.dtype(np.float32), zeros, zeros, Affine(None, None, eps)) for eps in (0.0, -0.0)]
+    assert [np.signbit(row.table[0]).all() for row in rows] == [False, True]
 
 
 def test_what_is_remembered_is_bounded_and_read_only(memory):
     def remembered(C, first, var=1.0):
-        return ops._remembered(np.dtype(np.float32), np.full(C, first), np.full(C, var), Affine(None, None, EPS))
+        return channels.remembered(np.dtype(np.float32), np.full(C, first), np.full(C, var), Affine(None, None, EPS))
 
     for first in range(200):
         remembered(4, first)
     assert memory.cache_info().currsize == memory.cache_info().maxsize <= 64
-    remembered(ops.REMEMBERED + 1, 1e6)
+    remembered(channels.REMEMBERED + 1, 1e6)
     assert memory.cache_info().misses == 200  # a large one is not kept
     with np.errstate(all="ignore"):
-        channels = remembered(4, 1e6, 1e35)
-    for array in channels[:4]:
+        ours = remembered(4, 1e6, 1e35)
+    for array in ours[:4]:
         with pytest.raises(ValueError, match="read-only"):
             array[...] = 0
 

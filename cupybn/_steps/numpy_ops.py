@@ -8,18 +8,14 @@ together is a bundle (`bundles`).
 A mask leaves some positions of all channels, and what it leaves out is as if it were not there. So a step with a mask
 is the step on the positions that are left, an array of their own of shape (P, C, 1), and outputs are 0 everywhere else.
 
-The mean is never rounded to one float32: with ``center`` the mean so rounded and ``rest = mean - center``,
-
-    (x - mean) * scale + bias  =  (x - center) * scale + (bias - rest * scale)
-
-where ``x - center`` is exact wherever it matters, and the second bracket, ``shift``, is a constant of the channel.
+The mean is never rounded to one float32: `channels` says how, and what else depends on the channel alone.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple, overload
+from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +23,8 @@ import numpy.typing as npt
 from cupybn._arrays.devices import write_at_once
 from cupybn._arrays.dtypes import accumulation_dtype
 from cupybn._steps.bundles import Activation, Affine, Epilogue, Gradients, Mask, Moments, Running, Statistics, Sums
-from cupybn._steps.narrow import FLOAT64, LARGE, LEAST_VARIANCE, SMALL_RSTD, TINY, extreme, let_through, within
+from cupybn._steps.channels import Channels, of_channels, preactivation, remembered, what_passed
+from cupybn._steps.narrow import FLOAT64, LARGE, LEAST_VARIANCE, TINY, within
 from cupybn._steps.tiles import Terms, gather, numpy_settings, tile_map, tile_sums
 
 Array = npt.NDArray[Any]
@@ -104,6 +101,11 @@ def _count(x: Array) -> int:
     """Number of values of each channel."""
     count: int = x.shape[0] * x.shape[2]
     return count
+
+
+def _usable(scratch: Array | None, dtype: npt.DTypeLike) -> Array | None:
+    """Memory to work in, if it is given and of the dtype of the arithmetic."""
+    return None if scratch is None or scratch.dtype != dtype else scratch
 
 
 def _mean_and_m2(x: Array, scratch: Array | None) -> tuple[Array, Array]:
@@ -286,7 +288,7 @@ def bn_normalize(
         assert running.mean is not None
         assert running.var is not None
         statistics = Statistics.of(running.mean, running.var) if keep else None
-        _normalize(x, _remembered(x.dtype, running.mean, running.var, affine), epilogue, out)
+        _normalize(x, remembered(x.dtype, running.mean, running.var, affine), epilogue, out)
         return statistics
     batch = Moments.of_rows(merge_moments(moments), moments.batches)
     channels, statistics = _channels_of_batch(x.dtype, *_mean_and_var(batch), affine, keep)
@@ -300,14 +302,14 @@ def bn_normalize(
 
 def _channels_of_batch(
     x_dtype: np.dtype[Any], mean: Array, var: Array, affine: Affine, keep: bool
-) -> tuple[_Channels, Statistics | None]:
+) -> tuple[Channels, Statistics | None]:
     """Channels with the statistics of a batch and, if they are wanted for the way back, the statistics."""
     if keep:
-        return _remembered(x_dtype, mean, var, affine), Statistics.of(mean, var)
-    return _Channels.of(x_dtype, mean, var, affine), None  # the next batch has others
+        return remembered(x_dtype, mean, var, affine), Statistics.of(mean, var)
+    return Channels.of(x_dtype, mean, var, affine), None  # the next batch has others
 
 
-def _normalize(x: Array, channels: _Channels, epilogue: Epilogue, out: Array) -> None:
+def _normalize(x: Array, channels: Channels, epilogue: Epilogue, out: Array) -> None:
     """`bn_normalize` with the statistics of these channels."""
     residual, activation, passed, mask = epilogue
     if mask is not None:
@@ -325,7 +327,7 @@ def _normalize(x: Array, channels: _Channels, epilogue: Epilogue, out: Array) ->
         dtype = center.dtype
         y = out if out_is_free and out.dtype == dtype else np.empty(x.shape, dtype)
         np.subtract(x, center, out=y, dtype=dtype)
-        _preactivation(y, shift, scale, residual, out=y)
+        preactivation(y, shift, scale, residual, out=y)
         if passed is not None:
             np.greater(y, 0, out=passed)
         if activation == "relu":
@@ -337,7 +339,7 @@ def _normalize(x: Array, channels: _Channels, epilogue: Epilogue, out: Array) ->
     arrays = [x, residual, out, passed]
     for some, dtype in channels.precisions():
         temporaries = not out_is_free or out.dtype != dtype or activation is not None
-        tile_map(core, _of_channels(arrays, some), channels.factors(some, dtype), temporaries)
+        tile_map(core, of_channels(arrays, some), channels.factors(some, dtype), temporaries)
 
 
 @numpy_settings
@@ -370,15 +372,6 @@ def bn_forward(
 def empty_passed(x: Array, residual: Array, out: Array, mask: Mask | None = None) -> Array:  # noqa: ARG001
     """A record of where ReLU passes, one bool for each element of x, for a way back that need not know the residual."""
     return np.empty(x.shape, np.bool_)
-
-
-def _preactivation(d: Array, shift: Array, scale: Array, residual: Array | None, out: Array | None = None) -> Array:
-    """d * scale + shift + residual, d = x - center: the value whose sign decides what ReLU passes."""
-    y: Array = np.multiply(d, scale, out=out)
-    y += shift
-    if residual is not None:
-        np.add(y, residual, out=y, dtype=y.dtype)
-    return y
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -440,7 +433,7 @@ def bn_backward_reduce(
     scratch : array of the same shape, or None
         Memory to work in; it is used if its dtype is that of the arithmetic.
     """
-    channels = _remembered(x.dtype, statistics.mean, statistics.var, affine)
+    channels = remembered(x.dtype, statistics.mean, statistics.var, affine)
     mask = epilogue.mask
     if mask is not None:
         dy, x, scratch = _left(dy, mask), _left(x, mask), None
@@ -452,7 +445,7 @@ def bn_backward_reduce(
 
 
 def _gradient_sums(
-    dy: Array, x: Array, channels: _Channels, epilogue: Epilogue, scratch: Array | None
+    dy: Array, x: Array, channels: Channels, epilogue: Epilogue, scratch: Array | None
 ) -> tuple[Array, Array]:
     """sum(dy) and sum(dy * xhat): see `bn_backward_reduce`. Leaves x - center in the scratch memory."""
     dtype, activation = channels.dtype, epilogue.activation
@@ -463,7 +456,7 @@ def _gradient_sums(
         dy: Array, x: Array, passed: Array | None, scratch: Array | None, center: Array, *affine: Array
     ) -> Terms:
         d = np.subtract(x, center, out=scratch, dtype=dtype)
-        g = _passed(dy.astype(dtype, copy=False), d, passed, affine, activation)
+        g = what_passed(dy.astype(dtype, copy=False), d, passed, affine, activation)
         return [(g,), (g, d)]
 
     def any_product(*tile: Any) -> Terms:
@@ -492,7 +485,7 @@ def _gradient_sums(
 
 
 def _gradient_sums_in_float64(
-    arrays: Sequence[Array | None], channels: _Channels, activation: Activation, numbers: Array, dtype: npt.DTypeLike
+    arrays: Sequence[Array | None], channels: Channels, activation: Activation, numbers: Array, dtype: npt.DTypeLike
 ) -> tuple[Array, Array]:
     """sum(dy) and sum(dy * (x - center)) of the channels of these numbers, from dy, x and record.
 
@@ -503,7 +496,7 @@ def _gradient_sums_in_float64(
     for some, (g, values, passed) in gather(numbers, arrays):
         center, *affine = factors[:, some, None]
         d = np.subtract(values, center, dtype=dtype)
-        g = _passed(g.astype(dtype, copy=False), d, passed, affine, activation)
+        g = what_passed(g.astype(dtype, copy=False), d, passed, affine, activation)
         g, d = g.astype(np.float64), values.astype(np.float64) - channels.center[numbers[some], None]
         sum_dy[some] += g.sum(axis=1)
         sum_dy_d[some] += np.vecdot(g, d)
@@ -564,7 +557,7 @@ def bn_backward_input(
     gradients : Gradients
         Get all of these.
     """
-    channels = _remembered(x.dtype, statistics.mean, statistics.var, affine)
+    channels = remembered(x.dtype, statistics.mean, statistics.var, affine)
     added_up = None if sums is None else (sums.dy.sum(axis=0), sums.dy_xhat.sum(axis=0))
     if statistics.count_left is not None:
         inv_count /= max(float(statistics.count_left[0]), 1.0)
@@ -582,7 +575,7 @@ def bn_backward_input(
 def _input_gradient(
     dy: Array,
     x: Array,
-    channels: _Channels,
+    channels: Channels,
     epilogue: Epilogue,
     sums: tuple[Array, Array] | None,
     inv_count: float,
@@ -618,7 +611,7 @@ def _input_gradient(
         out = dx if dx.dtype == scale.dtype else np.empty(x.shape, scale.dtype)
         if d is None and with_center:
             d = np.subtract(x, columns[0], out=out, dtype=out.dtype)
-        g = _passed(dy.astype(out.dtype, copy=False), d, passed, columns[1:3], activation)
+        g = what_passed(dy.astype(out.dtype, copy=False), d, passed, columns[1:3], activation)
         if dresidual is not None:
             np.copyto(dresidual, g, casting="unsafe")
         if slopes is not None:
@@ -634,16 +627,16 @@ def _input_gradient(
             np.copyto(dx, out, casting="unsafe")
 
     gated = activation is not None and epilogue.passed is None
-    for some, dtype in channels.precisions(slopes):
+    for some, dtype in channels.precisions(None if slopes is None else slopes[1:]):
         at_hand = deviations if dtype == channels.dtype else None
         with_center = gated or (slopes is not None and at_hand is None)
         if slopes is None:
             vectors = channels.factors(some, dtype)[0 if with_center else 2 :]
         else:
-            vectors = slopes[:3, some].astype(dtype)
+            vectors = slopes[:, some].astype(dtype)
             if with_center:
                 vectors = np.concatenate([channels.factors(some, dtype)[:2], vectors])
-        arrays = _of_channels([dy, x, at_hand, epilogue.passed, dx, dresidual], some)
+        arrays = of_channels([dy, x, at_hand, epilogue.passed, dx, dresidual], some)
         tile_map(core, arrays, vectors, temporaries=activation is not None or dx.dtype != dtype)
 
 
@@ -663,178 +656,8 @@ def bn_backward(
         sums = bn_backward_reduce(dy, x, statistics, affine, epilogue)
         bn_backward_input(dy, x, statistics, affine, epilogue, sums, inv_count, gradients)
         return
-    channels = _remembered(x.dtype, statistics.mean, statistics.var, affine)
+    channels = remembered(x.dtype, statistics.mean, statistics.var, affine)
     deviations = _usable(scratch, channels.dtype)
     sum_dy, sum_dy_xhat = _gradient_sums(dy, x, channels, epilogue, deviations)
     sum_dy_xhat += 0.0  # as adding up the parts leaves it: 0 without a sign
     _input_gradient(dy, x, channels, epilogue, (sum_dy, sum_dy_xhat), inv_count, gradients, deviations)
-
-
-def _passed(dy: Array, d: Array | None, passed: Array | None, affine: Sequence[Array], activation: Activation) -> Array:
-    """dy in the dtype of the arithmetic, 0 where ReLU stopped it: never 0 * dy, dy may be inf."""
-    if activation != "relu":
-        return dy
-    if passed is None:
-        assert d is not None
-        shift, scale = affine
-        y = _preactivation(d, shift, scale, None)
-        passed = y > 0
-    return let_through(dy, passed)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Per channel
-
-
-_TAME = 1e14
-"""Size up to which mean, bias, rstd, scale and the inverses of the last two leave no doubt that a channel is narrow."""
-
-
-class _Channels(NamedTuple):
-    """Batch norm of each channel as (x - center) * scale + shift, in float64."""
-
-    table: Array  # (6, C); rows are std, rstd, 1 / scale, center, shift, scale
-    rounded: Array  # (3, C); center, shift and scale in the dtype of the arithmetic
-    rest: Array  # (C,); mean - center
-    wide: Array | None  # (C,); whether a channel needs float64. None if none does
-    dtype: np.dtype[Any]  # dtype of the arithmetic of all other channels
-
-    @classmethod
-    def of(cls, x_dtype: np.dtype[Any], mean: Array, var: Array, affine: Affine) -> _Channels:
-        """The channels of these vectors and eps, for data of a dtype."""
-        weight, bias, eps = affine
-        dtype = accumulation_dtype(x_dtype)
-        C = len(mean)
-        table = np.empty((6, C))
-        std, rstd, inverse, center, shift, scale = table
-        std[...] = var
-        std += eps
-        np.sqrt(std, out=std)
-        np.reciprocal(std, out=rstd)
-        scale[...] = 1 if weight is None else weight
-        scale *= rstd
-        np.reciprocal(scale, out=inverse)
-        center[...] = mean
-        shift[...] = 0 if bias is None else bias
-        wide: Array | None = None
-        if within(_TAME, table):
-            center[...] = center.astype(dtype)
-            rest = mean - center
-        else:
-            wide = (rstd < SMALL_RSTD) | (rstd > 1 / SMALL_RSTD) | extreme(scale) | (np.abs(center) > LARGE)
-            np.copyto(center, center.astype(dtype), where=~wide)
-            rest = np.where(np.isfinite(center), mean - center, 0)  # inf - inf is NaN
-        with_rest = np.count_nonzero(rest)  # none, if the mean is a float32
-        if with_rest:
-            lost = -rest
-            lost *= scale
-            if with_rest < C:
-                lost[rest == 0] = 0  # 0 * inf is NaN
-            if bias is None:
-                shift[...] = lost
-            else:
-                shift += lost
-        elif bias is not None:
-            shift += 0.0
-        if bias is not None and wide is not None:
-            wide |= np.abs(shift) > LARGE
-        return cls(table, table[3:].astype(dtype), rest, wide, dtype)
-
-    @property
-    def rstd(self) -> Array:
-        """1 / sqrt(var + eps)."""
-        row: Array = self.table[1]
-        return row
-
-    @property
-    def center(self) -> Array:
-        """The mean, rounded to the dtype of the arithmetic of the channel."""
-        row: Array = self.table[3]
-        return row
-
-    @property
-    def scale(self) -> Array:
-        """weight / sqrt(var + eps)."""
-        row: Array = self.table[5]
-        return row
-
-    def slopes(self, sum_dy: Array, sum_dy_xhat: Array, inv_count: float) -> Array:
-        """Factors of the way back, which takes slope * (x - center) + offset from dy and multiplies with scale.
-
-        Rows are scale, slope, offset, 1 / slope, 1 / offset, (5, C).
-        """
-        slopes = np.empty((5, len(sum_dy)))
-        slopes[0] = self.scale
-        slope, offset = slopes[1], slopes[2]
-        np.multiply(sum_dy_xhat, self.rstd, out=slope)
-        slope *= inv_count
-        np.multiply(sum_dy, inv_count, out=offset)
-        offset -= slope * self.rest
-        np.reciprocal(slopes[1:3], out=slopes[3:])
-        return slopes
-
-    def factors(self, some: slice | Array, dtype: npt.DTypeLike) -> Array:
-        """Center, shift and scale of some channels in the dtype of the arithmetic, (3, channels)."""
-        table = self.rounded if dtype == self.dtype else self.table[3:].astype(dtype, copy=False)
-        return table[:, some]
-
-    def precisions(self, slopes: Array | None = None) -> list[tuple[slice, np.dtype[Any]]]:
-        """Ranges of channels, and the dtype of the arithmetic in each: float64 where float32 is too narrow.
-
-        Beside the channel's own numbers, its slope and offset may be too large or too small for float32.
-        """
-        wide = None if self.dtype is FLOAT64 else self.wide
-        if slopes is not None and self.dtype is not FLOAT64 and not within(_TAME**2, slopes[1:]):
-            beyond = extreme(slopes[1]) | extreme(slopes[2])
-            wide = beyond if wide is None else wide | beyond
-        if wide is None or not np.count_nonzero(wide):
-            return [(slice(None), self.dtype)]
-        return [(some, self.dtype) for some in _runs(~wide)] + [(some, np.dtype(np.float64)) for some in _runs(wide)]
-
-
-REMEMBERED = 256
-"""Most channels that are remembered: bytes of more of them take as long to compare as their factors to compute."""
-
-
-def _remembered(x_dtype: np.dtype[Any], mean: Array, var: Array, affine: Affine) -> _Channels:
-    """`_Channels.of`, kept for the next calls with the same numbers.
-
-    In inference those of a layer are the same in all calls, and the way back needs what the way forward has computed.
-    What is kept is found by the bytes of the vectors, so that it does not matter who changes an array in between.
-    """
-    weight, bias, eps = affine
-    if len(mean) > REMEMBERED or eps == 0:  # 0.0 and -0.0 are equal, but what they make is not
-        return _Channels.of(x_dtype, mean, var, affine)
-    vectors = [None if v is None else (v.dtype, v.tobytes()) for v in (mean, var, weight, bias)]
-    return _of_bytes(x_dtype, eps, *vectors)
-
-
-@functools.lru_cache(maxsize=64)
-def _of_bytes(x_dtype: np.dtype[Any], eps: float, *vectors: tuple[np.dtype[Any], bytes] | None) -> _Channels:
-    """The channels of vectors given as dtypes and bytes; arrays of the result are read-only."""
-    mean, var, weight, bias = (None if v is None else np.frombuffer(v[1], v[0]) for v in vectors)
-    assert mean is not None
-    assert var is not None
-    channels = _Channels.of(x_dtype, mean, var, Affine(weight, bias, eps))
-    for array in channels[:4]:
-        if array is not None:
-            array.flags.writeable = False
-    return channels
-
-
-def _usable(scratch: Array | None, dtype: npt.DTypeLike) -> Array | None:
-    """Memory to work in, if it is given and of the dtype of the arithmetic."""
-    return None if scratch is None or scratch.dtype != dtype else scratch
-
-
-def _of_channels(arrays: list[Array | None], some: slice) -> list[Array | None]:
-    """The arrays, cut to some channels."""
-    return arrays if some == slice(None) else [None if a is None else a[:, some] for a in arrays]
-
-
-def _runs(flags: Array) -> list[slice]:
-    """The ranges over which `flags` is true."""
-    if not flags.any():
-        return []
-    edges = np.flatnonzero(np.diff(flags, prepend=False, append=False))
-    return [slice(start, stop) for start, stop in zip(edges[::2], edges[1::2], strict=True)]
