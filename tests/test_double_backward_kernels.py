@@ -1,0 +1,306 @@
+"""The kernels of second order against the textbook, on a GPU or the stand-in: dtypes, layouts, sizes, alignments."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+from cupybn._steps import cupy_double_backward, cupy_ops
+from cupybn._steps.bundles import Affine, Epilogue, Incoming, Running, SecondGradients, Statistics
+from tests.reference import DTYPES, bits, to_numpy
+from tests.second_order import assert_second_order, second_order
+from tests.steps import EPS, forget_plans, to_device
+from tests.test_kernels import SOME, cases
+
+cp = pytest.importorskip("cupy")
+emulator = getattr(cp, "emulator", None)
+only_emulated = pytest.mark.skipif(emulator is None, reason="a GPU does not tell")
+
+GATES = ("open", "input", "record")
+"""Ways back: without ReLU, with one that is worked out again, and with a residual, where there is a record."""
+BOTH = [(3, 6, 40), (150, 6, 1)]
+"""A shape of each layout, with packs of 8 bytes for 16-bit data where it is channels last."""
+in_both_layouts = pytest.mark.parametrize("shape", BOTH, ids=str)
+in_both_modes = pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+
+
+class Case(NamedTuple):
+    """Arguments of second order on the host, for one gate."""
+
+    x: Any
+    weight: Any
+    bias: Any
+    dy: Any
+    cotangents: tuple[Any, Any, Any, Any]  # of dx, dweight, dbias and dresidual
+    residual: Any
+    gate: str
+    training: bool
+
+    @classmethod
+    def of(cls, rng, shape, dtype, gate="open", training=True):
+        """Random arguments, with vectors of different dtypes."""
+        x, dy, cdx, cdresidual, residual = rng.standard_normal((5, *shape))
+        weight, bias, cdweight, cdbias = rng.standard_normal((4, shape[1]))
+        cotangents = cdx, cdweight, cdbias.astype(np.float32), cdresidual
+        given = cls(3 + 2 * x, weight.astype(np.float32), bias, dy, cotangents, residual, gate, training)
+        return given.tensors(lambda array: array.astype(dtype))
+
+    def tensors(self, change):
+        """The case with each array of the shape of x changed by a function."""
+        cdx, cdweight, cdbias, cdresidual = self.cotangents
+        cdx, cdresidual = (None if a is None else change(a) for a in (cdx, cdresidual))
+        x, dy, residual = map(change, (self.x, self.dy, self.residual))
+        return self._replace(x=x, dy=dy, residual=residual, cotangents=(cdx, cdweight, cdbias, cdresidual))
+
+    @property
+    def running(self):
+        """Mean and variance that x is normalised with, in float64."""
+        x = self.x.astype(np.float64)
+        if self.training:
+            return x.mean((0, 2)), x.var((0, 2))
+        C = x.shape[1]
+        return 3 + np.linspace(-1, 1, C), np.linspace(0.5, 4, C)
+
+    def expected(self):
+        """The gradients by the textbook, and the sizes of their terms."""
+        running = None if self.training else self.running
+        fused = {"relu": self.gate != "open", "residual": self.residual if self.gate == "record" else None}
+        vectors = {"weight": self.weight, "bias": self.bias, "cotangents": self.cotangents, "running": running}
+        return second_order(self.x, self.dy, eps=EPS, **vectors, **fused)
+
+    def run(self, offset=0, sums_given=True):
+        """The gradients by the kernels, of arrays that lie some elements after an aligned address."""
+        given = [None if a is None else to_device(a, offset) for a in (self.x, self.dy, *self.cotangents)]
+        x, dy, cdx, cdweight, cdbias, cdresidual = given
+        pairs = Statistics(to_device(np.stack(self.running, -1)))
+        weight, bias = (None if v is None else to_device(v, offset) for v in (self.weight, self.bias))
+        affine, passed = Affine(weight, bias, EPS), None
+        if self.gate == "record":
+            residual = to_device(self.residual, offset)
+            out = to_device(np.zeros_like(self.x), offset)
+            passed = cupy_ops.empty_passed(x, residual, out)
+            running = Running(*map(to_device, self.running))
+            cupy_ops.bn_normalize(x, None, affine, running, Epilogue(residual, "relu", passed), out)
+        epilogue = Epilogue(None, None if self.gate == "open" else "relu", passed)
+        incoming = Incoming(dy, cdx, cdresidual, cdweight, cdbias)
+        before = bits(x, dy, *incoming, *affine[:2], pairs.pairs, passed)
+        sums = None
+        if sums_given:
+            sums = cupy_double_backward.bn_double_backward_reduce(incoming, x, pairs, affine, epilogue)
+        gradients = SecondGradients(*(to_device(np.full_like(self.x, 77), offset) for _ in range(2)))
+        gradients = gradients._replace(dweight=None if weight is None else to_device(np.full_like(self.weight, 77)))
+        count = self.x.size / self.x.shape[1]
+        inv_count = 1 / count if self.training else 0.0
+        cupy_double_backward.bn_double_backward_input(incoming, x, pairs, affine, epilogue, sums, inv_count, gradients)
+        assert bits(x, dy, *incoming, *affine[:2], pairs.pairs, passed) == before
+        return [None if g is None else to_numpy(g) for g in gradients]
+
+    def check(self, **options):
+        """Compare the kernels with the textbook."""
+        assert_second_order(self.run(**options), self.expected(), self.x.dtype)
+
+
+def gated(cases):
+    """Each case with the gate that costs most, and some with the others."""
+    for case in cases:
+        for gate in GATES if case.id.startswith(SOME) else GATES[-1:]:
+            yield pytest.param(*case.values, gate, id=f"{case.id}, {gate}")
+
+
+@pytest.mark.parametrize(("shape", "dtype", "offset", "gate"), list(gated(cases())))
+def test_bn_double_backward(rng, shape, dtype, offset, gate):
+    Case.of(rng, shape, dtype, gate, training=shape[0] * shape[2] > 1).check(offset=offset)
+
+
+@pytest.mark.parametrize("gate", GATES)
+@in_both_layouts
+def test_in_eval_mode(rng, shape, gate):
+    Case.of(rng, shape, np.float32, gate, training=False).check()
+
+
+@pytest.mark.parametrize("missing", range(4))
+@in_both_modes
+@in_both_layouts
+def test_cotangents_that_are_none(rng, shape, training, missing):
+    """Each alone, and all others without it."""
+    case = Case.of(rng, shape, np.float32, "record", training)
+    given = case.cotangents
+    case._replace(cotangents=(*given[:missing], None, *given[missing + 1 :])).check()
+    case._replace(cotangents=tuple(c if i == missing else None for i, c in enumerate(given))).check()
+
+
+@in_both_modes
+@in_both_layouts
+def test_without_weight_and_bias(rng, shape, training):
+    Case.of(rng, shape, np.float32, "input", training)._replace(weight=None, bias=None).check()
+
+
+@in_both_layouts
+def test_sums_that_are_not_needed(rng, shape):
+    """In eval mode only dweight needs sums, and it is 0 without a cotangent of dx."""
+    case = Case.of(rng, shape, np.float32, training=False)
+    case._replace(cotangents=(None, *case.cotangents[1:])).check(sums_given=False)
+    case._replace(weight=None).check(sums_given=False)
+
+
+@in_both_modes
+@pytest.mark.parametrize("mean", [1e2, 1e6])
+@in_both_layouts
+def test_large_means(rng, shape, mean, training):
+    """The mean is never rounded to one float32."""
+    case = Case.of(rng, shape, np.float32, "record", training)
+    case = case._replace(x=case.x + np.float32(mean))
+    case.check()
+
+
+@in_both_modes
+@pytest.mark.parametrize("dtype", [np.float32, DTYPES[1]], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("size", [1e-30, 1e-12, 1e12, 1e30])
+@pytest.mark.parametrize("which", ["x", "dy", "cdx", "weight"])
+@in_both_layouts
+def test_near_the_limits_of_float32(rng, shape, which, size, dtype, training):
+    """One channel is far from the others; those are as if it were not, and its own are right."""
+    case = Case.of(rng, shape, np.float32, "record", training)
+    factor = np.ones(shape[1], np.float32)
+    factor[1] = size
+    column = factor[:, None]
+    plain = case.tensors(lambda a: a.astype(dtype)).run()
+    if which == "x":
+        case = case._replace(x=case.x * column)
+    elif which == "dy":
+        case = case._replace(dy=case.dy * column)
+    elif which == "cdx":
+        case = case._replace(cotangents=(case.cotangents[0] * column, *case.cotangents[1:]))
+    else:
+        case = case._replace(weight=case.weight * factor)
+    case = case.tensors(lambda a: a.astype(dtype))
+    found = case.run()
+    assert_second_order(found, case.expected(), dtype)
+    others = np.arange(shape[1]) != 1
+    for ours, before in zip(found, plain, strict=True):
+        if shape[2] > 1 or which != "x" or ours.ndim == 1:  # in a tile with such a channel others take float64 as well
+            axis = 0 if ours.ndim == 1 else 1
+            pairs = (to_numpy(a).astype(np.float64).compress(others, axis) for a in (ours, before))
+            np.testing.assert_allclose(*pairs, rtol=1e-2 if dtype != np.float32 else 2e-5, atol=1e-6)
+
+
+@in_both_modes
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("where", ["x", "dy", "cdx"])
+@in_both_layouts
+def test_nan_and_inf_stay_in_their_channel(rng, shape, where, value, training):
+    case = Case.of(rng, shape, np.float32, "input", training)
+    expected = case.run()
+    running = case.running
+    arrays = {"x": case.x, "dy": case.dy, "cdx": case.cotangents[0]}
+    arrays[where][0, 1, 0] = value
+    case = type("Fixed", (Case,), {"running": running})(*case)  # the statistics of the other channels are the same
+    found = case.run()
+    others = np.arange(shape[1]) != 1
+    for ours, before in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(
+            ours.compress(others, int(ours.ndim > 1)), before.compress(others, int(before.ndim > 1))
+        )
+
+
+@in_both_layouts
+def test_inf_in_eval_mode_where_nothing_depends_on_x(rng, shape):
+    """Without a cotangent of dweight no gradient depends on x: there is no 0 * x."""
+    case = Case.of(rng, shape, np.float32, training=False)
+    case = case._replace(cotangents=(case.cotangents[0], None, *case.cotangents[2:]))
+    expected = case.expected()
+    case.x[0, 0, 0], case.dy[-1, 0, -1] = np.inf, np.inf
+    ddy, dx, _ = case.run()
+    np.testing.assert_allclose(ddy, expected.ddy.astype(np.float64), rtol=1e-5, atol=1e-5)
+    assert not dx.any()
+
+
+@in_both_layouts
+def test_stopped_elements_do_not_matter(rng, shape):
+    """Where ReLU stopped dy, inf in it and in the cotangent of dresidual is as if it were not there."""
+    case = Case.of(rng, shape, np.float32, "record")
+    stopped = case.expected().ddy == 0
+    before = case.run()
+    case.dy[stopped] = np.inf
+    case.cotangents[3][stopped] = np.nan
+    for ours, same in zip(case.run(), before, strict=True):
+        np.testing.assert_array_equal(ours, same)
+
+
+@pytest.mark.parametrize("which", range(4), ids=["x", "dy", "cdx", "cdresidual"])
+@pytest.mark.parametrize("gate", ["open", "record"])
+@in_both_layouts
+def test_one_array_alone_that_is_not_aligned(rng, shape, gate, which, monkeypatch):
+    """Packs are as narrow as that array wants, or it is copied where the record has been made for wider ones."""
+    case = Case.of(rng, (shape[0], 8, shape[2]), np.float16, gate)
+    expected, turns = [a.astype(np.float64) for a in case.run()], itertools.count()
+    shifted = {0: 0, 1: 1, 2: 2, 3: 5}[which]  # the places of these arrays in `Case.run`
+
+    plainly = to_device
+
+    def once(value, offset=0):
+        return plainly(value, 1 if next(turns) == shifted else offset)
+
+    monkeypatch.setattr("tests.test_double_backward_kernels.to_device", once)
+    for ours, aligned in zip(case.run(), expected, strict=True):
+        np.testing.assert_allclose(ours.astype(np.float64), aligned.astype(np.float64), rtol=2e-3, atol=1e-3)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Launches and traffic
+
+
+def second_launches(launches):
+    return [launch for launch in launches if "double_backward" in launch.name]
+
+
+@only_emulated
+@in_both_layouts
+def test_two_launches(rng, shape):
+    with emulator.record() as launches:
+        Case.of(rng, shape, np.float16).run()
+    assert [launch.name for launch in launches] == ["bn_double_backward_reduce", "bn_double_backward_input"]
+
+
+@only_emulated
+@pytest.mark.parametrize("shape", [(16, 8, 8192), (16384, 8, 1)], ids=str)
+def test_the_order_of_additions_does_not_depend_on_the_device(rng, shape):
+    case = Case.of(rng, shape, np.float32)
+    results, grids = [], set()
+    for multiprocessors in 1, 200:
+        forget_plans()
+        with (
+            emulator.pretend(replace(emulator.H200, multiprocessors=multiprocessors)),
+            emulator.record() as launches,
+        ):
+            results.append(bits(*case.run()))
+            grids.add(launches[-1].grid)
+    forget_plans()
+    assert len(grids) == 2
+    assert results[0] == results[1]
+
+
+@only_emulated
+@pytest.mark.parametrize("gate", ["open", "record"])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32], ids=["float16", "float32"])
+@pytest.mark.parametrize("shape", [(16, 8, 1024), (16384, 8, 1)], ids=str)
+def test_traffic(rng, shape, dtype, gate):
+    """The sums read three arrays; the gradients read three, or four with a residual, and write two."""
+    case = Case.of(rng, shape, dtype, gate)
+    if gate == "open":
+        case = case._replace(cotangents=(*case.cotangents[:3], None))
+    N, record = case.x.nbytes, case.x.nbytes // 16 if gate == "record" else 0
+    with emulator.record() as launches:
+        case.run()
+    reduce, gradients = second_launches(launches)
+    vectors = 128 * shape[1] * reduce.grid[1]  # what each block reads or writes of channels
+    parts = 5 * 8 * shape[1] * reduce.grid[1] * gradients.grid[1]
+    assert 3 * N + record <= reduce.bytes_read <= 3 * N + record + vectors
+    assert reduce.bytes_written <= vectors
+    arrays = 4 if gate == "record" else 3
+    assert arrays * N + record <= gradients.bytes_read <= arrays * N + record + parts + vectors
+    assert 2 * N <= gradients.bytes_written <= 2 * N + vectors
