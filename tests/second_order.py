@@ -20,7 +20,7 @@ class SecondOrder(NamedTuple):
     """Gradients of sum(cotangent * gradient) over all gradients of batch norm."""
 
     ddy: np.ndarray  # gradient of the gradient of the output, of the shape of x
-    dx: np.ndarray  # of the shape of x
+    dx: np.ndarray  # likewise
     dweight: np.ndarray  # (C,)
     terms: SecondOrder | None = None  # sums of the sizes of the terms that these are sums of
 

@@ -184,7 +184,7 @@ def preactivation(d: Array, shift: Array, scale: Array, residual: Array | None, 
 
 
 def passing(d: Array | None, passed: Array | None, affine: Sequence[Array]) -> Array:
-    """Where ReLU passes: the record, or what x - center, shift and scale say once more."""
+    """Whether ReLU passes each element: the record, or what x - center, shift and scale say once more."""
     if passed is not None:
         return passed
     assert d is not None
