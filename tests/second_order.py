@@ -19,8 +19,8 @@ once beside that."""
 class SecondOrder(NamedTuple):
     """Gradients of sum(cotangent * gradient) over all gradients of batch norm."""
 
-    ddy: np.ndarray  # gradient of the gradient of the output, of the shape of x
-    dx: np.ndarray  # of the shape of x
+    ddy: np.ndarray  # gradient of the gradient of the output; these two have the shape of x
+    dx: np.ndarray
     dweight: np.ndarray  # (C,)
     terms: SecondOrder | None = None  # sums of the sizes of the terms that these are sums of
 

@@ -124,7 +124,7 @@ class Channels(NamedTuple):
             wide = beyond if wide is None else wide | beyond
         if wide is None or not np.count_nonzero(wide):
             return [(slice(None), self.dtype)]
-        return [(some, self.dtype) for some in _runs(~wide)] + [(some, np.dtype(np.float64)) for some in _runs(wide)]
+        return [(some, self.dtype) for some in runs(~wide)] + [(some, np.dtype(np.float64)) for some in runs(wide)]
 
 
 REMEMBERED = 256
@@ -162,7 +162,7 @@ def of_channels(arrays: list[Array | None], some: slice) -> list[Array | None]:
     return arrays if some == slice(None) else [None if a is None else a[:, some] for a in arrays]
 
 
-def _runs(flags: Array) -> list[slice]:
+def runs(flags: Array) -> list[slice]:
     """The ranges over which `flags` is true."""
     if not flags.any():
         return []
@@ -183,15 +183,18 @@ def preactivation(d: Array, shift: Array, scale: Array, residual: Array | None, 
     return y
 
 
+def passing(d: Array | None, passed: Array | None, affine: Sequence[Array]) -> Array:
+    """Whether ReLU passes each element: the record, or what x - center, shift and scale say once more."""
+    if passed is not None:
+        return passed
+    assert d is not None
+    shift, scale = affine
+    passes: Array = preactivation(d, shift, scale, None) > 0
+    return passes
+
+
 def what_passed(
     dy: Array, d: Array | None, passed: Array | None, affine: Sequence[Array], activation: Activation
 ) -> Array:
     """dy in the dtype of the arithmetic, 0 where ReLU stopped it: never 0 * dy, dy may be inf."""
-    if activation != "relu":
-        return dy
-    if passed is None:
-        assert d is not None
-        shift, scale = affine
-        y = preactivation(d, shift, scale, None)
-        passed = y > 0
-    return let_through(dy, passed)
+    return let_through(dy, passing(d, passed, affine)) if activation == "relu" else dy
