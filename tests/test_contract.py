@@ -23,10 +23,12 @@ from cupybn._ranks.synchronized import Synchronized
 from cupybn._steps import (
     arguments,
     bundles,
+    cupy_double_backward,
     cupy_dropout,
     cupy_norms,
     cupy_ops,
     geometry,
+    numpy_double_backward,
     numpy_dropout,
     numpy_norms,
     numpy_ops,
@@ -43,7 +45,7 @@ HOST_ONLY = {"scratch", "dtype", "keep", "norm"}
 results are null."""
 BETWEEN = {"channels_last/norm_forward": ["moments"]}
 """Parameters of kernels that no mirror has: what the first launch of a step leaves for the second one."""
-RESULTS = {"Moments": "moments", "Statistics": "statistics", "Sums": "sums"}
+RESULTS = {"Moments": "moments", "Statistics": "statistics", "Sums": "sums", "SecondSums": "sums"}
 """Bundles that mirrors return, and the parameters of kernels that write them."""
 RETURNED = {
     "merge_moments": ["row"],
@@ -89,6 +91,7 @@ class Pair(typing.NamedTuple):
 
 PAIRS = (
     Pair(numpy_ops, cupy_ops),
+    Pair(numpy_double_backward, cupy_double_backward),
     Pair(numpy_dropout, cupy_dropout),
     Pair(numpy_norms, cupy_norms),
 )
