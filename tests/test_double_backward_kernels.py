@@ -35,7 +35,7 @@ class Case(NamedTuple):
     weight: Any
     bias: Any
     dy: Any
-    cotangents: tuple[Any, Any, Any, Any]  # of dx, dweight, dbias and dresidual
+    cotangents: tuple[Any, Any, Any, Any]  # those of dx, dweight, dbias and dresidual
     residual: Any
     gate: str
     training: bool
@@ -141,7 +141,7 @@ def test_without_weight_and_bias(rng, shape, training):
 
 @in_both_layouts
 def test_sums_that_are_not_needed(rng, shape):
-    """In eval mode only dweight needs sums, and it is 0 without a cotangent of dx."""
+    """Only dweight needs sums in eval mode, and it is 0 without a cotangent of dx."""
     case = Case.of(rng, shape, np.float32, training=False)
     case._replace(cotangents=(None, *case.cotangents[1:])).check(sums_given=False)
     case._replace(weight=None).check(sums_given=False)
@@ -209,7 +209,7 @@ def test_nan_and_inf_stay_in_their_channel(rng, shape, where, value, training):
 
 @in_both_layouts
 def test_inf_in_eval_mode_where_nothing_depends_on_x(rng, shape):
-    """Without a cotangent of dweight no gradient depends on x: there is no 0 * x."""
+    """No gradient depends on x without a cotangent of dweight: there is no 0 * x."""
     case = Case.of(rng, shape, np.float32, training=False)
     case = case._replace(cotangents=(case.cotangents[0], None, *case.cotangents[2:]))
     expected = case.expected()
@@ -221,7 +221,7 @@ def test_inf_in_eval_mode_where_nothing_depends_on_x(rng, shape):
 
 @in_both_layouts
 def test_stopped_elements_do_not_matter(rng, shape):
-    """Where ReLU stopped dy, inf in it and in the cotangent of dresidual is as if it were not there."""
+    """Elements of dy that ReLU stopped, and of the cotangent of dresidual, are as if they were not there: inf, too."""
     case = Case.of(rng, shape, np.float32, "record")
     stopped = case.expected().ddy == 0
     before = case.run()
