@@ -57,7 +57,7 @@ def second_order(
         return to_numpy(array).astype(np.longdouble)
 
     def column(vector, default):
-        return np.full(shape, np.longdouble(default)) if vector is None else wide(vector).reshape(shape)
+        return np.longdouble(default) if vector is None else wide(vector).reshape(shape)
 
     def total(array):
         return array.sum(axis=others, keepdims=True)
