@@ -57,7 +57,7 @@ def second_order(
         return to_numpy(array).astype(np.longdouble)
 
     def column(vector, default):
-        return np.full(np.ones_like(shape), np.longdouble(default)) if vector is None else wide(vector).reshape(shape)
+        return np.longdouble(default) if vector is None else wide(vector).reshape(shape)
 
     def total(array):
         return array.sum(axis=others, keepdims=True)
@@ -81,30 +81,30 @@ def second_order(
         passed = centered * r * w + column(bias, 0) + added > 0
     g = np.where(passed, wide(dy), 0)
 
-    def gradients(of, minus):
-        """The gradients, as functions of sums; `of` and `minus` are the identity and -1 there, or sizes and 1.
+    def gradients(u, g, c, w, p, added, minus):
+        """The gradients, or with sizes in place of all numbers, and 1 in place of -1, the sizes of their terms.
 
         With c = x - mean and sums over a channel, what is differentiated is, in training,
             w * (r * (sum(u*g) - sum(u) * sum(g) / n) - r^3 * sum(u*c) * sum(g*c) / n) + p * r * sum(g*c)
             + q * sum(g) + sum(s*g),
         where dr/dx = -r^3 * c / n and the gradient of sum(g*c) is g - sum(g) / n.
         """
-        of_u, of_g, of_c, of_w, of_p = (of(a) for a in (u, g, centered, w, p))
-        sum_u, sum_g, sum_ug = total(of_u), total(of_g), total(of(u * g))
-        sum_uc, sum_gc = total(of(u * centered)), total(of(g * centered))
-        ddy = of_w * r * of_u + of_p * r * of_c + of(q) + of(s)
+        sum_u, sum_g, sum_ug, sum_uc, sum_gc = (total(a) for a in (u, g, u * g, u * c, g * c))
+        ddy = w * r * u + p * r * c + added
         if running is not None:
-            return ddy, of_p * r * of_g, r * sum_ug
-        ddy = ddy + minus * of_w * (r * sum_u / n + r**3 * of_c * sum_uc / n)
+            return ddy, p * r * g, r * sum_ug
+        ddy = ddy + minus * w * (r * sum_u / n + r**3 * c * sum_uc / n)
         bare = sum_ug + minus * sum_u * sum_g / n
-        dx = minus * of_w * r**3 * of_c / n * bare + 3 * of_w * r**5 * of_c * sum_uc * sum_gc / n**2
-        dx = dx + minus * of_w * r**3 / n * ((of_u + minus * sum_u / n) * sum_gc + (of_g + minus * sum_g / n) * sum_uc)
-        dx = dx + of_p * (minus * r**3 * of_c * sum_gc / n + r * (of_g + minus * sum_g / n))
+        dx = minus * w * r**3 * c / n * bare + 3 * w * r**5 * c * sum_uc * sum_gc / n**2
+        dx = dx + minus * w * r**3 / n * ((u + minus * sum_u / n) * sum_gc + (g + minus * sum_g / n) * sum_uc)
+        dx = dx + p * (minus * r**3 * c * sum_gc / n + r * (g + minus * sum_g / n))
         return ddy, dx, r * bare + minus * r**3 * sum_uc * sum_gc / n
 
-    (ddy, dx, dweight), sizes = gradients(np.asarray, -1), gradients(np.abs, 1)
-    terms = SecondOrder(np.broadcast_to(sizes[0], x.shape), np.broadcast_to(sizes[1], x.shape), sizes[2].ravel())
-    return SecondOrder(np.where(passed, ddy, 0), dx, dweight.ravel(), terms)
+    ddy, dx, dweight = gradients(u, g, centered, w, p, q + s, -1)
+    # In training x - mean is a sum of all x of the channel.
+    of_c = np.abs(centered) + (0 if running is not None else total(np.abs(centered)) / n)
+    sizes = gradients(np.abs(u), np.abs(g), of_c, np.abs(w), np.abs(p), np.abs(q) + np.abs(s), 1)
+    return SecondOrder(np.where(passed, ddy, 0), dx, dweight.ravel(), SecondOrder(sizes[0], sizes[1], sizes[2].ravel()))
 
 
 def assert_second_order(actual, expected: SecondOrder, dtype, names=("ddy", "dx", "dweight")) -> None:

@@ -35,7 +35,7 @@ class Case(NamedTuple):
     weight: Any
     bias: Any
     dy: Any
-    cotangents: tuple[Any, Any, Any, Any]  # those of dx, dweight, dbias and dresidual
+    cotangents: tuple[Any, Any, Any, Any]  # cotangents of dx, dweight, dbias and dresidual
     residual: Any
     gate: str
     training: bool
