@@ -11,6 +11,7 @@ struct Channel {
     double center, rest, rstd, scale, shift;  // rstd = 1 / sqrt(var + eps), scale = rstd * weight
     double slope, offset;  // factors of the input's gradient: see set_gradient
     bool wide;             // whether float32 is too narrow: the channel's numbers are near its limits
+    bool gate_wide;        // whether it was on the way forward, where ReLU has seen the sign of the output
 };
 
 // Whether float32 does not hold a factor, or not its products.
@@ -41,6 +42,7 @@ DEVICE Channel make_channel(double mean, double var, const Affine& affine, const
         channel.shift += given.bias;
         channel.wide = channel.wide || fabs(channel.shift) > 1e30;
     }
+    channel.gate_wide = channel.wide;
     channel.slope = channel.offset = 0;
     return channel;
 }

@@ -6,6 +6,8 @@
 // `Channels`, a template parameter throughout, knows the channels of a pack's elements: usual(e) are the factors of
 // element e in the dtype of the arithmetic. any_wide tells whether float32 is too narrow for one of the channels; all
 // is done more slowly then: is_wide(e) tells for which elements, and wide(e) are their factors in float64.
+// gate_is_wide(e) tells it for ReLU, which on the way back decides as it has done on the way forward, whatever is wide
+// since then.
 //
 // What is asked for, flags and gates, is chosen once, outside loops: the compiler knows it where all this is inlined.
 #pragma once
@@ -106,7 +108,8 @@ template <bool WIDE, class Channels>
 DEVICE bool passes(acc_t x, int e, Gate gate, unsigned bits, const Channels& channels) {
     if (gate == OPEN) return true;
     if (gate == RECORD) return bits >> e & 1;
-    return WIDE && channels.is_wide(e) ? affine<double>(x, channels.wide(e)) > 0 : affine(x, channels.usual(e)) > 0;
+    const bool wide = WIDE && channels.gate_is_wide(e);
+    return wide ? affine<double>(x, channels.wide(e)) > 0 : affine(x, channels.usual(e)) > 0;
 }
 
 // Sets dy to 0 where ReLU stopped it: what the residual gets. It is never 0 * dy, as dy may be inf. bits are the pack's

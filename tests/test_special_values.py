@@ -254,3 +254,21 @@ def test_float64_is_taken_where_the_mirror_takes_it(rng, shape, dtype):
             np.testing.assert_array_equal(
                 to_numpy(ours)[:, c].astype(np.float64), theirs[:, c].astype(np.float64), err_msg=name
             )
+
+
+@pytest.mark.parametrize("shape", [(64, 32, 64), (512, 32)], ids=str)
+def test_relu_decides_as_on_the_way_forward(way, rng, shape):
+    """What ReLU passes does not depend on the size of dy, for which the way back may take float64.
+
+    The bias takes an element of each channel to 0, but for roundings.
+    """
+    x = way.asarray((rng.standard_normal(shape) * 2 + 3).astype(np.float32))
+    weight = way.asarray(rng.uniform(0.5, 2, shape[1]).astype(np.float32))
+    bias = -F.batch_norm(x, None, None, weight, None, True)[0].reshape(shape[1], -1)[:, 0].copy()
+    y, vjp_fn = F.batch_norm_vjp(x, None, None, weight, bias, True, activation="relu")
+    _, without_relu = F.batch_norm_vjp(x, None, None, weight, bias, True)
+    passed = to_numpy(y) > 0
+    for size in 1, 1e-32:
+        dy = np.full(shape, size, np.float32)
+        expected = without_relu(way.asarray(np.where(passed, dy, 0)))
+        assert bits(*vjp_fn(way.asarray(dy))[:3]) == bits(*expected[:3])

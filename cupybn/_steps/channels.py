@@ -113,18 +113,23 @@ class Channels(NamedTuple):
         table = self.rounded if dtype == self.dtype else self.table[3:].astype(dtype, copy=False)
         return table[:, some]
 
-    def precisions(self, factors: Array | None = None) -> list[tuple[slice, np.dtype[Any]]]:
-        """Ranges of channels, and the dtype of the arithmetic in each: float64 where float32 is too narrow.
+    def precisions(self, factors: Array | None = None) -> list[tuple[slice, np.dtype[Any], np.dtype[Any]]]:
+        """Ranges of channels, the dtype of the arithmetic in each, and that in which ReLU decides.
 
-        Beside the channel's own numbers, further factors may be too large or too small for float32: (K, C), K of each.
+        The arithmetic is float64 where float32 is too narrow: for the channel's own numbers, or for further factors,
+        (K, C), K of each. ReLU decides as on the way forward, which knows the channel's own numbers alone.
         """
-        wide = None if self.dtype is FLOAT64 else self.wide
-        if factors is not None and self.dtype is not FLOAT64 and not within(_TAME**2, factors, np.reciprocal(factors)):
-            beyond: Array = np.logical_or.reduce(extreme(factors))
-            wide = beyond if wide is None else wide | beyond
-        if wide is None or not np.count_nonzero(wide):
-            return [(slice(None), self.dtype)]
-        return [(some, self.dtype) for some in runs(~wide)] + [(some, np.dtype(np.float64)) for some in runs(wide)]
+        dtype = self.dtype
+        if dtype is FLOAT64:
+            return [(slice(None), dtype, dtype)]
+        wide = np.zeros(len(self.rest), np.bool_) if self.wide is None else self.wide
+        beyond = np.zeros_like(wide)
+        if factors is not None and not within(_TAME**2, factors, np.reciprocal(factors)):
+            beyond = np.logical_or.reduce(extreme(factors)) & ~wide
+        if not (np.count_nonzero(wide) or np.count_nonzero(beyond)):
+            return [(slice(None), dtype, dtype)]
+        kinds = (~(wide | beyond), dtype, dtype), (beyond, FLOAT64, dtype), (wide, FLOAT64, FLOAT64)
+        return [(some, arithmetic, gate) for flags, arithmetic, gate in kinds for some in runs(flags)]
 
 
 REMEMBERED = 256

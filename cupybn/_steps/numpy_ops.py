@@ -337,7 +337,7 @@ def _normalize(x: Array, channels: Channels, epilogue: Epilogue, out: Array) -> 
             np.copyto(out, y, casting="unsafe")
 
     arrays = [x, residual, out, passed]
-    for some, dtype in channels.precisions():
+    for some, dtype, _ in channels.precisions():
         temporaries = not out_is_free or out.dtype != dtype or activation is not None
         tile_map(core, of_channels(arrays, some), channels.factors(some, dtype), temporaries)
 
@@ -598,6 +598,7 @@ def _input_gradient(
         return
 
     def core(
+        gate_dtype: np.dtype[Any],
         dy: Array,
         x: Array,
         d: Array | None,
@@ -611,7 +612,11 @@ def _input_gradient(
         out = dx if dx.dtype == scale.dtype else np.empty(x.shape, scale.dtype)
         if d is None and with_center:
             d = np.subtract(x, columns[0], out=out, dtype=out.dtype)
-        g = what_passed(dy.astype(out.dtype, copy=False), d, passed, columns[1:3], activation)
+        of_gate, gate = d, [*columns[1:3]]
+        if gated and gate_dtype != out.dtype:
+            center, *gate = (column.astype(gate_dtype) for column in columns[:3])
+            of_gate = np.subtract(x, center, dtype=gate_dtype)
+        g = what_passed(dy.astype(out.dtype, copy=False), of_gate, passed, gate, activation)
         if dresidual is not None:
             np.copyto(dresidual, g, casting="unsafe")
         if slopes is not None:
@@ -627,7 +632,7 @@ def _input_gradient(
             np.copyto(dx, out, casting="unsafe")
 
     gated = activation is not None and epilogue.passed is None
-    for some, dtype in channels.precisions(None if slopes is None else slopes[1:]):
+    for some, dtype, gate_dtype in channels.precisions(None if slopes is None else slopes[1:]):
         at_hand = deviations if dtype == channels.dtype else None
         with_center = gated or (slopes is not None and at_hand is None)
         if slopes is None:
@@ -637,7 +642,8 @@ def _input_gradient(
             if with_center:
                 vectors = np.concatenate([channels.factors(some, dtype)[:2], vectors])
         arrays = of_channels([dy, x, at_hand, epilogue.passed, dx, dresidual], some)
-        tile_map(core, arrays, vectors, temporaries=activation is not None or dx.dtype != dtype)
+        temporaries = activation is not None or dx.dtype != dtype
+        tile_map(functools.partial(core, gate_dtype), arrays, vectors, temporaries)
 
 
 @numpy_settings

@@ -112,6 +112,7 @@ struct OneChannel {
 
     DEVICE explicit OneChannel(const Channel& channel) : own(channel), channel(&channel), any_wide(channel.wide) {}
     DEVICE bool is_wide(int) const { return any_wide; }
+    DEVICE bool gate_is_wide(int) const { return channel->gate_wide; }
     DEVICE const Factors<acc_t>& usual(int) const { return own; }
     DEVICE Factors<double> wide(int) const { return Factors<double>(*channel); }
 };

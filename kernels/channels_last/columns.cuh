@@ -156,6 +156,7 @@ struct OwnChannels {
         }
     }
     DEVICE bool is_wide(int e) const { return channels[e].wide; }
+    DEVICE bool gate_is_wide(int e) const { return channels[e].gate_wide; }
     DEVICE const Factors<acc_t>& usual(int e) const { return own[e]; }
     DEVICE Factors<double> wide(int e) const { return Factors<double>(channels[e]); }
 };
