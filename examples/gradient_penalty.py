@@ -1,12 +1,12 @@
-"""Two moons, learned with a gradient penalty and without: gradients of gradients of batch norm, and no autograd.
+"""Two moons, learned with a gradient penalty and without: gradients of gradients, by hand, through batch norm.
 
-A network that learns 100 noisy points by heart is steep where two of them disagree. The penalty adds to the loss how
-steep it is: strength / 2 * the mean over all points of the squared length of N * dx, where dx is the gradient of the
-loss with respect to a point. To train with it is to go back through the way back: ``vjp_fn.vjp`` does that.
+A network that learns 100 noisy points by heart is steep where they disagree. The penalty is how steep: half the mean
+over the points of |N * dx|^2, where dx is the gradient of the loss with respect to a point. Whoever trains with it goes
+back through the way back, for which batch norm has ``vjp_fn.vjp``.
 
-Batch norm in training mode lets the points of a batch act on each other, so that no point has a slope of its own: the
-critics of WGAN-GP, which ask each for a slope of 1, take layer norm for that reason. Here the penalty is one of the
-batch as a whole, of the gradient of its one loss, which is there whatever acts on what.
+In training mode batch norm lets the points of a batch act on each other, so that none has a slope of its own: critics
+of a WGAN-GP, which ask for one of 1 at each point, take layer norm instead. Here the penalty is that of the one loss of
+the whole batch, whose gradient is there whatever acts on what.
 
     pip install '.[examples]'
     python examples/gradient_penalty.py
@@ -119,33 +119,31 @@ def train(strength, seed, epochs, device):
 
 
 def report(results):
-    print("medians      loss   penalty   held-out loss (least .. most)   held-out accuracy")
+    print("strength     loss   penalty   held-out loss, median (least .. most)   held-out accuracy")
     for strength, found in results.items():
-        (loss, penalty, held_out, accuracy), (_, _, least, _), (_, _, most, _) = (
-            f(found, axis=0) for f in (np.median, np.min, np.max)
-        )
-        print(
-            f"  {strength:<7g} {loss:8.3f} {penalty:9.2f} {held_out:15.3f} ({least:.3f} .. {most:.3f}) {accuracy:19.1%}"
-        )
+        loss, penalty, held_out, accuracy = np.median(found, axis=0)
+        around = f"{held_out:.3f} ({found[:, 2].min():.3f} .. {found[:, 2].max():.3f})"
+        print(f"  {strength:<7g}{loss:8.3f}{penalty:10.2f}{around:>41}{accuracy:20.1%}")
 
 
 def draw(folder, networks, results):
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 3.7), layout="constrained")
-    *surfaces, curve = figure.subplots(1, 3)
+    left, right = figure.subfigures(1, 2, width_ratios=(2.2, 1))
+    surfaces, curve = left.subplots(1, 2), right.subplots()
     across, up = np.linspace(-2, 3, 201), np.linspace(-1.6, 2.1, 151)
     grid = np.stack(np.meshgrid(across, up), axis=2).reshape(-1, 2)
     x, labels = (layers.to_numpy(array) for array in moons(POINTS, 0))
     for ax, (strength, network) in zip(surfaces, networks.items(), strict=True):
         scores = layers.to_numpy(network(layers.xp.asarray(grid, layers.xp.float32))).reshape(len(up), len(across), 2)
         p = 1 / (1 + np.exp(scores[..., 0] - scores[..., 1]))
-        image = ax.contourf(across, up, p, np.linspace(0, 1, 11), cmap="RdBu_r")
+        image = ax.contourf(across, up, p, np.linspace(0, 1, 11), cmap="RdBu_r", vmin=-0.2, vmax=1.2)
         ax.contour(across, up, p, [0.5], colors="black", linewidths=1)
-        for label, colour in enumerate(("#2166ac", "#b2182b")):
-            ax.scatter(*x[labels == label].T, s=16, color=colour, edgecolors="white", linewidths=0.6)
+        for label, colour in enumerate(("#053061", "#b2182b")):
+            ax.scatter(*x[labels == label].T, s=24, color=colour, edgecolors="white", linewidths=0.8)
         ax.set(title=f"penalty of strength {strength}" if strength else "no penalty", xticks=[], yticks=[])
-    figure.colorbar(image, ax=surfaces, ticks=(0, 0.5, 1), label="probability of the lower moon")
+    left.colorbar(image, ax=surfaces, location="bottom", pad=0.03, aspect=50, label="probability of the lower moon")
     held_out = np.array([found[:, 2] for found in results.values()])
     places = range(len(results))
     curve.plot(places, np.median(held_out, axis=1), "o-", color="#1b7837")
@@ -153,7 +151,8 @@ def draw(folder, networks, results):
     curve.set_xticks(places, [f"{strength:g}" for strength in results])
     curve.set(title=f"loss of {HELD_OUT:,} held-out points", xlabel="strength of the penalty", ylim=(0, None))
     curve.grid(axis="y", alpha=0.3)
-    figure.suptitle(f"Two moons, {POINTS} points to learn from", fontsize=12)
+    few = f"median, least and most of {held_out.shape[1]}" if held_out.shape[1] > 1 else "one network"
+    figure.suptitle(f"Two moons, {POINTS} points to learn from; right: {few}", fontsize=12)
     layers.save_picture(figure, folder / "gradient_penalty.png", dpi=90)
 
 
