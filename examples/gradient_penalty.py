@@ -151,7 +151,7 @@ def draw(folder, networks, results):
     curve.set_xticks(places, [f"{strength:g}" for strength in results])
     curve.set(title=f"loss of {HELD_OUT:,} held-out points", xlabel="strength of the penalty", ylim=(0, None))
     curve.grid(axis="y", alpha=0.3)
-    few = f"median, least and most of {held_out.shape[1]}" if held_out.shape[1] > 1 else "one network"
+    few = f"median, least and most of {held_out.shape[1]} networks" if held_out.shape[1] > 1 else "one network"
     figure.suptitle(f"Two moons, {POINTS} points to learn from; right: {few}", fontsize=12)
     layers.save_picture(figure, folder / "gradient_penalty.png", dpi=90)
 
