@@ -1080,3 +1080,109 @@ def test_small_batches_tells_what_is_wrong(batch_norm, group_norm, message, smal
     else:
         with pytest.raises(SystemExit, match=message):
             run_main(small_batches, ["--seeds", "1"], monkeypatch, tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# gradient_penalty
+
+
+@pytest.fixture
+def gradient_penalty(xp, monkeypatch):
+    """The example with few points and small networks, on arrays of xp."""
+    for package in layers.NEEDED:
+        pytest.importorskip(package)
+    module = importlib.import_module("gradient_penalty")
+    monkeypatch.setattr(layers, "xp", xp)
+    few = {"POINTS": 24, "HELD_OUT": 50, "HIDDEN": 4, "STRENGTHS": (0, 0.3), "SHOWN": (0, 0.3)}
+    for name, value in few.items():
+        monkeypatch.setattr(module, name, value)
+    return module
+
+
+def test_gradients_of_the_gradient_penalty(gradient_penalty, xp, device, rng):
+    """Gradients are the slopes of loss + strength * penalty along a random direction of all parameters, in float64.
+
+    And dx, of which the penalty is made, is the slope of the loss along the points.
+    """
+    network = gradient_penalty.make_network(0, device)
+    for layer in network.leaves():
+        if hasattr(layer, "eps"):
+            layer.to(dtype=np.float64)
+            layer.weight[...], layer.bias[...] = xp.asarray(rng.uniform(0.5, 2, (2, layer.num_features)))
+        for name in getattr(layer, "names", ()):
+            setattr(layer, name, getattr(layer, name).astype(np.float64))
+    x, labels = (array.astype(np.float64) for array in gradient_penalty.moons(24, 0))
+    values = [x, *network.parameters()]
+    directions = [xp.asarray(rng.standard_normal(value.shape)) for value in values]
+
+    def slope(strength, moved):
+        """The slope of loss + strength * penalty, where the values move whose numbers are given."""
+        found = []
+        for step in (1e-6, -2e-6, 1e-6):
+            for n in moved:
+                values[n] += step * directions[n]
+            loss, penalty, _ = gradient_penalty.penalized(network, x, labels, 0)
+            found.append(float(loss + strength * penalty))
+        return (found[0] - found[1]) / 2e-6
+
+    scores, vjp_fn = network.vjp(x)
+    loss, dscores = layers.softmax_cross_entropy(scores, labels)
+    dx = vjp_fn(dscores)[0]
+    assert slope(0, [0]) == pytest.approx(float((dx * directions[0]).sum()), rel=1e-6)
+    for strength in (0, 30):
+        *terms, grads = gradient_penalty.penalized(network, x, labels, strength)
+        assert [float(n) for n in terms] == pytest.approx([float(loss), 12 * float((dx * dx).sum())], rel=1e-12)
+        assert [grad.shape for grad in grads] == [value.shape for value in values[1:]]
+        for n, grad in enumerate(grads, 1):
+            expected = float((grad * directions[n]).sum())
+            assert slope(strength, [n]) == pytest.approx(expected, rel=1e-5, abs=1e-8 * (1 + strength)), n
+
+
+def test_gradient_penalty(gradient_penalty, xp, monkeypatch, capsys, tmp_path):
+    """The table has a row for each strength; arrays are of the kind that is asked for, and those of NumPy by name."""
+    for device in ["cpu"] if xp is np else ["cuda", "cpu"]:
+        run_main(
+            gradient_penalty, ["--epochs", "2", "--seeds", "2", "--device", device], monkeypatch, tmp_path / device
+        )
+        out = capsys.readouterr().out
+        assert out.startswith(f"24 points to learn from, 50 held out, {'numpy' if device == 'cpu' else 'cupy'} arrays")
+        rows = re.findall(r"^  (\S+) +([\d.]+) +([\d.]+) +([\d.]+) \(([\d.]+) \.\. ([\d.]+)\) +[\d.]+%$", out, re.M)
+        assert [float(strength) for strength, *_ in rows] == [0, 0.3]
+        assert all(float(least) <= float(median) <= float(most) for *_, median, least, most in rows)
+        assert rows[0] != rows[1]
+        assert (tmp_path / device / "gradient_penalty.png").stat().st_size < 100_000
+
+
+@pytest.mark.parametrize("device", ["cpu"])
+def test_the_gradient_penalty_makes_surfaces_flatter(gradient_penalty):
+    """A network that trained with the penalty has a smaller one in the end, and its scores vary less over the plane."""
+    penalties, slopes = [], []
+    grid = np.stack(np.meshgrid(np.linspace(-1, 2, 31), np.linspace(-1, 1.5, 26)), axis=2).astype(np.float32)
+    for strength in (0, 0.3):
+        network, (_, penalty, held_out, accuracy) = gradient_penalty.train(strength, 0, 100, "cpu")
+        penalties.append(penalty)
+        x, labels = gradient_penalty.moons(50, 1000)
+        assert held_out == pytest.approx(float(layers.softmax_cross_entropy(network.eval()(x), labels)[0]), rel=1e-6)
+        scores = network(grid.reshape(-1, 2)).reshape(26, 31, 2)
+        slopes.append(abs(np.diff(scores[..., 1] - scores[..., 0])).mean())
+        assert accuracy > 0.75
+    assert penalties[1] < penalties[0] / 2
+    assert slopes[1] < slopes[0] / 2
+
+
+@pytest.mark.parametrize("device", ["cpu"])
+@pytest.mark.parametrize(("loss", "message"), [(0.7, None), (0.9, "expected the penalty to lower the loss")])
+def test_gradient_penalty_tells_what_is_wrong(loss, message, gradient_penalty, monkeypatch, tmp_path):
+    """A penalty that makes no difference ends the example with an error, behind the picture."""
+
+    def train(strength, seed, epochs, device):  # noqa: ARG001
+        network = gradient_penalty.make_network(seed, device).eval()
+        return network, [0.1, 0.1, loss if strength else 1.0, 0.9]
+
+    monkeypatch.setattr(gradient_penalty, "train", train)
+    if message is None:
+        run_main(gradient_penalty, [], monkeypatch, tmp_path)
+    else:
+        with pytest.raises(SystemExit, match=message):
+            run_main(gradient_penalty, [], monkeypatch, tmp_path)
+    assert (tmp_path / "gradient_penalty.png").exists()

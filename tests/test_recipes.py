@@ -89,7 +89,13 @@ def test_a_recipe_prints_the_same_of_cupy_arrays(name):
 def test_no_code_goes_unnoticed():
     """Code that no doctest runs is that which tests below run, or that of other libraries, in blocks of text."""
     plain = {name for name, text in TEXTS.items() if any(">>> " not in block for block in blocks(text, "python"))}
-    assert plain == {"cupy-cudnn-drop-in", "from-pytorch", "pytorch-checkpoints", "streaming-statistics"}
+    assert plain == {
+        "cupy-cudnn-drop-in",
+        "from-pytorch",
+        "pytorch-checkpoints",
+        "pytorch-jax",
+        "streaming-statistics",
+    }
     assert {name for name, text in TEXTS.items() if blocks(text, "text")} == {
         "from-keras-and-flax",
         "from-onnx",
@@ -571,6 +577,66 @@ def test_norms_of_safetensors_are_put_back(monkeypatch, tmp_path):
     assert trained.keys() == whole.keys()
     assert trained["bn.bias"].tolist() == [1, 1]
     assert trained["conv.weight"].tolist() == whole["conv.weight"].tolist()
+
+
+def test_a_model_of_pytorch_that_is_converted():
+    """Loss, gradient and the gradients of the parameters are those of PyTorch's own layers."""
+    torch = pytest.importorskip("torch")
+    code, _ = blocks(TEXTS["pytorch-jax"], "python")
+    found = {}
+    exec(code, found)
+    model, x = found["model"], found["x"]
+    plain = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU())
+    assert type(model[1]) is cupybn.torch.BatchNorm2d
+    plain.load_state_dict(model.state_dict())
+    plain[1].reset_running_stats()
+    loss = plain(x).square().mean()
+    (dx,) = torch.autograd.grad(loss, x, create_graph=True)
+    torch.testing.assert_close(found["loss"], loss)
+    torch.testing.assert_close(found["dx"], dx, rtol=1e-4, atol=1e-7)
+    ours = [parameter.grad for parameter in model.parameters()]
+    (loss + dx.square().sum()).backward()
+    for grad, parameter in zip(ours, plain.parameters(), strict=True):
+        torch.testing.assert_close(grad, parameter.grad, rtol=1e-4, atol=1e-5)
+    for buffer, theirs in zip(model.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(buffer, theirs)
+
+
+def test_batch_norm_as_callbacks_of_jax(rng):
+    """Output and gradients have the same bits as without JAX, compiled or not, also where the mean is large."""
+    jax = pytest.importorskip("jax")
+    _, code = blocks(TEXTS["pytorch-jax"], "python")
+    found = {}
+    exec(code, found)
+    x, dy = (rng.normal(mean, 1, (4, 3, 5, 5)).astype(np.float32) for mean in (1e5, 0))
+    affine = [np.array(values, np.float32) for values in ([1, 2, 0.5], [0, -1, 1])]
+    y, vjp_fn = cupybn.functional.batch_norm_vjp(x, None, None, *affine, training=True)
+    for batch_norm in found["batch_norm"], jax.jit(found["batch_norm"]):
+        theirs, vjp_of_jax = jax.vjp(batch_norm, x, *affine)
+        assert np.asarray(theirs).tobytes() == y.tobytes()
+        for grad, expected in zip(vjp_of_jax(dy), vjp_fn(dy)[:3], strict=True):
+            assert np.asarray(grad).tobytes() == expected.tobytes()
+    half = jax.numpy.asarray(x, jax.numpy.bfloat16)
+    assert found["batch_norm"](half, *affine).dtype == half.dtype
+    slopes = jax.grad(lambda weight: found["batch_norm"](x, weight, affine[1]).sum())
+    with pytest.raises(ValueError, match="JVP"):  # there is no second order
+        jax.grad(lambda weight: slopes(weight).sum())(affine[0])
+
+
+def test_what_jax_copies():
+    """NumPy reads what JAX has made, and JAX reads what NumPy has made if it begins at a multiple of 64 bytes."""
+    jax = pytest.importorskip("jax")
+    array = jax.numpy.arange(48.0).reshape(4, 12)
+    x = np.from_dlpack(array)
+    assert x.ctypes.data == array.unsafe_buffer_pointer()
+    assert not x.flags.writeable
+    assert cupybn.BatchNorm1d(12, device="cpu")(x).shape == (4, 12)
+    memory = np.zeros(1024, np.uint8)
+    begin = -memory.ctypes.data % 64
+    for offset in 0, 4, 16, 32:
+        y = memory[begin + offset :][:256].view(np.float32)
+        shared = jax.numpy.from_dlpack(y).unsafe_buffer_pointer() == y.ctypes.data
+        assert shared == (offset == 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
