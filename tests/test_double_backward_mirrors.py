@@ -323,8 +323,8 @@ def test_many_tiles_on_threads(shape, dtype, monkeypatch, rng):
 @on_layouts
 def test_arrays_larger_than_a_tile(layout, rng):
     N, L = layout
-    call = random_call(rng, (N * 150, 13, L), np.float32, True, "input")
-    assert call.x.size > tiles.SMALL
+    call = random_call(rng, (N * 60, 9, L), np.float32, True, "input")
+    assert call.x.size > tiles.TILE
     call.check()
 
 
@@ -413,12 +413,34 @@ def test_hard_channels_change_no_other_channel(layout, training, gate):
         assert bits(a[usual]) == bits(b[usual])
 
 
+@in_both_modes
+@on_layouts
+def test_sums_that_float32_does_not_hold(layout, training, rng):
+    """Each of the five by itself: what is too large may be all of one sign, or a single product."""
+    N, L = layout
+    x, dy, cdx = rng.standard_normal((3, N, 6, L)).astype(np.float32)
+    for array, others, channel in (dy, (x, cdx), 0), (cdx, (x, dy), 2):
+        array[:, channel] = rng.uniform(1e38, 2e38, (N, L))
+        for other in others:
+            other[:, channel] *= np.float32(1e-10)
+    for pair, channel in ((dy, x), 1), ((cdx, x), 3), ((cdx, dy), 4):
+        pair[0][2, channel, 0], pair[1][2, channel, 0] = 1e26, 1e13
+    with np.errstate(over="ignore"):
+        too_large = [np.isinf(terms.sum((0, 2))) for terms in (dy, dy * x, cdx, cdx * x, cdx * dy)]
+    np.testing.assert_array_equal(too_large, np.eye(5, 6))
+    incoming = Incoming(dy, cdx, None, np.ones(6), np.ones(6))
+    running = np.zeros(6), np.full(6, 2.0)
+    call = call_of(x, incoming, Affine(np.full(6, 1e-20), None, EPS), training, running=running)
+    assert all(np.isfinite(sums).all() for sums in call.sums())
+    call.check()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Gates
 
 
 @in_both_modes
-@pytest.mark.parametrize("size", [1.0, 1e-33], ids=["usual", "factors beyond float32"])
+@pytest.mark.parametrize("size", [1.0, 1e-33, 1e38], ids=["usual", "tiny factors", "sums beyond float32"])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_relu_decides_as_on_the_way_forward(size, training, dtype, rng):
     """To the bit, where values before ReLU are within some roundings of 0, whatever dtype a channel's factors need."""
