@@ -47,7 +47,7 @@ class Call(NamedTuple):
     affine: Affine
     epilogue: Epilogue
     training: bool
-    passed: np.ndarray | None  # where ReLU has let something through; None without ReLU
+    passed: np.ndarray | None  # record of what ReLU has let through; None without ReLU
 
     @property
     def inv_count(self):
@@ -197,7 +197,7 @@ def test_gradients(shape, training, gate, dtype, rng):
 @on_gates
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_sums(shape, gate, dtype, rng):
-    """Within 1e-6 of the sizes of their terms for narrow data."""
+    """Sums are within 1e-6 of the sizes of their terms, and closer in float64."""
     call = random_call(rng, shape, dtype, True, gate)
     x, dy, cdx = (a.astype(np.longdouble) for a in (call.x, call.incoming.dy, call.incoming.cdx))
     g = dy if call.passed is None else np.where(call.passed, dy, 0)
@@ -443,7 +443,7 @@ def test_sums_that_float32_does_not_hold(layout, training, rng):
 @pytest.mark.parametrize("size", [1.0, 1e-33, 1e38], ids=["usual", "tiny factors", "sums beyond float32"])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_relu_decides_as_on_the_way_forward(size, training, dtype, rng):
-    """To the bit, where values before ReLU are within some roundings of 0, whatever dtype a channel's factors need."""
+    """The same elements pass, even of values that roundings make positive, whatever dtype the factors need."""
     N, C = 64, 300
     around = rng.normal(3, 2, C).astype(dtype)
     x = (around + rng.integers(-4, 5, (N, C)).astype(dtype) * np.spacing(np.abs(around)))[..., None]
@@ -515,6 +515,10 @@ def test_in_eval_without_cdweight_x_and_dy_may_be_inf(gate, dtype, rng):
         results = call.results(given)
         assert bits(*results[:2]) == bits(*expected[:2])
         assert given is not sums or bits(results.dweight) == bits(expected.dweight)
+    call.incoming.dy[2] = 1
+    dweight = call.results().dweight
+    call.x[...] = 1
+    np.testing.assert_allclose(dweight, call.results().dweight, rtol=1e-5)
 
 
 @on_dtypes
@@ -534,9 +538,29 @@ def test_dy_may_be_inf_where_nothing_depends_on_it(training, gate, dtype, rng):
             np.testing.assert_array_equal(results.dx, 0)
 
 
+@in_both_modes
+@pytest.mark.parametrize("gate", [None, "record"])
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+def test_x_and_weight_may_be_nan_where_nothing_depends_on_them(number, gate, training, rng):
+    """Nothing depends on weight without cdx, and on x if there is no cdweight either: statistics may be NaN, too."""
+
+    def check(call, expected):
+        for a, b in zip(call.results(), expected, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
+
+    for without in ["cdx"], ["cdx", "cdweight"]:
+        call = random_call(rng, (6, 3, 5), np.float32, training, gate, without=without)
+        expected = call.results()
+        call.affine.weight[1] = number
+        check(call, expected)
+    call.x[1] = number
+    call.statistics.pairs[2] = np.nan
+    check(call, expected)
+
+
 @on_dtypes
 def test_in_eval_an_element_of_cdx_is_of_one_of_ddy(dtype, rng):
-    """And of the gradient of its channel's weight."""
+    """An element of cdx is part of one element of ddy, and of the gradient of its channel's weight."""
     call = random_call(rng, (6, 3, 5), dtype, False)
     expected = call.results()
     call.incoming.cdx[2, 1, 3] = np.nan
