@@ -402,6 +402,13 @@ def test_hard_numbers(layout, training, gate, dtype, eps):
     hard_call(layout, dtype, training, gate, eps, [*HARD.values()]).check()
 
 
+@pytest.mark.parametrize("name", HARD)
+@on_layouts
+def test_hard_numbers_alone(layout, name):
+    """No channel beside them asks for a closer look."""
+    hard_call(layout, np.float32, True, "input", EPS, [HARD[name]]).check()
+
+
 @on_gates
 @in_both_modes
 @on_layouts
@@ -428,11 +435,13 @@ def test_sums_that_float32_does_not_hold(layout, training, rng):
     with np.errstate(over="ignore"):
         too_large = [np.isinf(terms.sum((0, 2))) for terms in (dy, dy * x, cdx, cdx * x, cdx * dy)]
     np.testing.assert_array_equal(too_large, np.eye(5, 6))
-    incoming = Incoming(dy, cdx, None, np.ones(6), np.ones(6))
-    running = np.zeros(6), np.full(6, 2.0)
-    call = call_of(x, incoming, Affine(np.full(6, 1e-20), None, EPS), training, running=running)
-    assert all(np.isfinite(sums).all() for sums in call.sums())
-    call.check()
+    for some in slice(None), *(slice(channel, channel + 1) for channel in range(6)):
+        of_some = [np.ascontiguousarray(array[:, some]) for array in (dy, cdx, x)]
+        weight, var = np.full((2, of_some[0].shape[1]), [[1e-20], [2.0]])
+        incoming = Incoming(*of_some[:2], None, weight, weight)
+        call = call_of(of_some[2], incoming, Affine(weight, None, EPS), training, running=(0 * var, var))
+        assert all(np.isfinite(sums).all() for sums in call.sums())
+        call.check()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -440,14 +449,18 @@ def test_sums_that_float32_does_not_hold(layout, training, rng):
 
 
 @in_both_modes
-@pytest.mark.parametrize("size", [1.0, 1e-33, 1e38], ids=["usual", "tiny factors", "sums beyond float32"])
+@pytest.mark.parametrize(
+    ("size", "scale"),
+    [(1.0, 1.0), (1e-33, 1.0), (1e38, 1.0), (1.0, 1e31)],
+    ids=["usual", "tiny factors", "sums beyond float32", "weights beyond float32"],
+)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_relu_decides_as_on_the_way_forward(size, training, dtype, rng):
-    """The same elements pass, even of values that roundings make positive, whatever dtype the factors need."""
+def test_relu_decides_as_on_the_way_forward(size, scale, training, dtype, rng):
+    """ReLU passes the same elements, even those that roundings make positive, whatever dtype the factors need."""
     N, C = 64, 300
     around = rng.normal(3, 2, C).astype(dtype)
     x = (around + rng.integers(-4, 5, (N, C)).astype(dtype) * np.spacing(np.abs(around)))[..., None]
-    mean, var, weight = rng.standard_normal(C), rng.uniform(0.5, 2, C), rng.uniform(0.5, 2, C)
+    mean, var, weight = rng.standard_normal(C), rng.uniform(0.5, 2, C), rng.uniform(0.5, 2, C) * scale
     bias = -(around.astype(np.float64) - mean) / np.sqrt(var + EPS) * weight
     incoming = Incoming(np.full_like(x, size), cdbias=np.full(C, size))
     call = call_of(x, incoming, Affine(weight, bias, EPS), False, "input", running=(mean, var))
