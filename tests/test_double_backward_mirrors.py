@@ -437,7 +437,7 @@ def test_sums_that_float32_does_not_hold(layout, training, rng):
     np.testing.assert_array_equal(too_large, np.eye(5, 6))
     for some in slice(None), *(slice(channel, channel + 1) for channel in range(6)):
         of_some = [np.ascontiguousarray(array[:, some]) for array in (dy, cdx, x)]
-        weight, var = np.full((2, of_some[0].shape[1]), [[1e-20], [2.0]])
+        weight, var = np.full((2, of_some[0].shape[1]), [[1e-12], [2.0]])
         incoming = Incoming(*of_some[:2], None, weight, weight)
         call = call_of(of_some[2], incoming, Affine(weight, None, EPS), training, running=(0 * var, var))
         assert all(np.isfinite(sums).all() for sums in call.sums())
