@@ -144,21 +144,19 @@ def bn_double_backward_input(
     statistics, affine, epilogue
         As `bn_double_backward_reduce` takes them.
     sums : SecondSums or None
-        None stands for zeros: nothing needs them in eval mode without cdx, or where no weight wants a gradient.
+        None stands for zeros. In eval mode nothing needs them but the gradient of weight, where there is a cdx.
     inv_count : float
         1 / count in training, 0 in eval mode.
     gradients : SecondGradients
         Get all of these; they share no memory with the arguments.
     """
     channels = remembered(x.dtype, statistics.mean, statistics.var, affine)
-    added_up = None if sums is None else [of_parts.sum(axis=0) for of_parts in sums]
-    factors, dweight = _factors(incoming, channels, added_up, inv_count)
+    recorded, relu, training = epilogue.passed, epilogue.activation == "relu", inv_count != 0
+    of_x = incoming.cdweight is not None or (training and incoming.cdx is not None)  # else x may be inf: no 0 * x
+    added_up = np.zeros((5, x.shape[1])) if sums is None else np.array([of_parts.sum(axis=0) for of_parts in sums])
+    factors, dweight = _factors(incoming, channels, added_up, inv_count, of_x)
     if gradients.dweight is not None:
         gradients.dweight[...] = dweight
-
-    recorded, relu = epilogue.passed, epilogue.activation == "relu"
-    training = added_up is not None and inv_count != 0
-    of_x = incoming.cdweight is not None or (training and incoming.cdx is not None)  # else x may be inf: no 0 * x
     with_d = of_x or (relu and recorded is None)
 
     def core(
@@ -215,42 +213,40 @@ def bn_double_backward_input(
         tile_map(core, of_channels(arrays, some), vectors, temporaries=True)
 
 
-def _factors(
-    incoming: Incoming, channels: Channels, sums: Sequence[Array] | None, inv_count: float
-) -> tuple[Array, Array]:
+def _factors(incoming: Incoming, channels: Channels, sums: Array, inv_count: float, of_x: bool) -> tuple[Array, Array]:
     """Factors of each channel, (6, C), with which both gradients are sums of products, and the gradient of weight.
 
     Rows are k_u, k_x, k_0, m_u, m_x and m_0 in
 
         ddy = k_u * u + k_x * (x - center) + k_0 + cdresidual,   dx = m_u * u + k_x * g + m_x * (x - center) + m_0,
 
-    where xhat = (x - center - rest) * r. This k_x is r * m_g of the formulas at the top, both times.
+    where xhat = (x - center - rest) * r. This k_x is r * m_g of the formulas at the top, both times. `of_x` is whether
+    anything depends on x: where nothing does, its statistics may be NaN.
     """
-    rstd, scale, rest = channels.rstd, channels.scale, channels.rest
-    factors, Q = np.zeros((6, len(rest))), np.zeros(len(rest))
+    rstd, rest = channels.rstd, channels.rest
+    factors = np.zeros((6, len(rest)))
     k_u, k_x, k_0, m_u, m_x, m_0 = factors
-    m_g = k_x  # times rstd later
+    A, B, U, V, W = sums
+    Q = dweight = np.zeros(len(rest))
     if incoming.cdweight is not None:
-        m_g[...] = incoming.cdweight
+        k_x[...] = incoming.cdweight
     if incoming.cdbias is not None:
         k_0[...] = incoming.cdbias
-    if incoming.cdx is not None:
-        k_u[...] = scale
-    if sums is not None:
-        A, B, U, V, W = sums
-        if incoming.cdx is not None:  # else Q is 0, though dy may be inf
-            Q = W if inv_count == 0 else W - (A * U + B * V) * inv_count
+    if incoming.cdx is not None:  # else nothing depends on weight, which may be NaN, and no weight's gradient on dy
+        k_u[...] = channels.scale
+        Q = W if inv_count == 0 else W - (A * U + B * V) * inv_count
+        dweight = Q * rstd
+    if of_x:
         if inv_count != 0:
-            if incoming.cdx is not None:
-                m_u[...] = -scale * B * inv_count
-                m_g -= scale * V * inv_count
-                k_0 -= scale * U * inv_count
-            m_x[...] = -(m_u * V + m_g * B + scale * Q) * inv_count * rstd**2
-            m_0[...] = -(m_u * U + m_g * A) * inv_count * rstd - m_x * rest
+            m_u[...] = -k_u * B * inv_count
+            k_x -= k_u * V * inv_count
+            k_0 -= k_u * U * inv_count
+            m_x[...] = -(m_u * V + k_x * B + k_u * Q) * inv_count * rstd**2
+            m_0[...] = -(m_u * U + k_x * A) * inv_count * rstd - m_x * rest
             m_u *= rstd
-    k_x *= rstd
-    k_0 -= k_x * rest
-    return factors, rstd * Q
+        k_x *= rstd
+        k_0 -= k_x * rest
+    return factors, dweight
 
 
 def _precisions(channels: Channels, factors: Array) -> list[tuple[slice, np.dtype[Any], np.dtype[Any]]]:
