@@ -162,13 +162,14 @@ class VjpFn(WayBack):
 
         Examples
         --------
-        A penalty on the gradient of ``y[0]`` with respect to x, and its own gradient with respect to x and weight:
-
         >>> import numpy as np
         >>> import cupybn.functional as F
         >>> x = np.array([[0.0], [1.0], [5.0]])  # (N, C)
         >>> weight = np.ones(1)
         >>> y, vjp_fn = F.batch_norm_vjp(x, None, None, weight, training=True)
+
+        A penalty on the gradient of ``y[0]`` with respect to x, and its own gradients with respect to x and weight:
+
         >>> grads, second_vjp_fn = vjp_fn.vjp(np.array([[1.0], [0.0], [0.0]]))
         >>> penalty = (grads.input**2).sum()
         >>> cotangents = F.BatchNormGrads(2 * grads.input, None, None, None)  # of the penalty
@@ -203,13 +204,14 @@ class SecondVjpFn(WayBack):
 
     Examples
     --------
-    The gradient of weight is ``sum(grad_output * xhat)``. So its derivatives by grad_output are xhat:
-
     >>> import numpy as np
     >>> import cupybn.functional as F
     >>> x = np.array([[1], [2], [6]], np.float32)  # (N, C)
     >>> y, vjp_fn = F.batch_norm_vjp(x, None, None, np.ones(1, np.float32), training=True)
     >>> grads, second_vjp_fn = vjp_fn.vjp(np.array([[1], [0], [0]], np.float32))
+
+    The gradient of weight is ``sum(grad_output * xhat)``, whose derivatives by grad_output are xhat:
+
     >>> grad_of_grad_output, second = second_vjp_fn((None, np.ones(1, np.float32), None, None))
     >>> grad_of_grad_output.round(3).ravel()
     array([-0.926, -0.463,  1.389], dtype=float32)

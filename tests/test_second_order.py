@@ -66,7 +66,7 @@ class Case(NamedTuple):
         return three(self.vjp_fn(), self.dy, self.cotangents if cotangents is None else cotangents)
 
     def expected(self, cotangents=None):
-        """The same gradients by the textbook, where ReLU lets through what the output says that it does."""
+        """These gradients by the textbook, where ReLU lets through what the output says that it does."""
         call = self.call
         with cupybn.no_stats_update():
             passed = to_numpy(F.batch_norm(**call)) > 0
@@ -201,7 +201,7 @@ def test_gradients_may_be_their_own_cotangents(xp, rng):
 
 @both_modes
 def test_what_goes_through_a_sum_comes_back_as_it_is(xp, rng, training):
-    """Without ReLU the gradient of the residual is grad_output: its cotangent is added to the gradient of that."""
+    """The gradient of a residual without ReLU is grad_output: its cotangent is added to the gradient of that."""
     case = make(xp, rng, dtype=np.float64, training=training, residual=True)
     alone, none = (case.run(only(case.cotangents, names)) for names in ("residual", ()))
     assert bits(alone[0]) == bits(case.cotangents.residual)
@@ -265,7 +265,7 @@ def without_channel(array, axis):
 
 
 def test_what_does_not_depend_on_an_infinite_input_stays_finite(xp, rng):
-    """In eval mode the gradient of grad_output is w * rstd * cdx + cdbias unless weight has a cotangent: no 0 * inf."""
+    """The gradient of grad_output is rstd * cdx + cdbias here, that of x is 0 * grad_output: no 0 * inf."""
     case = make(xp, rng, training=False, weight=None)
     expected = bits(*case.run())
     case.call["input"][1, 2, 1, 0] = np.inf
@@ -361,7 +361,7 @@ def test_tensors_of_any_strides(xp, rng, name, given):
 
 @both_modes
 def test_an_input_that_is_not_dense(xp, rng, training):
-    """It is read through the one copy that `vjp_fn` has, and results are dense."""
+    """The one copy that `vjp_fn` has is read, and results are dense."""
     case = make(xp, rng, training=training, **FUSED["residual, relu"])
     expected = bits(*case.run())
     for change in every_second, backwards:
@@ -502,7 +502,7 @@ def test_layers(xp, device, rng, name):
 
 
 def test_a_layer_that_is_observed(xp, device, rng):
-    """In `update_bn` a layer hands its moments on, and is the same to all who call it."""
+    """A layer in `update_bn` hands its moments on, and is the same to all who call it."""
     case, results = make(xp, rng, activation="relu", weight=None, bias=None), []
     layer = cupybn.BatchNorm2d(5, affine=False, activation="relu", device=device)
 
@@ -717,7 +717,7 @@ ON_SEVERAL_RANKS = (
 @both_modes
 @pytest.mark.parametrize("shape", [(4, 3, 8), (3, 8), (1,)], ids=str)
 def test_masks_have_no_second_order(xp, rng, shape, training):
-    """Not even one that leaves everything: only the device knows that. The way out of the message is one."""
+    """Nothing else is wrong then: what is no array is not even looked at, and `vjp_fn` goes on."""
     mask = rng.random(shape) < 0.8
     case = make(xp, rng, training=training, mask=xp.asarray(mask))
     vjp_fn = case.vjp_fn()
@@ -726,10 +726,6 @@ def test_masks_have_no_second_order(xp, rng, shape, training):
         with pytest.raises(NotImplementedError, match=exactly(UNDER_A_MASK)):
             vjp_fn.vjp(given)
     assert bits(*vjp_fn(case.dy)) == expected
-    with pytest.raises(NotImplementedError, match=exactly(UNDER_A_MASK)):
-        case._replace(
-            call=case.call | {"input": xp.ones((0, 5, 3, 8), np.float32)[:, :, :, :], "mask": xp.ones((0, 3, 8), bool)}
-        ).vjp_fn().vjp(None)
 
 
 def test_positions_that_a_mask_leaves_have_one(rng):
@@ -769,7 +765,7 @@ def test_layers_of_several_ranks_have_none_in_training(xp, device, rng, masked):
 
 
 def test_layers_of_several_ranks_without_elements(xp, device):
-    """Also where a rank has no samples, or there are no channels, and nothing would be exchanged."""
+    """The error is the same where a rank has no samples, or there are no channels and nothing would be exchanged."""
     for shape in (0, 3), (4, 0):
         _, vjp_fn = cupybn.SyncBatchNorm(shape[1], device=device, comm=Alone()).vjp(xp.ones(shape, np.float32))
         with pytest.raises(NotImplementedError, match=exactly(ON_SEVERAL_RANKS)):

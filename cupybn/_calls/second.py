@@ -109,6 +109,7 @@ def _to_cotangents(given: Any) -> str:
 def _double_backward(saved: Saved, incoming: Incoming) -> tuple[Array, Array, Array | None]:
     """`double_backward` of arrays that have the layout of the input."""
     layout, tapes = saved.checked.layout, saved.tapes
+    results: list[Array | None] | None
     if tapes is None:
         with unheard():
             results = _steps(saved, incoming)
