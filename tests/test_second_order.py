@@ -19,7 +19,7 @@ import pytest
 import cupybn
 import cupybn.functional as F
 from cupybn._calls import call as _call
-from cupybn._steps.tiles import SHORT
+from cupybn._steps.tiles import LARGE_TILE, SHORT
 from tests.reference import DTYPES, arguments, bits, exactly, in_order, to_numpy
 from tests.second_order import assert_second_order, second_order
 from tests.test_derived_arrays import derived
@@ -66,7 +66,7 @@ class Case(NamedTuple):
         return three(self.vjp_fn(), self.dy, self.cotangents if cotangents is None else cotangents)
 
     def expected(self, cotangents=None):
-        """These gradients by the textbook, where ReLU lets through what the output says that it does."""
+        """Gradients by the textbook, where ReLU lets through what the output says that it does."""
         call = self.call
         with cupybn.no_stats_update():
             passed = to_numpy(F.batch_norm(**call)) > 0
@@ -853,7 +853,7 @@ ALIKE = {
     "every second value": lambda case: with_vectors(case, every_second),
     "backwards": lambda case: with_vectors(case, backwards),
     "one vector twice": lambda case: cotangents_of(case, bias=case.cotangents.weight),
-    "weight as its own": lambda case: cotangents_of(case, weight=case.call["weight"]),
+    "weight as its own cotangent": lambda case: cotangents_of(case, weight=case.call["weight"]),
     "grad_output as cotangent": lambda case: cotangents_of(case, input=case.dy),
     "input as cotangent": lambda case: cotangents_of(case, input=case.call["input"]),
     "one cotangent twice": lambda case: cotangents_of(case, residual=case.cotangents.input),
@@ -874,29 +874,43 @@ def with_vectors(case, change):
 
 
 @needs_the_stand_in
-@both_modes
-@pytest.mark.parametrize("form", ["(N, C)", "NCHW", "NHWC"])
-@pytest.mark.parametrize("fused", ["residual", "residual, relu"])
+@pytest.mark.parametrize(
+    ("form", "fused", "training"),
+    [
+        ("NCHW", "residual, relu", True),
+        ("NCHW", "residual, relu", False),
+        ("NCHW", "residual", True),
+        ("(N, C)", "residual, relu", True),
+        ("(N, C)", "residual", False),
+    ],
+)
 def test_tapes(rng, plays, form, fused, training):
     """Calls in any order launch what they do without tapes, and return the same bits."""
+    cases = [make(cp, rng, form, training=training, **FUSED[fused]) for _ in range(2)]
+    every = [(number, change(case)) for number, case in enumerate(cases) for change in ALIKE.values()]
     with without_tapes():
-        cases = [make(cp, rng, form, training=training, **FUSED[fused]) for _ in range(2)]
-        every = [change(case) for case in cases for change in ALIKE.values()]
-        expected = [outcome(case) for case in every]
+        vjp_fns = [case.vjp_fn() for case in cases]
+        expected = [outcome(vjp_fns[number], case) for number, case in every]
     assert plays == []
-    for index in [*range(len(every)), *rng.permutation(len(every)), *rng.permutation(len(every))]:
-        assert outcome(every[index]) == expected[index], [*ALIKE][index % len(ALIKE)]
-    # Three times forth, back and back again. The first call of a form takes its steps, and where packs of the record
-    # want an aligned copy, each one.
-    assert len(plays) > 3 * 2.5 * len(every)
+    vjp_fns = [case.vjp_fn() for case in cases]
+    plays.clear()
+    for index in [*range(len(every)), *rng.permutation(len(every))]:
+        number, case = every[index]
+        assert outcome(vjp_fns[number], case) == expected[index], [*ALIKE][index % len(ALIKE)]
+    # Two ways back each time. The first call of a form takes its steps, and each one does where packs of the record
+    # want an aligned copy.
+    assert len(plays) > 2.5 * len(every)
 
 
-def outcome(case):
+def outcome(vjp_fn, case):
+    """Bits and strides of the gradients of second order, and the launches that they took."""
+    _, second_vjp_fn = vjp_fn.vjp(case.dy)
     with emulator.record() as launches:
-        results = case.run()
+        ddy, grads = second_vjp_fn(case.cotangents)
+    results = ddy, grads.input, grads.weight
     return (
         bits(*results),
-        [None if array is None else array.strides for array in results],
+        [array.strides for array in results],
         [(launch.name, *launch[1:6]) for launch in launches],
     )
 
@@ -981,10 +995,10 @@ BUFFER = 8 * SHORT if np.lib.NumpyVersion(np.__version__) < "2.3.0" else 0
 """Bytes of the buffer of an iterator of NumPy's that count as allocated: NumPy before 2.3 makes it anew each time."""
 
 
-@pytest.mark.parametrize(("shape", "axis"), [((8, 64, 56, 56), 1), ((8, 28, 28, 256), 3), ((4096, 256), 1)], ids=str)
+@pytest.mark.parametrize(("shape", "axis"), [((16, 64, 56, 56), 1), ((16384, 256), 1)], ids=str)
 def test_temporaries(rng, monkeypatch, shape, axis):
-    """The two results, and a fraction of one of them to work in."""
-    monkeypatch.setenv("CUPYBN_NUM_THREADS", "2")
+    """Beside the two results there are some tiles to work in, however large the arrays are."""
+    monkeypatch.setenv("CUPYBN_NUM_THREADS", "1")
     x = rng.standard_normal(shape).astype(np.float32)
     vectors = [np.ones(shape[axis], np.float32) for _ in range(4)]
     for options in {"training": True}, {"training": False}, {"training": True, "activation": "relu"}:
@@ -998,7 +1012,8 @@ def test_temporaries(rng, monkeypatch, shape, axis):
             most = tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()
-        assert most <= 2.5 * x.nbytes + BUFFER, f"{most / x.nbytes:.2f} times the input, two gradients included"
+        tiles = (most - 2 * x.nbytes - BUFFER) / (LARGE_TILE * x.itemsize)
+        assert tiles <= 3, f"{tiles:.1f} tiles"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
