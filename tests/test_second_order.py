@@ -916,6 +916,20 @@ def outcome(vjp_fn, case):
 
 
 @needs_the_stand_in
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2)], ids=str)
+def test_records_of_packs_of_any_width(rng, plays, order):
+    """Calls that differ only in where the residual begins have records of other packs, and tapes of their own."""
+    case = make(cp, rng, **FUSED["residual, relu"])
+    shifted = [case._replace(call=case.call | {"residual": odd(case.call["residual"], n)}) for n in (0, 1, 2)]
+    with without_tapes():
+        expected = [outcome(each.vjp_fn(), each) for each in shifted]
+    for _ in range(2):
+        for number in order:
+            assert outcome(shifted[number].vjp_fn(), shifted[number]) == expected[number]
+    assert len(plays) == 3 * 3
+
+
+@needs_the_stand_in
 def test_a_tape_holds_no_array(rng):
     """Whatever the first call was given or has made is gone when its caller lets go of it."""
     case = make(cp, rng, **FUSED["residual, relu"])
