@@ -647,6 +647,18 @@ def test_wrong_cotangents(name, dense):
     assert bits(again[0], *again[1]) == bits(expected[0], *expected[1])
 
 
+@both_modes
+@pytest.mark.parametrize("name", NAMES[1:])
+def test_cotangents_of_what_was_not_there(xp, rng, name, training):
+    case = make(xp, rng, training=training, **FUSED["residual, relu"])
+    call = case.call | {name: None}
+    given = "NumPy array" if xp is np else "CuPy array on cuda:0"
+    message = f"expected cotangents.{name} to be None, as the call had no {name} (got {given})"
+    for cotangents in case.cotangents, only(case.cotangents, (name,)):
+        with pytest.raises(ValueError, match=exactly(message)):
+            case._replace(call=call).run(cotangents)
+
+
 def test_wrong_cotangents_on_a_device():
     """Nothing is launched before all is checked, and messages name CuPy."""
     import cupy
