@@ -237,8 +237,7 @@ class SecondVjpFn(WayBack):
         cotangents : BatchNormGrads, or a tuple in its order
             Cotangents of the gradients of input, weight, bias and residual. None stands for zeros, and for what was not
             an argument. Those of input and residual are arrays of the input's shape and dtype, in any memory order;
-            those of weight and bias are (C,) arrays of any of the dtypes and any stride. ``grads`` itself will do where
-            a loss is half the sum of its squares.
+            those of weight and bias are (C,) arrays of any of the dtypes and any stride.
 
         Returns
         -------
@@ -397,7 +396,7 @@ def batch_norm_vjp(
         changes nothing. It holds input, weight, bias and mask by reference, and what it needs of the residual and the
         statistics as a copy: it stays right when the running statistics move on. Where the mask leaves nothing, the
         gradients of input and residual are 0, whatever grad_output holds. ``vjp_fn.mean`` and ``vjp_fn.var`` are the
-        statistics that the call normalised with.
+        statistics that the call normalised with; ``vjp_fn.vjp`` is for gradients of second order.
 
     Raises
     ------
