@@ -33,6 +33,7 @@ from cupybn._calls import across, checks
 from cupybn._calls.call import Call
 from cupybn._calls.flow import WayBack, backward, forward, forward_and_saved
 from cupybn._calls.saved import Saved
+from cupybn._calls.second import check_second_order, double_backward
 from cupybn._steps.bundles import Affine, Epilogue, Running, Statistics
 from cupybn.dropout.functions import (
     DropoutGrads,
@@ -61,6 +62,7 @@ __all__ = [
     "LayerNormGrads",
     "NormVjpFn",
     "RMSNormGrads",
+    "SecondVjpFn",
     "VjpFn",
     "batch_norm",
     "batch_norm_backward",
@@ -134,6 +136,50 @@ class VjpFn(WayBack):
         """
         return BatchNormGrads(*backward(self._saved, grad_output))
 
+    def vjp(self, grad_output: Array) -> tuple[BatchNormGrads, SecondVjpFn]:
+        """The gradients of the arguments, and the function that differentiates them: gradients of second order.
+
+        For losses that gradients are part of, as gradient penalties and steps of meta-learning are.
+
+        Parameters
+        ----------
+        grad_output : array of the input's shape and dtype
+
+        Returns
+        -------
+        grads : BatchNormGrads
+            What calling this function returns.
+        second_vjp_fn : SecondVjpFn
+            ``second_vjp_fn(cotangents) -> (grad_of_grad_output, BatchNormGrads(input, weight, None, None))``. It holds
+            grad_output by reference, and what this function holds.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If grad_output is not an array of the input's kind, device, dtype and shape.
+        NotImplementedError
+            If the call had a mask, or was one of a `cupybn.SyncBatchNorm` of several ranks in training.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import cupybn.functional as F
+        >>> x = np.array([[0.0], [1.0], [5.0]])  # (N, C)
+        >>> weight = np.ones(1)
+        >>> y, vjp_fn = F.batch_norm_vjp(x, None, None, weight, training=True)
+
+        A penalty on the gradient of ``y[0]`` with respect to x, and its own gradients with respect to x and weight:
+
+        >>> grads, second_vjp_fn = vjp_fn.vjp(np.array([[1.0], [0.0], [0.0]]))
+        >>> penalty = (grads.input**2).sum()
+        >>> cotangents = F.BatchNormGrads(2 * grads.input, None, None, None)  # of the penalty
+        >>> _, second = second_vjp_fn(cotangents)
+        >>> second.input.round(3).ravel(), second.weight.round(3)
+        (array([ 0.047, -0.017, -0.029]), array([0.163]))
+        """
+        check_second_order(self._saved)
+        return self(grad_output), SecondVjpFn(self._saved, grad_output)
+
     @property
     def mean(self) -> Array:
         """Mean of each channel that the call normalised with: a new (C,) float64 array."""
@@ -145,6 +191,72 @@ class VjpFn(WayBack):
         """Biased variance of each channel that the call normalised with: a new (C,) float64 array."""
         with on_device_of(self._saved.pairs):
             return copied(Statistics(self._saved.pairs).var)
+
+
+class SecondVjpFn(WayBack):
+    """Function from cotangents of the gradients to the gradients of what they depend on: what `VjpFn.vjp` returns.
+
+    A cotangent is the gradient of a loss with respect to a gradient. Where ``grads = vjp_fn(grad_output)``, this is
+    the vector-Jacobian product of the map from grad_output and the arguments of the call to grads.
+
+    Pure: it may be called again and changes nothing. It holds grad_output, input, weight and bias by reference, and
+    what it needs of the residual and the statistics as a copy. There is no third order: it has no ``vjp`` itself.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cupybn.functional as F
+    >>> x = np.array([[1], [2], [6]], np.float32)  # (N, C)
+    >>> y, vjp_fn = F.batch_norm_vjp(x, None, None, np.ones(1, np.float32), training=True)
+    >>> grads, second_vjp_fn = vjp_fn.vjp(np.array([[1], [0], [0]], np.float32))
+
+    The gradient of weight is ``sum(grad_output * xhat)``, whose derivatives by grad_output are xhat:
+
+    >>> grad_of_grad_output, second = second_vjp_fn((None, np.ones(1, np.float32), None, None))
+    >>> grad_of_grad_output.round(3).ravel()
+    array([-0.926, -0.463,  1.389], dtype=float32)
+    >>> second.input.round(3).ravel(), second.weight
+    (array([ 0.176, -0.22 ,  0.044], dtype=float32), array([0.], dtype=float32))
+    >>> second.bias is None, second.residual is None
+    (True, True)
+    """
+
+    __slots__ = ("_grad_output",)
+
+    def __init__(self, saved: Saved, grad_output: Array) -> None:
+        super().__init__(saved)
+        self._grad_output = grad_output
+
+    def __call__(
+        self, cotangents: BatchNormGrads | tuple[Array | None, Array | None, Array | None, Array | None]
+    ) -> tuple[Array, BatchNormGrads]:
+        """Gradients of grad_output and of the arguments of the call.
+
+        Parameters
+        ----------
+        cotangents : BatchNormGrads, or a tuple in its order
+            Cotangents of the gradients of input, weight, bias and residual. None stands for zeros, and for what was not
+            an argument. Those of input and residual are arrays of the input's shape and dtype, in any memory order;
+            those of weight and bias are (C,) arrays of any of the dtypes and any stride.
+
+        Returns
+        -------
+        grad_of_grad_output : array
+            With the input's shape, dtype and memory order.
+        grads : BatchNormGrads
+            Gradients of input and weight, as ``vjp_fn`` returns them. Those of bias and residual are None: the
+            gradients of first order do not depend on these, except by what ReLU lets through.
+
+        Raises
+        ------
+        TypeError
+            If cotangents are no tuple, or one of them is not an array of the right kind, device and dtype.
+        ValueError
+            If there are not four cotangents, a shape does not match, or one is given for what was not an argument.
+            Nothing has changed then.
+        """
+        grad_of_grad_output, input, weight = double_backward(self._saved, self._grad_output, cotangents)
+        return grad_of_grad_output, BatchNormGrads(input, weight, None, None)
 
 
 def batch_norm(
@@ -284,7 +396,7 @@ def batch_norm_vjp(
         changes nothing. It holds input, weight, bias and mask by reference, and what it needs of the residual and the
         statistics as a copy: it stays right when the running statistics move on. Where the mask leaves nothing, the
         gradients of input and residual are 0, whatever grad_output holds. ``vjp_fn.mean`` and ``vjp_fn.var`` are the
-        statistics that the call normalised with.
+        statistics that the call normalised with; ``vjp_fn.vjp`` is for gradients of second order.
 
     Raises
     ------

@@ -56,6 +56,11 @@ def missing(monkeypatch, *names):
         monkeypatch.setattr(module, "optional", lambda name: None if name in names else here(name))
 
 
+def module_of(side, step):
+    """The module of a side that has a step."""
+    return side.ops if hasattr(side.ops, step) else side.second
+
+
 STEPS = {step: op for op, checked in reversed(CHECKED.items()) for step in checked.steps}
 """The first function that has each step."""
 
@@ -466,7 +471,7 @@ def called(step):
 @pytest.mark.parametrize("step", STEPS)
 def test_check_sees_a_wrong_mirror(step, monkeypatch, capsys):
     """A check without a GPU names the step whose mirror is wrong."""
-    mirrors = CHECKED[STEPS[step]].sides[1].ops
+    mirrors = module_of(CHECKED[STEPS[step]].sides[1], step)
     monkeypatch.setattr(check, "cuda_missing", lambda: "told so")
     monkeypatch.setattr(mirrors, step, spoiled(getattr(mirrors, step)))
     assert f"  {called(step)}" in failing_check(capsys)
@@ -475,7 +480,7 @@ def test_check_sees_a_wrong_mirror(step, monkeypatch, capsys):
 @pytest.mark.usefixtures("one_shape")
 @pytest.mark.parametrize("step", STEPS)
 def test_check_sees_a_wrong_kernel(step, monkeypatch, capsys):
-    kernels = CHECKED[STEPS[step]].sides[0].ops
+    kernels = module_of(CHECKED[STEPS[step]].sides[0], step)
     monkeypatch.setattr(kernels, step, spoiled(getattr(kernels, step)))
     monkeypatch.setattr(check, "kernel_names", lambda: [n for n in kernel_names() if n.rpartition("/")[2] == step])
     assert called(step) in failing_check(capsys)

@@ -54,7 +54,7 @@ def test_what_users_call_has_examples():
     functions = [getattr(cupybn.functional, name) for name in cupybn.functional.__all__ if not name.endswith("Grads")]
     functions += [cupybn.Generator, cupybn.Generator.manual_seed, cupybn.manual_seed]
     methods = [getattr(cupybn.BatchNorm2d, name) for name in ("vjp", "state_dict", "load_state_dict", "to")]
-    methods.append(cupybn.SyncBatchNorm.from_batchnorm)
+    methods += [cupybn.SyncBatchNorm.from_batchnorm, cupybn.functional.VjpFn.vjp]
     methods += [getattr(layer, name) for layer in layers[4:10] for name in ("forward", "vjp")]
     models = [cupybn.fold_conv_bn, cupybn.fold_linear_bn, cupybn.update_bn, cupybn.StreamingMoments]
     models += [cupybn.find_batch_norms, cupybn.load_checkpoint, cupybn.save_checkpoint, cupybn.IncompatibleKeys]

@@ -160,15 +160,17 @@ def foreign_calls(x, running_mean, running_var, dy):
     """Functions that launch by no tape, with arrays that another call has, too: a weight that moves is copied."""
     shared = {"weight": running_var, "training": True}
     _, vjp_fn = F.batch_norm_vjp(x, running_mean, running_var, **shared)
+    _, second_vjp_fn = vjp_fn.vjp(dy)
     return {
         "moments": lambda: F.moments(x),
         "training": lambda: F.batch_norm(x, running_mean, running_var, **shared),
         "back": lambda: vjp_fn(dy),
+        "second order": lambda: second_vjp_fn((dy, running_var, None, None)),
     }
 
 
 @only_emulated
-@pytest.mark.parametrize("name", ["moments", "training", "back"])
+@pytest.mark.parametrize("name", ["moments", "training", "back", "second order"])
 def test_a_call_in_the_midst_of_another_one_is_not_on_its_tape(monkeypatch, name, either):  # noqa: ARG001
     """Hooks may call the library with arrays of the call that is recorded: its tape has its own launches only."""
     form = Form()

@@ -155,6 +155,24 @@ def test_memory_of_changing_alignment(either, shift, turns):  # noqa: ARG001
             np.testing.assert_allclose(to_numpy(ours), theirs, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("turns", [[8], [0, 8], [8, 0, 0], [0, 0, 8, 8]], ids=str)
+def test_second_order_in_memory_of_changing_alignment(plays, shift, turns):
+    """New arrays begin where the packs of the record do, also from a tape, whatever memory there is."""
+    arrays, (dy, cdx, cdresidual, *_) = draw(Form(residual=True, activation="relu"), 1)
+    rest = {"training": True, "activation": "relu", "momentum": 0.0}
+    cotangents = cdx, arrays["weight"], arrays["bias"], cdresidual
+    host = {name: to_numpy(array) for name, array in arrays.items()}
+    _, second_vjp_fn = F.batch_norm_vjp(**host, **rest)[1].vjp(to_numpy(dy))
+    expected, grads = second_vjp_fn(tuple(map(to_numpy, cotangents)))
+    _, second_vjp_fn = F.batch_norm_vjp(**arrays, **rest)[1].vjp(dy)
+    for i in range(8):
+        shift[:] = turns if i % 4 else [0]
+        ddy, second = second_vjp_fn(cotangents)
+        for ours, theirs in (ddy, expected), (second.input, grads.input), (second.weight, grads.weight):
+            np.testing.assert_allclose(to_numpy(ours), theirs, rtol=1e-5, atol=1e-5)
+    assert plays
+
+
 @only_emulated
 @pytest.mark.parametrize("way", ["on chip", "streamed"])
 def test_a_played_call_allocates_what_the_recorded_one_did(way, request, plays):

@@ -89,7 +89,7 @@ def _forward(call: Call, out: Array | None, for_vjp: bool) -> tuple[Array, Saved
 
 
 class WayBack:
-    """Function from the gradient of a call's output to those of its arguments.
+    """Function that goes back, as from the gradient of a call's output to those of its arguments.
 
     Pure: it may be called again and changes nothing.
     """

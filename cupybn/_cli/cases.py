@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from cupybn._arrays.dtypes import accumulation_dtype
 from cupybn._cli import formula
-from cupybn._steps.bundles import Affine, Epilogue, Moments, Running, Statistics, Sums
+from cupybn._steps.bundles import Affine, Epilogue, Incoming, Moments, Running, SecondSums, Statistics, Sums
 
 Array = npt.NDArray[Any]
 
@@ -63,6 +63,9 @@ class Case:
         parts = rng.integers(2, 9, 3).astype(np.float64)
         self.moments = Moments(parts, *rng.uniform(1, 2, (2, 3, C)))
         self.sums = Sums(*rng.standard_normal((2, 1, C)) * self.count)
+        cdx, cdresidual = rng.standard_normal((2, *shape)).astype(dtype)
+        self.incoming = Incoming(self.dy, cdx, cdresidual if self.has_residual else None, *rng.standard_normal((2, C)))
+        self.second_sums = SecondSums(*rng.standard_normal((5, 1, C)) * self.count)
 
     def given(self, array: Array) -> Array:
         """An (N, C, L) array as steps are given it: what a mask leaves out is NaN."""

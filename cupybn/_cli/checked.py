@@ -5,15 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from cupybn._cli import dropout_formula, formula, norm_formula
+from cupybn._cli import dropout_formula, formula, norm_formula, second_formula
 from cupybn._cli.cases import Case
 from cupybn._cli.dropout_steps import DROPOUT_STEPS, DropoutCase
 from cupybn._cli.norm_cases import NormCase
 from cupybn._cli.norm_steps import norm_steps
 from cupybn._cli.problem import FAMILY, FUSED, OPS
+from cupybn._cli.second_steps import SECOND_STEPS
 from cupybn._cli.sides import Side, Step
 from cupybn._cli.steps import STEPS
-from cupybn._steps import cupy_dropout, cupy_norms, cupy_ops, numpy_dropout, numpy_norms, numpy_ops
+from cupybn._steps import (
+    cupy_double_backward,
+    cupy_dropout,
+    cupy_norms,
+    cupy_ops,
+    numpy_double_backward,
+    numpy_dropout,
+    numpy_norms,
+    numpy_ops,
+)
 
 Shapes = dict[str, list[tuple[int, ...]]]
 """Shapes by layout. The first of each is checked in unaligned memory as well."""
@@ -61,7 +71,7 @@ def _norm(op: str) -> Checked:
 
 CHECKED = {
     "batch_norm": Checked(
-        STEPS,
+        STEPS | SECOND_STEPS,
         Case,
         "(N, C, L)",
         {"channels_first": [(6, 5, 49), (4, 3, 64)], "channels_last": [(37, 3, 1), (45, 64, 1)]},
@@ -69,7 +79,11 @@ CHECKED = {
             "channels_first": [(300, 2, 40), (2, 130, 3), (2, 2, 4099), (1, 1, 2)],
             "channels_last": [(1029, 3, 1), (45, 301, 1), (9001, 6, 1), (2, 1, 1)],
         },
-        _sides(cupy_ops, numpy_ops, formula),
+        (
+            Side(cupy_ops, "kernels", cupy_double_backward),
+            Side(numpy_ops, "mirrors", numpy_double_backward),
+            Side(formula, "formula", second_formula),
+        ),
     ),
     **{op: _norm(op) for op in FAMILY if op != "dropout"},
     "dropout": Checked(

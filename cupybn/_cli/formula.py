@@ -29,8 +29,8 @@ def bn_stats(x: Tensor, batches: Counter | None = None, mask: Mask | None = None
     """Count, mean and sum of squared deviations of each channel."""
     x = x.astype(np.float64)
     count = np.array([x.size / x.shape[1] if mask is None else float(np.count_nonzero(mask))])
-    mean = _total(_left(x, mask)) / count
-    m2 = _total(_left((x - _column(mean)) ** 2, mask))
+    mean = total(_left(x, mask)) / count
+    m2 = total(_left((x - column(mean)) ** 2, mask))
     return Moments(count, mean[None], m2[None], None if batches is None else batches.copy())
 
 
@@ -97,8 +97,8 @@ def bn_forward(x: Tensor, affine: Affine, running: Running, epilogue: Epilogue, 
 
 def bn_backward_reduce(dy: Tensor, x: Tensor, statistics: Statistics, affine: Affine, epilogue: Epilogue) -> Sums:
     """sum(dy) and sum(dy * xhat), where activation passed dy."""
-    g = _passed(dy, x, statistics, affine, epilogue)
-    return Sums(_total(g)[None], _total(g * _left(_xhat(x, statistics, affine), epilogue.mask))[None])
+    g = passed_of(dy, x, statistics, affine, epilogue)
+    return Sums(total(g)[None], total(g * _left(xhat_of(x, statistics, affine), epilogue.mask))[None])
 
 
 def merge_sums(sums: Sums, count: Doubles, dweight: Vector, dbias: Vector) -> Doubles:
@@ -118,12 +118,12 @@ def bn_backward_input(
     gradients: Gradients,
 ) -> None:
     """(dy - sum(dy) / count - xhat * sum(dy * xhat) / count) * rstd * weight, where activation passed dy."""
-    g = _passed(dy, x, statistics, affine, epilogue)
+    g = passed_of(dy, x, statistics, affine, epilogue)
     sum_dy, sum_dy_xhat = sums.dy.sum(axis=0), sums.dy_xhat.sum(axis=0)
     if statistics.count_left is not None:
         inv_count = inv_count / statistics.count_left[0]
-    terms = g - inv_count * (_column(sum_dy) + _xhat(x, statistics, affine) * _column(sum_dy_xhat))
-    dx = terms * _column(affine.weight / np.sqrt(statistics.var + affine.eps))
+    terms = g - inv_count * (column(sum_dy) + xhat_of(x, statistics, affine) * column(sum_dy_xhat))
+    dx = terms * column(affine.weight / np.sqrt(statistics.var + affine.eps))
     gradients.dx[...] = _left(dx, epilogue.mask)
     if gradients.dresidual is not None:
         gradients.dresidual[...] = g
@@ -151,25 +151,26 @@ def _left(x: Tensor, mask: Mask | None) -> Tensor:
     return x if mask is None else np.where(mask[:, None], x, 0)
 
 
-def _total(x: Tensor) -> Doubles:
+def total(x: Tensor) -> Doubles:
     """The sum of each channel, along memory: only there does NumPy add pairwise."""
     return np.ascontiguousarray(x.transpose(1, 0, 2)).reshape(x.shape[1], -1).sum(axis=1)
 
 
-def _column(vector: Vector) -> Doubles:
+def column(vector: Vector) -> Doubles:
     """A vector over channels in the shape that fits (N, C, L)."""
     return vector[:, None]
 
 
-def _xhat(x: Tensor, statistics: Statistics, affine: Affine) -> Doubles:
-    return (x.astype(np.float64) - _column(statistics.mean)) / _column(np.sqrt(statistics.var + affine.eps))
+def xhat_of(x: Tensor, statistics: Statistics, affine: Affine) -> Doubles:
+    """The normalised input."""
+    return (x.astype(np.float64) - column(statistics.mean)) / column(np.sqrt(statistics.var + affine.eps))
 
 
 def _preactivation(x: Tensor, statistics: Statistics, affine: Affine) -> Doubles:
-    return _xhat(x, statistics, affine) * _column(affine.weight) + _column(affine.bias)
+    return xhat_of(x, statistics, affine) * column(affine.weight) + column(affine.bias)
 
 
-def _passed(dy: Tensor, x: Tensor, statistics: Statistics, affine: Affine, epilogue: Epilogue) -> Doubles:
+def passed_of(dy: Tensor, x: Tensor, statistics: Statistics, affine: Affine, epilogue: Epilogue) -> Doubles:
     """The elements of dy that activation passed and a mask has left, 0 for the others."""
     dy = _left(dy.astype(np.float64), epilogue.mask)
     if epilogue.activation is None:

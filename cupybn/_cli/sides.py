@@ -22,6 +22,8 @@ class Side:
 
     ops: Any
     name: str
+    second: Any = None
+    """Module with the steps of second order, which batch norm has."""
 
     def put(self, array: Array, offset: int = 0) -> Any:
         """A copy for this side; on a device its memory begins some elements after an aligned address."""

@@ -83,7 +83,7 @@ def bn_forward(case: Case, side: Side) -> Results:
 
 def bn_backward_reduce(case: Case, side: Side) -> Results:
     """The sums of gradients, from the same statistics."""
-    sums = side.host_all(side.ops.bn_backward_reduce(*_backward(case, side)))
+    sums = side.host_all(side.ops.bn_backward_reduce(*backward_arguments(case, side)))
     terms = np.abs(case.dy.astype(np.float64))
     return {
         "sum of dy": Result(sums.dy.sum(axis=0), 32, terms.sum((0, 2))),
@@ -106,7 +106,7 @@ def bn_backward_input(case: Case, side: Side) -> Results:
     """The gradients, from the same statistics and sums."""
     gradients = _empty_gradients(case, side)
     _, inv_count = case.statistics_given()
-    side.ops.bn_backward_input(*_backward(case, side), side.put_all(case.sums), inv_count, gradients)
+    side.ops.bn_backward_input(*backward_arguments(case, side), side.put_all(case.sums), inv_count, gradients)
     return _gradient_results(case, side.host_all(gradients), case.sums)
 
 
@@ -114,7 +114,7 @@ def bn_backward(case: Case, side: Side) -> Results:
     """The gradients, from the same statistics."""
     gradients = _empty_gradients(case, side)
     _, inv_count = case.statistics_given()
-    side.ops.bn_backward(*_backward(case, side), inv_count, gradients)
+    side.ops.bn_backward(*backward_arguments(case, side), inv_count, gradients)
     return _gradient_results(case, side.host_all(gradients), None)
 
 
@@ -149,7 +149,7 @@ class _Forward:
             results["num_batches_tracked"] = Result(side.host(self.running.batches), 0, 0)
         if self.epilogue.passed is not None:
             gradients = _empty_gradients(case, side)
-            dy, x, given, affine, _ = _backward(case, side)
+            dy, x, given, affine, _ = backward_arguments(case, side)
             epilogue = self.epilogue._replace(residual=None)
             given = given._replace(count_left=None)
             side.ops.bn_backward_input(dy, x, given, affine, epilogue, side.put_all(case.sums), 0.0, gradients)
@@ -158,7 +158,7 @@ class _Forward:
         return results
 
 
-def _backward(case: Case, side: Side) -> tuple[Tensor, Tensor, Statistics, Affine, Epilogue]:
+def backward_arguments(case: Case, side: Side) -> tuple[Tensor, Tensor, Statistics, Affine, Epilogue]:
     """The arguments that the steps of the way back begin with; the way forward has written the record."""
     forward = _Forward(case, side)
     if case.noted:

@@ -33,7 +33,8 @@ class SyncBatchNorm(_BatchNorm):
 
     Gradients of the input and the residual are those of a loss that is summed over all ranks: where it is a mean over
     the batch, each rank has its share of it. Every rank calls ``vjp_fn`` as often as the others. The gradients of
-    weight and bias are those of the rank's own part: who trains adds them up, as those of any other layer.
+    weight and bias are those of the rank's own part: who trains adds them up, as those of any other layer. There is no
+    second order (``vjp_fn.vjp``) after training on several ranks.
 
     Parameters
     ----------

@@ -23,10 +23,11 @@ NAMES = {
     "LayerNormGrads": "~cupybn.functional.LayerNormGrads",
     "NormVjpFn": "~cupybn.functional.NormVjpFn",
     "RMSNormGrads": "~cupybn.functional.RMSNormGrads",
+    "SecondVjpFn": "~cupybn.functional.SecondVjpFn",
     "VjpFn": "~cupybn.functional.VjpFn",
 }
 """Names in annotations, and what the page has in their place: what the reader can write, and links can find."""
-RETURNED = ("DropoutVjpFn", "NormVjpFn", "VjpFn")
+RETURNED = ("DropoutVjpFn", "NormVjpFn", "SecondVjpFn", "VjpFn")
 """Classes whose objects are returned by functions, and made by nobody else."""
 KNOWN = re.compile("|".join(rf"(?<![\w.]){re.escape(name)}\b" for name in NAMES))
 
