@@ -37,12 +37,13 @@ class OnHost:
             return tensor.detach().view(torch.int16).numpy().view(_bfloat16())
         return tensor.detach().numpy()
 
-    def tensor(self, array: Array) -> Tensor:
-        """The tensor over the memory of an array, which is no view of another tensor."""
+    def tensor(self, array: Array, like: Tensor = None) -> Tensor:
+        """The tensor over the memory of an array, which is no view of another tensor. See `_strides` for ``like``."""
+        strides = _strides(array, like)
         if array.dtype.name == "bfloat16":
-            bits = torch.from_numpy(array.view(np.int16))
-            return _over(bits, torch.bfloat16, bits.storage_offset(), bits.size(), bits.stride())
-        return torch.from_numpy(array)
+            return _over(torch.from_numpy(array.view(np.int16)), torch.bfloat16, 0, array.shape, strides)
+        tensor = torch.from_numpy(array)
+        return tensor if tensor.stride() == strides else _over(tensor, tensor.dtype, 0, array.shape, strides)
 
 
 class OnDevice:
@@ -92,20 +93,16 @@ class OnDevice:
             return import_cupy().from_dlpack(devices.to_dlpack(tensor.view(torch.int16))).view(_bfloat16())
         return import_cupy().from_dlpack(devices.to_dlpack(tensor))
 
-    def tensor(self, array: Array) -> Tensor:
+    def tensor(self, array: Array, like: Tensor = None) -> Tensor:
         """The tensor over the memory of an array that this call has made, which is no view of another tensor.
 
-        It has the memory that PyTorch gave, not another owner as by DLPack: `torch.Tensor.record_stream` knows it.
+        It has the memory that PyTorch gave, not another owner as by DLPack: `torch.Tensor.record_stream` knows it. See
+        `_strides` for ``like``.
         """
-        dtype = getattr(torch, array.dtype.name)
-        if array.size == 0:
-            return torch.empty_strided(array.shape, _strides(array), dtype=dtype, device=self._device())
         begin = array.data.mem.ptr
-        offset = (array.data.ptr - begin) // array.itemsize
-        return _over(self._memory[begin], dtype, offset, array.shape, _strides(array))
-
-    def _device(self) -> Any:
-        return devices.new_memory(0, self._index).device
+        memory = self._memory[begin] if array.size else devices.new_memory(0, self._index)
+        offset = (array.data.ptr - begin) // array.itemsize if array.size else 0
+        return _over(memory, getattr(torch, array.dtype.name), offset, array.shape, _strides(array, like))
 
 
 class _Stream(NamedTuple):
@@ -113,7 +110,7 @@ class _Stream(NamedTuple):
 
     handle: int
 
-    def __cuda_stream__(self) -> tuple[int, int]:  # noqa: PLW3201 - the protocol's name
+    def __cuda_stream__(self) -> tuple[int, int]:
         return 0, self.handle
 
 
@@ -129,9 +126,16 @@ def _bfloat16() -> np.dtype[Any]:
     return parameter_dtype("bfloat16")
 
 
-def _strides(array: Array) -> list[int]:
-    """The strides of an array, in elements."""
-    return [stride // array.itemsize for stride in array.strides]
+def _strides(array: Array, like: Tensor) -> tuple[int, ...]:
+    """The strides of an array, in elements: those of a tensor of its shape if they mean the same.
+
+    PyTorch tells memory formats by strides, also by those of axes of length 1, which mean nothing otherwise.
+    """
+    strides = tuple([stride // array.itemsize for stride in array.strides])
+    if like is None or strides == like.stride() or array.size == 0:
+        return strides
+    alike = all(a == b or n == 1 for a, b, n in zip(strides, like.stride(), array.shape, strict=True))
+    return like.stride() if alike else strides  # type: ignore[no-any-return]
 
 
 def _over(memory: Tensor, dtype: Any, offset: int, shape: Any, strides: Any) -> Tensor:

@@ -2,9 +2,9 @@
 
 Each of these is a function of autograd, and the next one is its way back:
 
-    BatchNorm         -> output
-    BatchNormBackward -> gradients of input, weight, bias and residual
-    its own way back  -> gradients of these with respect to grad_output, input and weight
+    BatchNorm               -> output
+    BatchNormBackward       -> gradients of input, weight, bias and residual
+    BatchNormDoubleBackward -> gradients of grad_output, input and weight, from cotangents of these
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from cupybn._calls.call import Call, Caller
-from cupybn._calls.flow import Four, backward, forward, forward_and_saved
-from cupybn._calls.second import double_backward
+from cupybn._calls.flow import backward, forward, forward_and_saved
+from cupybn._calls.second import NAMES, double_backward
 from cupybn._steps.bundles import Affine, Epilogue, Running
 from cupybn.torch.arrays import OnDevice, OnHost, where
 from cupybn.torch.checks import check_mode, check_tensor
@@ -62,7 +61,7 @@ def output_of(tensors: Tensors, settings: Settings) -> Tensor:
     """The output of a call of which nobody will ask for gradients."""
     with where(tensors[0]) as place:
         call = settings.call(place, tensors)
-        output = place.tensor(forward(call))
+        output = place.tensor(forward(call), tensors[0])
     settings.note_moves(call)
     return output
 
@@ -78,7 +77,7 @@ class BatchNorm(torch.autograd.Function):
         with where(input) as place:
             call = settings.call(place, (input, weight, bias, residual))
             array, saved = forward_and_saved(call)
-            output = place.tensor(array)
+            output = place.tensor(array, input)
             ctx.kept, tensors = keep(saved, call, place, (input, weight, bias))
         settings.note_moves(call)
         ctx.save_for_backward(*tensors)
@@ -128,23 +127,43 @@ class BatchNormBackward(torch.autograd.Function):
         return gradients_of(kept, wanted, grad_output, tensors)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         """The gradients of grad_output, input and weight, from cotangents of the gradients."""
         if all(cotangent is None for cotangent in cotangents):
             return (None,) * 8
-        grad_output, *tensors = ctx.saved_tensors
         check_mode()
-        names = ("input", "weight", "bias", "residual")
-        for name, cotangent in zip(names, cotangents, strict=True):
+        for name, cotangent in zip(NAMES, cotangents, strict=True):
             if cotangent is not None:
-                check_tensor(f"cotangents.{name}", cotangent, grad_output)
+                check_tensor(f"cotangents.{name}", cotangent, ctx.saved_tensors[0])
+        resolved = [None if cotangent is None else cotangent.resolve_neg() for cotangent in cotangents]
+        found = BatchNormDoubleBackward.apply(*resolved, *ctx.saved_tensors, ctx.kept)
+        return *found, None, None, None, None, None
+
+
+class BatchNormDoubleBackward(torch.autograd.Function):
+    """The gradients of second order, of which there are no further ones.
+
+    `torch.autograd.function.once_differentiable` is not enough: its error stands beside the way to the input, and who
+    asks for the gradient of the input alone would not meet it, but get a sum that lacks terms.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor | None, ...]:  # noqa: ARG004
+        """The gradients of grad_output, input and weight."""
+        *cotangents, grad_output, input, weight, bias, pairs, passed, kept = arguments
         with where(grad_output) as place:
-            saved = rebuilt(ctx.kept, place, tuple(tensors))
-            four: Four = tuple(None if each is None else place.array(each.resolve_neg()) for each in cotangents)
+            saved = rebuilt(kept, place, (input, weight, bias, pairs, passed))
+            four: Any = tuple(None if each is None else place.array(each) for each in cotangents)
             found = double_backward(saved, place.array(grad_output), four)
-            dgrad, dinput, dweight = (None if array is None else place.tensor(array) for array in found)
-        return dgrad, dinput, dweight, None, None, None, None, None
+            likes = input, input, weight
+            return tuple(
+                None if array is None else place.tensor(array, like) for array, like in zip(found, likes, strict=True)
+            )
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Raise an error, whatever is asked for."""
+        raise NotImplementedError("gradients of third order of batch norm are not implemented")
 
 
 def gradients_of(kept: Kept, wanted: tuple[bool, ...], grad_output: Tensor, tensors: Tensors) -> Tensors:
@@ -152,11 +171,11 @@ def gradients_of(kept: Kept, wanted: tuple[bool, ...], grad_output: Tensor, tens
     with where(grad_output) as place:
         given = place.array(grad_output)
         found = backward(rebuilt(kept, place, tensors), given)
-        return tuple(
-            None
-            if array is None or not is_wanted
-            else grad_output  # a gradient goes through a sum as it is
-            if array is given
-            else place.tensor(array)
-            for array, is_wanted in zip(found, wanted, strict=True)
-        )
+        input, weight, bias, _, _ = tensors
+        results: list[Tensor | None] = []
+        for array, is_wanted, like in zip(found, wanted, (input, weight, bias, input), strict=True):
+            if array is None or not is_wanted:
+                results.append(None)
+            else:  # through a sum a gradient goes as it is
+                results.append(grad_output if array is given else place.tensor(array, like))
+        return tuple(results)

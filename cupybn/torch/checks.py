@@ -19,8 +19,8 @@ def check_mode() -> None:
     """Check that nobody but autograd follows what is computed: they would not see it, and take it for a constant."""
     if torch._C._are_functorch_transforms_active():
         raise NotImplementedError(
-            "cupybn.torch is not implemented under the transforms of torch.func (grad, vjp, jvp, vmap, ...) nor for "
-            "gradients in batches (is_grads_batched): use torch.autograd.grad, one gradient at a time"
+            "cupybn.torch is not implemented under the transforms of torch.func (grad, vjp, jvp, vmap, ...): use "
+            "torch.autograd.grad, which takes gradients of second order, too"
         )
     if torch.jit.is_tracing():
         raise NotImplementedError(

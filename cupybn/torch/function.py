@@ -96,8 +96,8 @@ def normalized(
     if residual is not None and _is_autocast(input) and isinstance(residual, torch.Tensor):
         residual = residual.to(input.dtype)
     _check(input, weight, bias, residual, settings)
-    given = [None if tensor is None else tensor.resolve_neg() for tensor in (input, weight, bias, residual)]
-    followed = any(tensor is not None and tensor.requires_grad for tensor in given)
+    given: list[Any] = [None if each is None else each.resolve_neg() for each in (input, weight, bias, residual)]
+    followed = any(each is not None and each.requires_grad for each in given)
     if not _is_dense(input):
         given[0] = given[0].clone(memory_format=torch.preserve_format)
     # Under forward AD, too: `apply` says that it is not implemented.

@@ -64,7 +64,8 @@ class _BatchNorm:
         **options: Any,
     ) -> None:
         check_activation(activation)
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **options)
+        settings = eps, momentum, affine, track_running_stats, device, dtype
+        super().__init__(num_features, *settings, **options)  # type: ignore[call-arg]
         self.activation = activation
 
     @torch.compiler.disable

@@ -33,8 +33,7 @@ def keep(saved: Saved, call: Call, place: OnHost | OnDevice, given: Tensors) -> 
     # An array that shares memory with running statistics has been copied, as these move: the copy is what is saved.
     same = [array is original for array, original in zip(arrays, originals, strict=True)]
     tensors = [
-        tensor if is_same else place.tensor(array)
-        for array, tensor, is_same in zip(arrays, given, same, strict=True)
+        tensor if is_same else place.tensor(array) for array, tensor, is_same in zip(arrays, given, same, strict=True)
     ]
     strides = tuple(None if tensor is None else tensor.stride() for tensor in tensors)
     pairs, passed = (None if each is None else place.tensor(each) for each in (saved.pairs, saved.epilogue.passed))
