@@ -43,7 +43,7 @@ class Block(torch.nn.Module):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_model_that_is_a_layer(kind):
-    """It stays the same object, so it shares all with itself."""
+    """The layer stays the same object, so it shares all with itself."""
     layer = getattr(torch.nn, kind)(3, eps=1e-3, momentum=None).eval()
     kept = dict(layer.state_dict(keep_vars=True))
     text = repr(layer)
@@ -85,7 +85,7 @@ def test_nested_models():
 
 
 def test_layers_that_are_left_alone():
-    """Those of other classes: derived, synchronized, lazy, parametrized ones, and other norms."""
+    """Layers of other classes: derived, synchronized, lazy, parametrized ones, and other norms."""
     others = [
         Own(3),
         torch.nn.SyncBatchNorm(3),

@@ -174,7 +174,7 @@ def test_memory(pretended, monkeypatch):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_arrays_of_every_dtype(pretended, dtype):
-    """There and back without a copy, whatever strides and offsets; also without elements."""
+    """Tensors become arrays and arrays tensors without a copy, whatever their strides and offsets, also empty ones."""
     for tensor in (
         torch.randn(2, 3, 4).to(dtype),
         torch.randn(4, 3, 2, 2).to(dtype).to(memory_format=torch.channels_last),

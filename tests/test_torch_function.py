@@ -70,7 +70,7 @@ def test_gradients_of_first_and_second_order(shape, last, training):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("training", [True, False])
 def test_second_order_is_that_of_torch(training, dtype):
-    """The same gradients of a gradient penalty as of torch's own way back of the way back, with ReLU behind it."""
+    """Gradients of a gradient penalty are those of torch's own way back of the way back, with ReLU behind it."""
     x, residual, weight, bias = leaf(6, 3, 4, 4), leaf(6, 3, 4, 4), leaf(3), leaf(3)
     running = (torch.randn(3).double(), torch.rand(3).double() + 0.5)
     penalties = {}
@@ -111,7 +111,7 @@ def test_only_what_is_asked_for():
 
 
 def test_third_order_is_an_error():
-    """Also where the gradient of the input alone is asked for, and other ways lead there."""
+    """An error comes also where the gradient of the input alone is asked for, and other ways lead there."""
     x = leaf(5, 3)
     y = batch_norm(x, None, None, training=True)
     (first,) = torch.autograd.grad((y**3).sum(), x, create_graph=True)
@@ -122,7 +122,7 @@ def test_third_order_is_an_error():
 
 @pytest.mark.parametrize("last", [True, False])
 def test_accuracy_at_a_large_mean(last):
-    """Within the bounds of the library where torch is a thousand times off: outputs and gradients."""
+    """Outputs and gradients are within the bounds of the library, where torch is far off."""
     x = in_format(torch.randn(8, 4, 16, 16, requires_grad=True) + 1e4, last).requires_grad_()
     exact = x.detach().double().requires_grad_()
     dy = torch.randn(x.shape)
@@ -253,7 +253,7 @@ def test_what_tensors_may_have_beside_elements():
 
 
 def test_an_output_may_be_changed_in_place():
-    """As by `torch.nn.ReLU(inplace=True)`: it is no view, and the way back does not need it."""
+    """An output is no view, and the way back does not need it: `torch.nn.ReLU(inplace=True)` works."""
     for dtype in DTYPES:
         x = leaf(4, 3, dtype=dtype)
         y = batch_norm(x, None, None, training=True)
@@ -404,7 +404,7 @@ def test_memory_that_is_shared_with_running_statistics():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_it_is_the_function_of_arrays(dtype):
-    """The same bits as `cupybn.functional.batch_norm`, and dtypes of gradients as there."""
+    """Bits are those of `cupybn.functional.batch_norm`, and dtypes of gradients as well."""
     x, residual, weight = leaf(4, 3, 2, 2, dtype=dtype), leaf(4, 3, 2, 2, dtype=dtype), leaf(3, dtype=torch.float32)
     mean, var = torch.zeros(3, dtype=torch.float32), torch.ones(3, dtype=torch.float32)
     arrays = [numpy_of(each) for each in (x, mean, var, weight)]
@@ -499,7 +499,7 @@ ERRORS = {
 
 @pytest.mark.parametrize(("error", "message", "wrong"), ERRORS.values(), ids=ERRORS)
 def test_errors(error, message, wrong):
-    """They come before anything has changed."""
+    """Errors come before anything has changed."""
     mean, var = torch.zeros(3), torch.ones(3)
     given = {"input": X, "running_mean": mean, "running_var": var, "training": True} | wrong
     with pytest.raises(error, match=message):

@@ -23,7 +23,7 @@ TINY = 1e-12  # what float64 rounds in sums of some dozens of numbers near 1, wi
 
 @pytest.fixture(autouse=True)
 def seeded():
-    """The same numbers each time, and a single thread: on tiny arrays several wait for each other."""
+    """Numbers are the same each time, and there is a single thread: on tiny arrays several wait for each other."""
     torch.manual_seed(0)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -68,7 +68,7 @@ def test_layers_agree(layer):
 @pytest.mark.parametrize("tracks", [True, False])
 @pytest.mark.parametrize("has", [True, False])
 def test_flags_that_are_set_later(has, tracks, training):
-    """Which statistics are used and moved is torch's choice."""
+    """Statistics are used and moved as torch chooses."""
     ours, theirs = (layer(3, track_running_stats=has).double() for layer in (BatchNorm1d, torch.nn.BatchNorm1d))
     x = torch.randn(5, 3, dtype=torch.float64)
     outputs = []

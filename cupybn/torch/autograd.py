@@ -27,7 +27,7 @@ Tensor = Any  # torch.Tensor
 class Settings(NamedTuple):
     """Arguments of a call that autograd does not follow."""
 
-    running: Running  # of tensors
+    running: Running  # holds tensors
     training: bool
     eps: float
     activation: str | None

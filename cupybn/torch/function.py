@@ -15,7 +15,6 @@ from cupybn.torch.autograd import BatchNorm, Settings, output_of
 Tensor = Any  # torch.Tensor
 
 
-@torch.compiler.disable
 def batch_norm(
     input: Tensor,
     running_mean: Tensor | None,
@@ -82,9 +81,25 @@ def batch_norm(
     >>> grad[:, 0]
     tensor([ 0.1021, -0.2041,  0.1021])
     """
-    momentum = as_float("momentum", momentum)
-    tensors = input, weight, bias, residual
-    return normalized(*tensors, Settings(Running(running_mean, running_var, momentum), training, eps, activation))
+    running = running_mean, running_var, momentum
+    return _batch_norm(input, weight, bias, residual, running, training, eps, activation)
+
+
+@torch.compiler.disable
+def _batch_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    running: tuple[Tensor | None, Tensor | None, float],
+    training: bool,
+    eps: float,
+    activation: str | None,
+) -> Tensor:
+    """`batch_norm`: beyond here a compiler of PyTorch's does not look."""
+    mean, var, momentum = running
+    settings = Settings(Running(mean, var, as_float("momentum", momentum)), training, eps, activation)
+    return normalized(input, weight, bias, residual, settings)
 
 
 def normalized(

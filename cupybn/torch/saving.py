@@ -21,7 +21,7 @@ Tensors = tuple["Tensor | None", ...]
 class Kept(NamedTuple):
     """What the way back needs beside the tensors."""
 
-    bare: Saved  # without arrays
+    bare: Saved  # all but the arrays
     strides: tuple[Any, ...]  # strides of input, weight and bias
     linked: bool  # whether input, weight and bias were saved themselves, so that autograd knows where they come from
 

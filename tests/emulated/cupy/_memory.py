@@ -98,10 +98,10 @@ class ForeignMemory(Allocation):
             _keep_track(self)
 
     def __del__(self) -> None:
-        """It is not counted as the device's."""
+        """Nothing is to be counted: this is not the device's own memory."""
 
     def guards_intact(self) -> bool:
-        """There are none."""
+        """Whether nothing was written around the block: nobody could tell."""
         return True
 
 
