@@ -44,8 +44,11 @@ myst_heading_anchors = 4  # links name headings as they do on GitHub
 
 autodoc_typehints = "none"  # those of signatures come from _extensions/signatures.py
 autosummary_generate = True
+autodoc_mock_imports = ["torch"]  # pages are the same where it is not installed, and need not load it
 numpydoc_show_class_members = False  # the template of a class has the table of its members
-nitpick_ignore = [("py:class", name) for name in ("Any", "Iterator", "Mapping", "Self", "os.PathLike")]
+nitpick_ignore = [
+    ("py:class", name) for name in ("Any", "Iterator", "Mapping", "Module", "Self", "Tensor", "os.PathLike")
+]
 nitpick_ignore_regex = [("py:obj", r"(cupyx?|mpi4py|numpy|torch)\..*")]  # with them, docstrings name modules that exist
 toc_object_entries_show_parents = "hide"
 python_maximum_signature_line_length = 100

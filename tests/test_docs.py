@@ -5,6 +5,7 @@ Recipes are run by `test_recipes`.
 
 from __future__ import annotations
 
+import ast
 import doctest
 import html
 import importlib.util
@@ -39,7 +40,11 @@ README = (ROOT / "README.md").read_text()
 # Blocks
 
 
-@pytest.mark.parametrize("name", [name for name in OWN if ">>> " in TEXTS[name]])
+WITH_TORCH = [name for name in OWN if ">>> import torch" in TEXTS[name]]
+"""Pages whose examples need PyTorch: `test_torch_pages` runs them."""
+
+
+@pytest.mark.parametrize("name", [name for name in OWN if ">>> " in TEXTS[name] and name not in WITH_TORCH])
 def test_examples_print_what_the_page_says(name):
     results = doctest.testfile(str(PAGES[name]), module_relative=False)
     assert results.attempted > 0
@@ -100,7 +105,13 @@ def listed():
 
 def test_every_public_name_is_in_the_reference():
     public = {*cupybn.__all__, *cupybn.functional.__all__} - {"functional"}
-    assert sorted(listed()) == sorted(public)
+    assert sorted(listed()) == sorted([*public, *of_tensors()])
+
+
+def of_tensors():
+    """Public names of `cupybn.torch`, which only imports where PyTorch is."""
+    text = (Path(cupybn.__file__).parent / "torch" / "__init__.py").read_text()
+    return ast.literal_eval(re.search(r"__all__ = (\[.*?\])", text, re.DOTALL)[1])
 
 
 @pytest.mark.skipif(not (ROOT / "examples").is_dir(), reason="no examples here")

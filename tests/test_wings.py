@@ -12,7 +12,7 @@ import pytest
 import cupybn
 
 FLOORS = (
-    ("_cli", "__main__"),
+    ("_cli", "__main__", "torch"),
     ("__init__",),  # the package itself, for users: imports from all floors but the one above
     ("models",),
     ("layers",),
@@ -119,7 +119,8 @@ UP_AND_DOWN = {
         ("cupybn", "cupybn._cli.table", "cupybn imports cupybn._cli.table"),
         ("cupybn._calls.checks", "cupybn._calls.call", "a circle: .*cupybn._calls.checks, cupybn._calls.call"),
         ("cupybn._tools.new", "cupybn._arrays.kinds", "cupybn._tools.new lies in no wing"),
-        ("cupybn.torch", "cupybn.functional", "cupybn.torch lies in no wing"),
+        ("cupybn.jax", "cupybn.functional", "cupybn.jax lies in no wing"),
+        ("cupybn.functional", "cupybn.torch.layers", "cupybn.functional imports cupybn.torch.layers"),
     ],
 )
 def test_faults_are_seen(module, other, fault):

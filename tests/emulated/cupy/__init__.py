@@ -25,6 +25,7 @@ from cupy._creation import (
     zeros,
     zeros_like,
 )
+from cupy._dlpack import from_dlpack
 from cupy._functions import astype, can_cast, copy, copyto, lookup, result_type, ufunc
 from cupy._ndarray import ndarray
 from cupy._raw import RawKernel, RawModule
@@ -50,6 +51,7 @@ __all__ = [
     "empty",
     "empty_like",
     "emulator",
+    "from_dlpack",
     "full",
     "full_like",
     "generic",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -81,12 +82,47 @@ class Allocation:
         return bool((before == POISON).all() and (after == POISON).all())
 
 
+class ForeignMemory(Allocation):
+    """Memory that others own: no guards, and all of it may have been written.
+
+    What is taken for a device's memory is that of the host, as everywhere in the stand-in.
+    """
+
+    def __init__(self, ptr: int, nbytes: int, device: int, owner: object) -> None:
+        self.ptr, self.nbytes, self.device, self.owner = ptr, nbytes, device, owner
+        self.host = np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(ptr)) if nbytes else np.empty(0, "u1")
+        self.initialised = np.ones(nbytes, np.uint8)
+        self._complete = True
+        self.arrays = WeakValueDictionary()
+        if nbytes:
+            _keep_track(self)
+
+    def __del__(self) -> None:
+        """Nothing is to be counted: this is not the device's own memory."""
+
+    def guards_intact(self) -> bool:
+        """Whether nothing was written around the block: nobody could tell."""
+        return True
+
+
+class UnownedMemory:
+    """Memory that another library owns, for arrays in it."""
+
+    def __init__(self, ptr: int, size: int, owner: object, device_id: int = -1) -> None:
+        from cupy.cuda import runtime
+
+        if device_id < 0 and ptr == 0:
+            raise RuntimeError("UnownedMemory requires explicit device ID for a null pointer.")
+        self._foreign = ForeignMemory(ptr, size, runtime.getDevice() if device_id < 0 else device_id, owner)
+
+
 class MemoryPointer:
     """An address within an allocation."""
 
     __slots__ = ("mem", "ptr")
 
-    def __init__(self, mem: Allocation, offset: int) -> None:
+    def __init__(self, mem: Allocation | UnownedMemory, offset: int) -> None:
+        mem = mem._foreign if isinstance(mem, UnownedMemory) else mem
         self.mem = mem
         self.ptr = mem.ptr + offset if mem.nbytes else 0  # CuPy allocates nothing for an empty array
 

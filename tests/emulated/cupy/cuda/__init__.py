@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterator
 
-from cupy._memory import MemoryPointer
+from cupy._memory import MemoryPointer, UnownedMemory
 from cupy.cuda import driver, function, memory, runtime
 from cupy.cuda.device import Device
 from cupy.cuda.graph import Graph
@@ -19,6 +19,7 @@ __all__ = [
     "MemoryPool",
     "PinnedMemoryPointer",
     "Stream",
+    "UnownedMemory",
     "alloc",
     "alloc_pinned_memory",
     "driver",

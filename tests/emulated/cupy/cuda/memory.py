@@ -5,11 +5,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from cupy._memory import ALIGNMENT, Allocation, MemoryPointer, usage
+from cupy._memory import ALIGNMENT, Allocation, MemoryPointer, UnownedMemory, usage
 from cupy.cuda import runtime
 from cupy.cuda._capture import check, status_of_unsafe_call
 
-__all__ = ["MemoryPointer", "MemoryPool", "alloc", "get_allocator", "set_allocator"]
+__all__ = ["MemoryPointer", "MemoryPool", "UnownedMemory", "alloc", "get_allocator", "set_allocator"]
 
 Allocator = Callable[[int], MemoryPointer]
 

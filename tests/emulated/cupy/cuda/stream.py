@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from typing import ClassVar
+from typing import Any, ClassVar
 from weakref import WeakValueDictionary
 
 from cupy import emulator
@@ -39,6 +39,22 @@ class Stream:
         self._capture: Capture | None = None
         if own:
             _live[self.ptr] = self
+
+    @classmethod
+    def from_external(cls, obj: Any) -> Stream:
+        """The stream of another library, which stays its owner, by the protocol of CUDA's streams."""
+        try:
+            version, ptr = obj.__cuda_stream__()
+        except AttributeError as error:
+            raise TypeError(
+                f"Object of type {type(obj).__name__} does not implement the CUDA stream protocol (__cuda_stream__ "
+                "method)"
+            ) from error
+        if version != 0:
+            raise TypeError(f"__cuda_stream__() returned unsupported version {version}, only version 0 is supported")
+        stream, known = cls.__new__(cls), find_stream(ptr)
+        vars(stream).update(vars(Stream.null if known is None else known), ptr=ptr, device_id=-1)
+        return stream
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Stream) and self.ptr == other.ptr
