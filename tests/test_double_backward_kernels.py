@@ -231,6 +231,23 @@ def test_stopped_elements_do_not_matter(rng, shape):
         np.testing.assert_array_equal(ours, same)
 
 
+@in_both_layouts
+def test_relu_decides_as_on_the_way_forward(rng, shape):
+    """What ReLU passes does not depend on the size of dy and cdx, for which float64 may be needed.
+
+    The bias takes an element of each channel to 0, but for roundings.
+    """
+    case = Case.of(rng, (shape[0], 64, shape[2]), np.float32, "input")
+    case = case._replace(cotangents=(*case.cotangents[:3], np.full_like(case.x, 1)))
+    mean, var = (v[:, None] for v in case.running)
+    xhat = (case.x - mean) / np.sqrt(var + EPS)
+    case = case._replace(bias=-(xhat[0] * case.weight[:, None])[:, 0])
+    ddy, _, _ = case.run()
+    tiny = case._replace(dy=case.dy * np.float32(1e-33))
+    same, _, _ = tiny.run()
+    np.testing.assert_array_equal(ddy != 0, same != 0)
+
+
 @pytest.mark.parametrize("which", range(4), ids=["x", "dy", "cdx", "cdresidual"])
 @pytest.mark.parametrize("gate", ["open", "record"])
 @in_both_layouts

@@ -29,8 +29,8 @@ import numpy as np
 import numpy.typing as npt
 
 from cupybn._steps.bundles import Activation, Affine, Epilogue, Incoming, SecondGradients, SecondSums, Statistics
-from cupybn._steps.channels import Channels, of_channels, passing, remembered, runs, what_passed
-from cupybn._steps.narrow import FLOAT64, LARGE, TINY, extreme, let_through, within
+from cupybn._steps.channels import Channels, of_channels, passing, remembered, what_passed
+from cupybn._steps.narrow import FLOAT64, LARGE, TINY, let_through, within
 from cupybn._steps.tiles import Terms, gather, numpy_settings, tile_map, tile_sums
 
 Array = npt.NDArray[Any]
@@ -207,7 +207,7 @@ def bn_double_backward_input(
                 np.copyto(out, computed, casting="unsafe")
 
     arrays = [incoming.dy, x, incoming.cdx, incoming.cdresidual, recorded, gradients.ddy, gradients.dx]
-    for some, dtype, gate_dtype in _precisions(channels, factors):
+    for some, dtype, gate_dtype in channels.precisions(factors):
         of_gate = channels.factors(some, gate_dtype).astype(dtype, copy=False)
         vectors = np.concatenate([of_gate, factors[:, some].astype(dtype, copy=False)])
         tile_map(core, of_channels(arrays, some), vectors, temporaries=True)
@@ -247,17 +247,3 @@ def _factors(incoming: Incoming, channels: Channels, sums: Array, inv_count: flo
         k_x *= rstd
         k_0 -= k_x * rest
     return factors, dweight
-
-
-def _precisions(channels: Channels, factors: Array) -> list[tuple[slice, np.dtype[Any], np.dtype[Any]]]:
-    """Ranges of channels, the dtype of the arithmetic in each, and that in which ReLU decides.
-
-    The last one is float64 where the way forward was: if the channel's own numbers ask for it, not these factors.
-    """
-    dtype = channels.dtype
-    beyond: Array = np.logical_or.reduce(extreme(factors))
-    wide = np.zeros_like(beyond) if channels.wide is None else channels.wide
-    if dtype is FLOAT64 or not np.count_nonzero(beyond | wide):
-        return [(slice(None), dtype, dtype)]
-    kinds = (~beyond & ~wide, dtype, dtype), (beyond & ~wide, FLOAT64, dtype), (wide, FLOAT64, FLOAT64)
-    return [(some, arithmetic, gate) for flags, arithmetic, gate in kinds for some in runs(flags)]
