@@ -23,7 +23,7 @@ from cupybn._cli.measure import AS_LITTLE_AS_POSSIBLE, COLD, CupyGraph, cold_set
 from cupybn._cli.peers import cupybn_call, torch_call
 from cupybn._cli.problem import OPERATIONS, Problem, make_arrays
 from cupybn._cli.table import table
-from cupybn._steps import cupy_ops, numpy_norms
+from cupybn._steps import cupy_ops, numpy_double_backward, numpy_norms
 from cupybn._steps.bundles import Epilogue
 from cupybn._steps.sources import kernel_names
 from tests.reference import bits
@@ -512,6 +512,25 @@ def test_check_sees_a_wrong_record(step, monkeypatch, capsys):
     monkeypatch.setattr(mirrors, step, wrong)
     of = "instance_norm" if mirrors is numpy_norms else "training"
     assert f"{called(step)}{of}, relu, residual: record" in failing_check(capsys)
+
+
+@pytest.mark.usefixtures("one_shape")
+@pytest.mark.parametrize("mode", ["training", "eval"])
+def test_check_sees_what_is_wrong_of_some_cotangents_alone(mode, monkeypatch, capsys):
+    """Second order without a cotangent of dx is checked as well, where a kernel reads less."""
+    right = numpy_double_backward.bn_double_backward_input
+
+    def wrong(incoming, *rest):
+        right(incoming, *rest)
+        *_, inv_count, gradients = rest
+        if incoming.cdx is None and (inv_count == 0) == (mode == "eval"):
+            gradients.ddy[...] *= 1.001
+
+    monkeypatch.setattr(check, "cuda_missing", lambda: "told so")
+    monkeypatch.setattr(numpy_double_backward, "bn_double_backward_input", wrong)
+    out = failing_check(capsys)
+    assert f"{called('bn_double_backward_input')}{mode}, relu: ddy of vectors, " in out
+    assert out.count(": ddy of vectors, ") == out.count(f"float32, {mode}, ") == 4 * 2
 
 
 def broken(*_):

@@ -31,7 +31,7 @@ def bn_double_backward_input(
     statistics: Statistics,
     affine: Affine,
     epilogue: Epilogue,
-    sums: SecondSums,
+    sums: SecondSums | None,
     inv_count: float,
     gradients: SecondGradients,
 ) -> None:
@@ -44,8 +44,9 @@ def bn_double_backward_input(
     g, xhat = passed_of(dy, x, statistics, affine, epilogue), xhat_of(x, statistics, affine)
     rstd = 1 / np.sqrt(statistics.var + affine.eps)
     scale = column(affine.weight * rstd)
-    g_sum, g_xhat, u_sum, u_xhat, u_g = (column(of_parts.sum(axis=0)) for of_parts in sums)
-    u = _float64(cdx)
+    added_up = np.zeros((5, x.shape[1])) if sums is None else [of_parts.sum(axis=0) for of_parts in sums]
+    g_sum, g_xhat, u_sum, u_xhat, u_g = map(column, added_up)
+    u = np.zeros(x.shape) if cdx is None else _float64(cdx)
     back = scale * (u - inv_count * (u_sum + xhat * u_xhat)) + column(cdweight) * xhat + column(cdbias)
     if cdresidual is not None:
         back += cdresidual
