@@ -272,6 +272,17 @@ def test_what_does_not_depend_on_an_infinite_input_stays_finite(xp, rng):
     assert bits(*case.run()) == expected
 
 
+@both_modes
+def test_an_infinite_grad_output_that_nothing_depends_on_does_not_matter(xp, rng, training):
+    """The cotangents of bias and residual go through, whatever came back and was infinite."""
+    case = make(xp, rng, training=training, residual=True)
+    _, second_vjp_fn = case.vjp_fn().vjp(case.dy * np.float32(np.inf))
+    ddy, grads = second_vjp_fn(case.cotangents._replace(input=None, weight=None))
+    assert np.isfinite(to_numpy(ddy)).all()
+    assert not to_numpy(grads.input).any()
+    assert not to_numpy(grads.weight).any()
+
+
 def test_grad_output_that_relu_has_stopped_does_not_matter(xp, rng):
     """Never 0 * grad_output: where ReLU has stopped it, it may be inf."""
     for fused in "relu", "residual, relu":
@@ -802,14 +813,15 @@ def launched():
 @pytest.mark.parametrize("weight", [True, False], ids=["weight", "no weight"])
 @both_modes
 def test_launches(rng, plays, training, weight, form):
-    """One that sums and one that writes; the sums are left out in eval mode where no gradient of weight needs them."""
+    """One that sums and one that writes; the sums are left out where no gradient needs them."""
     case = make(cp, rng, form, training=training, **FUSED["residual, relu"], **({} if weight else {"weight": None}))
     _, second_vjp_fn = case.vjp_fn().vjp(case.dy)
     plays.clear()
     there = [name for name, cotangent in case.cotangents._asdict().items() if cotangent is not None]
     for count in range(len(there) + 1):
         for names in itertools.combinations(there, count):
-            cotangents, needed = only(case.cotangents, names), training or (weight and "input" in names)
+            cotangents = only(case.cotangents, names)
+            needed = ("input" in names and (training or weight)) or (training and "weight" in names)
             for played in False, True:
                 before, times = emulator.usage().allocations, len(plays)
                 with emulator.record_syncs() as waits, emulator.record() as launches:
@@ -827,7 +839,7 @@ def test_traffic(rng):
     """x, dy, cdx are read by both launches, and cdresidual by the second, which writes two arrays."""
     case = make(cp, rng, ((8, 4, 64, 16), 1, (0, 1, 2, 3)), residual=True)
     nbytes, (_, second_vjp_fn) = case.dy.nbytes, case.vjp_fn().vjp(case.dy)
-    for names, reads in ((), (2, 2)), (("input",), (3, 3)), (NAMES, (3, 4)):
+    for names, reads in (("weight",), (2, 2)), (("input",), (3, 3)), (NAMES, (3, 4)):
         with emulator.record() as launches:
             second_vjp_fn(only(case.cotangents, names))
         for launch, read, written in zip(launches, reads, (0, 2), strict=True):

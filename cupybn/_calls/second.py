@@ -3,8 +3,9 @@
     grad_output -> bn_double_backward_reduce -> five sums of each channel
     cotangents  -> bn_double_backward_input  -> gradients of grad_output, input and weight
 
-Each of these is there twice: `numpy_double_backward` computes, `cupy_double_backward` launches a kernel. In eval mode
-statistics do not depend on the input, and the sums are left out where the gradient of weight does not ask for them.
+Each of these is there twice: `numpy_double_backward` computes, `cupy_double_backward` launches a kernel. The sums
+are left out where nothing asks for them: in eval mode without a cotangent of the input's gradient or a weight, and in
+training where neither that gradient nor that of weight has a cotangent.
 """
 
 from __future__ import annotations
@@ -157,10 +158,12 @@ def _steps(saved: Saved, incoming: Incoming) -> list[Array | None]:
         dy=layout.view(incoming.dy), cdx=layout.view(incoming.cdx), cdresidual=layout.view(incoming.cdresidual)
     )
     statistics, epilogue = Statistics(saved.pairs), Epilogue(None, saved.epilogue.activation, passed)
+    # Whether anything depends on statistics that depend on x.
+    depends = training and (incoming.cdx is not None or incoming.cdweight is not None)
     sums = None
-    if training or (weight is not None and incoming.cdx is not None):
+    if depends or (weight is not None and incoming.cdx is not None):
         sums = ops.bn_double_backward_reduce(incoming, x, statistics, saved.affine, epilogue)
-    inv_count = shape[1] / input.size if training else 0.0  # 0 stands for statistics that do not depend on x
+    inv_count = shape[1] / input.size if depends else 0.0
     gradients = SecondGradients(ddy.reshape(shape), dx.reshape(shape), dweight)
     ops.bn_double_backward_input(incoming, x, statistics, saved.affine, epilogue, sums, inv_count, gradients)
     return [ddy, dx, dweight]
