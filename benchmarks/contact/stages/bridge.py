@@ -20,6 +20,7 @@ from cupybn._cli.extras import optional
 from cupybn._cli.measure import AS_LITTLE_AS_POSSIBLE, Effort
 from cupybn._cli.problem import make_arrays
 
+FILE = "bridge.json"
 EFFORT = Effort(0.02, most_rounds=20)
 LEAST_LEFT = 6.0
 """Seconds that must be left for a shape of second order to begin."""
@@ -37,10 +38,10 @@ def run(task: Task) -> None:
         from contact.stages import bridge_checks
 
         bridge_checks.run(task, device)
-    found = second_order(task)
+    records = second_order(task)
     if device is not None:
-        found += models(task, device)
-    measured = [record for record in found if "error" not in record]
+        models(task, device, records)
+    measured = [record for record in records if "error" not in record]
     task.log.check("something was measured", bool(measured), f"{len(measured)} records")
 
 
@@ -100,7 +101,7 @@ def use(some: Sequence[Shape]) -> list[str]:
 
 def second_order(task: Task) -> list[dict[str, Any]]:
     """Measure the way back of second order on CuPy arrays, as far as there is time."""
-    records = []
+    records: list[dict[str, Any]] = []
     for shape in TINY if task.rehearse else SHAPES:
         if task.left() < LEAST_LEFT:
             task.log.skip(f"second order, {shape.name}, left out for lack of time")
@@ -111,8 +112,9 @@ def second_order(task: Task) -> list[dict[str, Any]]:
         except Exception as error:  # such as too little memory: the other shapes are measured
             task.log.check(name, False, f"{type(error).__name__}: {error}")
             continue
-        records.append(record)
+        records.append({"what": "second order"} | record)
         report_second_order(task, name, record)
+        write_whole(task.out / FILE, json.dumps(records))
     return records
 
 
@@ -129,14 +131,13 @@ def report_second_order(task: Task, name: str, record: dict[str, Any]) -> None:
     task.log.highlight(f"{name}: {us} us, {record['share_of_copy']:.2f} of copy{beside}, err {error:.2g}")
 
 
-def models(task: Task, device: str) -> list[dict[str, Any]]:
-    """Measure networks and single layers, converted and not, as far as there is time."""
+def models(task: Task, device: str, records: list[dict[str, Any]]) -> None:
+    """Measure networks and single layers, converted and not, as far as there is time, and add to the records."""
     import torch
     import torch_measure
 
     torch.backends.cudnn.benchmark = True
     plan = torch_measure.SHORT if task.rehearse else torch_measure.FULL._replace(rounds=ROUNDS, seconds=SECONDS)
-    records: list[dict[str, Any]] = []
     for job in torch_measure.jobs(plan, device, left=lambda: task.left() - LEAST_LEFT):
         if task.left() < (FOR_A_JOB if job.name.startswith("step") else LEAST_LEFT):
             task.log.skip(f"{job.name}, left out for lack of time")
@@ -146,8 +147,7 @@ def models(task: Task, device: str) -> list[dict[str, Any]]:
         for line in torch_measure.wrong(of_job):
             task.log.check(job.name, False, line)
         report(task, of_job)
-        write_whole(task.out / "bridge.json", json.dumps(records))
-    return records
+        write_whole(task.out / FILE, json.dumps(records))
 
 
 def report(task: Task, records: Iterable[dict[str, Any]]) -> None:
