@@ -9,14 +9,16 @@ bfloat16 by autocast, NCHW and channels last. It is measured as PyTorch has it, 
 blocks that leave ReLU and the sum to the norms, which conversion alone does not. All sides have the same weights, are in one
 process and take turns; the first call of a turn is not counted. Single layers are measured forward and back, and by a
 gradient penalty, which takes the way back of the way back. On a GPU time is that between events, so that the host's
-time counts where it takes longer than the device; a tiny layer shows it by itself. The exit status is 1 if a result
-differs from PyTorch's by more than it may, or a measurement failed.
+time counts where it takes longer than the device; a tiny layer shows it by itself. On the CPU it is that of the
+processor, with one thread. The exit status is 1 if a result differs from PyTorch's by more than it may, or a measurement
+failed.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import platform
 import sys
 import time
@@ -65,6 +67,9 @@ def measure(args: argparse.Namespace, device: str) -> dict[str, Any]:
     import torch
     import torch_measure
 
+    if device == "cpu":  # threads wait for each other wherever other programs run, and NumPy's functions have one
+        torch.set_num_threads(1)
+        os.environ["CUPYBN_NUM_THREADS"] = "1"
     torch.backends.cudnn.benchmark = True  # convolutions are those that are fastest, the same ones of all sides
     by_device = torch_measure.FULL if device == "cuda" else torch_measure.ON_THE_CPU
     plan = torch_measure.SHORT if args.short else by_device
@@ -100,9 +105,8 @@ def machine(device: str) -> dict[str, str]:
     import torch
 
     cupy = optional("cupy")
-    threads = f"CPU, {torch.get_num_threads()} threads, {platform.machine()}"
     return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else threads,
+        "device": torch.cuda.get_device_name() if device == "cuda" else f"CPU, one thread, {platform.machine()}",
         "cupybn": f"{cupybn.__version__} at {commit(Path(cupybn.__file__).parent)}",
         "PyTorch": torch.__version__,
         **({"CuPy": cupy.__version__} if device == "cuda" else {}),

@@ -117,7 +117,7 @@ SHORT = Plan(
 
 
 class Clock:
-    """The clock of a device: events on a GPU, else the wall clock.
+    """The clock of a device: events on a GPU, else the time of the processor, which other programs do not count in.
 
     Parameters
     ----------
@@ -132,10 +132,10 @@ class Clock:
         """Time of a call, of so many; one before them is not counted, since the other side was at work until then."""
         call()
         if not self.on_gpu:
-            start = time.perf_counter()
+            start = time.process_time()
             for _ in range(calls):
                 call()
-            return (time.perf_counter() - start) * 1e6 / calls
+            return (time.process_time() - start) * 1e6 / calls
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         for _ in range(calls):
