@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import contextlib
 import importlib.util
 import json
 import sys
@@ -30,8 +29,8 @@ import torch_report  # noqa: E402
 from contact.log import Log  # noqa: E402
 from contact.stages import bridge, bridge_checks  # noqa: E402
 from contact.task import Task  # noqa: E402
-from torch_measure import CONVERTED, FUSED, PYTORCH, SHORT, Case, LayerCase  # noqa: E402
 from torch.autograd.gradcheck import GradcheckError  # noqa: E402
+from torch_measure import CONVERTED, FUSED, PYTORCH, SHORT, Case, LayerCase  # noqa: E402
 from torch_resnet import ResNet, Size  # noqa: E402
 
 import cupybn.torch  # noqa: E402
