@@ -747,9 +747,10 @@ def test_all_that_the_library_asks_for_is_compiled(monkeypatch):
         width = math.gcd(most, (L if L > 1 else C) * dtype.itemsize) // dtype.itemsize
         if width:
             monkeypatch.setattr(insides, "_width", lambda *_, width=width: width)
-            asked |= insides.kernels_for((N, C, L), 1, dtype, masked)
+            asked |= insides.kernels_for((N, C, L), 1, dtype, masked, second_order=True)
     assert len(asked) > 300
     assert {"-DMASKED=1" in options for _, options in asked} == {True, False}
+    assert set(insides.SECOND_ORDER) <= {kernel.partition("/")[2] for kernel, _ in asked}
     assert asked <= compiled
 
 
