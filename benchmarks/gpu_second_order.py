@@ -15,7 +15,18 @@ import cupybn.functional as F
 from cupybn._arrays.devices import import_cupy
 from cupybn._arrays.dtypes import parameter_dtype
 from cupybn._cli.extras import optional
-from cupybn._cli.measure import Call, CupyGraph, Effort, Graph, TorchGraph, cold_sets, copy_time, device_time, rotate
+from cupybn._cli.measure import (
+    Call,
+    CupyGraph,
+    Effort,
+    Graph,
+    TorchGraph,
+    cold_sets,
+    copy_time,
+    device_time,
+    release,
+    rotate,
+)
 from cupybn._cli.peers import to_torch
 from cupybn._cli.problem import EPS, MOMENTUM, Arrays, Problem, make_arrays
 
@@ -57,14 +68,24 @@ TINY = (Shape("NCHW", (2, 3, 4, 4), "float32"), Shape("NHWC", (2, 4, 4, 8), "bfl
 
 def record(shape: Shape, effort: Effort) -> Record:
     """The figures of a shape: cupybn's, and PyTorch's as far as it can be asked."""
-    cupy, problem = import_cupy(), shape.problem
+    cupy = import_cupy()
+    try:
+        return _record(cupy, shape, effort)
+    finally:
+        release()
+        cupy.get_default_memory_pool().free_all_blocks()
+
+
+def _record(cupy: Any, shape: Shape, effort: Effort) -> Record:
+    problem = shape.problem
     device = cupy.cuda.runtime.getDevice()
     l2_bytes = int(cupy.cuda.runtime.getDeviceProperties(device)["l2CacheSize"])
     arrays = make_arrays(problem, cupy, cold_sets(ARRAYS * problem.nbytes, l2_bytes, effort))
-    graph: Graph = CupyGraph(rotate([cupybn_call(problem, a) for a in arrays], effort), keep=False)
+    graph: Graph = CupyGraph(rotate([cupybn_call(problem, a) for a in arrays], effort), keep=True)
     time = device_time(graph, effort)
-    errors = gpu_exact.second_order(cupy, problem, arrays[0], cupybn_call(problem, arrays[0])())
+    errors = gpu_exact.second_order(cupy, problem, arrays[0], graph.results[-1])
     del graph
+    release()
     copy = copy_time(PASSES * problem.nbytes, l2_bytes, effort)
     found = {
         **{"case": shape.name, "us": time._asdict(), "copy_us": copy._asdict()},

@@ -6,10 +6,10 @@
 
 The network is ResNet-50 (`torch_resnet.py`). Its training step is forward, loss, backward and SGD, in float32 and in
 bfloat16 by autocast, NCHW and channels last. It is measured as PyTorch has it, by `cupybn.torch.convert`, and with
-blocks that leave ReLU and the sum to the norms, which conversion alone does not. All sides have the same weights, are in
-one process and take turns; the first call of a turn is not counted. Single layers are measured forward and back, and by
-a gradient penalty, which takes the way back of the way back. On a GPU time is that between events, so that the host's
-time counts where it takes longer than the device; a tiny layer shows it by itself. On the CPU it is that of the
+blocks that leave ReLU and the sum to the norms, which conversion alone does not. All sides have the same weights, are
+in one process and take turns; the first call of a turn is not counted. Single layers are measured forward and back, and
+by a gradient penalty, which takes the way back of the way back. On a GPU time is that between events, so that the
+host's time counts where it takes longer than the device; a tiny layer shows it by itself. On the CPU it is that of the
 processor, with one thread. The exit status is 1 if a result differs from PyTorch's by more than it may, or if a
 measurement failed.
 """
@@ -77,7 +77,8 @@ def measure(args: argparse.Namespace, device: str) -> dict[str, Any]:
     plan = plan._replace(**given)
     deadline = time.monotonic() + 60 * args.minutes
     records: list[torch_measure.Record] = []
-    notes = []
+    beside = torch.cuda.is_available() and device == "cpu"
+    notes = [f"on the CPU: PyTorch finds a GPU, but {cuda_missing() or 'this CuPy is the stand-in'}"] if beside else []
     for job in tqdm(torch_measure.jobs(plan, device, args.compile, lambda: deadline - time.monotonic()), unit="job"):
         if time.monotonic() > deadline:
             notes.append(f"{job.name}: not measured, the time was over")

@@ -19,6 +19,8 @@ BESIDE = 1.05
 """Memory that a call takes, in sizes of its output, which is all that is as large: no input is copied."""
 OFF = {"float32": 1e-5, "bfloat16": 2.0**-7}
 """Differences from the CPU that are allowed, as shares of the largest element: a few roundings, or one of 16 bits."""
+NEAR = 0.05
+"""Outputs of ReLU that are nearer to 0 than this may be rounded to it elsewhere."""
 NAP = 50_000_000
 """Cycles of a GPU, some hundredths of a second, that a stream is kept busy with."""
 
@@ -85,13 +87,14 @@ def as_on_the_cpu(device: str, shape: tuple[int, ...], layout: str, dtype: str) 
     x, dy = (torch.randn(shape, generator=generator).to(getattr(torch, dtype)) for _ in range(2))
     layer = cupybn.torch.BatchNorm2d(shape[1], activation="relu")
     found = []
+    clear: Any = None
     for where in (device, "cpu"):
         of_side = copy.deepcopy(layer).to(where)
         leaf = x.to(where).contiguous(memory_format=order).requires_grad_()
         y = of_side(leaf, residual=leaf.detach().flip(0).contiguous(memory_format=order))
-        # Where the argument of ReLU is near 0, rounding decides: no gradient is sent back there.
-        clear = (y.detach().float() > 0.05).to(y.dtype)
-        gradients = torch.autograd.grad(y, (leaf, of_side.weight, of_side.bias), dy.to(where) * clear)
+        if clear is None:  # where the argument of ReLU is near 0, rounding decides: no gradient is sent back there
+            clear = (y.detach().cpu() > NEAR).to(y.dtype)
+        gradients = torch.autograd.grad(y, (leaf, of_side.weight, of_side.bias), (dy * clear).to(where))
         for tensor in (y, gradients[0]):
             assert tensor.is_contiguous(memory_format=order), f"strides {tensor.stride()}"
             assert tensor.device == leaf.device
