@@ -1,6 +1,6 @@
 """PyTorch models with cupybn's batch norms against the same models as they were, to see when converting pays.
 
-    python benchmarks/torch_bridge.py             # on a GPU in two minutes; without one, on the CPU, ratios alone
+    python benchmarks/torch_bridge.py             # on a GPU; without one on the CPU, ratios alone
     python benchmarks/torch_bridge.py --compile   # and what torch.compile makes of PyTorch's single layers
     python benchmarks/torch_bridge.py --short     # a tiny network: does it run?
 
