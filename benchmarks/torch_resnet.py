@@ -10,6 +10,9 @@ from torch import nn
 
 EXPANSION = 4
 """Channels that leave a block for each channel of its 3x3 convolution."""
+FIRST_WEIGHT = 0.1
+"""Weight that the last norm of a block begins with. With 1, as by default, gradients of the first step are chaotic: in
+bfloat16 those of NCHW and NHWC have nothing in common."""
 Norm = Callable[[int], nn.Module]
 
 
@@ -99,6 +102,8 @@ class ResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            elif isinstance(module, Bottleneck):
+                nn.init.constant_(module.bn3.weight, FIRST_WEIGHT)
 
     def forward(self, x: Any) -> Any:
         """The logits of the images."""
