@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import os
 import platform
 import sys
 import time
@@ -67,10 +66,7 @@ def measure(args: argparse.Namespace, device: str) -> dict[str, Any]:
     import torch
     import torch_measure
 
-    if device == "cpu":  # threads wait for each other wherever other programs run, and NumPy's functions have one
-        torch.set_num_threads(1)
-        os.environ["CUPYBN_NUM_THREADS"] = "1"
-    torch.backends.cudnn.benchmark = True  # convolutions are those that are fastest, the same ones of all sides
+    torch_measure.prepare(device)
     by_device = torch_measure.FULL if device == "cuda" else torch_measure.ON_THE_CPU
     plan = torch_measure.SHORT if args.short else by_device
     given = {name: getattr(args, name) for name in ("batch", "image", "rounds") if getattr(args, name) is not None}

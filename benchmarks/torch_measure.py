@@ -6,6 +6,7 @@ import copy
 import functools
 import gc
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -380,6 +381,17 @@ class Job(NamedTuple):
 
     name: str
     records: Callable[[], Iterator[Record]]
+
+
+def prepare(device: str) -> None:
+    """Set what is the same for all that is measured: the fastest convolutions, or on the CPU one thread.
+
+    Threads wait for each other wherever other programs run, and NumPy's functions have one.
+    """
+    torch.backends.cudnn.benchmark = True
+    if device == "cpu":
+        torch.set_num_threads(1)
+        os.environ["CUPYBN_NUM_THREADS"] = "1"
 
 
 def jobs(plan: Plan, device: str, compiled: bool = False, left: Call = lambda: math.inf) -> list[Job]:

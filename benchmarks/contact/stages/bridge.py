@@ -35,8 +35,10 @@ def run(task: Task) -> None:
     device = device_of(task)
     compile_kernels(task, shapes(task.rehearse, device), use)
     if device is not None:
+        import torch_measure
         from contact.stages import bridge_checks
 
+        torch_measure.prepare(device)
         bridge_checks.run(task, device)
     records = second_order(task)
     if device is not None:
@@ -133,10 +135,8 @@ def report_second_order(task: Task, name: str, record: dict[str, Any]) -> None:
 
 def models(task: Task, device: str, records: list[dict[str, Any]]) -> None:
     """Measure networks and single layers, converted and not, as far as there is time, and add to the records."""
-    import torch
     import torch_measure
 
-    torch.backends.cudnn.benchmark = True
     plan = torch_measure.SHORT if task.rehearse else torch_measure.FULL._replace(rounds=ROUNDS, seconds=SECONDS)
     for job in torch_measure.jobs(plan, device, left=lambda: task.left() - LEAST_LEFT):
         if task.left() < (FOR_A_JOB if job.name.startswith("step") else LEAST_LEFT):
