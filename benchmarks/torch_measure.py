@@ -28,7 +28,7 @@ LEAST_CALL = 1e-7
 LOSS_OFF = {"float32": 1e-3, "bfloat16": 3e-2}
 """Relative difference of the first loss from PyTorch's that is allowed."""
 GRADIENTS_OFF = {"float32": 0.1, "bfloat16": 0.5}
-"""Difference of its gradients, all as one vector, that is allowed: a network of many layers makes much of a rounding."""
+"""Difference of its gradients, all as one vector, that is allowed: many layers make much of a rounding."""
 RESULTS_OFF = {"float32": 1e-3, "bfloat16": 3e-2}
 """Difference of a layer's results from PyTorch's that is allowed, as a share of the largest of them."""
 

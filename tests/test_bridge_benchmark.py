@@ -258,6 +258,18 @@ def test_a_step_leaves_no_gradients():
     assert not any(map(torch.equal, before, step.network.parameters()))
 
 
+@pytest.mark.parametrize("case", torch_measure.CASES, ids=lambda case: case.name)
+def test_norms_see_the_dtype_and_the_memory_format_of_the_case(case):
+    for network in torch_measure.networks(ONE).values():
+        step = torch_measure.Step(network, case, ONE, "cpu")
+        seen = []
+        network.bn1.register_forward_hook(lambda _, args, __, seen=seen: seen.append(args[0]))
+        step.first()
+        assert seen[0].dtype == getattr(torch, case.dtype)
+        assert seen[0].is_contiguous(memory_format=torch_measure.memory_format(case.layout))
+        assert not seen[0].is_contiguous() or case.layout == "NCHW"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What is reported of a GPU
 

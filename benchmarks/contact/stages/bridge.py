@@ -36,6 +36,7 @@ def run(task: Task) -> None:
     compile_kernels(task, shapes(task.rehearse, device), use)
     if device is not None:
         import torch_measure
+
         from contact.stages import bridge_checks
 
         torch_measure.prepare(device)
