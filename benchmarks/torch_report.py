@@ -94,29 +94,30 @@ def plot(report: Record, path: Path) -> None:
     from matplotlib.figure import Figure
 
     steps, layers = ([r for r in report["records"] if r["what"] == what] for what in ("step", "layer"))
-    memory = [r for r in steps if "peak_bytes" in r]
-    panels = [steps, layers, *([memory] if memory else [])]
-    figure = Figure(figsize=(5 * len(panels), 1.6 + 0.28 * max(1, len(names_of(layers)))), layout="constrained")
-    for axes, records in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        if records is memory:
-            _bars(axes, records)
-        else:
-            _dots(axes, records)
+    settings = report["settings"]
+    of_step = f"training step, batch {settings['batch']}, {settings['image']} x {settings['image']}"
+    every = (
+        (of_step, steps, _dots),
+        ("one batch norm", layers, _dots),
+        (of_step, [record for record in steps if "peak_bytes" in record], _bars),
+    )
+    panels = [panel for panel in every if panel[1]]
+    height = 1.6 + 0.28 * max((len(names_of(records)) for _, records, _ in panels), default=1)
+    figure = Figure(figsize=(5 * max(1, len(panels)), height), layout="constrained")
+    for number, (about, records, draw) in enumerate(panels, 1):
+        axes = figure.add_subplot(1, len(panels), number)
+        draw(axes, records)
         names = names_of(records)
         axes.set_yticks(range(len(names)), names, fontsize=7)
         axes.set_ylim(len(names) - 0.5, -0.5)
         axes.tick_params(axis="x", labelsize=7)
         axes.grid(axis="x", alpha=0.2)
         axes.set_axisbelow(True)
+        axes.set_title(about, fontsize=8)
     handles = {
         label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=7)
-    settings = report["settings"]
-    figure.axes[0].set_title(
-        f"training step, batch {settings['batch']}, {settings['image']} x {settings['image']}", fontsize=8
-    )
-    figure.axes[1].set_title("one batch norm", fontsize=8)
     figure.suptitle(title(report), fontsize=8)
     figure.savefig(path, dpi=100)
 

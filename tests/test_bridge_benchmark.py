@@ -84,6 +84,24 @@ def test_short(tmp_path, monkeypatch, capsys):
     assert {"ratio", "loss", "results"} <= heads
     assert not {"us", "ms", "GB", "launches"} & heads
     assert "CPU, one thread" in printed
+    rows = [line for line in printed.splitlines() if line.startswith("N")]
+    assert len(rows) == 2 * len(SHORT.cases) + len(operations)
+    assert not any(PYTORCH in row for row in rows)
+
+
+@pytest.mark.parametrize("minutes", ["0", "9"])
+def test_exit_status(tmp_path, monkeypatch, capsys, minutes):
+    """A job that fails is told by the exit status, and one that there is no time for by a line."""
+    pytest.importorskip("matplotlib")
+    fails = torch_measure.Job("a job", lambda: iter(range(1 // 0)))
+    monkeypatch.setattr(torch_measure, "jobs", lambda *_: [fails])
+    arguments = ["--short", "--minutes", minutes, "--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["torch_bridge.py", *arguments])
+    in_time = minutes != "0"
+    assert torch_bridge.main() == (1 if in_time else 0)
+    said = "FAILED: a job: ZeroDivisionError: " if in_time else "a job: not measured, the time was over"
+    assert said in capsys.readouterr().out
+    assert (tmp_path / "torch-bridge-short.json").exists()
 
 
 def test_without_pytorch(monkeypatch, capsys):
