@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cupybn._cli.problem import DROPPED, EPS, OVER_THE_LAST_AXIS, Array, Arrays, Operation, Problem
+from cupybn._cli.problem import DROPPED, EPS, OPERATIONS, OVER_THE_LAST_AXIS, Array, Arrays, Operation, Problem
 
 MOST_ELEMENTS = 1 << 24
 ULP = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "float64": 2.0**-52}
@@ -98,6 +98,41 @@ def _dropout(xp: Any, problem: Problem, operation: Operation, a: Arrays, found: 
     dropped = float((~kept & (given != 0)).sum()), float((given != 0).sum())
     away = abs(dropped[0] - DROPPED * dropped[1]) / math.sqrt(DROPPED * (1 - DROPPED) * max(dropped[1], 1))
     return Errors(max(off, away / SIGMAS), 2 * off)
+
+
+def second_order(xp: Any, problem: Problem, a: Arrays, found: tuple[Array, Any]) -> Errors:
+    """The largest errors of the gradients of dy, input and weight that belong to one cotangent, that of dx.
+
+    The cotangent is the residual of the arrays; `found` is what a second vjp function returns in training mode.
+    """
+    ulp = ULP[problem.dtype.name]
+    ddy, (dx, dweight, *_) = found
+    worst = [0.0, 0.0]
+    for block in _blocks(xp, problem, OPERATIONS["backward"]):
+        x, g, u, weight = block.rows(a.x), block.rows(a.dy), block.rows(a.residual), block.vector(a.weight)
+        x -= x.mean(axis=1, keepdims=True)
+        rstd = 1 / xp.sqrt((x**2).mean(axis=1, keepdims=True) + EPS)
+        xhat = x * rstd
+        A, B, U, V, W = (term.mean(axis=1, keepdims=True) for term in (g, g * xhat, u, u * xhat, u * g))
+        Q = W - A * U - B * V
+        factor_u, factor_g = -weight * rstd**2 * B, -weight * rstd**2 * V
+        centre, slope = factor_u * U + factor_g * A, factor_u * V + factor_g * B + weight * rstd**2 * Q
+        terms_of_ddy = weight * rstd * xp.stack([u, -U + 0 * u, -xhat * V])
+        terms_of_dx = xp.stack([factor_u * u, factor_g * g, -centre + 0 * u, -xhat * slope])
+        of_weight = rstd * xp.stack([W, -A * U, -B * V]) * x.shape[1]
+        triples = (
+            (block.rows(ddy), terms_of_ddy, ulp),
+            (block.rows(dx), terms_of_dx, ulp),
+            (block.vector(dweight), of_weight, ULP["float32"]),
+        )
+        for array, terms, of_dtype in triples:
+            expected = terms.sum(axis=0)
+            largest = xp.abs(terms).sum(axis=0).max(axis=1, keepdims=True)
+            off = xp.abs(array - expected)
+            bounds = BACKWARD * largest + of_dtype * xp.abs(expected), of_dtype / 2 * largest
+            errors_here = [float((off / (bound + TINY)).max()) for bound in bounds]
+            worst = [max(e, math.inf if math.isnan(f) else f) for e, f in zip(worst, errors_here, strict=True)]
+    return Errors(*worst)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

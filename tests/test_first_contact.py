@@ -39,6 +39,7 @@ from contact.log import Check, Findings, Log, write_whole  # noqa: E402
 from contact.processes import Ended, LimitedProcess, run_limited, variables  # noqa: E402
 from contact.stages import (  # noqa: E402
     bench,
+    bridge,
     check,
     environment,
     family,
@@ -164,12 +165,13 @@ def test_rehearsal(tmp_path):
     verdicts = {name: outcome["verdict"] for name, outcome in outcomes.items()}
     assert verdicts.pop("mpi") in report.GOOD, printed  # where there is one
     assert set(verdicts.values()) == {"passed"}, printed
-    files = {"report.md", "results.json", "bench.json", "family.json", "suite.log", "sanitizer.log", "ncu.csv"}
-    assert {path.name for path in out.iterdir()} == files
+    files = {"report.md", "results.json", "bench.json", "family.json", bridge.FILE}
+    assert {path.name for path in out.iterdir()} == files | {"suite.log", "sanitizer.log", "ncu.csv"}
     lines = printed.rpartition("===== FIRST CONTACT (REHEARSAL)")[2].splitlines()
     assert "no failures" in lines
     assert sum("of copy, torch x" in line for line in lines) == 6
     assert sum(line.startswith(tuple(FAMILY)) and "; backward" in line for line in lines) == len(TINY_FAMILY)
+    assert sum(line.startswith("second order, ") and ", err 0." in line for line in lines) == len(bridge.TINY)
     assert "ncu bn_stats: 1234 us, dram 0.5 %, issue slots 0.5 %, long_scoreboard 6.2, wait 0.5, sleeping 0.5" in lines
     page = (out / "report.md").read_text()
     assert "rehearsal: says nothing of a GPU" in page
@@ -745,9 +747,10 @@ def test_all_that_the_library_asks_for_is_compiled(monkeypatch):
         width = math.gcd(most, (L if L > 1 else C) * dtype.itemsize) // dtype.itemsize
         if width:
             monkeypatch.setattr(insides, "_width", lambda *_, width=width: width)
-            asked |= insides.kernels_for((N, C, L), 1, dtype, masked)
+            asked |= insides.kernels_for((N, C, L), 1, dtype, masked, second_order=True)
     assert len(asked) > 300
     assert {"-DMASKED=1" in options for _, options in asked} == {True, False}
+    assert set(insides.SECOND_ORDER) <= {kernel.partition("/")[2] for kernel, _ in asked}
     assert asked <= compiled
 
 

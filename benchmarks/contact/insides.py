@@ -51,8 +51,10 @@ Kernel = tuple[str, tuple[str, ...]]
 """The name of a kernel, and the options that it is compiled with."""
 ON_CHIP = tuple(plans.ON_CHIP)
 """The steps that keep channels on chip where they fit."""
-STREAMED = (*plans.SUMS, "bn_normalize", "bn_backward_input")
+STREAMED = ("bn_stats", "bn_backward_reduce", "bn_normalize", "bn_backward_input")
 """The steps over all elements that read them from memory."""
+SECOND_ORDER = ("bn_double_backward_reduce", "bn_double_backward_input")
+"""The steps of the way back of second order, which read from memory as well, and take no mask."""
 OF_NORMS = ("norm_forward", "norm_backward")
 """The steps of the norms within a sample that have a kernel for each layout."""
 
@@ -70,13 +72,17 @@ def how_on_chip(step: str, shape: tuple[int, int, int], dtype: np.dtype[Any]) ->
     return f"{how} by {width * dtype.itemsize} bytes"
 
 
-def kernels_for(shape: tuple[int, ...], channel_axis: int, dtype: np.dtype[Any], masked: bool = False) -> set[Kernel]:
-    """The kernels that this device takes for any step over arrays of this shape, with a mask or without one."""
+def kernels_for(
+    shape: tuple[int, ...], channel_axis: int, dtype: np.dtype[Any], masked: bool = False, second_order: bool = False
+) -> set[Kernel]:
+    """The kernels that this device takes for any step over arrays of this shape, with a mask or without one; those of
+    second order as well where these are asked for.
+    """
     axis = channel_axis % len(shape)
     layout = math.prod(shape[:axis]), shape[axis], math.prod(shape[axis + 1 :])
     width = _width(layout, dtype)
     chosen: list[Any] = [plans.resident_plan(step, layout, dtype, width, 0) for step in ON_CHIP if not masked]
-    for step in STREAMED:
+    for step in (*STREAMED, *(SECOND_ORDER if second_order and not masked else ())):
         multiprocessors = None if step in plans.SUMS else plans.properties_of(0).multiprocessors
         chosen.append(plans.streamed_plan(step, layout, dtype, width, multiprocessors, masked))
     return {(plan.kernel.name, plan.kernel.options) for plan in chosen if plan is not None}
@@ -94,7 +100,11 @@ def kernels_of_check() -> set[Kernel]:
     Shapes of batch norm that it checks in unaligned memory as well have odd rows: the kernels are the same.
     """
     every = [shape for shapes in check.SHAPES.values() for shape in shapes]
-    asked = [kernels_for(shape, 1, dtype, masked) for shape in every for dtype in dtypes() for masked in (False, True)]
+    second_order = SECOND_ORDER[0] in CHECKED["batch_norm"].steps
+    asked = [
+        kernels_for(shape, 1, dtype, masked, second_order)
+        for shape, dtype, masked in itertools.product(every, dtypes(), (False, True))
+    ]
     for op in FAMILY[:-1]:
         for shapes in CHECKED[op].shapes(quick=True).values():
             for (number, shape), dtype in itertools.product(enumerate(shapes), dtypes()):

@@ -21,6 +21,9 @@ ALONE = (
     Stage("smoke", 40, "every size of cluster, team and pack, both layouts, forward and backward, against float64"),
     Stage("bench", 95, "copies, then 16 shapes against PyTorch and cuDNN, caches cold, through the scripts gpu_*.py"),
     Stage("family", 60, "20 cases of the norms within a sample and of dropout, as those of bench"),
+    Stage(
+        "bridge", 90, "ResNet-50 in PyTorch, converted and not; cupybn.torch on CUDA tensors; gradients of second order"
+    ),
     Stage("ncu", 45, "Nsight Compute over four calls: time, memory, issue slots, reasons to stall"),
 )
 """Stages that need the GPU for themselves, or prepare it: they run one after the other."""

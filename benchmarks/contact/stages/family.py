@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
+from typing import Any
 
 from gpu_cases import FAMILY, TINY_FAMILY, Member
 from gpu_measure import Bench, Record
@@ -27,7 +28,7 @@ MOST_SHARES = 14
 def run(task: Task) -> None:
     """Measure one case after the other, as far as there is time."""
     members = TINY_FAMILY if task.rehearse else FAMILY
-    compile_kernels(task, members)
+    compile_kernels(task, members, use)
     found, notes = peers()
     wanted = [peer for peer in found if peer.name in (CUPYBN, TORCH, CUDNN)]
     for note in notes:
@@ -38,13 +39,16 @@ def run(task: Task) -> None:
     measure(task, bench, members, report, "family.json")
 
 
-def compile_kernels(task: Task, members: Sequence[Member]) -> None:
-    """Compile all kernels into CuPy's cache, on all processors: one by one this takes longer than the measurements."""
+def compile_kernels(task: Task, items: Sequence[Any], use: Callable[[Sequence[Any]], list[str]]) -> None:
+    """Compile all kernels into CuPy's cache, on all processors: one by one this takes longer than the measurements.
+
+    Each process calls `use` with some of the items; it launches what they need, and returns its errors.
+    """
     began = time.monotonic()
     shares = 2 if task.rehearse else max(2, min(MOST_SHARES, (os.cpu_count() or 2) - 2))
     try:
         with ProcessPoolExecutor(shares, mp_context=get_context("spawn")) as pool:
-            jobs = [pool.submit(use, members[i::shares]) for i in range(shares)]
+            jobs = [pool.submit(use, items[i::shares]) for i in range(shares)]
             failed = [text for job in jobs for text in job.result()]
     except BrokenProcessPool as error:
         failed = [f"a process that was to compile has ended: {error}"]

@@ -19,7 +19,7 @@ FIRST = ("test_kernels.py", "test_launching.py", "test_accuracy.py", "test_funct
 """Test files to run first, should the time not be enough for all."""
 LEFT_OUT = (
     *("test_compile.py", "test_torch.py", "test_tiles.py", "test_numpy_ops.py", "test_readme.py", "test_package.py"),
-    *("test_first_contact.py", "test_geometry.py"),
+    *("test_first_contact.py", "test_bridge_benchmark.py", "test_geometry.py"),
 )
 """Test files that need no GPU, beside those of the stand-in."""
 TINY = ("test_layout.py",)
