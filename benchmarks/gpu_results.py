@@ -102,6 +102,7 @@ def summary(folder: Path, what: str) -> dict[str, Any]:
             for name, stage in stages.items()
         ],
         "notes": [PATH.sub("...", note) for of in measured for note in (*of["notes"], *of["skipped"])],
+        "bridge": [PATH.sub("...", line) for line in found.get("bridge", {}).get("highlights", [])],
         "kernels": [{STALLS[key]: row[key] for key in STALLS} for row in found.get("ncu", {}).get("table", [])],
         "records": [rounded(shortened(record)) for record in records(folder)],
     }
@@ -170,6 +171,9 @@ def page(measured: dict[str, Any]) -> str:
     parts += ["\n".join(f"* {name}: {value}" for name, value in (measured["machine"] | measured["copies"]).items())]
     parts += ["## Goals", markdown(gpu_goals.HEAD, gpu_goals.cells(gpu_goals.compare(results), dry_run=False))]
     parts += ["## Times", markdown(head, [line(results, record) for record in results.ours()])]
+    if measured.get("bridge"):
+        lines = [f"* {line}" for line in measured["bridge"]]
+        parts += ["## PyTorch models, converted, and gradients of second order", "\n".join(lines)]
     if measured["kernels"]:
         rows = [[str(value) for value in row.values()] for row in measured["kernels"]]
         parts += ["## By Nsight Compute", markdown(list(STALLS.values()), rows)]

@@ -46,6 +46,7 @@ def left_by_first_contact(folder, us, facts=FACTS):
         "bench": nothing
         | {"facts": {"copy of 1 MiB in all": "4000 GB/s"}, "notes": [f"{CUDNN}: 1.32.0, in /home/somebody/site"]},
         "family": nothing,
+        "bridge": nothing | {"highlights": ["step, NCHW float32: converted 80.0 ms, x1.25"]},
         "ncu": nothing | {"table": [NCU]},
         "suite": nothing | {"checks": [["the tests", False, "in /home/somebody"]]},
     }
@@ -78,12 +79,13 @@ def test_what_is_kept(kept):
     expected = {"driver": "580.159.04", "clocks, at most": "1980 MHz, memory 3201 MHz", "CuPy": "14.2.0"}
     assert found["machine"].items() >= expected.items()
     assert found["records"][0]["share_of_copy"] == 0.1235
-    assert [s["verdict"] for s in found["stages"]] == ["passed", "passed", "passed", "passed", "FAILED"]
+    assert [s["verdict"] for s in found["stages"]] == [*["passed"] * 5, "FAILED"]
     assert max(map(len, text.splitlines())) < 600  # a line for each record
     assert "| NCHW 32x64x56x56 float16 | training | 40.0 (40.0..40.0) | - | 0.12 | 1.50 | 2.25 |" in page
     assert "| NCHW 32x64x56x56 float16 | backward | 40.0 (40.0..40.0) | - | 0.50 | - | refused |" in page
     assert "| layer_norm NC 8192x128 float16 | forward | 40.0 (40.0..40.0) | - | 0.80 | 2.00 | - |" in page
     assert "| 1 | 0.50 | 0.75 |" in page
+    assert "* step, NCHW float32: converted 80.0 ms, x1.25\n" in page
     assert "| bn_stats | 256 | 34 us | 32.9 | 59.7 | 23.4 | 119 | wait 1.3 |" in page
     assert "| suite | FAILED | 0 of 1 | 1.3 |" in page
     assert f"* {CUDNN}: 1.32.0, in ...\n" in page
