@@ -120,11 +120,11 @@ DEVICE void second_gradients(const SecondElement<A>& at, const Factors<A>& f, co
     const A d = at.x - f.center;
     if (constant) {
         const bool depends = f.slope != 0;  // else without 0 * x: x may be inf
-        ddy = at.cdx * f.scale + (depends ? d * f.slope : 0) + f.offset + at.cdresidual;
+        ddy = at.cdx * f.scale + f.offset + (depends ? d * f.slope : 0) + at.cdresidual;
         dx = depends ? at.dy * f.slope : 0;
     } else {
-        ddy = at.cdx * f.scale + d * f.slope + f.offset + at.cdresidual;
-        dx = at.cdx * second.of_cdx + at.dy * f.slope + d * second.of_x + second.constant;
+        ddy = at.cdx * f.scale + f.offset + d * f.slope + at.cdresidual;
+        dx = at.cdx * second.of_cdx + second.constant + at.dy * f.slope + d * second.of_x;
     }
 }
 

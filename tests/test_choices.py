@@ -104,7 +104,11 @@ def test_a_record_decides_on_packs():
 
 @pytest.mark.usefixtures("fresh_plans")
 @pytest.mark.parametrize(
-    ("step", "arrays"), [("bn_stats", 1), ("bn_normalize", 1), ("bn_backward_reduce", 2), ("bn_backward_input", 2)]
+    ("step", "arrays"),
+    [
+        *(("bn_stats", 1), ("bn_normalize", 1), ("bn_backward_reduce", 2), ("bn_backward_input", 2)),
+        *(("bn_double_backward_reduce", 2), ("bn_double_backward_input", 2)),
+    ],
 )
 def test_sums_of_the_way_back_read_two_arrays(step, arrays):
     """The choice of launches knows it, also that of the launch that merges their parts."""

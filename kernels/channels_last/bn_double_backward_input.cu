@@ -26,7 +26,8 @@ struct OwnSeconds {
     DEVICE const SecondFactors<double>& wide(int e) const { return factors[e]; }
 };
 
-extern "C" __global__ void REGISTERS(PACK_BYTES == 16 ? 128 : 80) bn_double_backward_input(
+// With 80 registers for a thread three blocks are on a multiprocessor; these are too few for packs of 16 bytes.
+extern "C" __global__ void REGISTERS(PACK_BYTES == 16 || ARCHITECTURE < 800 ? 128 : 80) bn_double_backward_input(
     Incoming incoming,
     const data_t* x,                         // [M, C]
     Statistics statistics,
