@@ -16,6 +16,21 @@
 #include "batches.cuh"
 #include "gradients.cuh"
 
+// Elements of a byte of the record: those of a pack, unless packs are halves of those that the record was made for.
+#ifndef RECORDED
+#define RECORDED WIDTH
+#endif
+
+// What ReLU passed of the packs of a thread, as `Passed`.
+struct SecondPassed {
+    Gate gate;
+    const passed_t* record;
+
+    DEVICE unsigned bits(index_t at) const {
+        return gate == RECORD ? record[at / RECORDED] >> (RECORDED > WIDTH ? at % RECORDED : 0) : 0;
+    }
+};
+
 constexpr int SECOND_SUMS = 5;  // the sums of second order, in the order of the struct SecondSums
 
 // Turns the sums of a team or tile into those of `SecondSums`: without PRODUCT_SCALE, and about the mean itself.
@@ -105,11 +120,11 @@ DEVICE void second_gradients(const SecondElement<A>& at, const Factors<A>& f, co
     const A d = at.x - f.center;
     if (constant) {
         const bool depends = f.slope != 0;  // else without 0 * x: x may be inf
-        ddy = at.cdx * f.scale + (depends ? d * f.slope : 0) + f.offset + at.cdresidual;
+        ddy = at.cdx * f.scale + f.offset + (depends ? d * f.slope : 0) + at.cdresidual;
         dx = depends ? at.dy * f.slope : 0;
     } else {
-        ddy = at.cdx * f.scale + d * f.slope + f.offset + at.cdresidual;
-        dx = at.cdx * second.of_cdx + at.dy * f.slope + d * second.of_x + second.constant;
+        ddy = at.cdx * f.scale + f.offset + d * f.slope + at.cdresidual;
+        dx = at.cdx * second.of_cdx + second.constant + at.dy * f.slope + d * second.of_x;
     }
 }
 
@@ -158,7 +173,7 @@ DEVICE void second_gradients(const SecondPacks& packs, Gate gate, unsigned bits,
 
 // Writes the gradients of a thread's packs, of which AT_ONCE are in flight.
 template <bool WIDE, int AT_ONCE, class Packs, class Channels, class Seconds>
-DEVICE void second_gradients(const Incoming& incoming, const data_t* x, Packs packs, const Passed& passed,
+DEVICE void second_gradients(const Incoming& incoming, const data_t* x, Packs packs, const SecondPassed& passed,
                              bool constant, const Channels& channels, const Seconds& seconds,
                              const SecondGradients& gradients) {
     in_batches<AT_ONCE>(packs.count, [&](auto full, int, int count) {
@@ -189,9 +204,10 @@ DEVICE void second_gradients_all(const Incoming& incoming, const data_t* x, cons
                                   gradients);
     else
         with_gate(epilogue, [&](auto gate) {
+            constexpr int AT_ONCE = Packs::PAIRS / 2;  // packs of all arrays in flight
             with_flag(constant, [&](auto unchanging) {
-                second_gradients<false, Packs::PAIRS / 2>(incoming, x, packs, {gate, epilogue.passed}, unchanging,
-                                                          channels, seconds, gradients);
+                second_gradients<false, AT_ONCE>(incoming, x, packs, {gate, epilogue.passed}, unchanging, channels,
+                                                 seconds, gradients);
             });
         });
 }

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cupybn._steps import cupy_ops, plans
-from cupybn._steps.bundles import Affine, Epilogue, Gradients, Running, Statistics
+from cupybn._steps import cupy_double_backward, cupy_ops, plans
+from cupybn._steps.bundles import Affine, Epilogue, Gradients, Incoming, Running, SecondGradients, Statistics
 
 cp = pytest.importorskip("cupy")
 emulator = getattr(cp, "emulator", None)
@@ -50,7 +50,7 @@ def statistics(C):
 
 
 @each_layout
-@pytest.mark.parametrize("step", ["bn_stats", "bn_backward_reduce"])
+@pytest.mark.parametrize("step", plans.SUMS)
 def test_sums_go_forwards(step, shape):
     """Sums go through memory, and over channels, from the first to the last."""
     x = rising(shape)
@@ -59,6 +59,11 @@ def test_sums_go_forwards(step, shape):
         "bn_backward_reduce": lambda: only_value(
             cupy_ops.bn_backward_reduce(x, x, statistics(shape[1]), AFFINE, Epilogue()).dy
         ),
+        "bn_double_backward_reduce": lambda: only_value(
+            cupy_double_backward.bn_double_backward_reduce(
+                Incoming(x, x), x, statistics(shape[1]), AFFINE, Epilogue()
+            ).cdx
+        ),
     }
     places = over_blocks(step, x, runs[step])
     assert np.all(np.diff(places, axis=0) > 0)
@@ -66,7 +71,7 @@ def test_sums_go_forwards(step, shape):
 
 
 @each_layout
-@pytest.mark.parametrize("step", ["bn_normalize", "bn_backward_input"])
+@pytest.mark.parametrize("step", ["bn_normalize", "bn_backward_input", "bn_double_backward_input"])
 def test_elementwise_steps_go_backwards(step, shape):
     """The last place in memory comes first and, where a block has one channel, the last channel.
 
@@ -79,6 +84,11 @@ def test_elementwise_steps_go_backwards(step, shape):
         out = sparse(shape, x.dtype, [(0, x.size)])
         if step == "bn_normalize":
             cupy_ops.bn_normalize(x, None, AFFINE, Running(*statistics(shape[1]).pairs.T), Epilogue(), out)
+        elif step == "bn_double_backward_input":
+            gradients = SecondGradients(out, cp.empty(shape))
+            cupy_double_backward.bn_double_backward_input(
+                Incoming(x, x), x, statistics(shape[1]), AFFINE, Epilogue(), None, 0.0, gradients
+            )
         else:
             gradients = Gradients(out)
             cupy_ops.bn_backward_input(x, x, statistics(shape[1]), AFFINE, Epilogue(), None, 0.0, gradients)

@@ -7,7 +7,7 @@ import pytest
 
 import cupybn
 import cupybn.functional as F
-from cupybn._steps import cupy_ops, plans
+from cupybn._steps import cupy_ops, launched, plans
 from cupybn._steps.geometry import channels_last
 from tests.reference import bits
 
@@ -91,20 +91,24 @@ def test_a_record_decides_on_packs():
     passed = cupy_ops.empty_passed(x, x, x)
     assert plans.width_of(x) == plans.width_of(x, dy, passed=passed) == 2
     assert plans.width_of(x, dy) == 1
-    assert cupy_ops._beside(passed, x, whole) is whole
-    assert cupy_ops._beside(None, x, dy) is dy
-    copied = cupy_ops._beside(passed, x, dy)
+    assert launched.aligned_for(passed, x, whole) is whole
+    assert launched.aligned_for(None, x, dy) is dy
+    copied = launched.aligned_for(passed, x, dy)
     assert copied is not dy
     assert copied.data.ptr % 8 == 0
     narrow = cupy_ops.empty_passed(dy, x, x)
     assert narrow.dtype == np.bool_
     assert plans.width_of(x, dy, passed=narrow) == 1
-    assert cupy_ops._beside(narrow, x, dy) is dy
+    assert launched.aligned_for(narrow, x, dy) is dy
 
 
 @pytest.mark.usefixtures("fresh_plans")
 @pytest.mark.parametrize(
-    ("step", "arrays"), [("bn_stats", 1), ("bn_normalize", 1), ("bn_backward_reduce", 2), ("bn_backward_input", 2)]
+    ("step", "arrays"),
+    [
+        *(("bn_stats", 1), ("bn_normalize", 1), ("bn_backward_reduce", 2), ("bn_backward_input", 2)),
+        *(("bn_double_backward_reduce", 2), ("bn_double_backward_input", 2)),
+    ],
 )
 def test_sums_of_the_way_back_read_two_arrays(step, arrays):
     """The choice of launches knows it, also that of the launch that merges their parts."""

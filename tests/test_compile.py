@@ -93,6 +93,7 @@ def promised_registers(instance, architecture):
     if not condition:
         return int(text)
     names = {"INDEX_BITS": instance.index_bits, "WIDTH": instance.width, "MASKED": instance.masked}
+    names["PACK_BYTES"] = instance.pack_bytes
     names |= {"ARCHITECTURE": 10 * architecture, "ELEMENTWISE": instance.rows and instance.rows.elementwise}
     own = (sources.KERNELS / f"{instance.kernel}.cu").read_text()
     for name, value in [*re.findall(r"^constexpr bool (\w+) = (.+);", own, re.MULTILINE), ("chosen", condition)]:
@@ -141,6 +142,7 @@ def test_blocks_have_as_many_registers_as_there_are():
     assert most("channels_first/bn_backward", 512) == 128
     assert most("mean_and_var", 32) == 128
     assert [most("channels_last/bn_backward_input", 256, 8, 32, a) for a in (75, 80, 90, 100)] == [128, 80, 80, 128]
+    assert [most("channels_last/bn_double_backward_input", 256, width) for width in (4, 2)] == [128, 80]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

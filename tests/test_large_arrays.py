@@ -12,8 +12,19 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from cupybn._steps import cupy_ops, numpy_ops, plans
-from cupybn._steps.bundles import Affine, Epilogue, Gradients, Moments, Running, Statistics, Sums
+from cupybn._steps import cupy_double_backward, cupy_ops, numpy_double_backward, numpy_ops, plans
+from cupybn._steps.bundles import (
+    Affine,
+    Epilogue,
+    Gradients,
+    Incoming,
+    Moments,
+    Running,
+    SecondGradients,
+    SecondSums,
+    Statistics,
+    Sums,
+)
 from cupybn._steps.geometry import MOST_GRID_Y, ChannelsLast
 from tests.reference import HALF_ULP, to_numpy
 
@@ -329,6 +340,46 @@ def test_masks(rng, case):
     numpy_ops.bn_backward_input(*theirs, host.sums, 0.25, host.gradients)
     check(large.gradients.dx, of_maps, host.gradients.dx)
     check(large.gradients.dresidual, of_maps, host.gradients.dresidual)
+
+
+@pytest.mark.usefixtures("many_shares")
+@pytest.mark.parametrize("name", ["rows of packs", "columns of packs", "one column"])
+def test_second_order(rng, name):
+    """Steps of second order, whose blocks take the shares of those of the way back."""
+    _, of_sums, of_maps = shares_of(*STREAMED[name])
+    large = Large(rng, *STREAMED[name][:3], of_sums, of_maps)
+    C = large.shape[1]
+    _, x, statistics, affine, epilogue = large.back()
+    cdx, cdresidual = (fill(large.empty(), rng.standard_normal) for _ in range(2))
+    cdweight, cdbias = rng.standard_normal((2, C)).astype(np.float32)
+    incoming = Incoming(large.dy, cdx, cdresidual, to_device(cdweight), to_device(cdbias))
+
+    def on_host(share):
+        """The first five arguments of both steps, of a share."""
+        host, arrays = large.on_host(share), (share.of(array) for array in incoming[:3])
+        of_host = Incoming(*arrays, cdweight[share.channels], cdbias[share.channels])
+        epilogue = Epilogue(None, "relu", passes(large, share))
+        return host, (of_host, host.x, host.statistics, host.affine, epilogue)
+
+    with emulator.run_only(of_sums.block):
+        sums = cupy_double_backward.bn_double_backward_reduce(incoming, x, statistics, affine, epilogue)
+    expected = numpy_double_backward.bn_double_backward_reduce(*on_host(of_sums)[1])
+    for ours, theirs in zip(sums, expected, strict=True):
+        np.testing.assert_allclose(of_sums.sums(ours), theirs[0], atol=64 * UNIT * of_sums.places[:, 0].size)
+
+    sums = SecondSums(*rng.standard_normal((5, 1, C)))
+    ours = SecondGradients(large.empty(), large.empty(), cp.zeros(C))
+    with emulator.run_only(of_maps.block):
+        cupy_double_backward.bn_double_backward_input(
+            incoming, x, statistics, affine, epilogue, to_device(sums), 0.25, ours
+        )
+    host, arguments = on_host(of_maps)
+    theirs = SecondGradients(np.empty_like(host.x), np.empty_like(host.x), np.zeros(of_maps.channels.size))
+    own_sums = of_channels(of_maps.channels, sums)
+    numpy_double_backward.bn_double_backward_input(*arguments, own_sums, 0.25, theirs)
+    check_close(ours.ddy, of_maps, theirs.ddy)
+    check_close(ours.dx, of_maps, theirs.dx)
+    check_vectors(ours[2:], np.zeros((1, C)), of_maps, theirs[2:], rtol=1e-12)
 
 
 @pytest.fixture(params=ON_CHIP.values(), ids=ON_CHIP)

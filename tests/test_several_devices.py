@@ -90,13 +90,13 @@ def test_clusters_from_the_first_generation_that_has_them(rng):
 
 def test_large_grids_on_large_devices_alone(devices):
     """Elementwise steps have larger grids on a large device; sums have the same on all."""
-    grids = {}
+    grids, elementwise = {}, ("bn_normalize", "bn_backward_input", "bn_double_backward_input")
     for device, properties in enumerate(devices):
         with cp.cuda.Device(device):
             x = cp.empty((4, 1, 1_000_000), np.float32)
-        for step in "bn_normalize", "bn_backward_input", *plans.SUMS:
+        for step in *elementwise, *plans.SUMS:
             grids[step, properties is SMALL] = np.prod(plans.choose(step, x).geometry.grid)
-    for step in "bn_normalize", "bn_backward_input":
+    for step in elementwise:
         assert grids[step, False] > 2 * grids[step, True]
     for step in plans.SUMS:
         assert grids[step, False] == grids[step, True]

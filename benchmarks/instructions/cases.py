@@ -8,17 +8,29 @@ import cupy
 import numpy as np
 
 from cupybn._arrays.dtypes import parameter_dtype
-from cupybn._steps import cupy_ops
-from cupybn._steps.bundles import Affine, Epilogue, Gradients, Moments, Running, Statistics, Sums
+from cupybn._steps import cupy_double_backward, cupy_ops
+from cupybn._steps.bundles import (
+    Affine,
+    Epilogue,
+    Gradients,
+    Incoming,
+    Moments,
+    Running,
+    SecondGradients,
+    SecondSums,
+    Statistics,
+    Sums,
+)
 from instructions.lanes import Array
 from instructions.launches import Counter
 from tests.reference import HALF_ULP
+from tests.second_order import second_order
 
-SUMS = ("bn_stats", "bn_backward_reduce")
+SUMS = ("bn_stats", "bn_backward_reduce", "bn_double_backward_reduce")
 ON_CHIP = ("bn_forward", "bn_backward")
-STEPS = (*SUMS, "bn_normalize", "bn_backward_input", *ON_CHIP)
+STEPS = (*SUMS, "bn_normalize", "bn_backward_input", "bn_double_backward_input", *ON_CHIP)
 VARIANTS = {"plain": (None, False), "relu": ("relu", False), "record": ("relu", True)}
-"""Variants of the steps: the activation, and whether there is a residual. With one, the way back reads a record."""
+"""Variants of the steps: the activation, and whether there is a residual. With one, the ways back read a record."""
 EPS = 1e-5
 PARTS = 4
 """Parts of the moments and sums that steps merge."""
@@ -60,6 +72,8 @@ class Arrays:
         self._xhat = (self._x - _column(self._mean)) / np.sqrt(_column(self._var) + EPS)
         self._y = self._xhat * _column(self._weight) + _column(self._bias)
         self._dy[np.abs(self._y) < CLOSE] = 0  # the sign of y depends on roundings there
+        self._cdx, self._cdresidual = self._values(rng, 1, 0), self._values(rng, 1, 0)
+        self._cdweight, self._cdbias = rng.standard_normal((2, self._shape[1])).astype(np.float32)
 
     def _values(self, rng: np.random.Generator, std: float, mean: float) -> Array:
         values = rng.standard_normal(self._shape, np.float32) * std + mean
@@ -98,6 +112,8 @@ class Arrays:
             passed.fill(np.iinfo(np.uint8).max if passed.dtype == np.uint8 else True)
         statistics = Statistics.of(self._repeat(self._mean), self._repeat(self._var))
         epilogue = Epilogue(None, self._activation, passed)
+        if "double" in step:
+            return self._run_second_order(dy, x, statistics, affine, epilogue)
         if step == "bn_backward_reduce":
             return cupy_ops.bn_backward_reduce(dy, x, statistics, affine, epilogue)._asdict()
         dresidual = cupy.empty_like(x) if self._has_residual else None
@@ -108,6 +124,23 @@ class Arrays:
             sums = Sums(*(self._parts(total / PARTS) for total in self._sums()))
             cupy_ops.bn_backward_input(dy, x, statistics, affine, epilogue, sums, 1 / self.count, gradients)
         return {"dx": out} | ({"dresidual": dresidual} if self._has_residual else {})
+
+    def _run_second_order(
+        self, dy: Any, x: Any, statistics: Statistics, affine: Affine, epilogue: Epilogue
+    ) -> dict[str, Any]:
+        """Call a step of second order; returns the arrays that it writes, by name."""
+        cdresidual = self._repeat(self._cdresidual) if self._has_residual else None
+        vectors = self._repeat(self._cdweight), self._repeat(self._cdbias)
+        incoming = Incoming(dy, self._repeat(self._cdx), cdresidual, *vectors)
+        if self.case.step in SUMS:
+            sums = cupy_double_backward.bn_double_backward_reduce(incoming, x, statistics, affine, epilogue)
+            return sums._asdict()
+        sums = SecondSums(*(self._parts(total / PARTS) for total in self._sums()))
+        gradients = SecondGradients(cupy.empty_like(x), cupy.empty_like(x), cupy.empty(x.shape[1], np.float32))
+        cupy_double_backward.bn_double_backward_input(
+            incoming, x, statistics, affine, epilogue, sums, 1 / self.count, gradients
+        )
+        return {"ddy": gradients.ddy, "dx": gradients.dx}
 
     def _parts(self, values: Array) -> Any:
         """Rows for all parts, each with the same vector."""
@@ -121,9 +154,11 @@ class Arrays:
         dy = self._dy.astype(np.float64)
         return np.where(self._y > 0, dy, 0) if self.case.variant == "relu" else dy
 
-    def _sums(self) -> tuple[Array, Array]:
-        dy = self._passed()
-        return dy.sum((0, 2)), (dy * self._xhat).sum((0, 2))
+    def _sums(self) -> tuple[Array, ...]:
+        """The sums of a way back, in the order of their bundle."""
+        dy, cdx = self._passed(), self._cdx.astype(np.float64)
+        terms = (dy, dy * self._xhat, cdx, cdx * self._xhat, cdx * dy)
+        return tuple(term.sum((0, 2)) for term in (terms if "double" in self.case.step else terms[:2]))
 
     def _expected(self, name: str) -> Array:
         """The values of an array that an elementwise step writes, in float64."""
@@ -132,6 +167,11 @@ class Arrays:
         if name == "out":
             y = self._y + self._residual.astype(np.float64) if self._has_residual else self._y
             return np.maximum(y, 0) if self._activation else y
+        if "double" in self.case.step:
+            cotangents = self._cdx, self._cdweight, self._cdbias, self._cdresidual if self._has_residual else None
+            passed = self._y > 0 if self.case.variant == "relu" else np.full(self._shape, True)
+            found = second_order(self._x, self._dy, self._weight, eps=EPS, cotangents=cotangents, relu=passed)
+            return getattr(found, name).astype(np.float64)
         total, projected = (_column(s) / self.count for s in self._sums())
         scale = self._weight / np.sqrt(self._var + EPS)
         return (self._passed() - total - self._xhat * projected) * _column(scale)
@@ -158,18 +198,19 @@ class Arrays:
         channels = np.flatnonzero(parts[0][1].any(0))
         assert channels.size, "nothing was written"
         assert all(written[:, channels].all() for _, written in parts), "some part of a channel is missing"
-        one, other = (values[:, channels] for values, _ in parts)
+        ours = [values[:, channels] for values, _ in parts]
         if self.case.step == "bn_stats":
             count, written = counter.look(results["count"])
             assert written.all()
             assert count.sum() == self.count
+            one, other = ours
             mean = count @ one / self.count
-            found = mean, (other.sum(0) + count @ (one - mean) ** 2) / self.count
-            expected = self._mean, self._var
+            found = [mean, (other.sum(0) + count @ (one - mean) ** 2) / self.count]
+            expected: tuple[Array, ...] = (self._mean, self._var)
         else:
-            found, expected = (one.sum(0), other.sum(0)), self._sums()
-        for ours, theirs in zip(found, expected, strict=True):
-            np.testing.assert_allclose(ours, theirs[channels % self._shape[1]], rtol=1e-5, atol=1e-7 * self.count)
+            found, expected = [values.sum(0) for values in ours], self._sums()
+        for sums, theirs in zip(found, expected, strict=True):
+            np.testing.assert_allclose(sums, theirs[channels % self._shape[1]], rtol=1e-5, atol=1e-7 * self.count)
         return float(channels.size * self.count)
 
 

@@ -150,5 +150,5 @@ def _count(case: Case, rows: int, architecture: int, like: Launch | None = None)
 
 def _memory(case: Case, rows: int) -> int:
     """Bytes of memory that hold the arrays of a case."""
-    arrays = 1 if case.step == "bn_stats" else 5
+    arrays = 1 if case.step == "bn_stats" else 7 if "double" in case.step else 5
     return rows * case.row * case.channels * ITEMSIZE[case.dtype] * arrays + (16 << 20)

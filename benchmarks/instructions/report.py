@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from instructions import dropout, norms
-from instructions.cases import STEPS, VARIANTS, Case
+from instructions.cases import STEPS, SUMS, VARIANTS, Case
 from instructions.cost import SHOWN, Cost, Count
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -56,7 +56,7 @@ def case(step: str, dtype: str, row: int, channels: int | None = None, variant: 
     arrays.
     """
     if channels is None:
-        channels = 256 if step in ("bn_stats", "bn_backward_reduce") else 16
+        channels = 256 if step in SUMS else 16
     return Case(step, dtype, row, channels, variant)
 
 

@@ -12,7 +12,7 @@ constexpr int SUMMED = PACK_BYTES < 8 ? 8 : 4, IN_FLIGHT = PACK_BYTES < 8 ? 4 : 
 // Takes the sums over a thread's packs, in the dtype A for each batch of AT_ONCE packs; products are scaled. WIDE is
 // whether what ReLU passed is worked out in float64. Returns whether the dtype A held the sums.
 template <class A, bool WIDE, int AT_ONCE>
-DEVICE bool sum_packs(const Incoming& incoming, const data_t* x, Packs packs, const Passed& passed,
+DEVICE bool sum_packs(const Incoming& incoming, const data_t* x, Packs packs, const SecondPassed& passed,
                       const OneChannel& channel, double (&sums)[SECOND_SUMS]) {
     constexpr int SIDE = sizeof(A) == 8 || WIDTH < 2 ? 1 : 2;  // sums side by side: few roundings for each
     const Factors<A> f(*channel.channel);
@@ -23,7 +23,7 @@ DEVICE bool sum_packs(const Incoming& incoming, const data_t* x, Packs packs, co
     in_batches<AT_ONCE>(packs.count, [&](auto full, int, int count) {
         A own[SIDE][SECOND_SUMS] = {};
         constexpr int LOADED = AT_ONCE < IN_FLIGHT ? AT_ONCE : IN_FLIGHT;
-#pragma unroll
+#pragma unroll 1
         for (int first = 0; first < AT_ONCE; first += LOADED) {
             raw_t raw_dy[LOADED], raw_x[LOADED], raw_cdx[LOADED];
             unsigned bits[LOADED];
@@ -72,7 +72,11 @@ extern "C" __global__ void REGISTERS(INDEX_BITS == 64 ? 128 : 80) bn_double_back
     const Place place(sizes);
     const Packs packs(place, sizes);
     Channel& channel = channel_of_team();
-    if (member() == 0) channel = channel_of(statistics, affine, place.c);
+    __shared__ long long part_of_teams[TEAMS];  // kept here, where it takes no registers
+    if (member() == 0) {
+        channel = channel_of(statistics, affine, place.c);
+        part_of_teams[team()] = place.idle ? -1 : place.share * sizes.C + place.c;
+    }
     __syncthreads();
 
     double own[SECOND_SUMS];
@@ -82,10 +86,12 @@ extern "C" __global__ void REGISTERS(INDEX_BITS == 64 ? 128 : 80) bn_double_back
         with_gate(epilogue, [&](auto gate) {
             all_held = sum_packs<acc_t, false, SUMMED>(incoming, x, packs, {gate, epilogue.passed}, known, own);
         });
+    __syncwarp();  // behind it the channel is read anew: until then its numbers take no registers
     if (sizeof(acc_t) < 8 && !all_held)
-        sum_packs<double, true, 1>(incoming, x, packs, {gate_of(epilogue), epilogue.passed}, known, own);
+        sum_packs<double, true, 1>(incoming, x, packs, {gate_of(epilogue), epilogue.passed}, OneChannel(channel), own);
     team_sum(own);
-    if (member() > 0 || place.idle) return;
+    const long long part = part_of_teams[team()];
+    if (member() > 0 || part < 0) return;
     finish_second_sums(own, channel);
-    set_second_sums(sums, place.share * sizes.C + place.c, own);
+    set_second_sums(sums, part, own);
 }

@@ -4,7 +4,7 @@
 // Each block adds the parts of the channels of its tile, in the same order in every block, and then takes its share of
 // the rows.
 // Mirror: numpy_double_backward.bn_double_backward_input
-#include "../double_backward.cuh"
+#include "halves.cuh"
 #include "parts.cuh"
 
 // What the threads of a block have to know of the tile's channels beside `Lanes`, in shared memory.
@@ -26,7 +26,8 @@ struct OwnSeconds {
     DEVICE const SecondFactors<double>& wide(int e) const { return factors[e]; }
 };
 
-extern "C" __global__ void REGISTERS(128) bn_double_backward_input(
+// With 80 registers for a thread three blocks are on a multiprocessor; these are too few for packs of 16 bytes.
+extern "C" __global__ void REGISTERS(PACK_BYTES == 16 || ARCHITECTURE < 800 ? 128 : 80) bn_double_backward_input(
     Incoming incoming,
     const data_t* x,                         // [M, C]
     Statistics statistics,
@@ -39,7 +40,7 @@ extern "C" __global__ void REGISTERS(128) bn_double_backward_input(
     // sizes
     long long parts,
     ChannelsLast sizes) {
-    const Tile own(sizes, backwards());
+    const Tile own(halved(sizes), backwards());
     const long long c = own.channel();
     __shared__ Lanes lanes;
     __shared__ SecondLanes seconds;

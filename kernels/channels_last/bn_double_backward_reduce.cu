@@ -3,8 +3,7 @@
 //
 // Each block takes a share of the rows of a tile: share p makes part p of its channels.
 // Mirror: numpy_double_backward.bn_double_backward_reduce
-#include "../double_backward.cuh"
-#include "columns.cuh"
+#include "halves.cuh"
 
 constexpr int SUMMED = 16;                    // rows whose sums are taken in float32 before they go on in float64
 constexpr int ROWS = PACK_BYTES < 8 ? 4 : 2;  // rows in flight
@@ -14,7 +13,7 @@ typedef double ColumnSums[SECOND_SUMS][WIDTH];  // the sums of each channel of a
 // what ReLU passed is worked out in float64. Returns a bit for each element whose sums the dtype of the arithmetic did
 // not hold.
 template <bool WIDE, int AT_ONCE>
-DEVICE unsigned sum_packs(const Incoming& incoming, const data_t* x, Packs packs, const Passed& passed,
+DEVICE unsigned sum_packs(const Incoming& incoming, const data_t* x, Packs packs, const SecondPassed& passed,
                           const OwnChannels& channels, ColumnSums& sums) {
     acc_t own[WIDTH][SECOND_SUMS] = {};
 #pragma unroll
@@ -65,7 +64,7 @@ DEVICE unsigned sum_packs(const Incoming& incoming, const data_t* x, Packs packs
 }
 
 // Takes the sums of element e alone, in float64.
-DEVICE void sum_exactly(const Incoming& incoming, const data_t* x, Packs packs, const Passed& passed,
+DEVICE void sum_exactly(const Incoming& incoming, const data_t* x, Packs packs, const SecondPassed& passed,
                         const OwnChannels& channels, int e, double (&sums)[SECOND_SUMS]) {
     const Factors<double> f = channels.wide(e);
     const double rstd = f.rstd * PRODUCT_SCALE;
@@ -103,7 +102,7 @@ DEVICE void sum_tile(const Tile& tile, const ColumnSums& values, double (&sums)[
         }
 }
 
-extern "C" __global__ void REGISTERS(WIDTH == 8 ? 255 : 128) bn_double_backward_reduce(
+extern "C" __global__ void REGISTERS(128) bn_double_backward_reduce(
     Incoming incoming,
     const data_t* x,                         // [M, C]
     Statistics statistics,
@@ -113,14 +112,14 @@ extern "C" __global__ void REGISTERS(WIDTH == 8 ? 255 : 128) bn_double_backward_
     SecondSums sums,
     // sizes
     ChannelsLast sizes) {
-    const Tile own(sizes, forwards());
+    const Tile own(halved(sizes), forwards());
     const long long c = own.channel();
     __shared__ Lanes lanes;
     if (own.looks_after()) lanes.set(threadIdx.x, channel_of(statistics, affine, c));
     const OwnChannels channels(own, lanes);
 
     const Packs packs(own);
-    const Passed passed = {gate_of(epilogue), epilogue.passed};
+    const SecondPassed passed = {gate_of(epilogue), epilogue.passed};
     ColumnSums of_thread;
     unsigned missed = 0;
     if (sizeof(acc_t) < 8 && channels.any_wide)
