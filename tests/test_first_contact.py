@@ -746,6 +746,7 @@ def test_all_that_the_library_asks_for_is_compiled(monkeypatch):
         if width:
             monkeypatch.setattr(insides, "_width", lambda *_, width=width: width)
             asked |= insides.kernels_for((N, C, L), 1, dtype, masked)
+            asked |= insides.kernels_of_second_order((N, C, L), dtype)
     assert len(asked) > 300
     assert {"-DMASKED=1" in options for _, options in asked} == {True, False}
     assert asked <= compiled

@@ -29,6 +29,7 @@ __all__ = [
     "ON_CHIP",
     "RANK_ENVIRONMENT",
     "ROUNDINGS",
+    "SECOND_ORDER",
     "STREAMED",
     "Frame",
     "assert_close",
@@ -44,6 +45,7 @@ __all__ = [
     "kernels_for",
     "kernels_of_check",
     "kernels_of_norm",
+    "kernels_of_second_order",
     "watch_of",
 ]
 
@@ -51,8 +53,10 @@ Kernel = tuple[str, tuple[str, ...]]
 """The name of a kernel, and the options that it is compiled with."""
 ON_CHIP = tuple(plans.ON_CHIP)
 """The steps that keep channels on chip where they fit."""
-STREAMED = (*plans.SUMS, "bn_normalize", "bn_backward_input")
-"""The steps over all elements that read them from memory."""
+STREAMED = ("bn_stats", "bn_normalize", "bn_backward_reduce", "bn_backward_input")
+"""The steps over all elements that read them from memory, but for those of second order."""
+SECOND_ORDER = ("bn_double_backward_reduce", "bn_double_backward_input")
+"""The streamed steps of second order, which take no mask. Neither ``check`` nor a benchmark asks for them."""
 OF_NORMS = ("norm_forward", "norm_backward")
 """The steps of the norms within a sample that have a kernel for each layout."""
 
@@ -76,10 +80,20 @@ def kernels_for(shape: tuple[int, ...], channel_axis: int, dtype: np.dtype[Any],
     layout = math.prod(shape[:axis]), shape[axis], math.prod(shape[axis + 1 :])
     width = _width(layout, dtype)
     chosen: list[Any] = [plans.resident_plan(step, layout, dtype, width, 0) for step in ON_CHIP if not masked]
-    for step in STREAMED:
-        multiprocessors = None if step in plans.SUMS else plans.properties_of(0).multiprocessors
-        chosen.append(plans.streamed_plan(step, layout, dtype, width, multiprocessors, masked))
+    chosen += [_streamed(step, layout, dtype, width, masked) for step in STREAMED]
     return {(plan.kernel.name, plan.kernel.options) for plan in chosen if plan is not None}
+
+
+def kernels_of_second_order(shape: tuple[int, int, int], dtype: np.dtype[Any]) -> set[Kernel]:
+    """The kernels of second order that this device takes over an array (N, C, L)."""
+    chosen = [_streamed(step, shape, dtype, _width(shape, dtype)) for step in SECOND_ORDER]
+    return {(plan.kernel.name, plan.kernel.options) for plan in chosen}
+
+
+def _streamed(step: str, shape: tuple[int, int, int], dtype: np.dtype[Any], width: int, masked: bool = False) -> Any:
+    """The plan of a step that is streamed."""
+    multiprocessors = None if step in plans.SUMS else plans.properties_of(0).multiprocessors
+    return plans.streamed_plan(step, shape, dtype, width, multiprocessors, masked)
 
 
 def _width(shape: tuple[int, int, int], dtype: np.dtype[Any]) -> int:
