@@ -188,6 +188,16 @@ def test_near_the_limits_of_float32(rng, shape, which, size, dtype, training):
             np.testing.assert_allclose(*pairs, rtol=1e-2 if dtype != np.float32 else 2e-5, atol=1e-6)
 
 
+@in_both_layouts
+def test_factors_that_float32_does_not_hold(rng, shape):
+    """Arguments and gradients are numbers of float32, the factors of dx in between are not."""
+    case = Case.of(rng, shape, np.float32, "record")
+    cdx, cdweight, *others = case.cotangents
+    small = np.float32(1e-12)
+    case = case._replace(x=3 + (case.x - 3) * np.float32(1e-3), dy=case.dy * np.float32(5e37))
+    case._replace(cotangents=(cdx * small, cdweight * small, *others)).check()
+
+
 @in_both_modes
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("where", ["x", "dy", "cdx"])
