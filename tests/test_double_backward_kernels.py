@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from cupybn._steps import cupy_double_backward, cupy_ops
+from cupybn._steps import cupy_double_backward, cupy_ops, plans
 from cupybn._steps.bundles import Affine, Epilogue, Incoming, Running, SecondGradients, Statistics
 from tests.reference import DTYPES, bits, to_numpy
 from tests.second_order import assert_second_order, second_order
@@ -188,6 +188,16 @@ def test_near_the_limits_of_float32(rng, shape, which, size, dtype, training):
             np.testing.assert_allclose(*pairs, rtol=1e-2 if dtype != np.float32 else 2e-5, atol=1e-6)
 
 
+@in_both_layouts
+def test_factors_that_float32_does_not_hold(rng, shape):
+    """Arguments and gradients are numbers of float32, the factors of dx in between are not."""
+    case = Case.of(rng, shape, np.float32, "record")
+    cdx, cdweight, *others = case.cotangents
+    small = np.float32(1e-12)
+    case = case._replace(x=3 + (case.x - 3) * np.float32(1e-3), dy=case.dy * np.float32(5e37))
+    case._replace(cotangents=(cdx * small, cdweight * small, *others)).check()
+
+
 @in_both_modes
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("where", ["x", "dy", "cdx"])
@@ -284,7 +294,7 @@ def test_two_launches(rng, shape):
 
 
 @only_emulated
-@pytest.mark.parametrize("shape", [(16, 8, 8192), (16384, 8, 1)], ids=str)
+@pytest.mark.parametrize("shape", [(16, 2, 8192), (16384, 8, 1)], ids=str)
 def test_the_order_of_additions_does_not_depend_on_the_device(rng, shape):
     case = Case.of(rng, shape, np.float32)
     results, grids = [], set()
@@ -294,11 +304,37 @@ def test_the_order_of_additions_does_not_depend_on_the_device(rng, shape):
             emulator.pretend(replace(emulator.H200, multiprocessors=multiprocessors)),
             emulator.record() as launches,
         ):
-            results.append(bits(*case.run()))
+            found = case.run()
+            results.append(bits(*found))
             grids.add(launches[-1].grid)
+            assert launches[0].grid[1] > 1  # parts, which the second launch adds
     forget_plans()
     assert len(grids) == 2
     assert results[0] == results[1]
+    assert_second_order(found, case.expected(), case.x.dtype)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1 << 17), (1 << 14, 8, 1)], ids=str)
+def test_sums_go_on_in_float64(shape, monkeypatch):
+    """A thread that has many packs sums few of them in float32: all elements are alike, and roundings go one way."""
+    original = plans.streamed_plan
+
+    def in_one_share(*arguments):
+        kernel, geometry = original(*arguments)
+        name, count = ("rows", shape[0]) if shape[2] == 1 else ("packs", shape[2] // 4)
+        sizes = geometry.sizes._replace(**{name: count})
+        return plans.Plan(kernel, geometry._replace(grid=(geometry.grid[0], 1), sizes=sizes, parts=1))
+
+    monkeypatch.setattr(plans, "streamed_plan", in_one_share)
+    x, dy, cdx = (np.full(shape, value, np.float32) for value in (1.1, 0.7, 0.3))
+    pairs = Statistics(to_device(np.tile([0.0, 1.0], (shape[1], 1))))
+    incoming = Incoming(to_device(dy), to_device(cdx))
+    sums = cupy_double_backward.bn_double_backward_reduce(
+        incoming, to_device(x), pairs, Affine(None, None, EPS), Epilogue()
+    )
+    g, u, xhat = (array.astype(np.float64)[:, 0] for array in (dy, cdx, x / np.sqrt(1 + EPS)))
+    for ours, terms in zip(sums, (g, g * xhat, u, u * xhat, u * g), strict=True):
+        np.testing.assert_allclose(to_numpy(ours)[0], terms.sum(), rtol=2.0**-20)
 
 
 @only_emulated

@@ -471,7 +471,7 @@ def test_a_line_through_two_counts():
     assert row.startswith(f"| bn_normalize | float16 | plain | {each:.0f} | ")
 
 
-@pytest.mark.parametrize("step", ["bn_normalize", "bn_backward_input"])
+@pytest.mark.parametrize("step", ["bn_normalize", "bn_backward_input", "bn_double_backward_input"])
 def test_wrong_arrays_are_noticed(monkeypatch, step):
     expected = Arrays._expected
     monkeypatch.setattr(Arrays, "_expected", lambda self, name: expected(self, name) + 1e-3 * (self._x > 3))
@@ -479,7 +479,10 @@ def test_wrong_arrays_are_noticed(monkeypatch, step):
         count(report.case(step, "float32", 1, 256))
 
 
-@pytest.mark.parametrize(("step", "name"), [("bn_stats", "_var"), ("bn_backward_reduce", "_xhat")])
+@pytest.mark.parametrize(
+    ("step", "name"),
+    [("bn_stats", "_var"), ("bn_backward_reduce", "_xhat"), ("bn_double_backward_reduce", "_cdx")],
+)
 def test_wrong_sums_are_noticed(monkeypatch, step, name):
     run = Arrays.run
 
