@@ -186,7 +186,8 @@ def test_errors_of_layers():
         BatchNorm1d(3, device="meta")(x)
     layer = BatchNorm1d(3)
     layer.running_var = None
-    for mode in True, False:
+    for mode, tracks in itertools.product((True, False), repeat=2):
+        layer.track_running_stats = tracks
         with pytest.raises(ValueError, match="must either both be None"):
             layer.train(mode)(x)
 
