@@ -156,6 +156,34 @@ def test_memory_formats_of_models():
     assert x.grad.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_torchs_own_conversion():
+    """PyTorch's conversion for several processes takes these layers for its own."""
+    model = convert(torch.nn.Sequential(torch.nn.BatchNorm2d(3)))
+    weight = model[0].weight
+    model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    assert type(model[0]) is torch.nn.SyncBatchNorm
+    assert model[0].weight is weight
+
+
+def test_several_processes(tmp_path):
+    """`DistributedDataParallel` takes a converted model, whose gradients are those of the model alone."""
+    if not torch.distributed.is_available():
+        pytest.skip("this PyTorch has no processes")
+    model, x = convert(torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3))), torch.randn(4, 3)
+    alone = copy.deepcopy(model)
+    torch.distributed.init_process_group("gloo", init_method=(tmp_path / "store").as_uri(), rank=0, world_size=1)
+    try:
+        spread = torch.nn.parallel.DistributedDataParallel(model)
+        for each in spread, alone:
+            for _ in range(2):
+                each(x).pow(3).sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    for mine, theirs in zip(model.parameters(), alone.parameters(), strict=True):
+        assert torch.equal(mine.grad, theirs.grad)
+    assert torch.equal(model[1].running_mean, alone[1].running_mean)
+
+
 def test_errors():
     with pytest.raises(TypeError, match=r"expected model to be a torch\.nn\.Module \(got dict\)"):
         convert({})

@@ -18,8 +18,9 @@ torch = pytest.importorskip("torch")
 import cupy as cp  # noqa: E402
 
 import cupybn.torch  # noqa: E402
+from cupybn._calls import flow, second  # noqa: E402
 from cupybn._calls.saved import Saved  # noqa: E402
-from cupybn.torch import BatchNorm2d, arrays, autograd, batch_norm, devices  # noqa: E402
+from cupybn.torch import BatchNorm2d, arrays, batch_norm, devices  # noqa: E402
 
 PRETENDED = hasattr(cp, "emulator")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -127,16 +128,17 @@ def test_memory(pretended, monkeypatch):
     """Arrays are at the addresses of tensors, results in memory that PyTorch gave, and the rest is given back."""
     seen = {}
 
-    def noting(name, function):
+    def noting(module, name):
         def call(*arguments):
             assert cp.cuda.get_current_stream() == pretended.stream
             seen[name] = arguments, function(*arguments)
             return seen[name][1]
 
-        monkeypatch.setattr(autograd, name, call)
+        function = getattr(module, name)
+        monkeypatch.setattr(module, name, call)
 
-    for name in "forward_and_saved", "backward", "double_backward":
-        noting(name, getattr(autograd, name))
+    for module, name in (flow, "forward_and_saved"), (flow, "backward"), (second, "double_backward"):
+        noting(module, name)
     x, residual, weight = torch.randn(4, 3, 5, 5), torch.randn(4, 3, 5, 5), torch.ones(6)[::2]
     mean, var = torch.zeros(3), torch.ones(3)
     for tensor in x, weight:
@@ -201,6 +203,17 @@ def test_arrays_of_every_dtype(pretended, dtype):
             assert place.array(empty).shape == shape
             found = place.tensor(cp.empty(shape, place.array(empty).dtype))
         assert (found.shape, found.dtype) == (shape, dtype)
+
+
+def test_a_gradient_that_goes_through_a_sum(pretended):
+    """The gradient of a residual without ReLU is that of the output itself, whoever owns its memory."""
+    x, residual = (torch.randn(4, 3, 5, 5, requires_grad=True) for _ in range(2))
+    dy = torch.randn(4, 3, 5, 5)
+    y = batch_norm(x, None, None, training=True, residual=residual)
+    dx, dresidual = torch.autograd.grad(y, (x, residual), dy)
+    assert dresidual.data_ptr() == dy.data_ptr()
+    owned = {buffer().ctypes.data for buffer in pretended.memory if buffer() is not None}
+    assert {y.data_ptr(), dx.data_ptr()} <= owned
 
 
 def test_bfloat16(pretended):
@@ -308,8 +321,8 @@ def test_cuda_tensors(dtype, last):
 def test_cuda_memory_is_torchs(monkeypatch):
     """Arrays are at tensors' addresses, and CuPy's pool gives nothing."""
     seen = []
-    original = autograd.forward_and_saved
-    monkeypatch.setattr(autograd, "forward_and_saved", lambda call: seen.append(call) or original(call))
+    original = flow.forward_and_saved
+    monkeypatch.setattr(flow, "forward_and_saved", lambda call: seen.append(call) or original(call))
     x = torch.randn(8, 16, 9, 9, device="cuda", requires_grad=True)
     batch_norm(x, None, None, training=True).sum().backward()  # what is allocated once, is allocated now
     pool = cp.get_default_memory_pool().used_bytes()

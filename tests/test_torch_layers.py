@@ -14,7 +14,8 @@ torch = pytest.importorskip("torch")
 
 import cupybn  # noqa: E402
 import cupybn.torch  # noqa: E402
-from cupybn.torch import BatchNorm1d, BatchNorm2d, BatchNorm3d, autograd, convert  # noqa: E402
+from cupybn._calls import flow  # noqa: E402
+from cupybn.torch import BatchNorm1d, BatchNorm2d, BatchNorm3d, convert  # noqa: E402
 
 LAYERS = {BatchNorm1d: torch.nn.BatchNorm1d, BatchNorm2d: torch.nn.BatchNorm2d, BatchNorm3d: torch.nn.BatchNorm3d}
 SHAPES = {BatchNorm1d: (6, 3, 4), BatchNorm2d: (4, 3, 3, 2), BatchNorm3d: (2, 3, 2, 3, 2)}
@@ -185,7 +186,8 @@ def test_errors_of_layers():
         BatchNorm1d(3, device="meta")(x)
     layer = BatchNorm1d(3)
     layer.running_var = None
-    for mode in True, False:
+    for mode, tracks in itertools.product((True, False), repeat=2):
+        layer.track_running_stats = tracks
         with pytest.raises(ValueError, match="must either both be None"):
             layer.train(mode)(x)
 
@@ -371,8 +373,8 @@ def test_a_compiled_function_with_batch_norm(monkeypatch):
     """The function is a break of the graph, too: arrays are never traced."""
     torch._dynamo.reset()
     calls = []
-    original = autograd.forward_and_saved
-    monkeypatch.setattr(autograd, "forward_and_saved", lambda call: calls.append(call) or original(call))
+    original = flow.forward_and_saved
+    monkeypatch.setattr(flow, "forward_and_saved", lambda call: calls.append(call) or original(call))
 
     def function(x):
         return cupybn.torch.batch_norm(x * 2, None, None, training=True).sin()

@@ -135,7 +135,7 @@ def _strides(array: Array, like: Tensor) -> tuple[int, ...]:
     if like is None or strides == like.stride() or array.size == 0:
         return strides
     alike = all(a == b or n == 1 for a, b, n in zip(strides, like.stride(), array.shape, strict=True))
-    return like.stride() if alike else strides  # type: ignore[no-any-return]
+    return like.stride() if alike else strides
 
 
 def _over(memory: Tensor, dtype: Any, offset: int, shape: Any, strides: Any) -> Tensor:

@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from cupybn._calls import flow, second
 from cupybn._calls.call import Call, Caller
-from cupybn._calls.flow import backward, forward, forward_and_saved
-from cupybn._calls.second import NAMES, double_backward
 from cupybn._steps.bundles import Affine, Epilogue, Running
 from cupybn.torch.arrays import OnDevice, OnHost, where
 from cupybn.torch.checks import check_mode, check_tensor
@@ -61,7 +60,7 @@ def output_of(tensors: Tensors, settings: Settings) -> Tensor:
     """The output of a call of which nobody will ask for gradients."""
     with where(tensors[0]) as place:
         call = settings.call(place, tensors)
-        output = place.tensor(forward(call), tensors[0])
+        output = place.tensor(flow.forward(call), tensors[0])
     settings.note_moves(call)
     return output
 
@@ -76,7 +75,7 @@ class BatchNorm(torch.autograd.Function):
         """The output."""
         with where(input) as place:
             call = settings.call(place, (input, weight, bias, residual))
-            array, saved = forward_and_saved(call)
+            array, saved = flow.forward_and_saved(call)
             output = place.tensor(array, input)
             ctx.kept, tensors = keep(saved, call, place, (input, weight, bias))
         settings.note_moves(call)
@@ -132,7 +131,7 @@ class BatchNormBackward(torch.autograd.Function):
         if all(cotangent is None for cotangent in cotangents):
             return (None,) * 8
         check_mode()
-        for name, cotangent in zip(NAMES, cotangents, strict=True):
+        for name, cotangent in zip(second.NAMES, cotangents, strict=True):
             if cotangent is not None:
                 check_tensor(f"cotangents.{name}", cotangent, ctx.saved_tensors[0])
         resolved = [None if cotangent is None else cotangent.resolve_neg() for cotangent in cotangents]
@@ -154,7 +153,7 @@ class BatchNormDoubleBackward(torch.autograd.Function):
         with where(grad_output) as place:
             saved = rebuilt(kept, place, (input, weight, bias, pairs, passed))
             four: Any = tuple(None if each is None else place.array(each) for each in cotangents)
-            found = double_backward(saved, place.array(grad_output), four)
+            found = second.double_backward(saved, place.array(grad_output), four)
             likes = input, input, weight
             return tuple(
                 None if array is None else place.tensor(array, like) for array, like in zip(found, likes, strict=True)
@@ -170,7 +169,7 @@ def gradients_of(kept: Kept, wanted: tuple[bool, ...], grad_output: Tensor, tens
     """The gradients of input, weight, bias and residual, or None for each that is not wanted."""
     with where(grad_output) as place:
         given = place.array(grad_output)
-        found = backward(rebuilt(kept, place, tensors), given)
+        found = flow.backward(rebuilt(kept, place, tensors), given)
         input, weight, bias, _, _ = tensors
         results: list[Tensor | None] = []
         for array, is_wanted, like in zip(found, wanted, (input, weight, bias, input), strict=True):

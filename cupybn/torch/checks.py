@@ -76,6 +76,12 @@ def check_residual(residual: Tensor, input: Tensor) -> None:
         raise ValueError(f"expected residual of the input's shape {shape} (got {tuple(residual.shape)}){way_out}")
 
 
+def check_savable(name: str, tensor: Tensor) -> None:
+    """Check for a tensor that autograd can save, before anything has moved."""
+    if tensor.is_inference():
+        raise RuntimeError(f"inference tensors cannot be saved for the way back (got {name}): use {name}.clone()")
+
+
 def check_buffer(name: str, buffer: Tensor, moves: bool) -> None:
     """Check for running statistics of which no gradient is asked and, where they move, each element has memory."""
     if buffer.requires_grad and torch.is_grad_enabled():

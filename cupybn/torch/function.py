@@ -117,6 +117,9 @@ def normalized(
         given[0] = given[0].clone(memory_format=torch.preserve_format)
     # Under forward AD, too: `apply` says that it is not implemented.
     if (followed and torch.is_grad_enabled()) or torch.autograd.forward_ad._current_level >= 0:
+        for name, tensor in zip(("input", "weight", "bias"), given, strict=False):
+            if tensor is not None:
+                checks.check_savable(name, tensor)
         return BatchNorm.apply(*given, settings)
     return output_of(tuple(given), settings)
 
