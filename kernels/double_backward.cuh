@@ -70,6 +70,14 @@ DEVICE void add_second_products(acc_t dy, acc_t cdx, acc_t x, const Factors<A>& 
     sums[4] += (A)cdx * ((A)dy * (A)PRODUCT_SCALE);
 }
 
+// Whether the dtype A held sum(cdx * dy), sums[4]: where both are small, float32 may have lost products, though it holds
+// each of them. Where all of dy or all of cdx is 0, nothing was lost: so are its two other sums then.
+template <class A>
+DEVICE bool held_products(const double (&sums)[SECOND_SUMS]) {
+    const bool nothing = (sums[0] == 0 && sums[1] == 0) || (sums[2] == 0 && sums[3] == 0);
+    return sizeof(A) == 8 || nothing || fabs(sums[4]) > 1e-24;
+}
+
 // Factors of dx in second order that first order does not have, in the dtype A.
 template <class A>
 struct SecondFactors {
@@ -80,31 +88,34 @@ DEVICE SecondFactors<A> in_dtype(const SecondFactors<double>& factors) {
     return {(A)factors.of_cdx, (A)factors.of_x, (A)factors.constant};
 }
 
-// Sets slope and offset of a channel, and the factors, from its five sums. Returns dweight.
+// Sets slope and offset of a channel, and the factors, from its five sums. Returns dweight. Where nothing depends on
+// weight, as there is no cdx, or on x and its statistics, they may be NaN.
 DEVICE double set_second_gradient(Channel& channel, SecondFactors<double>& factors, const double (&sums)[SECOND_SUMS],
-                                  double inv_count, const Incoming& incoming, long long c) {
-    const double cdweight = incoming.cdweight ? incoming.cdweight.get(c) : 0;
-    double of_dy = cdweight, correlation = sums[4];
+                                  double inv_count, const Incoming& incoming, Gate gate, long long c) {
+    const bool of_weight = incoming.cdx, of_x = incoming.cdweight || (of_weight && inv_count != 0);
+    const double scale = of_weight ? channel.scale : 0;
+    if (gate != INPUT) channel.scale = scale;  // else ReLU wants it as it is
+    double of_dy = incoming.cdweight ? incoming.cdweight.get(c) : 0, correlation = of_weight ? sums[4] : 0;
     channel.offset = incoming.cdbias ? incoming.cdbias.get(c) : 0;
     factors = {0, 0, 0};
-    if (inv_count != 0) {  // else sums may be inf
-        const double of_cdx = -channel.scale * sums[1] * inv_count;
-        of_dy -= channel.scale * sums[3] * inv_count;
-        correlation -= (sums[0] * sums[2] + sums[1] * sums[3]) * inv_count;
-        const double along = of_cdx * sums[3] + of_dy * sums[1] + channel.scale * correlation;
+    if (of_x && inv_count != 0) {  // else sums may be inf
+        const double of_cdx = -scale * sums[1] * inv_count;
+        of_dy -= scale * sums[3] * inv_count;
+        if (of_weight) correlation -= (sums[0] * sums[2] + sums[1] * sums[3]) * inv_count;
+        const double along = of_cdx * sums[3] + of_dy * sums[1] + scale * correlation;
         factors.of_cdx = of_cdx * channel.rstd;
         factors.of_x = -along * inv_count * channel.rstd * channel.rstd;
         factors.constant = -(of_cdx * sums[2] + of_dy * sums[0]) * inv_count * channel.rstd;
-        channel.offset -= channel.scale * sums[2] * inv_count;
+        channel.offset -= scale * sums[2] * inv_count;
     }
-    channel.slope = of_dy * channel.rstd;
+    channel.slope = of_x ? of_dy * channel.rstd : 0;
     if (channel.rest != 0) {  // 0 * inf is NaN
         channel.offset -= channel.slope * channel.rest;
         factors.constant -= factors.of_x * channel.rest;
     }
     channel.wide = channel.wide || extreme(channel.slope) || extreme(channel.offset) || extreme(factors.of_cdx) ||
                    extreme(factors.of_x) || extreme(factors.constant);
-    return correlation * channel.rstd;
+    return of_weight ? correlation * channel.rstd : 0;
 }
 
 // An element of the arrays that come in.

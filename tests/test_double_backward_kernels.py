@@ -199,6 +199,35 @@ def test_factors_that_float32_does_not_hold(rng, shape):
 
 
 @in_both_modes
+@pytest.mark.parametrize("size", [1e-23, 1e-30])
+@in_both_layouts
+def test_products_that_float32_loses(rng, shape, size, training):
+    """cdx and dy are float32, but most of their products are not, not even scaled: dweight is a float64 here."""
+    case = Case.of(rng, shape, np.float32, "record", training)
+    factor = np.where(np.arange(shape[1]) % 2, 1, size).astype(np.float32)[:, None]
+    cdx, cdweight, *others = case.cotangents
+    case = case._replace(dy=case.dy * factor, cotangents=(cdx * factor, 0 * cdweight, *others))
+    case = case._replace(weight=case.weight * np.where(factor[:, 0] < 1, 1e28, 1))  # so that dx is a float32
+    case.check()
+
+
+@only_emulated
+@pytest.mark.parametrize("nothing", ["dy", "cdx"])
+@in_both_layouts
+def test_where_nothing_comes_in_sums_are_taken_once(rng, shape, nothing):
+    """Sums of 0 are no reason to doubt float32, as where ReLU has stopped a whole channel."""
+    case = Case.of(rng, shape, np.float32)
+    case.dy[:, 1:3] = 0
+    case.cotangents[0][:, 2:4] = 0
+    if nothing == "cdx":
+        case = case._replace(cotangents=(None, *case.cotangents[1:]))
+    with emulator.record() as launches:
+        case.run()
+    arrays, vectors = 3 if nothing == "dy" else 2, 128 * shape[1] * launches[0].grid[1]
+    assert launches[0].bytes_read <= arrays * case.x.nbytes + vectors
+
+
+@in_both_modes
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("where", ["x", "dy", "cdx"])
 @in_both_layouts

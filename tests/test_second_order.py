@@ -273,6 +273,46 @@ def test_what_does_not_depend_on_an_infinite_input_stays_finite(xp, rng):
 
 
 @both_modes
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("fused", ["nothing", "residual", "residual, relu"])
+@pytest.mark.parametrize("form", ["NCHW", "NHWC"])
+def test_what_nothing_depends_on_may_be_nan(xp, rng, form, fused, value, training):
+    """Nothing depends on weight without a cotangent of the input's gradient; and on the input, its statistics and
+    grad_output if weight's has none either.
+    """
+    case = make(xp, rng, form, training=training, **FUSED[fused])
+    vectors, through = (only(case.cotangents, names) for names in (NAMES[1:], NAMES[2:]))
+    vjp_fn = case.vjp_fn()
+    expected = [[to_numpy(a) for a in three(vjp_fn, case.dy, each)] for each in (vectors, through)]
+    passed = to_numpy(vjp_fn(xp.ones_like(case.dy)).residual) if fused == "residual, relu" else None
+
+    def check(second_vjp_fn, cotangents, number, some=(0, 1, 2)):
+        ddy, grads = second_vjp_fn(cotangents)
+        results = ddy, grads.input, grads.weight
+        for each in some:
+            np.testing.assert_allclose(to_numpy(results[each]), expected[number][each], rtol=1e-6, atol=1e-6)
+
+    _, second_vjp_fn = vjp_fn.vjp(case.dy)
+    weight = case.call["weight"].copy()
+    case.call["weight"][2] = value
+    check(second_vjp_fn, vectors, 0)
+    check(second_vjp_fn, through, 1)
+    case.call["weight"][...] = weight
+    case.dy[1, 2, 1, 0] = value if passed is None or passed[1, 2, 1, 0] else 1
+    check(second_vjp_fn, vectors, 0, (0, 2))
+    check(second_vjp_fn, through, 1)
+
+
+@pytest.mark.parametrize("form", ["NCHW", "NHWC"])
+def test_statistics_that_nothing_depends_on_may_be_nan(xp, rng, form):
+    case = make(xp, rng, form, residual=True)
+    through = only(case.cotangents, NAMES[2:])
+    expected = bits(*case.run(through))
+    case.call["input"][1, 2, 1, 0] = np.nan
+    assert bits(*case.run(through)) == expected
+
+
+@both_modes
 def test_an_infinite_grad_output_that_nothing_depends_on_does_not_matter(xp, rng, training):
     """The cotangents of bias and residual go through, whatever came back and was infinite."""
     case = make(xp, rng, training=training, residual=True)

@@ -42,7 +42,8 @@ extern "C" __global__ void REGISTERS(INDEX_BITS == 64 ? 128 : 80) bn_double_back
         lanes_sum<WARP>(all);
         if (member() == 0) {
             channel = channel_of(statistics, affine, place.c);
-            const double dweight = set_second_gradient(channel, factors, all, inv_count, incoming, place.c);
+            const double dweight =
+                set_second_gradient(channel, factors, all, inv_count, incoming, gate_of(epilogue), place.c);
             if (gradients.dweight && place.owns()) gradients.dweight.set(place.c, dweight);
         }
     }

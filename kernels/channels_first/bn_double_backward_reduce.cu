@@ -56,7 +56,7 @@ DEVICE bool sum_packs(const Incoming& incoming, const data_t* x, Packs packs, co
             sums[k] += sum;
         }
     });
-    return all_held;
+    return all_held && held_products<A>(sums);
 }
 
 extern "C" __global__ void REGISTERS(INDEX_BITS == 64 ? 128 : 80) bn_double_backward_reduce(

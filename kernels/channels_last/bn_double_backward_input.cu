@@ -53,7 +53,8 @@ extern "C" __global__ void REGISTERS(PACK_BYTES == 16 || ARCHITECTURE < 800 ? 12
     if (own.looks_after()) {
         const int q = threadIdx.x;
         Channel channel = channel_of(statistics, affine, c);
-        const double dweight = set_second_gradient(channel, seconds.factors[q], all, inv_count, incoming, c);
+        const double dweight =
+            set_second_gradient(channel, seconds.factors[q], all, inv_count, incoming, gate_of(epilogue), c);
         seconds.usual[q] = in_dtype<acc_t>(seconds.factors[q]);
         lanes.set(q, channel);
         if (gradients.dweight && own.owns()) gradients.dweight.set(c, dweight);

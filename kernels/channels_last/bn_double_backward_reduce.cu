@@ -56,10 +56,15 @@ DEVICE unsigned sum_packs(const Incoming& incoming, const data_t* x, Packs packs
     flush();
     unsigned missed = 0;
 #pragma unroll
-    for (int e = 0; e < WIDTH; e++)  // a float32 that was too large has left inf or NaN
+    for (int e = 0; e < WIDTH; e++) {
+        double of_element[SECOND_SUMS];
 #pragma unroll
-        for (int k = 0; k < SECOND_SUMS; k++)
-            if (!(sums[k][e] - sums[k][e] == 0)) missed |= 1u << e;
+        for (int k = 0; k < SECOND_SUMS; k++) {
+            of_element[k] = sums[k][e];
+            if (!(sums[k][e] - sums[k][e] == 0)) missed |= 1u << e;  // what was too large has left inf or NaN
+        }
+        if (!held_products<acc_t>(of_element)) missed |= 1u << e;
+    }
     return missed;
 }
 
