@@ -125,18 +125,22 @@ struct SecondElement {
 };
 
 // Gradients of an element: of dy, as if activation passed it, and of x. `constant` if the statistics do not depend on x.
+// It is said which products are rounded: the bits of a channel must not depend on what code a wide one beside it takes.
 template <class A>
 DEVICE void second_gradients(const SecondElement<A>& at, const Factors<A>& f, const SecondFactors<A>& second,
                              bool constant, A& ddy, A& dx) {
     const A d = at.x - f.center;
+    ddy = multiply_add(at.cdx, f.scale, f.offset);
     if (constant) {
         const bool depends = f.slope != 0;  // else without 0 * x: x may be inf
-        ddy = at.cdx * f.scale + f.offset + (depends ? d * f.slope : 0) + at.cdresidual;
-        dx = depends ? at.dy * f.slope : 0;
+        ddy += depends ? mul(d, f.slope) : 0;
+        dx = depends ? mul(at.dy, f.slope) : 0;
     } else {
-        ddy = at.cdx * f.scale + f.offset + d * f.slope + at.cdresidual;
-        dx = at.cdx * second.of_cdx + second.constant + at.dy * f.slope + d * second.of_x;
+        ddy = multiply_add(d, f.slope, ddy);
+        dx = multiply_add(at.cdx, second.of_cdx, second.constant);
+        dx = multiply_add(d, second.of_x, multiply_add(at.dy, f.slope, dx));
     }
+    ddy += at.cdresidual;
 }
 
 // Packs of the arrays that come in, at one place.

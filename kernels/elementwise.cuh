@@ -28,6 +28,10 @@ struct Factors {
 DEVICE float mul(float a, float b) { return __fmul_rn(a, b); }
 DEVICE double mul(double a, double b) { return __dmul_rn(a, b); }
 
+// a * b + c, rounded once.
+DEVICE float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+DEVICE double multiply_add(double a, double b, double c) { return __fma_rn(a, b, c); }
+
 // The dtype in which a pack's elements are computed: that of the arithmetic, or float64 if some are WIDE.
 template <bool WIDE>
 struct Arithmetic {

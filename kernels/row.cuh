@@ -11,10 +11,6 @@
 #define CENTERED 1
 #endif
 
-// a * b + c, rounded once.
-DEVICE float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
-DEVICE double multiply_add(double a, double b, double c) { return __fma_rn(a, b, c); }
-
 // The numbers of a row in the dtype A.
 template <class A>
 struct RowFactors {

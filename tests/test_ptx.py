@@ -200,6 +200,19 @@ def test_elements_are_rounded_as_by_numpy(name, dtype):
     assert not found(FUSED, lines)
 
 
+@pytest.mark.parametrize("name", [name for name in kernel_names() if name.endswith("bn_double_backward_input")])
+@pytest.mark.parametrize("dtype", ["float16", "float64"])
+def test_elements_of_second_order_have_the_same_bits_in_all_code(name, dtype):
+    """The compiler does not choose which products and sums become one instruction: for a tile with a wide channel it
+    might choose otherwise, and so change the other channels.
+    """
+    lines = compiled(name, dtype=dtype)
+    own = from_source(lines, "double_backward.cuh", "const SecondElement<A>& at", "// Packs of the arrays")
+    assert found(r"(?:add|sub)\.(?:ftz\.f32|f64)", own)
+    assert not found(rf"mul\.|{FUSED}", own)
+    assert found(FUSED, from_source(lines, "elementwise.cuh", "DEVICE float multiply_add", "// The dtype"))
+
+
 @pytest.mark.parametrize("name", ELEMENTWISE + ON_CHIP)
 def test_float64_for_channels_that_need_it_alone(name):
     """Arithmetic in float64, which is slow, is done for channels that need it alone."""
