@@ -112,7 +112,7 @@ SHORT = Plan(
     rounds=2,
     seconds=0.0,
 )
-"""As little as possible: does it run?"""
+"""The least that shows whether it runs."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ class FusedBottleneck(Bottleneck):
     """The block whose norms rectify; the last one adds the block's input as well."""
 
     def forward(self, x: Any) -> Any:
-        """The same output."""
+        """Output of the block, as that of `Bottleneck`."""
         identity = self.downsample(x)
         x = self.bn1(self.conv1(x))
         x = self.bn2(self.conv2(x))

@@ -113,7 +113,7 @@ def test_without_pytorch(monkeypatch, capsys):
 
 
 def test_the_network_is_resnet50():
-    """As many parameters as ResNet-50 has, and batch norms over the planes that `chain.py` lists."""
+    """ResNet-50 has so many parameters, and batch norms over the planes that `chain.py` lists."""
     with torch.device("meta"):
         network = ResNet(Size())
         planes = []
@@ -405,7 +405,7 @@ def test_without_time(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("missing", ["torch", "GPU"])
 def test_without_what_it_is_about(task, monkeypatch, missing):
-    """Without PyTorch, or without a GPU, gradients of second order are left, and a line says why."""
+    """Gradients of second order are left where PyTorch or its GPU is missing, and a line says why the rest is not."""
     task.rehearse = False
     fake = None if missing == "torch" else SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: False))
     monkeypatch.setattr(bridge, "optional", lambda _: fake)

@@ -76,6 +76,8 @@ AS_IN_TORCH = {
     "norms.group.group_norm",
     "norms.instance.instance_norm",
     "norms.instance.instance_norm_vjp",
+    "torch.function.batch_norm",
+    "torch.layers._BatchNorm.__init__",
 }
 """Functions for users that may have more parameters, since PyTorch's have them; the way back takes the same."""
 

@@ -88,19 +88,19 @@ class BatchNorm(torch.autograd.Function):
         """The gradients of the arguments; those that nobody asks for are None."""
         if grad_output is None:
             return (None,) * 5
-        tensors, wanted = ctx.saved_tensors, ctx.needs_input_grad[:4]
+        tensors, kept = ctx.saved_tensors, ctx.kept._replace(wanted=ctx.needs_input_grad[:4])
         check_mode()
         check_tensor("grad_output", grad_output, tensors[0])
         grad_output = grad_output.resolve_neg()
         if not torch.is_grad_enabled():
-            return *gradients_of(ctx.kept, wanted, grad_output, tensors), None
-        if not ctx.kept.linked:
+            return *gradients_of(kept, grad_output, tensors), None
+        if not kept.linked:
             raise NotImplementedError(
                 "gradients of second order are not implemented for an input, weight or bias that shares memory with "
                 "running statistics: use a clone"
             )
         input, weight, bias, pairs, passed = tensors
-        return *BatchNormBackward.apply(grad_output, input, weight, bias, pairs, passed, ctx.kept, wanted), None
+        return *BatchNormBackward.apply(grad_output, input, weight, bias, pairs, passed, kept), None
 
 
 class BatchNormBackward(torch.autograd.Function):
@@ -116,27 +116,26 @@ class BatchNormBackward(torch.autograd.Function):
         pairs: Tensor | None,
         passed: Tensor | None,
         kept: Kept,
-        wanted: tuple[bool, ...],
     ) -> tuple[Tensor | None, ...]:
         """The gradients of input, weight, bias and residual, or None for each that is not wanted."""
         tensors = input, weight, bias, pairs, passed
         ctx.kept = kept
         ctx.save_for_backward(grad_output, *tensors)
         ctx.set_materialize_grads(False)
-        return gradients_of(kept, wanted, grad_output, tensors)
+        return gradients_of(kept, grad_output, tensors)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         """The gradients of grad_output, input and weight, from cotangents of the gradients."""
         if all(cotangent is None for cotangent in cotangents):
-            return (None,) * 8
+            return (None,) * 7
         check_mode()
         for name, cotangent in zip(second.NAMES, cotangents, strict=True):
             if cotangent is not None:
                 check_tensor(f"cotangents.{name}", cotangent, ctx.saved_tensors[0])
         resolved = [None if cotangent is None else cotangent.resolve_neg() for cotangent in cotangents]
         found = BatchNormDoubleBackward.apply(*resolved, *ctx.saved_tensors, ctx.kept)
-        return *found, None, None, None, None, None
+        return *found, None, None, None, None
 
 
 class BatchNormDoubleBackward(torch.autograd.Function):
@@ -165,14 +164,14 @@ class BatchNormDoubleBackward(torch.autograd.Function):
         raise NotImplementedError("gradients of third order of batch norm are not implemented")
 
 
-def gradients_of(kept: Kept, wanted: tuple[bool, ...], grad_output: Tensor, tensors: Tensors) -> Tensors:
+def gradients_of(kept: Kept, grad_output: Tensor, tensors: Tensors) -> Tensors:
     """The gradients of input, weight, bias and residual, or None for each that is not wanted."""
     with where(grad_output) as place:
         given = place.array(grad_output)
         found = flow.backward(rebuilt(kept, place, tensors), given)
         input, weight, bias, _, _ = tensors
         results: list[Tensor | None] = []
-        for array, is_wanted, like in zip(found, wanted, (input, weight, bias, input), strict=True):
+        for array, is_wanted, like in zip(found, kept.wanted, (input, weight, bias, input), strict=True):
             if array is None or not is_wanted:
                 results.append(None)
             else:  # through a sum a gradient goes as it is

@@ -24,6 +24,7 @@ class Kept(NamedTuple):
     bare: Saved  # all but the arrays
     strides: tuple[Any, ...]  # strides of input, weight and bias
     linked: bool  # whether input, weight and bias were saved themselves, so that autograd knows where they come from
+    wanted: tuple[bool, ...] = (True,) * 4  # whether gradients of input, weight, bias and residual are asked for
 
 
 def keep(saved: Saved, call: Call, place: OnHost | OnDevice, given: Tensors) -> tuple[Kept, Tensors]:
