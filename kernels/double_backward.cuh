@@ -10,7 +10,7 @@
 //                                                            a = -scale * B / n,  b = cdweight - scale * V / n
 // In eval mode, whose statistics are constants, 1 / n is 0 everywhere. So elementwise both are linear,
 //     ddy = cdx * scale + (x - center) * slope + offset + cdresidual
-//     dx  = cdx * of_cdx + dy * slope + (x - center) * of_x + constant
+//     dx  = cdx * of_cdx + dy * slope + (x - center) * of_x + added
 // with factors of the channel: slope is the same in both, as a mixed derivative.
 #pragma once
 #include "batches.cuh"
@@ -81,11 +81,11 @@ DEVICE bool held_products(const double (&sums)[SECOND_SUMS]) {
 // Factors of dx in second order that first order does not have, in the dtype A.
 template <class A>
 struct SecondFactors {
-    A of_cdx, of_x, constant;
+    A of_cdx, of_x, added;
 };
 template <class A>
 DEVICE SecondFactors<A> in_dtype(const SecondFactors<double>& factors) {
-    return {(A)factors.of_cdx, (A)factors.of_x, (A)factors.constant};
+    return {(A)factors.of_cdx, (A)factors.of_x, (A)factors.added};
 }
 
 // Sets slope and offset of a channel, and the factors, from its five sums. Returns dweight. Where nothing depends on
@@ -95,27 +95,27 @@ DEVICE double set_second_gradient(Channel& channel, SecondFactors<double>& facto
     const bool of_weight = incoming.cdx, of_x = incoming.cdweight || (of_weight && inv_count != 0);
     const double scale = of_weight ? channel.scale : 0;
     if (gate != INPUT) channel.scale = scale;  // else ReLU wants it as it is
-    double of_dy = incoming.cdweight ? incoming.cdweight.get(c) : 0, correlation = of_weight ? sums[4] : 0;
+    double of_dy = incoming.cdweight ? incoming.cdweight.get(c) : 0, q = of_weight ? sums[4] : 0;  // b and Q above
     channel.offset = incoming.cdbias ? incoming.cdbias.get(c) : 0;
     factors = {0, 0, 0};
     if (of_x && inv_count != 0) {  // else sums may be inf
         const double of_cdx = -scale * sums[1] * inv_count;
         of_dy -= scale * sums[3] * inv_count;
-        if (of_weight) correlation -= (sums[0] * sums[2] + sums[1] * sums[3]) * inv_count;
-        const double along = of_cdx * sums[3] + of_dy * sums[1] + scale * correlation;
+        if (of_weight) q -= (sums[0] * sums[2] + sums[1] * sums[3]) * inv_count;
+        const double along = of_cdx * sums[3] + of_dy * sums[1] + scale * q;
         factors.of_cdx = of_cdx * channel.rstd;
         factors.of_x = -along * inv_count * channel.rstd * channel.rstd;
-        factors.constant = -(of_cdx * sums[2] + of_dy * sums[0]) * inv_count * channel.rstd;
+        factors.added = -(of_cdx * sums[2] + of_dy * sums[0]) * inv_count * channel.rstd;
         channel.offset -= scale * sums[2] * inv_count;
     }
     channel.slope = of_x ? of_dy * channel.rstd : 0;
     if (channel.rest != 0) {  // 0 * inf is NaN
         channel.offset -= channel.slope * channel.rest;
-        factors.constant -= factors.of_x * channel.rest;
+        factors.added -= factors.of_x * channel.rest;
     }
     channel.wide = channel.wide || extreme(channel.slope) || extreme(channel.offset) || extreme(factors.of_cdx) ||
-                   extreme(factors.of_x) || extreme(factors.constant);
-    return of_weight ? correlation * channel.rstd : 0;
+                   extreme(factors.of_x) || extreme(factors.added);
+    return of_weight ? q * channel.rstd : 0;
 }
 
 // An element of the arrays that come in.
@@ -137,7 +137,7 @@ DEVICE void second_gradients(const SecondElement<A>& at, const Factors<A>& f, co
         dx = depends ? mul(at.dy, f.slope) : 0;
     } else {
         ddy = multiply_add(d, f.slope, ddy);
-        dx = multiply_add(at.cdx, second.of_cdx, second.constant);
+        dx = multiply_add(at.cdx, second.of_cdx, second.added);
         dx = multiply_add(d, second.of_x, multiply_add(at.dy, f.slope, dx));
     }
     ddy += at.cdresidual;

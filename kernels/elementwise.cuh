@@ -1,7 +1,8 @@
 // What is done to each element, whatever its place in memory.
 //
-// Every operation is rounded by itself, as NumPy does it: the same statistics give the same bits, and the pass that
-// goes back sees the very value whose sign ReLU saw.
+// Every operation is rounded by itself, as NumPy does it, but for multiply_add, which norms within a sample and second
+// order use: the same statistics give the same bits, and the pass that goes back sees the very value whose sign ReLU
+// saw.
 //
 // `Channels`, a template parameter throughout, knows the channels of a pack's elements: usual(e) are the factors of
 // element e in the dtype of the arithmetic. any_wide tells whether float32 is too narrow for one of the channels; all
