@@ -35,6 +35,7 @@ class Settings(NamedTuple):
     def call(self, place: OnHost | OnDevice, tensors: Tensors) -> Call:
         """The call on the arrays of these tensors: input, weight, bias and residual."""
         mean, var, momentum, batches, _ = self.running
+        batches = batches if self.training else None  # which is not read otherwise, wherever and whatever it is
         arrays = [None if each is None else place.array(each) for each in (*tensors, mean, var, batches)]
         input, weight, bias, residual, mean, var, batches = arrays
         return Call(
