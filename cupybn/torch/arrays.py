@@ -67,6 +67,10 @@ class OnDevice:
         cuda = import_cupy().cuda
         with ExitStack() as contexts:
             contexts.enter_context(cuda.Device(self._index))
+            # A thread that has done nothing on a GPU yet, as autograd's are, has no context of CUDA, though device 0 is
+            # its current one: entering that device changes nothing then. CuPy makes one at a launch, but not where a
+            # kernel is asked to take more shared memory.
+            cuda.runtime.setDevice(self._index)
             contexts.enter_context(_stream(devices.current_stream(self._index)))
             contexts.enter_context(cuda.using_allocator(self._allocate))
             self._contexts = contexts.pop_all()
