@@ -229,9 +229,9 @@ def test_an_input_that_is_not_dense_is_copied_once():
 
 
 def test_memory_formats_where_a_channel_has_one_position():
-    """Strides of axes of length 1 tell torch the memory format: they stay, too."""
+    """Strides of axes of length 1, or of no elements, tell torch the memory format: they stay, too."""
     for shape, last, dtype in itertools.product(
-        ((2, 3, 1, 1), (2, 1, 3, 3), (1, 3, 2, 2)), (True, False), (torch.float32, torch.bfloat16)
+        ((2, 3, 1, 1), (2, 1, 3, 3), (1, 3, 2, 2), (0, 3, 2, 2)), (True, False), (torch.float32, torch.bfloat16)
     ):
         x = in_format(leaf(*shape, dtype=dtype), last)
         y = batch_norm(x, None, None, training=True)

@@ -133,12 +133,15 @@ def _bfloat16() -> np.dtype[Any]:
 def _strides(array: Array, like: Tensor) -> tuple[int, ...]:
     """The strides of an array, in elements: those of a tensor of its shape if they mean the same.
 
-    PyTorch tells memory formats by strides, also by those of axes of length 1, which mean nothing otherwise.
+    PyTorch tells memory formats by strides, also where they mean nothing otherwise: those of axes of length 1, and all
+    of an array without elements.
     """
     strides = tuple([stride // array.itemsize for stride in array.strides])
-    if like is None or strides == like.stride() or array.size == 0:
+    if like is None or strides == like.stride():
         return strides
-    alike = all(a == b or n == 1 for a, b, n in zip(strides, like.stride(), array.shape, strict=True))
+    alike = array.size == 0 or all(
+        a == b or n == 1 for a, b, n in zip(strides, like.stride(), array.shape, strict=True)
+    )
     return like.stride() if alike else strides
 
 

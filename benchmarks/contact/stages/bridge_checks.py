@@ -120,11 +120,11 @@ def as_on_the_cpu(device: str, shape: tuple[int, ...], layout: str, dtype: str) 
 def step(device: str, shape: tuple[int, ...], order: Any = torch.contiguous_format) -> list[Any]:
     """Output and gradients of a fused step, and the gradient of a penalty on the input's: the same ones each time."""
     generator = torch.Generator().manual_seed(0)
-    x, residual, dy = (torch.randn(shape, generator=generator).contiguous(memory_format=order) for _ in range(3))
+    x, residual, dy = (torch.randn(shape, generator=generator).to(device).clone(memory_format=order) for _ in range(3))
     layer = cupybn.torch.BatchNorm2d(shape[1], activation="relu").to(device)
-    leaf = x.to(device).requires_grad_()
-    y = layer(leaf, residual.to(device))
-    first = torch.autograd.grad(y, (leaf, *layer.parameters()), dy.to(device), create_graph=True)
+    leaf = x.requires_grad_()
+    y = layer(leaf, residual)
+    first = torch.autograd.grad(y, (leaf, *layer.parameters()), dy, create_graph=True)
     return [y, *first, *torch.autograd.grad(first[0].square().sum(), leaf), *layer.buffers()]
 
 
