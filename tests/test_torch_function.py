@@ -348,6 +348,22 @@ def test_checkpointing():
     torch.testing.assert_close(once, 0.1 * x.detach().mean(0), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.cpu.amp.autocast:FutureWarning")  # of torch 2.4's own
+def test_gradients_within_a_checkpoint():
+    """What the way back saves for that of second order is unpacked once, as checkpoints ask for."""
+    from torch.utils.checkpoint import checkpoint
+
+    x, results = leaf(4, 3), []
+
+    def penalized(x):
+        y = batch_norm(x, None, None, training=True, activation="relu")
+        return torch.autograd.grad((y**2).sum(), x, create_graph=True)[0]
+
+    for call in penalized, lambda x: checkpoint(penalized, x, use_reentrant=False):
+        results += torch.autograd.grad((call(x) ** 2).sum(), x)
+    assert torch.equal(*results)
+
+
 def test_nothing_is_kept_when_the_output_is_gone():
     """Neither memory of the input nor what was saved is held by anything but the graph, in both orders."""
     array = np.random.default_rng(0).normal(size=(4, 3))
