@@ -323,6 +323,25 @@ def test_a_thread_that_is_new_to_cuda(pretended, monkeypatch):
     assert entered
 
 
+@pytest.mark.parametrize("by", ["use", "with"])
+def test_streams_that_a_program_has_chosen_for_cupy(pretended, by):
+    """They stay, by whichever of CuPy's two ways they were chosen."""
+    with cp.cuda.Device(pretended.index), contextlib.ExitStack() as stack:
+        mine, before = cp.cuda.Stream(), cp.cuda.get_current_stream()
+        stack.callback(before.use)
+        if by == "use":
+            mine.use()
+        else:
+            stack.enter_context(mine)
+        for x in torch.randn(4, 3), torch.randn(4, 3, requires_grad=True):
+            with cp.emulator.record() as launches:
+                y = batch_norm(x, None, None, training=True)
+                if y.requires_grad:
+                    y.sum().backward()
+            assert {launch.stream for launch in launches} == {pretended.stream.ptr}
+            assert cp.cuda.get_current_stream() is mine
+
+
 def test_errors_leave_streams_and_allocators(pretended):
     outside = cp.cuda.runtime.getDevice(), cp.cuda.get_current_stream(), cp.cuda.get_allocator()
     with pytest.raises(ValueError, match="weight should contain 3 elements"):

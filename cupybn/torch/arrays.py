@@ -71,7 +71,9 @@ class OnDevice:
             # its current one: entering that device changes nothing then. CuPy makes one at a launch, but not where a
             # kernel is asked to take more shared memory.
             cuda.runtime.setDevice(self._index)
-            contexts.enter_context(_stream(devices.current_stream(self._index)))
+            # Not as a context: when CuPy leaves one, a stream that the program has chosen by `use` is forgotten.
+            contexts.callback(cuda.get_current_stream().use)
+            _stream(devices.current_stream(self._index)).use()
             contexts.enter_context(cuda.using_allocator(self._allocate))
             self._contexts = contexts.pop_all()
         return self
