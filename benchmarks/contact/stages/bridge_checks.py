@@ -53,6 +53,8 @@ def run(task: Task, device: str) -> None:
             stream(large)
         with task.log.checking("so does that of the way back"):
             stream_of_the_way_back(large)
+        with task.log.checking("CuPy's stream, device and allocator are as they were"):
+            surroundings()
         with task.log.checking("what a step takes is given back"):
             leaks(large)
     else:
@@ -228,6 +230,23 @@ def stream_of_the_way_back(shape: tuple[int, ...]) -> None:
         found = torch.autograd.grad(y, (x, layer.weight), old)
     busy.synchronize()
     same_bits([*found], [*expected])
+
+
+def surroundings() -> None:
+    """Check that a step leaves what a program has chosen for CuPy, also a stream that is chosen without a context."""
+    import cupy
+
+    def chosen() -> tuple[Any, ...]:
+        return cupy.cuda.get_current_stream(), cupy.cuda.runtime.getDevice(), cupy.cuda.get_allocator()
+
+    mine, outside = cupy.cuda.Stream(non_blocking=True), cupy.cuda.get_current_stream()
+    mine.use()
+    try:
+        before = chosen()
+        step("cuda", TINY)
+        assert chosen() == before, f"{before} became {chosen()}"
+    finally:
+        outside.use()
 
 
 def leaks(shape: tuple[int, ...]) -> None:
