@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import collections
+import functools
 import importlib.util
+import itertools
 import json
 import sys
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -479,7 +482,7 @@ class Doubled(torch.autograd.Function):
 def test_checks_of_the_bridge_pass(task):
     bridge_checks.run(task, "cpu")
     assert failed(task) == []
-    assert len(task.log.findings.checks) == 4 + 1 + 4
+    assert len(task.log.findings.checks) == 4 + 1 + 4 + 3
     assert task.log.findings.skipped == ["memory and streams of PyTorch: no GPU"]
 
 
@@ -512,3 +515,44 @@ def test_checks_see_results_that_differ(monkeypatch, wrong):
     monkeypatch.setattr(cupybn.torch.BatchNorm2d, "forward", forward)
     with pytest.raises(AssertionError, match="off by" if wrong == "value" else "strides"):
         bridge_checks.as_on_the_cpu("cpu", (3, 4, 5, 5), "NHWC", "float32")
+
+
+def test_checks_see_strides_at_the_edges(monkeypatch):
+    right, calls = cupybn.torch.BatchNorm2d.forward, iter(range(99))
+
+    def forward(layer, input, residual=None):
+        y = right(layer, input, residual)
+        return y if next(calls) % 2 else y.as_strided(y.shape, [max(1, stride) for stride in y.stride()][::-1])
+
+    monkeypatch.setattr(cupybn.torch.BatchNorm2d, "forward", forward)
+    with pytest.raises(AssertionError, match="strides"):
+        bridge_checks.edges("cpu")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("wrong", ["error", "value"])
+def test_checks_see_what_threads_do(monkeypatch, wrong):
+    right = cupybn.torch.BatchNorm2d.forward
+
+    def forward(layer, input, residual=None):
+        if threading.current_thread() is threading.main_thread():
+            return right(layer, input, residual)
+        if wrong == "error":
+            raise RuntimeError("invalid device context")
+        return right(layer, input, residual) * (1 + 2**-20)
+
+    monkeypatch.setattr(cupybn.torch.BatchNorm2d, "forward", forward)
+    with pytest.raises(AssertionError, match="an error in the thread" if wrong == "error" else "equal"):
+        bridge_checks.new_thread("cpu", (3, 4, 5, 5))
+
+
+def test_checks_see_what_comes_back_from_elsewhere(monkeypatch):
+    calls = itertools.count()
+
+    def add_once(tensor):
+        return tensor * (1 + 2**-10) if next(calls) == 0 else tensor
+
+    hooks = functools.partial(torch.autograd.graph.saved_tensors_hooks, lambda tensor: tensor.clone(), add_once)
+    monkeypatch.setattr(torch.autograd.graph, "save_on_cpu", hooks)
+    with pytest.raises(AssertionError, match="equal"):
+        bridge_checks.saved_elsewhere("cpu", (3, 4, 5, 5))

@@ -6,6 +6,7 @@ are on a device of the stand-in, whose memory is that of the host.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import threading
 import weakref
@@ -19,6 +20,7 @@ import cupy as cp  # noqa: E402
 
 import cupybn.torch  # noqa: E402
 from cupybn._calls import flow, second  # noqa: E402
+from cupybn._calls.call import _cache  # noqa: E402
 from cupybn._calls.saved import Saved  # noqa: E402
 from cupybn.torch import BatchNorm2d, arrays, batch_norm, devices  # noqa: E402
 
@@ -245,6 +247,99 @@ def test_hooks_that_bring_back_other_strides(pretended):
     for others in gradients[1:]:
         for mine, theirs in zip(gradients[0], others, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6)
+
+
+def step_with_record(x, weight, meanwhile=lambda *_: None):
+    """Gradients of a step with a record of ReLU, whose packs are of 16 bytes; something happens before the way back."""
+    leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
+    y = batch_norm(leaves[0], None, None, leaves[1], training=True, residual=x.flip(0), activation="relu")
+    meanwhile(*leaves)
+    return torch.autograd.grad(y, leaves, x.flip(1))
+
+
+@pytest.mark.usefixtures("pretended")
+@pytest.mark.parametrize("tapes", [False, True])
+def test_hooks_that_bring_back_tensors_elsewhere(tapes):
+    """Packs that a record is of begin at their multiples, and statistics are contiguous, wherever hooks bring them."""
+
+    def elsewhere(tensor):
+        memory = torch.empty(tensor.nbytes + 32, dtype=torch.uint8)
+        begin = -memory.data_ptr() % 16 + tensor.element_size()
+        moved = memory[begin : begin + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        moved.copy_(tensor)
+        assert moved.data_ptr() % 16 != 0
+        return moved.t().contiguous().t() if tensor.dtype == torch.float64 else moved
+
+    x, weight = torch.randn(4, 4, 4, 4), torch.randn(4)
+    expected = step_with_record(x, weight)
+    if not tapes:
+        _cache.clear()
+    with torch.autograd.graph.saved_tensors_hooks(elsewhere, lambda tensor: tensor):
+        found = step_with_record(x, weight)
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.usefixtures("pretended")
+@pytest.mark.parametrize(
+    ("meanwhile", "words"),
+    [
+        (lambda x, _: setattr(x, "data", x.data[:1]), r"the input .*shape \(4, 4, 4, 4\), .*got shape \(1, 4, 4, 4\)"),
+        (lambda _, weight: setattr(weight, "data", weight.data[:3]), r"the weight .*got shape \(3,\), torch.float32"),
+        (lambda _, weight: setattr(weight, "data", weight.data.double()), r"the weight .*\(4,\), torch.float64 on"),
+    ],
+    ids=["input", "weight", "dtype"],
+)
+def test_data_that_are_replaced(meanwhile, words):
+    """`tensor.data = other` is not seen by autograd. Nothing is launched then that would read beyond the end."""
+    x, weight = torch.randn(4, 4, 4, 4), torch.randn(4)
+    step_with_record(x, weight)  # records tapes
+    found = []
+
+    def replaced(*leaves):
+        meanwhile(*leaves)
+        found.append(stack.enter_context(cp.emulator.record()))
+
+    with contextlib.ExitStack() as stack, pytest.raises(RuntimeError, match=words):
+        step_with_record(x, weight, replaced)
+    assert found == [[]]
+
+
+def test_a_thread_that_is_new_to_cuda(pretended, monkeypatch):
+    """It has no context of CUDA, not even of device 0, which is its current one: a call makes one before launches."""
+    chosen = []
+    original = cp.cuda.runtime.setDevice
+    monkeypatch.setattr(cp.cuda.runtime, "setDevice", lambda index: (chosen.append(index), original(index)))
+
+    def enter():
+        with arrays.where(torch.zeros(3)):
+            assert chosen[-1:] == [pretended.index]
+            entered.append(True)
+
+    entered = []
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert entered
+
+
+@pytest.mark.parametrize("by", ["use", "with"])
+def test_streams_that_a_program_has_chosen_for_cupy(pretended, by):
+    """They stay, by whichever of CuPy's two ways they were chosen."""
+    with cp.cuda.Device(pretended.index), contextlib.ExitStack() as stack:
+        mine, before = cp.cuda.Stream(), cp.cuda.get_current_stream()
+        stack.callback(before.use)
+        if by == "use":
+            mine.use()
+        else:
+            stack.enter_context(mine)
+        for x in torch.randn(4, 3), torch.randn(4, 3, requires_grad=True):
+            with cp.emulator.record() as launches:
+                y = batch_norm(x, None, None, training=True)
+                if y.requires_grad:
+                    y.sum().backward()
+            assert {launch.stream for launch in launches} == {pretended.stream.ptr}
+            assert cp.cuda.get_current_stream() is mine
 
 
 def test_errors_leave_streams_and_allocators(pretended):

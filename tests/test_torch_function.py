@@ -229,9 +229,9 @@ def test_an_input_that_is_not_dense_is_copied_once():
 
 
 def test_memory_formats_where_a_channel_has_one_position():
-    """Strides of axes of length 1 tell torch the memory format: they stay, too."""
+    """Strides of axes of length 1, or of no elements, tell torch the memory format: they stay, too."""
     for shape, last, dtype in itertools.product(
-        ((2, 3, 1, 1), (2, 1, 3, 3), (1, 3, 2, 2)), (True, False), (torch.float32, torch.bfloat16)
+        ((2, 3, 1, 1), (2, 1, 3, 3), (1, 3, 2, 2), (0, 3, 2, 2)), (True, False), (torch.float32, torch.bfloat16)
     ):
         x = in_format(leaf(*shape, dtype=dtype), last)
         y = batch_norm(x, None, None, training=True)
@@ -346,6 +346,22 @@ def test_checkpointing():
     (theirs,) = torch.autograd.grad((expected**2 * x.detach()).sum(), x)
     assert torch.equal(x.grad, theirs)
     torch.testing.assert_close(once, 0.1 * x.detach().mean(0), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.cpu.amp.autocast:FutureWarning")  # of torch 2.4's own
+def test_gradients_within_a_checkpoint():
+    """What the way back saves for that of second order is unpacked once, as checkpoints ask for."""
+    from torch.utils.checkpoint import checkpoint
+
+    x, results = leaf(4, 3), []
+
+    def penalized(x):
+        y = batch_norm(x, None, None, training=True, activation="relu")
+        return torch.autograd.grad((y**2).sum(), x, create_graph=True)[0]
+
+    for call in penalized, lambda x: checkpoint(penalized, x, use_reentrant=False):
+        results += torch.autograd.grad((call(x) ** 2).sum(), x)
+    assert torch.equal(*results)
 
 
 def test_nothing_is_kept_when_the_output_is_gone():

@@ -101,6 +101,21 @@ def test_statistics_that_do_not_move():
     assert layer.running_mean.abs().sum() > 0
 
 
+@pytest.mark.parametrize(
+    "counter", [None, 0, torch.zeros(1), torch.zeros((), dtype=torch.int64, device="meta")], ids=str
+)
+def test_counters_that_nobody_reads(counter):
+    """In eval mode the counter may be anything and anywhere, as for PyTorch's layers."""
+    ours, theirs = BatchNorm1d(3).eval(), torch.nn.BatchNorm1d(3).eval()
+    x = torch.randn(4, 3, requires_grad=True)
+    for layer in ours, theirs:
+        del layer.num_batches_tracked
+        layer.num_batches_tracked = counter
+    torch.testing.assert_close(ours(x), theirs(x))
+    ours(x).sum().backward()
+    assert ours.num_batches_tracked is counter
+
+
 def test_fused_residual_and_activation():
     """relu(batch norm + residual), also through the gradients of all arguments."""
     x, residual = (torch.randn(4, 3, 3, 2, dtype=torch.float64, requires_grad=True) for _ in range(2))

@@ -67,7 +67,13 @@ class OnDevice:
         cuda = import_cupy().cuda
         with ExitStack() as contexts:
             contexts.enter_context(cuda.Device(self._index))
-            contexts.enter_context(_stream(devices.current_stream(self._index)))
+            # A thread that has done nothing on a GPU yet, as autograd's are, has no context of CUDA, though device 0 is
+            # its current one: entering that device changes nothing then. CuPy makes one at a launch, but not where a
+            # kernel is asked to take more shared memory.
+            cuda.runtime.setDevice(self._index)
+            # Not as a context: when CuPy leaves one, a stream that the program has chosen by `use` is forgotten.
+            contexts.callback(cuda.get_current_stream().use)
+            _stream(devices.current_stream(self._index)).use()
             contexts.enter_context(cuda.using_allocator(self._allocate))
             self._contexts = contexts.pop_all()
         return self
@@ -129,12 +135,15 @@ def _bfloat16() -> np.dtype[Any]:
 def _strides(array: Array, like: Tensor) -> tuple[int, ...]:
     """The strides of an array, in elements: those of a tensor of its shape if they mean the same.
 
-    PyTorch tells memory formats by strides, also by those of axes of length 1, which mean nothing otherwise.
+    PyTorch tells memory formats by strides, also where they mean nothing otherwise: those of axes of length 1, and all
+    of an array without elements.
     """
     strides = tuple([stride // array.itemsize for stride in array.strides])
-    if like is None or strides == like.stride() or array.size == 0:
+    if like is None or strides == like.stride():
         return strides
-    alike = all(a == b or n == 1 for a, b, n in zip(strides, like.stride(), array.shape, strict=True))
+    alike = array.size == 0 or all(
+        a == b or n == 1 for a, b, n in zip(strides, like.stride(), array.shape, strict=True)
+    )
     return like.stride() if alike else strides
 
 

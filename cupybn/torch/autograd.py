@@ -35,6 +35,7 @@ class Settings(NamedTuple):
     def call(self, place: OnHost | OnDevice, tensors: Tensors) -> Call:
         """The call on the arrays of these tensors: input, weight, bias and residual."""
         mean, var, momentum, batches, _ = self.running
+        batches = batches if self.training else None  # which is not read otherwise, wherever and whatever it is
         arrays = [None if each is None else place.array(each) for each in (*tensors, mean, var, batches)]
         input, weight, bias, residual, mean, var, batches = arrays
         return Call(
@@ -130,11 +131,12 @@ class BatchNormBackward(torch.autograd.Function):
         if all(cotangent is None for cotangent in cotangents):
             return (None,) * 7
         check_mode()
+        tensors = ctx.saved_tensors  # once: this unpacks them, and what packs may allow no more
         for name, cotangent in zip(second.NAMES, cotangents, strict=True):
             if cotangent is not None:
-                check_tensor(f"cotangents.{name}", cotangent, ctx.saved_tensors[0])
+                check_tensor(f"cotangents.{name}", cotangent, tensors[0])
         resolved = [None if cotangent is None else cotangent.resolve_neg() for cotangent in cotangents]
-        found = BatchNormDoubleBackward.apply(*resolved, *ctx.saved_tensors, ctx.kept)
+        found = BatchNormDoubleBackward.apply(*resolved, *tensors, ctx.kept)
         return *found, None, None, None, None
 
 

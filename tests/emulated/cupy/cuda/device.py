@@ -20,8 +20,10 @@ class Device:
         return self.id
 
     def __enter__(self) -> Device:
-        _entered().append(runtime.getDevice())
-        runtime.setDevice(self.id)
+        before = runtime.getDevice()
+        _entered().append(before)
+        if self.id != before:  # as CuPy has it: a thread that is new to CUDA gets no context by this
+            runtime.setDevice(self.id)
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -76,14 +76,14 @@ class Stream:
         return self
 
     def __enter__(self) -> Stream:
-        before = (runtime.getDevice(), get_current_stream())
         self.use()
-        _entered().append(before)
+        _entered().append((runtime.getDevice(), self))
         return self
 
     def __exit__(self, *exception: object) -> None:
-        device, stream = _entered().pop()
-        _currents()[device] = stream
+        device, _ = _entered().pop()
+        below = [stream for index, stream in _entered() if index == device]
+        _currents()[device] = below[-1] if below else Stream.null  # whatever `use` had chosen, as CuPy has it
 
     def synchronize(self) -> None:
         """Wait for all work of this stream."""
@@ -263,7 +263,7 @@ def note_set(stream: Stream | None = None) -> None:
 
 
 def _entered() -> list[tuple[int, Stream]]:
-    """The stack of this thread's `with` statements: what was current before each of them."""
+    """The stack of this thread's `with` statements: the device and the stream of each."""
     if not hasattr(_local, "entered"):
         _local.entered = []
     entered: list[tuple[int, Stream]] = _local.entered
