@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from cupybn._arrays.dtypes import FLOATS
 from cupybn._arrays.kinds import describe, kind
@@ -22,10 +24,21 @@ def check_mode() -> None:
             "cupybn.torch is not implemented under the transforms of torch.func (grad, vjp, jvp, vmap, ...): use "
             "torch.autograd.grad, which takes gradients of second order, too"
         )
-    if torch.jit.is_tracing():
+    if torch.jit.is_tracing() or get_proxy_mode() is not None:
         raise NotImplementedError(
             "cupybn.torch cannot be traced by torch.jit or exported: use the layers of torch.nn, which take the same "
             "state dict"
+        )
+
+
+def check_no_tangents(*tensors: Tensor | None) -> None:
+    """Check that no tensor has a tangent, which forward mode would take along: before anything has moved."""
+    if forward_ad._current_level < 0:
+        return
+    if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise NotImplementedError(
+            "gradients in forward mode are not implemented in cupybn.torch: use torch.autograd.grad, or the layers of "
+            "torch.nn, which take the same state dict"
         )
 
 
@@ -86,6 +99,10 @@ def check_buffer(name: str, buffer: Tensor, moves: bool) -> None:
     """Check for running statistics of which no gradient is asked and, where they move, each element has memory."""
     if buffer.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"expected {name} not to require grad, as it gets none: use {name}.detach()")
+    if moves and buffer.is_inference() and not torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            f"inference tensors cannot be updated in place outside of inference mode (got {name}): use {name}.clone()"
+        )
     if moves and any(stride == 0 and n > 1 for n, stride in zip(buffer.shape, buffer.stride(), strict=True)):
         raise ValueError(
             f"expected {name} to have memory for each element (got strides {buffer.stride()} for shape "

@@ -64,7 +64,7 @@ def batch_norm(
     ValueError
         As `cupybn.functional.batch_norm`, and if running statistics require grad. Nothing has changed then.
     NotImplementedError
-        Under the transforms of ``torch.func``, and where PyTorch traces what is computed.
+        Under the transforms of ``torch.func``, in forward mode, and where PyTorch traces what is computed.
     RuntimeError
         If a tensor is on a CUDA device, and CuPy is missing.
 
@@ -111,12 +111,12 @@ def normalized(
     if residual is not None and _is_autocast(input) and isinstance(residual, torch.Tensor):
         residual = residual.to(input.dtype)
     _check(input, weight, bias, residual, settings)
+    checks.check_no_tangents(input, weight, bias, residual)
     given: list[Any] = [None if each is None else each.resolve_neg() for each in (input, weight, bias, residual)]
     followed = any(each is not None and each.requires_grad for each in given)
     if not _is_dense(input):
         given[0] = given[0].clone(memory_format=torch.preserve_format)
-    # Under forward AD, too: `apply` says that it is not implemented.
-    if (followed and torch.is_grad_enabled()) or torch.autograd.forward_ad._current_level >= 0:
+    if followed and torch.is_grad_enabled():
         for name, tensor in zip(("input", "weight", "bias"), given, strict=False):
             if tensor is not None:
                 checks.check_savable(name, tensor)
