@@ -316,7 +316,7 @@ def test_running_statistics_may_move_before_the_way_back():
 
 
 def test_running_statistics_that_move_without_gradients_have_a_new_version():
-    """Also where nobody goes back, and the counter of batches as well."""
+    """The counter of batches has one, too; and who has saved any of them hears that it moved."""
     layer = BatchNorm1d(3)
     seen_by_others = (leaf(3) * layer.running_var).sum()
     buffers = [*layer.buffers()]
