@@ -249,10 +249,11 @@ def test_memory_formats_where_a_channel_has_one_position():
 
 
 def test_strides_of_axes_of_length_1_make_no_copy():
-    x = torch.randn(4, 3, 2).as_strided((4, 3, 1, 2), (6, 1, 100, 3))
+    x = torch.randn(4, 3, 2).as_strided((4, 3, 1, 2), (6, 1, 100, 3)).requires_grad_()
     assert not x.is_contiguous()
     y = batch_norm(x, None, None, training=True)
     assert y.stride() == x.stride()
+    assert y.grad_fn.saved_tensors[0] is x
 
 
 def test_what_tensors_may_have_beside_elements():

@@ -181,6 +181,9 @@ def test_errors_of_layers():
         with pytest.raises(TypeError, match=error):
             layer(x)
     layer = BatchNorm1d(3)
+    layer.num_batches_tracked = torch.tensor(0, device="meta")
+    with pytest.raises(TypeError, match=r"num_batches_tracked to be an int64 tensor beside input .*on meta"):
+        layer(x)
     layer.num_batches_tracked = torch.zeros(1, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"num_batches_tracked of shape \(\)"):
         layer(x)
