@@ -137,7 +137,7 @@ class VjpFn(WayBack):
         return BatchNormGrads(*backward(self._saved, grad_output))
 
     def vjp(self, grad_output: Array) -> tuple[BatchNormGrads, SecondVjpFn]:
-        """The gradients of the arguments, and the function that differentiates them: gradients of second order.
+        """The gradients of the arguments, and the function that goes back from them, to gradients of second order.
 
         For losses that gradients are part of, as gradient penalties and steps of meta-learning are.
 
@@ -194,7 +194,7 @@ class VjpFn(WayBack):
 
 
 class SecondVjpFn(WayBack):
-    """Function from cotangents of the gradients to the gradients of what they depend on: what `VjpFn.vjp` returns.
+    """Function from cotangents of gradients of first order to gradients of second order: what `VjpFn.vjp` returns.
 
     A cotangent is the gradient of a loss with respect to a gradient. Where ``grads = vjp_fn(grad_output)``, this is
     the vector-Jacobian product of the map from grad_output and the arguments of the call to grads.

@@ -404,6 +404,9 @@ def test_without_time(tmp_path, monkeypatch):
     left_out = [line for line in task.log.findings.skipped if line.endswith("left out for lack of time")]
     assert len(left_out) == len(bridge.TINY) + len(torch_measure.jobs(SHORT, "cpu"))
     assert failed(task) == ["something was measured"]
+    monkeypatch.setattr(bridge, "models", lambda _, __, records: records.append({"error": "out of memory"}))
+    bridge.run(task)
+    assert failed(task) == ["something was measured"] * 2
 
 
 @pytest.mark.parametrize("missing", ["torch", "GPU"])
@@ -449,12 +452,17 @@ def test_the_stage_sees_what_is_wrong(task, monkeypatch):
     monkeypatch.setattr(bridge, "TINY", bridge.TINY[:1])
     monkeypatch.setattr(torch_measure, "SHORT", ONE)
     spoil(monkeypatch)
-    records = bridge.second_order(task)
-    bridge.models(task, "cpu", records)
+    begun = []
+    monkeypatch.setattr(bridge, "compile_kernels", lambda _, shapes, use: begun.append(use(shapes)))
+    monkeypatch.setattr(bridge_checks, "run", lambda _, device: begun.append(device))
+    bridge.run(task)
+    assert begun == [[], "cpu"]
     name = f"second order, {bridge.TINY[0].name}"
     assert failed(task) == [f"{name} is right", "step, NCHW float32", *["NCHW 2x3x4x4 float32"] * 2]
     lines = task.log.findings.highlights
-    assert lines[0].startswith(f"{name}: ")
+    us = json.loads((task.out / bridge.FILE).read_text())[0]["us"]["median"]
+    assert task.log.findings.table[0]["us"] == round(us, 1)
+    assert lines[0].startswith(f"{name}: {round(us, 1)} us, ")
     assert lines[1].startswith("step, NCHW float32: PyTorch x1.00; converted x")
     assert len(lines) == 2
     assert [row["side"] for row in task.log.findings.table[1:]] == [

@@ -444,6 +444,16 @@ def test_sums_that_float32_does_not_hold(layout, training, rng):
         call.check()
 
 
+def test_sums_of_many_products_that_float32_rounds_to_subnormal_numbers():
+    """Each is off by up to 2^-150, all in one direction, so that many of them are not held by a sum of normal size."""
+    count, size = 2**17, 2.0**-71 * (1 + 0.9 * 2**-8)
+    signs = np.resize(np.float32([1, -1]), (1, 1, count))
+    dy, cdx = np.float32(size) * signs, np.float32(2.0**-71) * signs
+    call = call_of(signs, Incoming(dy, cdx, None, None, None), Affine(None, None, EPS), True)
+    (found,) = call.sums().cdx_dy[0]
+    assert found == pytest.approx(np.vdot(cdx.astype(np.float64), dy.astype(np.float64)), rel=1e-12, abs=0)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Gates
 

@@ -14,7 +14,7 @@ torch = pytest.importorskip("torch")
 import cupybn  # noqa: E402
 import cupybn.functional as F  # noqa: E402
 from cupybn._calls import flow, second  # noqa: E402
-from cupybn.torch import batch_norm  # noqa: E402
+from cupybn.torch import BatchNorm1d, batch_norm  # noqa: E402
 
 SHAPES = {"nc": (5, 3), "ncl": (2, 3, 4), "nchw": (2, 3, 2, 2), "ncdhw": (2, 3, 2, 1, 2)}
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -118,6 +118,11 @@ def test_third_order_is_an_error():
     (second,) = torch.autograd.grad((first**2).sum(), x, create_graph=True)
     with pytest.raises(NotImplementedError, match="third order of batch norm are not implemented"):
         torch.autograd.grad(second.sum(), x)
+    dy = leaf(5, 3)
+    (first,) = torch.autograd.grad(y, x, dy, create_graph=True)
+    (second,) = torch.autograd.grad((first * torch.randn(5, 3)).sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="third order"):
+        torch.autograd.grad(second.sum(), dy, allow_unused=True)
 
 
 @pytest.mark.parametrize("last", [True, False])
@@ -235,8 +240,20 @@ def test_memory_formats_where_a_channel_has_one_position():
     ):
         x = in_format(leaf(*shape, dtype=dtype), last)
         y = batch_norm(x, None, None, training=True)
-        y.backward(torch.ones_like(y))
+        y.backward(torch.ones_like(y), retain_graph=True)
         assert y.stride() == x.grad.stride() == x.stride()
+        dy = torch.ones_like(y, requires_grad=True)
+        (first,) = torch.autograd.grad(y, x, dy, create_graph=True)
+        for grad in torch.autograd.grad(first, (x, dy), torch.ones_like(x)):
+            assert grad.stride() == x.stride()
+
+
+def test_strides_of_axes_of_length_1_make_no_copy():
+    x = torch.randn(4, 3, 2).as_strided((4, 3, 1, 2), (6, 1, 100, 3)).requires_grad_()
+    assert not x.is_contiguous()
+    y = batch_norm(x, None, None, training=True)
+    assert y.stride() == x.stride()
+    assert y.grad_fn.saved_tensors[0] is x
 
 
 def test_what_tensors_may_have_beside_elements():
@@ -251,6 +268,10 @@ def test_what_tensors_may_have_beside_elements():
         torch.nn.functional.batch_norm(x, None, None, None, None, True), x, imaginary.clone()
     )
     torch.testing.assert_close(x.grad, theirs, rtol=1e-12, atol=1e-12)
+    y = batch_norm(x, None, None, training=True)
+    (first,) = torch.autograd.grad(y, x, imaginary, create_graph=True)
+    seconds = [torch.autograd.grad(first, x, each, retain_graph=True)[0] for each in (imaginary, imaginary.clone())]
+    assert torch.equal(*seconds)
     vector = leaf(3)
     batch_norm(x, None, None, None, vector, training=True).sum().backward()
     assert vector.grad.tolist() == [4, 4, 4]
@@ -291,6 +312,20 @@ def test_running_statistics_may_move_before_the_way_back():
     assert (mean._version, var._version) == (versions[0] + 1, versions[1] + 1)
     y.sum().backward()
     torch.testing.assert_close(x.grad, torch.full_like(x, (1 + 1e-5) ** -0.5), rtol=1e-15, atol=0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        seen_by_others.backward()
+
+
+def test_running_statistics_that_move_without_gradients_have_a_new_version():
+    """The counter of batches has one, too; and who has saved any of them hears that it moved."""
+    layer = BatchNorm1d(3)
+    seen_by_others = (leaf(3) * layer.running_var).sum()
+    buffers = [*layer.buffers()]
+    for context in (torch.no_grad, torch.enable_grad):
+        versions = [buffer._version for buffer in buffers]
+        with context():
+            layer(torch.randn(4, 3))
+        assert [buffer._version for buffer in buffers] == [version + 1 for version in versions]
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         seen_by_others.backward()
 
@@ -583,3 +618,6 @@ def test_the_way_back_in_a_transform_is_an_error():
         torch.func.vmap(lambda dy: torch.autograd.grad(y, x, dy, retain_graph=True))(torch.ones(2, 4, 3).double())
     with pytest.raises(RuntimeError):
         torch.autograd.grad(y, x, torch.ones(2, 4, 3).double(), is_grads_batched=True)
+    (first,) = torch.autograd.grad(y, x, torch.randn(4, 3).double(), create_graph=True)
+    with pytest.raises(NotImplementedError, match=r"transforms of torch\.func"):
+        torch.func.vmap(lambda cdx: torch.autograd.grad(first, x, cdx, retain_graph=True))(torch.ones(2, 4, 3).double())

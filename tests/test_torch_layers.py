@@ -96,7 +96,9 @@ def test_statistics_that_do_not_move():
         with pytest.raises(error):
             layer(wrong)
     assert (layer.num_batches_tracked.item(), layer.running_mean.tolist()) == (0, [0, 0, 0])
-    layer.num_batches_tracked = None
+    layer.num_batches_tracked = torch.tensor(0.0)  # which matters only where it is increased
+    layer.eval()(x)
+    layer.train().num_batches_tracked = None
     layer(x)
     assert layer.running_mean.abs().sum() > 0
 
@@ -194,11 +196,16 @@ def test_errors_of_layers():
         with pytest.raises(TypeError, match=error):
             layer(x)
     layer = BatchNorm1d(3)
+    layer.num_batches_tracked = torch.tensor(0, device="meta")
+    with pytest.raises(TypeError, match=r"num_batches_tracked to be an int64 tensor beside input .*on meta"):
+        layer(x)
     layer.num_batches_tracked = torch.zeros(1, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"num_batches_tracked of shape \(\)"):
         layer(x)
     with pytest.raises(TypeError, match=r"expected input on meta, as the layer is .*: use input\.to"):
         BatchNorm1d(3, device="meta")(x)
+    with pytest.raises(ValueError, match=r"expected 2 channels \(num_features\) on axis 1, got 3"):
+        BatchNorm1d(2, affine=False)(x)
     layer = BatchNorm1d(3)
     layer.running_var = None
     for mode, tracks in itertools.product((True, False), repeat=2):
