@@ -306,7 +306,7 @@ def test_data_that_are_replaced(meanwhile, words):
 
 
 def test_a_thread_that_is_new_to_cuda(pretended, monkeypatch):
-    """It has no context of CUDA, not even of device 0, which is its current one: a call makes one before launches."""
+    """A new thread has no context of CUDA, not even of device 0, which is its current one: a call makes one first."""
     chosen = []
     original = cp.cuda.runtime.setDevice
     monkeypatch.setattr(cp.cuda.runtime, "setDevice", lambda index: (chosen.append(index), original(index)))
@@ -325,7 +325,7 @@ def test_a_thread_that_is_new_to_cuda(pretended, monkeypatch):
 
 @pytest.mark.parametrize("by", ["use", "with"])
 def test_streams_that_a_program_has_chosen_for_cupy(pretended, by):
-    """They stay, by whichever of CuPy's two ways they were chosen."""
+    """A stream and a device that were chosen stay, by whichever of CuPy's two ways that was."""
     with cp.cuda.Device(pretended.index), contextlib.ExitStack() as stack:
         mine, before = cp.cuda.Stream(), cp.cuda.get_current_stream()
         stack.callback(before.use)

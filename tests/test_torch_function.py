@@ -11,6 +11,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from torch.fx.experimental.proxy_tensor import make_fx  # noqa: E402
+
 import cupybn  # noqa: E402
 import cupybn.functional as F  # noqa: E402
 from cupybn._calls import flow, second  # noqa: E402
@@ -452,6 +454,23 @@ def test_tensors_that_cannot_be_saved():
     assert mean.tolist() != [0, 0, 0]
 
 
+@pytest.mark.parametrize("which", [0, 1])
+def test_running_statistics_of_inference_mode_move_in_it_alone(which):
+    """Running statistics of inference mode are for nobody else to update, as PyTorch says; anybody may read them."""
+    with torch.inference_mode():
+        made = torch.zeros(3), torch.ones(3)
+        x = torch.randn(4, 3)
+        batch_norm(x, *made, training=True)
+    others = torch.zeros(3), torch.ones(3)
+    running = [made[i] if i == which else others[i] for i in range(2)]
+    before = [buffer.clone() for buffer in running]
+    x = torch.randn(4, 3)
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"cannot be updated in place outside .* use running_"):
+        batch_norm(x, *running, training=True)
+    assert all(map(torch.equal, running, before))
+    assert batch_norm(x, *running).shape == x.shape
+
+
 def test_memory_that_is_shared_with_running_statistics():
     """Gradients are those of the values before the call; of second order, which would not be seen, there are none."""
     x, var = leaf(4, 3), torch.rand(3).double() + 0.5
@@ -598,16 +617,29 @@ def test_what_nobody_follows_is_an_error():
             call()
     with pytest.raises(NotImplementedError, match="cannot be traced"):
         torch.jit.trace(lambda x: batch_norm(x, None, None, training=True), X)
+    tracer = make_fx(lambda x: batch_norm(x, None, None, training=True))
+    with pytest.raises(NotImplementedError, match="cannot be traced"):
+        tracer(X)
     with torch._subclasses.FakeTensorMode(), pytest.raises(TypeError, match="memory of its own"):
         batch_norm(torch.zeros(4, 3), None, None, training=True)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
-def test_forward_mode_is_an_error():
-    with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(X, X)
-        with pytest.raises(NotImplementedError, match="jvp"):
-            batch_norm(dual, None, None, training=True)
+@pytest.mark.parametrize("name", ["input", "weight", "bias", "residual"])
+def test_forward_mode_is_an_error(name):
+    """The error comes before running statistics have moved; without tangents a call is one like others."""
+    vector, mean, var = torch.ones(3).double(), torch.zeros(3), torch.ones(3)
+    tensors = {"input": X, "weight": vector, "bias": vector, "residual": X}
+    forward_ad = torch.autograd.forward_ad
+    for context in torch.no_grad, torch.enable_grad:
+        with forward_ad.dual_level(), context():
+            dual = {name: forward_ad.make_dual(tensors[name], tensors[name])}
+            with pytest.raises(NotImplementedError, match="gradients in forward mode are not implemented"):
+                batch_norm(**tensors | dual, running_mean=mean, running_var=var, training=True)
+    assert mean.tolist() == [0, 0, 0]
+    with forward_ad.dual_level():
+        y = batch_norm(**tensors, running_mean=mean, running_var=var, training=True)
+    torch.testing.assert_close(y, batch_norm(**tensors, running_mean=None, running_var=None, training=True))
 
 
 def test_the_way_back_in_a_transform_is_an_error():

@@ -107,7 +107,7 @@ def test_statistics_that_do_not_move():
     "counter", [None, 0, torch.zeros(1), torch.zeros((), dtype=torch.int64, device="meta")], ids=str
 )
 def test_counters_that_nobody_reads(counter):
-    """In eval mode the counter may be anything and anywhere, as for PyTorch's layers."""
+    """The counter may be anything and anywhere in eval mode, as for PyTorch's layers."""
     ours, theirs = BatchNorm1d(3).eval(), torch.nn.BatchNorm1d(3).eval()
     x = torch.randn(4, 3, requires_grad=True)
     for layer in ours, theirs:

@@ -29,7 +29,7 @@ class Kept(NamedTuple):
     """What the way back needs beside the tensors."""
 
     bare: Saved  # all but the arrays
-    forms: tuple[Form | None, ...]  # those of the tensors, in the order of `Tensors`
+    forms: tuple[Form | None, ...]  # forms of the tensors, in the order of `Tensors`
     linked: bool  # whether input, weight and bias were saved themselves, so that autograd knows where they come from
     wanted: tuple[bool, ...] = (True,) * 4  # whether gradients of input, weight, bias and residual are asked for
 
