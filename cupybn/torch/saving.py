@@ -17,10 +17,8 @@ from cupybn.torch.arrays import OnDevice, OnHost
 Tensor = Any  # torch.Tensor
 Tensors = tuple["Tensor | None", ...]
 """Input, weight, bias, pairs of statistics and record of ReLU: what `Saved` has of these."""
-
-
 NAMES = ("input", "weight", "bias", "statistics", "record of ReLU")
-"""Names of these, for messages."""
+"""Names of these tensors, for messages."""
 Form = tuple[Any, Any, Any, Any]
 """Strides, shape, dtype and device of a tensor."""
 
